@@ -1,4 +1,4 @@
-/** @file The backend: what `Backend` asks for, over a device, its memory, one stream, and a table of kernels. */
+/** @file The backend: a device, its memory, one stream, and a table of kernels. */
 import type {
   Backend,
   CaptureOptions,
@@ -21,34 +21,34 @@ import type { Cuda } from './native.ts'
 import { type CudaOptions, openCuda } from './open.ts'
 import type { Stream } from './stream.ts'
 
-/** Memory of a backend, and what it has launched. */
+/** Memory use of a backend, and the number of kernels it has launched. */
 export interface CudaStats extends MemoryStats {
-  /** Kernels launched one by one so far; a replayed graph counts none. */
+  /** Number of kernels launched individually so far; replayed graphs do not count. */
   readonly launches: number
 }
 
-/** What `createBackend` gives: a `Backend` that tells what it runs on, records graphs and times the device. */
+/** The backend that `createBackend` returns. It captures graphs, times the device and reports its properties. */
 export interface CudaBackend extends Backend {
-  /** What it runs on. */
+  /** Properties of the device. */
   readonly properties: Device
-  /** Whether products are Hopper's. */
+  /** Whether the kernels with Hopper's instructions are enabled. */
   readonly wgmma: boolean
-  /** Version of the cuBLASLt that is used for dense products, if one is. */
+  /** Version of the cuBLASLt used for dense products; undefined if it is not used. */
   readonly cublasLt: string | undefined
-  /** For libraries beside the backend. */
+  /** Access to the device for other CUDA libraries. */
   readonly interop: CudaInterop
   stats(): CudaStats
-  /** Gives memory that no tensor uses back to the device. */
+  /** Returns cached memory that no tensor uses to the device. */
   trim(): Promise<void>
-  /** Milliseconds that the device takes for what `fn` launches. */
+  /** Resolves to the milliseconds that the device takes for the work that `fn` launches. */
   elapsed(fn: () => void): Promise<number>
   write(tensor: Value, data: HostArray): void
   capture<T>(fn: () => T, options?: CaptureOptions): Graph<T>
 }
 
 /**
- * Opens the driver and a device, and makes a backend of them.
- * @throws MoeError E_NO_BACKEND without a driver, a device that is new enough, or kernels, with the reason; E_CONFIG for an impossible option.
+ * Opens the driver and a device and creates a backend.
+ * @throws MoeError E_NO_BACKEND, with the reason, if there is no driver, no supported device or no kernels; E_CONFIG for an invalid option
  */
 export async function createBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   const opened = await openCuda(options)
@@ -100,7 +100,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     async trim() {
       context.use()
       await stream.sync()
-      // Another backend may have had its turn.
+      // Another backend may have made its context current meanwhile.
       context.use()
       memory.trim()
     },
@@ -118,7 +118,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     },
     capture(fn, captureOptions = {}) {
       context.use()
-      if (opened.recording !== null) throw whileRecording('capture', 'record one graph after the other')
+      if (opened.recording !== null) throw whileRecording('capture', 'finish this capture before you start another')
       return capture(driver, context, memory, stream, fn, captureOptions, now => {
         opened.recording = now
       })
@@ -140,7 +140,7 @@ type Runner = <T>(op: string, fn: () => T) => T
 type AnyKernel = (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]) => Handle[] | undefined
 type AnyFactory = (cuda: Cuda) => AnyKernel
 
-/** Every factory's kernel, which takes its outputs back when it fails. */
+/** Creates all kernels. Each frees its outputs if it fails. */
 function tabulate(factories: object, cuda: Cuda, run: Runner): Record<string, AnyKernel> {
   const table: Record<string, AnyKernel> = {}
   for (const [name, factory] of Object.entries(factories)) {
@@ -171,10 +171,10 @@ function upload(
 }
 
 function wrongLength(op: string, data: HostArray, { shape, dtype }: TensorSpec): MoeError {
-  const problem = `${data.length} elements of ${data.BYTES_PER_ELEMENT} bytes for ${dtype} [${shape}]`
+  const problem = `${data.length} elements of ${data.BYTES_PER_ELEMENT} bytes do not fit ${dtype} [${shape}]`
   return new MoeError({ code: 'E_SHAPE', op, problem })
 }
 
 function whileRecording(op: string, fix: string): MoeError {
-  return new MoeError({ code: 'E_ATTR', op, problem: `${op} while a graph is recorded`, fix })
+  return new MoeError({ code: 'E_ATTR', op, problem: `${op} cannot be called while a graph is being captured`, fix })
 }

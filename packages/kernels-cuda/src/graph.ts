@@ -1,31 +1,31 @@
-/** @file Recording a run of ops once and launching it again as one CUDA graph. */
+/** @file Graph capture: records the work of a function once and launches it again as one CUDA graph. */
 import { type CaptureOptions, type Graph, MoeError, type OpAttrs, type OpName } from '@moe/core'
 import type { Context } from './driver/context.ts'
 import type { Driver } from './driver/driver.ts'
 import { type CudaBuffer, type Memory, newPool, type Pool } from './memory.ts'
 import type { Stream } from './stream.ts'
 
-/** Attributes that lie in device memory, so that a replay can have others. */
+/** Attributes stored in device memory, so that a replay can change them. */
 interface DeviceAttrs {
   readonly op: OpName
-  /** Of the recorded values. */
+  /** Identifies the captured values. */
   readonly key: string
   attrs: unknown
   readonly pointer: number
   readonly encode: (attrs: never) => readonly number[]
 }
 
-/** A capture on its way. */
+/** A capture in progress. */
 export interface Recording {
   readonly pool: Pool
-  /** What was uploaded meanwhile: constants, which are written once the recording is over and then stay. */
+  /** Constants uploaded during the capture: written when it ends, and then kept. */
   readonly uploads: Array<{ readonly pointer: number; readonly data: Uint8Array }>
   readonly attrs: DeviceAttrs[]
-  /** Owned by the graph until its end. */
+  /** Buffers that the graph owns until it is disposed. */
   readonly buffers: CudaBuffer[]
 }
 
-/** Nothing else may use the stream meanwhile, but other threads may call the driver. */
+/** Nothing else may use the stream during a capture, but other threads may call the driver. */
 export const captureRelaxed = 2
 
 export function capture<T>(
@@ -50,12 +50,12 @@ export function capture<T>(
   let failure: { readonly cause: unknown } | null = null
   try {
     result = memory.within(recording.pool, () => {
-      // Nothing has run: without its copies the state is what it was.
+      // No kernel has run, so without the copies the state has its old contents.
       const putBack = (copy: boolean) => {
         state.forEach((tensor, i) => {
           const now = tensor.handle as CudaBuffer | null
           if (now === before[i]) return
-          // Null: freed by `fn`, which failed before it put another value there.
+          // Null if `fn` freed the value and failed before replacing it.
           if (copy && now) stream.copy(before[i].pointer, now.pointer, now.bytes)
           if (now) memory.release(now)
           tensor.handle = memory.revive(before[i])
@@ -107,11 +107,11 @@ export function capture<T>(
 
   let alive = true
   return {
-    // Assigned unless `failure` is set.
+    // Always assigned if `failure` is null.
     result: result! as T,
     nodes,
     replay(updates = {}) {
-      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph is disposed' })
+      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph has been disposed' })
       context.use()
       for (const slot of recording.attrs) {
         const update = updates[slot.op] as ((attrs: unknown) => unknown) | undefined
@@ -125,7 +125,7 @@ export function capture<T>(
     dispose() {
       if (!alive) return
       alive = false
-      // With the backend went its graphs.
+      // The graph was destroyed with the backend.
       if (!context.open) return
       context.use()
       call.cuGraphExecDestroy(exec)
@@ -134,7 +134,7 @@ export function capture<T>(
   }
 }
 
-/** Where the attributes lie for the graph. Calls with the same ones share the place: an optimizer makes one per parameter. */
+/** Address of the attributes for the graph. Calls with equal attributes share it: an optimizer makes one call per parameter. */
 export function recordedAttrs<O extends OpName>(
   recording: Recording,
   memory: Memory,
@@ -156,13 +156,13 @@ function writeAttrs(stream: Stream, { op, attrs, pointer, encode }: DeviceAttrs)
   stream.upload(pointer, Float32Array.from(encode(attrs as never)), op)
 }
 
-/** Allocations and frees of the stream would become part of the graph, which may free none but its own. */
+/** Stream-ordered allocations and frees would become part of the graph, which may only free its own allocations. */
 function guarded(): MoeError {
   return new MoeError({
     code: 'E_UNSUPPORTED',
     op: 'capture',
-    problem: 'with `guarded` every buffer is an allocation on the stream, which a graph would record',
-    fix: 'open the backend without `guarded`',
+    problem: 'with `guarded`, buffers are allocated on the stream, and a graph would capture these allocations',
+    fix: 'create the backend without `guarded`',
   })
 }
 
@@ -170,7 +170,7 @@ function asynchronous(): MoeError {
   return new MoeError({
     code: 'E_ATTR',
     op: 'capture',
-    problem: 'the function returned a promise',
-    fix: 'record a function that waits for nothing: read results after replay',
+    problem: 'the captured function returned a promise',
+    fix: 'capture a synchronous function, and read results after replay',
   })
 }

@@ -1,4 +1,4 @@
-/** @file The device as libraries beside the backend see it: addresses, memory, and queues of their own. */
+/** @file Access to the device for other libraries: addresses, memory, and separate queues. */
 import { type DType, MoeError, type Shape, Tensor, type Value } from '@moe/core'
 import type { CudaBackend } from './backend.ts'
 import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
@@ -7,47 +7,47 @@ import { pointerOf } from './native.ts'
 import type { Opened } from './open.ts'
 import { Stream } from './stream.ts'
 
-/** Device memory that is no tensor's. */
+/** Device memory that belongs to no tensor. */
 export interface DeviceMemory {
   /** Address on the device. */
   readonly pointer: number
-  /** Gives it back. What the backend launches afterwards may write there: work of other queues must have ended. */
+  /** Frees the memory. Wait for other queues that use it first: the backend may reuse it for its next kernels. */
   free(): void
 }
 
-/** A queue of work beside the backend's own: a CUDA stream. */
+/** A queue of work besides the backend's own: a CUDA stream. */
 export interface DeviceQueue {
   /** The `CUstream` as a number. */
   readonly handle: number
-  /** What is put into it from here on waits for all that the backend has launched. */
+  /** Makes work that is added from now on wait for everything that the backend has launched. */
   follow(): void
   /**
-   * Resolves when all its work so far is done.
-   * @param look called each time before the device is asked again; what it throws ends the waiting
+   * Resolves when all work added so far is finished.
+   * @param look called before each query of the device; if it throws, waiting ends with that error
    */
   done(look?: () => void): Promise<void>
-  /** Waits for its work, and frees it. */
+  /** Waits for the queue's work and frees the queue. */
   dispose(): void
 }
 
 /**
- * What `@moe/parallel` needs for ranks that exchange tensors without the host (NCCL), and whoever calls a CUDA library or kernel of his own. Addresses and
- * handles are numbers below 2^53. Nothing here may be called while a graph is recorded.
+ * For ranks that exchange tensors without the host (NCCL, used by `@moe/parallel`), and for your own CUDA libraries and kernels. Addresses and
+ * handles are numbers below 2^53. Do not call these functions while a graph is being captured.
  */
 export interface CudaInterop {
-  /** Makes the device's context that of this thread: before every call of another library, as other backends may have had their turn. */
+  /** Makes the device's context current in this thread. Call it before every call of another library, as another backend's may be current. */
   use(): void
-  /** Address of a tensor's first element. The backend's own queue is what orders accesses to it. */
+  /** Address of a tensor's first element. Accesses to it are ordered by the backend's own queue. */
   pointerOf(value: Value): number
   /** Uninitialized memory. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): DeviceMemory
   /** An uninitialized tensor of this backend. @throws MoeError E_OUT_OF_MEMORY */
   tensor(shape: Shape, dtype: DType): Tensor
-  /** Device to device, in the backend's queue. */
+  /** Copies device memory to device memory, in the backend's queue. */
   copy(to: number, from: number, bytes: number): void
-  /** To be said of a tensor whose elements have been written to: what the backend has made of them is void. */
+  /** Call this after writing to a tensor's elements: it discards the backend's cached copies of them. */
   changed(value: Value): void
-  /** Elements at `to` become those at `parts`, one rank's each, reduced in the backend's queue: in f64, in their order, rounded once (bf16 by f32). `to` may be one of them. */
+  /** Reduces the elements at `parts`, one address per rank, to `to`, in the backend's queue: in f64 and in the order of `parts`, rounded once (for bf16 via f32). `to` may be one of them. */
   reduceRanks(
     to: number,
     parts: readonly number[],
@@ -55,7 +55,7 @@ export interface CudaInterop {
     dtype: 'f32' | 'bf16' | 'i32',
     reduction: 'sum' | 'mean' | 'max',
   ): void
-  /** A queue of your own; dispose of it before the backend. */
+  /** Creates a queue. Dispose of it before the backend. */
   queue(): DeviceQueue
 }
 
@@ -71,8 +71,8 @@ export function createInterop(
     throw new MoeError({
       code: 'E_ATTR',
       op,
-      problem: `${op} while a graph is recorded`,
-      fix: 'call it outside of capture',
+      problem: `${op} cannot be called while a graph is being captured`,
+      fix: 'call it outside of capture()',
     })
   }
   return {

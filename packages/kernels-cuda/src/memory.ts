@@ -8,61 +8,61 @@ import { type BackendStats, MoeError } from '@moe/core'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
 
-/** A piece of device memory. Tensors that share it are owners. */
+/** A piece of device memory, which tensors may share. */
 export interface CudaBuffer {
   readonly pointer: number
-  /** As asked for. */
+  /** The requested size. */
   readonly bytes: number
-  /** The op that made it. */
+  /** The op that allocated it. */
   readonly op: string
   readonly pool: Pool
   refs: number
-  /** Place among the living. */
+  /** Index in the list of live buffers. */
   slot: number
-  /** Its elements in fewer bits, as long as they stay what they are. */
+  /** Cached copies of its elements in a smaller dtype, valid until the elements change. */
   rounded: RoundedCopy[] | null
-  /** What `roundedBy` was told, or ''. */
+  /** The kind of output, as passed to `roundedBy`, or ''. */
   kind: string
 }
 
-/** A copy in fewer bits; `form` says what it is. */
+/** A copy in a smaller dtype; `form` identifies its dtype and layout. */
 interface RoundedCopy {
   readonly form: string
   readonly pointer: number
   readonly bytes: number
   readonly pool: Pool
-  /** The op that used it last. */
+  /** Number of the op that used it last. */
   lastOp: number
-  /** Whether its tensor's op wrote it, and nobody has read it. */
+  /** Whether it was written together with its tensor and has not been read yet. */
   isUnread: boolean
 }
 
-/** The form of a copy in bf16 without gaps, element by element as the tensor is. */
+/** The form of a contiguous bf16 copy, element by element in the order of the tensor. */
 export const asItLies = 'bf16'
 
-/** Freed pieces, by size class. A captured graph keeps what it took in a pool of its own, so that nobody else writes where it computes. */
+/** Freed pieces by size class. A captured graph has its own pool, so that nobody else writes to the memory in which it computes. */
 export interface Pool {
   readonly free: number[][]
-  /** Whether its graph is gone: what still comes back is everybody's. */
+  /** Whether its graph has been disposed: memory that is returned later goes to the shared pool. */
   dissolved: boolean
 }
 
-/** Memory of a backend, with what it keeps for later tensors. */
+/** Memory use of a backend, including its cache. */
 export interface MemoryStats extends BackendStats {
-  /** Bytes that are kept for later tensors. */
+  /** Bytes cached for later tensors. */
   readonly cachedBytes: number
-  /** Highest number of bytes taken from the device, cache included. */
+  /** Peak number of bytes taken from the device, including the cache. */
   readonly peakReservedBytes: number
 }
 
 export interface MemoryOptions {
-  /** Most bytes of all tensors together. */
+  /** Maximum total size of all tensors in bytes. */
   readonly limit?: number
-  /** Every buffer is an allocation of its own, so that a checker (the emulator, compute-sanitizer) knows its borders. Slow. */
+  /** Makes every buffer a separate allocation, so that a checker (the emulator, compute-sanitizer) knows its bounds. Slow. */
   readonly guarded?: boolean
 }
 
-/** Smaller pieces are cut from slabs of this size: the driver takes microseconds per allocation. */
+/** Smaller pieces are cut from slabs of this size, because an allocation by the driver takes microseconds. */
 const slabBytes = 2 ** 21
 
 export class Memory {
@@ -74,18 +74,18 @@ export class Memory {
   readonly #fresh: CudaBuffer[] = []
   readonly #scratch: CudaBuffer[] = []
   readonly #held: CudaBuffer[] = []
-  /** Buffers with a rounded copy. */
+  /** Buffers with a cached copy. */
   readonly #rounded = new Set<CudaBuffer>()
-  /** Kinds of outputs that somebody reads in bf16. */
+  /** Kinds of outputs that are read in bf16. */
   readonly #kindsRounded = new Set<string>()
   readonly #reserved: Array<{ readonly pointer: number; readonly bytes: number }> = []
   readonly #shared: Pool = newPool()
-  /** Slabs are cut up for good: they are given back at the end only. */
+  /** Slabs, which stay divided; they are freed with the backend. */
   readonly #slabs: number[] = []
   #pool = this.#shared
   #recording = false
   #op = ''
-  /** Ops begun so far. */
+  /** Number of ops so far. */
   #ops = 0
   #handles = 0
   #bytes = 0
@@ -102,12 +102,12 @@ export class Memory {
     this.#guarded = options.guarded ?? false
   }
 
-  /** Whether every buffer is an allocation of its own. */
+  /** Whether every buffer is a separate allocation. */
   get guarded(): boolean {
     return this.#guarded
   }
 
-  /** The op that runs, or ran last. */
+  /** The op that is running, or ran last. */
   get op(): string {
     return this.#op
   }
@@ -115,7 +115,7 @@ export class Memory {
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CudaBuffer {
     if (this.#disposed)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend is disposed' })
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend has been disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
     const slot = this.#live.length
@@ -137,7 +137,7 @@ export class Memory {
     return buffer
   }
 
-  /** Memory for a constant of a graph: of everybody's pool, as the graph writes to its own at every replay. */
+  /** Memory for a constant of a graph. It comes from the shared pool, because the graph overwrites its own pool at every replay. */
   allocateConstant(bytes: number): CudaBuffer {
     const pool = this.#pool
     this.#pool = this.#shared
@@ -148,7 +148,7 @@ export class Memory {
     }
   }
 
-  /** One more owner. */
+  /** Adds an owner. */
   share(buffer: CudaBuffer): CudaBuffer {
     buffer.refs++
     this.#handles++
@@ -156,11 +156,11 @@ export class Memory {
     return buffer
   }
 
-  /** One owner less. */
+  /** Removes an owner, and frees the buffer with the last one. */
   release(buffer: CudaBuffer): void {
     if (this.#disposed) return
     if (buffer.refs <= 0)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'a handle was freed twice' })
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'this handle has already been freed' })
     this.#handles--
     if (--buffer.refs > 0) return
     const last = this.#live.pop() as CudaBuffer
@@ -174,7 +174,7 @@ export class Memory {
     else this.#giveBack(buffer)
   }
 
-  /** Memory until the end of the op. */
+  /** Memory that is freed at the end of the op. */
   scratch(bytes: number): CudaBuffer {
     const buffer = this.allocate(bytes)
     this.#scratch.push(buffer)
@@ -182,8 +182,8 @@ export class Memory {
   }
 
   /**
-   * Where the elements of `of` lie in that form, until they change or go: products with the same operand, forward and backward, share it. It counts as no
-   * tensor's. Whoever finds it not filled fills it.
+   * Address of a copy of the elements of `of` in this form, cached until they change or are freed. All products with this operand, forward and
+   * backward, share it. It does not count as a tensor's memory. If it is not filled, the caller has to fill it.
    */
   rounded(of: CudaBuffer, form: string, bytes: number): { pointer: number; isFilled: boolean } {
     const known = of.rounded?.find(copy => copy.form === form)
@@ -197,8 +197,9 @@ export class Memory {
   }
 
   /**
-   * Where the op that makes `output` is to write its elements in bf16, too, or 0: once another of its kind was read so, until one is not. It costs a third of reading
-   * all of them again to round them. A kind is what such outputs have in common but for their number of positions, so kinds are few.
+   * Address to which the op that computes `output` should also write its elements in bf16, or 0. This starts once a tensor of the same kind has
+   * been read in bf16 and ends when such a copy goes unread. It costs a third of reading and rounding the elements later. Outputs of the same op that
+   * differ only in their number of positions are of the same kind, so there are few.
    */
   roundedBy(output: CudaBuffer, kind: string): number {
     output.kind = `${this.#op} ${kind}`
@@ -213,7 +214,7 @@ export class Memory {
     return pointer
   }
 
-  /** The elements are, or will be, others: what was made of them is given back. */
+  /** Frees the cached copies of a buffer whose elements have changed or are about to. */
   changed(buffer: CudaBuffer): void {
     if (buffer.rounded === null) return
     for (const copy of buffer.rounded) {
@@ -224,43 +225,43 @@ export class Memory {
     this.#rounded.delete(buffer)
   }
 
-  /** The same for all: a graph runs, which does not say what it writes to, or is recorded, and has to make everything itself. */
+  /** Frees all cached copies: before a graph runs, as it may write to any buffer, and around its capture, as it must create its own. */
   allChanged(): void {
     for (const buffer of this.#rounded) this.changed(buffer)
   }
 
-  /** Memory of the backend itself, until its end. It counts as no tensor's. */
+  /** Memory for the backend itself, kept until it is disposed. It does not count as a tensor's memory. */
   reserve(bytes: number): number {
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
     this.#reserved.push({ pointer, bytes })
     return pointer
   }
 
-  /** An op begins: what it allocates from here on is its own. */
+  /** Starts an op: later allocations belong to it. */
   begin(op: string): void {
     this.#op = op
     this.#ops++
     this.#fresh.length = 0
   }
 
-  /** The op has launched everything: its working memory is free for the next. */
+  /** Ends an op: all its kernels have been launched, and its scratch memory can be reused. */
   end(): void {
     for (const buffer of this.#scratch) this.release(buffer)
     this.#scratch.length = 0
   }
 
-  /** The op failed: what it allocated is given back. */
+  /** Frees what a failed op has allocated. */
   rollBack(): void {
     for (const buffer of this.#fresh) if (buffer.refs > 0) this.release(buffer)
     this.#fresh.length = 0
     this.#scratch.length = 0
-    // What this op was to fill may be empty.
+    // Copies that this op should have filled may be empty.
     this.allChanged()
   }
 
   /**
-   * What `fn` allocates comes from the pool and goes back to it. What it frees of other pools is held until it ends, so that
-   * `revive` can take it back.
+   * Runs `fn` with allocations from this pool. Buffers of other pools that `fn` frees are held until it ends, so that `revive` can restore
+   * them.
    */
   within<T>(pool: Pool, fn: () => T): T {
     this.#pool = pool
@@ -275,7 +276,7 @@ export class Memory {
     }
   }
 
-  /** One owner for a buffer that was freed during `within`. */
+  /** Adds an owner to a buffer that was freed during `within`. */
   revive(buffer: CudaBuffer): CudaBuffer {
     const at = this.#held.indexOf(buffer)
     if (at < 0) return this.share(buffer)
@@ -288,7 +289,7 @@ export class Memory {
     return buffer
   }
 
-  /** What a pool holds goes to everybody. */
+  /** Moves a pool's memory to the shared pool. */
   dissolve(pool: Pool): void {
     pool.dissolved = true
     pool.free.forEach((list, index) => {
@@ -307,7 +308,7 @@ export class Memory {
     }
   }
 
-  /** Gives what no tensor uses back to the device. The caller has waited for the stream. */
+  /** Returns cached memory to the device. The caller has waited for the stream. */
   trim(): void {
     this.#shared.free.forEach((list, index) => {
       const size = classBytes(index)
@@ -321,7 +322,7 @@ export class Memory {
     })
   }
 
-  /** Gives everything back, living buffers too. Never throws: the device may be lost. */
+  /** Frees all memory, including live buffers. Never throws, because the device may be lost. */
   dispose(): void {
     if (this.#disposed) return
     const { call } = this.#driver
@@ -343,7 +344,7 @@ export class Memory {
     const index = sizeClass(bytes)
     const list = this.#shared.free[index]
     const size = classBytes(index)
-    // What everybody has left serves a graph as well: whoever used it did so earlier on the stream than any replay.
+    // The shared pool's memory serves a graph too: its earlier uses precede any replay on the stream.
     const kept = this.#pool.free[index].pop() ?? list.pop()
     if (kept !== undefined) {
       this.#cachedBytes -= size
@@ -352,7 +353,7 @@ export class Memory {
     if (size >= slabBytes) return this.#reserve(size, bytes)
     const slab = this.#reserve(slabBytes, bytes)
     this.#slabs.push(slab)
-    // Handed out from the front, as a list's end is its next.
+    // Pushed in reverse, because memory is taken from the end of the list.
     for (let at = Math.floor(slabBytes / size) - 1; at > 0; at--) {
       list.push(slab + at * size)
       this.#cachedBytes += size
@@ -364,7 +365,7 @@ export class Memory {
     const word = new BigUint64Array(1)
     const { call } = this.#driver
     let code = call.cuMemAlloc(word, size)
-    // While a graph is recorded, its constants included, the stream cannot be waited for.
+    // During a capture, including for its constants, the stream cannot be waited for.
     if (code === status.outOfMemory && !this.#recording) {
       for (const buffer of this.#rounded) {
         if (buffer.rounded?.every(({ lastOp }) => lastOp !== this.#ops)) this.changed(buffer)
@@ -407,8 +408,8 @@ export class Memory {
     return new MoeError({
       code: 'E_OUT_OF_MEMORY',
       op: this.#op || 'kernels-cuda',
-      problem: `no memory for ${megabytes(bytes)} beside ${megabytes(this.#bytes)} of ${this.#live.length} tensors (made by: ${list || 'none'})`,
-      fix: 'make the batch smaller, free tensors that are no longer needed, or recompute with checkpoint()',
+      problem: `cannot allocate ${megabytes(bytes)}: ${this.#live.length} tensors already use ${megabytes(this.#bytes)} (allocated by: ${list || 'none'})`,
+      fix: 'use a smaller batch, free tensors that are no longer needed, or recompute with checkpoint()',
       details: { bytes, liveBytes: this.#bytes, holders: Object.fromEntries(holders) },
     })
   }
@@ -422,7 +423,7 @@ const classes = 8 + (44 - 11) * stepsPerDoubling
 
 export const newPool = (): Pool => ({ free: Array.from({ length: classes }, () => []), dissolved: false })
 
-/** Classes: multiples of 256 bytes up to 2 KiB, then eight steps per doubling, so at most an eighth is wasted. */
+/** Size classes: multiples of 256 bytes up to 2 KiB, then eight per doubling, so that at most an eighth is wasted. */
 export function sizeClass(bytes: number): number {
   if (bytes <= 2048) return bytes <= finest ? 0 : Math.ceil(bytes / finest) - 1
   const exponent = Math.floor(Math.log2(bytes - 1))

@@ -1,4 +1,4 @@
-/** @file Kernels from files: fatbins are loaded when their first kernel is, and arguments are packed as the kernel's signature says. */
+/** @file Loads fatbins when their first kernel is launched, and packs arguments according to the kernel's signature. */
 import { existsSync, readFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -10,22 +10,22 @@ import { mapAlignment, mapWords, type TensorMap } from './tensor-map.ts'
 
 /** How a kernel is launched. */
 export interface LaunchShape {
-  /** Blocks along x, or along x, y and z (y and z at most 65,535). With a zero nothing is launched. */
+  /** Number of blocks along x, or along x, y and z (y and z at most 65,535). If one is zero, nothing is launched. */
   readonly grid: number | readonly number[]
-  /** Threads of a block. */
+  /** Number of threads per block. */
   readonly block: number
   /** Dynamic shared memory in bytes. */
   readonly shared?: number
 }
 
-/** A launch as it goes to the driver. */
+/** A launch as it is passed to the driver. */
 export interface Launch {
   readonly kernel: string
   readonly function: number
   readonly grid: readonly [x: number, y: number, z: number]
   readonly block: number
   readonly shared: number
-  /** Address of the list of the arguments' addresses. Where they go on the device is the driver's business: compilers align large ones as they like. */
+  /** Address of the list of argument addresses. The driver lays the arguments out on the device, as compilers may align large ones differently. */
   readonly arguments: number
 }
 
@@ -35,7 +35,7 @@ type Argument = number | readonly number[] | TensorMap
 /** Launches a kernel: its arguments in order. */
 export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<Argument>) => void
 
-/** Most that all parameters of a kernel may take. */
+/** Maximum total size of a kernel's parameters. */
 const mostArgumentBytes = 4096
 /** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: without it static and dynamic shared memory are 48 KiB together. */
 export const attributeMaxDynamicShared = 8
@@ -45,12 +45,12 @@ export class Modules {
   readonly #folder: string
   readonly #device: Device
   readonly #loaded = new Map<string, number>()
-  /** Of the addresses of each kernel's arguments: the driver reads them, so they must live. */
+  /** The addresses of each kernel's arguments. The driver reads them, so they are kept alive. */
   readonly #lists: BigUint64Array[] = []
   readonly #arguments: Packed
   readonly #address: number
 
-  /** @param folder With `<module>.fatbin` files; default: MOE_CUDA_KERNELS, or the package's own. */
+  /** @param folder Contains `<module>.fatbin` files; default: MOE_CUDA_KERNELS, or the package's own. */
   constructor(driver: Driver, device: Device, folder = process.env['MOE_CUDA_KERNELS'] || ownFolder()) {
     this.#driver = driver
     this.#device = device
@@ -60,7 +60,7 @@ export class Modules {
     this.#address = driver.address(buffer)
   }
 
-  /** @throws MoeError E_NO_BACKEND when the kernels are not there, need another driver, or were not built for this device. */
+  /** @throws MoeError E_NO_BACKEND if the kernels are missing, need another driver, or were not built for this device */
   probe(): void {
     const { driverVersion } = this.#device
     const { driver: least } = readManifest(this.#folder)
@@ -71,7 +71,7 @@ export class Modules {
       throw new MoeError({
         code: 'E_NO_BACKEND',
         op: 'kernels-cuda',
-        problem: `the driver is made for CUDA ${version}, the kernels need one for CUDA ${least} or later${named}`,
+        problem: `the driver supports CUDA ${version}, but the kernels need a driver for CUDA ${least} or later${named}`,
         fix: 'update the NVIDIA driver, or use @moe/kernels-cpu',
       })
     }
@@ -85,9 +85,9 @@ export class Modules {
   }
 
   /**
-   * The kernel `name` of `module` as a function; nothing is loaded before its first launch.
+   * Returns the kernel `name` of `module` as a function; it is loaded at its first launch.
    * @param signature Its parameters: `p` pointer, `i` int, `l` int64_t, `f` float, `i[24]` an array by value, `t` a tensor map.
-   * @param launch Where launches go.
+   * @param launch Receives the launches.
    */
   kernel(module: string, name: string, signature: string, launch: (launch: Launch) => void): CudaKernel {
     const parameters = parseSignature(signature)
@@ -112,7 +112,7 @@ export class Modules {
         shared = sharedBytes
       }
       if (args.length !== parameters.length)
-        throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
+        throw new Error(`${name} expected ${parameters.length} arguments, got ${args.length}`)
       pack(packed, parameters, args)
       launch({
         kernel: name,
@@ -125,7 +125,7 @@ export class Modules {
     }
   }
 
-  /** Whether there is such a module: those for one architecture (`<op>-sm90a`) are built with it only. */
+  /** Whether this module exists: those for one architecture (`<op>-sm90a`) may not have been built. */
   has(module: string): boolean {
     return existsSync(join(this.#folder, `${module}.fatbin`))
   }
@@ -168,17 +168,17 @@ export class Modules {
     return Number(word[0])
   }
 
-  /** Unloads everything; never throws. */
+  /** Unloads all modules. Never throws. */
   dispose(): void {
     for (const module of this.#loaded.values()) this.#driver.call.cuModuleUnload(module)
     this.#loaded.clear()
   }
 }
 
-/** NVIDIA's drivers by the CUDA version that they are made for. */
+/** Driver versions by the CUDA version that they support. */
 const driverOf: Readonly<Record<string, string>> = { '12.0': '525', '12.4': '550', '13.0': '580' }
 
-/** What build-fatbins.mjs says of its folder: the least CUDA version of a driver. */
+/** The minimum CUDA version of the driver, from the manifest that build-fatbins.mjs writes. */
 function readManifest(folder: string): { readonly driver: string } {
   const file = join(folder, 'manifest.json')
   try {
@@ -187,7 +187,7 @@ function readManifest(folder: string): { readonly driver: string } {
       driver?: string
     }
     if (/^[1-9]\d*\.\d+$/.test(driver)) return { driver }
-    throw new Error('it names no CUDA version')
+    throw new Error('it contains no CUDA version')
   } catch (cause) {
     throw unreadable(file, cause)
   }
@@ -197,13 +197,13 @@ function unreadable(file: string, cause: unknown): MoeError {
   return new MoeError({
     code: 'E_NO_BACKEND',
     op: 'kernels-cuda',
-    problem: `no kernels: ${file} cannot be read (${cause instanceof Error ? cause.message : cause})`,
-    fix: 'install the package again; in a checkout, run `node scripts/build-fatbins.mjs` in packages/kernels-cuda (needs nvcc)',
+    problem: `found no kernels: cannot read ${file} (${cause instanceof Error ? cause.message : cause})`,
+    fix: 'reinstall the package; in a checkout, run `node scripts/build-fatbins.mjs` in packages/kernels-cuda (needs nvcc)',
     cause,
   })
 }
 
-/** Folder of the package's fatbins: `build/fatbins` beside `src` or `dist`. */
+/** The package's own fatbins: `build/fatbins` next to `src` or `dist`. */
 function ownFolder(): string {
   return join(dirname(dirname(fileURLToPath(import.meta.url))), 'build', 'fatbins')
 }
@@ -213,11 +213,11 @@ type Code = 'p' | 'i' | 'l' | 'f'
 interface Parameter {
   readonly code: Code
   readonly offset: number
-  /** Elements of an array; 0 for a single value. */
+  /** Number of elements of an array; 0 for a single value. */
   readonly count: number
 }
 
-/** Where each parameter lies: at a multiple of its element's size, one after another. */
+/** The offset of each parameter: one after another, each aligned to its element's size. */
 function parseSignature(signature: string): Parameter[] {
   let offset = 0
   const list = signature
@@ -230,7 +230,7 @@ function parseSignature(signature: string): Parameter[] {
         return { code: 'i' as const, offset: at, count: mapWords }
       }
       const parsed = part.match(/^([pilf])(?:\[(\d+)\])?$/)
-      if (parsed === null) throw new Error(`'${part}' in the signature '${signature}' is no parameter`)
+      if (parsed === null) throw new Error(`invalid parameter '${part}' in the signature '${signature}'`)
       const code = parsed[1] as Code
       const size = code === 'p' || code === 'l' ? 8 : 4
       const count = Number(parsed[2] ?? 0)
@@ -242,7 +242,7 @@ function parseSignature(signature: string): Parameter[] {
   return list
 }
 
-/** The memory of the arguments, as what they are. */
+/** Two views of the arguments' memory. */
 interface Packed {
   readonly floats: Float32Array
   readonly ints: Int32Array
@@ -258,7 +258,7 @@ function pack(to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<
     }
     const values = value as readonly number[] | TensorMap
     const { length } = values
-    if (length > count) throw new Error(`${length} elements for an array parameter of ${count}`)
+    if (length > count) throw new Error(`got ${length} elements for an array parameter of ${count}`)
     const words = code === 'p' || code === 'l' ? 2 : 1
     const at = offset >> 2
     for (let k = 0; k < length; k++) put(to, code, at + k * words, values[k])
@@ -266,7 +266,7 @@ function pack(to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<
   }
 }
 
-/** At a word of four bytes. Two halves are quicker than a BigInt; negative numbers come out as two's complement. */
+/** Writes a value at an offset in 32-bit words. Writing an int64 as two halves is faster than a BigInt; negative numbers become two's complement. */
 function put({ floats, ints }: Packed, code: Code, at: number, value: number): void {
   if (code === 'f') floats[at] = value
   else {

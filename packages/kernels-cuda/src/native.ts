@@ -1,4 +1,4 @@
-/** @file What a launcher sees of the device: kernels as functions of numbers, and memory for outputs. */
+/** @file The device as launchers see it: kernels as functions of numbers, and memory for outputs. */
 import type {
   DType,
   FusedAttrs,
@@ -19,7 +19,7 @@ import type { CudaKernel, Modules } from './modules.ts'
 import type { Stream } from './stream.ts'
 import type { BoxedMatrices, TensorMap } from './tensor-map.ts'
 
-/** Ops with kernels for Hopper alone. */
+/** Ops that have kernels for Hopper. */
 export const hopperOps = [
   'matmul',
   'grouped-matmul',
@@ -35,56 +35,56 @@ export interface Cuda {
   /** Compute capability times ten. */
   readonly capability: number
   readonly multiprocessors: number
-  /** Most dynamic shared memory of a block, in bytes. */
+  /** Maximum dynamic shared memory of a block, in bytes. */
   readonly sharedMemory: number
-  /** Whether Hopper's products of warpgroups and its copy engine are used at all. */
+  /** Whether kernels with Hopper's instructions (wgmma, TMA) are enabled. */
   readonly wgmma: boolean
-  /** Whether they are for this op: its module `<op>-sm90a`. */
+  /** Whether they are enabled for this op, whose kernels are in the module `<op>-sm90a`. */
   onHopper(op: HopperOp): boolean
-  /** NVIDIA's dense products, where they are asked for and installed. */
+  /** NVIDIA's dense products, if they are enabled and installed. */
   readonly cublasLt: CublasLt | undefined
-  /** Matrices as Hopper's copy engine takes them (signature `t`). */
+  /** A tensor map for Hopper's copy engine (signature `t`). */
   tensorMap(matrices: BoxedMatrices): TensorMap
-  /** The kernel of a module (the op's folder), loaded at its first launch. Signature: see device/README.md. */
+  /** A kernel of a module (the op's folder), loaded at its first launch. Signatures are described in device/README.md. */
   kernel(module: string, name: string, signature: string): CudaKernel
   /** Uninitialized memory for an output. */
   output(spec: TensorSpec): CudaBuffer
-  /** Uninitialized memory that is given back when the op returns. */
+  /** Uninitialized memory that is freed when the op returns. */
   scratch(bytes: number): CudaBuffer
-  /** Where a copy of the value in that form lies until the value changes; whoever is first fills it. */
+  /** A copy of the value in this form, cached until the value changes. The first caller has to fill it. */
   rounded(value: Value, form: string, bytes: number): { pointer: number; isFilled: boolean }
-  /** Where the f32 output of the op that runs is to be written in bf16, too, element by element, or 0: Memory.roundedBy. */
+  /** Address to which the current op should also write its f32 output in bf16, element by element, or 0: see Memory.roundedBy. */
   roundedBy(output: CudaBuffer, kind: string): number
-  /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
+  /** For ops that donate an input: the value's own buffer with one more owner if nobody else owns it, otherwise a copy. */
   donated(value: Value): CudaBuffer
   /** A copy of the value's elements. */
   copied(value: Value): CudaBuffer
   /** The value's buffer with one more owner. */
   shared(value: Value): CudaBuffer
   /**
-   * Attributes as floats in device memory, valid for this op. A kernel that reads them there, rather than as arguments, can be replayed in a
-   * graph with others.
+   * Address of attributes as floats in device memory, valid during this op. A kernel that reads attributes from there, rather than from its
+   * arguments, can be replayed with other values.
    */
   attributes<O extends OpName>(op: O, attrs: OpAttrs[O], encode: (attrs: OpAttrs[O]) => readonly number[]): number
-  /** Device to device. */
+  /** Copies device memory to device memory. */
   copy(to: number, from: number, bytes: number): void
-  /** Zeros. */
+  /** Fills device memory with zeros. */
   clear(pointer: number, bytes: number): void
 }
 
-/** Makes the kernel of an op for one backend. */
+/** Creates the kernel of an op for one backend. */
 export type PrimitiveFactory<P extends PrimitiveName> = (cuda: Cuda) => Kernel<PrimitiveAttrs[P]>
 export type FusedFactory<F extends FusedName> = (cuda: Cuda) => FusedKernel<FusedAttrs[F]>
 
 /** Address of a value's first element. */
 export const pointerOf = (value: Value): number => (value.handle as CudaBuffer).pointer
 
-/** Blocks of 256 threads for `n` elements, four to a thread, no more than keep the device busy (kernels stride over the rest). */
+/** Grid for elementwise kernels: blocks of 256 threads with four elements per thread, limited to what keeps the device busy (kernels loop). */
 export function elementwiseGrid(cuda: Cuda, n: number): number {
   return Math.min(Math.ceil(n / 1024), cuda.multiprocessors * 16)
 }
 
-/** The variants of a kernel for elements of 1, 2 and 4 bytes: `<name>_b8`, `_b16`, `_b32`. */
+/** The kernel variants for elements of 1, 2 and 4 bytes: `<name>_b8`, `_b16`, `_b32`. */
 export function bySize(cuda: Cuda, module: string, name: string, signature: string): (dtype: DType) => CudaKernel {
   const kernels = [1, 2, 4].map(bytes => cuda.kernel(module, `${name}_b${bytes * 8}`, signature))
   return dtype => kernels[dtypeBytes[dtype] >> 1]
@@ -132,7 +132,7 @@ export function createCuda(
   }
 }
 
-/** The latest attributes in device memory. An optimizer passes the same ones for every parameter: they go up once. */
+/** The latest attributes in device memory. An optimizer passes the same ones for every parameter; they are uploaded once. */
 class Constants {
   readonly #memory: Memory
   readonly #stream: Stream

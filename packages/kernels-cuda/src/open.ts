@@ -1,4 +1,4 @@
-/** @file Opening a device: driver, context, memory, one stream, kernels, and what launchers see of them. */
+/** @file Opens a device: driver, context, memory, one stream, kernels, and the interface that launchers use. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { openCublasLt } from './cublas-lt/library.ts'
 import { CublasLt } from './cublas-lt/products.ts'
@@ -12,29 +12,29 @@ import { type Cuda, createCuda, type HopperOp, hopperOps } from './native.ts'
 import { Stream } from './stream.ts'
 import { tensorMaps } from './tensor-map.ts'
 
-/** Device, memory and libraries of a backend. */
+/** Options of `createBackend`. */
 export interface CudaOptions {
-  /** Which device, counted among those that CUDA_VISIBLE_DEVICES leaves. Default: MOE_CUDA_DEVICE, or the first that is new enough. */
+  /** Index of the device among those visible through CUDA_VISIBLE_DEVICES. Default: MOE_CUDA_DEVICE, or the first supported one. */
   readonly device?: number
-  /** Most bytes of all tensors together; an op that needs more throws E_OUT_OF_MEMORY. Default: no limit but the device's. */
+  /** Maximum total size of all tensors in bytes; an op that would exceed it throws E_OUT_OF_MEMORY. Default: limited only by the device. */
   readonly memoryLimit?: number
-  /** For checkers such as compute-sanitizer: every tensor is an allocation of its own. Slow. */
+  /** For checkers such as compute-sanitizer: makes every tensor a separate allocation. Slow; graphs cannot be captured. */
   readonly guarded?: boolean
   /**
-   * Products, cross-entropy's logits included, and attention in bf16 by Hopper's instructions, where the device is one (compute capability 9.0).
-   * They have not run on one yet.
-   * Default: whether MOE_CUDA_WGMMA is set, but to 0; where it is a list of ops (`attention,matmul`), only these are, whatever is said here.
+   * Use kernels with Hopper's own instructions, if the device has compute capability 9.0, for matrix products (including the logits of
+   * cross-entropy) and attention in bf16 and fp8. They have not run on a device yet. Default: whether MOE_CUDA_WGMMA is set, and not 0. If that
+   * is a list of ops (`attention,matmul`), only these use them, whatever this option says.
    */
   readonly wgmma?: boolean
   /**
-   * NVIDIA's cuBLASLt for dense products, where it is installed and fits the driver: `true` for all but those of few rows, so that the same sizes
-   * always go the same way; `'measured'` for those where it is faster than our own kernels, which is tried at the first product of each size and
-   * waits for the device then; or the path of its library, as `true`. Default: MOE_CUDA_CUBLASLT (1, measured, or a path), or false.
+   * Use NVIDIA's cuBLASLt for dense products, if it is installed and fits the driver. `true`: for all except those of few rows, so that the same
+   * sizes always use the same code. `'measured'`: where it is faster than our own kernels, measured at the first product of each size, which
+   * waits for the device. A path: load this library and use it as with `true`. Default: MOE_CUDA_CUBLASLT (1, measured, or a path), or false.
    */
   readonly cublasLt?: boolean | string
-  /** Path of the driver's library. Default: MOE_CUDA_DRIVER, or the installed one. */
+  /** Path of the driver's library. Default: MOE_CUDA_DRIVER, or the installed driver. */
   readonly driver?: string
-  /** Folder with the fatbins. Default: MOE_CUDA_KERNELS, or the package's own. */
+  /** Folder of the fatbins. Default: MOE_CUDA_KERNELS, or the package's own. */
   readonly kernels?: string
 }
 
@@ -48,7 +48,7 @@ const names: OptionNames<CudaOptions> = {
   kernels: true,
 }
 
-/** A device that is open. */
+/** An open device and everything that belongs to it. */
 export interface Opened {
   readonly driver: Driver
   readonly device: Device
@@ -57,11 +57,11 @@ export interface Opened {
   readonly memory: Memory
   readonly stream: Stream
   readonly cuda: Cuda
-  /** The graph that is being recorded. */
+  /** The graph that is being captured, if any. */
   recording: Recording | null
 }
 
-/** The compute capability, times ten, that modules `<op>-sm90a` are for. */
+/** Compute capability, times ten, of the devices that modules `<op>-sm90a` are for. */
 const hopper = 90
 
 /** @throws MoeError as `createBackend` does. */
@@ -96,7 +96,7 @@ export async function openCuda(options: CudaOptions): Promise<Opened> {
   return opened
 }
 
-/** Which ops' kernels for Hopper MOE_CUDA_WGMMA asks for. */
+/** The ops for which MOE_CUDA_WGMMA enables Hopper's kernels. */
 function hopperOpsFromEnvironment(): readonly HopperOp[] {
   const value = process.env['MOE_CUDA_WGMMA']
   if (!value || value === '0') return []
@@ -107,7 +107,7 @@ function hopperOpsFromEnvironment(): readonly HopperOp[] {
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'kernels-cuda',
-    problem: `MOE_CUDA_WGMMA names ${unknown.join(', ')}`,
+    problem: `MOE_CUDA_WGMMA contains unknown ops: ${unknown.join(', ')}`,
     fix: `set it to 1, 0, or some of ${hopperOps.join(',')}`,
   })
 }
@@ -127,6 +127,6 @@ function deviceFromEnvironment(): number | undefined {
     code: 'E_CONFIG',
     op: 'kernels-cuda',
     problem: `MOE_CUDA_DEVICE is ${named}`,
-    fix: 'set it to the number of a device, from 0',
+    fix: 'set it to the index of a device, starting at 0',
   })
 }

@@ -40,7 +40,7 @@ describe('without a driver', () => {
   test('E_NO_BACKEND says what was tried, and firstAvailable goes on', async () => {
     const error = await failure({ driver: join(folder, 'libcuda.so.1') })
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
-    expect(error.message).toMatch(/no NVIDIA driver \(.*libcuda\.so\.1.*install the NVIDIA driver/s)
+    expect(error.message).toMatch(/found no NVIDIA driver \(.*libcuda\.so\.1.*install the NVIDIA driver/s)
     const reasons: string[] = []
     const cuda = { createBackend: () => createBackend({ driver: join(folder, 'libcuda.so.1') }) }
     const loaders = [async () => cuda, () => import('@moe/core/reference')]
@@ -59,9 +59,9 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   afterEach(resetEmulator)
 
   test.each([
-    ['cuInit', 100, /finds no device.*nvidia-smi/],
-    ['cuInit', 999, /does not start: CUDA_ERROR_UNKNOWN/],
-    ['cuInit', 802, /does not start.*802.*fabric manager/],
+    ['cuInit', 100, /found no device.*nvidia-smi/],
+    ['cuInit', 999, /failed to initialize: CUDA_ERROR_UNKNOWN/],
+    ['cuInit', 802, /failed to initialize.*802.*fabric manager/],
     ['cuDevicePrimaryCtxRetain', 46, /CUDA_ERROR_DEVICE_UNAVAILABLE.*nvidia-smi/],
   ])('%s gives %i', async (call, status, message) => {
     resetEmulator()
@@ -72,11 +72,11 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   })
 
   test.each([
-    ['{ "cuda": "15.1" }', /driver is made for CUDA 13\.0, the kernels need one for CUDA 15\.0 or later; update/],
-    ['{ "cuda": "13.2", "driver": "13.1" }', /the kernels need one for CUDA 13\.1 or later; update/],
-    ['{ "driver": "newest" }', /manifest\.json cannot be read \(it names no CUDA version\)/],
-    ['{}', /manifest\.json cannot be read \(it names no CUDA version\)/],
-  ])('a driver that is too old, or kernels that do not say: %s', async (manifest, message) => {
+    ['{ "cuda": "15.1" }', /driver supports CUDA 13\.0, but the kernels need a driver for CUDA 15\.0 or later; update/],
+    ['{ "cuda": "13.2", "driver": "13.1" }', /the kernels need a driver for CUDA 13\.1 or later; update/],
+    ['{ "driver": "newest" }', /cannot read .*manifest\.json \(it contains no CUDA version\)/],
+    ['{}', /cannot read .*manifest\.json \(it contains no CUDA version\)/],
+  ])('a driver that is too old, or an invalid manifest: %s', async (manifest, message) => {
     const kernels = join(folder, 'newer')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
     writeFileSync(join(kernels, 'manifest.json'), manifest)
@@ -92,7 +92,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect((await createBackend({ ...emulator, kernels })).name).toBe('kernels-cuda')
   })
 
-  test('kernels for other devices, damaged ones, none', async () => {
+  test('kernels for other devices, corrupt kernels, no kernels', async () => {
     const kernels = join(folder, 'foreign')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
     writeFileSync(join(kernels, 'fill.fatbin'), 'something else')
@@ -110,14 +110,14 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       await createBackend(${JSON.stringify(emulator)}).catch(error => console.log(error.code, error.message))`
     const env = { ...process.env, MOE_EMULATOR_CAPABILITY: '75' }
     const { stdout } = spawnSync(process.execPath, ['--input-type=module', '-e', program], { env, encoding: 'utf8' })
-    expect(stdout).toMatch(/E_NO_BACKEND .*compute capability 7\.5; 8\.0 \(Ampere\) or newer/)
+    expect(stdout).toMatch(/E_NO_BACKEND .*compute capability 7\.5, but 8\.0 \(Ampere\) or newer is required/)
   })
 
-  test('options that name no device', async () => {
+  test('an option for a device that does not exist', async () => {
     expect(await failure({ ...emulator, device: 7 })).toMatchObject({ code: 'E_CONFIG' })
   })
 
-  test('out of memory: who holds it, and work goes on', async () => {
+  test('out of memory: the error lists the ops that hold memory, and the backend stays usable', async () => {
     const backend = await fresh()
     const held: Tensor[] = []
     let error: unknown
@@ -128,7 +128,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     }
     expect(isMoeError(error, 'E_OUT_OF_MEMORY')).toBe(true)
     expect((error as MoeError).message).toMatch(
-      /^fill: no memory for 16\.0 MiB beside \d+\.0 MiB of \d tensors \(made by: fill/,
+      /^fill: cannot allocate 16\.0 MiB: \d tensors already use \d+\.0 MiB \(allocated by: fill/,
     )
     for (const one of held) one.dispose()
     // What was freed is kept in pieces of 16 MiB: a larger one needs them given back first.
@@ -136,7 +136,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect([...(await large.slice([0], [2]).values())]).toEqual([3, 3])
     backend.dispose()
     const limited = await createBackend({ ...emulator, memoryLimit: 1000 })
-    expect(() => full([1000], 1, { backend: limited })).toThrow(/no memory for 4000 bytes/)
+    expect(() => full([1000], 1, { backend: limited })).toThrow(/cannot allocate 4000 bytes/)
     limited.dispose()
   })
 
@@ -193,7 +193,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     backend.dispose()
     for (const read of reads) await expect(read).rejects.toMatchObject({ code: 'E_DISPOSED' })
     for (const use of [() => x.mul(2), () => graph.replay(), () => full([1], 0, { backend })])
-      expect(use).toThrow(/the backend is disposed/)
+      expect(use).toThrow(/the backend has been disposed/)
     await expect(x.values()).rejects.toMatchObject({ code: 'E_DISPOSED' })
     graph.result.dispose()
     graph.dispose()
@@ -314,7 +314,9 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       caught => caught as MoeError,
     )
     expect(error).toMatchObject({ code: 'E_BACKEND', details: { lost: true } })
-    expect(error?.message).toMatch(/device is lost to this process: restart it and go on from the last checkpoint/)
+    expect(error?.message).toMatch(
+      /this process can no longer use the device: restart it and resume from the last checkpoint/,
+    )
     backend.dispose()
 
     setDefaultBackend(await fresh())

@@ -1,4 +1,4 @@
-/** @file The one stream on which everything runs: launches, copies, and waiting for them without holding up the event loop. */
+/** @file The stream on which everything runs: launches, copies, and waiting without blocking the event loop. */
 import { type HostArray, MoeError } from '@moe/core'
 import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
@@ -6,8 +6,8 @@ import { status } from './driver/status.ts'
 import type { Launch } from './modules.ts'
 
 /**
- * Bytes of uploads that go by pinned memory of ours, so that nobody waits: a batch of tokens. A driver puts up to 64 KiB aside by itself; before it does so
- * with more, it may wait for the stream. What is larger still, or comes when many are on their way, is weights, which are in no hurry.
+ * Uploads of these sizes are staged in our own pinned memory, so that nothing waits: a batch of tokens, for example. The driver stages up to 64 KiB
+ * itself; with more, it may wait for the stream first. Larger uploads, or ones beyond `atOnce`, are usually weights, for which waiting is acceptable.
  */
 const setAside = { least: 2 ** 16, most: 2 ** 22, atOnce: 16 }
 
@@ -19,11 +19,11 @@ export class Stream {
   readonly #readsHostMemory: boolean
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
-  /** Uploads on their way, oldest first. */
+  /** Uploads in progress, oldest first. */
   readonly #staged: Array<{ readonly piece: Pinned; readonly event: number }> = []
   #launches = 0
   #disposed = false
-  /** Milliseconds of the latest wait that was not short, by what it was for. */
+  /** Milliseconds of the latest long wait, by what it waited for. */
   readonly #waits = new Map<string, number>()
 
   constructor(driver: Driver, { readsHostMemory }: Pick<Device, 'readsHostMemory'>) {
@@ -33,7 +33,7 @@ export class Stream {
     this.#pinned = new PinnedPool(driver)
   }
 
-  /** Kernels launched so far. */
+  /** Number of kernels launched so far. */
   get launches(): number {
     return this.#launches
   }
@@ -63,12 +63,12 @@ export class Stream {
     this.#launches++
   }
 
-  /** A library has launched something on this stream. */
+  /** Counts a kernel that a library has launched on this stream. */
   countLaunch(): void {
     this.#launches++
   }
 
-  /** Host to device. The array may change as soon as this returns. */
+  /** Copies host memory to the device. The array may be changed as soon as this returns. */
   upload(to: number, data: ArrayBufferView, op: string): void {
     const bytes = data.byteLength
     if (bytes === 0) return
@@ -79,7 +79,7 @@ export class Stream {
     this.#reclaim()
     const least = this.#readsHostMemory ? 0 : setAside.least
     if (bytes <= least || bytes > setAside.most || this.#staged.length >= setAside.atOnce) {
-      // Where a driver has to put ordinary memory aside first, it does so within this call.
+      // If the driver has to stage ordinary memory, it does so within this call.
       copy(data)
       if (this.#readsHostMemory) this.#driver.check(call.cuStreamSynchronize(this.handle), op, context)
       return
@@ -92,7 +92,7 @@ export class Stream {
     this.#driver.check(call.cuEventRecord(event, this.handle), op)
   }
 
-  /** Takes back what uploads no longer need. */
+  /** Reclaims the staging memory of finished uploads. */
   #reclaim(): void {
     while (this.#staged.length > 0) {
       const { piece, event } = this.#staged[0]
@@ -103,7 +103,7 @@ export class Stream {
     }
   }
 
-  /** Device to host, into `data`, when all work so far is done. */
+  /** Copies device memory into `data` after all work so far. */
   async download(from: number, data: HostArray): Promise<void> {
     const bytes = data.byteLength
     if (bytes === 0) return
@@ -128,7 +128,7 @@ export class Stream {
     this.#driver.check(this.#driver.call.cuMemsetD8Async(pointer, 0, bytes, this.handle), 'clear', `of ${bytes} bytes`)
   }
 
-  /** Milliseconds on the device from the first to the last thing that `fn` launches. */
+  /** Resolves to the milliseconds on the device from the first to the last work that `fn` launches. */
   async elapsed(fn: () => void): Promise<number> {
     const { call } = this.#driver
     const events = [0, 0].map(() => this.#driver.out(word => call.cuEventCreate(word, 0), 'elapsed'))
@@ -145,7 +145,7 @@ export class Stream {
     }
   }
 
-  /** The same, waiting for the device meanwhile. */
+  /** The same, but blocks until the device is done. */
   milliseconds(fn: () => void): number {
     const { call } = this.#driver
     const check = (code: number) => this.#driver.check(code, 'measuring')
@@ -168,21 +168,21 @@ export class Stream {
     return this.#events.pop() ?? this.#driver.out(create, op)
   }
 
-  /** Waits for all work so far. `look` is called before the device is asked again; what it throws ends the waiting. */
+  /** Waits for all work so far. `look` is called before each query of the device; if it throws, waiting ends with that error. */
   async sync(look?: () => void): Promise<void> {
     await this.#settled('sync', look)
   }
 
-  /** What comes next on this stream waits for all that is on another. */
+  /** Makes later work on this stream wait for all work on another. */
   follow(other: Stream): void {
     const event = this.#event('follow')
     this.#driver.check(this.#driver.call.cuEventRecord(event, other.handle), 'follow')
     this.#driver.check(this.#driver.call.cuStreamWaitEvent(this.handle, event, 0), 'follow')
-    // A wait is for the record that there is when it is asked for.
+    // A wait refers to the event's latest record at the time of the call.
     this.#events.push(event)
   }
 
-  /** Never throws: the device may be lost. */
+  /** Never throws, because the device may be lost. */
   dispose(): void {
     const { call } = this.#driver
     this.#disposed = true
@@ -199,8 +199,8 @@ export class Stream {
   }
 
   /**
-   * Asks again and again, each time after other work of the event loop; after two milliseconds once a millisecond, but for the time at which the last such
-   * wait ended: training steps take the same time, and the device would be idle until the next look.
+   * Polls the device, each time after other work of the event loop. After two milliseconds it polls once per millisecond, except around the time
+   * at which the last such wait ended: training steps take the same time each, and the device would be idle until the next query.
    */
   async #settled(op: string, look?: () => void): Promise<void> {
     const { call } = this.#driver
@@ -215,9 +215,9 @@ export class Stream {
         const soon = waited > 0.95 * usual - 1 && waited < 1.05 * usual + 1
         if (waited < 2 || soon) await new Promise(resolve => setImmediate(resolve))
         else await new Promise(resolve => setTimeout(resolve, 1))
-        // Event and pinned memory went with the context.
+        // The event and the pinned memory were freed with the context.
         if (this.#disposed)
-          throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed meanwhile' })
+          throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed while waiting' })
         look?.()
         code = call.cuEventQuery(event)
       }
@@ -235,11 +235,11 @@ interface Pinned {
   readonly bytes: Uint8Array
 }
 
-/** Host memory that the device reads and writes by itself, in sizes of powers of two. */
+/** Pinned host memory, in sizes of powers of two. */
 class PinnedPool {
   readonly #driver: Driver
   readonly #free: Pinned[] = []
-  /** Larger pieces are not kept. */
+  /** Larger pieces are not cached. */
   static readonly #most = 2 ** 26
 
   constructor(driver: Driver) {

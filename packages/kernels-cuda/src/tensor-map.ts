@@ -1,32 +1,32 @@
-/** @file Matrices as Hopper's copy engine takes them: tensor maps, which kernels have as parameters by value. */
+/** @file Tensor maps, which describe matrices to Hopper's copy engine; kernels take them as parameters by value. */
 import type { Driver } from './driver/driver.ts'
 
-/** A CUtensorMap, which is opaque: so many words, aligned as in cuda.h since CUDA 13. */
+/** A CUtensorMap, an opaque structure of this many words, aligned as in cuda.h since CUDA 13. */
 export type TensorMap = Uint32Array
 export const mapWords = 32
 export const mapAlignment = 128
 
-/** Matrices `[matrices, rows, columns]`, of which the engine copies boxes of some rows and 128 bytes of columns. */
+/** Matrices `[matrices, rows, columns]`, copied in boxes of some rows and 128 bytes of columns. */
 export interface BoxedMatrices {
   readonly pointer: number
   readonly columns: number
   readonly rows: number
   readonly matrices: number
-  /** Elements from row to row: a multiple of 16 bytes. */
+  /** Elements per row including padding: a multiple of 16 bytes. */
   readonly ld: number
-  /** 1 for f8e4m3. Default: 2, bf16. */
+  /** 1 for f8e4m3, 2 for bf16. Default: 2. */
   readonly elementBytes?: 1 | 2
-  /** Rows of a box, at most 256. */
+  /** Rows per box, at most 256. */
   readonly boxRows: number
 }
 
-/** Bytes of a box's row: the width of the widest swizzle. */
+/** Bytes per row of a box: the width of the widest swizzle. */
 const boxBytes = 128
 
-/** Columns of a box of bf16. */
+/** Columns of a bf16 box. */
 export const boxColumns = boxBytes / 2
 
-/** Values of the enumerations CUtensorMap*. */
+/** Values of the CUtensorMap* enumerations. */
 export const encoding = {
   uint8: 0,
   bfloat16: 9,
@@ -36,7 +36,7 @@ export const encoding = {
   fillWithZeros: 0,
 } as const
 
-/** Makes tensor maps. Each is a copy: a launch may come later. */
+/** Creates tensor maps. Each is a copy, because the launch may come later. */
 export function tensorMaps(driver: Driver): (matrices: BoxedMatrices) => TensorMap {
   const room = new ArrayBuffer(mapWords * 4 + mapAlignment)
   const start = driver.address(room)

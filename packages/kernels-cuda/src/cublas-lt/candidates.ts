@@ -1,4 +1,4 @@
-/** @file Where a cuBLASLt may be installed. */
+/** @file The places where cuBLASLt may be installed. */
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 
@@ -9,8 +9,8 @@ const names: Readonly<Partial<Record<NodeJS.Platform, readonly string[]>>> = {
 }
 
 /**
- * Libraries to try, in order: by name where the system's loader looks (LD_LIBRARY_PATH, ldconfig; PATH on Windows), then those that are in a CUDA toolkit
- * (CUDA_HOME, CUDA_PATH, /usr/local/cuda) or came to an active Python environment with PyTorch (VIRTUAL_ENV, CONDA_PREFIX).
+ * Libraries to try, in order: by name, where the system's loader looks (LD_LIBRARY_PATH, ldconfig; PATH on Windows); then in a CUDA toolkit
+ * (CUDA_HOME, CUDA_PATH, /usr/local/cuda); then next to the PyTorch of an active Python environment (VIRTUAL_ENV, CONDA_PREFIX).
  */
 export function candidates(env: NodeJS.ProcessEnv, platform: NodeJS.Platform = process.platform): string[] {
   const files = names[platform] ?? []
@@ -29,7 +29,7 @@ export function candidates(env: NodeJS.ProcessEnv, platform: NodeJS.Platform = p
 
 const isGiven = (path: string | undefined): path is string => path !== undefined && path !== ''
 
-/** Where NVIDIA's packages for Python put it: one folder for CUDA 13, one for each library before. */
+/** The folders of NVIDIA's Python packages: one for CUDA 13, one per library for earlier versions. */
 function pythonFolders(root: string): string[] {
   const lib = join(root, 'lib')
   const versions = existsSync(lib) ? readdirSync(lib).filter(name => name.startsWith('python3')) : []
@@ -42,7 +42,7 @@ function pythonFolders(root: string): string[] {
 /** `bin/x64` since CUDA 13. */
 const windowsToolkitFolders = (root: string): string[] => [join(root, 'bin', 'x64'), join(root, 'bin')]
 
-/** Conda's own folder, and PyTorch's, which brings the library on Windows. */
+/** Conda's own folder, and that of PyTorch, which includes the library on Windows. */
 const windowsPythonFolders = (root: string): string[] => [
   join(root, 'Library', 'bin'),
   join(root, 'Lib', 'site-packages', 'torch', 'lib'),

@@ -269,7 +269,9 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     fail(call, 1, status)
     const error = await failure(() => multiply(backend))
     expect(error).toMatchObject({ code: 'E_BACKEND', details: { status, name, lost: false } })
-    expect(error.message).toContain(`matmul: cuBLASLt 13.1.1 says ${name} (${status}) to bf16 [20,300] x [24,300]^T`)
+    expect(error.message).toContain(
+      `matmul: cuBLASLt 13.1.1 returned ${name} (${status}) for bf16 [20,300] x [24,300]^T`,
+    )
     expect(error.message).toContain('MOE_CUDA_CUBLASLT=0')
     await multiply(backend)
     expect(living() - before).toBe(4)
@@ -361,7 +363,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       expect(await versionWith('0', true)).toBe('13.1.1')
     })
 
-    test('one that does not fit the driver or does not start is passed over, without a word', async () => {
+    test('one that does not fit the driver or does not start is skipped silently', async () => {
       install()
       setVersion(140000)
       const newer = await testBackend({ cublasLt: true })
@@ -375,7 +377,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       broken.dispose()
     })
 
-    test('a path that is named must be it', async () => {
+    test('a library given by path must be usable', async () => {
       const reason = async (path: string) => {
         const error = await failure(() => createBackend({ ...emulator, cublasLt: path }))
         expect(isMoeError(error, 'E_CONFIG')).toBe(true)
@@ -388,13 +390,13 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       expect(await reason(emulator.driver)).toMatch(/cublasLtGetVersion/)
       setVersion(140002)
       expect(await reason(emulatedCublasLt)).toMatch(
-        /version 14\.0\.2 needs a driver for CUDA 14, this one is made for CUDA 13\.0/,
+        /version 14\.0\.2 needs a driver for CUDA 14, but this one supports CUDA 13\.0/,
       )
       setVersion(111103)
-      expect(await reason(emulatedCublasLt)).toMatch(/version 11\.11\.3, and 12 or later is needed/)
+      expect(await reason(emulatedCublasLt)).toMatch(/version 11\.11\.3, but 12 or later is required/)
       setVersion(130101)
       fail('cublasLtCreate', 1, 3)
-      expect(await reason(emulatedCublasLt)).toMatch(/cublasLtCreate gives CUBLAS_STATUS_ALLOC_FAILED \(3\)/)
+      expect(await reason(emulatedCublasLt)).toMatch(/cublasLtCreate returned CUBLAS_STATUS_ALLOC_FAILED \(3\)/)
     })
   })
 })

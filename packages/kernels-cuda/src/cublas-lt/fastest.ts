@@ -1,10 +1,10 @@
-/** @file Which of several ways to compute the same takes the least time. */
+/** @file Finds the fastest of several ways to compute the same. */
 
 const repeats = 3
 
 /**
- * Index of the fastest way, the first of equals. Each runs once to be loaded and then a few times, of which the shortest counts.
- * @param time Runs it and gives its time.
+ * Index of the fastest way (the first if several are equal). Each runs once to be loaded, and then a few times; the shortest time counts.
+ * @param time Runs a way and returns its time.
  */
 export function fastest(ways: ReadonlyArray<() => void>, time: (way: () => void) => number): number {
   const times = ways.map(way => {

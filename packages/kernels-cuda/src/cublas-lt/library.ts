@@ -37,19 +37,19 @@ export interface CublasLtLibrary {
   /** "13.1.1". */
   readonly version: string
   readonly handle: number
-  /** `call.cublasLtX(...)` gives the raw status. */
+  /** `call.cublasLtX(...)` returns the raw status. */
   readonly call: Functions
   statusName(code: number): string
 }
 
-/** The oldest whose constants are known to be these. */
+/** The oldest major version known to use these constants. */
 const leastMajor = 12
 
 /**
  * Opens cuBLASLt for the current context.
- * @param path Of the library, or undefined to look where it is usually installed.
- * @returns undefined where none was found that fits the driver.
- * @throws MoeError E_CONFIG when the library that `path` names does not open or fit, with the reason.
+ * @param path Path of the library, or undefined to search the usual places.
+ * @returns undefined if no library was found that fits the driver
+ * @throws MoeError E_CONFIG, with the reason, if the library at `path` cannot be loaded or does not fit
  */
 export async function openCublasLt(device: Device, path: string | undefined): Promise<CublasLtLibrary | undefined> {
   const koffi = await importKoffi()
@@ -72,15 +72,15 @@ function open(koffi: Koffi, path: string, { driverVersion }: Device): CublasLtLi
   const number = call.cublasLtGetVersion()
   const major = Math.floor(number / 10000)
   const version = `${major}.${Math.floor((number % 10000) / 100)}.${number % 100}`
-  if (major < leastMajor) throw new Error(`it is version ${version}, and ${leastMajor} or later is needed`)
-  // Within a major version, older drivers run what newer libraries bring.
+  if (major < leastMajor) throw new Error(`it has version ${version}, but ${leastMajor} or later is required`)
+  // Within a major version, older drivers run newer libraries.
   if (driverVersion < major * 1000) {
     const made = `${Math.floor(driverVersion / 1000)}.${(driverVersion % 1000) / 10}`
-    throw new Error(`version ${version} needs a driver for CUDA ${major}, this one is made for CUDA ${made}`)
+    throw new Error(`version ${version} needs a driver for CUDA ${major}, but this one supports CUDA ${made}`)
   }
   const word = new BigUint64Array(1)
   const code = call.cublasLtCreate(word)
-  if (code !== 0) throw new Error(`cublasLtCreate gives ${nameOf(code)} (${code})`)
+  if (code !== 0) throw new Error(`cublasLtCreate returned ${nameOf(code)} (${code})`)
   return { path, version, handle: Number(word[0]), call, statusName: nameOf }
 }
 
@@ -89,7 +89,7 @@ function unusable(path: string, cause: unknown): MoeError {
     code: 'E_CONFIG',
     op: 'kernels-cuda',
     problem: `cuBLASLt from ${path} cannot be used: ${cause instanceof Error ? cause.message : cause}`,
-    fix: 'name the libcublasLt.so of a CUDA toolkit that fits the driver, or set MOE_CUDA_CUBLASLT=0 to do without it',
+    fix: 'pass the path of a libcublasLt.so that fits the driver, or set MOE_CUDA_CUBLASLT=0 to disable cuBLASLt',
     cause,
   })
 }

@@ -1,6 +1,6 @@
 /**
- * @file Dense products by cuBLASLt. It stores matrices by columns, ours lie in rows: what is c = a b here is c^T = b^T a^T there, so that b comes
- * first, and a matrix in rows is its transpose in columns.
+ * @file Dense products by cuBLASLt, which stores matrices by columns, while ours are stored by rows. Our c = a b is therefore computed as
+ * c^T = b^T a^T: b comes first, and a matrix stored by rows is its transpose stored by columns.
  */
 import { MoeError, type WidePrecision } from '@moe/core'
 import type { Driver } from '../driver/driver.ts'
@@ -10,7 +10,7 @@ import type { Stream } from '../stream.ts'
 import { fastest } from './fastest.ts'
 import type { CublasLtLibrary } from './library.ts'
 
-// Constants of cublasLt.h, cublas_api.h and library_types.h as of 13.1.1; 12.0 and later have the same.
+// Constants of cublasLt.h, cublas_api.h and library_types.h in 13.1.1; the same since 12.0.
 const success = 0
 const notSupported = 15
 const compute32F = 68
@@ -25,41 +25,41 @@ const preferenceAttribute = {
   alignmentC: 7,
   alignmentD: 8,
 } as const
-/** Sums over k at once, or parts in f32 that a second kernel adds in order. The others take turns in the output. */
+/** Sum over k in one pass, or in f32 parts that a second kernel adds in order. Other schemes let parts take turns in the output. */
 const reductionComputeType = 2
-/** Of cublasLtMatmulHeuristicResult_t: a cublasLtMatmulAlgo_t of 64 bytes, size_t workspaceSize, int state, float, int[4]. */
+/** Layout of cublasLtMatmulHeuristicResult_t: a cublasLtMatmulAlgo_t of 64 bytes, size_t workspaceSize, int state, float, int[4]. */
 const result = { bytes: 96, workspace: 64, state: 72 } as const
 
-/** What NVIDIA recommends on Hopper; on others the heuristic takes less. */
+/** NVIDIA's recommendation for Hopper; on other devices the heuristic uses less. */
 const mostWorkspaceBytes = 2 ** 25
-/** Algorithms that are measured. */
+/** Number of algorithms to measure. */
 const mostAlgorithms = 4
-/** Kept descriptions of products. Tests make it small. */
+/** Number of cached plans. Tests make it small. */
 export const limits = { plans: 1024 }
 
 interface Algorithm {
-  /** Of its cublasLtMatmulAlgo_t. */
+  /** Address of its cublasLtMatmulAlgo_t. */
   readonly address: number
   readonly workspaceBytes: number
 }
 
-/** Handles of a product's description. */
+/** Handles that describe a product. */
 interface Described {
   readonly description: number
   readonly layouts: { readonly a: number; readonly b: number; readonly c: number }
 }
 
 interface Plan extends Described {
-  /** What the heuristic wrote: algorithms lie in it. */
+  /** The heuristic's results, which contain the algorithms. */
   readonly results: ArrayBuffer
-  /** Fastest first, as the heuristic has it. None where it knows no way. */
+  /** Fastest first, according to the heuristic. Empty if it supports no algorithm. */
   readonly algorithms: readonly Algorithm[]
-  /** Number of the algorithm, `own`, or undefined while nobody has measured. */
+  /** Index of the chosen algorithm, or `own`; undefined until measured. */
   choice: number | undefined
 }
 const own = -1
 
-/** A product, but for where it goes. */
+/** A product without its output. */
 interface Asked {
   readonly precision: WidePrecision
   readonly a: Matrix
@@ -67,13 +67,13 @@ interface Asked {
   readonly product: Product
 }
 
-/** The product by our own kernels. */
+/** Computes the product with our own kernels. */
 export type OwnProduct = (c: number, add: boolean) => void
 
 export interface CublasLtOptions {
-  /** Time our kernel and the algorithms at the first product of its sizes, rather than take the heuristic's first. */
+  /** Measure our kernel and the algorithms at the first product of each size, instead of using the heuristic's first. */
   readonly measured: boolean
-  /** Whether a graph is being recorded. */
+  /** Whether a graph is being captured. */
   readonly recording: () => boolean
 }
 
@@ -85,7 +85,7 @@ export class CublasLt {
   readonly #stream: Stream
   readonly #options: CublasLtOptions
   readonly #plans = new Map<string, Plan>()
-  /** For alpha and beta: 0 and 1, which it reads at the call. */
+  /** Values of alpha and beta, 0 and 1, which are read at the call. */
   readonly #scalars = Float32Array.of(0, 1)
   readonly #zero: number
   readonly #word = new BigUint64Array(1)
@@ -102,8 +102,8 @@ export class CublasLt {
   }
 
   /**
-   * c = a b (or c += a b), c without gaps and no size zero, by cuBLASLt or by `ownProduct`.
-   * @throws MoeError E_BACKEND with the op, the shapes and cuBLASLt's status.
+   * Computes c = a b (or c += a b) with cuBLASLt or `ownProduct`. c must be contiguous, and no size may be zero.
+   * @throws MoeError E_BACKEND with the op, the shapes and cuBLASLt's status
    */
   multiply(precision: WidePrecision, c: number, a: Matrix, b: Matrix, product: Product, ownProduct: OwnProduct): void {
     const asked = { precision, a, b, product }
@@ -117,7 +117,7 @@ export class CublasLt {
     else this.#run(plan, algorithm, this.#workspace(algorithm.workspaceBytes), asked, c, add)
   }
 
-  /** Gives everything back, once all work is done; never throws. */
+  /** Frees everything, once all work is done. Never throws. */
   dispose(): void {
     if (this.#disposed) return
     this.#disposed = true
@@ -155,10 +155,10 @@ export class CublasLt {
     return bytes > 0 ? this.#memory.scratch(bytes).pointer : 0
   }
 
-  /** The number of the fastest algorithm, or `own`. Waits for the device. */
+  /** Index of the fastest algorithm, or `own`. Waits for the device. */
   #measure(plan: Plan, asked: Asked, c: number, ownProduct: OwnProduct): number {
     const { m, n, batch = 1, add = false } = asked.product
-    // What c holds is still needed.
+    // With `add`, the contents of c are still needed.
     const to = add ? this.#memory.scratch(batch * m * n * 4).pointer : c
     const workspace = this.#workspace(Math.max(...plan.algorithms.map(({ workspaceBytes }) => workspaceBytes)))
     const ways = [
@@ -201,7 +201,7 @@ export class CublasLt {
       check(call.cublasLtMatmulDescSetAttribute(made.description, transB, Int32Array.of(+transposeA), 4))
       const { layouts } = made
       const layout = (name: keyof typeof layouts, type: number, rows: number, columns: number, ld: number) => {
-        // Rows of ours are its columns.
+        // Our rows are its columns.
         const one = this.#create(check, word => call.cublasLtMatrixLayoutCreate(word, type, columns, rows, ld))
         layouts[name] = one
         check(call.cublasLtMatrixLayoutSetAttribute(one, layoutAttribute.batchCount, Int32Array.of(batch), 4))
@@ -220,7 +220,7 @@ export class CublasLt {
     }
   }
 
-  /** What the heuristic knows. */
+  /** Asks the heuristic for algorithms. */
   #ask(check: (code: number) => void, { description, layouts }: Described, alignments: readonly number[]) {
     const { call, handle } = this.#library
     const most = this.#options.measured ? mostAlgorithms : 1
@@ -267,7 +267,7 @@ export class CublasLt {
   #failure(code: number, { precision, product }: Asked): Error {
     const { op } = this.#memory
     const context = words(precision, product)
-    // A device that is lost says so itself, and better.
+    // If the device is lost, its own error is more helpful.
     const bytes = new BigUint64Array(2)
     this.#driver.check(this.#driver.call.cuMemGetInfo(bytes.subarray(0, 1), bytes.subarray(1)), op, context)
     const name = this.#library.statusName(code)
@@ -275,14 +275,14 @@ export class CublasLt {
     return new MoeError({
       code: 'E_BACKEND',
       op,
-      problem: `cuBLASLt ${this.version} says ${name} (${code}) to ${context}${report === '' ? '' : `\n${report}`}`,
-      fix: 'CUBLASLT_LOG_LEVEL=5 says more, MOE_CUDA_CUBLASLT=0 does without it; please report this',
+      problem: `cuBLASLt ${this.version} returned ${name} (${code}) for ${context}${report === '' ? '' : `\n${report}`}`,
+      fix: 'set CUBLASLT_LOG_LEVEL=5 for details or MOE_CUDA_CUBLASLT=0 to disable cuBLASLt, and please report this',
       details: { status: code, name, lost: false },
     })
   }
 }
 
-/** The largest power of two that divides the address, at most the 256 that the heuristic takes for granted. */
+/** The largest power of two that divides the address, at most 256, which the heuristic assumes by default. */
 function alignmentOf(pointer: number): number {
   let alignment = 256
   while (pointer % alignment !== 0) alignment /= 2

@@ -1,25 +1,25 @@
-/** @file Choosing a device, and what it is. */
+/** @file Chooses a device and reads its properties. */
 import { MoeError } from '@moe/core'
 import type { Driver } from './driver.ts'
 import { fixes, status } from './status.ts'
 
-/** What a GPU is and can do. */
+/** Properties of a GPU. */
 export interface Device {
-  /** Its number among those that CUDA_VISIBLE_DEVICES leaves. */
+  /** Its index among the devices visible through CUDA_VISIBLE_DEVICES. */
   readonly ordinal: number
-  /** As NVIDIA calls it: `NVIDIA H200`. */
+  /** NVIDIA's name for it, for example `NVIDIA H200`. */
   readonly name: string
   /** Compute capability times ten: 80, 86, 89, 90, 100, 120. */
   readonly capability: number
-  /** Streaming multiprocessors. */
+  /** Number of streaming multiprocessors. */
   readonly multiprocessors: number
-  /** Most dynamic shared memory that a block may ask for, in bytes. */
+  /** Maximum dynamic shared memory of a block, in bytes. */
   readonly sharedMemory: number
-  /** Bytes of its memory. */
+  /** Size of its memory in bytes. */
   readonly totalMemory: number
-  /** Whether it reads ordinary memory of the host by itself (GH200), perhaps later than a call returns. */
+  /** Whether it reads ordinary host memory directly (GH200), possibly after the call that starts the copy has returned. */
   readonly readsHostMemory: boolean
-  /** Of the driver: 13000 is CUDA 13.0. */
+  /** CUDA version of the driver: 13000 is CUDA 13.0. */
   readonly driverVersion: number
 }
 
@@ -35,28 +35,28 @@ export const attribute = {
 const leastCapability = 80
 
 /**
- * Starts the driver and looks at a device.
- * @param ordinal Counted among those that CUDA_VISIBLE_DEVICES leaves; default: the first that is new enough.
- * @throws MoeError E_NO_BACKEND with the reason when there is none to use.
+ * Initializes the driver and chooses a device.
+ * @param ordinal Index among the devices visible through CUDA_VISIBLE_DEVICES; default: the first supported one.
+ * @throws MoeError E_NO_BACKEND, with the reason, if there is no usable device
  */
 export function findDevice(driver: Driver, ordinal: number | undefined): Device {
   const { call } = driver
   const started = call.cuInit(0)
   if (started === status.noDevice)
-    throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
+    throw none('the driver found no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
   if (started !== status.success) {
     const fix = fixes[started] ?? 'check that `nvidia-smi` works'
-    throw none(`the driver does not start: ${driver.errorName(started)} (${started})`, fix)
+    throw none(`the driver failed to initialize: ${driver.errorName(started)} (${started})`, fix)
   }
   const driverVersion = driver.out(word => call.cuDriverGetVersion(word), 'kernels-cuda')
   const count = driver.out(word => call.cuDeviceGetCount(word), 'kernels-cuda')
-  if (count === 0) throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
+  if (count === 0) throw none('the driver found no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
   if (ordinal !== undefined && !(Number.isInteger(ordinal) && ordinal >= 0 && ordinal < count)) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'kernels-cuda',
-      problem: `device ${ordinal} of ${count}`,
-      fix: `choose 0 to ${count - 1}`,
+      problem: `device is ${ordinal}, but there are ${count} devices`,
+      fix: `expected 0 to ${count - 1}`,
     })
   }
   const devices = (ordinal === undefined ? [...Array(count).keys()] : [ordinal]).map(index =>
@@ -65,7 +65,7 @@ export function findDevice(driver: Driver, ordinal: number | undefined): Device 
   const usable = devices.find(({ capability }) => capability >= leastCapability)
   if (usable !== undefined) return usable
   throw none(
-    `${devices.map(({ name, capability }) => `${name} has compute capability ${capability / 10}`).join(', ')}; 8.0 (Ampere) or newer is needed`,
+    `${devices.map(({ name, capability }) => `${name} has compute capability ${capability / 10}`).join(', ')}, but 8.0 (Ampere) or newer is required`,
     'use @moe/kernels-cpu',
   )
 }
@@ -80,7 +80,7 @@ function describe(driver: Driver, ordinal: number, driverVersion: number): Devic
     ordinal,
     name: new TextDecoder().decode(name.subarray(0, name.indexOf(0))),
     capability: get(attribute.major) * 10 + get(attribute.minor),
-    // For tests: sizes of tiles depend on it, and small problems on a device that is said to be small have those of large ones.
+    // For tests: tile sizes depend on it, so that small problems on a device that claims to be small use the code paths of large ones.
     multiprocessors: Number(process.env['MOE_CUDA_MULTIPROCESSORS']) || get(attribute.multiprocessors),
     sharedMemory: get(attribute.sharedMemoryOptIn),
     totalMemory: driver.out(word => call.cuDeviceTotalMem(word, device), 'kernels-cuda'),

@@ -1,11 +1,11 @@
-/** @file The driver API: libcuda opened with koffi, its functions with addresses and handles as numbers. */
+/** @file The driver API: loads libcuda with koffi; addresses and handles are numbers. */
 import { MoeError } from '@moe/core'
 import { driverError, status } from './status.ts'
 
-/** Memory of the host that a call reads or writes: an array, or an address. */
+/** Host memory that a call reads or writes: an array, or an address. */
 export type HostMemory = ArrayBufferView | number
 
-/** Every function that is called, as C declares it. Handles and device addresses are 64-bit numbers (below 2^53 on all systems). */
+/** Every driver function that is used, as declared in C. Handles and device addresses are 64-bit numbers (below 2^53 on all systems). */
 export const prototypes = {
   cuInit: 'int cuInit(unsigned int flags)',
   cuDriverGetVersion: 'int cuDriverGetVersion(void* version)',
@@ -60,22 +60,22 @@ export type DriverCall = keyof typeof prototypes
 type Argument = number | string | HostMemory
 type Functions = { readonly [Name in DriverCall]: (...args: Argument[]) => number }
 
-/** The driver API. `call.cuX(...)` gives the raw status; `check` turns one into an error. */
+/** The driver API. `call.cuX(...)` returns the raw status; `check` turns it into an error. */
 export interface Driver {
   readonly path: string
   readonly call: Functions
-  /** Whether it has that function: drivers differ by age. */
+  /** Whether the driver has this function; older ones may not. */
   has(name: DriverCall): boolean
-  /** @throws MoeError unless the status is success. `op` and `context` (a launch shape, a size) name what was tried. */
+  /** @throws MoeError unless the status is success. `op` and `context` (such as a launch shape or a size) describe what failed. */
   check(code: number, op: string, context?: string): void
   errorName(code: number): string
-  /** What the function writes through its first argument, as a number. */
+  /** Returns the value that the function writes through its first argument, as a number. */
   out(call: (pointer: BigUint64Array) => number, op: string, context?: string): number
   /** Address of an array buffer's memory, valid while the buffer lives. */
   address(buffer: ArrayBufferLike): number
   /** Memory at an address as bytes, without a copy. */
   view(address: number, bytes: number): Uint8Array
-  /** With the emulator: faults that it has seen, in words. */
+  /** Descriptions of the faults that the emulator has found; empty with a real driver. */
   report(): string
 }
 
@@ -87,33 +87,33 @@ const libraryNames: Readonly<Partial<Record<NodeJS.Platform, readonly string[]>>
 }
 
 /**
- * Opens the driver's library.
- * @param path In place of the installed driver; default: MOE_CUDA_DRIVER.
- * @throws MoeError E_NO_BACKEND where there is none, with what was tried.
+ * Loads the driver's library.
+ * @param path Path of a library to use instead of the installed driver; default: MOE_CUDA_DRIVER.
+ * @throws MoeError E_NO_BACKEND if there is none, with what was tried
  */
 export async function openDriver(path = process.env['MOE_CUDA_DRIVER']): Promise<Driver> {
   const koffi = await importKoffi()
   const names = path ? [path] : (libraryNames[process.platform] ?? [])
-  if (names.length === 0) throw noDriver(`NVIDIA has no driver for ${process.platform}`)
+  if (names.length === 0) throw noDriver(`there is no NVIDIA driver for ${process.platform}`)
   let reason = ''
   for (const name of names) {
     try {
       return bind(koffi, koffi.load(name), name)
     } catch (cause) {
-      // Of several places the first is the usual one: its reason is the one to read.
+      // The first place is the usual one, so report its error.
       reason ||= `${name}: ${cause instanceof Error ? cause.message : cause}`
     }
   }
-  throw noDriver(`no NVIDIA driver (${reason})`)
+  throw noDriver(`found no NVIDIA driver (${reason})`)
 }
 
-/** @throws MoeError E_NO_BACKEND where it does not load. */
+/** @throws MoeError E_NO_BACKEND if koffi fails to load */
 export async function importKoffi(): Promise<Koffi> {
   try {
     const module = await import('koffi')
     return (module as unknown as { default?: Koffi }).default ?? module
   } catch (cause) {
-    throw noDriver(`koffi, which calls the driver, does not load: ${cause instanceof Error ? cause.message : cause}`)
+    throw noDriver(`koffi (used to call the driver) failed to load: ${cause instanceof Error ? cause.message : cause}`)
   }
 }
 
@@ -162,7 +162,7 @@ function bind(koffi: Koffi, library: ReturnType<Koffi['load']>, path: string): D
   return driver
 }
 
-/** A function of the library, looked up at its first call: a driver that lacks one fails only what needs it. */
+/** A function of the library, looked up at its first call, so that a missing one only fails the ops that need it. */
 function lazily(library: ReturnType<Koffi['load']>, name: string, prototype: string): (...args: Argument[]) => number {
   let found: ((...args: Argument[]) => number) | undefined
   return (...args) => {
