@@ -23,7 +23,7 @@ test('prints what to install if tfjs-node-gpu is missing, and trains if it works
   rmSync(out, { recursive: true })
   if (installed('@tensorflow/tfjs-node-gpu')) {
     // Without a GPU it must fail rather than fall back silently.
-    expect(stdout).toMatch(status === 0 ? /bits per byte/ : /no GPU|not installed|does not load/)
+    expect(stdout).toMatch(status === 0 ? /bits per byte/ : /no GPU|not installed|failed to load/)
   } else {
     expect({ status, stderr }).toEqual({ status: 0, stderr: '' })
     expect(stdout).toContain('npm install @tensorflow/tfjs-node-gpu')

@@ -1,23 +1,23 @@
-/** @file The backend that needs nothing but npm packages: wasm, or plain JavaScript where wasm does not start. */
+/** @file The backend that needs only npm packages: wasm, or plain JavaScript if wasm fails to start. */
 import { type Backend, checkOptions, MoeError } from '@moe/core'
 import { loadPackage, namespaceOf } from './load-package.ts'
 import type { TfNamespace } from './namespace.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
 
-/** Where the wasm module comes from, and who is told when it does not start. */
+/** Options of `createBackend`. */
 export interface CreateBackendOptions {
-  /** Folder or address of the `.wasm` files, with a slash at the end. Default: beside the library, which works in Node and offline. */
+  /** Folder or URL of the `.wasm` files, with a trailing slash. Default: next to the library, which works in Node and offline. */
   readonly wasmPaths?: string
-  /** Called with the reason when wasm does not start and the much slower plain JavaScript backend is used instead. */
+  /** Called with the reason if wasm fails to start and the much slower plain JavaScript backend is used instead. */
   readonly onFallback?: (reason: string) => void
 }
 
 type Settable = TfNamespace & { setBackend(name: string): Promise<boolean> }
 
 /**
- * For `firstAvailable`: `@tensorflow/tfjs-backend-wasm` if it starts, else `@tensorflow/tfjs-backend-cpu`. The current backend of
- * TensorFlow.js, if there is one already, stays the current one.
- * @throws MoeError E_NO_BACKEND when neither is installed.
+ * Creates a backend on `@tensorflow/tfjs-backend-wasm`, or on `@tensorflow/tfjs-backend-cpu` if wasm fails to start. Used by `firstAvailable`. If
+ * TensorFlow.js already has a current backend, that stays current.
+ * @throws MoeError E_NO_BACKEND if neither is installed
  */
 export async function createBackend(options: CreateBackendOptions = {}): Promise<Backend> {
   checkOptions('createBackend', options, { wasmPaths: true, onFallback: true })
@@ -43,7 +43,7 @@ async function wasmBackend(tf: Settable, { wasmPaths }: CreateBackendOptions, in
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: name,
-      problem: 'the wasm module did not start',
+      problem: 'the wasm module failed to start',
       fix: "pass { wasmPaths } with the folder of the package's .wasm files (dist/)",
     })
   }
@@ -58,7 +58,7 @@ async function plainBackend(tf: Settable, cause: unknown): Promise<Backend> {
     throw cause
   }
   await tf.setBackend('cpu')
-  // Its first tensor prints an advertisement for tfjs-node.
+  // Otherwise its first tensor prints an advertisement for tfjs-node.
   ;(tf.findBackend('cpu') as { firstUse?: boolean }).firstUse = false
   return tfjsBackend(tf, { backend: 'cpu', device: 'TensorFlow.js cpu (plain JavaScript)' })
 }

@@ -1,14 +1,14 @@
-/** @file Loading optional packages of TensorFlow.js, with an error that says how to install what is missing. */
+/** @file Loads optional TensorFlow.js packages, with errors that explain how to install missing ones. */
 import { MoeError } from '@moe/core'
 import type { TfNamespace } from './namespace.ts'
 
-/** Packages of TensorFlow.js are CommonJS in Node (the namespace is `default`, or both) and ES modules in browsers. */
+/** TensorFlow.js packages are CommonJS in Node (the namespace is `default`, or both) and ES modules in browsers. */
 export function namespaceOf(module: unknown): TfNamespace {
   const { default: inner, ...own } = module as { default?: TfNamespace } & TfNamespace
   return (typeof own.getKernel === 'function' || inner === undefined ? module : inner) as TfNamespace
 }
 
-/** Imports a package. `install` is the command that makes it available. */
+/** Imports a package. `install` is the command that installs it. */
 export async function loadPackage(name: string, install: string, load: () => Promise<unknown>): Promise<unknown> {
   try {
     return await load()
@@ -17,7 +17,7 @@ export async function loadPackage(name: string, install: string, load: () => Pro
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: name,
-      problem: isMissing(error, name) ? 'the package is not installed' : `the package does not load: ${text.trim()}`,
+      problem: isMissing(error, name) ? 'the package is not installed' : `the package failed to load: ${text.trim()}`,
       fix: install,
       details: { package: name },
       cause: error,

@@ -1,32 +1,32 @@
 /**
- * @file The part of a TensorFlow.js namespace that this package uses, written out structurally: `@tensorflow/tfjs-core`,
- * `@tensorflow/tfjs`, `@tensorflow/tfjs-node` and `@tensorflow/tfjs-node-gpu` all fit, whichever copy of the types they bring.
+ * @file Structural types for the part of a TensorFlow.js namespace that this package uses. `@tensorflow/tfjs-core`, `@tensorflow/tfjs`,
+ * `@tensorflow/tfjs-node` and `@tensorflow/tfjs-node-gpu` are all assignable, whichever copy of the types they use.
  */
 
-/** Element types that this package gives to TensorFlow.js. */
+/** dtypes of TensorFlow.js that this package uses. */
 export type TfDType = 'float32' | 'int32' | 'bool'
 
-/** Names a buffer of a TensorFlow.js backend. */
+/** A reference to a buffer of a TensorFlow.js backend. */
 export interface TfTensorInfo {
-  /** Names the buffer. */
+  /** Identifies the buffer. */
   dataId: object
   /** Sizes of the axes. */
   shape: number[]
-  /** `float32`, `int32`, `bool`, or what else TensorFlow.js has. */
+  /** `float32`, `int32`, `bool`, or another dtype of TensorFlow.js. */
   dtype: string
 }
 
-/** A tensor that TensorFlow.js' engine keeps account of. */
+/** A tensor that is tracked by TensorFlow.js' engine. */
 export interface TfTensor extends TfTensorInfo {
-  /** Survives the engine's scopes (`tf.tidy`). */
+  /** Whether it survives the engine's scopes (`tf.tidy`). */
   kept: boolean
-  /** Gives the engine's reference back. */
+  /** Releases the engine's reference. */
   dispose(): void
 }
 
-/** What every TensorFlow.js backend has. The rest depends on which one it is; see `host/memory.ts` and `node-backend.ts`. */
+/** The members that every TensorFlow.js backend has. Others depend on the backend; see `host/memory.ts` and `node-backend.ts`. */
 export interface TfKernelBackend {
-  /** Takes over `values`; counts one reference. */
+  /** Takes ownership of `values`, with one reference. */
   write(values: Float32Array | Int32Array | Uint8Array, shape: number[], dtype: string): object
   read(dataId: object): Promise<ArrayLike<number>>
   readSync(dataId: object): ArrayLike<number>
@@ -47,9 +47,9 @@ export interface TfEngine {
   makeTensorFromTensorInfo(info: TfTensorInfo, backend: TfKernelBackend): TfTensor
 }
 
-/** A TensorFlow.js namespace: `import * as tf from '@tensorflow/tfjs-core'` and its like. */
+/** A TensorFlow.js namespace, such as `import * as tf from '@tensorflow/tfjs-core'`. */
 export interface TfNamespace {
-  /** Name of the current backend; empty before there is one. */
+  /** Name of the current backend; empty if there is none. */
   getBackend(): string
   /** A registered and initialized backend, or null. */
   // biome-ignore lint/suspicious/noExplicitAny: the classes of different copies of tfjs-core are not assignable to each other
@@ -57,7 +57,7 @@ export interface TfNamespace {
   /** A kernel of a backend, or undefined. */
   // biome-ignore lint/suspicious/noExplicitAny: as above
   getKernel(kernelName: string, backendName: string): any
-  /** What keeps account of tensors. */
+  /** The engine, which tracks tensors. */
   // biome-ignore lint/suspicious/noExplicitAny: as above
   engine(): any
 }

@@ -1,17 +1,17 @@
-/** @file The tfjs-node and tfjs-node-gpu packages: their shim for new versions of Node, and the truth about the device. */
+/** @file Backends on tfjs-node and tfjs-node-gpu: restores functions that new Node versions lack and checks the device. */
 import { type Backend, checkOptions, MoeError } from '@moe/core'
 import { loadPackage, namespaceOf } from './load-package.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
 
-/** Which package is used, and how it computes. */
+/** Options of `createNodeBackend`. */
 export interface NodeBackendOptions {
-  /** Use `@tensorflow/tfjs-node-gpu` and insist on a GPU; default false: `@tensorflow/tfjs-node`. */
+  /** Use `@tensorflow/tfjs-node-gpu` and require a GPU. Default: false, which uses `@tensorflow/tfjs-node`. */
   readonly gpu?: boolean
-  /** How to import the package when it is not installed beside this one: `() => import('@tensorflow/tfjs-node-gpu')`. */
+  /** Imports the package if it is not installed next to this one: `() => import('@tensorflow/tfjs-node-gpu')`. */
   readonly load?: () => Promise<unknown>
   /**
-   * Let GPUs multiply f32 as TF32 (10 bits of mantissa); default false, because core promises f32. Has an effect before the first
-   * product of the process.
+   * Let GPUs multiply f32 as TF32 (10 bits of mantissa). Default: false, because core promises f32. Only has an effect before the first product of
+   * the process.
    */
   readonly tf32?: boolean
 }
@@ -21,10 +21,10 @@ interface NodeKernelBackend {
 }
 
 /**
- * Real TensorFlow through tfjs-node or tfjs-node-gpu, both optional peers with a native part. Importing them makes `tensorflow` the
- * current backend of TensorFlow.js; leave it so.
- * @throws MoeError E_NO_BACKEND when the package is missing or does not load; E_UNSUPPORTED when a GPU is asked for and
- * TensorFlow runs without one, which the library itself does not tell.
+ * Creates a backend on TensorFlow, through tfjs-node or tfjs-node-gpu, which are optional peer dependencies with a native part. Importing them makes
+ * `tensorflow` the current backend of TensorFlow.js, which must not change.
+ * @throws MoeError E_NO_BACKEND if the package is missing or fails to load; E_UNSUPPORTED if `gpu` is set but TensorFlow runs without a GPU,
+ * which the library itself does not report
  */
 export async function createNodeBackend(options: NodeBackendOptions = {}): Promise<Backend> {
   checkOptions('createNodeBackend', options, { gpu: true, load: true, tf32: true })
@@ -40,7 +40,7 @@ export async function createNodeBackend(options: NodeBackendOptions = {}): Promi
       code: 'E_UNSUPPORTED',
       op: name,
       problem: `the current backend of TensorFlow.js is ${current}, not tensorflow`,
-      fix: "call await tf.setBackend('tensorflow') of that package before",
+      fix: "call await tf.setBackend('tensorflow') of that package first",
       details: { current },
     })
   }
@@ -49,7 +49,7 @@ export async function createNodeBackend(options: NodeBackendOptions = {}): Promi
   return tfjsBackend(tf, { backend: 'tensorflow', device: onGpu ? 'TensorFlow on a GPU' : 'TensorFlow on the CPU' })
 }
 
-/** tfjs-node 4.22 calls functions of `node:util` that Node 23 took away; without them every op throws. */
+/** tfjs-node 4.22 calls functions of `node:util` that Node 23 removed; without them every op throws. */
 async function restoreNodeUtil(): Promise<void> {
   const specifier = 'node:util'
   const { default: util } = (await import(specifier)) as { default: Record<string, unknown> }
@@ -59,8 +59,8 @@ async function restoreNodeUtil(): Promise<void> {
 
 function installHelp(name: string): string {
   return (
-    `run npm install ${name}, let its install script run (npm 12: npm approve-scripts ${name} && npm rebuild ${name}; ` +
-    'pnpm: allowBuilds in pnpm-workspace.yaml), or build its native part against your own TensorFlow as docs/guides/tfjs-node-gpu.md says'
+    `run npm install ${name}, allow its install script (npm 12: npm approve-scripts ${name} && npm rebuild ${name}; ` +
+    'pnpm: allowBuilds in pnpm-workspace.yaml), or build its native part against your own TensorFlow as described in docs/guides/tfjs-node-gpu.md'
   )
 }
 
@@ -70,7 +70,7 @@ function silentFallback(name: string): MoeError {
     op: name,
     problem: 'TensorFlow found no GPU and fell back to the CPU',
     fix:
-      'read what it printed at start (TF_CPP_MIN_LOG_LEVEL=0), and look at CUDA_VISIBLE_DEVICES, at nvidia-smi (driver 450 or later) and whether the loader finds ' +
+      'check the messages that it printed at startup (TF_CPP_MIN_LOG_LEVEL=0), CUDA_VISIBLE_DEVICES, nvidia-smi (driver 450 or later), and that the loader finds ' +
       'CUDA 11.2 and cuDNN 8.1 (LD_LIBRARY_PATH); pass { gpu: false } to use the CPU on purpose',
     details: { CUDA_VISIBLE_DEVICES: process.env['CUDA_VISIBLE_DEVICES'] ?? null },
   })

@@ -1,4 +1,4 @@
-/** @file Runs TensorFlow.js kernels for one backend, owns the tensors behind core's handles and counts them. */
+/** @file Runs TensorFlow.js kernels for one backend, and owns and counts the tensors behind core's handles. */
 import { type BackendStats, type DType, dtypeBytes, type Handle, MoeError, sizeOf, type TensorSpec } from '@moe/core'
 import type {
   TfAttrs,
@@ -11,13 +11,13 @@ import type {
   TfTensorInfo,
 } from './namespace.ts'
 
-/** Memory that a tensor and its reshapes share. */
+/** Memory shared by a tensor and its reshapes. */
 interface Storage {
   readonly bytes: number
   owners: number
 }
 
-/** What core holds as a handle. */
+/** A handle of core. */
 export interface TfHandle {
   readonly tensor: TfTensor
   readonly storage: Storage
@@ -29,23 +29,23 @@ export interface Runner {
   readonly name: string
   readonly backend: TfKernelBackend
   readonly stats: () => BackendStats
-  /** Runs one kernel of TensorFlow.js. The result belongs to the enclosing scope. */
+  /** Runs one TensorFlow.js kernel. The result belongs to the enclosing scope. */
   run(kernel: string, inputs: TfInputs, attrs?: TfAttrs): TfTensor
   runAll(kernel: string, inputs: TfInputs, attrs?: TfAttrs): TfTensor[]
-  /** Gives a buffer that a TensorFlow.js backend already counts to the engine. */
+  /** Registers a buffer, which a TensorFlow.js backend already counts, with the engine. */
   adopt(info: TfTensorInfo): TfTensor
-  /** Runs `fn`, disposes every tensor made inside but those it returns, and turns those into handles. */
+  /** Runs `fn`, disposes every tensor created inside except those it returns, and turns those into handles. */
   handles(op: string, outputs: readonly TensorSpec[], fn: () => TfTensor[]): TfHandle[]
-  /** A handle on the same memory as `from`, which `tensor` names too. */
+  /** A handle for `tensor`, which shares the memory of `from`. */
   share(from: Handle, tensor: TfTensor): TfHandle
   free(handle: Handle): void
-  /** Elements of a tensor, which may be freed meanwhile. */
+  /** The elements of a tensor, which may be freed while they are being read. */
   read(handle: Handle): Promise<ArrayLike<number>>
-  /** Frees every handle that is left. */
+  /** Frees all remaining handles. */
   dispose(): void
 }
 
-/** Backends whose kernels call other ops, which TensorFlow.js sends to whichever backend is current. */
+/** Backends whose kernels call no other ops. Those of other backends do, and TensorFlow.js runs them on the current backend. */
 const selfContained = new Set(['cpu', 'wasm'])
 
 export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: TfTensor) => boolean): Runner {
@@ -54,7 +54,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
   const kernels = new Map<string, TfKernel>()
   const alone = selfContained.has(name)
   const live = new Set<TfHandle>()
-  /** How often each is being read. */
+  /** Number of reads in progress per tensor. */
   const reads = new Map<TfTensor, number>()
   let bytes = 0
   let peakBytes = 0
@@ -67,7 +67,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
         throw new MoeError({
           code: 'E_UNSUPPORTED',
           op: kernel,
-          problem: `the TensorFlow.js backend ${name} has no kernel of that name`,
+          problem: `the TensorFlow.js backend ${name} does not have this kernel`,
           fix: 'register its kernels (import the whole backend package), or use the wasm, cpu or tensorflow backend',
           details: { kernel, backend: name },
         })
@@ -83,8 +83,8 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
       throw new MoeError({
         code: 'E_OUT_OF_MEMORY',
         op: name,
-        problem: `no room for a tensor of shape [${tensor.shape}], ${bytes} bytes are in use`,
-        fix: 'use a smaller batch or free tensors; the memory of wasm ends at 4 GB',
+        problem: `cannot allocate a tensor of shape [${tensor.shape}]: ${bytes} bytes are in use`,
+        fix: 'use a smaller batch or free tensors; wasm is limited to 4 GB',
         details: { shape: tensor.shape, bytes },
       })
     }
@@ -101,8 +101,8 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
     throw new MoeError({
       code: 'E_BACKEND',
       op,
-      problem: `TensorFlow.js was switched to its backend ${tf.getBackend()}, these tensors live on ${name}`,
-      fix: `call await tf.setBackend('${name}') before`,
+      problem: `the current backend of TensorFlow.js is ${tf.getBackend()}, but these tensors are on ${name}`,
+      fix: `call await tf.setBackend('${name}') first`,
       details: { current: tf.getBackend(), expected: name },
     })
   }
@@ -116,7 +116,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
     const { tensor, storage } = handle as TfHandle
     if (!live.delete(handle as TfHandle)) return
     if (--storage.owners === 0) bytes -= storage.bytes
-    // webgpu and webgl look for a tensor again once its elements have come.
+    // webgpu and webgl access a tensor again after its elements have arrived.
     if (!reads.has(tensor)) tensor.dispose()
   }
 
@@ -178,7 +178,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
   }
 }
 
-/** Failures inside TensorFlow.js become the error class of core, with the op that was asked for. */
+/** Turns errors of TensorFlow.js into core's error class, with the op that was called. */
 function asMoeError(op: string, backend: string, error: unknown): unknown {
   if (error instanceof MoeError) return error
   const text = error instanceof Error ? error.message : String(error)

@@ -1,4 +1,4 @@
-/** @file `tfjsBackend`: core's Backend on whichever TensorFlow.js backend a namespace has. */
+/** @file `tfjsBackend`: core's Backend on any TensorFlow.js backend. */
 import {
   type Backend,
   checkOptions,
@@ -22,17 +22,17 @@ import { hostFused, hostPrimitives } from './host/table.ts'
 import type { TfKernelBackend, TfNamespace, TfTensor } from './namespace.ts'
 import { makeRunner, type Runner, type TfHandle, tensorOf } from './runner.ts'
 
-/** Which TensorFlow.js backend is used, and how. */
+/** Options of `tfjsBackend`. */
 export interface TfjsBackendOptions {
-  /** Which registered and initialized TensorFlow.js backend to use; default the current one (`tf.getBackend()`). */
+  /** Name of a registered and initialized TensorFlow.js backend. Default: the current one (`tf.getBackend()`). */
   readonly backend?: string
-  /** What it runs on, for people. Default the name of the TensorFlow.js backend. */
+  /** Name of the device, for display. Default: the name of the TensorFlow.js backend. */
   readonly device?: string
   /**
-   * How tensors may be read while computing; default the first that the TensorFlow.js backend can do. Another one is for tests.
-   * - `views` (cpu, wasm): memory is looked at in place, and loops replace kernels that are inexact, slow or missing;
-   * - `sync` (also tensorflow): kernels only, small integer tensors are read back;
-   * - `async` (webgpu, webgl): kernels only, nothing is read back.
+   * How tensors may be read while computing. Default: the first that the TensorFlow.js backend supports; others are for tests.
+   * - `views` (cpu, wasm): memory is accessed in place, and loops replace kernels that are inexact, slow or missing
+   * - `sync` (also tensorflow): only kernels; small integer tensors are read back
+   * - `async` (webgpu, webgl): only kernels; nothing is read back
    */
   readonly reads?: 'views' | 'sync' | 'async'
 }
@@ -42,9 +42,9 @@ const supported: ReadonlySet<DType> = new Set(['f32', 'i32', 'u8'])
 type Compute = (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]) => TfTensor[] | undefined
 
 /**
- * A core backend on a TensorFlow.js namespace: `tfjsBackend(tf)` after `await tf.ready()`. Works with the cpu, wasm, tensorflow (tfjs-node and
+ * Creates a backend on a TensorFlow.js namespace: `tfjsBackend(tf)` after `await tf.ready()`. Works with the cpu, wasm, tensorflow (tfjs-node and
  * tfjs-node-gpu), webgpu and webgl backends. dtypes: f32, i32 and u8; TensorFlow.js has no 16- or 8-bit floats.
- * @throws MoeError E_NO_BACKEND when the namespace has no initialized backend of that name.
+ * @throws MoeError E_NO_BACKEND if the namespace has no initialized backend of that name
  */
 export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): Backend {
   checkOptions('tfjsBackend', options, { backend: true, device: true, reads: true })
@@ -55,7 +55,7 @@ export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): 
       code: 'E_NO_BACKEND',
       op: 'tfjsBackend',
       problem: `TensorFlow.js has no initialized backend${name ? ` '${name}'` : ''}`,
-      fix: "import one (for example '@tensorflow/tfjs-backend-wasm') and await tf.setBackend(name) before",
+      fix: "import one (for example '@tensorflow/tfjs-backend-wasm') and call await tf.setBackend(name) first",
       details: { backend: name },
     })
   }
@@ -82,7 +82,7 @@ export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): 
     download: async value => download(runner, value),
     free: handle => runner.free(handle),
     async sync() {
-      // Work is done in order, so the result of the last is enough; what runs on host memory is done when its call returns.
+      // Work runs in order, so waiting for the last result is enough; on host memory, ops are done when their call returns.
       if (host === null) await flush(runner)
     },
     stats: runner.stats,
@@ -90,7 +90,7 @@ export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): 
   }
 }
 
-/** TensorFlow.js backends whose tensors can be read at once. webgl can too, but stalls its pipeline. */
+/** TensorFlow.js backends whose tensors can be read synchronously. webgl can too, but it stalls its pipeline. */
 const synchronous = new Set(['cpu', 'wasm', 'tensorflow'])
 
 function hostTables(host: Host) {
@@ -105,7 +105,7 @@ function deviceTables(runner: Runner, syncReads: boolean) {
   const device: Device = probeDevice(runner, op, syncReads)
   return {
     primitives: bind(devicePrimitives, fn => (inputs, attrs, outputs) => {
-      // Kernels differ on tensors without elements; there is nothing to compute.
+      // Kernels handle tensors without elements differently, and there is nothing to compute.
       if (outputs.every(({ shape }) => sizeOf(shape) === 0)) {
         return outputs.map(({ shape, dtype }) => op.fill(shape, 0, dtype === 'f32' ? 'float32' : 'int32'))
       }
@@ -153,20 +153,20 @@ function needSupported(op: string, dtype: DType): void {
   throw new MoeError({
     code: 'E_UNSUPPORTED',
     op,
-    problem: `TensorFlow.js has no ${dtype}`,
+    problem: `${dtype} is not supported on TensorFlow.js`,
     fix: 'use f32, or another backend (@moe/kernels-cpu, @moe/kernels-cuda) for 16- and 8-bit floats',
     details: { dtype, supported: [...supported] },
   })
 }
 
-/** The wasm allocator takes sizes modulo 2^32 and would answer with too little. */
+/** The wasm allocator takes sizes modulo 2^32 and would return too little memory. */
 function needAddressable(op: string, shape: Shape): void {
   const bytes = sizeOf(shape) * 4
   if (bytes < 2 ** 32) return
   throw new MoeError({
     code: 'E_OUT_OF_MEMORY',
     op,
-    problem: `a tensor of shape [${shape}] needs ${bytes} bytes, the memory of wasm ends at 4 GB`,
+    problem: `a tensor of shape [${shape}] needs ${bytes} bytes, but wasm is limited to 4 GB`,
     fix: 'use a smaller batch or another backend',
     details: { shape, bytes },
   })
@@ -184,7 +184,7 @@ function upload(runner: Runner, host: Host | null, data: HostArray, shape: Shape
   })[0]
 }
 
-/** A fresh copy: some backends hand out the array they keep. */
+/** A copy, because some backends return the array that they keep. */
 async function download(runner: Runner, value: Value): Promise<HostArray> {
   const out = hostArray(value.dtype, sizeOf(tensorOf(value).shape))
   out.set(await runner.read(value.handle))

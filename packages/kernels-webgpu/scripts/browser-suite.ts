@@ -1,5 +1,5 @@
 /**
- * @file Runs the backend suite in headless Chromium, where there is no GPU on SwiftShader.
+ * @file Runs the backend suite in headless Chromium, on SwiftShader if there is no GPU.
  *
  *   node packages/kernels-webgpu/scripts/browser-suite.ts [part of the names of checks]
  */

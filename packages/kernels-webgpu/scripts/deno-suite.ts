@@ -1,5 +1,5 @@
 /**
- * @file Runs the backend suite in Deno from npm, whose WebGPU is wgpu. Without a GPU VK_ICD_FILENAMES names one in software, such as Mesa's llvmpipe.
+ * @file Runs the backend suite in Deno (installed from npm), which uses wgpu. Without a GPU, set VK_ICD_FILENAMES to a software GPU such as Mesa's llvmpipe.
  *
  *   node packages/kernels-webgpu/scripts/deno-suite.ts [part of the names of checks]
  */

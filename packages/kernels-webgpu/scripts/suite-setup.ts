@@ -1,4 +1,4 @@
-/** How the suite's module begins in a page and in Deno. */
+/** The setup code of the suite's module, in a page and in Deno. */
 export const suiteSetup = {
   setup: `import { createBackend } from '../src/index.ts'
 const backend = await createBackend({ software: true })`,

@@ -1,4 +1,4 @@
-/** @file `webgpuBackend`: core's Backend on a device of WebGPU. */
+/** @file `webgpuBackend`: core's Backend on a WebGPU device. */
 import { type Backend, checkOptions, dtypeBytes, MoeError, sizeOf, viewBytes } from '@moe/core'
 import { Commands } from './commands.ts'
 import { bufferOf, DeviceOps, supported } from './device-ops.ts'
@@ -7,19 +7,19 @@ import { fusedOn, primitivesOn } from './kernels/index.ts'
 import { type Buffer, Memory } from './memory.ts'
 import { openDevice } from './open-device.ts'
 
-/** How a backend calls itself. */
+/** Options of `webgpuBackend`. */
 export interface WebGpuOptions {
-  /** What it runs on, for people. Default what the adapter says. */
+  /** Name of the device, for display. Default: `WebGPU`. */
   readonly name?: string
 }
 
-/** Which GPU is taken. */
+/** Options of `createBackend`. */
 export interface CreateWebGpuOptions {
-  /** Take one that is computed by the processor (SwiftShader), too: for tests. Any other backend is faster. Default false. */
+  /** Also accept a GPU that is emulated by the processor (SwiftShader), for tests. Any other backend is faster. Default: false. */
   readonly software?: boolean
 }
 
-/** What kernels need: what WebGPU promises of every device that is not in its compatibility mode. */
+/** Limits that kernels need: those guaranteed by every device that is not in compatibility mode. */
 const needed: Partial<GpuLimits> = {
   maxStorageBuffersPerShaderStage: 8,
   maxComputeInvocationsPerWorkgroup: 256,
@@ -28,8 +28,8 @@ const needed: Partial<GpuLimits> = {
 }
 
 /**
- * For `firstAvailable`: the GPU of the browser, of Deno, or in Node what the npm package `webgpu` finds.
- * @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it
+ * Creates a backend on the GPU of the browser or of Deno, or in Node on the one that the npm package `webgpu` finds. Used by `firstAvailable`.
+ * @throws MoeError E_NO_BACKEND if there is no WebGPU or no GPU for it
  */
 export async function createBackend(options: CreateWebGpuOptions = {}): Promise<Backend> {
   checkOptions('createBackend', options, { software: true })
@@ -38,8 +38,8 @@ export async function createBackend(options: CreateWebGpuOptions = {}): Promise<
 }
 
 /**
- * A backend on a device that is there already, such as one that a page draws with; `dispose` destroys the device. dtypes: all but f16.
- * @throws MoeError E_UNSUPPORTED: the device's limits are below the defaults of WebGPU
+ * Creates a backend on an existing device, such as one that a page draws with; `dispose` destroys the device. Supports all dtypes except f16.
+ * @throws MoeError E_UNSUPPORTED if the device's limits are below WebGPU's defaults
  */
 export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): Backend {
   checkOptions('webgpuBackend', options, { name: true })
@@ -57,7 +57,7 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
     fused: fusedOn(gpu),
     upload(data, shape, dtype) {
       const y = gpu.output('upload', { shape, dtype })
-      // Whole words: what is behind the last element means nothing.
+      // Uploads whole words; the bytes after the last element are not used.
       const whole = data.byteLength % 4 === 0 ? data : new Uint8Array(y.bytes)
       if (whole !== data) (whole as Uint8Array).set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
       commands.upload(whole, y.gpu)
@@ -82,13 +82,13 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
 function checkLimits(limits: GpuLimits): void {
   const short = Object.entries(needed).flatMap(([name, least]) => {
     const given = limits[name as keyof GpuLimits]
-    return given < least ? [`${name} ${given} where kernels need ${least}`] : []
+    return given < least ? [`${name} ${given}, but kernels need ${least}`] : []
   })
   if (short.length === 0) return
   throw new MoeError({
     code: 'E_UNSUPPORTED',
     op: 'webgpuBackend',
     problem: `the device has ${short.join(', ')}`,
-    fix: 'ask the adapter for a device without featureLevel "compatibility"',
+    fix: 'request the adapter without featureLevel "compatibility"',
   })
 }

@@ -60,16 +60,20 @@ describe('what goes wrong', () => {
     await expect(gpu.backend.sync()).rejects.toEqual(told)
   }
 
-  test('memory that there is not', () =>
+  test('out of memory', () =>
     failing(gpu => gpu.report(new GPUOutOfMemoryError('no 5 GB')), 'E_OUT_OF_MEMORY', /no 5 GB.*smaller batch/))
 
-  test('a kernel that is refused', () =>
-    failing(gpu => gpu.report(new Error('binding 3 is too small')), 'E_BACKEND', /binding 3 is too small.*report it/))
+  test('a kernel that the device rejects', () =>
+    failing(
+      gpu => gpu.report(new Error('binding 3 is too small')),
+      'E_BACKEND',
+      /binding 3 is too small.*please report/,
+    ))
 
   test('a device that is lost', () =>
     failing(gpu => gpu.lose('driver was reset'), 'E_BACKEND', /the GPU was lost: driver was reset.*last checkpoint/))
 
-  test('the first error is the one to tell', () =>
+  test('the first error is reported', () =>
     failing(
       gpu => {
         gpu.report(new Error('first'))
@@ -79,14 +83,14 @@ describe('what goes wrong', () => {
       /first/,
     ))
 
-  test('a device that was given back is not lost', async () => {
+  test('a disposed device does not count as lost', async () => {
     const { backend, lose } = ready()
     backend.dispose()
     lose('too late')
     await expect(backend.sync()).resolves.toBeUndefined()
   })
 
-  test('a device with less than kernels need says what it has', () => {
+  test('the error for a device with too low limits lists them', () => {
     expect(() => ready({ maxStorageBuffersPerShaderStage: 4, maxComputeInvocationsPerWorkgroup: 128 })).toThrow(
       expect.objectContaining({
         code: 'E_UNSUPPORTED',

@@ -1,27 +1,27 @@
-/** @file Work for the device, in order: kernels are written down and submitted together. */
+/** @file The device's work, in order: kernels are recorded and submitted in batches. */
 import { MoeError } from '@moe/core'
 import { type GpuBuffer, type GpuDevice, type GpuEncoder, type GpuPass, mapRead, usage } from './gpu.ts'
 
-/** A kernel: WGSL for `main`, behind the declarations of its buffers and of `p(i)`, word i of its parameters. */
+/** A kernel: WGSL with the entry point `main`. The declarations of its buffers and of `p(i)`, word i of its parameters, are added to it. */
 export interface Program {
-  /** Unique: it is compiled once. */
+  /** Unique: a kernel is compiled once per label. */
   readonly label: string
-  /** In the order in which `run` is given them. Names of those that are written end with a star: `'y* f32'`. */
+  /** Name and element type, in the order in which `run` is given them; a star after the name marks a buffer that is written: `'y* f32'`. */
   readonly buffers: readonly string[]
-  /** Functions and constants first, then `main`. */
+  /** Functions and constants, then `main`. */
   readonly body: string
 }
 
-/** Words of the parameters of a kernel. */
+/** Words of a kernel's parameters. */
 const WORDS = 64
 const SLOT_BYTES = WORDS * 4
-/** Most kernels that are submitted together. */
+/** Maximum number of kernels that are submitted together. */
 const SLOTS = 256
-/** Most bind groups that are kept: those of several training steps. */
+/** Maximum number of cached bind groups: those of several training steps. */
 const BIND_GROUPS = 8192
 
 interface Compiled {
-  /** Of all that are compiled. */
+  /** Index among the compiled kernels. */
   readonly number: number
   readonly pipeline: unknown
   readonly layout: unknown
@@ -32,14 +32,14 @@ export class Commands {
   readonly #parameters: GpuBuffer
   readonly #words = new Uint32Array(WORDS * SLOTS)
   readonly #compiled = new Map<string, Compiled>()
-  /** By the numbers of the kernel and its buffers: making one takes longer than all else of a launch, and memory that goes round brings the same buffers again. */
+  /** By the indices of the kernel and its buffers. Creating a bind group takes longer than the rest of a launch, and reused memory brings the same buffers again. */
   readonly #bindGroups = new Map<string, unknown>()
   readonly #numbers = new WeakMap<GpuBuffer, number>()
   #buffers = 0
   #encoder: GpuEncoder | undefined
   #pass: GpuPass | undefined
   #slots = 0
-  /** Buffers that work written down, but not submitted, reads or writes. */
+  /** Buffers that recorded but not yet submitted work reads or writes. */
   readonly #used = new Set<GpuBuffer>()
   #failure: MoeError | undefined
   #disposed = false
@@ -48,18 +48,22 @@ export class Commands {
     this.#device = device
     this.#parameters = device.createBuffer({ size: SLOT_BYTES * SLOTS, usage: usage.uniform | usage.copyTo })
     device.addEventListener('uncapturederror', ({ error }) => {
-      // What was submitted with it has not run: nothing that was computed since can be relied on.
+      // Work submitted with it has not run, so nothing computed since can be trusted.
       if (error.constructor.name === 'GPUOutOfMemoryError') {
         this.#fail(
           'E_OUT_OF_MEMORY',
-          `the GPU has no more memory: ${error.message}`,
-          'make a new backend, and use a smaller batch',
+          `the GPU is out of memory: ${error.message}`,
+          'create a new backend and use a smaller batch',
         )
-      } else this.#fail('E_BACKEND', error.message, 'report it, with the message')
+      } else this.#fail('E_BACKEND', error.message, 'please report this message')
     })
     void device.lost.then(({ message }) => {
       if (this.#disposed) return
-      this.#fail('E_BACKEND', `the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
+      this.#fail(
+        'E_BACKEND',
+        `the GPU was lost: ${message}`,
+        'create a new backend and resume from the last checkpoint',
+      )
     })
   }
 
@@ -67,12 +71,12 @@ export class Commands {
     this.#failure ??= new MoeError({ code, op: 'kernels-webgpu', problem, fix })
   }
 
-  /** Throws what the device has reported. */
+  /** Throws the error that the device has reported, if any. */
   check(): void {
     if (this.#failure) throw this.#failure
   }
 
-  /** Writes a kernel down: `groups` are numbers of workgroups; those of the first axis may be more than a device counts, and go on along y. */
+  /** Records a kernel. `groups` are the numbers of workgroups; if the first exceeds the device's limit, the rest continues along y. */
   run(program: Program, buffers: readonly GpuBuffer[], parameters: readonly number[], groups: readonly number[]): void {
     if (this.#slots === SLOTS) this.submit()
     const compiled = this.#compile(program)
@@ -98,13 +102,13 @@ export class Commands {
       ...buffers.map((buffer, i) => ({ binding: i + 1, resource: { buffer } })),
     ]
     const made = this.#device.createBindGroup({ layout, entries })
-    // Those of buffers that were destroyed are among them, too, and never asked for again.
+    // Bind groups of destroyed buffers are never used again, but still cached.
     if (this.#bindGroups.size === BIND_GROUPS) this.#bindGroups.clear()
     this.#bindGroups.set(key, made)
     return made
   }
 
-  /** Counts buffers in the order in which it is asked. */
+  /** Index of a buffer, in the order of first use. */
   numberOf(buffer: GpuBuffer): number {
     const known = this.#numbers.get(buffer)
     if (known !== undefined) return known
@@ -126,7 +130,7 @@ export class Commands {
 
   upload(data: ArrayBufferView, to: GpuBuffer): void {
     if (data.byteLength === 0) return
-    // It is written before everything that is submitted later.
+    // The write happens before all work that is submitted later.
     if (this.#used.has(to)) this.submit()
     this.#device.queue.writeBuffer(to, 0, data)
   }
@@ -177,7 +181,7 @@ export class Commands {
     this.#device.destroy()
   }
 
-  /** The pass, within an encoder. */
+  /** The current pass; opens one if there is none. */
   #open(): GpuPass {
     if (this.#pass) return this.#pass
     this.#encoder ??= this.#device.createCommandEncoder()
@@ -185,7 +189,7 @@ export class Commands {
     return this.#pass
   }
 
-  /** The encoder, outside of a pass. */
+  /** The current encoder, after ending its pass. */
   #between(): GpuEncoder {
     this.#pass?.end()
     this.#pass = undefined
@@ -227,7 +231,7 @@ ${body}`
 
 const bits = new DataView(new ArrayBuffer(4))
 
-/** An f32 as a word of parameters; WGSL reads it by `bitcast<f32>(p(i))`. */
+/** An f32 as a word of parameters; WGSL reads it with `bitcast<f32>(p(i))`. */
 export function word(value: number): number {
   bits.setFloat32(0, value)
   return bits.getUint32(0)

@@ -1,12 +1,12 @@
-/** @file What kernels are written with: outputs, inputs, and a launch. */
+/** @file What kernels are written with: outputs, inputs, and launches. */
 import { type DType, type Handle, MoeError, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { Commands, Program } from './commands.ts'
 import type { Buffer, Memory } from './memory.ts'
 
-/** Threads of a workgroup of kernels that have one thread an element. */
+/** Workgroup size of kernels with one thread per element. */
 export const THREADS = 64
 
-/** What tensors may hold. */
+/** Supported dtypes. */
 export const supported: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f8e4m3', 'i32', 'u8'])
 
 /** The device as kernels see it. */
@@ -19,13 +19,13 @@ export class DeviceOps {
     this.#commands = commands
   }
 
-  /** A fresh buffer; its elements are anything. */
+  /** A new buffer with undefined contents. */
   output(op: string, { shape, dtype }: TensorSpec): Buffer {
     if (!supported.has(dtype)) {
       throw new MoeError({
         code: 'E_UNSUPPORTED',
         op,
-        problem: `WebGPU has no ${dtype}`,
+        problem: `${dtype} is not supported on WebGPU`,
         fix: 'use f32 or bf16',
         details: { dtype },
       })
@@ -33,7 +33,7 @@ export class DeviceOps {
     return this.memory.allocate(op, shape, dtype)
   }
 
-  /** Memory of `x` for an output in its place: its own where nobody else has it. */
+  /** A buffer with the contents of `x` for an output that replaces it: the value's own buffer if nobody else owns it, otherwise a copy. */
   donated(op: string, x: Value): Buffer {
     const buffer = bufferOf(x)
     return buffer.refs === 1 ? this.memory.share(buffer) : this.copied(op, x)
@@ -51,7 +51,7 @@ export class DeviceOps {
     return y
   }
 
-  /** A buffer between kernels of one op, of 32-bit elements; `done` gives it back. */
+  /** Temporary memory between the kernels of one op, in 32-bit elements; release it with `done`. */
   between(op: string, elements: number): Buffer {
     return this.memory.allocate(op, [elements], 'i32')
   }
@@ -60,7 +60,7 @@ export class DeviceOps {
     for (const buffer of buffers) this.memory.release(buffer)
   }
 
-  /** One thread for each of `count` elements; the kernel is told it as word 0, and begins with `let i = element(...)`. */
+  /** Launches one thread for each of `count` elements. Word 0 of the parameters is `count`; the body is wrapped in `eachElement`. */
   each(program: Program, buffers: readonly Buffer[], count: number, parameters: readonly number[] = []): void {
     if (count === 0) return
     this.launch(program, buffers, [count, ...parameters], [Math.ceil(count / THREADS)])
@@ -79,17 +79,17 @@ export class DeviceOps {
 }
 
 function tooManyAxes(op: string): MoeError {
-  const problem = 'its operands are repeated or turned along too many axes'
-  return new MoeError({ code: 'E_UNSUPPORTED', op, problem, fix: 'reshape them to fewer axes before' })
+  const problem = 'its operands are broadcast or permuted along too many axes'
+  return new MoeError({ code: 'E_UNSUPPORTED', op, problem, fix: 'reshape them to fewer axes first' })
 }
 
 export const bufferOf = (value: Value): Buffer => value.handle as Handle as Buffer
 export const countOf = ({ shape }: TensorSpec): number => sizeOf(shape)
 
-/** Of WGSL: what a buffer of this dtype holds. */
+/** WGSL element type of a buffer of this dtype. */
 export const elementOf = (dtype: string): string => (dtype === 'f32' ? 'f32' : 'i32')
 
-/** WGSL of a kernel with one thread for each of word 0 elements, as `i`. */
+/** WGSL of a kernel with one thread for each of p(0) elements; the body uses the element's index `i`. */
 export const eachElement = (body: string): string => `
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -98,7 +98,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 ${body}
 }`
 
-/** WGSL: `fn place(i, sizes, strides) -> u32`, where element i of a nest lies; both are the first of p(1) words of parameters, outermost axis first. */
+/** WGSL: `fn place(i, sizes, strides) -> u32`, the offset of element i of a loop nest. `sizes` and `strides` are indices of the first of p(1) parameter words each, outermost axis first. */
 export const placeInNest = `
 fn place(i: u32, sizes: u32, strides: u32) -> u32 {
   var rest = i;

@@ -1,124 +1,124 @@
-/** @file What is used of WebGPU, so that declarations do without a library of its types. A `GPUDevice` of any implementation fits. */
+/** @file The part of WebGPU that is used, so that the type declarations need no library. A `GPUDevice` of any implementation is assignable. */
 
-/** Memory of a device: of a `GPUBuffer`. */
+/** The part of `GPUBuffer` that is used. */
 export interface GpuBuffer {
-  /** Bytes. */
+  /** Size in bytes. */
   readonly size: number
-  /** Resolves when the host may read it. */
+  /** Resolves when the host can read it. */
   mapAsync(mode: number): Promise<unknown>
-  /** Its bytes, once it is mapped. */
+  /** Its bytes, when it is mapped. */
   getMappedRange(): ArrayBuffer
-  /** The host reads it no more. */
+  /** Ends the host's access. */
   unmap(): void
-  /** Gives it back. */
+  /** Frees the memory. */
   destroy(): void
 }
 
-/** Kernels in a row: of a `GPUComputePassEncoder`. */
+/** The part of `GPUComputePassEncoder` that is used. */
 export interface GpuPass {
-  /** The kernel that is launched next. */
+  /** Sets the kernel for the next launches. */
   setPipeline(pipeline: unknown): void
-  /** The buffers of the next launch. */
+  /** Sets the buffers for the next launches. */
   setBindGroup(index: number, group: unknown, offsets?: readonly number[]): void
-  /** A launch, of so many workgroups along each axis. */
+  /** Launches the kernel with this many workgroups along each axis. */
   dispatchWorkgroups(x: number, y?: number, z?: number): void
-  /** No more launches. */
+  /** Ends the pass. */
   end(): void
 }
 
-/** Work that is written down to be submitted: of a `GPUCommandEncoder`. */
+/** The part of `GPUCommandEncoder` that is used. */
 export interface GpuEncoder {
-  /** Begins a row of kernels. */
+  /** Starts a pass of kernels. */
   beginComputePass(): GpuPass
   /** Copies bytes on the device. */
   copyBufferToBuffer(from: GpuBuffer, fromByte: number, to: GpuBuffer, toByte: number, bytes: number): void
-  /** Writes zeros. */
+  /** Fills bytes with zeros. */
   clearBuffer(buffer: GpuBuffer, offset: number, bytes: number): void
-  /** What `submit` takes. */
+  /** Returns the command buffer for `submit`. */
   finish(): unknown
 }
 
-/** What is looked at of a device's limits: of a `GPUSupportedLimits`. */
+/** The limits that are used, of `GPUSupportedLimits`. */
 export interface GpuLimits {
-  /** Bytes. */
+  /** Maximum size of a buffer in bytes. */
   readonly maxBufferSize: number
-  /** Bytes that a kernel sees of a buffer. */
+  /** Maximum number of bytes of a buffer that a kernel can access. */
   readonly maxStorageBufferBindingSize: number
-  /** Workgroups along an axis. */
+  /** Maximum number of workgroups along an axis. */
   readonly maxComputeWorkgroupsPerDimension: number
-  /** Buffers of a kernel. */
+  /** Maximum number of buffers of a kernel. */
   readonly maxStorageBuffersPerShaderStage: number
-  /** Threads of a workgroup. */
+  /** Maximum number of threads of a workgroup. */
   readonly maxComputeInvocationsPerWorkgroup: number
-  /** Threads of a workgroup along its first axis. */
+  /** Maximum number of threads of a workgroup along its first axis. */
   readonly maxComputeWorkgroupSizeX: number
-  /** Bytes that the threads of a workgroup share. */
+  /** Maximum number of bytes that the threads of a workgroup share. */
   readonly maxComputeWorkgroupStorageSize: number
 }
 
-/** What is used of a `GPUDevice`; each member is that of WebGPU. */
+/** The part of `GPUDevice` that is used. */
 export interface GpuDevice {
-  /** What it can do at most. */
+  /** The limits of the device. */
   readonly limits: GpuLimits
-  /** Settles when the device is gone. */
+  /** Resolves when the device is lost. */
   readonly lost: Promise<{
     /** `destroyed` or `unknown`. */
     readonly reason: string
-    /** For people. */
+    /** A description for people. */
     readonly message: string
   }>
-  /** Where work is handed in. */
+  /** The queue to which work is submitted. */
   readonly queue: {
-    /** Hands in what encoders have finished. */
+    /** Submits command buffers. */
     submit(commands: readonly unknown[]): void
-    /** Copies from the host, before all that is submitted later. */
+    /** Copies host memory to a buffer, before all work that is submitted later. */
     writeBuffer(buffer: GpuBuffer, offset: number, data: ArrayBufferView): void
-    /** Resolves when all that was submitted is done. */
+    /** Resolves when all submitted work is done. */
     onSubmittedWorkDone(): Promise<unknown>
   }
-  /** Tells of errors that no call throws. */
+  /** Reports errors that no call throws. */
   addEventListener(
     type: 'uncapturederror',
     listener: (event: { readonly error: { readonly message: string } }) => void,
   ): void
-  /** Memory of `size` bytes. */
+  /** Creates a buffer of `size` bytes. */
   createBuffer(descriptor: { readonly size: number; readonly usage: number; readonly label?: string }): GpuBuffer
   /** Compiles WGSL. */
   createShaderModule(descriptor: { readonly code: string; readonly label?: string }): unknown
-  /** Kinds of buffers that a kernel has. */
+  /** Describes the kinds of buffers of a kernel. */
   createBindGroupLayout(descriptor: { readonly entries: readonly object[] }): unknown
-  /** Joins layouts of bind groups. */
+  /** Combines bind group layouts. */
   createPipelineLayout(descriptor: { readonly bindGroupLayouts: readonly unknown[] }): unknown
-  /** A kernel that can be launched. */
+  /** Creates a kernel that can be launched. */
   createComputePipeline(descriptor: object): unknown
-  /** Buffers that a kernel is launched with. */
+  /** Creates the set of buffers for a launch. */
   createBindGroup(descriptor: { readonly layout: unknown; readonly entries: readonly object[] }): unknown
-  /** Begins to write work down. */
+  /** Starts recording work. */
   createCommandEncoder(): GpuEncoder
-  /** Gives everything back. */
+  /** Frees the device and everything on it. */
   destroy(): void
 }
 
-/** What is used of a `GPUAdapter`. */
+/** The part of `GPUAdapter` that is used. */
 export interface GpuAdapter {
   readonly info: {
     readonly vendor: string
     readonly architecture: string
     readonly device: string
     readonly description: string
-    /** Whether the processor does its work; not known everywhere. */
+    /** Whether it is emulated by the processor; not reported everywhere. */
     readonly isFallbackAdapter?: boolean
   }
   readonly limits: GpuLimits
   requestDevice(descriptor: { readonly requiredLimits: Record<string, number> }): Promise<GpuDevice>
 }
 
-/** What is used of `navigator.gpu`. */
+/** The part of `navigator.gpu` that is used. */
 export interface Gpu {
   requestAdapter(options?: { readonly powerPreference?: 'high-performance' | 'low-power' }): Promise<GpuAdapter | null>
 }
 
-/** Numbers of `GPUBufferUsage`, which Node has not. */
+/** Values of `GPUBufferUsage`, which Node does not define. */
 export const usage = { mapRead: 1, copyFrom: 4, copyTo: 8, uniform: 64, storage: 128 } as const
 /** `GPUMapMode.READ`. */
 export const mapRead = 1

@@ -1,23 +1,23 @@
-/** @file Buffers of a device: handles that share them, and the ones that are kept for later tensors. */
+/** @file Device memory: reference-counted buffers, and a cache of free ones. */
 import { type BackendStats, type DType, dtypeBytes, MoeError, type Shape, sizeOf } from '@moe/core'
 import type { Commands } from './commands.ts'
 import { type GpuBuffer, type GpuDevice, usage } from './gpu.ts'
 
-/** One piece of device memory. What @moe/core holds as a handle; each handle is one of `refs`. */
+/** A piece of device memory. @moe/core uses it as a handle; each handle accounts for one of `refs`. */
 export interface Buffer {
   readonly gpu: GpuBuffer
-  /** Of the elements, in whole words of four. */
+  /** Size of the elements, rounded up to whole words of four bytes. */
   readonly bytes: number
   refs: number
 }
 
-/** Most bytes that are kept for later tensors, beside as many as tensors hold. */
+/** The cache may grow to this many bytes more than live tensors use. */
 const KEPT_BYTES = 2 ** 28
 
 export class Memory {
   readonly #device: GpuDevice
   readonly #commands: Commands
-  /** By size, the oldest last: the same work finds the same buffers each time, and with them the bind groups that were made for it. */
+  /** By size, oldest last, so that the same work finds the same buffers, and with them the bind groups created for them. */
   readonly #free = new Map<number, GpuBuffer[]>()
   readonly #live = new Set<Buffer>()
   #kept = 0
@@ -30,7 +30,7 @@ export class Memory {
     this.#commands = commands
   }
 
-  /** @throws MoeError E_OUT_OF_MEMORY for a tensor that is larger than the device binds */
+  /** @throws MoeError E_OUT_OF_MEMORY for a tensor larger than the device can bind */
   allocate(op: string, shape: Shape, dtype: DType): Buffer {
     const bytes = Math.ceil((sizeOf(shape) * dtypeBytes[dtype]) / 4) * 4
     const { maxBufferSize, maxStorageBufferBindingSize } = this.#device.limits
@@ -39,7 +39,7 @@ export class Memory {
       throw new MoeError({
         code: 'E_OUT_OF_MEMORY',
         op,
-        problem: `a tensor ${dtype} [${shape}] needs ${bytes} bytes, this GPU gives ${most} to one`,
+        problem: `a tensor ${dtype} [${shape}] needs ${bytes} bytes, but this GPU allows ${most} per buffer`,
         fix: 'use a smaller batch',
         details: { shape, bytes, most },
       })
@@ -77,7 +77,7 @@ export class Memory {
     this.#bytes -= buffer.bytes
     const { size } = buffer.gpu
     if (this.#kept + size > KEPT_BYTES + this.#bytes) {
-      // Work that is written down may still need it.
+      // Recorded work may still use it.
       this.#commands.submit()
       buffer.gpu.destroy()
       return
@@ -121,7 +121,7 @@ export class Memory {
   }
 }
 
-/** Sizes are rounded up by at most an eighth, so that buffers fit tensors of about the same size. */
+/** Rounds sizes up by at most an eighth, so that buffers can be reused for tensors of about the same size. */
 function roomFor(bytes: number): number {
   const step = Math.max(256, 2 ** (Math.floor(Math.log2(Math.max(1, bytes))) - 3))
   return Math.max(step, Math.ceil(bytes / step) * step)

@@ -1,8 +1,8 @@
-/** @file Finding a GPU: that of the browser (or Deno, or Bun), else the one that the npm package `webgpu` brings to Node. */
+/** @file Finds a GPU: that of the browser, Deno or Bun, or else the one that the npm package `webgpu` provides in Node. */
 import { MoeError } from '@moe/core'
 import type { Gpu, GpuAdapter, GpuDevice } from './gpu.ts'
 
-/** A device, and how people call it. */
+/** A device, and its name for display. */
 export interface OpenDevice {
   readonly device: GpuDevice
   readonly name: string
@@ -12,22 +12,19 @@ const refused = (problem: string, fix: string, cause?: unknown) =>
   new MoeError({ code: 'E_NO_BACKEND', op: 'kernels-webgpu', problem, fix, cause })
 
 /**
- * @param software whether a GPU in software will do
- * @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it
+ * @param software whether to accept a software GPU
+ * @throws MoeError E_NO_BACKEND if there is no WebGPU or no GPU for it
  */
 export async function openDevice(software: boolean): Promise<OpenDevice> {
   const gpu = await findGpu()
   const adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' })
   if (adapter === null) {
-    throw refused(
-      'WebGPU finds no GPU',
-      'it needs a driver for Vulkan, Metal or Direct3D 12; @moe/kernels-cpu computes without one',
-    )
+    throw refused('WebGPU found no GPU', 'install a driver for Vulkan, Metal or Direct3D 12, or use @moe/kernels-cpu')
   }
   if (adapter.info.isFallbackAdapter && !software) {
     throw refused(
-      `the only GPU is ${nameOf(adapter)}, computed by the processor, which others use better`,
-      'take another backend, or this one by createBackend({ software: true })',
+      `the only GPU is ${nameOf(adapter)}, which the processor emulates; other backends are faster`,
+      'use another backend, or pass createBackend({ software: true }) to use it anyway',
     )
   }
   return { device: await deviceOf(adapter), name: nameOf(adapter) }
@@ -39,12 +36,16 @@ async function deviceOf(adapter: GpuAdapter): Promise<GpuDevice> {
     return await adapter.requestDevice({ requiredLimits: { maxBufferSize, maxStorageBufferBindingSize } })
   } catch (cause) {
     const text = cause instanceof Error ? cause.message : String(cause)
-    throw refused(`the GPU gives no device: ${text}`, 'close other programs that use it, or update its driver', cause)
+    throw refused(
+      `the GPU could not be opened: ${text}`,
+      'close other programs that use it, or update its driver',
+      cause,
+    )
   }
 }
 
 function nameOf({ info }: GpuAdapter): string {
-  // Deno has numbers for vendors.
+  // Deno reports vendors as numbers.
   const vendor = /^\d*$/.test(info.vendor) ? '' : info.vendor
   const words = [vendor, info.architecture, info.description || info.device].filter(Boolean)
   return words.length > 0 ? words.join(' ') : 'a GPU'
@@ -53,19 +54,19 @@ function nameOf({ info }: GpuAdapter): string {
 async function findGpu(): Promise<Gpu> {
   const { navigator } = globalThis as { navigator?: { gpu?: Gpu } }
   if (navigator?.gpu) return navigator.gpu
-  // A browser without WebGPU has nothing to install.
+  // In a browser without WebGPU there is nothing to install.
   if (typeof process === 'undefined') {
     throw refused('this browser has no WebGPU', 'use a current Chrome, Edge, Firefox or Safari over https or localhost')
   }
   return fromPackage()
 }
 
-/** Dawn has state of the whole process; one is enough for all backends. */
+/** Dawn keeps process-wide state; all backends share one instance. */
 let dawn: Gpu | undefined
 
 async function fromPackage(): Promise<Gpu> {
   if (dawn) return dawn
-  // A name that is known when it runs is left alone by bundlers for browsers, and by these words without a warning.
+  // A name computed at run time is ignored by bundlers for browsers; the comments in the import suppress their warnings.
   const name = process.env.MOE_WEBGPU || 'webgpu'
   try {
     const { create } = (await import(/* @vite-ignore */ /* webpackIgnore: true */ name)) as {
@@ -79,7 +80,7 @@ async function fromPackage(): Promise<Gpu> {
     const missing = code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND'
     const problem = missing
       ? `Node has no WebGPU of its own, and ${name} is not installed`
-      : `${name} does not load: ${text}`
-    throw refused(problem, 'npm install webgpu', cause)
+      : `${name} failed to load: ${text}`
+    throw refused(problem, 'run npm install webgpu', cause)
   }
 }

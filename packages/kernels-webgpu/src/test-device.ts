@@ -1,12 +1,12 @@
-/** @file For tests only: a device that computes nothing, counts what it is asked for, and fails when it is told to. */
+/** @file For tests only: a device that computes nothing, counts calls, and fails on request. */
 import type { GpuBuffer, GpuDevice, GpuEncoder, GpuPass } from './gpu.ts'
 
-/** Stands in for the class of errors of that name. */
+/** A substitute for WebGPU's error class of this name. */
 export class GPUOutOfMemoryError extends Error {}
 
 export interface TestDevice {
   readonly device: GpuDevice
-  /** Calls, by name. */
+  /** Number of calls by name. */
   readonly calls: Readonly<Record<string, number>>
   report(error: Error): void
   lose(message: string): void

@@ -9,7 +9,7 @@ export function normal(shape: readonly number[], factor = 1): HostInput {
   return { data: random.map(x => x * factor), shape }
 }
 
-/** Integers that are given. */
+/** The given integers. */
 export const integers = (data: readonly number[], shape: readonly number[] = [data.length]): HostInput => {
   return { data, shape, dtype: 'i32' }
 }
