@@ -1,14 +1,13 @@
 #!/usr/bin/env node
-// The door to the repository on a bare machine: `npm start`, `npm test`. Plain JavaScript without dependencies, because it
-// runs on whatever Node (20 or later) is there, before anything is installed. It sets up what is missing (setup.mjs), then runs
-// the asked thing on the workspace's own Node.
+// Entry point of the npm scripts (`npm start`, `npm test`). It sets up what is missing (setup.mjs) and then runs the command with the
+// workspace's own Node. Plain JavaScript without dependencies, because it runs on the installed Node (20 or later) before anything else is.
 import { existsSync, mkdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { runInPlace } from './run-in-place.mjs'
 import { root, setUp } from './setup.mjs'
 
 const commands = {
-  /** The quickstart: trains a small model on real text. A failed native build is no reason to stop, it falls back to wasm. */
+  /** The quickstart: trains a small model on real text. If the native build fails, it falls back to wasm. */
   start: args => ({
     script: 'examples/quickstart.ts',
     args,
@@ -16,7 +15,7 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
-  /** Lets a trained model write. */
+  /** Generates text with a trained model. */
   generate: args => ({
     script: 'examples/generate.ts',
     args,
@@ -32,7 +31,7 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
-  /** Serves a model by OpenAI's protocol. */
+  /** Serves a model through an OpenAI-compatible API. */
   serve: args => ({
     script: 'packages/server/src/cli.ts',
     args,
@@ -40,7 +39,7 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
-  /** Says what a model is worth. */
+  /** Evaluates a model. */
   evaluate: args => ({
     script: 'packages/evaluation/src/cli.ts',
     args,
@@ -48,7 +47,7 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
-  /** Serves a page in which a model writes. */
+  /** Serves a web page in which a model generates text. */
   page: args => ({ script: 'examples/in-a-browser.ts', args, ownGroup: true, native: false }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
@@ -61,13 +60,13 @@ const commands = {
     if (!name || !existsSync(script) || asks) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
     return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true, allVariants: false }
   },
-  /** The documentation's site: TypeScript sources and Markdown, nothing is computed. */
+  /** Builds the documentation site; needs no kernels. */
   docs: args => ({ script: 'tools/docs/build.ts', args, native: false }),
   check: args => ({ script: 'scripts/check.ts', args }),
   setup: () => undefined,
 }
 
-/** Unless the caller chose reporters: the usual one for people, and JSON for `.ci/run` and other programs. */
+/** Unless the caller chose reporters: the default one for people, and JSON for `.ci/run` and other programs. */
 function reporters(args) {
   if (args.some(arg => arg.startsWith('--reporter') || arg.startsWith('--outputFile'))) return []
   mkdirSync(join(root, '.cache'), { recursive: true })
@@ -79,7 +78,7 @@ if (!Object.hasOwn(commands, command ?? '')) {
   console.error(`usage: node scripts/bootstrap.mjs ${Object.keys(commands).join('|')} [arguments]`)
   process.exit(2)
 }
-// npm takes the `--` away, pnpm hands it on.
+// npm removes the `--`; pnpm passes it on.
 if (rest[0] === '--') rest.shift()
 
 process.chdir(root)

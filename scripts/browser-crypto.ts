@@ -1,8 +1,8 @@
-/** @file What is used of `node:crypto`, for builds that run in browsers: these have SHA-256 behind a promise, and on safe origins alone. */
+/** @file The part of `node:crypto` that is used, for browser builds. Browsers only offer an asynchronous SHA-256, and only on secure origins. */
 import { sha256 } from '@noble/hashes/sha2.js'
 import { bytesToHex, utf8ToBytes } from '@noble/hashes/utils.js'
 
-/** As Node's, of the one algorithm and digest that is asked for. */
+/** Like Node's `createHash`, for the one algorithm and digest that is used. */
 export function createHash(_: 'sha256') {
   const hash = sha256.create()
   return {

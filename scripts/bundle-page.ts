@@ -1,4 +1,4 @@
-// A program for a page out of the packages' sources. With packages from npm no plugin is needed: their builds for browsers are found by themselves.
+// Bundles a program for a web page from the packages' sources. With packages from npm no plugin is needed, as bundlers find their browser builds.
 import { fileURLToPath } from 'node:url'
 import { build, type Plugin, type StdinOptions } from 'esbuild'
 import { withoutNode } from './without-node.ts'
@@ -9,13 +9,13 @@ const fromSource: Plugin = {
   name: 'from-source',
   setup(build) {
     build.onResolve({ filter: /^@moe\/tokenizer-bpe$/ }, () => ({ path: source('tokenizer-bpe/src/browser.ts') }))
-    // Of what stands in for Node's modules, also in packages that do without core.
+    // For the substitutes of Node's modules, also in packages that do not depend on core.
     const filter = /^@moe\/core$/
     build.onResolve({ filter, namespace: 'without-node' }, () => ({ path: source('core/src/index.ts') }))
   },
 }
 
-/** @param program path of a module, or its text and the folder that it imports from */
+/** @param program path of a module, or its source and the folder from which it resolves imports */
 export async function bundlePage(program: string | StdinOptions): Promise<string> {
   const { outputFiles } = await build({
     ...(typeof program === 'string' ? { entryPoints: [program] } : { stdin: program }),

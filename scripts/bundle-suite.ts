@@ -1,21 +1,21 @@
-// The backend suite as one module for a page, for checks by hand.
+// Bundles the backend suite as one module for a web page, for manual checks.
 import { fileURLToPath } from 'node:url'
 import { build } from 'esbuild'
 import { inChromium } from './in-chromium.ts'
 
 interface SuiteProgram {
-  /** How the module begins: it defines `backend`. What it imports is found from `resolveDir`. */
+  /** Code at the start of the module, which defines `backend`. Its imports are resolved from `resolveDir`. */
   readonly setup: string
   readonly resolveDir: string
-  /** Checks with this in their name. */
+  /** Runs only checks whose name contains this. */
   readonly part?: string
-  /** As `backendSuite` takes it. */
+  /** Passed to `backendSuite`. */
   readonly skip?: ReadonlyArray<{ readonly reason: string; readonly checks: readonly string[] }>
 }
 
 const suite = fileURLToPath(new URL('../packages/core/src/testing/index.ts', import.meta.url))
 
-/** A module that calls `note(text)` for what fails, and `report({ backend, device, passed, failed })` in the end. */
+/** A module that calls `note(text)` for every failure, and `report({ backend, device, passed, failed })` at the end. */
 export async function bundleSuite({ setup, resolveDir, part = '', skip }: SuiteProgram): Promise<string> {
   const { outputFiles } = await build({
     stdin: { contents: `${setup}\n${runSuite(part, skip)}`, resolveDir },
@@ -46,7 +46,7 @@ for (const check of backendSuite(async () => backend, ${JSON.stringify({ skip })
 await report({ backend: backend.name, device: backend.device, passed, failed })
 `
 
-/** Runs it in headless Chromium, prints what comes of it and sets the exit code. */
+/** Runs the suite in headless Chromium, prints the result and sets the exit code. */
 export async function suiteInChromium(
   program: SuiteProgram,
   folders?: Readonly<Record<string, string>>,

@@ -1,5 +1,5 @@
-// pnpm check [--skip-tests] [STEP ...]: everything that a commit must pass, one line a step. A step that fails prints its whole
-// output and the others still run; the exit code is 1 when any failed.
+// pnpm check [--skip-tests] [STEP ...]: everything that a commit must pass, with one line per step. A step that fails prints its full
+// output, and the others still run. The exit code is 1 if any step failed.
 import { spawn } from 'node:child_process'
 
 interface Step {
@@ -49,7 +49,7 @@ const unknown = [
   ...args.filter(arg => arg.startsWith('-') && arg !== '--skip-tests'),
 ]
 if (unknown.length > 0) {
-  console.error(`check: unknown ${unknown.join(', ')}\n\nusage: pnpm check [--skip-tests] [STEP ...]\n`)
+  console.error(`check: unknown step or option ${unknown.join(', ')}\n\nusage: pnpm check [--skip-tests] [STEP ...]\n`)
   for (const { name, what } of steps) console.error(`  ${name.padEnd(10)} ${what}`)
   process.exit(2)
 }
@@ -66,14 +66,14 @@ for (const step of steps) {
   process.stdout.write(`${output.trimEnd()}\n\n`)
 }
 if (failed.length > 0) {
-  console.log(`check: ${failed.join(', ')} failed; repeat with: pnpm check ${failed.join(' ')}`)
+  console.log(`check: ${failed.join(', ')} failed; to repeat them, run: pnpm check ${failed.join(' ')}`)
   process.exitCode = 1
 }
 
 function run(step: Step): Promise<{ code: number; output: string }> {
   return new Promise((resolve, reject) => {
     const [program, ...rest] = step.command
-    // On Windows, commands of packages are .cmd files, which only a shell runs; the path of Node may hold spaces, which a shell would part.
+    // On Windows, commands of packages are .cmd files, which need a shell. Node's path may contain spaces, which a shell would split.
     const shell = process.platform === 'win32' && program !== node
     const child = spawn(program, rest, { stdio: ['ignore', 'pipe', 'pipe'], shell })
     let output = ''

@@ -1,10 +1,10 @@
-// Checks the documentation: every ```ts block of README.md, docs/**/*.md and packages/*/README.md must compile against the
-// workspace, and must run without an error unless it is marked ```ts no-run; every relative link must lead to a file.
+// Checks the documentation: every ```ts block in README.md, docs/**/*.md and packages/*/README.md must compile against the workspace and
+// must run without an error, unless it is marked ```ts no-run; every relative link must point to an existing file.
 //
 //   node scripts/doc-snippets.ts [FILE.md ...]
 //
-// A block becomes a module in a folder below docs/.snippets with as many empty lines before it as in its Markdown file, so that line
-// numbers in compiler messages and stack traces are those of the Markdown file.
+// Each block is written to a module in a folder below docs/.snippets, at the same line as in its Markdown file, so that line numbers in
+// compiler messages and stack traces are those of the Markdown file.
 import { spawn } from 'node:child_process'
 import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
@@ -47,7 +47,8 @@ function extract(markdown: string): Snippet[] {
     if (!open) {
       const [, fence, info] = text.match(/^\s*(`{3,}|~{3,})\s*([^`]*)$/) ?? []
       for (const [, link] of text.matchAll(/\]\((?![a-z]+:|#)([^)\s#]+)/g)) {
-        if (!existsSync(join(dirname(markdown), link!))) deadLinks.push(`${markdown}:${index + 1}: no file ${link}`)
+        if (!existsSync(join(dirname(markdown), link!)))
+          deadLinks.push(`${markdown}:${index + 1}: broken link to ${link}`)
       }
       if (fence) open = { fence, words: (info ?? '').trim().split(/\s+/), line: index + 2, code: [] }
     } else if (text.trim().startsWith(open.fence) && text.trim().replaceAll(open.fence[0]!, '') === '') {
@@ -59,11 +60,11 @@ function extract(markdown: string): Snippet[] {
       found.push({ markdown, line, module, run: !words.includes('no-run') })
     } else open.code.push(text)
   }
-  if (open) throw new Error(`${markdown}:${open.line - 1}: code block without an end`)
+  if (open) throw new Error(`${markdown}:${open.line - 1}: unterminated code block`)
   return found
 }
 
-/** One compiler run over all snippets; messages as `README.md:12:3: ...`. */
+/** Compiles all snippets at once and returns messages of the form `README.md:12:3: ...`. */
 async function typecheck(): Promise<string[]> {
   if (snippets.length === 0) return []
   const config = { extends: '../../../tsconfig.base.json', include: ['*.ts'] }
@@ -78,12 +79,12 @@ async function runAll(): Promise<string[]> {
   const problems: string[] = []
   const worker = async () => {
     for (let snippet = queue.shift(); snippet; snippet = queue.shift()) {
-      // A folder of its own, for snippets that write files.
+      // Each snippet runs in its own folder, because some write files.
       const cwd = snippet.module.replace(/\.ts$/, '')
       mkdirSync(cwd)
       const { code, output } = await execute(process.execPath, [resolve(snippet.module)], cwd)
       if (code === 0) continue
-      const why = code === null ? `did not end within ${timeoutMs / 1000} s` : `ended with exit code ${code}`
+      const why = code === null ? `did not finish within ${timeoutMs / 1000} s` : `exited with code ${code}`
       problems.push(`${snippet.markdown}:${snippet.line}: ${why}\n${inMarkdownTerms(output)}`)
     }
   }
@@ -97,7 +98,7 @@ function inMarkdownTerms(output: string): string {
     text = text
       .replaceAll(pathToFileURL(module).href, markdown)
       .replaceAll(resolve(module), markdown)
-      // As tsc writes it, also on Windows.
+      // tsc prints paths in this form, also on Windows.
       .replaceAll(module.replaceAll(sep, '/'), markdown)
   }
   return text

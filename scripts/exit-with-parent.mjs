@@ -1,5 +1,5 @@
-// Loaded before a program that has a process group of its own: when the process that started it is gone (killed, crashed), the
-// program gets the same SIGINT as from a Ctrl-C, so nothing keeps computing unseen.
+// Preloaded by a program that has its own process group: when the process that started it dies (killed, crashed), the program receives
+// SIGINT, as from Ctrl-C, so that it does not keep running unnoticed.
 import { isMainThread } from 'node:worker_threads'
 
 if (isMainThread) {

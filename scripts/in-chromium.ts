@@ -1,11 +1,11 @@
-// Runs a program in headless Chromium, for checks by hand: served beside files of folders.
+// Runs a program in headless Chromium, for manual checks, and serves files of folders next to it.
 import { spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { servePage } from './serve-page.ts'
 
-/** `--use-webgpu-adapter=swiftshader` and the like: a software adapter where there is no GPU. */
+/** Among others, select a software WebGPU adapter (SwiftShader). */
 const flags = [
   ...['--headless', '--no-sandbox', '--disable-quic', '--disable-background-networking', '--disable-component-update'],
   ...['--disable-sync', '--no-first-run', '--remote-debugging-port=0'],
@@ -27,16 +27,16 @@ import('/program.js')
 </script>`
 
 /**
- * What `program` hands to `report(value)`, a global function of the page; `note(text)` prints a line meanwhile.
+ * Resolves to the value that `program` passes to `report(value)`, a global function of the page. Another one, `note(text)`, prints a line.
  * @param program an ECMAScript module
- * @param folders of files that are served, by the path where they are
+ * @param folders folders whose files are served, by URL path
  */
 export async function inChromium(
   program: string,
   { folders, seconds = 120 }: { folders?: Readonly<Record<string, string>>; seconds?: number } = {},
 ): Promise<unknown> {
   const chromium = ['/usr/bin/chromium-headless-shell', '/usr/bin/chromium', '/usr/bin/google-chrome'].find(existsSync)
-  if (chromium === undefined) throw new Error('there is no Chromium in /usr/bin')
+  if (chromium === undefined) throw new Error('found no Chromium in /usr/bin; install chromium')
   let resolve: (value: unknown) => void = () => {}
   let reject: (error: Error) => void = () => {}
   const reported = new Promise<unknown>((done, failed) => {

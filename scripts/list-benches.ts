@@ -1,4 +1,4 @@
-// `pnpm bench` without a name, or with one that does not exist: says which benchmarks there are. `pnpm bench NAME --help`: what that one does.
+// Lists the benchmarks for `pnpm bench` without a name or with an unknown one, and describes one for `pnpm bench NAME --help`.
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 
 const asked = process.argv[2]
@@ -7,7 +7,7 @@ if (asked !== undefined && existsSync(fileOf(asked))) {
   console.log(comment(asked).join('\n'))
 } else {
   const help = asked === undefined || asked.startsWith('-')
-  if (!help) console.error(`bench: there is no bench/${asked}.ts\n`)
+  if (!help) console.error(`bench: unknown benchmark ${asked}\n`)
   console.log('usage: pnpm bench NAME [arguments], or pnpm bench NAME --help\n')
   const names = readdirSync('bench')
     .filter(file => file.endsWith('.ts') && !file.endsWith('.test.ts'))

@@ -1,7 +1,7 @@
-// Proves the packages as users get them: packs each one (after `pnpm build`), lets publint look at the tarball, installs all tarballs
-// with npm into an empty folder and imports every entry there, without sources and without TypeScript. Native kernels that were built for
-// publishing (`node packages/kernels-cpu/scripts/build-native.mjs --platforms`) must then come with this machine's platform package;
-// `--release`: they must be there. What is for browsers is bundled for one. `--runtimes`: Bun and Deno, from npm, run what Node runs.
+// Tests the packages as users get them: packs each one (after `pnpm build`), checks the tarball with publint, installs all tarballs with npm
+// into an empty folder and imports every entry point there, without sources or TypeScript. Entry points for browsers are bundled for one. If
+// native kernels were built for publishing (`node packages/kernels-cpu/scripts/build-native.mjs --platforms`), this machine's platform
+// package must work; with `--release` they are required. `--runtimes` also runs everything in Bun and Deno, installed from npm.
 import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -28,7 +28,7 @@ interface Packed {
   tarball: string
 }
 
-/** Entries without a condition of their own that run in browsers as they are. */
+/** Entry points without a `browser` condition that also run in browsers. */
 const asTheyAre = ['@moe/core', '@moe/backend-tfjs', '@moe/kernels-webgpu']
 
 const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
@@ -57,7 +57,7 @@ function pack(folder: string): Packed[] {
     throw new Error(`${folder}/dist is missing: run \`pnpm build\` first`)
   if (manifest.publishConfig?.os && !hasLibrary(folder) && process.argv.includes('--release'))
     problems.push(
-      `${manifest.name}: no library; run \`node packages/kernels-cpu/scripts/build-native.mjs --platforms\``,
+      `${manifest.name}: the native library is missing; run \`node packages/kernels-cpu/scripts/build-native.mjs --platforms\``,
     )
   const tarball = join(work, `${basename(folder)}.tgz`)
   pnpm(['pack', '--out', tarball], folder)
@@ -79,7 +79,7 @@ async function lint(manifest: Manifest, tarball: string): Promise<void> {
 async function installAndImport(packages: Packed[]): Promise<void> {
   const app = join(work, 'app')
   mkdirSync(app)
-  // Tarballs stand in for the registry, also where one package depends on another; peers that are not optional are the user's.
+  // Tarballs replace the registry, also for dependencies between packages. Like a user, install required peers.
   const tarballs = Object.fromEntries(packages.map(({ manifest, tarball }) => [manifest.name, `file:${tarball}`]))
   const peers = Object.fromEntries(
     packages.flatMap(({ manifest }) =>
@@ -88,7 +88,7 @@ async function installAndImport(packages: Packed[]): Promise<void> {
       ),
     ),
   )
-  // What is for a system comes through the package that wants it, or not at all.
+  // Platform packages are installed as optional dependencies, or not at all.
   const forAnySystem = packages
     .filter(({ manifest }) => !manifest.publishConfig?.os)
     .map(({ manifest }) => manifest.name)
@@ -129,7 +129,7 @@ async function installAndImport(packages: Packed[]): Promise<void> {
   }
 }
 
-/** A program that imports each entry and prints a line for each that fails or exports nothing, and for each class under another name. */
+/** A program that imports each entry point and prints a line for each that fails or exports nothing, and for each class with a wrong name. */
 function importAll(entries: string[]): string {
   return `for (const entry of ${JSON.stringify(entries)}) {
   try {
@@ -137,7 +137,7 @@ function importAll(entries: string[]): string {
     if (Object.keys(module).length === 0) console.log(entry + ': exports nothing')
     for (const [name, value] of Object.entries(module)) {
       if (typeof value === 'function' && /^class\\b/.test(value) && value.name !== name)
-        console.log(entry + ': ' + name + ' calls itself ' + value.name)
+        console.log(entry + ': ' + name + ' has the name ' + value.name)
     }
   } catch (error) {
     console.log(entry + ': ' + (error?.stack ?? error))
@@ -146,14 +146,14 @@ function importAll(entries: string[]): string {
 `
 }
 
-/** A program that prints a line for each file of the page of runs that is not served. */
+/** A program that prints a line for each file of the training page that is not served. */
 function openPage(): string {
   return `const { watchRuns } = await import('@moe/trainer/watch')
 try {
   const watcher = await watchRuns('runs', { port: 0 })
   for (const path of ['', 'page.js', 'uplot.js']) {
     const { status } = await fetch(watcher.url + path)
-    if (status !== 200) console.log('@moe/trainer/watch: /' + path + ' is answered by ' + status)
+    if (status !== 200) console.log('@moe/trainer/watch: /' + path + ' returned status ' + status)
   }
   await watcher.close()
 } catch (error) {
@@ -162,7 +162,7 @@ try {
 `
 }
 
-/** A program that prints a line when the kernels that were installed do not compute. */
+/** A program that prints a line if the installed native kernels do not work. */
 function useNativeKernels(): string {
   return `const { createBackend } = await import('@moe/kernels-cpu')
 const { setDefaultBackend, tensor } = await import('@moe/core')
@@ -173,13 +173,13 @@ if (String(product) !== '7,10,15,22') console.log('@moe/kernels-cpu: [1 2; 3 4] 
 `
 }
 
-/** The Node of the workspace, and the one that npm was started with, often an older one that the packages promise to run on. */
+/** The workspace's Node, and the Node that started npm, which is often an older one that the packages must support. */
 function nodes(): string[][] {
   const outer = process.env.npm_node_execpath
   return outer && outer !== process.execPath ? [[process.execPath], [outer]] : [[process.execPath]]
 }
 
-/** Bun and Deno, as commands that run a program. */
+/** Installs Bun and Deno, and returns the commands that run a program. */
 function installRuntimes(): string[][] {
   const folder = join(work, 'runtimes')
   mkdirSync(folder)
@@ -196,7 +196,7 @@ function installRuntimes(): string[][] {
   ]
 }
 
-/** Bundles what is for browsers as an application would, which fails for a module of Node. */
+/** Bundles browser entry points as an application would, which fails if one imports a Node module. */
 async function bundleForBrowsers(app: string, packages: Packed[]): Promise<void> {
   const entries = packages.flatMap(({ manifest }) =>
     Object.entries(manifest.publishConfig?.exports ?? manifest.exports ?? {})
@@ -213,11 +213,11 @@ async function bundleForBrowsers(app: string, packages: Packed[]): Promise<void>
       external: ['@tensorflow/*'],
       logLevel: 'silent',
     }).catch(error => error as { errors: { text: string }[] })
-    for (const { text } of errors) problems.push(`${entry}: not for browsers: ${text}`)
+    for (const { text } of errors) problems.push(`${entry}: cannot be bundled for browsers: ${text}`)
   }
 }
 
-/** The declarations as the compiler of a consumer without Node's types sees them, without skipping the library check; what other libraries declare is theirs. */
+/** Compiles the declarations as in a project without Node's types and without skipLibCheck. Errors in other libraries are ignored. */
 function checkDeclarations(app: string, entries: string[]): void {
   writeFileSync(join(app, 'import-all.ts'), `${entries.map(entry => `import '${entry}'`).join('\n')}\n`)
   const compilerOptions = {

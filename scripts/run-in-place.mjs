@@ -1,16 +1,16 @@
-// Runs a program as if it had been started in place of this one: same terminal, exit code and signals.
+// Runs a program in place of this one, with the same terminal, exit code and signals.
 import { spawn } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 
-/** Two signals of one kind closer than this are one: a terminal signals every process of the group, and npm hands on what it gets. */
+/** Repeated signals within this time count as one: a terminal signals every process of the group, and npm forwards the signal too. */
 const sameSignalMs = 500
 
 /**
- * Resolves when the program has ended; this process then has the program's exit code, or dies of the same signal.
+ * Resolves when the program has ended. This process then has the program's exit code, or dies of the same signal.
  *
- * With `ownGroup`, the program gets a process group of its own, so that a Ctrl-C reaches it once, through us, however it was
- * sent (terminal, `kill`, `timeout`, npm): one means "save and stop" to a training run, a second one "stop now". It ends
- * with us even when we are killed (exit-with-parent.mjs).
+ * With `ownGroup`, the program gets its own process group, so that Ctrl-C reaches it once, through this process, however it was sent (terminal,
+ * `kill`, `timeout`, npm). To a training run, one Ctrl-C means "save and stop" and a second one "stop now". The program also ends if this process is
+ * killed (exit-with-parent.mjs).
  */
 export function runInPlace(node, args, { ownGroup }) {
   const separate = ownGroup && process.platform !== 'win32'
@@ -21,13 +21,13 @@ export function runInPlace(node, args, { ownGroup }) {
     const now = performance.now()
     const repeated = now - (last.get(signal) ?? Number.NEGATIVE_INFINITY) < sameSignalMs
     last.set(signal, now)
-    // On Windows the console tells every process itself; we only stay alive until the program has ended.
+    // On Windows the console signals every process itself; this process only waits for the program to end.
     if (!repeated && process.platform !== 'win32') child.kill(signal)
   }
   const signals = ['SIGINT', 'SIGTERM', 'SIGHUP']
   for (const signal of signals) process.on(signal, forward)
   if (separate) {
-    // Ctrl-Z and `fg`: the terminal stops and continues our group only.
+    // Ctrl-Z and `fg`: the terminal only stops and continues this process's group.
     process.on('SIGTSTP', () => {
       child.kill('SIGSTOP')
       process.kill(process.pid, 'SIGSTOP')

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 
-// A program that takes its time to save after a SIGINT, and counts how often it was asked.
+// A program that takes a while to save after SIGINT, and counts how many it receives.
 const program = `
 let asked = 0
 process.on('SIGINT', () => {
@@ -48,7 +48,7 @@ function start(name: string): {
 
 // Process groups and these signals are POSIX.
 describe.skipIf(process.platform === 'win32')('runInPlace', () => {
-  test('hands on the exit code', async () => {
+  test('passes on the exit code', async () => {
     expect(await start('code.mjs').ended).toEqual([42, null])
   })
 
@@ -56,7 +56,7 @@ describe.skipIf(process.platform === 'win32')('runInPlace', () => {
     expect(await start('die.mjs').ended).toEqual([null, 'SIGTERM'])
   })
 
-  test('a Ctrl-C that arrives twice, from the terminal and from npm, reaches the program once, and it may finish', async () => {
+  test('a Ctrl-C that arrives twice, from the terminal and from npm, reaches the program once and lets it finish', async () => {
     const { driver, output, ended } = start('program.mjs')
     await expect.poll(output, { timeout: 30_000 }).toContain('ready')
     process.kill(-driver.pid!, 'SIGINT')
@@ -70,7 +70,7 @@ describe.skipIf(process.platform === 'win32')('runInPlace', () => {
     await expect.poll(output, { timeout: 30_000 }).toContain('ready')
     driver.kill('SIGKILL')
     await ended
-    // The pipe stays open until the program itself has ended, so by now it has said its last word.
+    // The pipe stays open until the program has ended, so its output is complete.
     expect(output()).toContain('saved, asked 1')
   })
 })

@@ -1,15 +1,15 @@
-// A small server for pages on this machine: texts that are given, and files of folders, by ranges.
+// A small local web server for given pages and for files of folders, with range requests.
 import { createReadStream, statSync } from 'node:fs'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { extname, join } from 'node:path'
 
 export interface PageServer {
-  /** By path. */
+  /** Pages by URL path. */
   readonly pages?: Readonly<Record<string, { readonly type: string; readonly body: string }>>
-  /** Paths, with a slash at the end, and the folder whose own files are there; `/` also stands for its index.html. */
+  /** Folders by URL path, with a trailing slash. Only files directly in a folder are served; the path itself is its index.html. */
   readonly folders?: Readonly<Record<string, string>>
-  /** Is told of what is posted: the path without its slash, and the body. */
+  /** Called for POST requests with the path, without its slash, and the body. */
   readonly received?: (kind: string, body: string) => void
   readonly port?: number
 }

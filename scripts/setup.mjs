@@ -1,5 +1,5 @@
-// Sets up a checkout: pnpm, dependencies, Node 24, native kernels. Every step is skipped when nothing that it depends on has
-// changed, so a second run costs milliseconds. Runs on Node 20 without dependencies.
+// Sets up a checkout: pnpm, dependencies, Node 24, native kernels. A step is skipped if none of its inputs have changed, so a second run
+// takes milliseconds. Runs on Node 20 without dependencies.
 import { spawn, spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
@@ -14,10 +14,10 @@ const buildNative = join(root, 'packages', 'kernels-cpu', 'scripts', 'build-nati
 const buildEmulator = join(root, 'packages', 'kernels-cuda', 'scripts', 'build-emulator.mjs')
 
 /**
- * Makes the checkout ready to run and puts its tools first on PATH.
- * @param {{ native?: boolean, nativeRequired: boolean, allVariants?: boolean, emulator?: boolean }} options whether native kernels are built at
- * all; whether a build that fails (not: a missing compiler) ends the process; whether the kernels are built for more instruction sets than this machine's best; whether the GPU emulator is built.
- * Tests need both.
+ * Sets up the checkout and puts its tools first on PATH.
+ * @param {{ native?: boolean, nativeRequired: boolean, allVariants?: boolean, emulator?: boolean }} options
+ * `native`: build the native kernels. `nativeRequired`: exit if a build fails (but not if there is no compiler). `allVariants`: build the kernels
+ * for all instruction sets rather than only this machine's best. `emulator`: build the GPU emulator. Tests need the last two.
  * @returns {Promise<string>} path of the Node that runs the workspace
  */
 export async function setUp({ native = true, nativeRequired, allVariants = true, emulator = false }) {
@@ -33,7 +33,7 @@ export async function setUp({ native = true, nativeRequired, allVariants = true,
 
 function requireNode(major) {
   if (Number.parseInt(process.versions.node, 10) >= major) return
-  fail(`Node ${major} or later is needed, this is ${process.version}: see https://nodejs.org/en/download`)
+  fail(`Node ${major} or later is required, but this is ${process.version}; see https://nodejs.org/en/download`)
 }
 
 async function installDependencies() {
@@ -43,14 +43,14 @@ async function installDependencies() {
   say(`installing dependencies with ${pnpm.name}`)
   const started = Date.now()
   const env = { ...process.env }
-  // A production environment would leave out the development dependencies, which are what this is about.
+  // With NODE_ENV=production, pnpm would skip the development dependencies.
   delete env.NODE_ENV
   const result = await run(pnpm.command, [...pnpm.args, 'install', '--frozen-lockfile'], { env, shell: pnpm.shell })
   if (result.code !== 0) {
     process.stderr.write(result.output)
     const hint = /OUTDATED_LOCKFILE/.test(result.output)
-      ? 'a package.json changed: run `npx -y pnpm@12 install` to bring pnpm-lock.yaml up to date'
-      : 'the output above says why; behind a proxy or mirror, set it with `npm config set registry|proxy|cafile`'
+      ? 'a package.json has changed; run `npx -y pnpm@12 install` to update pnpm-lock.yaml'
+      : 'see the output above; behind a proxy or mirror, configure it with `npm config set registry|proxy|cafile`'
     fail(`installing dependencies failed (exit code ${result.code}): ${hint}`)
   }
   writeFileSync(stampFile, stamp)
@@ -71,7 +71,7 @@ function hashOfInstallInputs() {
   return hash.digest('hex')
 }
 
-/** A pnpm of the right major version that is already here, otherwise the pinned one through npx, which needs no global install. */
+/** An installed pnpm of the right major version, otherwise the pinned version through npx, which needs no global installation. */
 function findPnpm() {
   const { packageManager } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
   const major = packageManager.match(/@(\d+)/)[1]
@@ -81,29 +81,29 @@ function findPnpm() {
   return { name: `npx ${packageManager}`, command: 'npx', args: ['-y', packageManager], shell: windows }
 }
 
-/** Node from the npm package `node`; where its binary does not run (musl), a recent enough Node of the machine. */
+/** Node from the npm package `node`; if its binary does not run (musl), the Node that runs this script, if it is recent enough. */
 function workspaceNode() {
   const installed = join(root, 'node_modules', 'node', 'bin', windows ? 'node.exe' : 'node')
   if (spawnSync(installed, ['--version']).status === 0) return installed
   const [major, minor] = process.versions.node.split('.').map(Number)
   if (major >= 24 || (major === 22 && minor >= 18)) return process.execPath
   return fail(
-    `${installed} does not run on this machine, and ${process.version} cannot run TypeScript: install Node 24`,
+    `${installed} does not run on this machine, and ${process.version} cannot run TypeScript; install Node 24`,
   )
 }
 
 async function runBuild(node, script, what, required) {
-  // Silence means that nothing had to be compiled.
+  // If the build ends before this, nothing had to be compiled.
   const compiling = setTimeout(() => say(`compiling ${what}, a minute or two the first time`), 1500)
   const { code } = await run(node, script, { stdio: ['ignore', 2, 2] })
   clearTimeout(compiling)
   if (code === 0) return
-  if (required) fail(`building ${what} failed (exit code ${code}): node ${script.join(' ')} --verbose`)
-  say(`building ${what} failed (exit code ${code}); going on without them`)
+  if (required) fail(`building ${what} failed (exit code ${code}); for details run: node ${script.join(' ')} --verbose`)
+  say(`building ${what} failed (exit code ${code}); continuing without them`)
 }
 
 /**
- * Runs one step to its end; a Ctrl-C meanwhile ends the step, then this process.
+ * Runs one step to its end. Ctrl-C ends the step and then this process.
  * @returns {Promise<{ code: number, output: string }>}
  */
 function run(command, args, options) {
@@ -124,7 +124,7 @@ function run(command, args, options) {
   })
 }
 
-/** Standard output belongs to the program that runs afterwards (`npm start -- --json`). */
+/** Prints to standard error, because standard output belongs to the program that runs afterwards (`npm start -- --json`). */
 function say(line) {
   console.error(`setup: ${line}`)
 }

@@ -1,5 +1,5 @@
-// Loaded before a program that a test starts on Windows, where no process can send another a signal that it may answer: a message
-// with the name of one stands for it.
+// Preloaded by programs that tests start on Windows, where a process cannot send another a signal that it can handle. A message with the
+// signal's name is used instead.
 if (process.channel) {
   process.on('message', name => process.emit(name, name))
   process.channel.unref()

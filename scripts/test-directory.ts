@@ -1,4 +1,4 @@
-// For tests: folders in memory that answer as a browser's FileSystemDirectoryHandle does (File System Standard, whatwg).
+// For tests: in-memory folders that behave like a browser's FileSystemDirectoryHandle (WHATWG File System Standard).
 import { File } from 'node:buffer'
 
 const fault = (name: string) => new DOMException(`a ${name}`, name)
@@ -7,7 +7,7 @@ export class TestDirectory {
   readonly kind = 'directory'
   readonly name: string
   readonly entries = new Map<string, TestFile | TestDirectory>()
-  /** How many bytes of files there is room for, here and in folders made here. */
+  /** Remaining bytes for files, shared with all subfolders. */
   readonly quota: { bytes: number }
 
   constructor(name = '', quota = { bytes: Number.POSITIVE_INFINITY }) {
@@ -39,7 +39,7 @@ export class TestDirectory {
     kind: new (name: string, quota: { bytes: number }) => T,
     { create = false },
   ): T {
-    if (name === '' || /^\.{1,2}$|\//.test(name)) throw new TypeError(`${name} is no name of a file`)
+    if (name === '' || /^\.{1,2}$|\//.test(name)) throw new TypeError(`invalid file name ${name}`)
     let entry = this.entries.get(name)
     if (entry === undefined && create) {
       entry = new kind(name, this.quota)

@@ -8,22 +8,22 @@ const usual: Options = {
   target: 'node20',
   sourcemap: true,
   silent: true,
-  // Deno and runtimes at the edge know Node's modules by `node:` alone.
+  // Deno and edge runtimes only support Node's modules with the `node:` prefix.
   removeNodeProtocol: false,
   plugins: [{ name: 'class-names', renderChunk: (code, { map }) => ({ code: ownNames(code), map }) }],
 }
 
 /**
- * The one way a library package is built: ESM and declarations for Node 20, dependencies left external.
- * `entry` maps an output name below dist/ to its source file.
+ * The build of a library package: ESM and declarations for Node 20, with external dependencies. `entry` maps output names below dist/ to source
+ * files.
  */
 export function library(entry: Record<string, string>): Config {
   return defineConfig({ ...usual, entry, platform: 'node', dts: true, clean: ['!browser/**'] })
 }
 
 /**
- * The same source once more for browsers, into dist/browser: no module of Node is imported, and what comes from one throws when it is called.
- * `packages` are treated as Node's modules are.
+ * The browser build of the same sources, into dist/browser. It imports no Node modules; functions from Node modules throw when they are called.
+ * `packages` are treated like Node modules.
  */
 export function browserLibrary(entry: Record<string, string>, packages: readonly string[] = []): Config {
   return defineConfig({
@@ -39,8 +39,8 @@ export function browserLibrary(entry: Record<string, string>, packages: readonly
 }
 
 /**
- * esbuild turns a class that names itself into `var Tensor = class _Tensor`, which is then what `console.log` prints. A space in place of the
- * underscore leaves the source map right.
+ * esbuild turns a class that refers to itself into `var Tensor = class _Tensor`, and `console.log` then prints `_Tensor`. Replacing the underscore
+ * by a space restores the name and keeps the source map correct.
  */
 function ownNames(code: string): string {
   const renamed = [...code.matchAll(/\b(?:var|let) (\w+) = class _\1\b/g)].map(([, name]) => name)

@@ -3,14 +3,14 @@ import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import type { Plugin } from 'esbuild'
 
-/** Modules that have some of the names of Node's, by these. */
-const anew: Readonly<Record<string, { readonly file: string; readonly names: readonly string[] }>> = {
+/** Substitutes for Node modules, and the exports that they implement. */
+const substitutes: Readonly<Record<string, { readonly file: string; readonly names: readonly string[] }>> = {
   'node:crypto': { file: fileURLToPath(new URL('browser-crypto.ts', import.meta.url)), names: ['createHash'] },
 }
 
 /**
- * For builds that run in browsers: no module of Node is imported, and what comes from one throws when it is called.
- * `packages` are treated as Node's modules are. What is written anew for them does not: `anew`.
+ * For browser builds: replaces imports of Node modules. Their functions throw when they are called, except those in `substitutes`.
+ * `packages` are treated like Node modules.
  */
 export function withoutNode(packages: readonly string[] = []): Plugin {
   const filter = new RegExp(`^(${['node:.*', ...packages].join('|')})$`)
@@ -31,13 +31,13 @@ export function withoutNode(packages: readonly string[] = []): Plugin {
   }
 }
 
-/** A module with the names of another one, each of which throws when it is called. @param from folder of who imports it */
+/** Source of a module with the same exports, each of which throws when it is called. @param from folder of the importing module */
 async function standIn(path: string, from: string): Promise<string> {
   const found = createRequire(join(from, 'any.js')).resolve(path)
   const names = Object.keys(await import(found === path ? path : pathToFileURL(found).href)).filter(
     name => /^\w+$/.test(name) && name !== 'default',
   )
-  const { file, names: written } = anew[path] ?? { file: '', names: [] }
+  const { file, names: written } = substitutes[path] ?? { file: '', names: [] }
   const lines = names.map(name =>
     written.includes(name)
       ? `export { ${name} } from ${JSON.stringify(file)}`
@@ -48,8 +48,8 @@ const absent = op => () => {
   throw new MoeError({
     code: 'E_UNSUPPORTED',
     op,
-    problem: ${JSON.stringify(`${path} is not there in a browser`)},
-    fix: 'pass what is read itself (texts, files, an address), and the handle of a folder to write to',
+    problem: ${JSON.stringify(`${path} is not available in browsers`)},
+    fix: 'pass the data itself (texts, files, a URL) instead of a path, and a directory handle to write to',
   })
 }
 ${lines.join('\n')}
