@@ -49,13 +49,13 @@ async function makeModel(format: string): Promise<DeepSeek> {
   const config = presets[options.config as '200m']
   const modules = Math.max(1, config.num_nextn_predict_layers ?? 0)
   const model = new DeepSeek({ ...config, eos_token_id: null, num_nextn_predict_layers: modules })
-  makeAgreeable(model)
+  makeDraftsAgree(model)
   if (weights) await quantizeWeights(model, weights)
   return model
 }
 
-/** The module's input becomes the embedding of the next token, and blocks add little to it, as they do in the model. */
-function makeAgreeable(model: DeepSeek): void {
+/** Makes most drafts correct: the MTP module's input becomes the embedding of the next token, and all blocks contribute little. */
+function makeDraftsAgree(model: DeepSeek): void {
   const { hidden_size: size } = model.config
   const first = Float32Array.from({ length: 2 * size * size }, (_, i) =>
     i % (2 * size) === Math.floor(i / (2 * size)) ? 1 : 0,
@@ -66,7 +66,7 @@ function makeAgreeable(model: DeepSeek): void {
   }
 }
 
-/** Prompts that no other text had, so that nothing is shared. */
+/** Returns prompts that are all different, so that no prefix is shared. */
 async function prompts(vocabulary: number): Promise<() => number[]> {
   const random = new Random(1)
   if (!folder) return () => Array.from(random.uniform(16), x => Math.floor(x * vocabulary))
@@ -105,8 +105,9 @@ async function read(text: Generation<number>): Promise<Made> {
 
 const sum = (all: readonly Made[], key: keyof Made) => all.reduce((sum, made) => sum + made[key], 0)
 
-/** Null for `generate`. */
+/** One variant to measure. */
 interface Arm {
+  /** Number of concurrent texts; null for `generate`. */
   readonly texts: number | null
   readonly drafts: boolean
   readonly make: () => Promise<Made[]>
@@ -171,7 +172,7 @@ for (const weights of options.weights.split(',')) {
   model.dispose()
 }
 printTable(
-  ['weights', 'texts', 'drafts', 'tokens/s', 'of generate', 'of no drafts', 'in processor time', 'accepted'],
+  ['weights', 'texts', 'drafts', 'tokens/s', 'vs generate', 'vs no drafts', 'in processor time', 'accepted'],
   results.map(one => [
     one.weights,
     one.texts === null ? 'generate' : `${one.texts}`,

@@ -27,7 +27,7 @@ const { values: options } = parseArgs({
 const small = options.tiny ? 64 : 1
 const tokens = Number(options.tokens) / small
 const repeats = options.tiny ? 2 : Number(options.repeats)
-/** Products in a row that are timed together, so that what the host does in between does not count. */
+/** Number of products timed together, so that host time between them does not count. */
 const inRow = options.tiny ? 1 : 5
 
 const named = process.env['MOE_CUDA_CUBLASLT']
@@ -46,16 +46,16 @@ const ways = Object.entries(devices).map(([name, opened]) => ({ name, opened, mu
 
 interface Result {
   readonly name: string
-  /** TFLOP/s of each way. */
+  /** TFLOP/s of each implementation. */
   readonly rates: Record<string, number>
-  /** The better of ours over cuBLASLt's. */
+  /** The faster of our kernels relative to cuBLASLt. */
   readonly ofCublasLt?: number
-  /** Largest difference from the mma kernels' results over their largest, of those compared. */
+  /** Largest difference from the results of the mma kernels, relative to the largest of the compared elements. */
   readonly distance: number
 }
 const results: Result[] = []
 
-/** Numbers in bf16 or f32 from a small set, repeated: what they are does not matter, that they are not all zero does. */
+/** A matrix of repeated numbers from a small set; the values do not matter as long as they are not all zero. */
 async function matrix(precision: WidePrecision, rows: number, columns: number, seed: number): Promise<Matrix> {
   const ld = precision === 'bf16' ? Math.ceil(columns / 8) * 8 : columns
   const values = new Random(seed).uniform(4096)
@@ -116,7 +116,9 @@ async function measure(name: string, precision: WidePrecision, product: Product)
   results.push({ name, rates, ofCublasLt, distance })
   const columns = Object.entries(rates).map(([way, rate]) => `${way} ${rate.toPrecision(4).padStart(6)}`)
   const ratio = ofCublasLt === undefined ? '' : `  ours ${ofCublasLt.toFixed(2)}x cuBLASLt`
-  console.log(`${name.padEnd(28)} TFLOP/s: ${columns.join('  ')}${ratio}  (apart by ${distance.toExponential(0)})`)
+  console.log(
+    `${name.padEnd(28)} TFLOP/s: ${columns.join('  ')}${ratio}  (max difference ${distance.toExponential(0)})`,
+  )
 }
 
 for (const [name, [full, wide]] of Object.entries(linears)) {

@@ -36,19 +36,19 @@ let backend = await createBackend()
 const { name: card, multiprocessors } = backend.properties
 console.log(`${card}, ${multiprocessors} multiprocessors, ${backend.wgmma ? 'wgmma' : 'mma'}`)
 
-/** How an op may be done. */
+/** One alternative for an op. */
 interface Way {
   readonly name: string
   readonly set: () => void
 }
 interface Line {
   readonly name: string
-  /** Milliseconds of each choice. */
+  /** Milliseconds of each alternative. */
   readonly times: Record<string, number>
   readonly rule: string
-  /** How much longer the rule's takes than the fastest. */
+  /** How much slower the built-in choice is than the fastest, as a fraction. */
   readonly loses: number
-  /** Choices with other results, by how much over the largest. */
+  /** Alternatives with different results, and their largest relative difference. */
   readonly wrong?: Record<string, number>
 }
 const lines: Line[] = []
@@ -56,7 +56,7 @@ const lines: Line[] = []
 const f32 = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32' })
 const median = (values: readonly number[]) => [...values].sort((a, b) => a - b)[values.length >> 1]
 
-/** Numbers in -1..1, a period of which divides no row. */
+/** Numbers between -1 and 1, repeated with a period that divides no row. */
 function random(shape: Shape, dtype: 'f32' | 'bf16' = 'f32'): Value {
   const size = sizeOf(shape)
   const data = dtype === 'f32' ? new Float32Array(size) : new Uint16Array(size)
@@ -80,7 +80,7 @@ function launch<O extends OpName>(op: O, inputs: readonly Value[], attrs: OpAttr
   return kernel(inputs, attrs, outputs).map((handle, i) => ({ handle, ...outputs[i] }) as Value)
 }
 
-/** Elements of the first result, no more than are soon compared; frees all. */
+/** The first elements of the first result, few enough to compare quickly. Frees all results. */
 async function beginning(results: readonly Value[]): Promise<Float32Array> {
   const [first] = results
   const size = sizeOf(first.shape)
@@ -90,7 +90,7 @@ async function beginning(results: readonly Value[]): Promise<Float32Array> {
   return found
 }
 
-/** Measures the op in all ways, and as the rule has it, which `taken` names then. */
+/** Measures all alternatives for an op and the built-in choice, whose name `taken` returns. */
 async function measure<O extends OpName>(
   name: string,
   op: O,
@@ -140,11 +140,12 @@ async function measure<O extends OpName>(
   })
   const columns = sorted.slice(0, 5).map(([way, ms]) => `${way}${way === rule ? '*' : ''} ${ms.toPrecision(3)}`)
   console.log(`${name.padEnd(44)} loses ${(100 * loses).toFixed(0).padStart(3)} %   ${columns.join('   ')}`)
-  for (const [way, apart] of Object.entries(wrong)) console.log(`  WRONG: ${way}, apart by ${apart.toExponential(1)}`)
+  for (const [way, apart] of Object.entries(wrong))
+    console.log(`  WRONG RESULT: ${way}, relative difference ${apart.toExponential(1)}`)
   save()
 }
 
-// --- products: tiles, and parts of what is summed up ---
+// --- products: tiles and splits of k ---
 
 const namesOf = (tiles: readonly Tile[]) => tiles.map(({ name }) => name)
 const tileNames = namesOf(backend.wgmma ? hopperTiles : tiles.bf16)
@@ -196,7 +197,7 @@ async function experts(): Promise<void> {
   }
 }
 
-// --- cross-entropy: the tile of logits, and how many of them the gradient has at once ---
+// --- cross-entropy: tile of logits, and how many logits the gradient computes at once ---
 
 async function entropy(): Promise<void> {
   const [rows, classes, features] = options.tiny ? [64, 300, 64] : [8192, 102_400, 2048]
@@ -225,7 +226,7 @@ async function entropy(): Promise<void> {
   free(...inputs, loss, lse, dout)
 }
 
-// --- attention on Hopper: whether warpgroups take turns ---
+// --- attention on Hopper: whether warpgroups alternate ---
 
 async function attention(): Promise<void> {
   if (!backend.wgmma) return
@@ -261,7 +262,7 @@ async function attention(): Promise<void> {
   }
 }
 
-// --- decoding: parts of the keys ---
+// --- decoding: splits of the keys ---
 
 async function decode(): Promise<void> {
   const all = options.tiny
@@ -289,7 +290,7 @@ async function decode(): Promise<void> {
   }
 }
 
-// --- simple ops: blocks of a multiprocessor, of which the rule has 16 ---
+// --- simple ops: blocks per multiprocessor; the built-in choice is 16 ---
 
 async function blocks(): Promise<void> {
   const size = options.tiny ? 2 ** 14 : 2 ** 27
@@ -328,7 +329,7 @@ async function blocks(): Promise<void> {
   save()
 }
 
-/** How fast each tile is, per element of a wave, where all of the card is busy: products of many rows. */
+/** Relative speed of each tile per element of a wave when the whole card is busy, that is in products of many rows. */
 function speeds(): Record<string, number> {
   const found = new Map<string, number[]>()
   for (const { name, times } of lines) {
@@ -357,8 +358,8 @@ function save(): void {
 const parts: Record<string, () => Promise<void>> = { products, experts, entropy, attention, decode, blocks }
 for (const name of options.only.split(',')) {
   const part = parts[name]
-  if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)
-  // One part that cannot run here (memory, a kernel) is no reason to lose the others.
+  if (part === undefined) throw new Error(`--only: expected ${Object.keys(parts).join(', ')}`)
+  // If one part cannot run here (memory, a missing kernel), the others still run.
   try {
     await part()
   } catch (error) {
@@ -367,5 +368,5 @@ for (const name of options.only.split(',')) {
   }
 }
 const fast = Object.entries(speeds()).map(([tile, speed]) => `${tile} ${speed.toFixed(2)}`)
-if (fast.length > 0) console.log(`speed of tiles: ${fast.join(', ')}`)
+if (fast.length > 0) console.log(`relative speed of tiles: ${fast.join(', ')}`)
 backend.dispose()

@@ -48,7 +48,7 @@ const { values: options } = parseArgs({
   },
 })
 
-/** One line of the table. `rate` in `unit`; the fraction is of the card's peak in that unit, the ratio to the peer of the same name. */
+/** One line of the table: `rate` in `unit`, its fraction of the card's peak, and its ratio to the peer's result of the same name. */
 interface Result {
   readonly name: string
   readonly rate: number
@@ -72,7 +72,7 @@ const repeats = options.tiny ? 2 : 20
 
 const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
 
-/** Runs an op and frees what it makes. */
+/** Runs an op and frees its outputs. */
 function runOp<O extends OpName>(
   op: O,
   inputs: readonly Value[],
@@ -88,7 +88,7 @@ function runOp<O extends OpName>(
 const f32 = (shape: Shape): TensorSpec => ({ shape, dtype: 'f32' })
 
 let seed = 1
-/** Random numbers, the same ones again and again: a period that divides no row, and drawing all of them would take longer than what is timed. */
+/** Fills an array with random numbers, repeated with a period that divides no row; drawing all of them would take longer than the measurement. */
 function repeated<A extends Float32Array | Uint16Array>(data: A, draw: (x: number) => number): A {
   const period = Math.min(data.length, 2 ** 20 + 7)
   data.set(new Random(seed++).uniform(period).map(draw))
@@ -130,7 +130,7 @@ async function time(fn: () => void): Promise<number> {
   return median(times)
 }
 
-/** @param peerName What the peer calls it, if not the same. */
+/** @param peerName the peer's name for the same measurement, if different */
 function report(name: string, rate: number, unit: Result['unit'], peak?: number, peerName = name): void {
   const peer = peerRate(peerName)
   const lower = unit === 'us'
@@ -246,7 +246,7 @@ async function grouped(): Promise<void> {
   await routed()
 }
 
-/** The experts of a layer of `1b`, forward and back: three products each way and another three for their weights. */
+/** The experts of a layer of `1b`, forward and backward: three products each, and three more for the weight gradients. */
 async function routed(): Promise<void> {
   const [tokens, topK, experts, d, inner] = [8192 / small, 6, 64 / small, 1024 / small, 512 / small]
   const rows = tokens * topK
@@ -320,7 +320,7 @@ async function decode(): Promise<void> {
       const name = `decode: absorbed, ${cache.dtype} cache, ${heads} heads, ${length} tokens, batch ${batch}`
       for (const page of [0, 64, 16]) {
         const pages = (batch * length) / page
-        // Pages of powers of two: any odd step reaches all.
+        // The number of pages is a power of two, so any odd step reaches all of them.
         const table = page === 0 ? [] : [integers(Array.from({ length: pages }, (_, i) => (i * 1237) % pages))]
         const inPages = table.map(t => ({ ...t, shape: [batch, length / page] }))
         const rows = page === 0 ? cache : { ...cache, shape: [pages, page, 576] }
@@ -338,15 +338,16 @@ async function decode(): Promise<void> {
 
 const configuration = options.tiny ? 'tiny' : options.config
 
-/** A model of numbers like those that it would draw itself, which would take half a minute. */
+/** A model with repeated random weights; drawing all of them would take half a minute. */
 async function configured(made: DeepSeekOptions = {}): Promise<DeepSeek> {
-  if (!Object.hasOwn(presets, configuration)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
+  if (!Object.hasOwn(presets, configuration))
+    throw new Error(`--config: expected one of ${Object.keys(presets).join(', ')}`)
   const preset = presets[configuration as keyof typeof presets]
   const config = { ...preset, max_position_embeddings: 4096, eos_token_id: null }
   const model = new DeepSeek(config, { ...made, seed: null })
   for (const { parameter } of namedParameters(model)) {
     const shape = parameter instanceof QuantizedParameter ? parameter.weight.shape : parameter.shape
-    // Norms and biases are as they begin.
+    // Norms and biases keep their initial values.
     if (shape.length < 2) continue
     const values = repeated(new Float32Array(sizeOf(shape)), x => 0.07 * (x - 0.5))
     if (parameter instanceof QuantizedParameter) await parameter.assignValues(values)
@@ -387,8 +388,8 @@ async function train(): Promise<void> {
     }
     const kernels = (backend.stats().launches - before) / seconds.length
     const { peakBytes, peakReservedBytes } = backend.stats()
-    const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
-    console.log(`  ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
+    const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB peak tensor memory, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
+    console.log(`  ${kernels.toFixed(0)} launches per step, ${memory}, loss ${loss.toFixed(3)}`)
     const title = `train: ${configuration}, ${rows} x ${length}`
     const how = `${precision === 'bf16' ? '' : `${precision}, `}${record ? 'recorded' : 'op by op'}`
     report(`${title}, ${how}`, (rows * length) / median(seconds), 'tokens/s', undefined, title)
@@ -400,7 +401,7 @@ async function train(): Promise<void> {
     console.log(`  ops without their own kernel: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
 }
 
-// --- text: a prompt at once, then token by token, weights in bf16 ---
+// --- generation: prefill, then token by token, with bf16 weights ---
 
 async function generate(): Promise<void> {
   const model = await configured({ weights: 'bf16' })
@@ -417,7 +418,7 @@ async function generate(): Promise<void> {
       times.push(now - before)
       before = now
     }
-    // The first run loads kernels; the second and third token are not replayed yet.
+    // The first run loads the kernels; its second and third token are not replayed yet.
     if (run === 0) continue
     first.push(times[0])
     each.push(median(times.slice(3)))
@@ -458,8 +459,8 @@ const parts: Record<string, () => Promise<void>> = {
 }
 for (const name of options.only.split(',')) {
   const part = parts[name]
-  if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)
-  // One part that cannot run here (memory, a kernel) is no reason to lose the others.
+  if (part === undefined) throw new Error(`--only: expected ${Object.keys(parts).join(', ')}`)
+  // If one part cannot run here (memory, a missing kernel), the others still run.
   try {
     await part()
   } catch (error) {

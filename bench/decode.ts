@@ -29,7 +29,7 @@ import { bytesPerToken } from './shared/bytes-per-token.ts'
 const root = fileURLToPath(new URL('..', import.meta.url))
 const python = `${root}.venv-reference/bin/python`
 const llamaCpp = `${root}bench/peers/llama-cpp`
-/** Formats of llama.cpp with as many bits as ours. */
+/** llama.cpp's formats of the same precision. */
 const sameBits = { f32: 'f32', bf16: 'bf16', int8: 'q8_0', int4: 'q4_0' } as const
 
 const { values: options } = parseArgs({
@@ -50,22 +50,22 @@ const tokens = Number(options.tokens)
 const sameForAll = ['--tokens', options.tokens, '--threads', options.threads]
 const prompt = Array.from({ length: 16 }, (_, i) => 7 + 3 * i)
 
-/** What a process says of a run: the milliseconds of each token after the first, and the processor time of one on average. */
+/** A worker's report of a run: milliseconds of each token after the first, and the average processor time per token. */
 interface Run {
   readonly milliseconds: number[]
   readonly processor: number
 }
 
-/** What a process says when its model is ready. */
+/** A worker's report when its model is ready. */
 interface Ready {
   readonly device: string
-  /** Bytes of all weights, and of those that one token reads. */
+  /** Bytes of all weights, and of the weights that one token reads. */
   readonly weightBytes: number
   readonly bytesPerToken: number
   readonly residentBytes: number
 }
 
-// --- the processes that measure: a line in, a line of JSON out ---
+// --- worker processes: for each line of input, one line of JSON ---
 
 async function work(weights: string): Promise<void> {
   const backend = await createBackend({ threads: Number(options.threads) })
@@ -88,7 +88,7 @@ async function work(weights: string): Promise<void> {
     const { user, system } = process.cpuUsage(usage)
     return { milliseconds: times.slice(1), processor: (user + system) / 1000 / (times.length - 1) }
   }
-  // The engine's own code is compiled while it runs: on a busy machine that takes a while.
+  // Lets V8 optimize the engine's code, which takes a while on a busy machine.
   for (let i = 0; i < 4; i++) await run()
   const ready: Ready = {
     device: backend.device,
@@ -119,11 +119,11 @@ function printProfile(weights: string): void {
   }
 }
 
-// --- the process that compares ---
+// --- main process: starts workers and compares ---
 
 class Runner {
   readonly label: string
-  /** Our format of as many bits, for ratios. */
+  /** Our format of the same precision, for ratios. */
   readonly weights: string
   readonly runs: Run[] = []
   ready: Partial<Ready> = {}
@@ -139,7 +139,7 @@ class Runner {
 
   async #next<T>(): Promise<T> {
     const { value, done } = await this.#lines.next()
-    if (done) throw new Error(`${this.label} ended early`)
+    if (done) throw new Error(`${this.label} exited early`)
     return JSON.parse(value) as T
   }
 
@@ -177,7 +177,7 @@ async function readBandwidth(): Promise<() => number> {
   }
 }
 
-/** The processes of our formats, one for each. */
+/** Worker processes, one for each of our formats. */
 function ownRunners(formats: readonly string[]): Runner[] {
   return formats.map(weights => {
     const flags = ['--worker', weights, '--config', options.config, ...sameForAll]
@@ -186,7 +186,7 @@ function ownRunners(formats: readonly string[]): Runner[] {
   })
 }
 
-/** llama.cpp with the weights of our processes, which all have the same seed. Its files lie in `folder`. */
+/** llama.cpp with the same weights as our workers, which all use the same seed. Its files are written to `folder`. */
 async function llamaCppRunners(formats: readonly string[], folder: string): Promise<Runner[]> {
   if (!existsSync(`${llamaCpp}/node_modules/node-llama-cpp`)) {
     console.error('skipping llama.cpp; to include it, run npm install --prefix bench/peers/llama-cpp')
@@ -194,7 +194,7 @@ async function llamaCppRunners(formats: readonly string[], folder: string): Prom
   }
   const backend = await createBackend()
   const model = new DeepSeek(presets[options.config as keyof typeof presets], { backend })
-  // Random weights know no language: any vocabulary will do.
+  // With random weights, any vocabulary will do.
   const tokenizer = trainBpe(['any text'], { vocabSize: 260, minFrequency: 1 })
   const runners: Runner[] = []
   for (const weights of formats) {
@@ -250,12 +250,12 @@ async function compare(folder: string) {
 interface Result {
   readonly label: string
   readonly weights: string
-  /** Of a token, by round. */
+  /** Per token, by round. */
   readonly milliseconds: readonly number[]
   readonly processorMilliseconds: readonly number[]
 }
 
-/** How many times as fast as each peer with as many bits: the median over the rounds. */
+/** Speed relative to each peer of the same precision: the median over the rounds. */
 function ratiosOf(results: readonly Result[]) {
   const own = results.filter(({ label }) => label.startsWith('@moe'))
   const peers = results.filter(({ label }) => !label.startsWith('@moe'))
@@ -290,7 +290,7 @@ function print({ readGBs, results, ratios }: Awaited<ReturnType<typeof compare>>
     console.log(row.map((cell, i) => (i < 1 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
   }
   for (const { who, than, ratio, processorRatio } of ratios) {
-    console.log(`${who}: ${ratio.toFixed(2)} times ${than}, in processor time ${processorRatio.toFixed(2)}`)
+    console.log(`${who}: ${ratio.toFixed(2)}x the speed of ${than}, ${processorRatio.toFixed(2)}x in processor time`)
   }
 }
 

@@ -126,13 +126,13 @@ interface Result {
   readonly recorded: number
   /** Kernel calls of the backward pass. */
   readonly backwardCalls: number
-  /** Microseconds of the way forward per recorded op. */
+  /** Microseconds of the forward pass per recorded op. */
   readonly forward: number
   /** Microseconds of the backward pass per recorded op, including the calls of its gradient rule. */
   readonly backward: number
   /** Microseconds of the backward pass per kernel call. */
   readonly backwardPerCall: number
-  /** Microseconds of the way forward per recorded op when nothing is recorded. */
+  /** Microseconds of the forward pass per op when nothing is recorded. */
   readonly unrecorded: number
 }
 
@@ -182,7 +182,7 @@ function measure(name: string, forward: () => Tensor): Result {
   }
 }
 
-/** Number of the next op on the tape. */
+/** Index of the next op on the tape. */
 const tapeLength = () => probe.neg().node?.id ?? Number.NaN
 
 setDefaultBackend(nullBackend())
@@ -240,7 +240,7 @@ const results = [
   measureModel(),
 ]
 
-/** A whole training step of the 12.5M-parameter model, its host-side batch work included. */
+/** A whole training step of the 12.5M-parameter model, including its host-side batch work. */
 function measureModel(): Result {
   const model = new DeepSeek(presets['12m'])
   const shape = { rows: 8, length: 256 + model.lookahead }
@@ -256,8 +256,8 @@ const heads = [
   'recorded',
   'forward',
   'backward',
-  'calls back',
-  'µs per call back',
+  'backward calls',
+  'µs per backward call',
   'not recorded',
 ]
 const table = results.map(r => [

@@ -23,7 +23,7 @@ const { values: options } = parseArgs({
   },
 })
 
-/** Of one process, as `bench train` measures it. */
+/** The result of one process of `bench train`. */
 interface Measurement {
   readonly precision: string
   readonly parameters: number
@@ -61,7 +61,7 @@ const results = counts.map(count => {
   }
 })
 const rest = ({ seconds, optimizer }: { seconds: number; optimizer: number }) => seconds - optimizer
-console.log(`${config}, ${tokens} tokens a step, ${measured.get(counts[0])?.[0].precision}`)
+console.log(`${config}, ${tokens} tokens per step, ${measured.get(counts[0])?.[0].precision}`)
 printTable(
   ['experts', 'parameters', 's/step', 'optimizer', 'rest', 'grew', 'of it experts', 'peak MiB'],
   results.map(result => [

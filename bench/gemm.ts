@@ -34,7 +34,7 @@ const { values: options } = parseArgs({
 const kinds = ['square', 'grouped-mm', 'grouped-dx', 'grouped-dw'] as const
 type Kind = (typeof kinds)[number]
 
-/** What one process measured of one shape. Square: m = n = k. Grouped: `experts` products of [rows, k] by [k, n], or a gradient of them. */
+/** One process's result for one shape. Square: m = n = k. Grouped: `experts` products of [rows, k] by [k, n], or a gradient of them. */
 interface Measurement {
   readonly kind: Kind
   readonly dtype: Precision
@@ -62,7 +62,7 @@ const median = (values: readonly number[]) => {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
-// --- the process that measures ---
+// --- worker process: measures ---
 
 async function work(): Promise<Measurement[]> {
   const backend = await createBackend({ threads: Number(options.threads) })
@@ -89,7 +89,7 @@ async function work(): Promise<Measurement[]> {
     return flops / median(seconds) / 1e9
   }
 
-  /** Weights as a step of the optimizer leaves them. */
+  /** Weights after an optimizer step. */
   function stepped(weight: Value, use: () => unknown): Value {
     use()
     const moments = [0, 1, 2].map(() => random(weight.shape))
@@ -143,7 +143,7 @@ async function work(): Promise<Measurement[]> {
   return results
 }
 
-// --- the process that compares ---
+// --- main process: starts workers and compares ---
 
 function run(command: string, args: readonly string[]): { readonly results: readonly Measurement[] } {
   const { status, stdout, error } = spawnSync(command, args, {
@@ -153,7 +153,7 @@ function run(command: string, args: readonly string[]): { readonly results: read
     maxBuffer: 2 ** 24,
   })
   if (error) throw error
-  if (status !== 0) throw new Error(`${command} ${args[0]} ended with code ${status}`)
+  if (status !== 0) throw new Error(`${command} ${args[0]} exited with code ${status}`)
   return JSON.parse(stdout.trim().split('\n').at(-1) ?? '')
 }
 
@@ -175,7 +175,7 @@ function compare() {
     }
     if (!peers) continue
     const { results } = run(python, [`${root}bench/peers/gemm_torch.py`, '--json', ...settings])
-    // A kind that PyTorch does not run on CPU comes without a speed.
+    // Kinds that PyTorch does not support on the CPU have no speed.
     for (const shape of results.filter(({ gflops }) => gflops !== undefined)) {
       theirs.set(keyOf(shape), [...(theirs.get(keyOf(shape)) ?? []), shape.gflops])
     }

@@ -25,7 +25,7 @@ const { values: options } = parseArgs({
   allowNegative: true,
 })
 
-/** Of one process, as `bench train` measures it. */
+/** The result of one process of `bench train`. */
 interface Measurement {
   readonly seconds: readonly number[]
   readonly peakMemoryBytes: number
@@ -66,7 +66,7 @@ for (let round = 0; round < Number(options.rounds); round++) {
 }
 const results = [...measured].map(([key, rounds]) => summarize(key.split(' ')[0], key.split(' ')[1], rounds))
 const firstOf = (who: string) => results.find(result => result.who === who)
-console.log(`${options.config}, ${options.tokens} tokens a step, ${options.precision}`)
+console.log(`${options.config}, ${options.tokens} tokens per step, ${options.precision}`)
 printTable(
   ['who', 'context', 'peak MiB', 's/step', 'attention', 'rest', 'rest grew', 'engine'],
   results.map(({ who, seq, seconds, peakMemoryBytes, attention, rest, engine }) => [

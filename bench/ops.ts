@@ -30,7 +30,7 @@ const { values: options } = parseArgs({
 interface Measurement {
   readonly name: string
   readonly seconds: number
-  /** What it moves, or computes. */
+  /** Bytes that it moves, or operations that it computes. */
   readonly bytes?: number
   readonly flops?: number
 }
@@ -42,7 +42,7 @@ interface Round {
   readonly arithmetic?: number
 }
 
-// --- the process that measures ---
+// --- worker process: measures ---
 
 async function work(): Promise<Round> {
   const backend = await createBackend()
@@ -93,7 +93,7 @@ async function work(): Promise<Round> {
     }
     return median(seconds)
   }
-  /** Times an op under a name and gives its outputs. */
+  /** Times an op and returns its outputs. */
   function measure<O extends OpName>(
     name: string,
     op: O,
@@ -134,7 +134,7 @@ async function work(): Promise<Round> {
     const value: Shape = [batch, time_, heads, valueDim]
     const [q, k, v, dout] = [random(query), random(query), random(value), random(value)]
     const attrs = { causal: true, scale: queryDim ** -0.5, precision: 'f32' } as const
-    // Scores and sums over half of the square; back: the scores again and four more products.
+    // Scores and sums over half of the square; backward: the scores again and four more products.
     const half = batch * heads * time_ * time_
     const forward = half * (queryDim + valueDim)
     const [out, lse] = measure(
@@ -212,7 +212,7 @@ async function work(): Promise<Round> {
   return { results, bandwidth: (2 * 4 * (32 << 20)) / copied, arithmetic: (2 * 1024 ** 3) / multiplied }
 }
 
-// --- the process that compares ---
+// --- main process: starts workers and compares ---
 
 function compare(): void {
   const self = fileURLToPath(import.meta.url)

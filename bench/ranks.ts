@@ -33,7 +33,7 @@ interface Measurement {
   readonly name: string
   readonly mib: number
   readonly milliseconds: number
-  /** Bytes a second. */
+  /** Bytes per second. */
   readonly bandwidth: number
 }
 
@@ -60,7 +60,7 @@ async function measure(ranks: Communicator, backend: Backend): Promise<Measureme
   return results
 }
 
-/** Milliseconds of a call, once all ranks are there. */
+/** Milliseconds of a call, measured after all ranks have reached it. */
 async function timeOf(ranks: Communicator, backend: Backend, call: () => Promise<readonly Tensor[]>): Promise<number> {
   const once = async () => {
     await ranks.barrier()
@@ -72,7 +72,7 @@ async function timeOf(ranks: Communicator, backend: Backend, call: () => Promise
     return milliseconds
   }
   await once()
-  // As many on every rank.
+  // The same number on every rank.
   const rounds = (1000 * Number(options.seconds)) / (await slowest(ranks, backend, await once()))
   const times: number[] = []
   for (let i = 0; i < Math.max(5, Math.min(50, rounds)); i++) times.push(await once())

@@ -153,7 +153,7 @@ for (const format of options.weights.split(',')) {
 }
 
 printTable(
-  ['items', 'weights', '', 'items/s', 'time of shared once, wall', 'processor'],
+  ['items', 'weights', '', 'items/s', 'time vs shared once', 'processor time'],
   results.map(({ kind, weights, arm, itemsPerSecond, wall, processor }) => [
     ...[kind, weights, arm, itemsPerSecond.toFixed(1), `${wall.toFixed(2)} x`, `${processor.toFixed(2)} x`],
   ]),

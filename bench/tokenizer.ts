@@ -115,7 +115,7 @@ async function encoderOf(peer: string, encoding: string): Promise<Encode> {
   throw new Error(`unknown peer ${peer}`)
 }
 
-/** One measurement, in a process of its own: seconds to a file, ids to another. */
+/** One measurement in its own process: writes seconds to one file and ids to another. */
 async function work(peer: string): Promise<void> {
   const documents = JSON.parse(readFileSync(options.documents, 'utf8')) as string[]
   const seconds: number[] = []
@@ -138,7 +138,7 @@ async function work(peer: string): Promise<void> {
   writeFileSync(options.out, JSON.stringify({ seconds } satisfies Timing))
 }
 
-/** Texts by name; what cannot be had here is left out. */
+/** Texts by name, without those that are not available here. */
 function texts(limit: number, only: readonly string[]): Map<string, string> {
   const found = new Map<string, string>()
   const speeches = globSync(
@@ -164,7 +164,7 @@ function texts(limit: number, only: readonly string[]): Map<string, string> {
   return found
 }
 
-/** Made-up Chinese: words of the vocabulary, frequent ones first (Zipf), in sentences and paragraphs. */
+/** Synthetic Chinese: words of the vocabulary, frequent ones first (Zipf), in sentences and paragraphs. */
 function chinese(random: () => number, limit: number): string {
   const { model } = JSON.parse(readFileSync(deepseekPath!, 'utf8')) as { model: { vocab: Record<string, number> } }
   const tokenizer = BpeTokenizer.fromJSON(readFileSync(deepseekPath!, 'utf8'))
@@ -210,7 +210,7 @@ function mixed(random: () => number, limit: number): string {
   return text
 }
 
-/** Documents of about 64 kB that end with a line. */
+/** Splits a text at line ends into documents of about 64 kB. */
 function documentsOf(text: string): string[] {
   const documents: string[] = []
   for (let at = 0; at < text.length; ) {
@@ -227,7 +227,7 @@ interface Result {
   readonly encoding: string
   readonly peer: string
   readonly megabytes: number
-  /** MB/s, or of a training only the seconds. */
+  /** MB/s; training only has seconds. */
   readonly first?: number
   readonly best?: number
   readonly seconds: number
@@ -249,7 +249,7 @@ async function main(): Promise<void> {
       writeFileSync(path, JSON.stringify(documents))
       const megabytes = Buffer.byteLength(documents.join('')) / 1e6
       console.log(
-        `\n${name}: ${megabytes.toFixed(1)} MB in ${documents.length} documents${name === 'chinese' || name === 'mixed' ? ', made up' : ''}`,
+        `\n${name}: ${megabytes.toFixed(1)} MB in ${documents.length} documents${name === 'chinese' || name === 'mixed' ? ', synthetic' : ''}`,
       )
       for (const encoding of ['deepseek-v3', 'cl100k', 'o200k'])
         measureEncoding(name, encoding, path, megabytes, folder, results)
@@ -307,7 +307,7 @@ function measureEncoding(
     results.push({ task, encoding, peer, megabytes, first, best, seconds, same })
     const speed = same
       ? `${first.toFixed(1).padStart(7)} first ${best.toFixed(1).padStart(7)} best MB/s  ${(ours / best).toFixed(1)}x`
-      : 'other ids than ours'
+      : 'ids differ from ours'
     console.log(`  ${encoding.padEnd(12)} ${peer.padEnd(24)} ${speed}`)
   }
 }
@@ -370,7 +370,7 @@ function measureTraining(folder: string, results: Result[]): void {
     const merges = readFileSync(`${out}.merges`, 'utf8')
     const row = (peer: string, seconds: number, same: boolean) => {
       results.push({ task: `train ${size}`, encoding: 'deepseek-v3', peer, megabytes, seconds, same })
-      const note = same ? `${(seconds / mine.seconds[0]).toFixed(1)}x` : 'other merges than ours'
+      const note = same ? `${(seconds / mine.seconds[0]).toFixed(1)}x` : 'merges differ from ours'
       console.log(`  ${size.padEnd(12)} ${peer.padEnd(24)} ${seconds.toFixed(2).padStart(7)} s  ${note}`)
     }
     row('@moe/tokenizer-bpe', mine.seconds[0], true)

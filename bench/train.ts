@@ -54,7 +54,7 @@ const { values: options } = parseArgs({
 })
 const tokensPerStep = Number(options.tokens)
 
-/** What one process measured. */
+/** The result of one process. */
 interface Measurement {
   readonly config: string
   readonly backend: string
@@ -64,13 +64,13 @@ interface Measurement {
   readonly parameters: number
   readonly seconds: readonly number[]
   readonly peakMemoryBytes: number
-  /** With --profile: milliseconds per step of each kernel or op, and of everything outside of them. */
+  /** With --profile: milliseconds per step of each kernel or op, and of everything else. */
   readonly ops?: Readonly<Record<string, number>>
   readonly firstLoss: number
   readonly lastLoss: number
 }
 
-// --- the process that measures ---
+// --- worker process: measures ---
 
 async function pickBackend(): Promise<Backend> {
   const loaders = {
@@ -80,12 +80,12 @@ async function pickBackend(): Promise<Backend> {
     'backend-tfjs': () => import('@moe/backend-tfjs'),
   }
   const first = loaders[options.backend as keyof typeof loaders]
-  if (first === undefined) throw new Error(`--backend is one of ${Object.keys(loaders).join(', ')}`)
-  return firstAvailable([first, loaders['backend-tfjs']], { onSkip: reason => console.error(`not used: ${reason}`) })
+  if (first === undefined) throw new Error(`--backend: expected one of ${Object.keys(loaders).join(', ')}`)
+  return firstAvailable([first, loaders['backend-tfjs']], { onSkip: reason => console.error(`skipped: ${reason}`) })
 }
 
 function presetOf(name: string): (typeof presets)[keyof typeof presets] {
-  if (!Object.hasOwn(presets, name)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
+  if (!Object.hasOwn(presets, name)) throw new Error(`--config: expected one of ${Object.keys(presets).join(', ')}`)
   return presets[name as keyof typeof presets]
 }
 
@@ -141,7 +141,7 @@ function randomBatch(rows: number, length: number, vocabulary: number): TokenBat
   return { tokens, documents: new Int32Array(rows * length), rows, length }
 }
 
-/** Times every kernel, or op, of kernels-cpu until the returned function prints them and gives them by name. */
+/** Starts timing every kernel or op of kernels-cpu. The returned function prints the times and returns them by name. */
 async function startProfile(): Promise<(seconds: readonly number[]) => Record<string, number>> {
   const { profile, startProfile, stopProfile } = await import('@moe/kernels-cpu')
   startProfile()
@@ -164,9 +164,9 @@ async function startProfile(): Promise<(seconds: readonly number[]) => Record<st
   }
 }
 
-// --- the process that compares ---
+// --- main process: starts workers and compares ---
 
-/** Someone who runs the step: prints progress to standard error and one JSON object as its last line of output. */
+/** A program that runs the step. It prints progress to standard error and a JSON object as its last line of output. */
 interface Runner {
   readonly label: string
   readonly command: string
@@ -219,7 +219,7 @@ function runOnce(runner: Runner): Measurement {
     maxBuffer: 2 ** 24,
   })
   if (error) throw error
-  if (status !== 0) throw new Error(`${runner.label} ended with code ${status}`)
+  if (status !== 0) throw new Error(`${runner.label} exited with code ${status}`)
   return runner.read(JSON.parse(stdout.trim().split('\n').at(-1) ?? ''))
 }
 
@@ -229,7 +229,7 @@ const median = (values: readonly number[]) => {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
-/** Rounds of one runner as one result. */
+/** Combines a runner's rounds into one result. */
 function summarize(label: string, rounds: readonly Measurement[]) {
   const seconds = rounds.flatMap(round => round.seconds)
   const { config, backend, device, precision, sequenceLength, parameters, firstLoss, lastLoss } = rounds[0]
@@ -268,7 +268,7 @@ type Result = ReturnType<typeof compare>[number]
 function print(results: readonly Result[]): void {
   const best = (config: string) =>
     Math.max(...results.filter(r => r.config === config && r.backend.startsWith('pytorch')).map(r => r.tokensPerSecond))
-  const heads = ['config', 'who', 'tokens/s', 's/step', 'peak MiB', 'of best PyTorch', 'loss']
+  const heads = ['config', 'who', 'tokens/s', 's/step', 'peak MiB', 'vs best PyTorch', 'loss']
   const rows = results.map(r => {
     const ratio = r.tokensPerSecond / best(r.config)
     return [
@@ -297,7 +297,7 @@ if (options.worker) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'bench train',
-      problem: `--seq ${options.seq} does not divide ${tokensPerStep}`,
+      problem: `--seq ${options.seq} does not divide --tokens ${tokensPerStep}`,
     })
   }
   const results = configs.flatMap(compare)

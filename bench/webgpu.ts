@@ -78,7 +78,7 @@ const table = { ...backend.primitives, ...backend.fused } as unknown as Record<
   (inputs: readonly Value[], attrs: unknown, outputs: readonly TensorSpec[]) => Value['handle'][] | undefined
 >
 
-/** Seconds of one run of an op. */
+/** Seconds per run of an op. */
 async function time<O extends OpName>(
   op: O,
   inputs: readonly Value[],
@@ -87,7 +87,7 @@ async function time<O extends OpName>(
 ) {
   const once = () => {
     const handles = table[op](inputs, attrs, outputs)
-    if (handles === undefined) throw new Error(`${op} is declined`)
+    if (handles === undefined) throw new Error(`${op} was declined`)
     for (const handle of handles) if (handle !== null) backend.free(handle)
   }
   const inRow = async (count: number) => {
@@ -98,7 +98,7 @@ async function time<O extends OpName>(
   }
   const first = await inRow(1)
   const again = await inRow(1)
-  // About a tenth of a second.
+  // Enough runs for about a tenth of a second.
   const count = options.tiny ? 1 : Math.max(1, Math.min(1000, Math.round(0.1 / Math.min(first, again))))
   const times: number[] = []
   for (let round = 0; round < rounds; round++) times.push((await inRow(count)) / count)
@@ -181,7 +181,7 @@ async function model(): Promise<void> {
     await backend.sync()
     return (performance.now() - started) / 1000
   }
-  // Kernels are compiled in the first; from the fifth on buffers are where they were.
+  // The first step compiles the kernels; from the fifth on, buffers are reused in the same places.
   for (let i = 0; i < (options.tiny ? 1 : 5); i++) await step()
   const seconds: number[] = []
   for (let i = 0; i < rounds; i++) seconds.push(await step())

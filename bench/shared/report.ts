@@ -1,4 +1,4 @@
-/** @file What benchmarks share: medians, tables, the machine, results as JSON, the Python of peers. */
+/** @file Shared by benchmarks: medians, tables, the machine, results as JSON, and the Python environment of peers. */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
 import { cpus, loadavg, totalmem } from 'node:os'
@@ -8,15 +8,15 @@ export const root = fileURLToPath(new URL('../..', import.meta.url))
 
 const python = `${root}.venv-reference/bin/python`
 
-/** The interpreter with PyTorch, or nothing, which is said. */
+/** Path of a Python with PyTorch; if there is none, prints that and returns undefined. */
 export function findPython(wanted: boolean): string | undefined {
   if (!wanted) return undefined
   if (existsSync(python)) return python
-  console.error('no .venv-reference: PyTorch is left out (tools/reference/setup.sh makes one)')
+  console.error('PyTorch is skipped, because there is no .venv-reference; create it with tools/reference/setup.sh')
   return undefined
 }
 
-/** Runs a program to its end: the JSON of the last line that it prints. */
+/** Runs a program to its end and parses the last line that it prints as JSON. */
 export function lastJson<T>(label: string, command: string, args: readonly string[]): T {
   const { status, stdout, error } = spawnSync(command, args, {
     cwd: root,
@@ -25,7 +25,7 @@ export function lastJson<T>(label: string, command: string, args: readonly strin
     maxBuffer: 2 ** 24,
   })
   if (error) throw error
-  if (status !== 0) throw new Error(`${label} ended with code ${status}`)
+  if (status !== 0) throw new Error(`${label} exited with code ${status}`)
   return JSON.parse(stdout.trim().split('\n').at(-1) ?? '') as T
 }
 
@@ -35,12 +35,12 @@ export function median(values: readonly number[]): number {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
-/** Milliseconds of all ops, or kernels, whose name the pattern finds. */
+/** Total milliseconds of the ops, or kernels, whose name matches. */
 export function millisecondsOf(ops: Readonly<Record<string, number>>, pattern: RegExp): number {
   return Object.entries(ops).reduce((sum, [op, milliseconds]) => sum + (pattern.test(op) ? milliseconds : 0), 0)
 }
 
-/** Prints rows under their heads, the first `left` columns flush left. */
+/** Prints a table; the first `left` columns are left-aligned. */
 export function printTable(heads: readonly string[], rows: readonly (readonly string[])[], left = 1): void {
   const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))
   for (const row of [heads, ...rows]) {
@@ -49,7 +49,7 @@ export function printTable(heads: readonly string[], rows: readonly (readonly st
   }
 }
 
-/** Writes results with the machine that they are from. */
+/** Writes the results and a description of the machine as JSON. */
 export function writeResults(file: string | undefined, results: object): void {
   if (file === undefined) return
   const cpu = cpus()[0]?.model ?? 'unknown'
