@@ -3,8 +3,8 @@ import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { convert, packages, root } from './project.ts'
 
-const usage = `Builds the documentation's site into docs/site: guides, the API of every package, decision records. Needs no network, and
-neither do its pages.
+const usage = `Builds the documentation site into docs/site: guides, the API reference of every package, and decision records. Neither the build
+nor the pages need a network.
 
 usage: npm run docs
 `
@@ -13,7 +13,7 @@ const out = join(root, 'docs/site')
 const args = process.argv.slice(2)
 if (args.length > 0) {
   const asks = args.some(arg => arg === '--help' || arg === '-h')
-  if (!asks) console.error(`docs: unknown ${args.join(' ')}\n`)
+  if (!asks) console.error(`docs: unknown argument ${args.join(' ')}\n`)
   console.log(usage.trimEnd())
   process.exit(asks ? 0 : 2)
 }

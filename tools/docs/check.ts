@@ -1,6 +1,6 @@
 /**
- * @file Whether the API reference says what there is: fails where a public export, member or option has no docstring, where a `{@link}` or a relative
- * link leads nowhere, and where a public signature names a type that is not exported.
+ * @file Checks the API reference. It fails if a public export, member or option has no docstring, if a `{@link}` or a relative link is broken, or if a public
+ * signature uses a type that is not exported.
  *
  *   node tools/docs/check.ts
  */
@@ -20,7 +20,7 @@ import {
 } from 'typedoc'
 import { convert, packages, root } from './project.ts'
 
-/** What needs a docstring. */
+/** Kinds of reflections that need a docstring. */
 const kinds =
   ReflectionKind.Class |
   ReflectionKind.Interface |
@@ -31,7 +31,7 @@ const kinds =
   ReflectionKind.ConstructorSignature |
   ReflectionKind.GetSignature
 
-/** Types that public signatures name, but no entry point exports yet. */
+/** Types that public signatures use but no entry point exports yet. */
 const toBeExported: Readonly<Record<string, readonly string[]>> = {
   '@moe/deepseek': ['Trunk', 'DecoderLayerInit'],
   '@moe/trainer': ['RunRecord'],
@@ -40,7 +40,7 @@ const toBeExported: Readonly<Record<string, readonly string[]>> = {
 const { app, project, complaints } = await convert()
 app.validate(project)
 for (const { name } of packages) {
-  // TypeDoc asks for exports of the project's own package only.
+  // TypeDoc only requires exports of types from the project's own package.
   project.packageName = name
   app.options.setValue('intentionallyNotExported', [...(toBeExported[name] ?? [])])
   app.options.setValue('validation', { notExported: true, invalidLink: false })
@@ -60,7 +60,7 @@ const names = project.getReflectionsByKind(kinds).length
 console.log(`${names} names of ${packages.length} packages, ${problems.length} problems`)
 if (problems.length > 0) process.exitCode = 1
 
-/** Links of the finished pages, their anchors included; and what would be loaded from elsewhere, or is known on this machine alone. */
+/** Broken links and anchors of the finished pages, resources loaded from other sites, and absolute paths of this machine. */
 function deadLinks(folder: string): string[] {
   const pages = new Map(
     globSync('**/*.html', { cwd: folder }).map(page => [page, readFileSync(join(folder, page), 'utf8')] as const),
@@ -68,7 +68,7 @@ function deadLinks(folder: string): string[] {
   const anchors = new Map([...pages].map(([page, text]) => [page, new Set(idsOf(text))]))
   const problems: string[] = []
   for (const [page, text] of pages) {
-    if (text.includes(root)) problems.push(`${page} has a path of this machine`)
+    if (text.includes(root)) problems.push(`${page} contains a path of this machine`)
     for (const [, tag, link] of text.matchAll(/<(\w+)[^>]*?\s(?:href|src)="([^"]*)"/g)) {
       if (/^(https?:|mailto:|data:)/.test(link)) {
         if (tag !== 'a') problems.push(`${page} loads ${link}`)
@@ -90,7 +90,7 @@ function idsOf(html: string): string[] {
   return [...html.matchAll(/\sid="([^"]+)"/g)].map(([, id]) => id)
 }
 
-/** Entry points without a README begin with a comment that says what they are. */
+/** Entry points with neither a README nor an introductory comment. */
 function withoutIntroduction(project: ProjectReflection): string[] {
   return (project.children ?? [])
     .filter(module => !module.readme && textOf(module.comment) === '')
@@ -108,7 +108,7 @@ function undocumented(project: ProjectReflection): string[] {
     .sort()
 }
 
-/** Options that a call takes in place are described by its docstring: it has their names. */
+/** Inline options whose names do not appear in the docstring of the function that takes them. */
 function unnamedOptions(project: ProjectReflection): string[] {
   const parameters = project.getReflectionsByKind(ReflectionKind.Parameter) as ParameterReflection[]
   return parameters
@@ -133,12 +133,12 @@ function textOf(comment: Comment | undefined): string {
     .join('')
 }
 
-/** Parameters, results and values are described by what has them, inherited members by the class that they come from. */
+/** Parameters, results and values are described by their owner, inherited members by the class that declares them. */
 function needsComment(reflection: Reflection): boolean {
   if (!(reflection instanceof DeclarationReflection) && !(reflection instanceof SignatureReflection)) return false
   const declaration = reflection instanceof SignatureReflection ? reflection.parent : reflection
   if (declaration.inheritedFrom || declaration.flags.isExternal) return false
-  // A function or class speaks through its signatures.
+  // A function is described by its signatures.
   if (reflection instanceof DeclarationReflection && reflection.signatures) return false
   for (let at: Reflection | undefined = reflection.parent; at; at = at.parent) {
     if (at.kindOf(ReflectionKind.Parameter | ReflectionKind.TypeLiteral | ReflectionKind.SomeSignature)) return false
@@ -146,7 +146,7 @@ function needsComment(reflection: Reflection): boolean {
   return true
 }
 
-/** One signature is described with its name; a constructor by its class, if it takes nothing that asks for more. */
+/** A single signature may be described at its name, and a simple constructor by its class. */
 function commented(reflection: Reflection): boolean {
   if (reflection.hasComment()) return true
   if (!(reflection instanceof SignatureReflection)) return false

@@ -1,6 +1,6 @@
 /**
- * @file The documentation as TypeDoc's project: a module for each entry point that a published package has, its README above it, and the
- * Markdown of docs/ as documents.
+ * @file The documentation as a TypeDoc project: a module for each entry point of a published package, introduced by its README, and the Markdown files of
+ * docs/ as documents.
  */
 import { globSync, readFileSync } from 'node:fs'
 import { dirname, join, posix, relative, resolve } from 'node:path'
@@ -48,7 +48,7 @@ interface Package {
 
 const repository = read('packages/core/package.json').repository.url.replace(/^git\+|\.git$/g, '')
 
-/** In the order in which a newcomer meets them; one that is not named here comes after them. */
+/** The order of packages for newcomers; others come after these. */
 const order = [
   ...[
     'core',
@@ -77,7 +77,7 @@ export const packages: Package[] = all('packages/*/package.json')
   .map(file => ({ folder: dirname(file), name: read(file).name }))
   .sort((a, b) => place(a) - place(b) || a.folder.localeCompare(b.folder))
 
-/** Keeps what TypeDoc complains of. */
+/** Collects TypeDoc's warnings and errors. */
 export class Complaints extends Logger {
   readonly lines: string[] = []
 
@@ -93,7 +93,7 @@ export class Complaints extends Logger {
   }
 }
 
-/** Pages lie where their sources do: docs/guides/errors.html, core/Tensor.html. */
+/** Gives pages the paths of their sources: docs/guides/errors.html, core/Tensor.html. */
 class PathsOfRepository extends StructureRouter {
   protected override getIdealBaseName(reflection: Reflection): string {
     if (reflection.isDocument()) {
@@ -154,7 +154,7 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
   return { app, project, complaints }
 }
 
-/** One for each line of `exports` that is TypeScript, named as users import it. */
+/** One for each TypeScript entry in `exports`, with the name that users import. */
 function entryPoints(): DocumentationEntryPoint[] {
   const files = packages.flatMap(({ folder, name }) =>
     Object.entries(read(join(folder, 'package.json')).exports)
@@ -178,7 +178,7 @@ function entitle(app: Application, document: DocumentReflection) {
   document.name = title.replaceAll('`', '')
   document.content = app.converter.parseRawComment(body, files).content
   document.frontmatter['group'] = documentGroups.find(([, members]) => members.includes(fromRoot(path)))![0]
-  // As on GitHub, a folder is its README.
+  // As on GitHub, a link to a folder leads to its README.
   if (path.endsWith('/README.md')) files.registerReflectionPath(normalizePath(dirname(path)), document)
 }
 
@@ -188,7 +188,7 @@ function parts(markdown: string): { title: string; body: MinimalSourceFile } {
   return { title, body: new MinimalSourceFile(text.slice(heading.length), normalizePath(markdown)) }
 }
 
-/** A code block that names no language is none; TypeDoc takes it for TypeScript. */
+/** Leaves code blocks without a language plain; TypeDoc would highlight them as TypeScript. */
 function plainWithoutLanguage(parser: {
   core: { ruler: { push(name: string, rule: (state: { tokens: Token[] }) => void): void } }
 }) {
@@ -197,7 +197,7 @@ function plainWithoutLanguage(parser: {
   })
 }
 
-/** Packages by their READMEs, other entry points by the comment at their beginning. */
+/** Introduces packages by their READMEs and other entry points by their first comment. */
 function introduce(app: Application, project: ProjectReflection) {
   for (const module of project.children ?? []) {
     const entry = packages.find(({ name }) => name === module.name)
@@ -214,7 +214,7 @@ function introduce(app: Application, project: ProjectReflection) {
   }
 }
 
-/** TypeDoc gives a type without a docstring that of the type which it extends: it says something else. */
+/** Removes docstrings that TypeDoc copies from the extended type, which describe something else. */
 function keepOwnWords(project: ProjectReflection) {
   const types = project.getReflectionsByKind(ReflectionKind.ClassOrInterface) as DeclarationReflection[]
   const copies = types.filter(({ comment, extendedTypes = [] }) =>
@@ -226,7 +226,7 @@ function keepOwnWords(project: ProjectReflection) {
   for (const type of copies) delete type.comment
 }
 
-/** Members of a type as its source has them, which begins with what matters; inherited ones after them. */
+/** Keeps the members of a type in source order, with inherited ones last. */
 function keepOrder(project: ProjectReflection) {
   for (const type of project.getReflectionsByKind(ReflectionKind.ClassOrInterface) as DeclarationReflection[]) {
     const own = fileOf(type)
@@ -241,7 +241,7 @@ function keepOrder(project: ProjectReflection) {
 const fileOf = (reflection: Reflection) => (reflection as DeclarationReflection).sources?.[0]?.fullFileName
 const lineOf = (reflection: Reflection) => (reflection as DeclarationReflection).sources?.[0]?.line
 
-/** Of types that are computed (`Omit`, what a schema takes): members come from no page, and what declares them is no default. */
+/** For members of computed types (such as `Omit`): removes links to declarations that have no page, and default values of interface members. */
 function asDeclared(member: DeclarationReflection) {
   if (member.parent?.kindOf(ReflectionKind.Interface)) delete member.defaultValue
   for (const item of [member, ...(member.signatures ?? [])]) {
@@ -250,7 +250,7 @@ function asDeclared(member: DeclarationReflection) {
   }
 }
 
-/** Sources, and links to files that are no page of the site, lead to the repository. Returns the links that lead nowhere. */
+/** Points links to sources, and to files that are not pages of the site, to the repository. Returns the broken links. */
 function leadToRepository(project: ProjectReflection): string[] {
   const dead: string[] = []
   const url = (path: string) => `${repository}/blob/main/${path}`
@@ -303,7 +303,7 @@ function all(pattern: string): string[] {
     .sort()
 }
 
-/** A page and those that it links to, in its order; those of the pattern that it does not name come last. */
+/** A page, the pages that it links to, in that order, and the remaining pages that match the pattern. */
 function inOrderOf(page: string, pattern: string): string[] {
   const text = readFileSync(join(root, page), 'utf8')
   const linked = [...text.matchAll(/\]\(([^)\s#]+\.md)/g)].map(([, link]) => posix.join(posix.dirname(page), link))

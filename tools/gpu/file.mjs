@@ -1,5 +1,5 @@
-// Runs one file of tests in this process: `file.mjs FILE [FROM [NAME]]`, from a number on, those whose name fits. A line of JSON for each step, to standard
-// output or to the file descriptor that MOE_TEST_REPORT names.
+// Runs the tests of one file in this process: `file.mjs FILE [FROM [NAME]]`, starting with test number FROM, and only those whose name matches NAME. Reports each
+// step as a line of JSON, to standard output or to the file descriptor in MOE_TEST_REPORT.
 import { writeSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
@@ -9,5 +9,5 @@ const [file, from = '0', name = ''] = process.argv.slice(2)
 const to = Number(process.env.MOE_TEST_REPORT ?? 1)
 await import(pathToFileURL(resolve(file)).href)
 const good = await runTests(Number(from), new RegExp(name, 'i'), line => writeSync(to, `${JSON.stringify(line)}\n`))
-// Whatever a test left open does not hold up the next file.
+// Exit even if a test has left something open.
 process.exit(good ? 0 : 1)

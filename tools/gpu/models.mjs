@@ -1,4 +1,4 @@
-// Preloaded by the tests of the model parts: the CUDA backend takes the place of the f64 reference, as in the project `models-on-cuda`.
+// Preloaded by the tests of the model packages: replaces the f64 reference by the CUDA backend, as in the project `models-on-cuda`.
 import { registerHooks } from 'node:module'
 
 const inPlace = new URL('../../packages/kernels-cuda/src/test-in-place-of-reference.ts', import.meta.url).href

@@ -1,10 +1,10 @@
 /**
- * Makes one folder that says everything about this build on a machine with an NVIDIA GPU: Linux and its driver, no network, no Node.
+ * Packs this build into one folder, to test and benchmark it on a machine with an NVIDIA GPU that only needs Linux and the driver: no network, no Node.
  *
  *     pnpm gpu:pack [--out gpu]
  *
- * It holds Node, an archive of the packages, their kernels, tests and benchmarks, and what unpacks and starts them: `gpu/run.sh`. Build the kernels first:
- * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
+ * The folder contains Node, an archive of the packages with their kernels, tests and benchmarks, and `gpu/run.sh`, which unpacks and runs them. Build the kernels
+ * first: `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
  */
 import { execFileSync, spawnSync } from 'node:child_process'
 import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
@@ -14,13 +14,13 @@ import { parseArgs } from 'node:util'
 import { gzipSync } from 'node:zlib'
 import { type BuildOptions, build } from 'esbuild'
 
-/** Some places take 64 MiB at a time: Node is a file of its own, which may go before the rest. */
+/** Some places accept at most 64 MiB at a time. Node is a separate file, so that it can be copied first. */
 const mostBytes = 57e6
 const root = join(import.meta.dirname, '..', '..')
 const { values: options } = parseArgs({ options: { out: { type: 'string', default: join(root, 'gpu') } } })
 const out = join(options.out, 'pack')
 
-/** What the tests and benchmarks need of the workspace. */
+/** The packages that the tests and benchmarks need. */
 const packages = [
   'core',
   'kernels-cpu',
@@ -33,17 +33,17 @@ const packages = [
   'trainer',
   'parallel',
 ]
-/** CPU libraries that stay behind: machines with such a card have AVX2 at least, and AVX2 stands in for AVX-512 without bf16. */
+/** CPU libraries that are not packed: machines with such a card have at least AVX2, which replaces AVX-512 without bf16. */
 const unusedLibrary = process.arch === 'x64' ? /-(baseline|avx512)\.so$/ : /(?!)/
-/** Whose tests are run there (run.mjs). */
+/** Packages whose tests are run there (run.mjs). */
 const tested = ['kernels-cuda', 'attention-mla', 'router', 'mtp', 'deepseek']
-/** Tests that are not run there, and what only they read. */
+/** Tests that are not run there, and the files that only they read. */
 const isLeftOut = (name: string, path: string) =>
   !tested.includes(name) && /\.test\.ts$|\/fixtures(\/|$)/.test(path) && !path.endsWith('/nccl.test.ts')
-/** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
+/** JavaScript dependencies that are bundled into one file each, and a package that depends on each. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
 
-if (process.platform !== 'linux') throw new Error('the folder is for Linux and is packed there')
+if (process.platform !== 'linux') throw new Error('gpu:pack only runs on Linux, because the folder is for Linux')
 execFileSync(process.execPath, [join(root, 'packages/kernels-cuda/scripts/build-fatbins.mjs'), '--check'], {
   stdio: 'inherit',
 })
@@ -62,13 +62,13 @@ writeFileSync(node, gzipSync(readNode(), { level: 9 }))
 cpSync(join(import.meta.dirname, 'run.sh'), join(options.out, 'run.sh'))
 
 const bytes = statSync(archive).size + statSync(node).size
-console.log(`${options.out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
+console.log(`${options.out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine with the GPU and run run.sh there`)
 if (bytes > mostBytes) {
-  console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB (binutils' strip makes Node smaller)`)
+  console.error(`gpu:pack: the folder exceeds ${mostBytes / 1e6} MB (install binutils, whose strip makes Node smaller)`)
   process.exitCode = 1
 }
 
-/** Node without its symbols, which are a tenth of it. */
+/** Node without its symbols, which are a tenth of its size. */
 function readNode(): Buffer {
   const from = join(root, 'node_modules/node/bin/node')
   const stripped = join(options.out, 'node')
@@ -93,7 +93,7 @@ function copyPackages(): void {
       if (!existsSync(join(from, part))) continue
       cpSync(join(from, part), join(to, part), {
         recursive: true,
-        // Compiler output and sources of native code stay behind.
+        // Skips compiler output and sources of native code.
         filter: path =>
           !isLeftOut(name, path) &&
           !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|fatbins\/(?!manifest).*\.json$/.test(path) &&
@@ -111,11 +111,11 @@ async function copyDependencies(): Promise<void> {
     cpSync(from, join(modules, name), {
       recursive: true,
       dereference: true,
-      // Node is glibc's; sources stay behind here, too.
+      // Node is built for glibc; also skips sources.
       filter: path => !/koffi\/(doc|vendor|lib)(\/|$)|\/musl_|\.(cc|hh|inc|def|asm|S|md)$/.test(path),
     })
   copy(koffi, 'koffi')
-  // Installed beside it, as its optional dependency.
+  // Its native part, which is an optional dependency.
   const native = join('@koromix', `koffi-linux-${process.arch}`)
   copy(join(koffi, '..', native), native)
   const ofCpu = createRequire(join(root, 'packages/kernels-cpu/package.json'))
@@ -126,10 +126,10 @@ async function copyDependencies(): Promise<void> {
   await bundle({ entryPoints: [join(import.meta.dirname, 'vitest.ts')] }, 'vitest')
 }
 
-/** One ES module under node_modules, with all that it imports inside. */
+/** Bundles an ES module with its imports into one file under node_modules. */
 async function bundle(entry: Pick<BuildOptions, 'entryPoints' | 'stdin'>, name: string): Promise<void> {
   const folder = join(out, 'node_modules', name)
-  // What CommonJS inside takes for granted.
+  // Globals that bundled CommonJS modules expect.
   const banner = {
     js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url), __dirname = import.meta.dirname;",
   }

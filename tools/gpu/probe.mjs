@@ -1,4 +1,4 @@
-// Prints what the device is, as JSON, with the versions of the cuBLASLt and NCCL that MOE_CUDA_CUBLASLT and MOE_NCCL_LIBRARY name, or that are found.
+// Prints the device's properties as JSON, with the versions of cuBLASLt and NCCL (given by MOE_CUDA_CUBLASLT and MOE_NCCL_LIBRARY, or found).
 import { createBackend } from '@moe/kernels-cuda'
 import { openNccl } from '../../packages/parallel/src/nccl/library.ts'
 

@@ -1,4 +1,4 @@
-// Runs the parts of `run.sh`, each in processes of its own with a time limit, and writes what is known after each of them.
+// Runs the parts of `run.sh`, each in its own processes with a time limit, and writes all results so far after each part.
 import { spawn, spawnSync } from 'node:child_process'
 import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
@@ -6,11 +6,12 @@ import { parseArgs } from 'node:util'
 
 const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [--silence SECONDS]
 
-Runs the parts in the order of --list. A part that has a result in results/ is not run again unless it is named.
---minutes N: ends within N minutes; parts that have not begun by then are left for the next call.
---json FILE: everything that is known, written anew after each part (default: results/gpu.json).
-MOE_CUDA_WGMMA=matmul,attention: parts that end in :wgmma leave Hopper's kernels for other ops out.
---silence N: a test that says nothing for N seconds hangs (default: 30). It is told by name, and those after it go on in a new process.`
+Runs the parts in the order of --list. A part that already has a result in results/ is only run again if it is named with --only.
+--minutes N: stop within N minutes; parts that have not started by then are left for the next call.
+--json FILE: write all results so far to this file after each part (default: results/gpu.json).
+--silence N: treat a test without output for N seconds as hanging (default: 30). It is reported by name, and the remaining tests
+             continue in a new process.
+MOE_CUDA_WGMMA=matmul,attention: in parts that end in :wgmma, use Hopper's kernels only for these ops.`
 
 const started = Date.now()
 const { values: options } = parseArgs({
@@ -30,19 +31,19 @@ const node = join(pack, 'node')
 const end = options.minutes === undefined ? Number.POSITIVE_INFINITY : started + 60_000 * Number(options.minutes)
 const left = () => (stopped ? 0 : (end - Date.now()) / 1000)
 let stopped = false
-/** The process that runs, with all that it has started. */
+/** The running process and everything that it has started. */
 let running
 for (const signal of ['SIGTERM', 'SIGINT', 'SIGHUP'])
   process.on(signal, () => {
     stopped = true
     running?.kill()
   })
-/** Status of a part that was cut short, and is run again by the next call. */
+/** Status of an interrupted part, which the next call runs again. */
 const unfinished = 'not finished'
-/** So many hanging or dying tests are enough, of one file and of a part. */
+/** Maximum number of tests that hang or crash, per file and per part. */
 const mostDied = { file: 3, part: 8 }
 
-/** The ways of multiplying: environments. cuBLASLt's is completed when one has been found; ops for Hopper's kernels may be named (MOE_CUDA_WGMMA=matmul,attention). */
+/** Environment variables of each kind of matrix product. cuBLASLt's path is added when one is found; MOE_CUDA_WGMMA may list ops for Hopper's kernels. */
 const hopper = process.env.MOE_CUDA_WGMMA ?? '1'
 const ways = {
   '': { MOE_CUDA_WGMMA: '0' },
@@ -52,7 +53,7 @@ const ways = {
 const ofSuite = globSync('packages/kernels-cuda/src/**/*.test.ts', { cwd: pack })
   .filter(file => !/\/emulator/.test(file))
   .sort()
-// Without those of files and commands, which need more than the pack has.
+// Without tests of files and commands, which need more than the pack contains.
 const ofModels = globSync('packages/{attention-mla,router,mtp,deepseek}/src/**/*.test.ts', { cwd: pack })
   .filter(file => !/\/gguf\/|cli\.test\.ts$/.test(file))
   .sort()
@@ -96,18 +97,18 @@ const sanitizer = (tool, way) => ({
     ]
   },
 })
-/** What decides most comes first. */
+/** The most important parts come first. */
 const parts = [
   suite('', 240),
   suite(':wgmma', 240),
-  // What the others are fractions of.
+  // The peaks that other results are fractions of.
   peers('peers', 'peak,gemm,attention', 90),
   bench('launch', '', 40),
   {
     name: 'products',
     way: ':cublas-lt',
     seconds: 90,
-    // With ours alone, too.
+    // Also without cuBLASLt, with our kernels alone.
     always: true,
     command: file => script('bench/cuda-gemm.ts', '--json', file),
   },
@@ -129,14 +130,14 @@ const parts = [
 ]
 
 if (options.help) console.log(help)
-else if (options.list) for (const { name, seconds } of parts) console.log(`${name.padEnd(20)} ${seconds} s at most`)
+else if (options.list) for (const { name, seconds } of parts) console.log(`${name.padEnd(20)} up to ${seconds} s`)
 else await main()
 
 async function main() {
   const wanted = options.only?.split(',')
   const unknown = wanted?.filter(name => !parts.some(part => part.name === name)) ?? []
   if (unknown.length > 0) {
-    console.error(`run.sh: no part ${unknown.join(', ')}; see --list`)
+    console.error(`run.sh: unknown part ${unknown.join(', ')}; see --list`)
     process.exitCode = 2
     return
   }
@@ -159,7 +160,7 @@ async function main() {
     if (wanted ? !wanted.includes(part.name) : isDone(part.name)) continue
     const missing = whyNot(part, card, has)
     if (missing !== undefined) continue
-    // Started with less, most parts would only be killed.
+    // With less time, most parts would only be killed.
     if (left() < 20) {
       notRun.push(part.name)
       continue
@@ -167,7 +168,7 @@ async function main() {
     const seconds = Math.min(part.seconds, left() - 5)
     console.log(`== ${part.name} (at ${((Date.now() - started) / 1000).toFixed(0)} s)`)
     const began = Date.now()
-    // Whoever ends all of this has what was known a few seconds before.
+    // Saved every few seconds, in case the whole run is killed.
     const known = setInterval(() => {
       const { soFar } = part
       if (soFar === undefined) return
@@ -177,7 +178,7 @@ async function main() {
     const result = part.files ? await runTests(part, seconds) : await runCommand(part, seconds)
     clearInterval(known)
     const took = (Date.now() - began) / 1000
-    // By somebody, or because this call ends sooner than the part may take.
+    // Interrupted, or because this call has less time than the part may take.
     const cut = stopped || (seconds < part.seconds && took >= seconds)
     const status = cut && result.status !== 'passed' ? unfinished : result.status
     writeJson(fileOf(part.name), { ...result, status, seconds: took })
@@ -186,7 +187,7 @@ async function main() {
     merge(card, notRun)
   }
   merge(card, notRun)
-  if (notRun.length > 0) console.log(`no time was left for ${notRun.join(', ')}`)
+  if (notRun.length > 0) console.log(`not run for lack of time: ${notRun.join(', ')}`)
   console.log(`wrote ${json}`)
 }
 
@@ -210,14 +211,14 @@ function succeeds(command, args) {
   return spawnSync(command, args, { stdio: 'ignore', timeout: 30_000 }).status === 0
 }
 
-/** Libraries beside some Python's PyTorch. */
+/** Libraries next to the PyTorch of a Python installation. */
 function ofPython(pattern) {
   const program = `import glob, sys
 for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/${pattern}"), reverse=True), sep="\\n")`
   return spawnSync('python3', ['-c', program], { encoding: 'utf8' }).stdout?.split('\n').filter(Boolean) ?? []
 }
 
-/** The card, and a cuBLASLt and NCCL for it: named, found by the package, or beside some Python's PyTorch. */
+/** The card, and a cuBLASLt and NCCL for it: given by variables, found by the package, or next to a Python's PyTorch. */
 function probe() {
   const named = process.env.MOE_CUDA_CUBLASLT
   delete process.env.MOE_CUDA_CUBLASLT
@@ -235,7 +236,7 @@ function probe() {
       killSignal: 'SIGKILL',
     })
     if (status !== 0) {
-      error = `probe: ${status === null ? 'no answer within 60 s' : stderr.slice(-3000)}`
+      error = `probe: ${status === null ? 'no output within 60 s' : stderr.slice(-3000)}`
       console.error(error)
     } else card = { ...JSON.parse(stdout), cublasLtPath: candidate }
     if (card?.cublasLt !== undefined) break
@@ -250,7 +251,7 @@ function environment(way) {
   return { ...process.env, MOE_REQUIRE_CUDA: '1', NO_COLOR: '1', ...ways[way] }
 }
 
-/** A program in a process group of its own, so that all of it can be ended. */
+/** Starts a program in its own process group, so that everything it starts can be killed. */
 function start(command, way, stdio, more = {}) {
   const env = { ...environment(way), ...more }
   const child = spawn(command[0], command.slice(1), { cwd: pack, env, stdio, detached: true })
@@ -258,7 +259,7 @@ function start(command, way, stdio, more = {}) {
     try {
       process.kill(-child.pid, 'SIGKILL')
     } catch {
-      // It ended by itself.
+      // It has already exited.
     }
   }
   running = child
@@ -274,7 +275,7 @@ function runCommand(part, seconds) {
     try {
       return JSON.parse(readFileSync(file, 'utf8'))
     } catch {
-      // Not there yet, or half of it.
+      // Not written yet, or incomplete.
       return {}
     }
   }
@@ -290,7 +291,7 @@ function runCommand(part, seconds) {
     }, 1000 * seconds)
     for (const stream of [child.stdout, child.stderr]) {
       stream.setEncoding('utf8').on('data', text => {
-        // The first errors of a sanitizer, and where it stood; the end of all others.
+        // For a sanitizer, keep the first errors and the latest output; for others, the end.
         if (part.sanitizer) last = text
         else process.stdout.write(text)
         const kept = part.sanitizer ? linesOfSanitizer(text) : text
@@ -337,7 +338,7 @@ async function runTests(part, seconds) {
   return result
 }
 
-/** All tests of a file. Where one hangs, or takes the process or the device along, those behind it go on in a new process. Returns how many did. */
+/** Runs all tests of a file. If one hangs or crashes the process or the device, the rest continue in a new process. Returns how many did. */
 async function runFile(file, way, preload, until, result) {
   let from = 0
   const fail = (name, error) => {
@@ -347,7 +348,7 @@ async function runFile(file, way, preload, until, result) {
   }
   for (let deaths = 0; ; ) {
     const { count, last, name, open, died, output } = await oneProcess(file, from, way, preload, until, result, fail)
-    if (count === 0) fail('(none)', 'the file tells of no test')
+    if (count === 0) fail('(none)', 'the file contains no tests')
     if (died === undefined) return deaths
     if (stopped || Date.now() >= until) {
       result.notRun.push(`${file}, from test ${Math.max(last, 0)}${open ? ` (${name})` : ''}`)
@@ -378,7 +379,7 @@ function oneProcess(file, from, way, preload, until, result, fail) {
       clearTimeout(timer)
       const silence = Math.min(1000 * Number(options.silence), Math.max(until - Date.now(), 0))
       timer = setTimeout(() => {
-        seen.died = `no answer within ${options.silence} s: killed`
+        seen.died = `no output within ${options.silence} s; killed`
         child.kill()
       }, silence)
     }
@@ -413,8 +414,8 @@ function oneProcess(file, from, way, preload, until, result, fail) {
     watch()
     child.on('close', (code, signal) => {
       clearTimeout(timer)
-      // A file whose tests failed ends with 1, and so does one that does not load.
-      if (code !== 0 && !(code === 1 && failedHere)) seen.died ??= `the process ended with ${code ?? signal}`
+      // A file exits with 1 if tests failed, and also if it failed to load.
+      if (code !== 0 && !(code === 1 && failedHere)) seen.died ??= `the process exited with ${code ?? signal}`
       done(seen)
     })
   })
@@ -426,7 +427,7 @@ function merge(card, notRun) {
   writeJson(json, { card, date: new Date().toISOString(), parts: found, notRun })
 }
 
-/** Whole, or not at all. */
+/** Writes a file atomically. */
 function writeJson(file, value) {
   writeFileSync(`${file}.new`, `${JSON.stringify(value, null, 2)}\n`)
   renameSync(`${file}.new`, file)

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Everything that a GPU can say about this build: tests, products and kernels of Hopper, cuBLASLt and PyTorch beside ours where there are any, benchmarks, compute-sanitizer.
-# Needs Linux and an NVIDIA driver, nothing else. Its options: ./run.sh --help; what to run first: docs/contributing/first-run-on-a-card.md.
+# Tests and benchmarks this build on a GPU: tests, Hopper's kernels, comparisons with cuBLASLt and PyTorch if they are installed, compute-sanitizer.
+# Only needs Linux and an NVIDIA driver. Options: ./run.sh --help; what to run first: docs/contributing/first-run-on-a-card.md.
 set -eu
 cd "$(dirname "$0")"
-# Unpacked files are newer than the pack that they are from.
+# Unpack again if an archive is newer than the unpacked files.
 if [ ! -x pack/node ] || [ pack.tar.gz -nt pack/node ] || [ node.gz -nt pack/node ]; then
   rm -rf pack pack.new
   mkdir pack.new

@@ -1,7 +1,7 @@
 /**
- * @file What `vitest` is where there is none: its functions, with the `expect` package, and `runTests`, which runs what they were told of. One test after
- * the other, and each line of the report is written before anything else happens: a kernel that never ends takes the process along, and what came
- * before it, and its name, must be known.
+ * @file A substitute for `vitest` on machines without it: vitest's functions, based on the `expect` package, and `runTests`, which runs the declared tests one after
+ * another. Each line of the report is written before anything else happens: if a kernel hangs, the process must be killed, and the report must contain the
+ * earlier results and the name of the test.
  */
 import { expect as expectOne } from 'expect'
 
@@ -13,7 +13,7 @@ interface Suite {
   readonly name: string
   readonly parent: Suite | undefined
   readonly hooks: Record<Kind, Hook[]>
-  /** Tells of its children, once it is its turn: it may wait for files. */
+  /** Declares its children. It runs when it is the suite's turn, and may be asynchronous. */
   readonly body: Body
   readonly children: Array<Suite | Test>
 }
@@ -24,7 +24,7 @@ interface Test {
   readonly body: Body
 }
 
-/** A line of the report. `lost`: the process cannot use the device any more. */
+/** A line of the report. `lost`: the process can no longer use the device. */
 export type Line =
   | { readonly tests: number }
   | { readonly start: number; readonly name: string }
@@ -41,7 +41,7 @@ function suiteOf(name: string, parent: Suite | undefined, body: Body): Suite {
 }
 
 function addSuite(name: string, body: Body, skipped: boolean): void {
-  // What it is skipped for want of, its body may ask for.
+  // The body may need what the suite is skipped for lack of.
   if (skipped) {
     addTest(name, body, true)
     return
@@ -53,7 +53,7 @@ function addTest(name: string, body: Body, skipped: boolean): void {
   current.children.push({ suite: current, name, body, skipped })
 }
 
-/** All tests of a suite, in the order in which they were told of. */
+/** All tests of a suite, in the order of their declaration. */
 async function testsOf(suite: Suite): Promise<Test[]> {
   current = suite
   await (suite.body as Hook)()
@@ -62,7 +62,7 @@ async function testsOf(suite: Suite): Promise<Test[]> {
   return tests
 }
 
-/** `name` and arguments of one row: `%s` and the like in order, `$key` from an object. */
+/** Formats a test's name with the arguments of one row: `%s` and similar in order, `$key` from an object. */
 function label(name: string, row: unknown, args: readonly unknown[]): string {
   let at = 0
   const text = name.replace(/%[sidjo]/g, () => String(args[at++]))
@@ -75,7 +75,7 @@ function label(name: string, row: unknown, args: readonly unknown[]): string {
 type Add = (name: string, body: Body, skipped: boolean) => void
 
 function wrap(add: Add, skipped = false) {
-  // Vitest takes options in front of the body, or a time limit behind it.
+  // Vitest accepts options before the body, or a timeout after it.
   const plain = (name: string, first: Body | object, second?: Body | number) =>
     add(name, (typeof first === 'function' ? first : second) as Body, skipped)
   const each =
@@ -90,7 +90,7 @@ function wrap(add: Add, skipped = false) {
   const skip = (name: string, body: Body) => add(name, body, true)
   return Object.assign(plain, { each, skip, skipIf: (condition: unknown) => wrapped(add, skipped || !!condition) })
 }
-// Its type would refer to itself.
+// Without an annotation, its type would refer to itself.
 const wrapped: (add: Add, skipped: boolean) => Wrapped = wrap
 interface Wrapped {
   (name: string, first: Body | object, second?: Body | number): void
@@ -132,8 +132,8 @@ function failure(error: unknown): Line {
 }
 
 /**
- * Runs the tests that were told of, from number `from` on, those whose name fits. Returns whether all passed.
- * @param report Is given each line as it comes; what it does must be done when it returns.
+ * Runs the declared tests from number `from` on whose name matches `fits`. Resolves to whether all passed.
+ * @param report Called with each line as it occurs; must be synchronous.
  */
 export async function runTests(from: number, fits: RegExp, report: (line: Line) => void): Promise<boolean> {
   const tests = await testsOf(file)
@@ -148,7 +148,7 @@ export async function runTests(from: number, fits: RegExp, report: (line: Line) 
       const line = failure(error)
       report(line)
       good = false
-      // Nothing that follows would say anything about itself.
+      // Results of later tests would be meaningless.
       if ('lost' in line && line.lost) process.exit(1)
       return false
     }
@@ -179,7 +179,7 @@ export async function runTests(from: number, fits: RegExp, report: (line: Line) 
   return good
 }
 
-/** Of the test that runs: one at a time. */
+/** Registers a hook for the current test; tests run one at a time. */
 export function onTestFinished(fn: Hook): void {
   finishing.push(fn)
 }
@@ -189,7 +189,7 @@ export const beforeAll = hook('beforeAll')
 export const beforeEach = hook('beforeEach')
 export const test = wrap(addTest)
 export const describe = wrap(addSuite)
-/** Vitest's takes a message, too: what it says is often all that tells where. */
+/** Like vitest's, accepts a message, which is often the only hint at where it failed. */
 export const expect = Object.assign((actual: unknown, message?: string) => {
   const matchers = expectOne(actual)
   if (message === undefined) return matchers
