@@ -55,7 +55,7 @@ describe('failures lose nothing', () => {
       }
     }
     const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Refused() }))
-    expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free some space/)
+    expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free disk space/)
     expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
     expect(message.match(/free (some|disk) space/g)).toHaveLength(1)
   })
