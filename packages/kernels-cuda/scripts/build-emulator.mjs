@@ -1,13 +1,13 @@
-// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, libmoe-cublas-lt-emulator.so for cuBLASLt, libmoe-nccl-emulator.so
-// for NCCL, and one <module>.fatbin per kernel folder (a line of text, which that driver takes for an image). Plain Node >= 20.
+// Builds build/emulator/: libmoe-cuda-emulator.so, which replaces the CUDA driver, libmoe-cublas-lt-emulator.so and libmoe-nccl-emulator.so, which replace
+// cuBLASLt and NCCL, and one <module>.fatbin per kernel folder (a line of text, which the emulated driver accepts as an image). Plain Node >= 20.
 //
 //   node scripts/build-emulator.mjs [--ptx[=90a]] [--force] [--verbose] [--keep-going] [--only=op,op]
 //
-// The runtime (emulator/*.cc) is compiled as it is. Kernels (src/kernels/*/*.cu, emulator/tests/*.cu) are compiled as C++ with the
-// hooks of the thread sanitizer, which the runtime answers itself. --keep-going links what compiles, with the last good object of what
-// does not; --only compiles these folders alone and links them with the objects that are there.
+// Kernels (src/kernels/*/*.cu, emulator/tests/*.cu) are compiled as C++ with the hooks of the thread sanitizer, which the runtime (emulator/*.cc)
+// implements. --keep-going links what compiles, and keeps the last good object of what does not. --only compiles only these folders and links
+// them with the existing objects.
 //
-// --ptx builds build/emulator-ptx/ instead: kernels as nvcc compiles them for that architecture, translated from PTX (ptx.mjs). Needs nvcc.
+// --ptx builds build/emulator-ptx/ instead, from kernels that nvcc has compiled to PTX for this architecture and ptx.mjs has translated. Needs nvcc.
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -20,7 +20,7 @@ const outDir = join(root, 'build', options.ptx ? 'emulator-ptx' : 'emulator')
 const objDir = join(outDir, 'obj')
 const ptxDir = join(outDir, 'ptx')
 const driver = join(outDir, 'libmoe-cuda-emulator.so')
-/** Libraries beside the driver's, by their one source. */
+/** Libraries other than the driver, by their source. */
 const beside = { 'cublas-lt.cc': 'libmoe-cublas-lt-emulator.so', 'nccl.cc': 'libmoe-nccl-emulator.so' }
 
 const common = [
@@ -49,7 +49,7 @@ const kernelFlags = [
   '-ffp-contract=fast',
   '-fno-strict-aliasing',
   '-DMOE_EMULATOR',
-  // The hooks; line tables let a fault name its place.
+  // The hooks; line tables let faults report source lines.
   '-g1',
   '-fsanitize=thread,alignment,integer-divide-by-zero',
   '-Wall',
@@ -62,7 +62,7 @@ const kernelFlags = [
   `-I${join(root, 'device')}`,
   `-I${join(root, 'emulator')}`,
 ]
-/** Of what was translated, which calls the hooks itself. A function may have thousands of variables: more optimization costs more than it brings. */
+/** For translated kernels, which call the hooks themselves. Functions may have thousands of variables, for which more optimization does not pay. */
 const translatedFlags = [
   ...common.map(flag => (flag === '-O2' ? '-O1' : flag)),
   ...architecture,
@@ -73,7 +73,7 @@ const translatedFlags = [
   '-w',
   `-I${join(root, 'emulator')}`,
 ]
-/** By the kind of compiler: the check of indices, and no calls at the start and end of functions. */
+/** By compiler: check indices, and insert no calls at the start and end of functions. */
 const kernelFlagsOf = {
   clang: [
     '-fsanitize=array-bounds',
@@ -90,10 +90,10 @@ await main()
 
 async function main() {
   const started = Date.now()
-  if (process.platform !== 'linux') return say(`not built: no emulator for ${process.platform}`)
+  if (process.platform !== 'linux') return say(`not built: the emulator does not support ${process.platform}`)
   const compiler = findCompiler()
   if (!compiler)
-    return say('not built: no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again')
+    return say('not built: found no C++ compiler (tried $CXX, g++, c++ and clang++); install one and try again')
   mkdirSync(objDir, { recursive: true })
   const unlock = await lock(join(outDir, 'lock'))
   try {
@@ -130,7 +130,9 @@ function parseArguments(args) {
     else if (arg === '--ptx') parsed.ptx = '90a'
     else if (/^--ptx=\d+a?$/.test(arg)) parsed.ptx = arg.slice(6)
     else {
-      console.error(`kernels-cuda: unknown option ${arg}; see the head of scripts/build-emulator.mjs`)
+      console.error(
+        `kernels-cuda: unknown option ${arg}; options are described at the top of scripts/build-emulator.mjs`,
+      )
       process.exit(2)
     }
   }
@@ -146,11 +148,11 @@ function say(line) {
 }
 
 function fail(failed) {
-  for (const { label, output } of failed) console.error(`kernels-cuda: ${label} does not compile\n${output}`)
+  for (const { label, output } of failed) console.error(`kernels-cuda: ${label} failed to compile\n${output}`)
   process.exitCode = 1
 }
 
-/** Sources with the module of each; those of the runtime have none. */
+/** Sources, each with its module; runtime sources have none. */
 function findSources() {
   const emulator = join(root, 'emulator')
   const kernels = join(root, 'src', 'kernels')
@@ -192,13 +194,13 @@ function describe({ file: source, module, translated }, compiler) {
 }
 
 function link(objects, compiler) {
-  // No -fsanitize here: the runtime is what the hooks call. Signal handlers and faults point into it, so it may never be unmapped.
+  // No -fsanitize here, because the runtime implements the hooks. Signal handlers and faults refer to the library, so it must never be unmapped.
   const flags = ['-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc']
   const runtime = objects.filter(({ source }) => !(basename(source) in beside))
   let linked = builder.link(driver, join(objDir, 'library.link'), runtime, compiler, flags)
   for (const [name, library] of Object.entries(beside)) {
     const own = objects.filter(({ source }) => basename(source) === name)
-    // They need the driver's library, the one that is loaded: all lie in one folder.
+    // They use the loaded driver library, which is in the same folder.
     const withDriver = [`-L${outDir}`, '-l:libmoe-cuda-emulator.so', '-Wl,-rpath,$ORIGIN', ...flags]
     linked += builder.link(
       join(outDir, library),
@@ -211,7 +213,7 @@ function link(objects, compiler) {
   return linked
 }
 
-/** What cuModuleLoadData is given in place of a fatbin: one line that names the module. */
+/** Writes the images for cuModuleLoadData, which replace fatbins: one line with the module's name. */
 function writeModules(objects) {
   const modules = new Set(objects.filter(({ module, file }) => module && existsSync(file)).map(({ module }) => module))
   for (const module of modules) {

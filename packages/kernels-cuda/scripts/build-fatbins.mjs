@@ -1,12 +1,12 @@
-// Builds the kernels for GPUs into build/fatbins/, one file per op, where sources changed. Needs nvcc (CUDA 12.8 or later). Plain Node >= 20.
+// Builds the kernels for GPUs into build/fatbins/, one file per op, if its sources changed. Needs nvcc (CUDA 12.8 or later). Plain Node >= 20.
 //
 //   node scripts/build-fatbins.mjs [--arch=80,90a] [--jit] [--force] [--verbose] [--check]
 //
-// Machine code needs a driver of the compiler's CUDA version (13: 580; 12: 550, as it is compressed). With --jit there is PTX of version 8.0 instead, for drivers from 525 on, which compile each module when
-// it is first needed: minutes in all, once for a user and driver. Not for what is published.
-// A module `<op>-sm90a` is built for that architecture alone. All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
-// --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a kernel spills registers, or when all of them are
-// too big.
+// Machine code needs a driver of the compiler's CUDA version (13: 580; 12: 550, because it is compressed). --jit writes PTX of version 8.0 instead, for drivers from
+// 525 on, which compile each module when it is first needed. That takes minutes in total, once per user and driver, and is not used for published packages.
+// A module `<op>-sm90a` is built for that architecture only. Published packages contain all architectures; if all are built, the registers and shared memory of each
+// kernel are written to device/resources.txt.
+// --check compiles nothing. It fails if a fatbin is missing or older than its sources, if a kernel spills registers, or if the fatbins are too large.
 import {
   appendFileSync,
   existsSync,
@@ -24,12 +24,12 @@ import { fileURLToPath } from 'node:url'
 import { dependencies, hash, run } from '../../kernels-cpu/scripts/objects.mjs'
 import { nvccVersion } from './nvcc.mjs'
 
-/** Real architectures, and the one whose PTX the driver compiles on devices that are newer than all of them. */
+/** Architectures with machine code; the driver compiles the PTX of the last one on newer devices. */
 const published = ['80', '86', '89', '90a', '100', '120']
 const portable = '80'
-/** With --jit: of PTX, which knows all that the kernels use, and of the driver that takes it. */
+/** With --jit: the oldest PTX version that supports everything the kernels use, and the driver version that accepts it. */
 const oldest = { ptx: '8.0', cuda: '12.0' }
-/** The unpacked package is kept below this. */
+/** Maximum size of the unpacked package. */
 const mostBytes = 20e6
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -45,19 +45,19 @@ async function main() {
   const modules = findModules()
   if (options.check) return check(modules)
   const version = nvccVersion()
-  if (version === undefined) return say('not built: no nvcc; install the CUDA toolkit and run this again')
+  if (version === undefined) return say('not built: found no nvcc; install the CUDA toolkit and try again')
   mkdirSync(outDir, { recursive: true })
   const key = hash([version, ...(options.jit ? ['jit'] : architectures)].join(' '))
   const stale = modules.filter(module => options.force || !isFresh(module, key))
   const failed = await compileAll(stale, key)
-  for (const { module, output } of failed) console.error(`kernels-cuda: ${module.name} does not compile\n${output}`)
+  for (const { module, output } of failed) console.error(`kernels-cuda: ${module.name} failed to compile\n${output}`)
   if (failed.length > 0) {
     process.exitCode = 1
     return
   }
   removeStrays(modules)
   const major = Number.parseInt(version, 10)
-  // Compressed fatbins are read by drivers of CUDA 12.4 and later.
+  // Drivers for CUDA 12.4 and later can read compressed fatbins.
   const driver = options.jit ? oldest.cuda : major === 12 ? '12.4' : `${major}.0`
   const built = options.jit ? [] : architectures
   writeFileSync(
@@ -71,7 +71,7 @@ async function main() {
       ? 'up to date'
       : `${stale.length} of ${modules.length} built in ${((Date.now() - started) / 1000).toFixed(0)} s`
   say(`${relative(process.cwd(), outDir)} ${what}, ${(bytes / 1e6).toFixed(1)} MB (CUDA ${version})`)
-  if (!options.jit && bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
+  if (!options.jit && bytes > mostBytes) fail(`the kernels have ${bytes} bytes, but the limit is ${mostBytes}`)
 }
 
 function parseArguments(args) {
@@ -83,7 +83,9 @@ function parseArguments(args) {
     else if (arg === '--check') parsed.check = true
     else if (arg.startsWith('--arch=')) parsed.arch = arg.slice(7).split(',')
     else {
-      console.error(`kernels-cuda: unknown option ${arg}; see the head of scripts/build-fatbins.mjs`)
+      console.error(
+        `kernels-cuda: unknown option ${arg}; options are described at the top of scripts/build-fatbins.mjs`,
+      )
       process.exit(2)
     }
   }
@@ -114,12 +116,12 @@ function findModules() {
     .filter(({ targets }) => targets.length > 0)
 }
 
-/** The architecture that the module is for, if it is for one alone. */
+/** The module's architecture, if it is built for only one. */
 function onlyOf(module) {
   return module.match(/-sm(\w+)$/)?.[1]
 }
 
-/** Options of nvcc: machine code for each architecture, and PTX; for a module of one, only its machine code. */
+/** nvcc options: machine code for each architecture, and PTX; for a module with one architecture, only its machine code. */
 function targetsOf(only) {
   const machine = architectures
     .filter(arch => only === undefined || arch === only)
@@ -151,7 +153,7 @@ async function compileAll(modules, key) {
   return failed
 }
 
-/** Empty when it compiled, otherwise what the compiler said. */
+/** Returns '' on success, otherwise the compiler's output. */
 async function compile({ source, file, stamp, only, targets }, key) {
   const temporary = `${file}.new`
   const depFile = `${file}.d`
@@ -176,11 +178,11 @@ async function compile({ source, file, stamp, only, targets }, key) {
   let { code, output } = await run('nvcc', args, 'pipe')
   if (code === 0 && options.jit) ({ code, output } = await assemble(temporary, arch))
   if (code !== 0) return output || `exit code ${code}`
-  // Products of a warpgroup that the compiler makes wait for each other, as something touches their sums between them, and whatever else it has to say.
+  // Products of a warpgroup that the compiler serialized, because something accesses their accumulators in between; and all other warnings.
   const said = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected|warning|Performance Loss).*/i)
   if (said) return said[0]
   const resources = parseResources(output)
-  // The copy engine takes tensor maps from parameters: a copy that the compiler makes of one lies in the thread's own memory.
+  // The copy engine reads tensor maps from parameters. If the compiler copies one, it is in the thread's local memory.
   const framed = only && resources.find(({ stack }) => stack > 0)
   if (framed) return `${framed.name} keeps ${framed.stack} bytes in local memory, perhaps a tensor map`
   const inputs = dependencies(depFile, root)
@@ -197,16 +199,16 @@ async function compile({ source, file, stamp, only, targets }, key) {
   return ''
 }
 
-/** Makes PTX of the oldest version and lets ptxas compile it, which knows what each version has. */
+/** Sets the oldest PTX version and lets ptxas compile the result, which checks that this version supports it. */
 async function assemble(file, arch) {
   writeFileSync(file, readFileSync(file, 'utf8').replace(/^\.version .*$/m, `.version ${oldest.ptx}`))
   const assembled = await run('ptxas', [`-arch=sm_${arch}`, '-v', file, '-o', `${file}.cubin`], 'pipe')
   rmSync(`${file}.cubin`, { force: true })
-  appendFileSync(file, '\0') // as the driver takes text
+  appendFileSync(file, '\0') // the driver expects a terminated string
   return assembled
 }
 
-/** What ptxas says of each kernel: { name, arch, registers, shared, stack, spill }. */
+/** The resources of each kernel as ptxas reports them: { name, arch, registers, shared, stack, spill }. */
 function parseResources(output) {
   const found = []
   let current
@@ -235,7 +237,7 @@ function resourcesOf({ stamp }) {
   return JSON.parse(readFileSync(stamp, 'utf8')).resources
 }
 
-/** One line per kernel: registers on each architecture, and where it is not zero, spilled bytes and stack frame. */
+/** Writes one line per kernel: registers on each architecture, and spilled bytes and stack frame if not zero. */
 function writeReport(modules, version) {
   const lines = [
     `Registers a thread of each kernel by architecture (CUDA ${version}), static shared memory, and spills, which hot kernels must not have.`,
@@ -275,7 +277,7 @@ function check(modules) {
   const bytes = modules.reduce((sum, { file }) => sum + (existsSync(file) ? statSync(file).size : 0), 0)
   const manifest = join(outDir, 'manifest.json')
   const isText = existsSync(manifest) && JSON.parse(readFileSync(manifest, 'utf8')).architectures.length === 0
-  if (!isText && bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
+  if (!isText && bytes > mostBytes) fail(`the kernels have ${bytes} bytes, but the limit is ${mostBytes}`)
   if (process.exitCode === undefined) say(`${modules.length} fatbins up to date, ${(bytes / 1e6).toFixed(1)} MB`)
 }
 

@@ -1,9 +1,9 @@
-// Reads the machine code of Hopper's kernels (build/fatbins/*-sm90a.fatbin) and writes what it finds to device/machine-code.txt. Needs cuobjdump and nvdisasm (CUDA toolkit) in PATH.
+// Analyzes the machine code of Hopper's kernels (build/fatbins/*-sm90a.fatbin) and writes a summary to device/machine-code.txt. Needs cuobjdump and nvdisasm (CUDA toolkit) in PATH.
 //
 //   node scripts/machine-code.mjs [MODULE…]
 //
-// It walks every path through a kernel, with the products of warpgroups that are on their way, and fails where an instruction reads or writes a register that one of them has: of sums, or
-// of a left operand. Also where a kernel uses local memory, ends while products are on their way, waits behind each product of several, or has waited for all of them before the first exponential.
+// It follows every path through a kernel, tracks the products of warpgroups in flight, and fails if an instruction accesses a register that one of them uses for its accumulator or left
+// operand. It also fails if a kernel uses local memory, ends with products in flight, waits after each of several products, or has waited for all of them before the first exponential.
 import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
@@ -33,12 +33,12 @@ const lines = [
   '',
   `${'kernel'.padEnd(56)}${columns.map(([name, width]) => name.padStart(width)).join('')}`,
 ]
-/** Instructions whose first operand is no register that they write. */
+/** Instructions that do not write their first operand. */
 const writesNone =
   /^(ST|RED|SYNCS\.ARR|UT|UBLK|BRA|BAR|EXIT|R2UR|WARP|ISETP|FSETP|DSETP|BSSY|BSYNC|MEMBAR|LDGSTS|PLOP|R2P|VOTE|NANOSLEEP|CCTL|FENCE|DEPBAR|ERRBAR)/
 let faults = 0
 
-if (modules.length === 0) fail('nothing is built: node scripts/build-fatbins.mjs')
+if (modules.length === 0) fail('found no fatbins; run node scripts/build-fatbins.mjs first')
 for (const module of named.length > 0 ? named : modules) {
   for (const [name, code] of [...disassemble(join(fatbins, `${module}.fatbin`))].sort(([a], [b]) => (a < b ? -1 : 1))) {
     const products = code.filter(isProduct)
@@ -46,12 +46,12 @@ for (const module of named.length > 0 ? named : modules) {
     if (products.length === 0) continue
     const groups = products.filter(({ operands }) => operands.includes('gsb0')).length
     const waits = code.filter(isWait).length
-    // Behind each of several: ptxas has made them wait for each other.
+    // A wait after each of several products means that ptxas has serialized them.
     if (products.length > 4 && groups > products.length / 2)
       fail(`${name}: ${products.length} products in ${groups} groups`)
     const loop = loopOf(code)
     const { all, beside } = exponentialsOf(loop)
-    // Of two groups in all, the second multiplies what becomes of the first.
+    // With only two groups, the second multiplies the result of the first.
     if (all > 0 && beside === 0 && groups > 2) fail(`${name}: all products are waited for before the first exponential`)
     const numbers = [
       code.length,
@@ -113,7 +113,7 @@ function targetOf({ op, operands }) {
   return op.startsWith('BRA') ? Number.parseInt(operands.at(-1).match(/0x[0-9a-f]+$/)?.[0] ?? 'x', 16) : undefined
 }
 
-/** The innermost loop with most products. */
+/** The innermost loop with the most products. */
 function loopOf(code) {
   const loops = code.flatMap((instruction, end) => {
     const target = targetOf(instruction)
@@ -127,7 +127,7 @@ function loopOf(code) {
   }, [])
 }
 
-/** Exponentials of a loop, and how many of them stand where products are on their way. */
+/** The number of exponentials in a loop, and how many of them run while products are in flight. */
 function exponentialsOf(loop) {
   const found = { all: 0, beside: 0 }
   let underway = false
@@ -141,13 +141,13 @@ function exponentialsOf(loop) {
   return found
 }
 
-/** How many registers a value has. */
+/** The number of registers of a value. */
 function widthOf(op) {
   if (op.includes('.128')) return 4
   if (/WIDE|\.64/.test(op) && !op.startsWith('SYNCS')) return 2
   return op.startsWith('CS2R') && !op.includes('.32') ? 2 : 1
 }
-/** Registers from the one that an operand names. */
+/** The registers of an operand, starting with the one it names. */
 function registers(operand, width) {
   const first = operand.match(/^[-|~!]*R(\d+)/)?.[1]
   return first === undefined ? [] : Array.from({ length: width }, (_, i) => Number(first) + i)
@@ -158,18 +158,18 @@ function accessesOf({ op, operands }) {
   const read = (written.length > 0 ? operands.slice(1) : operands).flatMap(operand =>
     [...operand.matchAll(/(?<![U\w])R(\d+)(\.64)?/g)].flatMap(([, r, wide]) => (wide ? [+r, +r + 1] : [+r])),
   )
-  // What is stored is as wide as the store.
+  // The stored value is as wide as the store.
   if (op.startsWith('ST')) read.push(...registers(operands.at(-1), width))
   return { written, read }
 }
 
-/** What touches registers of products on their way, on any path. */
+/** Instructions that access registers of products in flight, on any path. */
 function faultsOf(code) {
   const found = new Set()
   const indexOf = new Map(code.map(({ at }, i) => [at, i]))
   const targets = new Set(code.map(targetOf))
   const seen = new Set()
-  // Products that are not committed, and committed groups, oldest first.
+  // Per path: products that are not committed, and committed groups, oldest first.
   const paths = [{ from: 0, open: [], closed: [] }]
   for (let path = paths.pop(); path; path = paths.pop()) {
     let { from: i, open, closed } = path

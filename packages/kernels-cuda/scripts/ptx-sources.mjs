@@ -1,4 +1,4 @@
-// Which kernels the emulator takes as PTX: those that are written in it, and on request all, as nvcc compiles them. Plain Node >= 20.
+// Translates PTX sources for the emulator: tests written in PTX, and on request all kernels, compiled to PTX by nvcc. Plain Node >= 20.
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { basename, join } from 'node:path'
@@ -7,8 +7,8 @@ import { nvccVersion } from './nvcc.mjs'
 import { translate } from './ptx.mjs'
 
 /**
- * Sources `{ file, module }` with C++ in the place of PTX, and with `ptx` (an architecture) in the place of every kernel but the emulator's own
- * tests: `<ptxDir>/<name>.cc`, beside the PTX that nvcc made, made anew where sources changed.
+ * Replaces PTX sources `{ file, module }` by C++, and with `ptx` (an architecture) also every kernel except the emulator's own tests. The C++ is written to
+ * `<ptxDir>/<name>.cc`, next to nvcc's PTX, if the sources changed.
  * @returns {{ sources: object[], failed: { label: string, output: string }[] }}
  */
 export async function translateSources(sources, { root, ptxDir, ptx: arch, only, force }) {
@@ -35,13 +35,13 @@ export async function translateSources(sources, { root, ptxDir, ptx: arch, only,
   return { sources: [...kept, ...replaced.filter(({ file }) => existsSync(file))], failed }
 }
 
-/** A module for one architecture alone says so in its name. */
+/** Whether a module is for this architecture; modules for a single one have it in their name. */
 function isFor(module, arch) {
   const only = module.match(/-sm(\w+)$/)?.[1]
   return only === undefined || only === arch
 }
 
-/** Empty when it was translated, otherwise what is wrong. */
+/** Returns '' on success, otherwise the error. */
 async function translateSource({ from, module, file }, { root, arch, key, force }) {
   const stamp = `${file}.json`
   if (!force && existsSync(file) && existsSync(stamp)) {

@@ -1,12 +1,12 @@
 /**
- * What kernels ask of the memory system, counted without a GPU: for every instruction of a training step and of decoding, the sectors of 32 bytes that
- * warps touch in global memory and the passes over the banks of shared memory that they take, beside the fewest that their bytes could do with.
+ * Counts the memory traffic of kernels without a GPU. For every instruction of a training step and of decoding, it counts the 32-byte sectors of global memory that
+ * warps touch and the passes over the banks of shared memory that they need, compared with the minimum for the bytes accessed.
  *
  *     node scripts/build-emulator.mjs --ptx && node scripts/traffic.ts [--wgmma] [--only train,decode] [--precision f32|bf16|fp8] [--weights int8]
  *         [--kernel NAME] [--least 1.1] [--json FILE]
  *
- * A table of kernels, and of the lines of source that cost most. `--kernel` prints all lines of kernels whose name contains it, `--least` those whose ratio is
- * higher. Copies of boxes and products of warpgroups (TMA, wgmma) are the hardware's own and not counted. Runs kernels as nvcc made them.
+ * Prints a table of kernels and of the most expensive source lines: those whose ratio to the minimum exceeds `--least`, or with `--kernel` all lines of kernels whose
+ * name contains it. Box copies and products of warpgroups (TMA, wgmma) are not counted. Runs the code that nvcc generates.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
@@ -30,11 +30,12 @@ const { values: options } = parseArgs({
   },
 })
 const precision = options.precision as Precision
-if (!precisions.includes(precision)) throw new Error(`--precision ${precision}: there are ${precisions.join(', ')}`)
+if (!precisions.includes(precision))
+  throw new Error(`--precision ${precision}: expected one of ${precisions.join(', ')}`)
 const folder = join(import.meta.dirname, '..', 'build', 'emulator-ptx')
 const library = join(folder, 'libmoe-cuda-emulator.so')
 
-/** The widths of V3's attention, the rest as small as keeps whole tiles busy. */
+/** Attention has V3's widths; everything else is as small as whole tiles allow. */
 const config: DeepSeekConfigInput = {
   ...presets['1b'],
   vocab_size: 1024,
@@ -52,7 +53,7 @@ const config: DeepSeekConfigInput = {
   max_position_embeddings: 512,
 }
 
-/** Of one instruction in one kernel. */
+/** The counts of one instruction in one kernel. */
 interface Line {
   readonly kernel: string
   readonly place: string
@@ -65,7 +66,9 @@ interface Line {
 }
 
 if (!existsSync(library)) {
-  console.error(`${library} is not built; run node packages/kernels-cuda/scripts/build-emulator.mjs --ptx (needs nvcc)`)
+  console.error(
+    `${library} has not been built; run node packages/kernels-cuda/scripts/build-emulator.mjs --ptx (needs nvcc)`,
+  )
   process.exit(1)
 }
 const emulator = koffi.load(library)
@@ -82,7 +85,7 @@ const parts: Record<string, () => Promise<void>> = { train: trainingStep, decode
 const found: Record<string, Line[]> = {}
 for (const name of options.only.split(',')) {
   const part = parts[name]
-  if (part === undefined) throw new Error(`--only ${name}: there are ${Object.keys(parts).join(', ')}`)
+  if (part === undefined) throw new Error(`--only ${name}: expected ${Object.keys(parts).join(', ')}`)
   await part()
 }
 
@@ -182,7 +185,9 @@ function print(title: string, lines: readonly Line[]): void {
       ? ''.padStart(22)
       : `${actual.toLocaleString('en').padStart(14)} ${(actual / fewest).toFixed(2).padStart(7)}`
   }
-  console.log(`\n${title}: sectors of global memory and passes over shared memory, and how many times the fewest\n`)
+  console.log(
+    `\n${title}: sectors of global memory and passes over shared memory, each with its ratio to the minimum\n`,
+  )
   const kernels = [...new Set(lines.map(line => line.kernel))]
     .map(kernel => ({ kernel, own: lines.filter(line => line.kernel === kernel) }))
     .sort((a, b) => sum(b.own, 'global', 'actual') - sum(a.own, 'global', 'actual'))
@@ -195,7 +200,7 @@ function print(title: string, lines: readonly Line[]): void {
     )
     .sort((a, b) => b.actual - b.fewest - (a.actual - a.fewest))
     .slice(0, options.kernel ? undefined : 40)
-  console.log('\nLines that cost most beyond the fewest\n')
+  console.log('\nMost expensive lines, by excess over the minimum\n')
   for (const { kernel, place, memory, access, bytesPerLane, requests, actual, fewest } of wasteful)
     console.log(
       `${kernel.padEnd(50)} ${place.padEnd(28)} ${memory} ${access.padEnd(5)} ${String(bytesPerLane).padStart(2)} B ${requests.toLocaleString('en').padStart(12)} times ${(actual / requests).toFixed(2).padStart(6)} of ${(fewest / requests).toFixed(2)}`,
