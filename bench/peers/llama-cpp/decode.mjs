@@ -2,8 +2,8 @@
 //
 //     node bench/peers/llama-cpp/decode.mjs --file 200m.q8_0.gguf --tokens 32
 //
-// Says a line of JSON when the model is ready, then for each line `run` on its input one with the milliseconds of each token after the
-// first, and the processor time of one on average.
+// Prints a line of JSON when the model is ready, and then one for each line `run` on its input, with the milliseconds of each token after
+// the first and the average processor time per token.
 import { cpus } from 'node:os'
 import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'

@@ -1,5 +1,5 @@
 /**
- * @file Runs the backend suite on TensorFlow.js from npm in headless Chromium. WebGPU and WebGL are computed in software where there is no GPU.
+ * @file Runs the backend suite on TensorFlow.js from npm in headless Chromium, with a software GPU if there is no GPU.
  *
  *   node packages/backend-tfjs/scripts/browser-suite.ts webgpu|webgl|wasm|cpu [part of the names of checks]
  */
@@ -34,7 +34,7 @@ import { tfjsBackend } from ${JSON.stringify(fileURLToPath(new URL('../src/tfjs-
 kernels.setWasmPaths?.('/files/')
 await tf.setBackend('${name}')
 await tf.ready()
-// A command that WebGPU refuses fails silently, and what was sent with it as well.
+// A command that WebGPU rejects fails silently, together with everything submitted with it.
 tf.backend().device?.addEventListener('uncapturederror', ({ error }) => note(error.message.slice(0, 1500)))
 tf.backend().device?.lost.then(({ reason, message }) => note('the device was lost: ' + reason + ' ' + message))
 const backend = tfjsBackend(tf)`

@@ -1,4 +1,4 @@
-/** @file The stable sort of slots by expert, on the host. */
+/** @file Stable sort of slots by expert, on the host. */
 
 export interface Plan {
   readonly order: Int32Array

@@ -1,4 +1,4 @@
-/** @file For tests: the same op here and on the CPU kernels, at sizes that the backend suite does not reach. */
+/** @file For tests: compares ops with the CPU kernels, at sizes that the backend suite does not cover. */
 import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, Shape, TensorSpec } from '@moe/core'
 import { type HostInput, runOp } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
@@ -8,7 +8,7 @@ import { testBackend } from './test-backend.ts'
 const bits = new Float32Array(1)
 const word = new Uint32Array(bits.buffer)
 
-/** Random numbers that bf16 holds exactly: products in bf16 then differ from those in f32 by the order of summation alone. */
+/** Random numbers that bf16 represents exactly, so that bf16 and f32 products only differ in the order of summation. */
 export function exact(random: Random, ...shape: number[]): HostInput {
   const data = Float32Array.from(random.normal(shape.reduce((a, b) => a * b, 1)), x => {
     bits[0] = x
@@ -23,7 +23,7 @@ export const output = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32'
 
 type Attrs<O extends OpName> = (PrimitiveAttrs & FusedAttrs)[O]
 
-/** Outputs of the op here. */
+/** Outputs of the op on the device. */
 export async function onCuda<O extends OpName>(
   op: O,
   inputs: readonly HostInput[],
@@ -52,7 +52,7 @@ export async function onCpu<O extends OpName>(
   return results
 }
 
-/** Largest difference of two results over the largest element of the second. */
+/** Largest difference of two results, relative to the largest element of the second. */
 export function distance(a: HostArray, b: HostArray): number {
   let worst = 0
   let largest = 1e-6
@@ -66,8 +66,8 @@ export function distance(a: HostArray, b: HostArray): number {
 }
 
 /**
- * Throws unless every element is within `room` times the largest expected one, and says where those lie that are not, as kernels deal elements out by tile, warp and lane.
- * @param least What elements may be off by however small they are.
+ * Throws unless every element's error is within `room` times the largest expected element. The error lists where wrong elements are, by tile, warp and lane.
+ * @param least absolute error that is always allowed
  */
 export function assertNear(
   label: string,
@@ -77,7 +77,7 @@ export function assertNear(
   shape: Shape,
   least = 0,
 ): void {
-  // Also where there are no numbers at all.
+  // Also fails on NaN.
   if (distance(actual, expected) < room) return
   let largest = 1e-6
   for (let i = 0; i < expected.length; i++) largest = Math.max(largest, Math.abs(Number(expected[i])) || 0)
@@ -102,7 +102,7 @@ export function assertNear(
   )
 }
 
-/** Where a set of indices begins and ends, and which lanes and pieces of a tile they are. */
+/** Describes a set of indices: its range, and its lanes and pieces of a tile. */
 function places(found: ReadonlySet<number>): string {
   const all = [...found].sort((a, b) => a - b)
   const modulo = (n: number) => {
@@ -113,7 +113,7 @@ function places(found: ReadonlySet<number>): string {
   return `${ends}; modulo 8: ${modulo(8)}; modulo 64: ${modulo(64)}; tiles of 64: ${new Set(all.map(x => x >> 6)).size}`
 }
 
-/** All outputs of the op here beside those of the CPU. @throws as `assertNear` */
+/** Compares all outputs of the op with those of the CPU. @throws as `assertNear` */
 export async function assertNearCpu<O extends OpName>(
   op: O,
   inputs: readonly HostInput[],

@@ -1,4 +1,4 @@
-/** @file For tests: a backend on the emulator, or with MOE_REQUIRE_CUDA=1 on the GPU of this machine. */
+/** @file For tests: a backend on the emulator, or with MOE_REQUIRE_CUDA=1 on this machine's GPU. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import type { WidePrecision } from '@moe/core'
@@ -6,26 +6,26 @@ import koffi from 'koffi'
 import { type CudaBackend, createBackend } from './backend.ts'
 import type { CudaOptions } from './open.ts'
 
-/** Whether tests run on a real device; without one they then fail. */
+/** Whether tests run on a real device, and fail if there is none. */
 export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
 
 if (onDevice) {
-  // Sizes of tests are made for the emulator's four: with more of them, large tiles would never be chosen.
+  // Test sizes are chosen for the emulator's four; with more of them, large tiles would never be used.
   process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '4'
-  // Keeps the device's context, which takes longer to make than most tests run.
+  // Keeps the device's context, whose creation takes longer than most tests.
   await createBackend()
 }
 
-/** Which ways of multiplying tests try: on a device the one that MOE_CUDA_WGMMA chooses, lest a fault of the new one take the old one's tests along. */
+/** Values of `wgmma` to test. On a device only the one that MOE_CUDA_WGMMA selects, so that a fault in Hopper's kernels does not affect the other tests. */
 export const wgmmaVariants = onDevice ? [!['', '0'].includes(process.env['MOE_CUDA_WGMMA'] ?? '')] : [false, true]
 
-/** Precisions with the ways of multiplying in them. */
+/** Precisions, each with the values of `wgmma` to test. */
 export const productVariants: ReadonlyArray<{ readonly precision: WidePrecision; readonly wgmma: boolean }> = [
   { precision: 'f32', wgmma: false },
   ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
 ]
 
-/** The kernels as the host's compiler made them, or with `ptx` as nvcc did (`build-emulator.mjs --ptx`). */
+/** Kernels compiled by the host's compiler, or with `ptx` by nvcc (`build-emulator.mjs --ptx`). */
 export const translated = process.env['MOE_EMULATOR_KERNELS'] === 'ptx'
 
 const folder = join(import.meta.dirname, '..', 'build', translated ? 'emulator-ptx' : 'emulator')
@@ -34,14 +34,14 @@ const library = join(folder, 'libmoe-cuda-emulator.so')
 /** The emulated cuBLASLt. */
 export const emulatedCublasLt = join(folder, 'libmoe-cublas-lt-emulator.so')
 
-/** The options that choose cuBLASLt in tests: the emulated one, on a device what MOE_CUDA_CUBLASLT says; none where it says nothing. */
+/** Options for tests with cuBLASLt: the emulated one, or on a device that of MOE_CUDA_CUBLASLT; undefined if it is not set. */
 export const cublasLtVariants: readonly CudaOptions[] = onDevice
   ? process.env['MOE_CUDA_CUBLASLT']
     ? [{}]
     : []
   : [{ cublasLt: emulatedCublasLt }]
 
-/** Ways of multiplying dense matrices. */
+/** Options for each implementation of dense products. */
 export const denseVariants: ReadonlyArray<{
   readonly precision: WidePrecision
   readonly by: string
@@ -54,19 +54,19 @@ export const denseVariants: ReadonlyArray<{
   ]),
 ]
 
-/** The options that choose the emulator. */
+/** Options that select the emulator. */
 export const emulator = { driver: library, kernels: folder } as const
 
-/** Why there is nothing to run on, or undefined. */
+/** The reason why tests cannot run, or undefined. */
 export const unavailable =
   onDevice || existsSync(library)
     ? undefined
     : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
 
-/** The emulated device where it need not be a Hopper. Those of 8.6, 8.9 and 12.0 have the least shared memory for a block: what is launched there can be on all. */
+/** Capability of the emulated device for tests that need no Hopper. 8.6, 8.9 and 12.0 have the least shared memory per block; launches that work there work everywhere. */
 const capability = Number(process.env['MOE_EMULATOR_CAPABILITY'] || 80)
 
-/** Every buffer is an allocation of its own, so that access beside one is found. With `wgmma` the emulator is a Hopper, otherwise an Ampere. */
+/** Every buffer is a separate allocation, so that accesses outside it are detected. With `wgmma` the emulator is a Hopper device, otherwise an Ampere. */
 export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   if (!onDevice) {
     resetEmulator()
@@ -78,23 +78,23 @@ export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   return createBackend({ ...(onDevice ? {} : emulator), guarded: true, ...options })
 }
 
-/** Blocks and threads run last to first from now on, or first to last: an order that a device does not promise. */
+/** Sets whether blocks and threads run in reverse order; devices guarantee no order. */
 export function reverseOrder(reversed: boolean): void {
   if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('reversed', +reversed)
 }
 
-/** Whether sums, exponentials and reciprocals are a device's, or off as its may be, rather than those of the host. */
+/** Whether sums, exponentials and reciprocals are those of a device, or have its errors, rather than those of the host. */
 export const inexact = onDevice || process.env['MOE_EMULATOR_APPROXIMATE'] === '1'
 
-/** How many bits of a sum Hopper's products in fp8 keep (DeepSeek-V3 report, 3.3.2). */
+/** Number of bits of a sum that Hopper's fp8 products keep (DeepSeek-V3 report, 3.3.2). */
 export const hopperFp8Bits = 14
 
-/** Products in fp8 on the emulator keep so many bits of a sum from now on; 0: all of f32's. A device does as it does. */
+/** Sets how many bits of a sum fp8 products on the emulator keep; 0: all of f32's. Has no effect on a device. */
 export function keepFp8Bits(bits: number): void {
   if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('fp8Bits', bits)
 }
 
-/** Forgets faults and frees everything, so that a test does not fail for another's fault. */
+/** Clears faults and frees everything, so that a test does not fail because of another's fault. */
 export function resetEmulator(): void {
   emulatorFunction('void moe_emulator_reset()')()
 }

@@ -1,18 +1,18 @@
-/** @file For tests of the emulator: its library as a driver, without the rest of the package. */
+/** @file For tests of the emulator: uses its library directly as a driver, without the rest of the package. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import koffi from 'koffi'
 
-/** With the kernels as the host's compiler made them, or as nvcc did: test-backend.ts. */
+/** Built from kernels compiled by the host's compiler, or by nvcc: see test-backend.ts. */
 const folder = process.env['MOE_EMULATOR_KERNELS'] === 'ptx' ? 'emulator-ptx' : 'emulator'
 const file = join(import.meta.dirname, '..', 'build', folder, 'libmoe-cuda-emulator.so')
 
-/** Whether there is no emulator to test. */
+/** Whether the emulator has not been built. */
 export const unbuilt = !existsSync(file)
 
 type Shape3 = number | readonly [number, number, number]
 
-/** The library through koffi: calls by name, addresses and handles as numbers. Not to be used where it is not built. */
+/** The library through koffi: calls by name, addresses and handles as numbers. Do not use it if the emulator has not been built. */
 export function openEmulator() {
   if (unbuilt) return undefined as never
   const library = koffi.load(file)

@@ -1,6 +1,6 @@
 /**
- * @file For the test project `models-on-cuda`: what `@moe/core/reference` is in the tests of the model parts, so that they try their parts on
- * the CUDA backend.
+ * @file For the test project `models-on-cuda`: replaces `@moe/core/reference` in the tests of the model packages, so that they run on the CUDA
+ * backend.
  */
 import { testBackend } from './test-backend.ts'
 

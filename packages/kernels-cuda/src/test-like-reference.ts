@@ -1,9 +1,9 @@
-/** @file For tests: ops on the device beside their decompositions on the reference backend, values and gradients. */
+/** @file For tests: compares ops on the device with their decompositions on the reference backend, values and gradients. */
 import { Random, type Tensor } from '@moe/core'
 import { type HostInput, type OpResult, likeReference as onBackend, type Tolerance } from '@moe/core/testing'
 import { testBackend } from './test-backend.ts'
 
-/** `likeReference` of `@moe/core/testing` on a device of its own. */
+/** `likeReference` of `@moe/core/testing` on a new device. */
 export async function likeReference(
   inputs: readonly HostInput[],
   op: (...inputs: Tensor[]) => Tensor[],

@@ -1,4 +1,4 @@
-/** @file Elementwise primitives as TensorFlow.js kernels, with the contract's rules for NaN, integers and saturation put round them. */
+/** @file Elementwise primitives as TensorFlow.js kernels, with extra code for the contract's rules on NaN, integers and saturation. */
 import type { BinaryCode, CompareCode, DType, PrimitiveAttrs, TensorSpec, UnaryCode, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { tensorOf } from '../runner.ts'
@@ -31,12 +31,12 @@ export const unary: Kernel<PrimitiveAttrs['unary']> = ({ runner, syncReads }, op
   const x = tensorOf(value)
   if (spec.dtype === 'i32' && code === 'sign') return [signOfIntegers(op, x)]
   const y = runner.run(unaryKernels[code], { x })
-  // Where nothing can be tried, Sigmoid may lose a NaN, as that of webgpu does.
+  // Without synchronous reads nothing can be tested, and Sigmoid may lose NaN, as it does on webgpu.
   const loses = code === 'sign' || (code === 'sigmoid' && !syncReads)
   return loses ? [op.select(op.isNaN(x), x, y, spec.shape)] : [y]
 }
 
-/** (0 < x) - (x < 0): not every Sign kernel takes integers. */
+/** (0 < x) - (x < 0), because not every Sign kernel supports integers. */
 function signOfIntegers(op: Ops, x: TfTensor): TfTensor {
   const zero = op.scalar(0, 'int32')
   return op.sub(op.cast(op.less(zero, x), 'int32'), op.cast(op.less(x, zero), 'int32'))
@@ -60,12 +60,12 @@ export const binary: Kernel<PrimitiveAttrs['binary']> = (device, op, inputs, { c
 function extreme(device: Device, op: Ops, a: TfTensor, b: TfTensor, code: 'max' | 'min', spec: TensorSpec): TfTensor {
   const y = device.runner.run(code === 'max' ? 'Maximum' : 'Minimum', { a, b })
   if (spec.dtype === 'i32' || device.maximumKeepsNaN) return y
-  // a + b is NaN where either is; where neither is, it is not looked at.
+  // a + b is NaN if either operand is, and is not used otherwise.
   const bad = device.runner.run('LogicalOr', { a: op.isNaN(a), b: op.isNaN(b) })
   return op.select(bad, op.add(a, b), y, spec.shape)
 }
 
-/** Truncating division, 0 where the divisor is 0. Divisors 0 and -1 never reach the kernel: both can stop a process. */
+/** Truncating division; 0 if the divisor is 0. Divisors 0 and -1 never reach the kernel, because both can crash the process. */
 function divideIntegers({ runner }: Device, op: Ops, a: TfTensor, b: TfTensor, { shape }: TensorSpec): TfTensor {
   const [zero, one, minus] = [0, 1, -1].map(value => op.scalar(value, 'int32'))
   const byZero = op.equal(b, zero)
@@ -100,9 +100,9 @@ export const cast: Kernel<{ dtype: DType }> = (_, op, [x], { dtype }, [{ shape }
   return [dtype === 'u8' && x.dtype === 'i32' ? clampIntegers(op, integers, shape) : integers]
 }
 
-/** f32 to integers: NaN to 0, saturating, truncating. Only numbers that fit are given to the kernel. */
+/** f32 to integers: NaN becomes 0; saturates and truncates. Only numbers in range reach the kernel. */
 function saturate(op: Ops, x: TfTensor, low: number, high: number, shape: readonly number[]): TfTensor {
-  // As f32, 2^31 - 1 is 2^31: what is not below it takes the integer itself.
+  // 2^31 - 1 rounds to 2^31 in f32, so values that are not below it take the integer directly.
   const bound = op.scalar(high === 255 ? 256 : 2 ** 31, 'float32')
   const tooHigh = op.lessEqual(bound, x)
   const tooLow = op.lessEqual(x, op.scalar(low, 'float32'))

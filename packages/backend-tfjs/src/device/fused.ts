@@ -1,6 +1,6 @@
 /**
- * @file Fused ops that TensorFlow.js kernels do better than core's decompositions. Those that need the experts' offsets decline where reads
- * need a promise: core then multiplies every row by every expert and masks.
+ * @file Fused ops that TensorFlow.js kernels compute better than core's decompositions. Without synchronous reads, those that need the experts' offsets decline, and
+ * core multiplies every row by every expert and masks the results.
  */
 import { type FusedAttrs, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import { planSlots } from '../dispatch-plan.ts'

@@ -1,4 +1,4 @@
-/** @file Reductions, products and movement as TensorFlow.js kernels. */
+/** @file Reductions, matrix products and movement ops as TensorFlow.js kernels. */
 import { type PrimitiveAttrs, sameShape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { tensorOf } from '../runner.ts'

@@ -1,6 +1,6 @@
 /**
- * @file Short names for the TensorFlow.js kernels that the device tier is built from. Every one of them exists on the tensorflow (CPU and
- * GPU), webgpu, webgl, wasm and cpu backends.
+ * @file Short names for the TensorFlow.js kernels that the device modes use. All of them exist on the tensorflow (CPU and GPU), webgpu, webgl, wasm and cpu
+ * backends.
  */
 import { type DType, type Shape, sameShape, sizeOf } from '@moe/core'
 import type { TfDType, TfTensor } from '../namespace.ts'
@@ -8,14 +8,14 @@ import type { Runner } from '../runner.ts'
 
 export interface Device {
   readonly runner: Runner
-  /** Whether reading a tensor returns at once instead of a promise. Never true of webgpu. */
+  /** Whether tensors can be read synchronously. Never on webgpu. */
   readonly syncReads: boolean
-  /** What this backend's own kernels do with NaN, as tried out when the backend was made. */
+  /** How the backend's own kernels handle NaN, as tested when the backend was created. */
   readonly maxKeepsNaN: boolean
   readonly maximumKeepsNaN: boolean
 }
 
-/** u8 is held as int32, or as bool where it is known to be 0 or 1 (results of comparisons). */
+/** u8 is stored as int32, or as bool if it is known to be 0 or 1 (results of comparisons). */
 export const tfDType = (dtype: DType): TfDType => (dtype === 'f32' ? 'float32' : 'int32')
 
 /**
@@ -23,7 +23,7 @@ export const tfDType = (dtype: DType): TfDType => (dtype === 'f32' ? 'float32' :
  */
 export function ops(runner: Runner, careful = false) {
   const run = runner.run
-  /** With the axes moved behind all others where the kernel itself would move integers. */
+  /** Moves the axes behind all others if the kernel itself would have to move integers. */
   const innermost = (x: TfTensor, axes: readonly number[]): [TfTensor, number[]] => {
     const rank = x.shape.length
     if (!careful || x.dtype === 'float32' || axes.every(axis => axis >= rank - axes.length)) return [x, axes.slice()]
@@ -79,7 +79,7 @@ export function ops(runner: Runner, careful = false) {
       const [inner, reductionIndices] = innermost(x, axes)
       return run('Max', { x: inner }, { reductionIndices, keepDims: false })
     },
-    /** One axis at a time, of three: not every kernel takes more than four. */
+    /** Pads one axis at a time, as a tensor with three axes: not every kernel supports more than four. */
     pad(x: TfTensor, before: readonly number[], after: readonly number[], constantValue: number): TfTensor {
       const shape = x.shape.slice()
       return shape.reduce((padded, size, axis) => {
@@ -101,7 +101,7 @@ export function ops(runner: Runner, careful = false) {
     concat: (parts: TfTensor[], axis: number) => run('Concat', parts, { axis }),
     matmul: (a: TfTensor, b: TfTensor, transposeA: boolean, transposeB: boolean) =>
       run('BatchMatMul', { a, b }, { transposeA, transposeB }),
-    /** Repeats axes of size 1; leading axes of size 1 are added first. */
+    /** Repeats axes of size 1; missing leading axes are added first. */
     expand(x: TfTensor, shape: Shape): TfTensor {
       if (sameShape(x.shape, shape)) return x
       const grown = [...new Array<number>(shape.length - x.shape.length).fill(1), ...x.shape]
@@ -109,7 +109,7 @@ export function ops(runner: Runner, careful = false) {
       const from = self.as(x, grown)
       if (reps.every(n => n === 1)) return from
       if (reps.length <= 4) return run('Tile', { x: from }, { reps })
-      // webgpu reads tensors of more axes back to repeat them: one axis at a time, of three.
+      // webgpu reads tensors with more axes back to repeat them, so repeat one axis at a time, as a tensor with three.
       return reps.reduce((tiled, n, axis) => {
         if (n === 1) return tiled
         const sides = [sizeOf(grown.slice(0, axis)), 1, sizeOf(grown.slice(axis + 1))]
@@ -117,20 +117,20 @@ export function ops(runner: Runner, careful = false) {
         return self.reshape(run('Tile', { x: self.reshape(tiled, sides) }, { reps: [1, n, 1] }), grown)
       }, from)
     },
-    /** `condition ? t : e`; kernels want three equal shapes. */
+    /** `condition ? t : e`; the kernels need three equal shapes. */
     select: (condition: TfTensor, t: TfTensor, e: TfTensor, shape: Shape) =>
       run('Select', {
         condition: self.expand(condition, shape),
         t: self.expand(t, shape),
         e: self.expand(e, shape),
       }),
-    /** The elements, where reads are synchronous. */
+    /** The elements, if reads are synchronous. */
     read: (x: TfTensor) => runner.backend.readSync(x.dataId),
   }
   return self
 }
 
-/** Where in an array of this shape, read in the order of the permuted axes, each element lies. */
+/** The index of each element in an array of this shape, in the order of the permuted axes. */
 function placesAfter(shape: Shape, perm: readonly number[]): Int32Array {
   const strides = shape.map((_, axis) => sizeOf(shape.slice(axis + 1)))
   let places = Int32Array.of(0)

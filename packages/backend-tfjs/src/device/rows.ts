@@ -1,7 +1,6 @@
 /**
- * @file Gathering and scattering rows as TensorFlow.js kernels.
- *
- * Where reads are synchronous the index (small) is looked at on the host; elsewhere everything stays on the device.
+ * @file Gathers and scatters rows with TensorFlow.js kernels. With synchronous reads, the indices (which are small) are read on the host; otherwise everything
+ * stays on the device.
  */
 import { type PrimitiveAttrs, type Shape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
@@ -39,7 +38,7 @@ export const takeRows: Kernel<PrimitiveAttrs['takeRows']> = (device, op, [x, ind
   return [op.as(op.select(perRow(op, inside, taken.shape), taken, nothing, taken.shape), shape)]
 }
 
-/** Rows of a one-hot matrix that are made at a time: bounds its memory to 64 MiB of f32. */
+/** Rows of a one-hot matrix that are created at a time; limits its memory to 64 MiB of f32. */
 const oneHotElements = 1 << 24
 
 export const scatterAddRows: Kernel<PrimitiveAttrs['scatterAddRows']> = (
@@ -58,7 +57,7 @@ export const scatterAddRows: Kernel<PrimitiveAttrs['scatterAddRows']> = (
   return [op.as(sums ?? oneHotSums(op, at, flat, rows), spec.shape)]
 }
 
-/** In source order on the host: exact for i32 and the same bits each time, at the price of two copies. Null where reads need a promise. */
+/** In source order on the host: exact for i32 and deterministic, at the cost of two copies. Null without synchronous reads. */
 function hostSums(device: Device, op: Ops, at: TfTensor, flat: TfTensor, rows: number): TfTensor | null {
   if (!device.syncReads) return flat.dtype === 'int32' ? integerSums(op, at, flat, rows) : null
   const [index, from] = [op.read(at), op.read(flat)]
@@ -71,7 +70,7 @@ function hostSums(device: Device, op: Ops, at: TfTensor, flat: TfTensor, rows: n
   return op.upload(sums, [rows, size])
 }
 
-/** 1 where row r takes source i: `bool [rows, count]`. Indices outside the range match no row. */
+/** True where row r takes source i: `bool [rows, count]`. Indices out of range match no row. */
 function hits(op: Ops, at: TfTensor, rows: number): TfTensor {
   const lines = op.upload(
     Int32Array.from({ length: rows }, (_, r) => r),
@@ -80,7 +79,7 @@ function hits(op: Ops, at: TfTensor, rows: number): TfTensor {
   return op.equal(lines, op.as(at, [1, at.shape[0]]))
 }
 
-/** Matrix products with one-hot rows, a block of sources at a time: no atomics, so the same bits each time. */
+/** Matrix products with one-hot rows, a block of sources at a time. Without atomics, so results are deterministic. */
 function oneHotSums(op: Ops, at: TfTensor, flat: TfTensor, rows: number): TfTensor {
   const [count, size] = flat.shape
   const step = Math.max(1, Math.floor(oneHotElements / Math.max(1, rows)))
@@ -95,7 +94,7 @@ function oneHotSums(op: Ops, at: TfTensor, flat: TfTensor, rows: number): TfTens
   return sums as TfTensor
 }
 
-/** Integers do not go through f32 products; their scatters are small. */
+/** Integers cannot use f32 products, but their scatters are small. */
 function integerSums(op: Ops, at: TfTensor, flat: TfTensor, rows: number): TfTensor {
   const [count, size] = flat.shape
   const chosen = op.as(op.cast(hits(op, at, rows), 'int32'), [rows, count, 1])

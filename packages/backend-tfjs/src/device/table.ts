@@ -1,4 +1,4 @@
-/** @file What runs as TensorFlow.js kernels alone, and what those kernels do with NaN. */
+/** @file The tables of ops that only use TensorFlow.js kernels, and tests of how these kernels handle NaN. */
 import type { FusedName, PrimitiveName, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import type { Runner } from '../runner.ts'
@@ -44,7 +44,7 @@ export const deviceFused: { readonly [F in FusedName]?: DeviceKernel } = {
   groupedMatmulWeightGrad,
 }
 
-/** Tries the kernels whose treatment of NaN differs between backends. Without synchronous reads the worst is assumed. */
+/** Tests kernels whose treatment of NaN differs between backends. Without synchronous reads it assumes the worst. */
 export function probeDevice(runner: Runner, op: Ops, syncReads: boolean): Device {
   const pessimist: Device = { runner, syncReads, maxKeepsNaN: false, maximumKeepsNaN: false }
   if (!syncReads) return pessimist

@@ -1,5 +1,5 @@
 /**
- * @file Attention on host memory, one (sequence, head) at a time: scores of a single head are all that is ever materialized.
+ * @file Attention on host memory, one (sequence, head) at a time, so that only the scores of a single head are stored.
  *
  * Legend: B batch, T queries, S keys, H heads, G key/value heads, K features of a key, V features of a value.
  */
@@ -36,7 +36,7 @@ const whole = (tensor: TfTensor): MatrixView => ({
   columns: tensor.shape[1],
 })
 
-/** First key that query `t` of `time` may not see. */
+/** Index of the first key that query `t` of `time` may not see. */
 function visibleEnd(t: number, time: number, limit: number, causal: boolean): number {
   return causal ? Math.max(0, Math.min(limit, limit - time + t + 1)) : limit
 }
@@ -46,14 +46,14 @@ function limitsOf(host: Host, lengths: Value | undefined, batch: number, keys: n
   return Array.from(i32Of(host, lengths), length => Math.max(0, Math.min(keys, length)))
 }
 
-/** First key that query `t` of sequence b sees. */
+/** Index of the first key that query `t` of sequence b sees. */
 function startsOf(host: Host, starts: Value | undefined, time: number): (b: number, t: number) => number {
   if (starts === undefined) return () => 0
   const first = i32Of(host, starts)
   return (b, t) => Math.max(0, first[b * time + t])
 }
 
-/** Subtracts from every visible score what `shift` gives for its row, hides the others, and takes exp: `[T, S]` in place of the scores. */
+/** Replaces the scores `[T, S]`: subtracts `shift` of the row from every visible score, hides the others, and takes exp. */
 function exponentials(
   host: Host,
   scores: TfTensor,
@@ -84,7 +84,7 @@ function exponentials(
   return p
 }
 
-/** Writes a `[T, D]` matrix into a head of a `[B, T, H, D]` tensor; `add` adds it instead. */
+/** Writes a `[T, D]` matrix into a head of a `[B, T, H, D]` tensor, or adds it with `add`. */
 function putHead(
   host: Host,
   matrix: TfTensor,
@@ -148,7 +148,7 @@ export function attention(host: Host, inputs: readonly Value[], attrs: Attention
   return [out, lse]
 }
 
-/** Divides each mixed row by the sum of its exponentials and notes the log-sum-exp. */
+/** Divides each row by the sum of its exponentials and stores the log-sum-exp. */
 function finishRows(p: Float32Array, mixed: Float32Array, lse: Float32Array, at: number, shifts: Float64Array): void {
   const time = shifts.length
   const keys = p.length / time
@@ -194,7 +194,7 @@ export function attentionBackward(
         t => (Number.isFinite(logs[t]) ? logs[t] : 0),
       )
       const dp = viewProduct(host, douts, turned(headMatrix(v, b, g)))
-      // Gradients of keys and values are made turned round, [D, S], so that the small side is the one that is turned.
+      // Gradients of keys and values are computed transposed, [D, S], so that the smaller operand is the one to transpose.
       const dvT = viewProduct(host, turned(douts), whole(p))
       putHead(host, dvT, dv, b, g, true, true)
       dvT.dispose()
@@ -213,7 +213,7 @@ export function attentionBackward(
   return [dq, dk, dv]
 }
 
-/** sum over features of a * b for every row of a head. */
+/** Sum over features of a * b for every row of a head. */
 function rowProducts(a: Float32Array, b: Float32Array, { start, row, rows, columns }: MatrixView): Float64Array {
   const sums = new Float64Array(rows)
   for (let t = 0; t < rows; t++) {
@@ -222,7 +222,7 @@ function rowProducts(a: Float32Array, b: Float32Array, { start, row, rows, colum
   return sums
 }
 
-/** dp becomes p * (dp - delta) * scale. */
+/** Replaces dp by p * (dp - delta) * scale. */
 function scoreGradients(p: Float32Array, dp: Float32Array, deltas: Float64Array, scale: number): void {
   const keys = p.length / deltas.length
   for (let t = 0, i = 0; t < deltas.length; t++) {

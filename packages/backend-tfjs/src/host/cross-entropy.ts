@@ -1,17 +1,17 @@
-/** @file Cross-entropy on host memory, some rows at a time, so that the exponentials of all logits never exist at once. */
+/** @file Cross-entropy on host memory, in blocks of rows, so that the exponentials of all logits are never stored at once. */
 import type { FusedAttrs, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { f32Of, type Host, i32Of } from './memory.ts'
 
 const f32View = (host: Host, tensor: TfTensor): Float32Array => host.view(tensor) as Float32Array
 
-/** Elements whose exponentials are taken at a time. */
+/** Number of elements whose exponentials are computed at a time. */
 const chunkElements = 1 << 20
 
 const counts = (target: number, classes: number, ignoreIndex: number): boolean =>
   target !== ignoreIndex && target >= 0 && target < classes
 
-/** exp(logits - shift) of rows `first .. first + count`; the caller disposes it. */
+/** exp(logits - shift) of `count` rows starting at `first`; the caller disposes it. */
 function shiftedExp(host: Host, logits: Value, first: number, count: number, shifts: ArrayLike<number>): TfTensor {
   const classes = logits.shape[1]
   const shifted = host.output([count, classes], 'float32')

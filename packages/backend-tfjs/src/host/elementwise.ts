@@ -1,4 +1,4 @@
-/** @file Elementwise primitives on host memory: TensorFlow.js' kernels where they are exact, loops for the rest. */
+/** @file Elementwise primitives on host memory: TensorFlow.js kernels where they are exact, otherwise loops. */
 import {
   type BinaryCode,
   type CompareCode,
@@ -18,7 +18,7 @@ import { broadcastStrides, positions } from './strided.ts'
 
 type Kernel<Attrs> = (host: Host, inputs: readonly Value[], attrs: Attrs, outputs: readonly TensorSpec[]) => TfTensor[]
 
-/** Kernels of TensorFlow.js that meet the contract for f32, NaN and infinities included. */
+/** TensorFlow.js kernels that fulfil the contract for f32, including NaN and infinities. */
 const unaryKernels: { readonly [C in UnaryCode]?: string } = {
   neg: 'Neg',
   abs: 'Abs',
@@ -99,7 +99,7 @@ export const compare: Kernel<PrimitiveAttrs['compare']> = (host, [a, b], { code 
   return [out]
 }
 
-/** `out[i] = fn(a[...], b[...])` with broadcasting. The f32 output rounds what `fn` gives, the i32 output wraps it. */
+/** `out[i] = fn(a[...], b[...])` with broadcasting. The result is rounded for f32 outputs and wraps for i32 outputs. */
 function combine(host: Host, a: Value, b: Value, out: Elements, shape: Shape, fn: (a: number, b: number) => number) {
   const x = elementsOf(host, a)
   const y = elementsOf(host, b)
@@ -132,7 +132,7 @@ export const where: Kernel<PrimitiveAttrs['where']> = (host, [condition, a, b], 
   return [out]
 }
 
-/** Truncates toward zero and saturates; NaN gives 0. */
+/** Truncates toward zero and saturates; NaN becomes 0. */
 function toInteger(from: Elements, to: Elements, low: number, high: number): void {
   for (let i = 0; i < to.length; i++) {
     const x = from[i]

@@ -1,4 +1,4 @@
-/** @file Moving tokens to their experts, multiplying there, and bringing them back. N tokens, K choices, E experts, D features. */
+/** @file Permutes tokens to their experts, multiplies them there, and combines the results. N tokens, K choices, E experts, D features. */
 import { type FusedAttrs, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import { planSlots } from '../dispatch-plan.ts'
 import type { TfTensor } from '../namespace.ts'
@@ -95,7 +95,7 @@ export function combineTokensBackward(
   return [dy, dWeights]
 }
 
-/** Row range of every expert, cut to the rows that exist. */
+/** Row range of every expert, limited to existing rows. */
 function* ranges(offsets: Int32Array, rows: number): Generator<[expert: number, start: number, end: number]> {
   for (let e = 0; e + 1 < offsets.length; e++) {
     const start = Math.max(0, Math.min(rows, offsets[e]))

@@ -1,8 +1,8 @@
 /**
  * @file Matrix products on host memory.
  *
- * The wasm backend multiplies `[m, k] x [k, n]` with XNNPACK; transposed or batched it falls to a plain loop more than ten
- * times slower. So operands are copied into plain matrices first, which costs m k + k n beside m k n.
+ * The wasm backend multiplies `[m, k] x [k, n]` with XNNPACK but falls back to a plain loop, more than ten times slower, for transposed or batched operands.
+ * So operands are first copied into plain matrices, which costs m k + k n compared with m k n.
  */
 import type { PrimitiveAttrs, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
@@ -10,7 +10,7 @@ import { tensorOf } from '../runner.ts'
 import type { Host } from './memory.ts'
 import { copyBox } from './strided.ts'
 
-/** A matrix inside a tensor: element (r, c) lies at `start + r * row + c * column`. */
+/** A matrix inside a tensor: element (r, c) is at `start + r * row + c * column`. */
 export interface MatrixView {
   readonly tensor: TfTensor
   readonly start: number
@@ -20,7 +20,7 @@ export interface MatrixView {
   readonly columns: number
 }
 
-/** The matrix as a tensor of its own; the caller disposes it. */
+/** Copies the matrix to a tensor; the caller disposes it. */
 export function plainMatrix(host: Host, matrix: MatrixView): TfTensor {
   const { tensor, start, row, column, rows, columns } = matrix
   const out = host.output([rows, columns], 'float32')
@@ -72,7 +72,7 @@ export function matmul(
     return [out]
   }
   const plain = rank === 2 && !transposeA && !transposeB
-  // A product with few rows would cost less than turning its other side.
+  // With few rows, the product would cost less than transposing the other operand.
   const small = m * n * k <= smallProduct || (transposeB && !transposeA && m <= 2)
   if (!host.plainProducts || plain || small) {
     return [host.runner.run('BatchMatMul', { a: left, b: right }, { transposeA, transposeB })]

@@ -1,8 +1,8 @@
 /**
- * @file Direct views of tensor memory on the two backends whose memory JavaScript can see: `cpu` (typed arrays) and `wasm` (one heap).
+ * @file Direct views of tensor memory on the two backends whose memory JavaScript can access: `cpu` (typed arrays) and `wasm` (one heap).
  *
- * What their own kernels do inexactly, slowly or not at all is a plain loop over these views. A view of the wasm heap is good until
- * the next allocation: take all outputs first, then the views.
+ * Plain loops over these views compute what the kernels do inexactly, slowly or not at all. A view of the wasm heap is only valid until the next allocation, so
+ * allocate all outputs first and then take views.
  */
 import { type Shape, sizeOf, type Value } from '@moe/core'
 import type { TfDType, TfKernelBackend, TfTensor, TfTensorInfo } from '../namespace.ts'
@@ -12,11 +12,11 @@ export type Elements = Float32Array | Int32Array | Uint8Array
 
 export interface Host {
   readonly runner: Runner
-  /** Whether matrix products without transposition are far faster than any other (XNNPACK on wasm). */
+  /** Whether matrix products without transposition are much faster than others (XNNPACK on wasm). */
   readonly plainProducts: boolean
-  /** A new tensor; its elements are arbitrary. */
+  /** A new tensor with undefined contents. */
   output(shape: Shape, dtype: TfDType): TfTensor
-  /** The elements of a tensor, until the next allocation. */
+  /** The elements of a tensor; valid until the next allocation. */
   view(tensor: TfTensor): Elements
 }
 
@@ -33,7 +33,7 @@ interface WasmBackend extends TfKernelBackend {
 
 const arrays = { float32: Float32Array, int32: Int32Array, bool: Uint8Array }
 
-/** Host memory of a runner, or null where memory is out of reach. */
+/** Host memory of a runner, or null if JavaScript cannot access it. */
 export function hostMemory(runner: Runner): Host | null {
   if (runner.name === 'cpu') {
     const backend = runner.backend as CpuBackend
@@ -57,7 +57,7 @@ export function hostMemory(runner: Runner): Host | null {
   return null
 }
 
-/** Whether a wasm tensor got no memory: its allocator answers with address 0 and the library does not look. */
+/** Whether the allocation of a wasm tensor failed: the allocator returns address 0, which the library does not check. */
 export function wasmAllocationFailed(backend: TfKernelBackend): (tensor: TfTensor) => boolean {
   const { getMemoryOffset } = backend as WasmBackend
   return tensor => getMemoryOffset.call(backend, tensor.dataId) === 0 && sizeOf(tensor.shape) > 0

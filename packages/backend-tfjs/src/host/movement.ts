@@ -1,10 +1,10 @@
-/** @file Primitives that move elements without computing: permute, expand, slice, pad, concat. Any dtype. */
+/** @file Primitives that move elements without computing: permute, expand, slice, pad, concat. For all dtypes. */
 import { type PrimitiveAttrs, type Shape, stridesOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { elementsOf, type Host, tfDType } from './memory.ts'
 import { broadcastStrides, copyBox } from './strided.ts'
 
-/** Copies x, seen under `strides` from `start`, into a new tensor of the output's shape. */
+/** Copies x, read with `strides` from `start`, into a new tensor of the output's shape. */
 function gather(host: Host, x: Value, spec: TensorSpec, strides: readonly number[], start = 0): TfTensor {
   const out = host.output(spec.shape, tfDType(spec.dtype))
   const to = { data: host.view(out), start: 0, strides: stridesOf(spec.shape) }

@@ -1,11 +1,11 @@
-/** @file The optimizer step and the gradient norm, one pass each. */
+/** @file The optimizer step and the norm of gradients, in one pass each. */
 import type { AdamwAttrs, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { f32Of, type Host } from './memory.ts'
 
 const f32View = (host: Host, tensor: TfTensor): Float32Array => host.view(tensor) as Float32Array
 
-/** param, m and v are donated, but new ones are made: see `setRows`. */
+/** param, m and v are donated, but new tensors are created: see `setRows`. */
 export function adamwStep(
   host: Host,
   [param, grad, m, v, gradScale]: readonly Value[],

@@ -1,10 +1,10 @@
-/** @file Reductions, running sums and top-k on host memory. Sums of f32 are accumulated in f64. */
+/** @file Reductions, cumulative sums and top-k on host memory. f32 sums are accumulated in f64. */
 import { type PrimitiveAttrs, type Shape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { type Elements, elementsOf, f32Of, type Host, tfDType } from './memory.ts'
 import { broadcastStrides, positions } from './strided.ts'
 
-/** Neighbouring axes of equal kind count as one: `[outer, reduced, inner]` when that is all there is, else null. */
+/** Merges adjacent axes of the same kind. Returns `[outer, reduced, inner]` if that is possible, else null. */
 function asThreeAxes(shape: Shape, axes: readonly number[]): [number, number, number] | null {
   const first = axes[0]
   const last = axes[axes.length - 1]
@@ -95,8 +95,8 @@ export function cumsum(
 }
 
 /**
- * Positions of the `k` largest of `size` keys from `start`, largest first, ties and NaN (as -Infinity) as the contract says.
- * `chosen` takes positions relative to `start`, from `at`.
+ * Finds the `k` largest of `size` keys from `start` on, largest first, with ties and NaN (as -Infinity) ordered as the contract requires. Writes positions relative to
+ * `start` into `chosen`, from `at` on.
  */
 export function selectLargest(
   keys: ArrayLike<number>,

@@ -1,4 +1,4 @@
-/** @file The choice of experts in one pass over host memory. All intermediate values are rounded to f32, as in the decomposition. */
+/** @file Routing in one pass over host memory. All intermediate values are rounded to f32, as in the decomposition. */
 import type { RouterAttrs, TensorSpec, Value } from '@moe/core'
 import { f32Of, type Host } from './memory.ts'
 import { selectLargest } from './reduce.ts'

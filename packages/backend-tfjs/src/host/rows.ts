@@ -1,4 +1,4 @@
-/** @file Gathering and scattering rows on host memory. Indices outside the range are never followed. */
+/** @file Gathers and scatters rows on host memory. Indices out of range are never accessed. */
 import { type PrimitiveAttrs, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { type Elements, elementsOf, type Host, i32Of, tfDType } from './memory.ts'
@@ -43,7 +43,7 @@ export function scatterAddRows(
   return [out]
 }
 
-/** A donated x is copied all the same: a wasm tensor that was a matrix must never change, its packed form is cached. */
+/** Copies x even if it is donated: a wasm tensor that was an operand of a matrix product must not change, because its packed form is cached. */
 export function setRows(
   host: Host,
   [x, index, source]: readonly Value[],

@@ -1,4 +1,4 @@
-/** @file Fused ops over the last axis: softmax, RMSNorm, SwiGLU. Exponentials come from TensorFlow.js' kernels, the rest is one pass. */
+/** @file Fused ops over the last axis: softmax, RMSNorm, SwiGLU. Exponentials are computed by TensorFlow.js kernels, the rest in one pass. */
 import { type FusedAttrs, type Shape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { tensorOf } from '../runner.ts'
@@ -12,7 +12,7 @@ export function softmax(host: Host, [x]: readonly Value[], _: FusedAttrs['softma
   if (sizeOf(x.shape) === 0) return [host.output(spec.shape, 'float32')]
   const out = host.runner.run('Softmax', { logits: tensorOf(x) }, { dim: x.shape.length - 1 })
   const [to, from] = [f32View(host, out), f32Of(host, x)]
-  // The kernel knows no row without a largest element: -Infinity - -Infinity.
+  // The kernel does not handle rows of only -Infinity: -Infinity - -Infinity is NaN.
   for (let row = 0; row < to.length; row += size) {
     if (to[row] === to[row] || from[row] !== Number.NEGATIVE_INFINITY) continue
     let masked = true

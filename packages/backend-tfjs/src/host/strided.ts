@@ -1,19 +1,19 @@
-/** @file Copying boxes between row-major arrays under arbitrary strides: the one loop behind every movement op. */
+/** @file Copies boxes between row-major arrays with arbitrary strides: the loop behind every movement op. */
 import { type Shape, sizeOf, stridesOf } from '@moe/core'
 import type { Elements } from './memory.ts'
 
-/** Strides of `from` seen as `to`: 0 along broadcast and missing axes. */
+/** Strides of `from` broadcast to `to`: 0 along broadcast and missing axes. */
 export function broadcastStrides(from: Shape, to: Shape): number[] {
   const own = stridesOf(from)
   const missing = to.length - from.length
   return to.map((_, axis) => (axis < missing || from[axis - missing] === 1 ? 0 : own[axis - missing]))
 }
 
-/** For every element of a box in row-major order, its position under the given strides. */
+/** The offset of every element of a box, in row-major order, with the given strides. */
 export function positions(shape: Shape, strides: readonly number[]): Int32Array {
   const index = new Int32Array(sizeOf(shape))
   let filled = Math.min(1, index.length)
-  // Grown from the last axis: the block so far repeats once per step of the next axis.
+  // Built from the last axis: the block so far is repeated for each step of the next axis.
   for (let axis = shape.length - 1; axis >= 0; axis--) {
     const block = filled
     for (let i = 1; i < shape[axis]; i++) {
@@ -26,7 +26,7 @@ export function positions(shape: Shape, strides: readonly number[]): Int32Array 
 
 const tile = 16
 
-/** `to[r * toRow + c] = from[r * fromRow + c * fromColumn]`; transpositions go tile by tile. */
+/** `to[r * toRow + c] = from[r * fromRow + c * fromColumn]`; transposes are done tile by tile. */
 function copyMatrix(
   from: Elements,
   start: number,
@@ -39,7 +39,7 @@ function copyMatrix(
   columns: number,
 ): void {
   if (fromColumn === 1) {
-    // Copying short runs by hand is faster than making subarrays of them.
+    // For short runs, a loop is faster than creating subarrays.
     if (columns >= 48) {
       for (let r = 0; r < rows; r++) {
         const at = start + r * fromRow
@@ -67,7 +67,7 @@ function copyMatrix(
   }
 }
 
-/** One side of a copy: where the box starts and how far apart its elements lie along every axis. */
+/** One side of a copy: the start of the box, and its stride along every axis. */
 export interface Side {
   readonly data: Elements
   readonly start: number

@@ -1,4 +1,4 @@
-/** @file What runs on host memory: all primitives but reshape, and the fused ops that gain by it. */
+/** @file The table of ops on host memory: all primitives except reshape, and the fused ops for which it pays. */
 import type { FusedName, PrimitiveName, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { attention, attentionBackward } from './attention.ts'

@@ -1,9 +1,11 @@
 /**
- * @file Attention of many queries, and its gradient, by tiles with a running softmax (Dao 2023, FlashAttention-2): scores are never stored.
+ * @file Attention with many queries, and its gradient, by tiles with an online softmax (Dao 2023, FlashAttention-2): scores are never stored.
  *
- * A workgroup owns 32 rows, for which it has sums, and goes over tiles of 64 others: queries over keys (output, dq), or keys over queries (dk and dv). No two workgroups
- * write the same row, so that sums have one order. Scores of a tile are a product over features, in steps of 16; chances of a tile times the others' rows are one over the
- * others, in steps of 8 or 4. A thread has 4 owned rows (`down`) and 4 others, or 4 features of each 64 (`along`); vectors of four lie along owned rows in scores, along features in sums.
+ * A workgroup owns 32 rows, whose sums it holds, and loops over tiles of 64 other rows: queries own and loop over keys (output, dq), or keys own and loop over queries (dk and
+ * dv). No two workgroups write the same row, so the order of sums is fixed. The scores of a tile are a product over features, in steps of 16. The tile's probabilities times the
+ * other rows are a product over the other rows, in steps of 8 or 4. A thread has 4 owned rows (`down`) and 4 others, or 4 features of each 64 (`along`). Vectors of four
+ * run along owned rows in scores, and along features in sums.
+ *
  * B batch, T queries, S keys, H heads, G key/value heads.
  */
 import type { AttentionAttrs, FusedAttrs, FusedKernel, TensorSpec, Value } from '@moe/core'
@@ -15,17 +17,17 @@ import { eachRow, TEAM } from './teams.ts'
 
 const OWN = 32
 const OTHERS = 64
-/** Largest rows of any operand: as many as sums fit registers. */
+/** Maximum number of features of any operand, limited by the registers for sums. */
 const MOST_FEATURES = 256
-/** Quads of features of keys and values together up to which a thread has sums of both. */
+/** Up to this many quads of features of keys and values together, a thread holds the sums of both. */
 const MOST_QUADS = 6
-/** Vectors of the others' rows, or of both sides of scores, that are in the memory of a workgroup: of its 16 KiB 8 are chances. */
+/** Vectors of the other rows, or of both operands of scores, in workgroup memory: 8 of its 16 KiB hold probabilities. */
 const OPERANDS = 384
 
-/** Quads of features that a thread has of a row. */
+/** Quads of features that a thread holds per row. */
 const quadsOf = (features: number) => Math.ceil(features / 64)
 
-// --- pieces of WGSL ---
+// --- WGSL fragments ---
 
 /** `first_of` and `end_of`, the keys that query t sees, from words `at`: T, S, causal, whether there are lengths, starts. None are seen where first >= end. */
 const sees = (at: number) => `
@@ -50,7 +52,7 @@ fn exp4(x: vec4<f32>) -> vec4<f32> { return vec4<f32>(exp_(x.x), exp_(x.y), exp_
 fn least(x: vec4<i32>) -> i32 { return min(min(x.x, x.y), min(x.z, x.w)); }
 fn most(x: vec4<i32>) -> i32 { return max(max(x.x, x.y), max(x.z, x.w)); }`
 
-/** The least of the first and the largest of the ends that threads have, as `of` who has `index`; alike in all threads. */
+/** The smallest first and the largest end of all threads, as `of` each `index`; the same in all threads. */
 const jointRange = (first: string, end: string, index: string, size: number, writes: string) => `
   if (${writes}) { ranges[${index}] = vec2<i32>(least(${first}), most(${end})); }
   workgroupBarrier();
@@ -61,7 +63,7 @@ const jointRange = (first: string, end: string, index: string, size: number, wri
   }
   let whole = workgroupUniformLoad(&range);`
 
-/** Rows of one head, `base` + row * `row` each, from `0` to `end`. WGSL expressions. */
+/** Rows of one head: row i is at `base` + i * `row`, up to row `end`. All are WGSL expressions. */
 interface Matrix {
   readonly name: string
   readonly rows: string
@@ -72,15 +74,15 @@ interface Matrix {
 const queryRows = (name: string, width = 'width'): Matrix => ({ name, rows: 'times', heads: 'heads', width })
 const keyRows = (name: string, width = 'width'): Matrix => ({ name, rows: 'keys', heads: 'key_heads', width })
 
-/** Where `head` of sequence b begins. */
+/** Offset of `head` of sequence b. */
 const begin = ({ name, rows, heads, width }: Matrix, head: string) => `
   let ${name}_base = (b * ${rows} * ${heads} + ${head}) * ${width};`
 
-/** Four features of a row; zeros beyond the last row. */
+/** Four features of a row; zeros after the last row. */
 const quad = ({ name, rows, heads, width }: Matrix, row: string, feature: string) =>
   `${name}4(${name}_base + (${row}) * ${heads} * ${width}, ${feature}, select(0u, ${width}, ${row} < ${rows}))`
 
-/** Products of rows: `<name>0` to `<name>3`, of the 4 owned rows with each of 4 others. */
+/** Dot products of rows, `<name>0` to `<name>3`: the 4 owned rows with each of 4 others. */
 const scores = (name: string, own: Matrix, others: Matrix) => {
   const block = (matrix: Matrix, first: string) =>
     `transpose(mat4x4<f32>(${[0, 1, 2, 3].map(c => quad(matrix, `${first} + rows + ${c}u`, 'f')).join(', ')}))`
@@ -114,7 +116,7 @@ const scores = (name: string, own: Matrix, others: Matrix) => {
   }`
 }
 
-/** What `weighted` multiplies by. Everybody is behind a barrier since it was last read. */
+/** Stores the factors for `weighted`. All threads have passed a barrier since they were last read. */
 const store = (name: string) =>
   repeat(
     4,
@@ -132,7 +134,7 @@ const sums = (name: string, count: number) =>
     ),
   )
 
-/** Adds the others' rows, times what is stored. */
+/** Adds the other rows, multiplied by the stored factors. */
 const weighted = (name: string, count: number, others: Matrix) => {
   const rows = 128 * count > OPERANDS ? 4 : 8
   const team = TEAM / rows
@@ -158,7 +160,7 @@ const weighted = (name: string, count: number, others: Matrix) => {
   }`
 }
 
-/** Writes the sums to rows of `matrix`, which is an output; `value` of quad (i, m). */
+/** Writes the sums to rows of the output `matrix`; `value` is the expression for quad (i, m). */
 const write = (matrix: Matrix, count: number, value: (i: number, m: number) => string) => {
   const { name, rows, heads, width } = matrix
   return repeat(
@@ -198,7 +200,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let along = thread % 16u;${body}
 }`
 
-/** Of queries that own: the last, which see most, begin first. */
+/** For owned queries: the last ones, which see most keys, start first. */
 const ofQueries = `
   let own0 = (blocks - 1u - i % blocks) * ${OWN}u;
   let head = i / blocks % heads;
@@ -207,7 +209,7 @@ const ofQueries = `
   var first = vec4<i32>(2147483647);
   var end = vec4<i32>();`
 
-/** A loop over tiles of keys that any of the queries sees; `seen<j>` tells which of the 4 do. */
+/** A loop over the tiles of keys that any of the queries sees; `seen<j>` tells which of the 4 see key j. */
 const overKeys = (body: string) => `
 ${jointRange('first', 'end', 'down', 8, 'along == 0u')}
   for (var j0 = whole.x; j0 < whole.y; j0 += ${OTHERS}) {
@@ -226,7 +228,7 @@ const [q, k, v] = [queryRows('q'), keyRows('k'), keyRows('v', 'value_width')]
 const y = queryRows('y', 'value_width')
 const dout = queryRows('dout', 'value_width')
 
-/** Scores begin with a number that is smaller than any; a masked one is told by its chance, which is 0. */
+/** Scores start with a number below any score. A masked score is recognized by its probability, which is 0. */
 const forward = (count: number, wide: boolean): Program => ({
   label: `attention by tiles ${count} ${wide}`,
   buffers: [quads('q', wide), quads('k', wide), quads('v', wide), 'lengths i32', 'starts i32', 'y* f32', 'lse* f32'],
@@ -284,13 +286,13 @@ const flagsOf = ({ causal }: AttentionAttrs, lengths?: Value, starts?: Value) =>
 
 const blocksOf = (rows: number) => Math.ceil(rows / OWN)
 
-/** Whether tiles can hold it. */
+/** Whether the tiles support these sizes. */
 function fits({ shape: [batch, times, heads, width] }: Value, { shape: [, keys, , valueWidth] }: Value): boolean {
   const sizes = [batch, times, heads, width, keys, valueWidth]
   return sizes.every(size => size > 0) && Math.max(width, valueWidth) <= MOST_FEATURES
 }
 
-/** Words of the parameters, for `rows` owned by each of `heads`. */
+/** Parameters, for `rows` owned rows in each of `heads`. */
 function wordsOf(rows: number, heads: number, q: Value, v: Value, { scale }: AttentionAttrs): number[] {
   const [batch, times, queryHeads, width] = q.shape
   const [, keys, keyHeads, valueWidth] = v.shape
@@ -306,7 +308,7 @@ export const attentionByTiles =
     const [, times, heads, width] = q.shape
     const valueWidth = v.shape[3]
     const words = wordsOf(times, heads, q, v, attrs)
-    // What is not given is not read; a binding needs some buffer.
+    // A missing input is not read, but its binding needs a buffer.
     const buffers = [...[q, k, v, lengths ?? q, starts ?? q].map(bufferOf), y, lse]
     const program = forward(quadsOf(valueWidth), areWide(width, valueWidth))
     gpu.launch(program, buffers, [...words, ...flagsOf(attrs, lengths, starts)], [words[0]])
@@ -315,7 +317,7 @@ export const attentionByTiles =
 
 // --- backward ---
 
-/** What is known of each query, by head: log sum exp, sum of out * dout (as bits), first key, end of keys. */
+/** Saved per query and head: log-sum-exp, sum of out * dout (as bits), first key, end of keys. */
 const summaries: Program = {
   label: 'attentionBackward summaries',
   buffers: ['y f32', 'lse f32', 'dout f32', 'lengths i32', 'starts i32', 'summaries* vec4<i32>'],
@@ -338,7 +340,7 @@ const summaries: Program = {
   ),
 }
 
-/** WGSL: what is known of the four queries from `query` on; `first` and `end` are there. */
+/** WGSL: loads the saved values of the four queries from `query` on; `first` and `end` are already set. */
 const knownOf = (query: string) => `
   var lse = vec4<f32>();
   var delta = vec4<f32>();
@@ -371,7 +373,7 @@ ${overKeys(
 ${write(queryRows('dq'), count, (i, m) => `dq_${i}_${m}`)}`)}`,
 })
 
-/** Gradients of keys, of values, or of both: those that are asked for by their quads. */
+/** Gradients of keys, of values, or of both, as selected by their numbers of quads. */
 const ofKeyGradients = (keyCount: number, valueCount: number, wide: boolean): Program => {
   const [ofKeys, ofValues] = [keyCount > 0, valueCount > 0]
   const given = ofKeys ? ['q', 'k', 'v', 'dout'] : ['q', 'k', 'dout']

@@ -1,8 +1,7 @@
 /**
- * @file Attention of few queries, as in decoding: a team of threads goes over the keys for four queries that share them, of one head or of several, with a running
- * softmax, so that no scores are stored (Milakov & Gimelshein 2018). Where that makes few teams, each has a part of the keys (Dao and others 2023, Flash-Decoding).
- * More queries go by tiles.
- * B batch, T queries, S keys, H heads, G key/value heads.
+ * @file Attention with few queries, as in decoding. A team of threads loops over the keys for four queries that share them, of one head or of several, with an online
+ * softmax, so that no scores are stored (Milakov & Gimelshein 2018). If that gives few teams, the keys are split between teams (Dao and others 2023, Flash-Decoding).
+ * More queries use tiles. B batch, T queries, S keys, H heads, G key/value heads.
  */
 import type { FusedAttrs, FusedKernel, Handle, Value } from '@moe/core'
 import { type Program, word } from '../commands.ts'
@@ -13,36 +12,36 @@ import { exponential, logarithm, special } from './math.ts'
 import { areWide, quads, readQuad, repeat } from './quads.ts'
 import { eachRow, TEAM } from './teams.ts'
 
-/** Largest sizes of a key and of a value. */
+/** Maximum number of features of a key and of a value. */
 const MOST_KEY = 640
 const MOST_VALUE = 4 * TEAM
-/** Most queries of a sequence. */
+/** Maximum number of queries per sequence. */
 const FEW_QUERIES = 16
-/** Teams below which keys are divided, and least keys of a part. */
+/** With fewer teams, keys are split; and the minimum number of keys per part. */
 const FEW_TEAMS = 64
 const LEAST_KEYS = 512
 
 interface Rows {
   readonly label: string
   readonly buffers: readonly string[]
-  /** WGSL expressions of `b`, `g` and key `j`: where its features begin, and those of its value. */
+  /** WGSL expressions in `b`, `g` and key `j`: the offsets of its features and of its value's. */
   readonly key: string
   readonly value: string
-  /** Names of the buffers of both, and what they hold. */
+  /** Buffer names of keys and values, and their element type. */
   readonly keys: string
   readonly values: string
   readonly dtype: 'f32' | 'bf16'
   readonly wide: boolean
-  /** WGSL: sets `first` and `end`, the keys that query `t` sees. */
+  /** WGSL: sets `first` and `end`, the range of keys that query `t` sees. */
   readonly sees: string
-  /** Whether log sum exps are wanted. */
+  /** Whether to write log-sum-exps. */
   readonly lse: boolean
 }
 
 /**
- * Components of vectors are the four queries, but for those that are read. With several parts, y gets sums and lse the largest score and the sum of exponentials, for each
- * query and part.
- * Words: 0 teams, 1 H, 2 T, 3 S, 4 G, 5 features of a key, 6 of a value, 7 scale, 8 parts, then what the form needs.
+ * Components of vectors are the four queries, except in vectors that are loaded. With several parts, y receives sums, and lse the largest score and the sum of exponentials,
+ * per query and part.
+ * Words: 0 teams, 1 H, 2 T, 3 S, 4 G, 5 features of a key, 6 of a value, 7 scale, 8 parts, then those of the variant.
  */
 const overRows = ({ label, buffers, key, value, keys, values, dtype, wide, sees, lse }: Rows): Program => ({
   label: `${label} ${dtype} ${wide ? 'wide' : 'narrow'}`,
@@ -88,7 +87,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let own_share = (max(0, all_end - all_first) + i32(p(8u)) - 1) / i32(p(8u));
   let own_first = all_first + i32(part) * own_share;
   let own_end = min(all_end, own_first + own_share);
-  // Threads have four features of a value each; teams of as many as that takes share the keys.
+  // Each thread has four features of a value; teams of as many threads as that takes share the keys.
   let quads = (value_width + 3u) / 4u;
   let teams = ${TEAM}u / quads;
   let team = thread / quads;
@@ -180,7 +179,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 }`,
 })
 
-/** Words: 0 queries, 1 features of a value, 2 parts, 3 H, 4 T, 5 whether log sum exps are wanted. */
+/** Words: 0 queries, 1 features of a value, 2 parts, 3 H, 4 T, 5 whether to write log-sum-exps. */
 const joined: Program = {
   label: 'attention in parts',
   buffers: ['sums f32', 'tops f32', 'y* f32', 'lse* f32'],
@@ -220,7 +219,7 @@ interface Few {
   readonly valueWidth: number
   readonly scale: number
   readonly program: Program
-  /** Inputs but q, and words from 9 on. */
+  /** Inputs other than q, and words from 9 on. */
   readonly buffers: readonly Buffer[]
   readonly words: readonly number[]
   readonly y: Buffer
@@ -234,7 +233,7 @@ function ofFew(gpu: DeviceOps, { op, q, groups, keys, valueWidth, scale, program
   const rows = batch * times * heads
   const all = [teams * parts, heads, times, keys, groups, width, valueWidth, word(scale), parts, ...words]
   if (parts === 1) {
-    // Nothing is written to the second output where it is not wanted; a binding needs some buffer.
+    // If the second output is not needed, nothing is written to it, but its binding needs a buffer.
     const second = lse ?? gpu.between(op, 1)
     gpu.launch(program, [bufferOf(q), ...buffers, y, second], all, [teams])
     if (lse === undefined) gpu.done(second)
@@ -286,7 +285,7 @@ export const attention =
     if (times > FEW_QUERIES) return attentionByTiles(gpu)(inputs, attrs, specs)
     if (width > MOST_KEY || valueWidth > MOST_VALUE || specs.some(spec => countOf(spec) === 0)) return undefined
     const [y, lse] = specs.map(spec => gpu.output('attention', spec))
-    // What is not given is not read; a binding needs some buffer.
+    // A missing input is not read, but its binding needs a buffer.
     const buffers = [k, v, lengths ?? q, starts ?? q].map(bufferOf)
     const words = [attrs.causal, lengths !== undefined, starts !== undefined].map(Number)
     const program = ofHeads(areWide(width, valueWidth))
@@ -294,7 +293,7 @@ export const attention =
     return [y, lse]
   }
 
-// Word 9: rows of a page, 10: pages of a sequence.
+// Word 9: rows per page, 10: pages per sequence.
 const latentRow = `(u32(pages[b * p(10u) + j / p(9u)]) * p(9u) + j % p(9u)) * width`
 const sequenceRow = '(b * p(9u) + j) * width'
 

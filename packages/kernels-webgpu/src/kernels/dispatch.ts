@@ -1,4 +1,4 @@
-/** @file Which token goes where: choices sorted by expert, stably, without asking the host. Slot s = token * K + choice. */
+/** @file Dispatch plan: choices sorted by expert, stably, on the device. Slot s = token * K + choice. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
@@ -6,8 +6,8 @@ import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
 const TEAM = 256
 
 /**
- * A team for each expert reads all choices: how many are of experts before it is where it begins. Each thread has a run of slots, so that its own count and those of
- * the threads before it say where it writes.
+ * A team per expert reads all choices; the number of choices of earlier experts is where the expert's rows start. Each thread handles a run of slots, and its own count and
+ * those of the threads before it determine where it writes.
  */
 const planned: Program = {
   label: 'dispatchPlan',

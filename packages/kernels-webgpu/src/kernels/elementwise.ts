@@ -1,4 +1,4 @@
-/** @file One thread an element: arithmetic, comparisons, choices, casts. */
+/** @file Elementwise ops with one thread per element: arithmetic, comparisons, selection, casts. */
 import {
   type BinaryCode,
   type CompareCode,
@@ -56,7 +56,7 @@ const binaryFloats: { readonly [C in BinaryCode]: readonly [result: string, ...f
   pow: ['pow_(l, r)', special, exponential, logarithm, powers],
 }
 
-// -2^31 / -1 is 2^31, which wraps to itself, as l / 1 and 0 - it do.
+// -2^31 / -1 is 2^31, which wraps to -2^31; so do l / 1 and 0 - it.
 const divide = `
 fn divide(l: i32, r: i32) -> i32 {
   if (r == 0) { return 0; }
@@ -71,7 +71,7 @@ const binaryIntegers: { readonly [C in BinaryCode]: readonly [result: string, ..
   min: ['min(l, r)'],
 }
 
-/** WGSL: the elements of both that element i is made of. */
+/** WGSL: the elements of both operands for element i. */
 const pair = `
   let rank = p(1u);
   let l = a[place(i, 2u, 2u + rank)];
@@ -95,7 +95,7 @@ export const binary =
     return [y]
   }
 
-// Comparisons with NaN are told by bits: a compiler may take it that there is none.
+// NaN is detected by its bits, because compilers may assume that there is none.
 const comparisons: { readonly [C in CompareCode]: readonly [float: string, integer: string] } = {
   eq: ['select(l == r, false, is_nan(l) || is_nan(r))', 'l == r'],
   lt: ['select(l < r, false, is_nan(l) || is_nan(r))', 'l < r'],
@@ -124,7 +124,7 @@ fn bits(i: u32) -> u32 {${pair}
 
 const choose: Program = {
   label: 'where',
-  // Bits go as they are, whatever they are.
+  // Bits are copied unchanged.
   buffers: ['c u32', 'a u32', 'b u32', 'y* u32'],
   body: `${placeInNest}${readBits('c', 'u8')}${eachElement(`
   let rank = p(1u);
@@ -143,7 +143,7 @@ export const where =
     return [y]
   }
 
-/** WGSL: what `stored` bits stand for; floats as f32, integers as i32. */
+/** WGSL: the value of `stored` bits; floats as f32, integers as i32. */
 const decoded: { readonly [D in DType]?: string } = {
   f32: 'bitcast<f32>(stored)',
   bf16: 'bitcast<f32>(stored << 16u)',
@@ -191,7 +191,7 @@ fn bits(i: u32) -> u32 {
     return [y]
   }
 
-/** Every element is word 1. */
+/** Sets every element to word 1. */
 export const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
 
 export const fill =

@@ -5,12 +5,12 @@ import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
 import { repeat } from './quads.ts'
 import { eachRow, TEAM } from './teams.ts'
 
-/** Tensors that one kernel reads: eight buffers are what every GPU binds. */
+/** Tensors that one kernel reads: every GPU can bind eight buffers. */
 const AT_ONCE = 7
-/** Teams that share a tensor. */
+/** Teams per tensor. */
 const SHARES = 32
 
-/** Words: 0 rows, 1 not used, 2 where the parts of the first tensor go, from 3 on their sizes. */
+/** Words: 0 rows, 1 unused, 2 offset of the first tensor's partial sums, from 3 on the sizes of tensors. */
 const squares: Program = {
   label: 'globalNorm squares',
   buffers: [...Array.from({ length: AT_ONCE }, (_, n) => `x${n} f32`), 'squares* f32'],
@@ -51,7 +51,7 @@ export const globalNorm =
     const parts = gpu.between('globalNorm', tensors.length * SHARES)
     for (let at = 0; at < tensors.length; at += AT_ONCE) {
       const some = tensors.slice(at, at + AT_ONCE)
-      // What is beyond the last is not read; a binding needs some buffer.
+      // Unused bindings are not read, but need a buffer.
       const buffers = Array.from({ length: AT_ONCE }, (_, n) => bufferOf(some[n] ?? some[0]))
       const rows = some.length * SHARES
       gpu.launch(squares, [...buffers, parts], [rows, 0, at * SHARES, ...some.map(countOf)], [rows])

@@ -1,4 +1,4 @@
-/** @file All kernels. */
+/** @file The tables of kernels. */
 import type { FusedKernels, PrimitiveKernels } from '@moe/core'
 import type { DeviceOps } from '../device-ops.ts'
 import { attention, latentAttention } from './attention.ts'

@@ -1,6 +1,6 @@
 /**
- * @file Cross-entropy of logits that are never stored. A tile of them leaves the largest of each of its rows and the sum of exponentials beside it, 1/32 of its size;
- * the gradient makes them once more, some columns at a time. N rows, V classes, D features.
+ * @file Cross-entropy of logits that are never stored. A tile of logits is reduced to the largest of each row and the sum of exponentials, 1/32 of its size. The gradient
+ * recomputes the logits, some columns at a time. N rows, V classes, D features.
  */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import type { Program } from '../commands.ts'
@@ -12,7 +12,7 @@ import { eachRow, largest, TEAM } from './teams.ts'
 import { eachValue, rowOf, TILE, tiled, tilesOf } from './tiles.ts'
 import { plain } from './weights.ts'
 
-/** Gradients of logits that are there at once. Tests make it small. */
+/** Number of gradients of logits stored at once. Tests make it small. */
 export const limits = { elements: 2 ** 22 }
 
 const four = (text: (i: number) => string, first: number) =>
@@ -76,7 +76,7 @@ fn total(x: vec4<f32>) -> f32 { return (exp_(x.x) + exp_(x.y)) + (exp_(x.z) + ex
   }`,
   })
 
-// Word 2: the class that is ignored, 3: V.
+// Word 2: the ignored class, 3: V.
 const losses: Program = {
   label: 'linearCrossEntropy',
   buffers: ['tops vec2<f32>', 'picked f32', 'targets i32', 'loss* f32', 'lse* f32'],
@@ -117,7 +117,7 @@ export const linearCrossEntropy =
     return [loss, lse]
   }
 
-// Words: 0 N, 1 classes of this part, 2 D, 3 the first of them, 4 V, 5 pitch of the result, 6 the class that is ignored. What is beyond the last class is 0.
+// Words: 0 N, 1 classes of this part, 2 D, 3 first class, 4 V, 5 pitch of the result, 6 the ignored class. Elements after the last class are 0.
 const gradient = (wide: boolean): Program =>
   tiled({
     label: 'linearCrossEntropyBackward',
@@ -154,7 +154,7 @@ export const linearCrossEntropyBackward =
     if (rows === 0 || classes === 0 || features === 0) return undefined
     const [dx, dweight] = [gpu.output(op, spec), gpu.output(op, weightSpec)]
     const most = Math.max(TILE, Math.floor(limits.elements / rows / TILE) * TILE)
-    // A multiple of four, so that products of it read vectors.
+    // A multiple of four, so that products can read it in vectors.
     const pitch = Math.min(most, Math.ceil(classes / 4) * 4)
     const dlogits = gpu.between(op, rows * pitch)
     const [bx, bw, ...rest] = [x, weight, targets, lse, dloss].map(bufferOf)

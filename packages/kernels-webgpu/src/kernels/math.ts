@@ -1,9 +1,9 @@
 /**
- * @file Functions of WGSL that the contract needs closer than the language promises (it allows sin an error of 2^-11), or with NaN and infinities kept.
+ * @file Functions that the contract requires to be more accurate than WGSL guarantees (it allows sin an error of 2^-11), or to preserve NaN and infinities.
  * Polynomials from Moshier's Cephes (expf, logf, sinf, cosf, tanhf), single precision.
  */
 
-/** Bits of special numbers: as constants WGSL refuses them, and comparisons with NaN may be left out by a compiler. */
+/** Bits of special values. WGSL does not allow them as constants, and compilers may remove comparisons with NaN. */
 export const special = `
 var<private> nan_bits: u32 = 0x7fc00000u;
 var<private> inf_bits: u32 = 0x7f800000u;

@@ -1,4 +1,4 @@
-/** @file Matrix products in f32. m rows, n columns, k summed over. */
+/** @file Matrix products in f32. m rows, n columns, summed over k. */
 import type { FusedAttrs, FusedKernel, Handle, Kernel, PrimitiveAttrs, TensorSpec, Value } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, type DeviceOps, eachElement } from '../device-ops.ts'
@@ -16,24 +16,24 @@ export interface Product {
   readonly n: number
   readonly k: number
   readonly batch?: number
-  /** Adds to c. */
+  /** Adds the product to c. */
   readonly adds?: boolean
 }
 
-/** Workgroups below which k is divided, so that a GPU has something to do. */
+/** With fewer workgroups, k is split, to keep the GPU busy. */
 const FEW_TILES = 64
-/** Least part of k. */
+/** Minimum length of a part of k. */
 const LEAST_DEEP = 256
-/** Matrices of one launch: workgroups that any device counts along an axis. Tests make it small. */
+/** Matrices per launch: the number of workgroups that any device supports along an axis. Tests make it small. */
 export const limits = { matrices: 65_535 }
 
-/** Launches for `batch` matrices, as many at once as a device counts. */
+/** Launches for `batch` matrices, as many at once as a device supports. */
 function eachMatrices(batch: number, launch: (first: number, count: number) => void): void {
   const { matrices } = limits
   for (let first = 0; first < batch; first += matrices) launch(first, Math.min(matrices, batch - first))
 }
 
-// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and distance of a and c from 5 and 8 on; 11 whether it adds; 12 the first matrix; those of the weight.
+// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and stride between matrices of a and c from 5 and 8 on; 11 whether to add; 12 first matrix; then the weight's.
 const product = (transposeA: boolean, transposeB: boolean, format: Weight['format'], wide: boolean): Program => {
   const weight = weightText(format, wide, 13)
   return tiled({
@@ -84,7 +84,7 @@ export function multiply(gpu: DeviceOps, op: string, given: Product): void {
   const wide = b.wide && areWide(...places.slice(0, 3))
   const buffers = [a.buffer, ...b.buffers, to.buffer]
   const program = product(transposeA, transposeB, b.format, wide)
-  // Only where there are few matrices k has parts.
+  // k is only split if there are few matrices.
   eachMatrices(batch, (first, count) => {
     const words = [m, n, k, parts, deep, ...places, Number(adds), first, ...b.words]
     gpu.launch(program, buffers, words, [tilesOf(n), tilesOf(m), count * parts])
@@ -94,24 +94,24 @@ export function multiply(gpu: DeviceOps, op: string, given: Product): void {
   gpu.done(to.buffer)
 }
 
-/** Rows that are taken together where weights are read once and nothing else matters, as in decoding. */
+/** Rows computed together when reading the weights dominates, as in decoding. */
 const FEW_ROWS = 4
 
 interface RowProduct {
   readonly label: string
   readonly weight: WeightText
-  /** `x`, those of the weight, then these. */
+  /** Buffers other than `x` and the weight's, which come first. */
   readonly buffers: readonly string[]
   readonly transposeW: boolean
   readonly wide: boolean
   readonly functions?: string
-  /** WGSL: sets `rows` (at most 4), `columns`, `deep`, `x0` and `y0`, where the two begin, and `matrix`, which of the weight's, alike in all threads. */
+  /** WGSL: sets `rows` (at most 4), `columns`, `deep`, `x0` and `y0` (offsets of x and y), and `matrix` (index of the weight's matrix); the same in all threads. */
   readonly begin: string
 }
 
 /**
- * A few rows times a matrix: bound by how fast that is read. Where it lies along k, 32 threads share four columns, so that there are four loads for one of x; else 32
- * threads have 4 neighbouring columns each, and four of these teams share k.
+ * A few rows times a matrix; the time is that of reading the matrix. If the matrix is contiguous along k, 32 threads share four columns, so that four loads of the matrix use
+ * one load of x. Otherwise 32 threads have 4 adjacent columns each, and four such teams share k.
  */
 function fewRows({ label, weight, buffers, transposeW, wide, functions = '', begin }: RowProduct): Program {
   const head = `${functions}${readQuad('x', wide)}${weight.functions}
@@ -119,7 +119,7 @@ var<workgroup> parts: array<vec4<f32>, ${4 * TEAM}>;
 @compute @workgroup_size(${TEAM})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
 ${begin}`
-  // A component for each row.
+  // One component per row.
   const alongK = `
   let column = group.x * 16u + thread / 32u * 4u;
   let lane = thread % 32u;${repeat(
@@ -202,10 +202,10 @@ ${repeat(
   }
 }
 
-/** Columns of a workgroup of `fewRows`. */
+/** Columns per workgroup of `fewRows`. */
 const columnsOf = (transposeW: boolean) => (transposeW ? 16 : 128)
 
-// Words: 0 rows, 1 columns, 2 k, 3 the first matrix, those of the weight.
+// Words: 0 rows, 1 columns, 2 k, 3 first matrix, then the weight's.
 const fewRowsProduct = (transposeW: boolean, format: Weight['format'], wide: boolean): Program =>
   fewRows({
     label: `matmul of few rows ${format}`,
@@ -293,7 +293,7 @@ fn expert_at(wanted: u32, thread: u32) -> u32 {
 const tileOf = `
 fn first_tile(expert: u32) -> u32 { return begin_of(expert) / ${TILE}u + expert; }`
 
-// Words: 0 n, 1 k, 2 experts, 3 rows in all, those of the weight.
+// Words: 0 n, 1 k, 2 experts, 3 total rows, then the weight's.
 const grouped = (transposeW: boolean, format: Weight['format'], wide: boolean): Program => {
   const weight = weightText(format, wide, 4)
   return tiled({
@@ -334,7 +334,7 @@ const groupedRow = (transposeW: boolean, format: Weight['format'], wide: boolean
   let y0 = group.y * columns;`,
   })
 
-/** Rows up to which each reads the weight of its expert for itself, where experts are fewer: most have one of their own. */
+/** Up to this many rows, or one per expert, each row reads its expert's weight separately: most rows then have an expert of their own. */
 const FEW_GROUPED_ROWS = 16
 
 interface RowsByExpert {

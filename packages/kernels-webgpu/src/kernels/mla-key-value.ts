@@ -27,7 +27,7 @@ export const mlaKeyValue =
     return [k, v]
   }
 
-/** Threads of dkv first, then those of the key that all heads share. */
+/** Threads for dkv first, then those for the key that all heads share. */
 const joined: Program = {
   label: 'mlaKeyValueBackward',
   buffers: ['dk f32', 'dv f32', 'dkv* f32', 'drope_key* f32'],

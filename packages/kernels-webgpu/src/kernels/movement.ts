@@ -1,4 +1,4 @@
-/** @file Movement: elements go as their bits from one nest of strides to another. */
+/** @file Movement ops: copies elements as bits between two nests of strides. */
 import type { Kernel, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core'
 import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
 import { word } from '../commands.ts'
@@ -12,7 +12,7 @@ interface Side {
   readonly strides: readonly number[]
 }
 
-/** Words: 1 axes, 2 where element 0 is, sizes and strides. */
+/** Words: 1 axes, 2 offset of element 0, then sizes and strides. */
 const nestOf = (shape: Shape, { start, strides }: Side): readonly number[] => {
   const nest = mergeAxes(shape, [strides])
   return [nest.sizes.length, start, ...nest.sizes, ...nest.strides[0]]
@@ -20,7 +20,7 @@ const nestOf = (shape: Shape, { start, strides }: Side): readonly number[] => {
 
 const placed = 'p(2u) + place(i, 3u, 3u + p(1u))'
 
-/** An op whose output is `x` seen through `side`. */
+/** An op whose output is `x` read as described by `side`. */
 const seen =
   <Attrs>(op: string, side: (x: Value, attrs: Attrs, spec: TensorSpec) => Side) =>
   (gpu: DeviceOps): Kernel<Attrs> =>
@@ -35,7 +35,7 @@ fn bits(i: u32) -> u32 { return x_at(${placed}); }`
     return [y]
   }
 
-/** Writes all of `x` into a part of `y`. */
+/** Copies all of `x` into a part of `y`. */
 function placeIn(gpu: DeviceOps, x: Value, y: Buffer, side: Side): void {
   if (countOf(x) === 0) return
   const { dtype, shape } = x

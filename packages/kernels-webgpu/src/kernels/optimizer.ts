@@ -1,12 +1,12 @@
-/** @file A step of AdamW, and one of a moving average. */
+/** @file A step of AdamW, and of an exponential moving average. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
 import { toBf16 } from './packed.ts'
 
-/** WGSL: word 1 and those behind it are numbers. */
+/** WGSL: the words from 1 on as numbers. */
 const numbers = 'fn f(i: u32) -> f32 { return bitcast<f32>(p(i)); }'
-/** WGSL: `mean` and `square`, the moments of element `i` as they become, from those before, and the step that it takes. */
+/** WGSL: computes the new moments `mean` and `square` of element `i` from the old ones, and its update. */
 const taken = (mean: string, square: string) => `
   let g = grad[i] * scale[0];
   let mean = f(1u) * ${mean} + f(2u) * g;
@@ -23,7 +23,7 @@ ${eachElement(`${taken('m[i]', 'v[i]')}
   v[i] = square;`)}`,
 }
 
-/** Moments in bf16, two in a word: one thread for both. Word 9 is how many elements there are. */
+/** Moments in bf16, two per word: one thread computes both. Word 9 is the number of elements. */
 const stepOfPairs: Program = {
   label: 'adamwStep, moments in bf16',
   buffers: ['grad f32', 'scale f32', 'param* f32', 'm* u32', 'v* u32'],

@@ -1,13 +1,13 @@
 /**
- * @file Elements of fewer than 32 bits, two or four in a word, the first in its lowest bits. Arithmetic is on words: only what moves, casts and compares elements, and
- * products with stored weights, know of smaller ones.
+ * @file Elements of fewer than 32 bits, two or four per word, the first in the lowest bits. Only kernels that move, cast and compare elements, and products with quantized weights,
+ * support them; others work on 32-bit elements.
  */
 import { type DType, dtypeBytes, type Shape, sizeOf } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { type DeviceOps, eachElement } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
 
-/** Elements in a word. */
+/** Elements per word. */
 const perWord = (dtype: DType): number => 4 / dtypeBytes[dtype]
 
 const mask = (dtype: DType): string => `${2 ** (8 * dtypeBytes[dtype]) - 1}u`
@@ -21,18 +21,18 @@ export const readBits = (name: string, dtype: DType): string => {
 fn ${name}_at(i: u32) -> u32 { return ${bits}; }`
 }
 
-/** An op whose every element is computed from its number. */
+/** An op whose elements are computed independently from their indices. */
 interface Computed {
   readonly label: string
-  /** Of the inputs. */
+  /** The dtype of the inputs. */
   readonly buffers: readonly string[]
-  /** WGSL, with `fn bits(i: u32) -> u32`, the bits of element i. Numbers behind the last one occur, where words are not full. */
+  /** WGSL with `fn bits(i: u32) -> u32`, the bits of element i. It may be called for indices after the last element. */
   readonly functions: string
-  /** Of the output. */
+  /** The dtype of the output. */
   readonly dtype: DType
 }
 
-/** One thread for each word of the output, so that neighbours in it are not written by two. Words of parameters: from 1 on. */
+/** One thread per word of the output, so that no word is written by two threads. Parameters start at word 1. */
 export function compute(
   gpu: DeviceOps,
   { label, buffers, functions, dtype }: Computed,
@@ -54,7 +54,7 @@ export function compute(
 /** Declaration of the output that `put` writes. */
 export const putsInto = (dtype: DType): string => (perWord(dtype) === 1 ? 'y* u32' : 'y* atomic<u32>')
 
-/** WGSL: `put(at, bits)` writes element `at`, whoever writes its neighbours: each thread changes its own bits of a word, so that any order gives the same. */
+/** WGSL: `put(at, bits)` writes element `at` even if other threads write its neighbours: each only changes its own bits of the word, so the order does not matter. */
 export const put = (dtype: DType): string => {
   const per = perWord(dtype)
   const store =
@@ -69,7 +69,7 @@ export const put = (dtype: DType): string => {
 fn put(at: u32, bits: u32) {${store}}`
 }
 
-/** WGSL: the numbers of four f8e4m3. */
+/** WGSL: the values of four f8e4m3. */
 export const fromF8 = `
 fn from_f8(codes: vec4<u32>) -> vec4<f32> {
   let size = codes & vec4<u32>(127u);
@@ -80,7 +80,7 @@ fn from_f8(codes: vec4<u32>) -> vec4<f32> {
   return bitcast<vec4<f32>>(known | ((codes & vec4<u32>(128u)) << vec4<u32>(24u)));
 }`
 
-/** WGSL: the nearest f8e4m3, ties to even, 448 where it is more. */
+/** WGSL: the nearest f8e4m3, ties to even, saturating at 448. */
 export const toF8 = `
 fn to_f8(x: f32) -> u32 {
   let word = bitcast<u32>(x);

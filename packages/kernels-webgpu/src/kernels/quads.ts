@@ -1,18 +1,18 @@
 /**
- * @file Four neighbours at once: how kernels with tiles read a matrix. Where rows are a multiple of four long (`wide`) they are one load of 16 bytes, which WGSL allows
- * where the buffer is declared so; else four loads, each looked at.
+ * @file Four adjacent elements at once: how tiled kernels read a matrix. If the length of rows is a multiple of four (`wide`), that is one load of 16 bytes, for which WGSL needs a
+ * different declaration of the buffer; otherwise four loads with bounds checks.
  */
 
-/** The matrices of an op are wide or not together, so that there are two forms of its kernel. */
+/** The matrices of an op are either all wide or not, so that there are two variants of its kernel. */
 export const areWide = (...lengths: readonly number[]): boolean => lengths.every(length => length % 4 === 0)
 
-/** Declaration of a buffer that is read by `readQuad`. */
+/** Declaration of a buffer that `readQuad` reads. */
 export const quads = (name: string, wide: boolean, dtype: 'f32' | 'bf16' = 'f32'): string => {
   if (dtype === 'bf16') return `${name} ${wide ? 'vec2<u32>' : 'u32'}`
   return `${name} ${wide ? 'vec4<f32>' : 'f32'}`
 }
 
-/** WGSL of the elements from `at` on: four, or one. */
+/** WGSL: the elements from `at` on, four or one. */
 const elements = {
   f32: { four: (name: string) => `${name}[at >> 2u]`, one: (name: string) => `${name}[at]` },
   bf16: {
@@ -22,7 +22,7 @@ const elements = {
   },
 }
 
-/** WGSL: `fn <name>4(start, i, size) -> vec4<f32>`, the elements i to i + 3 of the row that begins at `start`, zeros from `size` on. i is a multiple of four. */
+/** WGSL: `fn <name>4(start, i, size) -> vec4<f32>`, elements i to i + 3 of the row at `start`, with zeros from `size` on. i is a multiple of four. */
 export const readQuad = (name: string, wide: boolean, dtype: 'f32' | 'bf16' = 'f32'): string =>
   wide
     ? `
@@ -41,6 +41,6 @@ fn ${name}4(start: u32, i: u32, size: u32) -> vec4<f32> {
   return quad;
 }`
 
-/** WGSL text for each of `count` numbers: what a compiler should keep in registers is named by constants. */
+/** Repeats WGSL for each of `count` indices, with constant names, so that compilers keep the values in registers. */
 export const repeat = (count: number, text: (i: number) => string): string =>
   Array.from({ length: count }, (_, i) => text(i)).join('')

@@ -1,4 +1,4 @@
-/** @file Sums and maxima over axes, running sums, the largest of each row. */
+/** @file Sums and maxima over axes, cumulative sums, and top-k. */
 import type { Kernel, PrimitiveAttrs, ReduceCode } from '@moe/core'
 import { mergeAxes, rowMajor } from '@moe/core/strides'
 import type { Program } from '../commands.ts'
@@ -11,9 +11,9 @@ const joins: { readonly [C in ReduceCode]: { readonly [element: string]: readonl
   max: { f32: ['-inf()', 'max_(a, b)'], i32: ['-2147483647 - 1', 'max(a, b)'] },
 }
 
-/** Elements that one thread may add up by itself. */
+/** Maximum number of elements that a single thread adds. */
 const FEW = 32
-/** Parameters: count, rank and nest of the outputs; behind them those of the elements of one. */
+/** Parameters: count, rank and nest of the outputs, followed by the nest of the elements that are reduced. */
 const nests = `
 ${placeInNest}
 fn within(i: u32) -> u32 {
@@ -120,7 +120,7 @@ export const cumsum =
     return [y]
   }
 
-// Each choice is the best of those behind the one before it: smaller, or as large and later.
+// Each choice is the best of those after the previous one: smaller, or equal with a higher index.
 const largest: Program = {
   label: 'topk',
   buffers: ['x f32', 'values* f32', 'indices* i32'],
@@ -146,7 +146,7 @@ ${eachElement(`
   }`)}`,
 }
 
-/** The same by a team, each of which has every 128th element. */
+/** The same with a team of threads, each of which reads every 128th element. */
 const largestInTeams: Program = {
   label: 'topk in teams',
   buffers: ['x f32', 'values* f32', 'indices* i32'],
@@ -190,7 +190,7 @@ fn key(at: u32) -> f32 { let v = x[at]; return select(v, -inf(), is_nan(v)); }`,
   ),
 }
 
-/** Elements of a row that one thread looks through by itself. */
+/** Maximum number of elements of a row that a single thread searches. */
 const SHORT_ROW = 64
 
 export const topk =

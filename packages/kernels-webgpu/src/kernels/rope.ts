@@ -1,9 +1,9 @@
-/** @file Rotary positions. */
+/** @file Rotary position embedding. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
 
-/** `plain` is x itself where the features in front are x's own. */
+/** `plain` is x itself if the leading features are x's own. */
 const rotated: Program = {
   label: 'rope',
   buffers: ['x f32', 'cosines f32', 'sines f32', 'plain f32', 'y* f32'],

@@ -1,16 +1,16 @@
-/** @file The choice of experts, a team for each token: affinities, bias, groups, the best, their weights. E experts, K of them chosen. */
+/** @file Routing, with a team of threads per token: affinities, bias, groups, the best experts, their weights. E experts, K of them chosen. */
 import type { FusedAttrs, FusedKernel, RouterAttrs } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, type DeviceOps } from '../device-ops.ts'
 import { exponential, special } from './math.ts'
 import { eachRow, largest, TEAM } from './teams.ts'
 
-/** Most experts: two numbers each are in the memory of a workgroup. */
+/** Maximum number of experts: workgroup memory holds two numbers per expert. */
 const MOST_EXPERTS = 1024
 
 /**
- * An expert is chosen if fewer than K are before it: larger, or as large and of a lower number. So is a group. With NaN counting as -Infinity that is an order of all.
- * Words: 0 tokens, 1 E, 2 groups, 3 kept ones, 4 K, 5 scale, 6 whether weights are normalized, 7 softmax, 8 groups by their maximum.
+ * An expert is chosen if fewer than K rank before it: larger, or equal with a lower index. The same holds for groups. With NaN as -Infinity this is a total order.
+ * Words: 0 tokens, 1 E, 2 groups, 3 kept groups, 4 K, 5 scale, 6 whether to normalize weights, 7 softmax, 8 groups ranked by their maximum.
  */
 const chosen: Program = {
   label: 'routerTopk',

@@ -1,4 +1,4 @@
-/** @file Rows by their number: taking, adding up, replacing. */
+/** @file Rows by index: takes, adds and replaces them. */
 import type { DType, Kernel, PrimitiveAttrs, Shape, Value } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf } from '../device-ops.ts'
@@ -27,7 +27,7 @@ fn bits(i: u32) -> u32 {
     return [y]
   }
 
-/** For each index the place of the next that is equal, or -1; and behind all of them whether it is the first. There are no atomic sums of floats, and sums go in order. */
+/** For each index the position of the next equal one, or -1; and after all of them whether each is the first. Replaces float atomics, with sums in order. */
 const linked: Program = {
   label: 'equal indices',
   buffers: ['rows i32', 'links* i32'],

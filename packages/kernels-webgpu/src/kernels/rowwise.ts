@@ -1,4 +1,4 @@
-/** @file Fused ops over rows: a team of threads for each. D features of a row. */
+/** @file Fused ops over rows, with a team of threads for each row. D features per row. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
@@ -91,7 +91,7 @@ const rmsNormInputs: Program = {
   ),
 }
 
-/** Rows that one thread of a column adds up; the parts are added by `reduce`'s way afterwards. */
+/** Rows that one thread of a column adds; `reduce` then adds the partial sums. */
 const rmsNormWeight: Program = {
   label: 'rmsNormBackward dweight',
   buffers: ['x f32', 'rstd f32', 'dy f32', 'parts* f32'],

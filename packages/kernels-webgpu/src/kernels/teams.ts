@@ -1,11 +1,11 @@
-/** @file Teams: the threads of a workgroup share one row. */
+/** @file Teams: the threads of a workgroup share a row. */
 import type { TensorSpec } from '@moe/core'
 import { countOf } from '../device-ops.ts'
 
-/** Threads of a row. */
+/** Threads per row. */
 export const TEAM = 128
 
-/** WGSL of `main` for row `i` of p(0), with `size` = p(1) features that begin at `start`; `team_sum` joins what all threads have. */
+/** WGSL of `main` for row `i` of p(0) rows, with `size` = p(1) features from `start` on; `team_sum` adds the values of all threads. */
 export const eachRow = (functions: string, body: string): string => `
 var<workgroup> parts: array<f32, ${TEAM}>;
 fn team_sum(own: f32, thread: u32) -> f32 {
@@ -28,7 +28,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 ${body}
 }`
 
-/** WGSL of `team_max`, with the functions of `special` before it. */
+/** WGSL of `team_max`; needs the functions of `special` before it. */
 export const largest = `
 fn team_max(own: f32, thread: u32) -> f32 {
   workgroupBarrier();
@@ -43,7 +43,7 @@ fn team_max(own: f32, thread: u32) -> f32 {
 
 export const featuresOf = ({ shape }: TensorSpec): number => shape[shape.length - 1]
 
-/** Rows of a tensor and their features; none of either means that there is nothing to do. */
+/** Number of rows of a tensor and of their features. If either is zero, there is nothing to do. */
 export const rowsOf = (spec: TensorSpec): readonly [rows: number, features: number] => {
   const features = featuresOf(spec)
   return [features === 0 ? 0 : countOf(spec) / features, features]

@@ -1,46 +1,46 @@
 /**
- * @file Products of matrices by tiles of 64 x 64: 128 threads, each with 8 rows of 4 columns in registers. Both operands go through the memory of a workgroup, 16 of k
- * at a time, in vectors of four rows (left) or columns (right), so that 3 reads of 16 bytes are for 32 products. Half of the threads bring a block of 4 x 4 of the left
- * operand, half of the right one.
+ * @file Matrix products in tiles of 64 x 64 by 128 threads, each with 8 rows of 4 columns in registers. Both operands go through workgroup memory, 16 steps of k at a time, in
+ * vectors of four rows (left) or columns (right), so that 3 reads of 16 bytes serve 32 products. Half of the threads load a 4 x 4 block each of the left operand, half
+ * of the right one.
  */
 import type { Program } from '../commands.ts'
 import { quads, readQuad, repeat } from './quads.ts'
 
 /** Rows and columns of a tile. */
 export const TILE = 64
-/** Threads of a workgroup. */
+/** Threads per workgroup. */
 export const TEAM = 128
 
 export const tilesOf = (size: number): number => Math.ceil(size / TILE)
 
-/** A matrix in memory, as its rows lie there: those of the product (left), its columns (right), or the ones along k. */
+/** A matrix whose rows in memory are the product's rows (left operand), its columns (right operand), or steps of k. */
 export interface Operand {
-  /** Of what reads it, `<name>4`: that of `readQuad` unless `reads` declares another, with its buffers. */
+  /** The function that reads it, `<name>4`: that of `readQuad`, unless `reads` declares another one with its buffers. */
   readonly name: string
   readonly reads?: { readonly buffers: readonly string[]; readonly functions: string }
-  /** Whether neighbours along k are neighbours in memory. */
+  /** Whether elements are contiguous along k. */
   readonly alongK: boolean
-  /** WGSL: where row `at` begins. */
+  /** WGSL: the offset of row `at`. */
   row(at: string): string
 }
 
-/** A product, and what becomes of it. */
+/** A product, and what to do with its result. */
 export interface TiledProduct {
   readonly label: string
-  /** Beside those of the operands, which come first. */
+  /** Buffers other than the operands', which come first. */
   readonly buffers: readonly string[]
   /** Whether rows of both operands are read as vectors; see quads.ts. */
   readonly wide: boolean
   readonly functions?: string
-  /** WGSL: sets `row0`, `column0` (of the tile), `rows`, `columns` (where they end), `k_first` (a multiple of 16) and `k_end`, or returns, alike in all threads. */
+  /** WGSL: sets `row0` and `column0` (start of the tile), `rows` and `columns` (their ends), `k_first` (a multiple of 16) and `k_end`, or returns; the same in all threads. */
   readonly begin: string
   readonly left: Operand
   readonly right: Operand
-  /** WGSL: what is done with `sum0` to `sum7`, of the rows `row_of(i)` and the columns from `column` on. */
+  /** WGSL: uses the sums `sum0` to `sum7`, of the rows `row_of(i)` and the columns from `column` on. */
   readonly finish: string
 }
 
-/** The block of `outer` and `k`, four of each; vectors along `outer`, one for each k. */
+/** A block of four `outer` by four `k`: vectors along `outer`, one for each k. */
 function block({ name, alongK, row }: Operand, outer: string, end: string): string {
   const vectors = [0, 1, 2, 3].map(c =>
     alongK
@@ -74,7 +74,7 @@ ${begin}
   for (var k0 = k_first; k0 < k_end; k0 += 16u) {
     let k = k0 + k_at;
     workgroupBarrier();
-    // Variables, as not every compiler counts columns of a value.
+    // Variables, because not every compiler supports indexing the columns of a value.
     if (thread < 64u) {
       let outer = row0 + outer_at;
       var block = ${block(left, 'outer', 'rows')};
@@ -107,7 +107,7 @@ ${finish}
 /** WGSL: the row of `sum<i>`. */
 export const rowOf = (i: number): string => `(row0 + ${i < 4 ? 0 : 32}u + 4u * down + ${i % 4}u)`
 
-/** WGSL that stores each element `value` of `row`, column `at`, up to column `end`; for `finish`. */
+/** WGSL that stores each element `value` of `row` at column `at`, up to column `end`; for `finish`. */
 export const eachValue = (store: string, end = 'columns'): string =>
   repeat(
     8,

@@ -1,4 +1,4 @@
-/** @file Rows of tokens to their experts and back. Slot s = token * K + choice; D features. */
+/** @file Permutes token rows to their experts and combines them. Slot s = token * K + choice; D features. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
@@ -20,7 +20,7 @@ export const permuteTokens =
     return [y]
   }
 
-/** A token is the sum of its K rows, each times its weight where there are weights. */
+/** A token is the sum of its K rows, each multiplied by its weight if there are weights. */
 const gathered = (weighted: boolean): Program => ({
   label: weighted ? 'combineTokens' : 'permuteTokensBackward',
   buffers: ['y f32', 'positions i32', ...(weighted ? ['weights f32'] : []), 'x* f32'],

@@ -1,6 +1,6 @@
 /**
- * @file The right operand of a product, a matrix or one for each expert: in f32, or stored in fewer bits and decoded as it is read. Four neighbours are in one word, half of one
- * (int4) or two (bf16) where rows begin at words (`wide`), and share a scale; else every code is looked up, with its scale.
+ * @file The right operand of a product, a matrix or one per expert: in f32, or quantized and decoded as it is read. If rows start at words (`wide`), four adjacent values are in one
+ * word, half a word (int4) or two (bf16), and share a scale; otherwise every code is read separately, with its scale.
  */
 import type { QuantizedAttrs, Value, WeightFormat } from '@moe/core'
 import { bufferOf } from '../device-ops.ts'
@@ -15,11 +15,11 @@ export interface Weight {
   readonly buffers: readonly Buffer[]
   /** Parameters that `weightText` reads. */
   readonly words: readonly number[]
-  /** Whether four neighbours may be read together. */
+  /** Whether four adjacent values can be read together. */
   readonly wide: boolean
 }
 
-/** A matrix that lies row by row in f32 (or bf16), each `pitch` elements behind the one before it, from `start` on, and `apart` from one matrix to the next. */
+/** A matrix stored by rows in f32 (or bf16): rows are `pitch` elements apart, starting at `start`, and matrices `apart` elements. */
 export interface Placed {
   readonly buffer: Buffer
   readonly pitch: number
@@ -34,7 +34,7 @@ export const plain = (placed: Placed): Weight => {
   return { format: 'f32', buffers: [placed.buffer], words, wide: areWide(...words) }
 }
 
-/** A stored weight `[N, K]` or `[E, N, K]`. */
+/** A quantized weight `[N, K]` or `[E, N, K]`. */
 export function stored(q: Value, scale: Value | undefined, { format, block, columns }: QuantizedAttrs): Weight {
   const [rows, pitch] = q.shape.slice(-2)
   const wide = areWide(columns)
@@ -53,11 +53,11 @@ export function stored(q: Value, scale: Value | undefined, { format, block, colu
 export interface WeightText {
   readonly buffers: readonly string[]
   readonly functions: string
-  /** Where row `at` of a matrix begins, for `w4(row, i, size) -> vec4<f32>`; see `readQuad`. */
+  /** The offset of row `at` of a matrix, for `w4(row, i, size) -> vec4<f32>`; see `readQuad`. */
   row(at: string, matrix: string): string
 }
 
-/** WGSL of the numbers of four codes. */
+/** WGSL of the values of four codes. */
 const values: Readonly<Record<Scaled, string>> = {
   fp8: 'from_f8(codes)',
   int8: '(vec4<f32>(codes) - 128.0)',
@@ -96,7 +96,7 @@ fn w4(start: vec2<u32>, i: u32, size: u32) -> vec4<f32> {
 }`
 }
 
-/** Its words are those from `first` on. */
+/** Its words start at `first`. */
 export function weightText(format: Weight['format'], wide: boolean, first: number): WeightText {
   const [pitch, start, apart, blockRows, blockColumns, across, scalesApart] = [0, 1, 2, 3, 4, 5, 6].map(
     i => `p(${first + i}u)`,

@@ -1,8 +1,8 @@
-/** @file AdamW, in place where nobody else holds the tensors. */
+/** @file AdamW; updates in place if nobody else owns the tensors. */
 import { type AdamwAttrs, sizeOf } from '@moe/core'
 import { elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
 
-/** The fields of AdamwAttributes. */
+/** The fields of the kernel's AdamwAttributes. */
 function encode({ lr, beta1, beta2, eps, weightDecay, step }: AdamwAttrs): number[] {
   const rate = lr / (1 - beta1 ** step)
   const correction = 1 / (1 - beta2 ** step)
@@ -16,7 +16,7 @@ export const adamwStep: FusedFactory<'adamwStep'> = cuda => {
     bf16: cuda.kernel('adamw', 'moe_adamw_step_bf16', signature),
   }
   return ([param, grad, m, v, gradScale], attrs) => {
-    // On the device, so that a recorded step can be replayed at another learning rate.
+    // In device memory, so that a recorded step can be replayed with another learning rate.
     const attributes = cuda.attributes('adamwStep', attrs, encode)
     const p = cuda.donated(param)
     const first = cuda.donated(m)

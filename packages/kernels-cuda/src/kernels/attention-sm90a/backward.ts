@@ -1,18 +1,18 @@
-/** @file The gradient of attention on Hopper: keys and values by one kernel, queries by another, so that no sum depends on timing. */
+/** @file Backward pass of attention on Hopper: one kernel for keys and values and one for queries, so that the order of sums is fixed. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
-/** Rows of a block (BackwardHopper of attention-sm90a.cu). */
+/** Rows per block (BackwardHopper in attention-sm90a.cu). */
 const rows = 128
-/** What is kept of a sequence's queries has room for a multiple of so many (roomFor). */
+/** Saved per-query values of a sequence are padded to a multiple of this (roomFor). */
 const room = 64
 const stages = 3
-/** Two warpgroups. */
+/** Threads per block: two warpgroups. */
 const threads = 256
 
-/** Dynamic shared memory: the block's rows, stages of columns, and room to begin at a multiple of 1024. */
+/** Dynamic shared memory: the block's rows, stages of columns, and padding to align to 1024. */
 const sharedBytes = (dk: number, dv: number, columns: number) => (rows + stages * columns) * (dk + dv) * 2 + 1024
 
 interface Inputs {
@@ -26,7 +26,7 @@ interface Inputs {
   readonly starts?: Value
 }
 
-/** As the op's outputs and inputs, of which none is empty. False when heads are too large. */
+/** Takes the op's outputs and inputs, none of which may be empty. Returns false if the heads are too large. */
 export type AttentionBackward = (
   gradients: { readonly dq: number; readonly dk: number; readonly dv: number },
   inputs: Inputs,

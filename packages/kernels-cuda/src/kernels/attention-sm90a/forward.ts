@@ -1,22 +1,22 @@
-/** @file Attention forward on Hopper. */
+/** @file Forward pass of attention on Hopper. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
-/** Queries of a block (FlashHopper of attention-sm90a.cu). */
+/** Queries per block (FlashHopper in attention-sm90a.cu). */
 const rows = 128
 const stages = 2
-/** Two warpgroups. */
+/** Threads per block: two warpgroups. */
 const threads = 256
 
-/** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
+/** Dynamic shared memory: the queries, stages of keys and values, and padding to align to 1024. */
 const sharedBytes = (dk: number, dv: number, keys: number) => (rows * dk + stages * keys * (dk + dv)) * 2 + 1024
 
-/** For measurements: whether the two warpgroups take turns with products, so that one's exponentials fall into the other's. */
+/** For benchmarks: whether the two warpgroups alternate products, so that one's exponentials overlap with the other's products. */
 export const order = { turns: false }
 
-/** As the op's inputs and outputs, of which none is empty. False when heads are too large. */
+/** Takes the op's inputs and outputs, none of which may be empty. Returns false if the heads are too large. */
 export type AttentionForward = (
   out: number,
   lse: number,

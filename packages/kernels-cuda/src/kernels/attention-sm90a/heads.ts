@@ -1,4 +1,4 @@
-/** @file Heads that Hopper's attention has kernels for, and tensors as these take them. */
+/** @file Head sizes of the Hopper attention kernels, and their operands. */
 import type { Value } from '@moe/core'
 import type { Cuda } from '../../native.ts'
 import type { TensorMap } from '../../tensor-map.ts'
@@ -7,8 +7,8 @@ import { type Round, wholeMatrix } from '../matmul/gemm.ts'
 const [together, apart] = [['keys'], ['keys', 'values']]
 
 /**
- * Features of keys and of values, to which others are padded; keys at a time forward and columns at a time backward (FlashHopper and BackwardHopper of
- * attention-sm90a.cu); and the kernels that give the gradients of keys and values: one for both, or one each.
+ * Per kernel: features of keys and of values, to which smaller heads are padded; keys per step of the forward pass and columns per step of the backward pass (FlashHopper and
+ * BackwardHopper in attention-sm90a.cu); and the kernels for the gradients of keys and values: one for both, or one each.
  */
 export const heads = [
   { dk: 64, dv: 64, forward: 128, backward: 64, keyKernels: together },
@@ -17,10 +17,10 @@ export const heads = [
   { dk: 256, dv: 256, forward: 80, backward: 32, keyKernels: apart },
 ] as const
 
-/** Signature of what every kernel takes at the end: T, S, H, G, Dk, Dv, causal, scale. */
+/** Signature of the last arguments of every kernel: T, S, H, G, Dk, Dv, causal, scale. */
 export const sizes = 'i i i i i i i f'
 
-/** Tensors `[batch, rows, heads, features]` in bf16, with features padded to so many, in boxes of some rows. */
+/** Tensors `[batch, rows, heads, features]` in bf16 with padded features, read in boxes of several rows. */
 export function boxedHeads(
   cuda: Cuda,
   round: Round,

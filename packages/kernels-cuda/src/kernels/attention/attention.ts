@@ -1,25 +1,25 @@
-/** @file Attention that never stores its scores, and its gradient. */
+/** @file Attention that never stores its scores, forward and backward. */
 import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
 import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
-/** Threads of a block, and rows and columns of its score tile. */
+/** Threads per block, and rows and columns of its tile of scores. */
 interface Tile {
   readonly threads: number
   readonly m: number
   readonly n: number
 }
 
-/** An engine of flash.cuh, for so many features of keys and of values. */
+/** A kernel configuration of flash.cuh, for up to this many features of keys and of values. */
 interface Engine {
   readonly precision: WidePrecision
   readonly dk: number
   readonly dv: number
   readonly forward: Tile
   readonly backward: Tile
-  /** Kernels that give the gradients of keys and values: one for both, or one each. */
+  /** Kernels for the gradients of keys and values: one for both, or one each. */
   readonly keyKernels: readonly string[]
 }
 
@@ -47,7 +47,7 @@ const f32 = (dk: number, dv: number): Engine => {
 const engines = [bf16(64, 64), bf16(128, 128), bf16(192, 128), widestBf16, f32(64, 64), f32(192, 128), f32(256, 256)]
 const nameOf = (e: Engine) => `${e.precision}_${e.dk}_${e.dv}`
 
-/** Bytes of `rows` rows of keys or queries and as many of values; the f32 engines keep banks apart with four more features. */
+/** Bytes of `rows` rows of keys or queries and of values. The f32 kernels pad rows by four features to avoid bank conflicts. */
 const rowBytes = (e: Engine, keyRows: number, valueRows: number) =>
   e.precision === 'bf16' ? (keyRows * e.dk + valueRows * e.dv) * 2 : (keyRows * (e.dk + 4) + valueRows * (e.dv + 4)) * 4
 const stages = (e: Engine) => (e.precision === 'bf16' ? 2 : 1)
@@ -59,13 +59,13 @@ const backwardShared = (e: Engine) => {
   return scratch(e, e.backward) + rowBytes(e, m, m) + stages(e) * (rowBytes(e, n, n) + 2 * n * 4)
 }
 
-/** The smallest engine for these heads. Heads beyond those of bf16 are computed in f32. */
+/** The smallest configuration for these heads. Heads too large for bf16 are computed in f32. */
 function findEngine(cuda: Cuda, precision: WidePrecision, dk: number, dv: number, shared: (e: Engine) => number) {
   const fitting = engines.filter(e => dk <= e.dk && dv <= e.dv && shared(e) <= cuda.sharedMemory)
   return fitting.find(e => e.precision === precision) ?? fitting.find(e => e.precision === 'f32')
 }
 
-/** The tensors as an engine takes them: as they are, or in bf16 with padded features. */
+/** The tensors as a configuration reads them: unchanged, or in bf16 with padded features. */
 function prepare(
   engine: Engine,
   round: (m: readonly DenseMatrix[]) => Array<{ pointer: number }>,
@@ -101,7 +101,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const out = cuda.output(outSpec)
     const lse = cuda.output(lseSpec)
     if (B * T * H === 0) return [out, lse]
-    // Those kernels look for the highest score before they scale.
+    // The Hopper kernels find the largest score before scaling.
     if (onHopper !== undefined && precision === 'bf16' && scale > 0 && S * G * Dk * Dv > 0) {
       if (onHopper(out.pointer, lse.pointer, { q, k, v, lengths, starts }, { causal, scale })) return [out, lse]
     }

@@ -1,11 +1,11 @@
-/** @file Merged axes as the kernels take them (nest.cuh). */
+/** @file Merged axes as arguments of kernels (nest.cuh). */
 import { MoeError, type Shape } from '@moe/core'
 import { broadcastNest as broadcastAxes, type Nest } from '@moe/core/strides'
 
-/** As in nest.cuh. */
+/** The maximum rank, as in nest.cuh. */
 const maxAxes = 8
 
-/** Axes innermost first: of each its size, then the operands' strides. */
+/** Axes innermost first: for each its size, then the operands' strides. */
 export function nestList({ sizes, strides }: Nest): number[] {
   checkRank(sizes.length)
   const nest: number[] = []
@@ -16,13 +16,13 @@ export function nestList({ sizes, strides }: Nest): number[] {
   return nest
 }
 
-/** The arguments rank and nest of an elementwise op with numpy broadcasting. */
+/** The kernel arguments `rank` and `nest` of an elementwise op with numpy broadcasting. */
 export function broadcastNest(out: Shape, ...operands: readonly Shape[]): [rank: number, nest: number[]] {
   const [rank, ...numbers] = broadcastAxes(out, ...operands)
   return [rank, byAxis(rank, numbers)]
 }
 
-/** `numbers` are lists of `rank`, outermost first. */
+/** `numbers` are lists of length `rank`, outermost axis first. */
 function byAxis(rank: number, numbers: readonly number[]): number[] {
   checkRank(rank)
   const nest: number[] = []

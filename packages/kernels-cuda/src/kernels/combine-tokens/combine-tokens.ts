@@ -1,4 +1,4 @@
-/** @file Experts' outputs back to their tokens, forward and backward. */
+/** @file Combines the experts' outputs per token, forward and backward. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 import { rowSlices } from '../permute-tokens/row-slices.ts'
 
@@ -20,7 +20,7 @@ export const combineTokensBackward: FusedFactory<'combineTokensBackward'> = cuda
     const dweights = cuda.output(dweightsSpec)
     const [N, K] = weights.shape
     const inputs = [pointerOf(y), pointerOf(weights), pointerOf(positions), pointerOf(dout)]
-    // The dot products want whole rows.
+    // The dot products need whole rows.
     const launch = { grid: Math.ceil((N * K) / 8), block: 256 }
     kernel(launch, dy.pointer, dweights.pointer, ...inputs, N * K, K, y.shape[1])
     return [dy, dweights]

@@ -1,4 +1,4 @@
-/** @file Running sums along one axis. */
+/** @file Cumulative sums along one axis. */
 import { sizeOf } from '@moe/core'
 import { type Cuda, type PrimitiveFactory, pointerOf } from '../../native.ts'
 
@@ -18,7 +18,7 @@ export const cumsum: PrimitiveFactory<'cumsum'> = cuda => {
     if (inner === 1) {
       rows({ grid: outer, block: count <= 512 ? 32 : 256 }, y.pointer, pointerOf(x), count)
     } else {
-      // Where there are few columns or short ones, several threads share one.
+      // With few or short columns, several threads share one.
       const width = outer * inner >= 65536 || count < 64 ? 256 : 32
       const grid = Math.ceil((outer * inner) / width)
       columns({ grid, block: 256 }, y.pointer, pointerOf(x), outer, count, inner, width)

@@ -1,13 +1,13 @@
-/** @file Which slot goes where, sorted by expert. */
+/** @file Sorts slots by expert: the plan for dispatching tokens. */
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 const block = 256
 const warps = block / 32
-/** Slots of a block, in multiples of the block: enough to be worth its table of counts, more where there would be too many blocks. */
+/** Slots per block, a multiple of the block size: enough to amortize its table of counts, and more if there would be too many blocks. */
 const leastShare = 2048
 const mostBlocks = 128
-/** A block keeps a count per warp and expert, and an offset per expert, in shared memory. */
+/** Shared memory of a block: a count per warp and expert, and an offset per expert. */
 const mostExperts = 2048
 
 export const dispatchPlan: FusedFactory<'dispatchPlan'> = cuda => {

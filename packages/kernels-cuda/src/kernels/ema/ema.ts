@@ -1,4 +1,4 @@
-/** @file A step of an exponential moving average, in place where nobody else holds the tensor. */
+/** @file Exponential moving average; updates in place if nobody else owns the tensor. */
 import { type EmaAttrs, sizeOf } from '@moe/core'
 import { elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
 
@@ -7,7 +7,7 @@ const encode = ({ decay, step }: EmaAttrs) => [(1 - decay) / (1 - decay ** step)
 export const emaStep: FusedFactory<'emaStep'> = cuda => {
   const kernel = cuda.kernel('ema', 'moe_ema_step_f32', 'p p p l')
   return ([average, value], attrs) => {
-    // On the device, so that a recorded step can be replayed as another one.
+    // In device memory, so that a recorded step can be replayed as a later one.
     const rate = cuda.attributes('emaStep', attrs, encode)
     const y = cuda.donated(average)
     const n = sizeOf(average.shape)

@@ -1,8 +1,8 @@
-/** @file One value everywhere. */
+/** @file Fills a tensor with one value. */
 import { bitsOf, dtypeBytes, sizeOf } from '@moe/core'
 import { elementwiseGrid, type PrimitiveFactory } from '../../native.ts'
 
-/** Times the bits of an element of that many bytes: a word of them. */
+/** Factor that repeats the bits of an element of this size in a word. */
 const repeat: Readonly<Record<number, number>> = { 1: 0x01010101, 2: 0x00010001, 4: 1 }
 
 export const fill: PrimitiveFactory<'fill'> = cuda => {

@@ -1,12 +1,12 @@
-/** @file Operands as Hopper's products in fp8 take them: codes with k along memory, and scales. */
+/** @file Operands of Hopper's fp8 products: codes with k contiguous, and scales. */
 import { fp8Tile } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { type Fp8Operand, placeFor, sizesOf, stripes } from '../fp8-operand/fp8-operand.ts'
 
-/** Where every expert's rows begin at a multiple of a tile and are followed by zeros up to one (packed-rows.cuh). */
+/** Number of rows if every expert's rows start at a multiple of a tile and are padded with zeros (packed-rows.cuh). */
 export const packedRows = (rows: number, experts: number) => (Math.floor(rows / fp8Tile) + experts) * fp8Tile
 
-/** Codes `[matrices][outer][ld]`, of which `k` in a row count, and f32 scales `[matrices][ceil(k / 128)][ldScales]`. */
+/** Codes `[matrices][outer][ld]`, of which the first `k` per row are used, and f32 scales `[matrices][ceil(k / 128)][ldScales]`. */
 export interface Fp8Codes {
   readonly pointer: number
   readonly matrices: number
@@ -19,7 +19,7 @@ export interface Fp8Codes {
 
 type CodesShape = Pick<Fp8Codes, 'matrices' | 'outer' | 'k'>
 
-/** Memory for codes that `place` gives. */
+/** Memory for codes, allocated by `place`. */
 function placeCodes(cuda: Cuda, shape: CodesShape, place: (bytes: number) => { pointer: number; isFilled: boolean }) {
   const { matrices, outer, k } = shape
   const ld = Math.ceil(k / 16) * 16
@@ -28,18 +28,18 @@ function placeCodes(cuda: Cuda, shape: CodesShape, place: (bytes: number) => { p
   const scaleBytes = matrices * Math.ceil(k / fp8Tile) * ldScales * 4
   const { pointer, isFilled } = place(codeBytes + scaleBytes)
   const scales = pointer + codeBytes
-  // They are copied by tiles of rows.
+  // They are copied in tiles of rows.
   if (!isFilled && ldScales > outer) cuda.clear(scales, scaleBytes)
   return { codes: { pointer, ...shape, ld, scales, ldScales }, isFilled }
 }
 
-/** Working memory for the codes of one matrix. */
+/** Scratch memory for the codes of one matrix. */
 export function scratchCodes(cuda: Cuda, outer: number, k: number): Fp8Codes {
   const place = (bytes: number) => ({ ...cuda.scratch(bytes), isFilled: false })
   return placeCodes(cuda, { matrices: 1, outer, k }, place).codes
 }
 
-/** The operand as codes with k along memory. Runs are matrices; those of offsets are one, in which each begins at a tile. */
+/** The operand as codes with k contiguous. Equal runs become matrices; runs given by offsets become one matrix, in which each starts at a tile. */
 export function fp8AsCodes(cuda: Cuda): (operand: Fp8Operand) => Fp8Codes {
   const along = cuda.kernel('fp8-matmul-sm90a', 'moe_fp8_codes_along_sm90a', 'p p p i i i i i')
   const across = cuda.kernel('fp8-matmul-sm90a', 'moe_fp8_codes_across_sm90a', 'p p p p i i i i i')

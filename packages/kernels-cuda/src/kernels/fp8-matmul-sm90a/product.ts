@@ -4,7 +4,7 @@ import { type Fp8Operand, tilesOfExperts } from '../fp8-operand/fp8-operand.ts'
 import { countTiles, type Matrix, partsOfK, sumOfParts, type Tile } from '../matmul/gemm.ts'
 import { type Fp8Codes, fp8AsCodes } from './codes.ts'
 
-/** TileFp8 of gemm-fp8.cuh. */
+/** TileFp8 in gemm-fp8.cuh. */
 const tile: Tile = {
   name: '128x128',
   m: 128,
@@ -47,7 +47,7 @@ export function fp8Product(cuda: Cuda) {
   }
 }
 
-/** Tiles of a product per expert: every expert can begin one of rows, and so can the rows behind the last one. */
+/** Maximum number of row tiles of a product per expert: every expert may start one, and so may the rows after the last expert. */
 const countRowTiles = (rows: number, n: number, experts: number) =>
   tilesOfExperts(rows, experts) * Math.ceil(n / tile.n)
 
@@ -79,7 +79,7 @@ export function fp8GroupedRounded(cuda: Cuda) {
   }
 }
 
-/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, dy `[rows, n]` and x `[rows, k]` as codes across, packed. */
+/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, with dy `[rows, n]` and x `[rows, k]` as packed codes rounded across rows. */
 export function fp8PackedWeightGradient(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_grouped_matmul_bwd_sm90a', 'p t t p p i i p i i i i')
   return (dweight: number, dy: Fp8Codes, x: Fp8Codes, offsets: number, experts: number): void => {
@@ -88,7 +88,7 @@ export function fp8PackedWeightGradient(cuda: Cuda) {
   }
 }
 
-/** The same of operands with offsets. */
+/** The same for operands with offsets. */
 export function fp8WeightGradient(cuda: Cuda) {
   const multiply = fp8PackedWeightGradient(cuda)
   const codesOf = fp8AsCodes(cuda)

@@ -1,10 +1,10 @@
-/** @file Operands of products in precision 'fp8', and their numbers in bf16, which has all of them. */
+/** @file Operands of products in precision 'fp8', as bf16, which represents the rounded values exactly. */
 import { fp8Tile, sizeOf, type Value } from '@moe/core'
 import type { LaunchShape } from '../../modules.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
 
-/** A tensor of rows. k lies along them, or across: in `runs` runs of as many rows (default 1), or in those that `offsets` say (`i32 [runs + 1]`). */
+/** A tensor of rows. k runs along a row or across rows: across `runs` equal runs of rows (default 1), or across those given by `offsets` (`i32 [runs + 1]`). */
 export interface Fp8Operand {
   readonly value: Value
   readonly along: boolean
@@ -12,19 +12,19 @@ export interface Fp8Operand {
   readonly offsets?: Value
 }
 
-/** Columns of a block that rounds across rows. */
+/** Columns per block of the kernels that round across rows. */
 const stripe = 64
 
-/** Blocks of the kernels that round across rows, of which every 128 of a run, or of an expert, are a tile. */
+/** Blocks of the kernels that round across rows; each 128 rows of a run, or of an expert, are a tile. */
 export const stripes = (columns: number, tiles: number): LaunchShape => ({
   grid: [Math.ceil(columns / stripe), tiles],
   block: 256,
 })
 
-/** As in expertTile: every expert can begin a tile, and so can the rows behind the last one. */
+/** As in expertTile: every expert may start a tile, and so may the rows after the last one. */
 export const tilesOfExperts = (rows: number, experts: number) => Math.min(rows, Math.ceil(rows / fp8Tile) + experts)
 
-/** Rows and columns, and the tiles of 128 that the kernels have blocks for. */
+/** Rows and columns, and the number of tiles of 128 that get a block. */
 export function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
   const rows = sizeOf(value.shape.slice(0, -1))
   const columns = value.shape[value.shape.length - 1]
@@ -36,13 +36,13 @@ export function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
   return { rows, columns, tiles, runs, offsets: offsets === undefined ? 0 : pointerOf(offsets) }
 }
 
-/** Memory for a rounded operand: for as long as the tensor stays what it is, or for this op where offsets have a say in it. */
+/** Memory for a rounded operand: cached until the tensor changes, or only for this op if the result depends on offsets. */
 export function placeFor(cuda: Cuda, { value, offsets }: Fp8Operand, form: string, bytes: number) {
   if (offsets === undefined && bytes > 0) return cuda.rounded(value, form, bytes)
   return { pointer: cuda.scratch(bytes).pointer, isFilled: false }
 }
 
-/** The operand in bf16, lying as before. */
+/** The operand in bf16, in the same layout. */
 export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
   const along = cuda.kernel('fp8-operand', 'moe_fp8_operand_along_bf16', 'p p i i i')
   const across = cuda.kernel('fp8-operand', 'moe_fp8_operand_across_bf16', 'p p p i i i i')

@@ -2,9 +2,9 @@
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
-/** Tensors per launch, as the kernel has it. */
+/** Tensors per launch, as in the kernel. */
 const batch = 64
-/** Elements that a block takes at a time, likewise. */
+/** Elements that a block processes at a time, as in the kernel. */
 const chunk = 16_384
 
 export const globalNorm: FusedFactory<'globalNorm'> = cuda => {

@@ -32,7 +32,7 @@ export function hopperGrouped(cuda: Cuda) {
   )
   return (y: number, x: Matrix, weight: Matrix, offsets: number, sizes: Sizes & { transposeW: boolean }): void => {
     const { rows, n, k, experts, transposeW } = sizes
-    // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
+    // Every expert may start a row tile, and so may the rows after the last one. None of the sizes is zero.
     const jobs = (tile: Tile) => Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
     const tile = chooseTile(cuda, hopperTiles, jobs)
     const left = operandMap(cuda, x, { matrices: 1, outer: rows, tile: tile.m, k, across: false })
@@ -42,7 +42,7 @@ export function hopperGrouped(cuda: Cuda) {
   }
 }
 
-/** How many rows there are when every expert's begin at a multiple of 64 and are followed by zeros up to one (packed-rows.cuh). */
+/** Number of rows if every expert's rows start at a multiple of 64 and are padded with zeros (packed-rows.cuh). */
 export const packedRows = (rows: number, experts: number) =>
   Math.floor(rows / boxColumns) * boxColumns + experts * boxColumns
 
@@ -59,7 +59,7 @@ export function hopperPackedWeightGradient(cuda: Cuda) {
   }
 }
 
-/** The same of dy and x in f32, as they are. */
+/** The same for dy and x in f32 and not packed. */
 export function hopperWeightGradient(cuda: Cuda) {
   const multiply = hopperPackedWeightGradient(cuda)
   const packKernel = cuda.kernel('grouped-matmul-sm90a', 'moe_pack_groups_sm90a', 'p p p i i i')

@@ -16,12 +16,12 @@ import {
   wholeMatrix,
 } from '../matmul/gemm.ts'
 
-/** Rows for which weights are read in f32, by kernels for few rows: when k is a multiple of 4. */
+/** Maximum number of rows for the few-row kernels, which read weights in f32; k must be a multiple of 4. */
 export const isFew = (rows: number, experts: number) => rows <= Math.min(mostFewRows * experts, 4096)
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
-/** Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty. */
+/** Maximum number of row tiles: every expert may start one, and so may the rows after the last one. None of the sizes is zero. */
 export const mostRowTiles = (rows: number, experts: number, size: number) =>
   Math.min(rows, Math.ceil(rows / size) + experts)
 

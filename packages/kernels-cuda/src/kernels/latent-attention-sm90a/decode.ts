@@ -1,10 +1,10 @@
-/** @file Absorbed MLA decode on Hopper, over a latent cache in bf16. */
+/** @file Absorbed MLA decoding on Hopper, over a bf16 latent cache. */
 import { sizeOf, type Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 
-/** Rows and keys of a tile (LatentHopper of latent-attention-sm90a.cu), and the features of keys and values that there are kernels for. */
+/** Rows and keys of a tile (LatentHopper in latent-attention-sm90a.cu), and the supported features of keys and values. */
 export const tile = 64
-/** Two warpgroups. */
+/** Threads per block: two warpgroups. */
 const threads = 256
 const kernels = [
   { dk: 192, dv: 128, stages: 4 },
@@ -12,7 +12,7 @@ const kernels = [
   { dk: 576, dv: 512, stages: 2 },
 ] as const
 
-/** Dynamic shared memory: the queries, tiles of the cache, exponentials, and room to begin at a multiple of 1024. */
+/** Dynamic shared memory: the queries, tiles of the cache, exponentials, and padding to align to 1024. */
 const sharedBytes = (dk: number, stages: number) => tile * dk * 2 * (1 + stages) + tile * tile * 2 + 1024
 
 interface Inputs {
@@ -22,10 +22,10 @@ interface Inputs {
   readonly pages: Value | undefined
 }
 
-/** The rows of a tile come as one box from a page, or as one from each of several small pages, which begins where the pattern of a swizzle does (8 rows). */
+/** A tile's rows are copied as one box from a page, or as one box each from several small pages, aligned to the swizzle's pattern (8 rows). */
 const fitsTile = (page: number) => page % tile === 0 || (tile % page === 0 && page % 8 === 0)
 
-/** As latent-attention.cu's kernels: the keys of each sequence in `parts`, each with results and log sum exp of its own. */
+/** Like the kernels of latent-attention.cu: splits the keys of each sequence into `parts`, each with its own results and log-sum-exps. */
 export type LatentDecode = (
   results: number,
   lse: number,
@@ -34,7 +34,7 @@ export type LatentDecode = (
   attrs: { readonly valueDim: number; readonly scale: number },
 ) => void
 
-/** The kernel for these sizes, if there is one. */
+/** The kernel for these sizes; undefined if there is none. */
 export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) => LatentDecode | undefined {
   const launches = kernels.map(({ dk, dv, stages }) => {
     const kernel = cuda.kernel(
@@ -68,7 +68,7 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
   })
   return ({ q, cache, pages }, valueDim) => {
     const C = q.shape[3]
-    // The copy engine takes rows of whole chunks of 16 bytes, and no empty matrix.
+    // The copy engine needs rows of whole 16-byte chunks, and no empty matrix.
     if (cache.dtype !== 'bf16' || C % 8 !== 0 || sizeOf(cache.shape) === 0) return undefined
     if (pages !== undefined && !fitsTile(cache.shape[1])) return undefined
     return launches.find(({ dk, dv }) => C <= dk && valueDim <= dv)?.launch

@@ -1,10 +1,10 @@
-/** @file Absorbed MLA decode over the latent cache. */
+/** @file Absorbed MLA decoding over the latent cache. */
 import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { latentOnHopper, tile as tileOnHopper } from '../latent-attention-sm90a/decode.ts'
 import { choice } from '../matmul/gemm.ts'
 
-/** Features that the kernels' tiles have room for: of the cache, and of values. */
+/** Maximum number of features of the kernels' tiles: of the cache, and of values. */
 const mostC = 576
 const mostV = 512
 const mostParts = 128
@@ -22,7 +22,7 @@ interface Variant {
 
 const caches = ['f32', 'bf16'] as const
 
-// Queries, keys (f32 ones in bf16 and as they come, bf16 ones twice), exponentials, two numbers a row.
+// Queries, keys (f32 keys both in bf16 and as they arrive; bf16 keys in two buffers), exponentials, and two numbers per row.
 const bf16 = (m: number, n: number): Variant[] =>
   caches.map(cache => ({
     name: `bf16_${m}x${n}_${cache}`,
@@ -42,15 +42,15 @@ const f32: Variant[] = caches.map(cache => ({
   threads: 256,
   shared: (2 * 16 * (mostC + 4) + 16 * 17) * 4,
 }))
-/** Best first. */
+/** In order of preference. */
 const variants = [...bf16(64, 32), ...bf16(32, 16), ...f32]
 
-/** What a block costs besides its keys, in tiles of keys of about 72 KiB: its queries, and its results, written and read again. */
+/** Fixed cost of a block, in tiles of keys of about 72 KiB: reading its queries, and writing and rereading its results. */
 const tilesPerBlock = 6
 
 /**
- * Each part of the keys is a block for every tile of rows: as many parts as let the multiprocessors, which take a block at a time, be done first, each of at
- * least four tiles.
+ * The number of parts into which to split the keys. Each part is a block per tile of rows and has at least four tiles of keys. Chooses the number with which the
+ * multiprocessors, each running one block at a time, finish first.
  */
 function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
   const time = (parts: number) =>
@@ -74,7 +74,7 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     const [B, T, H, C] = q.shape
     const P = cache.shape[1]
     const S = pages === undefined ? P : pages.shape[1] * P
-    // The bf16 kernels copy the cache 16 bytes at a time.
+    // The bf16 kernels copy the cache in 16-byte chunks.
     const usable = C % (cache.dtype === 'bf16' ? 8 : 4) === 0 ? precision : 'f32'
     const variant = variants.find(
       v => v.precision === usable && v.cache === cache.dtype && v.shared <= cuda.sharedMemory,
@@ -84,7 +84,7 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     const rows = B * T * H
     if (rows * valueDim === 0) return [out]
     const inputs = { q, cache, lengths, pages }
-    // Hopper's kernels look for the highest score before they scale.
+    // The Hopper kernels find the largest score before scaling.
     const launch = precision === 'bf16' && scale > 0 ? onHopper?.(inputs, valueDim) : undefined
     const { m, n } = launch === undefined ? variant : { m: tileOnHopper, n: tileOnHopper }
     const tiles = Math.ceil((T * H) / m)

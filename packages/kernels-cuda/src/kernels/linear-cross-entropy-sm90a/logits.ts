@@ -1,11 +1,11 @@
-/** @file Tiles of logits on Hopper, reduced to what cross-entropy needs of them. */
+/** @file Tiles of logits on Hopper, reduced to what cross-entropy needs. */
 import type { Cuda } from '../../native.ts'
 import type { Matrix, Tile } from '../matmul/gemm.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
 /**
- * Makes the logits x weight^T of a chunk of the vocabulary in tiles, and of them `outputs`: the kernel's arguments before its operands, between
- * them and the sizes, and after those.
+ * Computes the logits x weight^T of a chunk of the vocabulary in tiles, and `outputs` from them: the kernel's arguments before its operands, between the
+ * operands and the sizes, and after the sizes.
  */
 export type Logits = (
   tile: Tile,
@@ -17,7 +17,7 @@ export type Logits = (
   rest: readonly number[],
 ) => void
 
-/** The one of forward or backward for operands in bf16 and at least one feature. */
+/** The forward or backward kernel, for bf16 operands with at least one feature. */
 export function logitsOnHopper(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
   const signature = direction === 'fwd' ? 'p p p t t p i i i i i i' : 'p t t p p p i i i i i i i'
   const kernels = new Map(

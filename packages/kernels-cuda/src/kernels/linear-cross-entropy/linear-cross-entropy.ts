@@ -1,6 +1,6 @@
 /**
- * @file Cross-entropy of the logits x weight^T, which never exist as a whole: the vocabulary comes in chunks, whose weights are rounded
- * and whose logits' gradients are kept in bounded working memory. Each weight is rounded once and its gradient written once.
+ * @file Cross-entropy of the logits x weight^T without storing them: the vocabulary is processed in chunks, whose rounded weights and gradients of logits fit in
+ * bounded scratch memory. Each weight is rounded once, and its gradient is written once.
  */
 import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
@@ -20,18 +20,18 @@ import {
 } from '../matmul/gemm.ts'
 import { hopperTiles } from '../matmul-sm90a/product.ts'
 
-/** Working memory of a chunk, about. Tests make it small. */
+/** Approximate scratch memory of a chunk. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
-/** Rows of the weight in a chunk that takes `bytes` of working memory for each: whole tiles. */
+/** Rows of the weight per chunk, in whole tiles, if each takes `bytes` of scratch memory. */
 const chunkSize = (bytes: number, tile: Tile) =>
   Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
 
 /**
- * Classes of a chunk, at least half of `most`: whole tiles, as many as leave the least of the last waves of blocks idle, both when logits are made
- * and when their gradient is multiplied with x.
+ * Classes per chunk: whole tiles, at least half of `most`. Chooses the number that leaves the fewest idle multiprocessors in the last waves of blocks, both when
+ * logits are computed and when their gradient is multiplied by x.
  */
 export function evenChunk(
   cuda: Pick<Cuda, 'multiprocessors'>,
@@ -51,8 +51,8 @@ export function evenChunk(
 }
 
 /**
- * The weight in chunks, as operands of a product. In bf16 it is rounded as a whole where that takes no more than the working memory of a chunk;
- * otherwise the chunks lie in the same working memory, one after the other.
+ * The weight in chunks, as operands of a product. In bf16 the whole weight is rounded if it fits in the scratch memory of a chunk; otherwise chunks use
+ * the same scratch memory one after another.
  */
 function* chunks(cuda: Cuda, round: Round, precision: WidePrecision, weight: Value, most: number) {
   const [classes, columns] = weight.shape
@@ -70,7 +70,7 @@ function* chunks(cuda: Cuda, round: Round, precision: WidePrecision, weight: Val
   }
 }
 
-/** The kernels of forward or backward by warps' products (gemm.cuh). */
+/** The forward or backward kernels with warp-level products (gemm.cuh). */
 function logitsByWarps(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
   const signature = direction === 'fwd' ? 'p p p p p p i i i i i i i i' : 'p p p p p p i i i i i i i i i'
   const kernels = new Map(
@@ -95,7 +95,7 @@ function logitsByWarps(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
     )
 }
 
-/** The kernels and the tile for a product of that size. */
+/** Chooses the kernels and the tile for a product of this size. */
 function logitsOf(cuda: Cuda, direction: 'fwd' | 'bwd') {
   const byWarps = logitsByWarps(cuda, direction)
   const onHopper = cuda.onHopper('linear-cross-entropy') ? logitsOnHopper(cuda, direction) : undefined

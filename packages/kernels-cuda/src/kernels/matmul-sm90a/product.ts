@@ -1,9 +1,9 @@
-/** @file The dense product on Hopper: tiles, and the launch. */
+/** @file Dense products on Hopper: tiles and launches. */
 import type { Cuda } from '../../native.ts'
 import { boxColumns, type TensorMap } from '../../tensor-map.ts'
 import type { Matrix, Tile } from '../matmul/gemm.ts'
 
-/** TileHopper of gemm-hopper.cuh: 128 rows by two warpgroups, and one more warp. */
+/** TileHopper in gemm-hopper.cuh: 128 rows by two warpgroups, and one more warp. */
 const tileHopper = (n: number, stages: number, speed: number): Tile => ({
   name: `128x${n}`,
   m: 128,
@@ -15,25 +15,25 @@ const tileHopper = (n: number, stages: number, speed: number): Tile => ({
 
 export const hopperTiles: readonly Tile[] = [tileHopper(256, 4, 1), tileHopper(128, 6, 0.8)]
 
-/** Widths between, for dense products, of which one may have few tiles: those of 576 columns are 4 of 144. */
+/** Widths in between, for dense products that may have few tiles: 576 columns are 4 tiles of 144. */
 const medium = tileHopper(192, 5, 0.93)
 const narrow = tileHopper(144, 6, 0.84)
 export const denseHopperTiles: readonly Tile[] = [...hopperTiles, medium, narrow]
 
 const forms = ['nn', 'nt', 'tn', 'tt'] as const
 
-/** Tiles that there are for a product of that form. */
+/** The available tiles for a product of this form. */
 export const tilesOfForm = (form: string): readonly Tile[] =>
   form === 'nt' ? denseHopperTiles : denseHopperTiles.filter(tile => tile !== narrow)
 
-/** An operand of a product in tiles. */
+/** An operand of a product, read in tiles. */
 interface Operand {
   readonly matrices: number
-  /** What is not summed over, and how much of it a tile has. */
+  /** Size of the axis that is not summed over, and its size in a tile. */
   readonly outer: number
   readonly tile: number
   readonly k: number
-  /** Whether matrices are `[k, outer]`, and not `[outer, k]`. */
+  /** Whether matrices are `[k, outer]` rather than `[outer, k]`. */
   readonly across: boolean
 }
 
@@ -49,12 +49,12 @@ interface Sizes {
   readonly n: number
   readonly k: number
   readonly batch: number
-  /** Of k, each with a result of its own in c. */
+  /** Number of parts of k; each has its own result in c. */
   readonly parts: number
   readonly add: number
 }
 
-/** c = a b in bf16; `form` says whether a and b are transposed (`n`, `t`). */
+/** c = a b in bf16; `form` tells whether a and b are transposed (`n`, `t`). */
 export function hopperProduct(cuda: Cuda) {
   const kernels = new Map(
     forms.flatMap(form =>

@@ -1,29 +1,29 @@
-/** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
+/** @file Shared by the launchers of matrix products: operands, tile sizes, and the dense product. */
 import type { Value, WidePrecision } from '@moe/core'
 import { asItLies } from '../../memory.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { hopperProduct, tilesOfForm } from '../matmul-sm90a/product.ts'
 
-/** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
+/** A matrix in device memory with `ld` elements per row: f32, or bf16 with `ld` a multiple of 8 and zeros after each row. */
 export interface Matrix {
   readonly pointer: number
   readonly ld: number
 }
 
-/** An f32 matrix without gaps. */
+/** A contiguous f32 matrix. */
 export interface DenseMatrix {
   readonly pointer: number
   readonly rows: number
   readonly columns: number
-  /** Of the matrix in bf16; default: columns rounded up to a multiple of 8. */
+  /** Row pitch of the matrix in bf16; default: columns rounded up to a multiple of 8. */
   readonly ld?: number
-  /** Where it goes in bf16; default: working memory of its own. */
+  /** Address for the matrix in bf16; default: scratch memory. */
   readonly to?: number
-  /** The tensor that it is the whole of: then it is rounded once for all products that it is in. */
+  /** The tensor, if the matrix is all of it: then it is rounded once for all products that read it. */
   readonly of?: Value
 }
 
-/** A tensor as a matrix of `rows`. */
+/** A tensor as a matrix with `rows` rows. */
 export const wholeMatrix = (of: Value, rows: number, columns: number, ld?: number): DenseMatrix => ({
   pointer: pointerOf(of),
   rows,
@@ -32,15 +32,15 @@ export const wholeMatrix = (of: Value, rows: number, columns: number, ld?: numbe
   of,
 })
 
-/** Whole pieces of 16 bytes, as the kernels copy them. */
+/** Whole 16-byte chunks, as the kernels copy them. */
 export const paddedColumns = (columns: number) => Math.ceil(columns / 8) * 8
 
-/** Most matrices that one launch rounds. */
+/** Maximum number of matrices that one launch rounds. */
 const mostRounded = 4
 
 export type Round = (matrices: readonly DenseMatrix[]) => Matrix[]
 
-/** Up to four matrices rounded to bf16 by one launch; none where all have been. */
+/** Up to four matrices, rounded to bf16 by one launch if they are not yet. */
 export function roundToBf16(cuda: Cuda): Round {
   const kernel = cuda.kernel(
     'matmul',
@@ -71,12 +71,12 @@ export function roundToBf16(cuda: Cuda): Round {
   }
 }
 
-/** The matrices as operands of a product in that precision. */
+/** The matrices as operands of a product in this precision. */
 export function operands(round: Round, precision: WidePrecision, matrices: readonly DenseMatrix[]): Matrix[] {
   return precision === 'bf16' ? round(matrices) : matrices.map(({ pointer, columns }) => ({ pointer, ld: columns }))
 }
 
-/** A kernel variant of gemm.cuh: its tile of c, block and dynamic shared memory, and how fast it is beside the largest. */
+/** A kernel variant of gemm.cuh: its tile of c, block size and dynamic shared memory, and its speed relative to the largest. */
 export interface Tile {
   readonly name: string
   readonly m: number
@@ -108,16 +108,16 @@ export const tiles: { readonly [P in WidePrecision]: readonly Tile[] } = {
   bf16: [tileBf16(128, 256, 256, 1), tileBf16(128, 128, 128, 0.9), tileBf16(64, 64, 128, 0.5)],
 }
 
-/** How long so many blocks take, for each of k. Multiprocessors work off blocks wave by wave. */
+/** Estimated time of this many blocks, per step of k. Multiprocessors process blocks in waves. */
 export const timeOf = (cuda: Pick<Cuda, 'multiprocessors'>, tile: Tile, blocks: number) =>
   (Math.ceil(blocks / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
 
-/** For measurements: what is to be taken in place of what would be chosen, and what was taken last. */
+/** For benchmarks: overrides the choice of tile and parts, and records the latest choice. */
 export const choice: { tile?: string; parts?: number; readonly taken: { tile?: string; parts?: number } } = {
   taken: {},
 }
 
-/** The variant that should be done first, given how many blocks it would have. */
+/** The variant with the least estimated time, given its number of blocks. */
 export function chooseTile(cuda: Cuda, among: readonly Tile[], blocks: (tile: Tile) => number): Tile {
   const time = (tile: Tile) => timeOf(cuda, tile, blocks(tile))
   const tile =
@@ -129,7 +129,7 @@ export function chooseTile(cuda: Cuda, among: readonly Tile[], blocks: (tile: Ti
 
 export const countTiles = (tile: Tile, m: number, n: number) => Math.ceil(m / tile.m) * Math.ceil(n / tile.n)
 
-/** Sizes of c = a b; a is [m, k] ([k, m] when transposed), b is [k, n] ([n, k]), `batch` of each one after the other. */
+/** Sizes of c = a b: a is [m, k] ([k, m] if transposed), b is [k, n] ([n, k]), with `batch` contiguous matrices of each. */
 export interface Product {
   readonly m: number
   readonly n: number
@@ -137,27 +137,27 @@ export interface Product {
   readonly transposeA: boolean
   readonly transposeB: boolean
   readonly batch?: number
-  /** c += a b. */
+  /** Computes c += a b. */
   readonly add?: boolean
 }
 
 export type Multiply = (precision: WidePrecision, c: number, a: Matrix, b: Matrix, product: Product) => void
 
-/** Rows of a block of the kernels for few rows (few-rows.cuh), which read the weight once and as it is. */
+/** Rows per block of the few-row kernels (few-rows.cuh), which read the weight directly and once. */
 export const mostFewRows = 8
 
-/** Below this share of k, a block is not worth another one beside it. */
+/** Minimum length of k per part; splitting further does not pay. */
 const leastPart = 512
 const mostParts = 16
 
-/** How many parts of k go to blocks of their own where there are few tiles and much to sum up; `sumOfParts` then adds their results in order. */
+/** The number of parts into which k is split if there are few tiles and k is long. `sumOfParts` then adds their results in order. */
 export function partsOfK(cuda: Cuda, blocks: number, k: number): number {
   const most = Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts)
   choice.taken.parts = choice.parts ?? Math.max(1, most)
   return choice.taken.parts
 }
 
-/** c (+)= the sum of `parts` results of `size` numbers, one after the other. */
+/** c (+)= the sum of `parts` contiguous results of `size` numbers. */
 export function sumOfParts(cuda: Cuda) {
   const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
   return (c: number, results: number, size: number, parts: number, add: boolean): void => {
@@ -166,7 +166,7 @@ export function sumOfParts(cuda: Cuda) {
   }
 }
 
-/** The dense product, c without gaps: by cuBLASLt where that is asked for, otherwise by our own kernels. */
+/** The dense product with contiguous c: by cuBLASLt if enabled, otherwise by our own kernels. */
 export function gemm(cuda: Cuda): Multiply {
   const multiply = ownGemm(cuda)
   const { cublasLt } = cuda

@@ -33,7 +33,7 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
       else multiply('bf16', c.pointer, inFp8(left), inFp8(right), { m, n, k, transposeA, transposeB })
       return [c]
     }
-    // Few rows: reading b is all the work.
+    // With few rows, the time is that of reading b.
     if (m <= mostFewRows && !transposeA && batch <= 65535) {
       const sizes = [m, n, k]
       if (transposeB && k % 4 === 0) {

@@ -1,7 +1,7 @@
 /** @file Keys and values of latent attention. */
 import { type Cuda, elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
 
-/** The kernel of one direction for these sizes of a head's parts, and whether it rounds outputs, too. `rounded` is where, for so many outputs. */
+/** The forward or backward kernel for these head sizes, and whether it also rounds its outputs, to the addresses `rounded`. */
 function kernelOf(cuda: Cuda, direction: 'fwd' | 'bwd', rounded: string) {
   const load = (name: string) => cuda.kernel('mla-key-value', name, `p p ${rounded} p p l i i i i`)
   const single = load(`moe_mla_key_value_${direction}_f32`)

@@ -1,4 +1,4 @@
-/** @file Elements to other places: reshape, permute, expand, slice, pad, concat. */
+/** @file Ops that move elements: reshape, permute, expand, slice, pad, concat. */
 import { bitsOf, type DType, dtypeBytes, type Shape, sizeOf } from '@moe/core'
 import { broadcastStrides, mergeAxes, type Nest, rowMajor } from '@moe/core/strides'
 import { bySize, type Cuda, elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
@@ -11,7 +11,7 @@ export const reshape: PrimitiveFactory<'reshape'> = cuda => {
 
 type CopyNest = (dtype: DType, to: number, from: number, nest: Nest) => void
 
-/** Copies between two memories, along a nest of strides of the destination and of the source. */
+/** Copies between two buffers along a nest with strides of the destination and of the source. */
 function nestCopier(cuda: Cuda): CopyNest {
   const kernelFor = byUnit(cuda, 'movement', 'moe_copy_box', 'p p l i l[24]')
   return (dtype, to, from, { sizes, strides }) => {
@@ -28,7 +28,7 @@ function nestCopier(cuda: Cuda): CopyNest {
       cuda.copy(to, from, n * size)
       return
     }
-    // Runs without gaps: in units as large as their length, their distances and their places allow.
+    // Contiguous runs, in the largest unit that their length, strides and addresses allow.
     const outer = strides.flatMap(stride => stride.slice(0, last))
     const unit = unitOf(to, from, ...[sizes[last], ...outer].map(elements => elements * size))
     const inUnits = (elements: number) => (elements * size) / unit
@@ -43,7 +43,7 @@ function nestCopier(cuda: Cuda): CopyNest {
 
 type CopyBox = (dtype: DType, to: number, from: number, sizes: Shape, strides: [number[], number[]]) => void
 
-/** Copies a box of `sizes` between two memories with strides in elements: [of the destination, of the source]. */
+/** Copies a box of `sizes` between two buffers; strides are in elements: [of the destination, of the source]. */
 function boxCopier(cuda: Cuda): CopyBox {
   const copyNest = nestCopier(cuda)
   return (dtype, to, from, sizes, strides) => copyNest(dtype, to, from, mergeAxes(sizes, strides))
@@ -52,7 +52,7 @@ function boxCopier(cuda: Cuda): CopyBox {
 const offsetOf = (starts: readonly number[], strides: readonly number[]) =>
   starts.reduce((sum, start, axis) => sum + start * strides[axis], 0)
 
-/** Side of the tiles that transposes go through. */
+/** Tile size for transposes. */
 const tile = 32
 
 export const permute: PrimitiveFactory<'permute'> = cuda => {
@@ -64,10 +64,10 @@ export const permute: PrimitiveFactory<'permute'> = cuda => {
     const { sizes, strides } = nest
     const [to, from] = strides
     const last = sizes.length - 1
-    // The same order after all.
+    // The order is unchanged.
     if (last === 0 && from[0] === 1) return [cuda.shared(x)]
     const y = cuda.output(spec)
-    // The axis along which the source has no gaps. A tile of a narrow one would be mostly empty.
+    // The axis along which the source is contiguous. If it is short, tiles would be mostly empty.
     const dense = from.indexOf(1)
     if (dense < 0 || dense === last || Math.min(sizes[dense], sizes[last]) < tile / 4) {
       copyNest(spec.dtype, y.pointer, pointerOf(x), nest)
@@ -106,10 +106,10 @@ export const slice: PrimitiveFactory<'slice'> = cuda => {
   }
 }
 
-/** An axis of a padded tensor: its size, that of the source, what lies before it, and the source's stride. */
+/** An axis of a padded tensor: its size, the source's size, the padding before it, and the source's stride. */
 type Border = [size: number, inside: number, before: number, stride: number]
 
-/** The axes of a padded tensor, last first; those without a border belong to the one in front of them. */
+/** The axes of a padded tensor, last first; axes without padding are merged into the previous one. */
 export function borders(from: Shape, before: readonly number[], to: Shape): Border[] {
   const list: Border[] = []
   let [size, stride] = [1, 1]

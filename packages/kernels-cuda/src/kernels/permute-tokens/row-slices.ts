@@ -1,7 +1,7 @@
-/** @file Launches of the kernels that give every warp a slice of a row. */
+/** @file Launches of kernels that assign a slice of a row to every warp. */
 import type { LaunchShape } from '../../modules.ts'
 
-/** Features of a slice, as row-slices.cuh has it. */
+/** Features per slice, as in row-slices.cuh. */
 const rowSlice = 2048
 
 export function rowSlices(rows: number, features: number): LaunchShape {

@@ -2,7 +2,7 @@
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
-/** Largest block that a warp does; beyond, it is for a whole thread block. */
+/** Largest quantization block that a warp handles; larger ones take a thread block. */
 const warpBlock = 1024
 
 export const quantize: FusedFactory<'quantize'> = cuda => {

@@ -1,32 +1,32 @@
-/** @file Products with weights that are stored in fewer bits, dense and per expert. Weights come as `[N, K]`: legend in quantized-matmul.cu. */
+/** @file Products with quantized weights `[N, K]`, dense and per expert. The formats are described in quantized-matmul.cu. */
 import type { QuantizedAttrs, Value, WeightFormat, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew, mostRowTiles, multiplyGroups } from '../grouped-matmul/grouped-matmul.ts'
 import { gemm, type Matrix, mostFewRows, operands, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
-/** Working memory for the expanded weight, about: one expert at least. Tests make it small. */
+/** Approximate scratch memory for the expanded weight; at least one expert. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }
 
 const bytesOf: Readonly<Record<WeightFormat, number>> = { bf16: 2, fp8: 1, int8: 1, int4: 0.5 }
 const formats = Object.keys(bytesOf) as WeightFormat[]
 const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
-/** A stored weight `[E, N, K]`, E = 1 when dense, and what its kernels are told of it. */
+/** A quantized weight `[E, N, K]` (E = 1 if dense), and the kernel arguments that describe it. */
 interface Weight {
   readonly q: number
-  /** Null pointer for bf16. */
+  /** 0 for bf16. */
   readonly scale: number
-  /** Null pointer when dense. */
+  /** 0 if dense. */
   readonly offsets: number
   readonly experts: number
   readonly rows: number
   readonly columns: number
   readonly attrs: QuantizedAttrs
-  /** Bytes of a row of q. */
+  /** Bytes per row of q. */
   readonly rowBytes: number
-  /** Scales of an expert. */
+  /** Scales per expert. */
   readonly scales: number
-  /** Rows of q, and blocks with one scale, are made of runs of so many values: 32, 8 or 1. */
+  /** Rows of q, and blocks that share a scale, consist of runs of this many values: 32, 8 or 1. */
   readonly run: number
 }
 
@@ -54,7 +54,7 @@ function describe(q: Value, scale: Value | undefined, offsets: Value | undefined
 
 const sizesOf = ({ rows, columns, attrs }: Weight) => [rows, columns, ...attrs.block]
 
-/** y for at most mostFewRows rows of x, or as many to an expert, from the stored weight itself. */
+/** Computes y directly from the quantized weight, for at most mostFewRows rows of x, or that many per expert. */
 function fewRows(cuda: Cuda) {
   const kernels = new Map(
     formats.flatMap(format =>
@@ -69,7 +69,7 @@ function fewRows(cuda: Cuda) {
   )
   return (y: number, x: number, weight: Weight, m: number, groups: number) => {
     const { q, scale, offsets, experts, rows, run, attrs } = weight
-    // For a row or so to an expert the ordinary cores keep up with memory, in f32 whatever the precision.
+    // With about one row per expert, ordinary cores keep up with memory, in f32 whatever the precision.
     const tensor = m > experts && run === 32
     const form = tensor ? `tensor_${attrs.precision}` : run === 1 ? 'any' : 'whole'
     const grid = [Math.ceil(rows / (tensor ? 16 : 4)), groups]
@@ -84,7 +84,7 @@ function fewRows(cuda: Cuda) {
   }
 }
 
-/** Part of a weight: some experts, or some rows of the one there is. */
+/** Part of a weight: some experts, or some rows of a dense weight. */
 interface Chunk {
   readonly expert: number
   readonly experts: number
@@ -93,7 +93,7 @@ interface Chunk {
   readonly matrix: Matrix
 }
 
-/** The weight as operands of a product, in chunks that lie in the same working memory, one after the other. */
+/** The weight as operands of a product, in chunks that use the same scratch memory one after another. */
 function chunksOf(cuda: Cuda) {
   const kernels = new Map(
     formats.flatMap(format =>
@@ -114,7 +114,7 @@ function chunksOf(cuda: Cuda) {
     }
     const bytes = ld * (precision === 'bf16' ? 2 : 4)
     const most = Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes)))
-    // Chunks of rows begin at whole tiles of any size.
+    // Chunks of rows start at whole tiles of any size.
     const mostRows = offsets === 0 ? Math.min(rows, Math.max(256, Math.floor(most / 256) * 256)) : rows
     const mostExperts = Math.min(experts, Math.max(1, Math.floor(most / rows)))
     const { pointer } = cuda.scratch(mostExperts * mostRows * bytes)
@@ -167,7 +167,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
     const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
     if (!transposeW) {
       if (k === 0) cuda.clear(y.pointer, m * n * 4)
-      // Each chunk takes as many columns of x as it has rows.
+      // Each chunk reads as many columns of x as it has rows.
       for (const { row, rows, matrix } of chunks(weight)) {
         const part = { pointer: left.pointer + row * (precision === 'bf16' ? 2 : 4), ld: left.ld }
         const product = { m, n, k: rows, transposeA: false, transposeB: false, add: row > 0 }
@@ -177,7 +177,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
     }
     let part = 0
     for (const { row, rows, matrix } of chunks(weight)) {
-      // The product has no gaps: columns that are not all of y go there from working memory.
+      // The product writes contiguous results, so a chunk of y's columns is computed in scratch memory and copied.
       if (rows < n && part === 0) part = cuda.scratch(m * rows * 4).pointer
       const to = rows < n ? part : y.pointer
       multiply(precision, to, left, matrix, { m, n: rows, k, transposeA: false, transposeB: true })
@@ -212,7 +212,7 @@ export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cu
     }
     const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
     for (const { expert, experts, matrix } of chunks(weight)) {
-      // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
+      // Rows after the chunk's experts get zeros, until the next chunk overwrites them.
       const product = { rows: m, n, k, experts, transposeW }
       multiply(precision, y.pointer, left, matrix, weight.offsets + expert * 4, product)
     }

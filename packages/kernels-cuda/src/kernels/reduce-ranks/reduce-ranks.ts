@@ -1,15 +1,15 @@
-/** @file Elements of several ranks to one: no op of the contract, but what ranks on devices need (interop.ts). */
+/** @file Reduces the elements of several ranks to one. Not an op of the backend contract, but used by ranks on devices (interop.ts). */
 import { MoeError } from '@moe/core'
 import type { CudaInterop } from '../../interop.ts'
 import { type Cuda, elementwiseGrid } from '../../native.ts'
 
-/** As the kernel numbers them. */
+/** Reductions, as the kernel numbers them. */
 const reductions = { sum: 0, mean: 1, max: 2 } as const
 
-/** As many as the kernel has room for. */
+/** Maximum number of ranks, as in the kernel. */
 const mostRanks = 256
 
-/** Makes `CudaInterop.reduceRanks`. */
+/** Creates `CudaInterop.reduceRanks`. */
 export function reduceRanks(cuda: Cuda): CudaInterop['reduceRanks'] {
   const kernelOf = (dtype: string) => cuda.kernel('reduce-ranks', `moe_reduce_ranks_${dtype}`, 'p p[256] i i l')
   const kernels = { f32: kernelOf('f32'), bf16: kernelOf('bf16'), i32: kernelOf('i32') }

@@ -1,4 +1,4 @@
-/** @file Sums and maxima over any axes: [outer, count, inner] for every run of neighbouring axes, twice where an axis is long. */
+/** @file Sums and maxima over any axes: a pass over [outer, count, inner] for every run of adjacent axes, and two if an axis is long. */
 import type { ReduceCode, Shape } from '@moe/core'
 import type { CudaKernel } from '../../modules.ts'
 import { type Cuda, type PrimitiveFactory, pointerOf } from '../../native.ts'
@@ -16,7 +16,7 @@ export function reducePasses(shape: Shape, axes: readonly number[]): Pass[] {
       continue
     }
     let count = 1
-    // An axis of size 1 between two reduced ones does not part them.
+    // An axis of size 1 between two reduced axes does not separate them.
     while (axis >= 0 && (axes.includes(axis) || shape[axis] === 1)) count *= shape[axis--]
     let outer = 1
     for (let i = 0; i <= axis; i++) outer *= shape[i]
@@ -26,23 +26,23 @@ export function reducePasses(shape: Shape, axes: readonly number[]): Pass[] {
 }
 
 const threads = 256
-/** Blocks that keep a device busy. The same for all devices, as the cut decides the order of additions. */
+/** Number of blocks that keeps a device busy. It is the same on all devices, because it determines the order of additions. */
 const busyBlocks = 512
 
 const powerOfTwo = (atLeast: number) => 2 ** Math.ceil(Math.log2(Math.max(atLeast, 1)))
 
 interface Launch {
   readonly grid: number
-  /** Threads on one chunk of a row, or packs of columns to a block. */
+  /** Threads per chunk of a row, or packs of columns per block. */
   readonly width: number
   /** Elements of a chunk along the reduced axis. */
   readonly chunk: number
   readonly chunks: number
 }
 
-/** How [outer, count, 1] is cut. Chunks of whole packs, so that rows stay aligned. */
+/** How to split [outer, count, 1]: into chunks of whole packs, so that rows stay aligned. */
 export function rowLaunch(outer: number, count: number): Launch {
-  // At most a warp where that is enough: it needs no barrier.
+  // At most a warp if that is enough, because it needs no barrier.
   const width = count <= 1024 ? Math.min(powerOfTwo(count / 8), 32) : threads
   let chunk = Math.max(count, 1)
   if (outer < busyBlocks && count > 16384) {
@@ -52,10 +52,10 @@ export function rowLaunch(outer: number, count: number): Launch {
   return { grid: Math.ceil((outer * chunks * width) / threads), width, chunk, chunks }
 }
 
-/** How [outer, count, inner] is cut. */
+/** How to split [outer, count, inner]. */
 export function columnLaunch(outer: number, count: number, inner: number): Launch {
   const across = outer * (inner % 4 === 0 ? inner / 4 : inner)
-  // One thread walks a whole column where there are many; otherwise several share it, as long as they have rows to read.
+  // With many columns, one thread processes a whole column; otherwise several share it, as long as there are rows for them.
   const narrow = Math.max(Math.min(powerOfTwo(across), 32), threads / powerOfTwo(count))
   const width = across >= busyBlocks * threads ? threads : Math.min(narrow, threads)
   const tiles = Math.ceil(across / width)

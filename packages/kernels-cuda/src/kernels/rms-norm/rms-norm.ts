@@ -15,7 +15,7 @@ export const rmsNorm: FusedFactory<'rmsNorm'> = cuda => {
   }
 }
 
-/** At least what a block's reductions take of its shared memory. */
+/** Minimum shared memory of a block, for its reductions. */
 const reductionBytes = 256
 
 export const rmsNormBackward: FusedFactory<'rmsNormBackward'> = cuda => {
@@ -28,7 +28,7 @@ export const rmsNormBackward: FusedFactory<'rmsNormBackward'> = cuda => {
     if (shared + reductionBytes > cuda.sharedMemory) return undefined
     const dx = cuda.output(dxSpec)
     const dweight = cuda.output(dweightSpec)
-    // As many blocks as run at once: each has a row of partial sums to add up afterwards.
+    // As many blocks as run concurrently: each writes a row of partial sums, which are added afterwards.
     const grid = Math.min(Math.ceil(rows / rowsPerBlock), cuda.multiprocessors * (512 / block))
     const partial = cuda.scratch(Math.max(1, grid) * length * 4)
     const [px, pw, pr, pdy] = [pointerOf(x), pointerOf(weight), pointerOf(rstd), pointerOf(dy)]

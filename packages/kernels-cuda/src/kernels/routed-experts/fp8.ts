@@ -1,4 +1,4 @@
-/** @file The way of tokens through the routed experts in precision fp8: products give bf16, and what lies between them becomes operands of the next ones as it is made. */
+/** @file Routed experts in precision fp8: products give bf16, and results between them are quantized directly to operands of the next products. */
 import { fp8Tile, type Value } from '@moe/core'
 import type { LaunchShape } from '../../modules.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
@@ -11,31 +11,31 @@ import { rowSlices } from '../permute-tokens/row-slices.ts'
 import { expertProducts } from './products.ts'
 import { combineOf, type ExpertSizes, gatherOf, rowKernel, scratchRows, sizesOf } from './rows.ts'
 
-/** How products in fp8 take operands here. Rows lie in expert order. */
+/** The form in which fp8 products read operands on this device. Rows are in expert order. */
 interface Form<Operand> {
-  /** A tensor, rounded. */
+  /** A rounded tensor. */
   rounded(of: Fp8Operand): Operand
-  /** Memory for rows `[rows, k]`, rounded along. */
+  /** Memory for rows `[rows, k]`, rounded along rows. */
   along(rows: number, k: number): Operand
-  /** Memory for rows `[rows, columns]`, rounded across, expert by expert. */
+  /** Memory for rows `[rows, columns]`, rounded across rows, expert by expert. */
   across(rows: number, columns: number, experts: number): Operand
-  /** A kernel that fills `count` operands of one size, but for those that are null, from what `rest` says. */
+  /** A kernel that fills `count` operands of the same size, except null ones, from the arguments `rest`. */
   kernel(
     name: string,
     count: number,
     rest: string,
   ): (launch: LaunchShape, to: ReadonlyArray<Operand | null>, ...rest: number[]) => void
-  /** The tokens of the rows, of tokens that are rounded along. */
+  /** The tokens of the rows, from tokens that are rounded along rows. */
   gather(tokens: Operand, order: number, sizes: ExpertSizes): Operand
   /** y `[rows, n]` in bf16 = x `[rows, k]` times the weight `[experts, n, k]` of each row's expert, transposed. */
   forward(y: Matrix, x: Operand, weight: Operand, offsets: number, sizes: Sizes): void
-  /** The same for weights `[experts, k, n]` that are rounded across, with up to two pairs that add up. */
+  /** The same for weights `[experts, k, n]` that are rounded across rows; the products of up to two pairs are added. */
   backward(y: Matrix, pairs: ReadonlyArray<readonly [x: Operand, weight: Operand]>, offsets: number, sizes: Sizes): void
   /** dweight `[experts, n, k]` = dy^T x over the rows of each expert. */
   weightGradient(dweight: number, dy: Operand, x: Operand, offsets: number, sizes: Sizes): void
 }
 
-/** Their numbers in bf16, lying as before. */
+/** Form without Hopper's instructions: the rounded values in bf16, in the same layout. */
 function bf16Form(cuda: Cuda): Form<Matrix> {
   const products = expertProducts(cuda)
   const gather = gatherOf(cuda)
@@ -62,7 +62,7 @@ function bf16Form(cuda: Cuda): Form<Matrix> {
   }
 }
 
-/** Codes, for Hopper. */
+/** Form for Hopper: fp8 codes. */
 function codesForm(cuda: Cuda): Form<Fp8Codes> {
   const load = (name: string, signature: string) =>
     cuda.kernel('routed-experts-sm90a', `moe_routed_experts_fp8_${name}_sm90a`, signature)
@@ -93,9 +93,9 @@ function codesForm(cuda: Cuda): Form<Fp8Codes> {
 }
 
 export interface Fp8Experts {
-  /** Addresses of out, and of gate's and up's results where they are kept. */
+  /** Addresses of out, and of the results of gate and up if they are saved. */
   forward(inputs: readonly Value[], outputs: readonly number[]): void
-  /** Addresses of the gradients, 0 where one is not wanted. */
+  /** Addresses of the gradients; 0 for those that are not needed. */
   backward(inputs: readonly Value[], gradients: readonly number[]): void
 }
 

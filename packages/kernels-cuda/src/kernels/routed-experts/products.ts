@@ -1,4 +1,4 @@
-/** @file Products of the routed experts with results in bf16: of rows in expert order by `mma`, and of packed ones on Hopper. */
+/** @file Products of the routed experts with bf16 results: of rows in expert order with `mma`, and of packed rows on Hopper. */
 import type { Cuda } from '../../native.ts'
 import { weightGradient } from '../grouped-matmul/grouped-matmul.ts'
 import { hopperPackedWeightGradient, packedRows, type Sizes } from '../grouped-matmul-sm90a/product.ts'
@@ -8,20 +8,20 @@ import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 /** An operand of rows, and the weights of all experts. */
 export type Pair = readonly [x: Matrix, weight: Matrix]
 
-/** Where rows lie that are summed over. */
+/** The layout of rows that are summed over. */
 export interface Layout {
-  /** Rows in memory, some of them nobody's. */
+  /** Number of rows in memory, including padding rows. */
   readonly rows: number
-  /** Address of the slot of each row, and of the row of each slot. */
+  /** Addresses of the slot of each row, and of the row of each slot. */
   readonly slots: number
   readonly places: number
 }
 
-/** What SwiGLU makes of gate's and up's results. */
+/** SwiGLU of the results of gate and up. */
 export interface Gated {
   /** `[rows, I]`. */
   readonly inner: Matrix
-  /** Where gate's and up's results go, I elements a row: null where nobody wants them. */
+  /** Addresses for the results of gate and up, I elements per row; null if they are not needed. */
   readonly saved: readonly [gate: number, up: number] | null
   /** `[rows, D]`. */
   readonly x: Matrix
@@ -35,7 +35,7 @@ export interface ExpertProducts {
   gated(rows: Gated, offsets: number, sizes: Sizes): void
   /** y `[rows, n]` = x `[rows, k]` times the weight `[experts, n, k]` of each row's expert, in expert order. */
   forward(y: Matrix, pair: Pair, offsets: number, sizes: Sizes): void
-  /** Where rows lie for what follows; zeros in dweights (null: 0) for slots that no expert has. */
+  /** Determines the layout for later calls, and writes zeros to dweights (null: 0) for slots without an expert. */
   layout(
     order: number,
     positions: number,
@@ -43,17 +43,17 @@ export interface ExpertProducts {
     dweights: number,
     sizes: { rows: number; experts: number },
   ): Layout
-  /** y `[rows, n]` = the sum of up to two x `[rows, k]` times the weight `[experts, k, n]` of each row's expert, laid out. */
+  /** y `[rows, n]` = the sum of up to two x `[rows, k]` times the weight `[experts, k, n]` of each row's expert, in the layout. */
   backward(y: Matrix, pairs: readonly Pair[], offsets: number, sizes: Sizes): void
-  /** dweight `[experts, n, k]` = dy^T x over the rows of each expert, laid out, with zeros in rows that are nobody's. */
+  /** dweight `[experts, n, k]` = dy^T x over the rows of each expert, in the layout, where padding rows are zero. */
   weightGradient(dweight: number, dy: Matrix, x: Matrix, offsets: number, sizes: Sizes): void
 }
 
-/** Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty. */
+/** Maximum number of row tiles: every expert may start one, and so may the rows after the last one. None of the sizes is zero. */
 const countJobs = (tile: Tile, { rows, n, experts }: Sizes) =>
   Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
 
-/** Half of a tile's columns are gate's, half up's. */
+/** Half of a tile's columns belong to gate, half to up. */
 const gatedOf = (among: readonly Tile[]): readonly Tile[] =>
   among.map(tile => ({ ...tile, name: `${tile.m}x${tile.n / 2}`, n: tile.n / 2 }))
 

@@ -1,4 +1,4 @@
-/** @file The way of tokens through the routed experts, in precision bf16 here: all rows between the products are bf16, and no expert's output is kept. */
+/** @file Routed experts, in bf16 here: all rows between the products are bf16, and no expert's output is saved. */
 import type { Precision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew } from '../grouped-matmul/grouped-matmul.ts'
@@ -8,7 +8,7 @@ import { fp8Experts } from './fp8.ts'
 import { expertProducts, hopperExpertProducts } from './products.ts'
 import { combineOf, type ExpertSizes, gatherOf, rowKernel, scratchRows, sizesOf } from './rows.ts'
 
-/** What is left to the ops one by one: f32, nothing, and in bf16 rows so few that rounding the weights would take longer than the products. */
+/** Declined cases, computed op by op: f32, empty inputs, and in bf16 so few rows that rounding the weights would take longer than the products. */
 function isDeclined({ M, D, I, E }: ExpertSizes, precision: Precision): boolean {
   const few = D % 4 === 0 && I % 4 === 0 && isFew(M, E)
   return precision === 'f32' || M * D * I * E === 0 || (precision === 'bf16' && few)
@@ -44,7 +44,7 @@ export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
       wholeMatrix(up, E * I, D),
       wholeMatrix(down, E * D, I),
     ])
-    // The experts' inputs, and then their outputs.
+    // The experts' inputs, later overwritten by their outputs.
     const rows = scratchRows(cuda, M, D)
     const inner = scratchRows(cuda, M, I)
     gather(rowSlices(M, rows.ld), rows.pointer, tokens.pointer, pointerOf(order), M, K, N, rows.ld)
@@ -91,7 +91,7 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
       isNeeded ? scratchRows(cuda, layout.rows, I) : { pointer: 0, ld: paddedColumns(I) }
     const [doutTokens, downWeight] = round([wholeMatrix(dout, N, D), wholeMatrix(down, E * D, I)])
     const doutRows = toExperts(doutTokens)
-    // Of gate what the product with down gives, until SwiGLU's gradient writes over it.
+    // The gradient of down's input is written to gate's buffer, until SwiGLU's gradient overwrites it.
     const dgateRows = innerRows(true)
     const dupRows = innerRows(dx || dup)
     const weighted = innerRows(ddown)
@@ -119,7 +119,7 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
     }
     if (dx) {
       const [gateWeight, upWeight] = round([wholeMatrix(gate, E * I, D), wholeMatrix(up, E * I, D)])
-      // Nobody needs the rows of dout any more.
+      // The rows of dout are no longer needed.
       products.backward(
         doutRows,
         [

@@ -1,9 +1,9 @@
-/** @file What the way through the routed experts has in every precision: its sizes, and rows in bf16. */
+/** @file Shared by the routed experts of all precisions: sizes, and rows in bf16. */
 import type { Value } from '@moe/core'
 import type { Cuda } from '../../native.ts'
 import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
 
-/** N tokens, K choices each, M rows, E experts, D features, I inner ones. */
+/** N tokens, K choices per token, M rows, E experts, D features, I inner features. */
 export function sizesOf([x, gate, , , weights]: readonly Value[]) {
   const [N, D] = x.shape
   const [E, I] = gate.shape
@@ -17,7 +17,7 @@ export const rowKernel = (cuda: Cuda, name: string, signature: string) =>
 export const gatherOf = (cuda: Cuda) => rowKernel(cuda, 'gather', 'p p p l i l i')
 export const combineOf = (cuda: Cuda) => rowKernel(cuda, 'combine', 'p p p p l i l i i')
 
-/** Working memory for rows. */
+/** Scratch memory for rows. */
 export function scratchRows(cuda: Cuda, rows: number, columns: number): Matrix {
   const ld = paddedColumns(columns)
   return { pointer: cuda.scratch(rows * ld * 2).pointer, ld }

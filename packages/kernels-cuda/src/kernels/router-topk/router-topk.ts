@@ -1,15 +1,15 @@
-/** @file The choice of experts, forward and backward. */
+/** @file Routing: the choice of experts, forward and backward. */
 import type { RouterAttrs, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 
 const tokensPerBlock = 4
-/** The lanes of a warp share the groups, and each keeps a choice. */
+/** The lanes of a warp share the groups, and each holds one choice. */
 const mostGroups = 32
 const mostChoices = 32
 
 type Launch = (pointers: readonly number[], scores: Value, attrs: RouterAttrs) => void
 
-/** The kernel for that many experts; undefined for more than the largest takes. */
+/** The kernel for this many experts; undefined if there are too many. */
 function router(cuda: Cuda, name: string): (experts: number) => Launch | undefined {
   const variants = [128, 256, 512].map(most => {
     const kernel = cuda.kernel('router-topk', `${name}_e${most}`, 'p p p p p l i i i i i i i f')

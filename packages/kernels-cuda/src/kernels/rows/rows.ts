@@ -17,7 +17,7 @@ export const takeRows: PrimitiveFactory<'takeRows'> = cuda => {
   }
 }
 
-/** Up to here every block of setRows looks for a later source of its row among all indices. */
+/** Up to this many indices, every block of setRows searches all of them for a later source of its row. */
 const fewRows = 4096
 
 export const setRows: PrimitiveFactory<'setRows'> = cuda => {
@@ -36,7 +36,7 @@ export const setRows: PrimitiveFactory<'setRows'> = cuda => {
       cuda.clear(last, rows * 4)
       findLast({ grid: elementwiseGrid(cuda, n), block: 256 }, last, pointerOf(index), n, rows)
     }
-    // Eight units to a thread.
+    // Eight units per thread.
     const launch = { grid: [n, Math.min(Math.ceil(width / 1024), 65535)], block: 128 }
     kernelFor(unit)(launch, y.pointer, pointerOf(index), pointerOf(source), last, n, rows, width)
     return [y]
@@ -58,7 +58,7 @@ export const scatterAddRows: PrimitiveFactory<'scatterAddRows'> = cuda => {
     const width = sizeOf(spec.shape.slice(1))
     const to = pointerOf(index)
     const each = { grid: elementwiseGrid(cuda, n), block: 256 }
-    // Behind the counts, the length of all lists so far.
+    // After the counts: the total length of all lists so far.
     const counts = cuda.scratch(rows * 4 + 4).pointer
     const [starts, arrivals, lists, sorted] = [rows, n, n, n].map(length => cuda.scratch(length * 4).pointer)
     cuda.clear(counts, rows * 4 + 4)

@@ -1,25 +1,25 @@
-/** @file Kernels whose rows are shared out to a warp or to a block, by the rows' length. */
+/** @file Kernels that assign rows to a warp or to a block, depending on the rows' length. */
 import type { Shape } from '@moe/core'
 import { sizeOf } from '@moe/core'
 import type { Cuda } from '../../native.ts'
 
-/** Threads that share a row. A warp holds rows of up to 1024 in registers; 256 threads hold 8192 elements, and read the rest again. */
+/** Threads that share a row. A warp holds rows of up to 1024 elements in registers; 256 threads hold 8192 and reread the rest. */
 const variants = [
   { threads: 32, longest: 1024 },
   { threads: 256, longest: Number.POSITIVE_INFINITY },
 ]
 
-/** Smallest block: where a row takes fewer threads, a block has several rows. */
+/** Minimum block size: if a row takes fewer threads, a block processes several rows. */
 const leastBlock = 128
 
 export interface RowLaunch {
-  /** Rows that a block works on at a time. */
+  /** Rows that a block processes at a time. */
   readonly rowsPerBlock: number
   readonly block: number
   readonly kernel: ReturnType<Cuda['kernel']>
 }
 
-/** `<name>_t32`, `<name>_t256`: the one for rows of `length`. */
+/** The variant `<name>_t32` or `<name>_t256` for rows of this length. */
 export function rowKernel(cuda: Cuda, module: string, name: string, signature: string): (length: number) => RowLaunch {
   const launches = variants.map(({ threads, longest }) => {
     const block = Math.max(threads, leastBlock)
@@ -29,7 +29,7 @@ export function rowKernel(cuda: Cuda, module: string, name: string, signature: s
   return length => launches.find(({ longest }) => length <= longest) as RowLaunch
 }
 
-/** Rows over the last axis, and their length. */
+/** Number of rows over the last axis, and their length. */
 export function rowsOf(shape: Shape): [rows: number, length: number] {
   return [sizeOf(shape.slice(0, -1)), shape[shape.length - 1]]
 }

@@ -1,4 +1,4 @@
-/** @file The largest elements of each row. */
+/** @file The k largest elements of each row. */
 import { sizeOf } from '@moe/core'
 import { elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
 
@@ -16,7 +16,7 @@ export const topk: PrimitiveFactory<'topk'> = cuda => {
     const size = Math.min(most, 2 ** Math.ceil(Math.log2(n)))
     let count = Math.ceil(n / size)
     let length = Math.min(k, size)
-    // Runs of keys until the last launch, which stores the results.
+    // Sorted runs of keys until the last launch, which stores the results.
     const runsOf = (runs: number, keys: number) => (runs === 1 ? 0 : cuda.scratch(rows * runs * keys * 8).pointer)
     let runs = runsOf(count, length)
     const launch = { grid: rows * count, block: Math.min(512, Math.max(32, size / 2)), shared: size * 8 }

@@ -1,4 +1,4 @@
-/** @file Elementwise choice with numpy broadcasting. */
+/** @file Elementwise selection with numpy broadcasting. */
 import { sizeOf } from '@moe/core'
 import { elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { broadcastNest } from '../binary/nest.ts'
