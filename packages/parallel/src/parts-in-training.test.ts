@@ -371,9 +371,9 @@ describe('what does not fit is refused in words', () => {
     local(1, ranks => trainSmall(backend, { ...options }, { onRanks: made => stages.onRanks(made, ranks), ...onRanks }))
 
   test('micro-batches that the schedule does not have', async () => {
-    await expect(refused({ accumulate: 3 })).rejects.toThrow(/accumulate is 3, ranks take 4 micro-batches a step/)
+    await expect(refused({ accumulate: 3 })).rejects.toThrow(/accumulate is 3, but ranks need 4 micro-batches per step/)
     await expect(refused({ accumulate: () => 4 })).rejects.toThrow(
-      /accumulate is .*, ranks take 4 micro-batches a step/,
+      /accumulate is .*, but ranks need 4 micro-batches per step/,
     )
     const [{ steps }] = await refused({ steps: 1 })
     expect(steps[0].tokens).toBe(64)
@@ -386,7 +386,7 @@ describe('what does not fit is refused in words', () => {
     await local(1, async ranks => {
       const onRanks = (model: DeepSeek) => new Pipeline(model, oneForwardOneBackward(1, 1), ranks)
       await expect(trainSmall(backend, {}, { kind: Drawing, onRanks })).rejects.toThrow(
-        'drawn is drawn from in training, and a model in parts cannot keep where it is; train the whole model',
+        'the model draws random numbers from drawn, which pipeline and expert parallelism do not support; use data parallelism',
       )
     })
   })
@@ -429,7 +429,7 @@ describe('what does not fit is refused in words', () => {
   test('ranks that are none, and ranks with other plans', async () => {
     const none = (ranks: unknown) => trainSmall(backend, { ranks } as Options)
     await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, needs what await mpi\(\)/)
-    await expect(none({})).rejects.toThrow(/ranks is no communicator/)
+    await expect(none({})).rejects.toThrow(/ranks is not a communicator/)
     const plans = local(2, ranks => trainSmall(backend, { ranks, evalEvery: ranks.rank }))
     await expect(plans).rejects.toThrow(
       /evalEvery is 0 on rank 0 but 1 on rank 1; pass the same options to train on every rank/,
@@ -461,7 +461,7 @@ describe.skipIf(installed.length === 0)('processes of mpirun', () => {
         expect(whole.reports).toEqual([0, 1].map(rank => ({ rank, ...printed })))
 
         const stopped = await launch(launcher, 2, [script, what, 'terminate'])
-        expect(stopped.errors).toBe('SIGTERM: the training ends after the step under way; once more ends the program\n')
+        expect(stopped.errors).toBe('SIGTERM: training stops after the current step; a second signal exits at once\n')
         // A signal is seen at the next turn of the event loop: in the fourth step.
         const { digest } = stopped.reports[0]
         const cut = { digest, losses: losses.slice(0, 4), stopped: 'interrupted' }

@@ -97,7 +97,7 @@ const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + 
 const bases = [undefined, 'bf16', 'int8', 'int4'] as const
 
 describe.each(bases)('beside weights in %s', weights => {
-  test('adapters learn, the rest stays, recorded as op by op', async () => {
+  test('adapters learn and the base model stays frozen, recorded as well as op by op', async () => {
     const { losses, before, after } = await run({ steps: 60 }, weights)
     expect(mean(losses.slice(-12))).toBeLessThan(mean(losses.slice(0, 12)) - 0.3)
     expect(after.filter(one => !isAdapter(one))).toEqual(before.filter(one => !isAdapter(one)))
@@ -109,7 +109,7 @@ describe.each(bases)('beside weights in %s', weights => {
     expect(byOp.after).toEqual(after)
   })
 
-  test('a run that was stopped goes on with the same bits', async () => {
+  test('a stopped run resumes with the same bits', async () => {
     const [whole, cut] = [join(folder, `whole-${weights}`), join(folder, `cut-${weights}`)]
     const straight = await run({ out: whole }, weights)
     const controller = new AbortController()
@@ -129,7 +129,7 @@ describe.each(bases)('beside weights in %s', weights => {
   })
 })
 
-test('a checkpoint holds the adapters, says what they stand beside, and opens as the model does', async () => {
+test('a checkpoint contains the adapters and names their base model, and opens like a model', async () => {
   const out = join(folder, 'run')
   const { result, after, events } = await run({ out })
   const at = modelFolder(out)
@@ -153,7 +153,7 @@ test('a checkpoint holds the adapters, says what they stand beside, and opens as
   model.dispose()
 })
 
-test('averages of the adapters are measured, stored as adapters, and gone on with', async () => {
+test('the EMA of adapters is evaluated, saved as adapters, and resumed', async () => {
   const out = join(folder, 'averaged')
   const data = { ...settings.data, validation: settings.data.training }
   const straight = await run({ data, ema: 0.8 })
@@ -170,7 +170,7 @@ test('averages of the adapters are measured, stored as adapters, and gone on wit
   averaged.dispose()
 })
 
-test('merged, a run goes on as that of a whole model', async () => {
+test('after merging, a run resumes like that of a complete model', async () => {
   const model = await open()
   await train(model, { ...settings, steps: 2 })
   await mergeAdapters(model)
@@ -193,13 +193,13 @@ describe('is refused', () => {
     return error.message
   }
 
-  test('to train something beside adapters that no checkpoint would hold', async () => {
+  test('to train parameters besides adapters that no checkpoint would contain', async () => {
     const model = await open()
     model.model.norm.weight.trainable = true
     expect(await failure({ out: join(folder, 'beside') }, model)).toMatch(/norm.weight is trainable, but/)
   })
 
-  test('to go on beside another base, with other adapters, or without', async () => {
+  test('to resume with another base model, with other adapters, or without', async () => {
     const out = join(folder, 'foreign')
     await run({ out })
     const other = await open()

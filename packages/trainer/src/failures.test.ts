@@ -34,7 +34,7 @@ describe('failures lose nothing', () => {
     }
   }
 
-  test('a full disk leaves the previous checkpoint, says so, and the run goes on from there', async () => {
+  test('a full disk leaves the previous checkpoint and names it, and the run resumes from there', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     await run({ out: whole })
     const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(2) }))
@@ -45,7 +45,7 @@ describe('failures lose nothing', () => {
     expect(numbersOf(out)).toEqual(numbersOf(whole))
   })
 
-  test('an error that says itself what to do is not told to do two things', async () => {
+  test('an error with a fix of its own gets no second fix', async () => {
     const out = await temporaryFolder()
     class Refused extends BigramModel {
       async save(folder: string): Promise<void> {
@@ -187,7 +187,7 @@ describe('failures lose nothing', () => {
     }
   })
 
-  test('a measurement without sizes, data or model is refused', async () => {
+  test('an evaluation without sizes, data or model is refused', async () => {
     const model = new BigramModel()
     const measure = evaluate as (...input: unknown[]) => Promise<unknown>
     const sizes = { sequenceLength: 8, batchSize: 1 }
@@ -201,7 +201,7 @@ describe('failures lose nothing', () => {
     disposeModule(model)
   })
 
-  test('texts without a tokenizer, and tokens that the model has no embeddings for', async () => {
+  test('texts without a tokenizer, and tokens without embeddings, are refused', async () => {
     const model = new BigramModel()
     const without = await errorOf(train(model, { ...settings, data: { training: ['abc'], validation: [] } }))
     expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer is given/) })

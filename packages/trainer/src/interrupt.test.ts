@@ -29,7 +29,7 @@ async function printed(child: ChildProcess, output: { text: string; errors: stri
   }
 }
 
-test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes on', async () => {
+test('Ctrl-C finishes the step, saves, explains how to resume, and the next run continues', async () => {
   const out = await temporaryFolder()
   const first = start(out)
   await printed(first.child, first.output, 'step 20\n')
@@ -51,7 +51,7 @@ test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes
   expect(lines.map(({ step }) => step)).toEqual(lines.map((_, i) => i + 1))
 })
 
-test('a run goes on when nobody reads what it draws', async () => {
+test('a run continues if the reader of its progress is gone', async () => {
   const out = await temporaryFolder()
   const { child, output } = start(out)
   child.stderr.destroy()
@@ -78,7 +78,7 @@ test('a second Ctrl-C stops at once', async () => {
   expect(await once(child, 'exit')).toEqual([130, null])
 })
 
-test('listens only while it is wanted', () => {
+test('listens only until it is disposed', () => {
   const before = process.listenerCount('SIGINT')
   const controller = new AbortController()
   const watched = watchInterrupts(controller.signal, true)

@@ -97,7 +97,7 @@ function expectClose(actual: Weights, expected: Weights): void {
 }
 
 describe('Ema', () => {
-  test('is that of float64, whatever the decay, of weights since its first update', async () => {
+  test('equals a float64 computation for any decay, over the weights since its first update', async () => {
     const decays = fc.double({ min: 0.01, max: 0.9999, noNaN: true })
     await fc.assert(
       fc.asyncProperty(decays, fc.integer({ min: 1, max: 40 }), fc.integer(), async (decay, steps, seed) => {
@@ -133,7 +133,7 @@ describe('Ema', () => {
     )
   })
 
-  test('refuses a decay that is none', () => {
+  test('refuses an invalid decay', () => {
     const parameter = new Parameter(tensor([1]))
     for (const decay of [0, 1, 1.5, Number.NaN, '0.9'] as number[])
       expect(() => new Ema([{ name: 'weight', parameter }], { decay })).toThrow(/expected a number between 0 and 1/)
@@ -141,8 +141,8 @@ describe('Ema', () => {
   })
 })
 
-describe('a run that keeps averages', () => {
-  test('takes the steps that it takes without, and its averages are those of float64', async () => {
+describe('a run with ema', () => {
+  test('takes the same steps as without, and its averages equal a float64 computation', async () => {
     const [without, out] = [await temporaryFolder(), await temporaryFolder()]
     const plain = await run({ out: without, evalEvery: 4 })
     const { result, events, weights } = await run({ out, evalEvery: 4, ema: 0.8, checkpointEvery: 5 })
@@ -160,7 +160,7 @@ describe('a run that keeps averages', () => {
     }
   })
 
-  test('tells what they are worth, as it tells it of the weights', async () => {
+  test('reports the evaluation of the EMA next to that of the weights', async () => {
     const out = await temporaryFolder()
     const { result, events } = await run({ out, evalEvery: 5, evalTokens: 60, ema: 0.7 })
     const model = new BigramModel()
@@ -184,7 +184,7 @@ describe('a run that keeps averages', () => {
     expect(shares.at(-1)).toBe(1)
   })
 
-  test('leaves the weights where they were when a measurement is interrupted', async () => {
+  test('restores the weights when an evaluation is interrupted', async () => {
     const controller = new AbortController()
     const model = new BigramModel()
     let last: Weights = {}
@@ -199,7 +199,7 @@ describe('a run that keeps averages', () => {
     disposeModule(model)
   })
 
-  test('refuses a decay that is none', async () => {
+  test('refuses an invalid decay', async () => {
     const model = new BigramModel()
     await expect(train(model, { ...settings, ema: 1 })).rejects.toThrow(
       'ema is 1, expected a number between 0 and 1, for example 0.999',
@@ -222,7 +222,7 @@ describe('a run that goes on', () => {
   const numbersOf = (out: string) =>
     readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
 
-  test('goes on with its averages, bit for bit', async () => {
+  test('resumes its averages bit for bit', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     const straight = await run({ out: whole, ema: 0.9 })
     await run({ out: cut, ema: 0.9, ...stopAfter(5) })
@@ -232,7 +232,7 @@ describe('a run that goes on', () => {
     expect(result.ema?.loss).toBe(straight.result.ema?.loss)
   })
 
-  test('with another decay only where that is allowed, and begins averages where there were none', async () => {
+  test('changes the decay, or starts averaging, only if changes are allowed', async () => {
     const out = await temporaryFolder()
     await run({ out, ...stopAfter(5) })
     const differences = async (options: Partial<TrainOptions>) => {

@@ -95,7 +95,7 @@ export interface LayerLoad {
   readonly load: ArrayLike<number>
   /** How many of these were dropped, if the layer drops tokens. */
   readonly dropped?: number | undefined
-  /** Groups of neighbouring experts. Default 1. */
+  /** Number of expert groups (of consecutive experts). Default 1. */
   readonly groups?: number | undefined
   /** Selection bias `[E]` after the step, on the device. It is read when loads are reported. */
   readonly bias?: Tensor | undefined

@@ -58,12 +58,13 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly steps: number
   /** Rows per micro-batch on this rank. Default 8. */
   readonly batchSize?: number
-  /** Tokens per row. Default 256. */
+  /** Trained positions per row. Default 256. */
   readonly sequenceLength?: number
   /**
    * Restricts attention to the document that a token belongs to. Conversations and examples are then packed, several to
-   * a row. Needs a model that `isolates`, as DeepSeek does. Default: true for conversations and examples, as
-   * DeepSeek-V3 was fine-tuned (report, 5.1); false for texts, as it was pre-trained.
+   * a row. Needs a model that `isolates`, as DeepSeek does. Default with such a model: true for conversations,
+   * examples, rollouts and preferences, as DeepSeek-V3 was fine-tuned (report, 5.1); false for texts, as it was
+   * pre-trained.
    */
   readonly isolate?: boolean
   /**

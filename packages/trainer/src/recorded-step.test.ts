@@ -120,7 +120,7 @@ async function both(options: Partial<TrainOptions>, model: DeepSeekOptions & { c
   return recorded
 }
 
-describe('recorded steps are those op by op', () => {
+describe('recorded steps equal steps op by op', () => {
   test.each([
     { optimizer: 'adamw', accumulate: 1 },
     { optimizer: 'adamw', accumulate: 3 },
@@ -144,7 +144,7 @@ describe('recorded steps are those op by op', () => {
     expect((await both({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
   })
 
-  test('with averages that are measured in between, on the same graphs', async () => {
+  test('with an EMA that is evaluated in between, on the same graphs', async () => {
     const options: Partial<TrainOptions> = { evalEvery: 3, data: { training: data(), validation: data() } }
     const without = await run(options)
     for (const precision of ['f32', 'bf16'] as const) {
@@ -154,7 +154,7 @@ describe('recorded steps are those op by op', () => {
     }
   })
 
-  test('a batch that grows: once there are several micro-batches, more of them need no other graph', async () => {
+  test('a growing batch: further micro-batches need no new graph', async () => {
     const accumulate = (step: number) => [1, 1, 2, 2, 2, 3, 3, 4, 4, 5][step]
     const { counts } = await both({ accumulate, data: { training: data(), validation: data() } })
     const steady = await both({ accumulate: 2, data: { training: data(), validation: data() } })
@@ -179,7 +179,7 @@ describe('recorded steps are those op by op', () => {
   })
 })
 
-test('the next batch is made ready while the device computes', async () => {
+test('the next batch is prepared while the device computes', async () => {
   const order: string[] = []
   const { backend } = counting()
   const logging: Backend = {
@@ -212,7 +212,7 @@ test('the next batch is made ready while the device computes', async () => {
   expect(order.join(' ')).toContain('replay replay inputs replay')
 })
 
-test('what draws or schedules within its ops goes op by op', async () => {
+test('a model with random numbers or schedules inside its ops runs op by op', async () => {
   expect((await run({ steps: 4 }, { balancer: auxFree() })).counts.captures).toBe(0)
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
 })
@@ -238,7 +238,7 @@ test('a model that draws random numbers in a recorded part is refused, as every 
   })
 })
 
-test('a class with a loss of its own goes op by op, and that loss is used', async () => {
+test('a subclass that overrides loss runs op by op, with that loss', async () => {
   let calls = 0
   class Own extends DeepSeek {
     override loss(...given: Parameters<DeepSeek['loss']>) {
@@ -312,7 +312,7 @@ describe('with too little memory', () => {
   )
 })
 
-test('a device that is lost in a step is one error, and none that nobody handles', async () => {
+test('a device that is lost during a step causes one error and no unhandled rejection', async () => {
   let isLost = false
   const failure = () => new MoeError({ code: 'E_BACKEND', op: 'test', problem: 'the device is lost' })
   let replays = 0
@@ -345,7 +345,7 @@ test('a device that is lost in a step is one error, and none that nobody handles
 })
 
 describe('TrainingSteps', () => {
-  test('a precision that there is none of is refused at once, by optimizers, too', () => {
+  test('an unknown precision is refused at once, also by optimizers', () => {
     const model = new DeepSeek(tiny, { seed: 1, backend: counting().backend })
     const parameters = namedParameters(model)
     const precision = 'half' as 'bf16'
@@ -374,7 +374,7 @@ describe('TrainingSteps', () => {
     return { counts, model, steps, order, dispose }
   }
 
-  test('records anew when somebody has assigned to a parameter', async () => {
+  test('records again after an assignment to a parameter', async () => {
     const [changed, beside] = [prepare(), prepare(false)]
     const losses: number[][] = []
     for (const { model, steps, order, dispose } of [changed, beside]) {
@@ -394,7 +394,7 @@ describe('TrainingSteps', () => {
     expect(changed.counts.captures).toBe(6)
   })
 
-  test('a batch made ready is used once: afterwards it may hold other tokens', async () => {
+  test('a prepared batch is used once: afterwards it may contain other tokens', async () => {
     const losses = []
     for (const record of [true, false]) {
       const { steps, order, dispose } = prepare(record)
@@ -411,7 +411,7 @@ describe('TrainingSteps', () => {
     expect(losses[0]).toEqual(losses[1])
   })
 
-  test('records anew when a parameter is frozen or the objective has changed', async () => {
+  test('records again when a parameter is frozen or the objective has changed', async () => {
     const losses = []
     for (const record of [true, false]) {
       const { counts, model, steps, order, dispose } = prepare(record)
@@ -448,7 +448,7 @@ describe('TrainingSteps', () => {
     dispose()
   })
 
-  test('a gradient that is not finite is told by its parameter, recorded as well as op by op', async () => {
+  test('a non-finite gradient is reported with its parameter, recorded as well as op by op', async () => {
     const told: unknown[] = []
     for (const record of [true, false]) {
       const { model, steps, order, dispose } = prepare(record)

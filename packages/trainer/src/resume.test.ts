@@ -67,7 +67,7 @@ describe('resuming', () => {
     expect(second.result.validation.loss).toBe(straight.result.validation.loss)
   })
 
-  test('holds for a batch that grows, whose tokens are counted and told beforehand', async () => {
+  test('holds for a growing batch, whose tokens are counted in advance', async () => {
     const accumulate = piecewise([{ steps: 10, from: 0, to: 4 }])
     const micro = [0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4]
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
@@ -90,7 +90,7 @@ describe('resuming', () => {
     )
   })
 
-  test('holds for Muon, too', async () => {
+  test('holds for Muon', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     const optimizer = (parameters: readonly NamedParameter[]) =>
       new Muon(parameters, { takes: ({ name }) => name === 'lm_head.weight' })
@@ -152,7 +152,7 @@ describe('resuming', () => {
     expect(numbersOf(cut)).toEqual(numbersOf(whole))
   })
 
-  test('holds for a model that draws, whatever the stream of the one that goes on was', async () => {
+  test('holds for a model with random numbers, whatever the stream of the resuming model was', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     const options = { accumulate: 2, evalEvery: 2 }
     const straight = await run({ ...options, out: whole, model: new Gshard() })
@@ -177,7 +177,7 @@ describe('resuming', () => {
     expect(numbersOf(again)).toEqual(numbersOf(whole))
   })
 
-  test('from the checkpoint of another folder begins a run of its own', async () => {
+  test('from the checkpoint of another folder starts a separate run', async () => {
     const [from, out] = [await temporaryFolder(), join(await temporaryFolder(), 'branch')]
     const first = await run({ out: from, ...stopAfter(4) })
     const before = numbersOf(from)
@@ -187,7 +187,7 @@ describe('resuming', () => {
     expect(numbersOf(from)).toEqual(before)
   })
 
-  test('of two trainings into one folder the second is refused, and the first goes on', async () => {
+  test('of two trainings into one folder, the second is refused and the first continues', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     await run({ out: whole })
     let second: Promise<Error> | undefined
@@ -209,7 +209,7 @@ describe('resuming', () => {
     expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'measuring', 'evaluation', 'end'])
   })
 
-  test('of a finished run measures again, and its summary stays whole', async () => {
+  test('of a finished run evaluates again, and its summary stays complete', async () => {
     const out = await temporaryFolder()
     const read = async () => JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
     await run({ out })
@@ -221,7 +221,7 @@ describe('resuming', () => {
     expect(await read()).toEqual({ ...before, ...measured, ...peaks })
   })
 
-  test('its most memory is that of the process that took most', async () => {
+  test('peak memory is that of the process with the highest peak', async () => {
     const out = await temporaryFolder()
     const first = await run({ out, ...stopAfter(3) })
     const file = join(first.result.checkpoint ?? '', 'trainer.json')
@@ -239,7 +239,7 @@ describe('resuming', () => {
     expect(JSON.parse(await readFile(join(out, 'summary.json'), 'utf8')).peakMemoryBytes).toBe(2 ** 50)
   })
 
-  test('a finished folder is not written over by accident', async () => {
+  test('a finished run is not overwritten by accident', async () => {
     const out = await temporaryFolder()
     await run({ out })
     const before = numbersOf(out)
@@ -321,7 +321,7 @@ describe('bad checkpoints are refused and change nothing', () => {
     expect(await refused(out)).toMatchObject({ code: 'E_CHECKPOINT' })
   })
 
-  test('a folder that is something else', async () => {
+  test('a folder that is not a checkpoint', async () => {
     const { out } = await stopped()
     expect(await refused(out, { resume: out })).toMatchObject({
       code: 'E_CHECKPOINT',

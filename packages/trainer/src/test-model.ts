@@ -1,4 +1,4 @@
-/** @file For tests only: a small language model that uses all of the contract, its data, and temporary folders. */
+/** @file For tests: a small language model that uses the whole interface, its data, and temporary folders. */
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -28,8 +28,8 @@ import type { SamplingModel, TextSampler } from './rewards/sampler.ts'
 export const testVocabulary = 12
 
 /**
- * The reference backend with every f32 result rounded to f32, as real backends have it: its own f64 would not survive
- * a checkpoint.
+ * The reference backend with every f32 result rounded to f32, as on other backends: a checkpoint would not preserve its
+ * f64.
  */
 export function roundingBackend(): Backend {
   const backend = referenceBackend()
@@ -48,8 +48,8 @@ export function roundingBackend(): Backend {
 }
 
 /**
- * Predicts the next token from the present one. `offset` is a buffer that only `afterStep` changes, as the bias of a
- * router is.
+ * Predicts the next token from the current one. `offset` is a buffer that only `afterStep` changes, like the bias of a
+ * router.
  */
 export class BigramModel extends Module implements TrainableModel {
   readonly lookahead = 1
@@ -100,12 +100,12 @@ export class BigramModel extends Module implements TrainableModel {
   }
 }
 
-/** Makes texts, too: each by itself, with the weights that there are when it is begun. */
+/** Also samples texts: each one separately, with the weights at its start. */
 export class TalkingBigram extends BigramModel implements SamplingModel {
-  /** Tokens of all texts that were made. */
+  /** Tokens of all sampled texts. */
   readonly made: number[][] = []
 
-  /** Probabilities of what follows each token. */
+  /** Probabilities of the next token, for each token. */
   async table(): Promise<number[][]> {
     const logits = noGrad(() =>
       scope(() => {
@@ -157,7 +157,7 @@ export class TalkingBigram extends BigramModel implements SamplingModel {
   }
 }
 
-/** Ends the texts of `TalkingBigram`. */
+/** The end token of `TalkingBigram`. */
 const endToken = 11
 
 /** Inputs, targets (-100 where a position does not count), their weights and their number. */
@@ -209,7 +209,7 @@ export const letterData = (documents = 20, length = 50) => ({
 
 const made: string[] = []
 
-/** An empty folder; `removeTemporaryFolders` removes it. */
+/** Creates an empty folder, which `removeTemporaryFolders` removes. */
 export async function temporaryFolder(): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'moe-trainer-'))
   made.push(folder)

@@ -1,6 +1,6 @@
 /**
- * @file For tests only: a training run as a process of its own, to be interrupted. Arguments: folder, `hang` to never
- * finish saving, or `silent` to draw nothing.
+ * @file For tests: a training run in a separate process, to be interrupted. Arguments: folder, and `hang` to never
+ *   finish saving, or `silent` to show no progress.
  */
 import { setDefaultBackend } from '@moe/core'
 import { BigramModel, letterData, roundingBackend } from './test-model.ts'

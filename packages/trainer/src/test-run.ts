@@ -1,4 +1,4 @@
-/** @file For tests only: small runs, how they are compared and interrupted, and a backend that every test leaves empty. */
+/** @file For tests: small runs, their comparison and interruption, and a backend that every test must leave empty. */
 import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { disposeModule, setDefaultBackend, stateDict } from '@moe/core'
@@ -27,7 +27,7 @@ export const settings = {
   progress: false,
 } as const
 
-/** Trains a new model and gives back what is left of it. */
+/** Trains a new model and returns its result, events and weights. */
 export async function run(options: Partial<TrainOptions> & { model?: BigramModel } = {}) {
   const { model = new BigramModel(), ...rest } = options
   const events: TrainEvent[] = []
@@ -56,7 +56,7 @@ export const errorOf = (work: Promise<unknown>) =>
     (error: Error) => error,
   )
 
-/** Lines of a run without the one number that depends on the clock. */
+/** Lines of a run without the number that depends on the clock. */
 export const numbersOf = (out: string) =>
   readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
 

@@ -13,7 +13,7 @@ import { backend, checkpointsOf, data, errorOf, run, settings } from './test-run
 import { train } from './train.ts'
 
 describe('a run', () => {
-  test('waits for listeners that take their time', async () => {
+  test('waits for asynchronous listeners', async () => {
     const order: string[] = []
     const onEvent = async (event: TrainEvent) => {
       order.push(`${event.type} begins`)
@@ -66,7 +66,7 @@ describe('a run', () => {
     ).toEqual([]) // Who knows?
   })
 
-  test('is ended by a listener whose promise rejects, after what was saved before', async () => {
+  test("fails if a listener's promise rejects, and keeps earlier checkpoints", async () => {
     const out = join(await temporaryFolder(), 'rejects')
     const onEvent = async (event: TrainEvent) => {
       if (event.type === 'step' && event.step === 3) throw new Error('mine')
@@ -77,7 +77,7 @@ describe('a run', () => {
     expect(await readFile(join(out, 'events.jsonl'), 'utf8')).toMatch(/"type":"fail".*mine/)
   })
 
-  test.each([Number.NaN, -1, '0.5'])('does not take a step at a rate that is none: %j', async factor => {
+  test.each([Number.NaN, -1, '0.5'])('does not take a step at an invalid learning rate: %j', async factor => {
     const model = new BigramModel()
     const before = await model.lm_head.weight.values()
     const schedule = (step: number) => (step === 0 ? 0 : (factor as number))
@@ -90,7 +90,7 @@ describe('a run', () => {
     disposeModule(model)
   })
 
-  test('learns, measures, and tells about it in order', async () => {
+  test('learns, evaluates, and emits its events in order', async () => {
     const out = join(await temporaryFolder(), 'first')
     const { result, events } = await run({ steps: 150, out, evalEvery: 50, checkpointEvery: 60 })
     const steps = events.flatMap(event => (event.type === 'step' ? [event] : []))
@@ -169,7 +169,7 @@ describe('a run', () => {
     expect(events.filter(({ type }) => type === 'checkpoint')).toHaveLength(4)
   })
 
-  test('counts end tokens in the nats and text alone in the bytes', async () => {
+  test('counts end tokens in the nats but not in the bytes', async () => {
     const model = new BigramModel()
     const { validation } = data
     const measured = await evaluate(model, validation, { sequenceLength: 16, batchSize: 2 })
@@ -192,7 +192,7 @@ describe('a run', () => {
     disposeModule(model)
   })
 
-  test('goes through all data an epoch whatever the batch, and weighs micro-batches by what they count', async () => {
+  test('uses all data once per epoch for any batch, and weights micro-batches by their counted positions', async () => {
     const whole = await run({ batchSize: 6, steps: 4 })
     const parts = await run({ batchSize: 2, accumulate: 3, steps: 4 })
     const losses = ({ events }: typeof whole) =>
@@ -206,7 +206,7 @@ describe('a run', () => {
     expect(batches).toEqual([3, 3, 3, 3])
   })
 
-  test('tells how far a measurement is', async () => {
+  test('reports the progress of an evaluation', async () => {
     const { events } = await run({ steps: 4, evalEvery: 3, evalTokens: 40 })
     const shares = (at: number) =>
       events.flatMap(event => (event.type === 'measuring' && event.step === at ? [event.done] : []))
@@ -236,7 +236,7 @@ describe('a run', () => {
     })
   })
 
-  test('says that stored weights stay as they are', async () => {
+  test('warns that quantized weights stay frozen', async () => {
     const model = new BigramModel()
     await quantizeWeights(model.embed_tokens, 'bf16')
     const { events } = await run({ model, steps: 2 })
@@ -250,20 +250,20 @@ describe('a run', () => {
     })
   })
 
-  test('stops when its time is up, with a checkpoint', async () => {
+  test('stops at its time limit, with a checkpoint', async () => {
     const out = await temporaryFolder()
     const { result, events } = await run({ out, steps: 100_000, timeLimitSeconds: 1e-6 })
     expect(result).toMatchObject({ steps: 1, stopped: 'time', interrupted: false })
     expect(events.at(-2)).toMatchObject({ type: 'stop', reason: 'time', checkpoint: result.checkpoint })
   })
 
-  test('does without held-out data and without a folder', async () => {
+  test('works without held-out data and without a folder', async () => {
     const { result } = await run({ data: { training: data.training } })
     expect(result.validation.bitsPerByte).toBeNaN()
     expect(result.checkpoint).toBeUndefined()
   })
 
-  test('1,000 steps leave handles and memory as they were', async () => {
+  test('1,000 steps leak neither handles nor memory', async () => {
     setFlagsFromString('--expose-gc')
     const collect = runInNewContext('gc') as () => void
     const used: number[] = []

@@ -20,7 +20,7 @@ async function folderOfRun() {
   return { out, save, names: async () => (await readdir(join(out, 'checkpoints'))).sort() }
 }
 
-test('a checkpoint appears and `latest` moves although files are open for a moment', async () => {
+test('a checkpoint is saved and `latest` updated although files are open for a moment', async () => {
   const { out, save, names } = await folderOfRun()
   await save(1)
   vi.mocked(rename).mockRejectedValueOnce(refused('EPERM')).mockRejectedValueOnce(refused('EBUSY'))
@@ -29,7 +29,7 @@ test('a checkpoint appears and `latest` moves although files are open for a mome
   expect(basename(latestCheckpoint(out)!)).toBe('step-000002')
 })
 
-test('an old checkpoint that is open stays whole until a later save', async () => {
+test('an old checkpoint that is open stays intact until a later save', async () => {
   const { save, names } = await folderOfRun()
   const old = await save(1)
   const { rename: renameFile } = await vi.importActual<typeof import('node:fs/promises')>('node:fs/promises')
@@ -43,7 +43,7 @@ test('an old checkpoint that is open stays whole until a later save', async () =
   expect(await names()).toEqual(['latest', 'step-000003'])
 })
 
-test('one that cannot be removed is none any more, and goes with a later save', async () => {
+test('a checkpoint that cannot be removed no longer counts, and a later save removes it', async () => {
   const { out, save, names } = await folderOfRun()
   await save(1)
   vi.mocked(rm).mockImplementation(async () => {

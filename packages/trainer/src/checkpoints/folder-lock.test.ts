@@ -10,7 +10,7 @@ import { lockFolder } from './folder-lock.ts'
 
 afterEach(removeTemporaryFolders)
 
-test('a folder is taken once and given back', async () => {
+test('a folder is locked once and unlocked', async () => {
   const out = join(await temporaryFolder(), 'new', 'run')
   const unlock = lockFolder(out)
   expect(() => lockFolder(`${out}/../run`)).toThrow(new RegExp(`process ${process.pid} is writing to`))
@@ -24,13 +24,13 @@ test.each([
   ['a process of the same number before this one', `${process.pid} ${hostname()}`],
   ['another machine', `${process.ppid} elsewhere.example`],
   ['a process killed while it wrote', ''],
-])('the lock of %s is not in the way', async (_, text) => {
+])('the lock of %s is ignored', async (_, text) => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), text)
   lockFolder(out)()
 })
 
-test.runIf(process.platform === 'linux')('nor is that of a process whose parent never asks how it ended', async () => {
+test.runIf(process.platform === 'linux')('so is that of a process that its parent never reaps', async () => {
   const out = await temporaryFolder()
   const parent = spawn('sh', ['-c', 'sleep 0 & echo $!; exec sleep 60'])
   try {
@@ -43,13 +43,13 @@ test.runIf(process.platform === 'linux')('nor is that of a process whose parent 
   }
 })
 
-test('the lock of a process that runs is', async () => {
+test('the lock of a running process is respected', async () => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
   expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to .*remove .*training.lock`))
 })
 
-test('a folder that cannot be is E_CONFIG', async () => {
+test('an invalid folder is E_CONFIG', async () => {
   const path = join(await temporaryFolder(), 'file')
   await writeFile(path, '')
   for (const out of [path, join(path, 'below')]) {

@@ -42,7 +42,7 @@ export function lockFolder(out: string, op = 'train'): () => void {
     }
   } catch (cause) {
     if (cause instanceof MoeError) throw cause
-    throw refuse(`cannot use the folder ${out}: ${(cause as Error).message}`, 'choose another out', cause)
+    throw refuse(`the folder ${out} cannot be used: ${(cause as Error).message}`, 'choose another out', cause)
   }
 }
 

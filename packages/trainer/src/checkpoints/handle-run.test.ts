@@ -46,7 +46,7 @@ const write = async (folder: TestDirectory, name: string, text: string) => {
   await file.close()
 }
 
-test('a run that was stopped goes on bit for bit, and the last checkpoints stay', async () => {
+test('a stopped run resumes bit for bit, and the last checkpoints are kept', async () => {
   const [whole, out] = [new TestDirectory('whole'), new TestDirectory('run')]
   const expected = await run({ out: whole, checkpointEvery: 3 })
   expect(checkpointsOf(whole)).toEqual(['latest', 'step-000009', 'step-000012'])
@@ -59,7 +59,7 @@ test('a run that was stopped goes on bit for bit, and the last checkpoints stay'
   expect([...out.entries.keys()].sort()).toEqual(['checkpoints', 'summary.json'])
 })
 
-test('a checkpoint holds what one on the disk does', async () => {
+test('a checkpoint contains the same as one on disk', async () => {
   const out = new TestDirectory('run')
   const tokenizer = { ...letters, idToToken: (id: number) => `<${id}>`, toJSON: () => ({ version: '1.0' }) }
   await run({ out, steps: 2, tokenizer })
@@ -80,7 +80,7 @@ test('the folder of the model is that of the latest checkpoint, or the one given
   expect(await modelFolder(found)).toBe(found)
 })
 
-test('averaged weights are a model beside it, and go on', async () => {
+test('averaged weights are saved as a second model, and resumed', async () => {
   const [whole, out] = [new TestDirectory('whole'), new TestDirectory('run')]
   const { result } = await run({ out: whole, ema: 0.9 })
   await run({ out, ema: 0.9, stopAfter: 5 })
@@ -88,7 +88,7 @@ test('averaged weights are a model beside it, and go on', async () => {
   expect(await modelFolder(out, { ema: true })).toBe(named(out, 'checkpoints', 'step-000012', 'ema'))
 })
 
-test('one that a page left half written is passed over, and goes', async () => {
+test('a checkpoint that a page left incomplete is ignored, and removed later', async () => {
   const out = new TestDirectory('run')
   await run({ out, stopAfter: 4 })
   const half = await named(out, 'checkpoints').getDirectoryHandle('step-000005', { create: true })
@@ -99,7 +99,7 @@ test('one that a page left half written is passed over, and goes', async () => {
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000012'])
 })
 
-test('a storage that is full leaves the checkpoint before', async () => {
+test('a full storage leaves the previous checkpoint', async () => {
   const out = new TestDirectory('run')
   await run({ out, stopAfter: 4 })
   out.quota.bytes = 500
@@ -111,7 +111,7 @@ test('a storage that is full leaves the checkpoint before', async () => {
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000004'])
 })
 
-test('what was damaged is told, with another that is whole; any can be gone on from by name', async () => {
+test('a corrupt checkpoint is reported with an intact one; any can be resumed by name', async () => {
   const out = new TestDirectory('run')
   await run({ out, checkpointEvery: 4 })
   await write(named(out, 'checkpoints', 'step-000012'), 'optimizer.safetensors', 'nothing of the kind')
@@ -126,7 +126,7 @@ test('what was damaged is told, with another that is whole; any can be gone on f
   expect(result.checkpoint).toBe('run/checkpoints/step-000012')
 })
 
-test('a run is not written over by accident', async () => {
+test('a run is not overwritten by accident', async () => {
   const out = new TestDirectory('run')
   await run({ out })
   await expect(run({ out })).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringContaining('overwrite') })

@@ -55,7 +55,7 @@ function rows(from: number, to: number, name = 'table') {
   return { name, parameter: new Parameter(fromHost(numbers, [to - from, 2], 'f32', backend)), firstRow: from }
 }
 
-test('a parameter that two groups have cut in different places is whole, each row once', async () => {
+test('a parameter that two groups cut at different rows is complete, with each row once', async () => {
   const parts = [[rows(0, 3)], [rows(3, 7), rows(0, 7, 'other')], [rows(0, 5)], [rows(5, 7)], []]
   const ranks = meeting(parts.length)
   const all = await Promise.all(

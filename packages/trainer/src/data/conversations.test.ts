@@ -67,18 +67,18 @@ function predictions({ tokens, documents, starts, rows, length }: TokenBatch, po
 describe('tokenizeConversations', () => {
   const learned = (...all: Conversation[]) => shown(tokenizeConversations(all, characters, template))
 
-  test('answers are learned, their end included, and nothing else', () => {
+  test('answers are learned, including their end tokens, and nothing else', () => {
     expect(learned([ask('hi'), answer('yo')])).toEqual(['uhiaYOZ'])
     expect(learned([ask('b'), answer('c'), ask('d'), answer('e')], [answer('f')])).toEqual(['ubaCZudaEZ', 'aFZ'])
     expect(learned([{ role: 'system', content: 's' }, ask('b'), answer('')])).toEqual(['usubaZ'])
   })
 
-  test('answers of weight 0 are context, and what follows the last learned one is left out', () => {
+  test('answers of weight 0 are context, and whatever follows the last learned one is left out', () => {
     expect(learned([ask('b'), { ...answer('c'), weight: 0 }, ask('d'), answer('e'), ask('f')])).toEqual(['ubaczudaEZ'])
     expect(learned([ask('b'), answer('c'), ask('d'), { ...answer('e'), weight: 0 }])).toEqual(['ubaCZ'])
   })
 
-  test('where a template forgets what earlier answers began with, each answer is read as it was given', () => {
+  test('if a template drops parts of earlier answers, each answer still follows its original context', () => {
     const forgets = {
       render: (messages: Conversation, options: { addGenerationPrompt: boolean }) =>
         template.render(
@@ -92,7 +92,7 @@ describe('tokenizeConversations', () => {
     expect(shown(data)).toEqual(['ubaT|CZ', 'ubaczudaEZ'])
   })
 
-  test('counts the bytes of what is learned', () => {
+  test('counts the bytes of the learned text', () => {
     const data = tokenizeConversations(
       [[ask('bcd'), answer('é'), ask('f'), { ...answer('g'), weight: 0 }]],
       characters,
@@ -102,7 +102,7 @@ describe('tokenizeConversations', () => {
     expect([data.documents, data.predictable, data.unpredictable, longestExample(data)]).toEqual([1, 2, 0, 6])
   })
 
-  test('refuses a template whose answers begin with something else than its prompts end with', () => {
+  test('refuses a template that does not render answers after its generation prompt', () => {
     const other = {
       render: (_: Conversation, { addGenerationPrompt }: { addGenerationPrompt: boolean }) =>
         addGenerationPrompt ? 'x' : 'y',
@@ -138,7 +138,7 @@ describe('examples', () => {
       ),
     )
 
-  test('every token to be learned is predicted once an epoch, from what stands before it in its example', () => {
+  test('every learned token is predicted once per epoch, from what precedes it in its example', () => {
     fc.assert(
       fc.property(some, lengths, (examples, sizes) => {
         const expected = wanted(examples, sizes.sequenceLength).sort()
@@ -158,7 +158,7 @@ describe('examples', () => {
     )
   })
 
-  test('with isolate they share rows, each seeing itself, and padding itself alone', () => {
+  test('with isolate, examples share rows, and each token sees only its own example', () => {
     fc.assert(
       fc.property(some, lengths, (examples, { sequenceLength, lookahead }) => {
         fc.pre(wanted(examples, sequenceLength).length > 0)
@@ -183,7 +183,7 @@ describe('examples', () => {
     )
   })
 
-  test('documents that share a window see themselves from where they begin in it', () => {
+  test('documents that share a window see only themselves', () => {
     const data = TokenDataset.fromTokens([
       [1, 2, 3],
       [4, 5, 6, 7],
@@ -200,7 +200,7 @@ describe('examples', () => {
     ])
   })
 
-  test('a limit measures some of them, from everywhere', () => {
+  test('a limit selects some of them, spread evenly', () => {
     const data = datasetOf(
       Array.from({ length: 26 }, (_, i) => [
         [97, true],
@@ -216,7 +216,7 @@ describe('examples', () => {
     expect(letters).toEqual([97, 99, 102, 104, 107, 110, 112, 115, 117, 120])
   })
 
-  test('are refused where they contradict themselves or have nothing to learn', () => {
+  test('are refused if they are inconsistent or have nothing to learn', () => {
     const refuses = (make: () => unknown, message: RegExp) =>
       expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }))
     refuses(
@@ -282,7 +282,7 @@ describe('DeepSeek', () => {
     expect(measured.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
   })
 
-  test('train has conversations share rows, and goes on only in the same arrangement', async () => {
+  test('train packs conversations, and resumes only with the same setting', async () => {
     const out = await temporaryFolder()
     const backend = roundingBackend()
     const chats = Array.from({ length: 12 }, (_, i) => [ask('b'), answer('c'.repeat(1 + (i % 4)))])
@@ -391,7 +391,7 @@ describe('files', () => {
   })
 })
 
-test('train learns answers, tells what is left out, and keeps the template beside the model', async () => {
+test('train learns answers, warns about truncation, and saves the template with the model', async () => {
   const out = await temporaryFolder()
   const random = (i: number) => String.fromCharCode(98 + ((i * 7) % 9))
   // The answer is the letter behind that of the question.

@@ -71,7 +71,7 @@ describe('textFiles', () => {
     expect(split).toEqual({ training: ['first', 'second'], validation: ['third'] })
   })
 
-  test('holds out a file by whichever of its paths', async () => {
+  test('holds out a file by any of its paths', async () => {
     const cwd = await folder({ 'sub/a.txt': 'first', 'b.txt': 'second' })
     // A link to a folder, as one to a file needs a privilege on Windows.
     await symlink(join(cwd, 'sub'), join(cwd, 'held-out'), 'junction')
@@ -108,7 +108,7 @@ describe('textFiles', () => {
     expect(of('long.txt', '\n')).toEqual(['a b'])
   })
 
-  test('cuts by text as by an expression', async () => {
+  test('splits by a string as by a regular expression', async () => {
     const content = '\uFEFFüne🙂🙂deux🙂🙂🙂trois🙂🙂 🙂🙂quatre\n'
     const cwd = await folder({ 'a.txt': content })
     const parts = ['üne', 'deux', '🙂trois', 'quatre\n']
@@ -148,7 +148,7 @@ describe('textFiles', () => {
   })
 })
 
-test('paths and options that are none are refused', async () => {
+test('invalid paths and options are refused', async () => {
   const cwd = await temporaryFolder()
   await writeFile(join(cwd, 'a.txt'), 'first')
   const read = textFiles as (...input: unknown[]) => unknown
@@ -184,7 +184,7 @@ describe('TokenDataset', () => {
     expect(data.unpredictable).toBe(0)
   })
 
-  test('begins with the end token where there is no other', () => {
+  test('uses the end token as begin token if there is no other', () => {
     const tokens = (options: object) => [...TokenDataset.fromTexts(['ab'], letters, options).tokens]
     expect(tokens({ bos: undefined, eos: 7 })).toEqual([10, 0, 1, 7])
     expect(tokens({ bos: null, eos: null })).toEqual([0, 1])
@@ -193,7 +193,7 @@ describe('TokenDataset', () => {
     expect(TokenDataset.fromTexts(['ab', 'c'], plain).unpredictable).toBe(2)
   })
 
-  test('refuses too little, and ids outside the vocabulary', () => {
+  test('refuses too few tokens, and ids outside the vocabulary', () => {
     const code = expect.objectContaining({ code: 'E_DATA' })
     expect(() => TokenDataset.fromTokens([[1]])).toThrow(code)
     expect(() => TokenDataset.fromTokens([])).toThrow(code)
@@ -221,7 +221,7 @@ describe('TrainingOrder', () => {
     seed: fc.integer({ min: 0, max: 1000 }),
   })
 
-  test('shows every token as input and, but for the first of each document, as target once an epoch', () => {
+  test('shows every token as input and, except the first of each document, as target once per epoch', () => {
     fc.assert(
       fc.property(usable, sizes, (documents, options) => {
         const data = TokenDataset.fromTokens(documents)
@@ -333,7 +333,7 @@ describe('TrainingOrder', () => {
     )
   })
 
-  test('refuses sizes that cannot be', () => {
+  test('refuses invalid sizes', () => {
     const data = TokenDataset.fromTokens([[1, 2, 3]])
     for (const accumulate of [() => 0.4, () => Number.NaN, () => undefined as never])
       expect(() =>
@@ -382,7 +382,7 @@ describe('evaluationWindows', () => {
   })
 })
 
-test('bytes of texts in UTF-8 are those that an encoder makes, halves of pairs included', () => {
+test('UTF-8 byte counts equal those of an encoder, including unpaired surrogates', () => {
   const units = fc.array(
     fc.oneof(fc.constantFrom(0x41, 0x7f, 0x80, 0x7ff, 0x800, 0xd7ff, 0xd800, 0xdbff, 0xdc00, 0xdfff, 0xe000)),
   )

@@ -18,7 +18,7 @@ const weights = fc.array(fc.double({ min: 0.01, max: 1, noNaN: true }), { minLen
 const sharesOf = (list: readonly number[]) => list.map(weight => weight / list.reduce((sum, value) => sum + value, 0))
 
 describe('interleaving', () => {
-  test('gives every stretch the shares, but for a place or two of each halving, and numbers the places of a source', () => {
+  test('gives every stretch the shares, up to rounding at each division, and numbers the places of a source', () => {
     fc.assert(
       fc.property(
         weights,
@@ -61,7 +61,7 @@ const data = () =>
 const sizes = { sequenceLength: 8, lookahead: 1, batchSize: 2, seed: 5 }
 
 describe('a mixture', () => {
-  test('deals rows of all sources to ranks, each source once an epoch of its own', () => {
+  test('deals rows of all sources to ranks, each source once per own epoch', () => {
     const numbers = (from: number, length: number) =>
       TokenDataset.fromTokens([Array.from({ length }, (_, i) => from + i)])
     const parts = { web: numbers(0, 1900), code: numbers(5000, 366) }
@@ -102,7 +102,7 @@ describe('a mixture', () => {
     expect(used[1].epochs).toBe(ofCode.length / code.length)
   })
 
-  test('is told of by source: epochs at the start and in the result, held-out text in every measurement', async () => {
+  test('is reported by source: epochs at the start and in the result, held-out data in every evaluation', async () => {
     const events: TrainEvent[] = []
     const lines: string[] = []
     const drawn = progress({ stream: { write: text => lines.push(text) }, color: false })
@@ -127,7 +127,7 @@ describe('a mixture', () => {
     expect(lines.join('')).toMatch(/bits per byte \(web \d\.\d+, code \d\.\d+\)/)
   })
 
-  test('is measured as its parts are, and as all of them together', async () => {
+  test('is evaluated by source and overall', async () => {
     const model = new BigramModel()
     const options = { sequenceLength: 8, batchSize: 2 }
     const all = await evaluate(model, validation, options)
@@ -148,7 +148,7 @@ describe('a mixture', () => {
     )
   })
 
-  test('is another run with other weights, and names what is wrong', async () => {
+  test('with other weights is another run, and invalid sources are named', async () => {
     const start = async (weight: number) => {
       let settings: StartEvent['settings'] = {}
       const changed = mixture({ web: { data: training_('web'), weight }, code: { data: training_('code'), weight: 1 } })

@@ -68,7 +68,7 @@ const whole = (documents: readonly number[][]) => documents.map(ids => [ids])
 const documentsOf = fc.array(fc.array(fc.nat(30), { minLength: 1, maxLength: 12 }), { minLength: 2, maxLength: 12 })
 
 describe('files of Megatron-LM', () => {
-  test('are read as the documents that they are, in any number of files', () => {
+  test('are read as the same documents, in any number of files', () => {
     fc.assert(
       fc.property(documentsOf, fc.nat(12), fc.boolean(), fc.boolean(), (documents, cut, wide, modes) => {
         const parts = [documents.slice(0, cut), documents.slice(cut)].filter(part => part.length > 0)
@@ -99,7 +99,7 @@ describe('files of Megatron-LM', () => {
     expect(validation?.length).toBe(6)
   })
 
-  test('are the bytes that are written here', () => {
+  test('are the bytes that we write', () => {
     const documents = [[1, 2, 3], [4], [5, 6]]
     const bytes = Buffer.concat([
       ...encodeIndex(
@@ -110,7 +110,7 @@ describe('files of Megatron-LM', () => {
     expect(bytes).toEqual(readFileSync(`${megatron(whole(documents))}.idx`))
   })
 
-  test('that are damaged or of another kind are refused', () => {
+  test('that are corrupt or of another format are refused', () => {
     const refuses = (change: (path: string) => void, message: RegExp, options: object = { vocabSize: 9 }) => {
       const path = megatron([[[1, 2], [3]], [[8]]])
       change(path)
@@ -182,7 +182,7 @@ async function written(name: string, documents: readonly string[], options: obje
 }
 
 describe('training from files', () => {
-  test('sees the rows of the same documents in memory, on every rank, and measures the same', async () => {
+  test('sees the rows of the same documents in memory, on every rank, and evaluates to the same', async () => {
     const { training } = tokenFiles(await written('a', texts))
     const memory = TokenDataset.fromTexts(texts, letters)
     for (const isolate of [false, true]) {
@@ -223,7 +223,7 @@ describe('training from files', () => {
     )
   })
 
-  test('goes on with the same data alone, known by its content', async () => {
+  test('resumes only with the same data, identified by its content', async () => {
     const out = join(folder, 'run')
     const run = (path: string, steps: number, resume = false) =>
       train(new BigramModel(), {
@@ -266,7 +266,7 @@ describe('training from files', () => {
     ).rejects.toThrow(/training tokens were made with another tokenizer/)
   })
 
-  test('refuses a folder that is not finished, or of which a part is another one', async () => {
+  test('refuses an unfinished folder, or one with files of another run', async () => {
     const path = await written('e', texts)
     const manifest = JSON.parse(readFileSync(join(path, 'tokens.json'), 'utf8'))
     const refuses = (changes: object, message: RegExp) => {

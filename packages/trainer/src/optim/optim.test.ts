@@ -41,7 +41,7 @@ function parameterOf(values: ArrayLike<number>, grad: ArrayLike<number>, shape =
   return parameter
 }
 
-test('optimizers refuse what is no list of named parameters, and steps without a rate', async () => {
+test('optimizers refuse anything but named parameters, and steps without a learning rate', async () => {
   const parameter = parameterOf([1, 2], [1, 1])
   for (const Made of [AdamW, Muon]) {
     for (const none of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
@@ -57,7 +57,7 @@ test('optimizers refuse what is no list of named parameters, and steps without a
   parameter.dispose()
 })
 
-test('state of other parameters is refused with as many lines as one reads', async () => {
+test('state of other parameters is refused with a limited number of lines', async () => {
   const parameters = Array.from({ length: 25 }, (_, i) => ({
     name: `layers.${i}.weight`,
     parameter: new Parameter(full([2, 2], i)),
@@ -147,7 +147,7 @@ describe('AdamW', () => {
 describe('moments in bf16', () => {
   const rounded = (x: number) => fromBf16(toBf16(x))
 
-  test('are those of f32 rounded after each step, which is taken before', async () => {
+  test('equal those of f32, rounded after each step', async () => {
     const random = new Random(4)
     const parameter = new Parameter(tensor(random.normal(50)))
     const p = Float64Array.from(await parameter.values())
@@ -197,7 +197,7 @@ describe('moments in bf16', () => {
   }
 
   // A moment rests where what a step moves it by is less than half of its last bit: 2^-8 of it over what a step takes.
-  test('come as near to what stays the same as eight bits let them, from above and below', async () => {
+  test('converge to a constant within the precision of bf16, from above and below', async () => {
     const rates = fc.double({ min: 0.5, max: 1 - 2 ** -6, noNaN: true })
     const sizes = fc.double({ min: -12, max: 12, noNaN: true }).map(power => 2 ** power)
     await fc.assert(
@@ -215,7 +215,7 @@ describe('moments in bf16', () => {
     )
   })
 
-  test('fall at every rate that is allowed', async () => {
+  test('decay at every allowed rate', async () => {
     const exponent = 1 - 2 ** -8
     for (const rate of [0.5, 0.95, exponent]) {
       const { m, v } = await momentsAfter([1, ...new Array<number>(2500).fill(0)], [rate, rate])
@@ -242,7 +242,7 @@ describe('moments in bf16', () => {
     parameter.dispose()
   })
 
-  test('are on average what they are in f32 where gradients are noise', async () => {
+  test('equal those of f32 on average if gradients are noise', async () => {
     const random = new Random(5)
     const size = 4000
     const made = (['f32', 'bf16'] as const).map(moments => {
@@ -360,7 +360,7 @@ describe('clipping', () => {
 })
 
 describe('piecewise', () => {
-  test('goes from stretch to stretch, each of which ends where it says, and stays where the last has ended', () => {
+  test('follows the segments, each of which reaches its end, and stays at the end of the last', () => {
     const schedule = piecewise([
       { steps: 4, from: 0, to: 1 },
       { steps: 2, at: 1 },
@@ -402,7 +402,7 @@ describe('piecewise', () => {
     expect(Array.from({ length: 15 }, (_, step) => short(step)).filter(rate => rate === 2.2e-4)).toHaveLength(10)
   })
 
-  test('lies between its ends, for any lengths', () => {
+  test('stays between the ends of each segment, for any lengths', () => {
     const stretch = fc.record({
       steps: fc.integer({ min: 0, max: 9 }),
       from: fc.double({ min: 0, max: 1, noNaN: true }),
@@ -425,7 +425,7 @@ describe('piecewise', () => {
     )
   })
 
-  test('names what cannot be', () => {
+  test('names invalid segments', () => {
     const refused = (stretches: unknown, options = {}) => expect(() => piecewise(stretches as Stretch[], options))
     refused([]).toThrow(/the segments are/)
     refused([{ steps: 1, to: 1 }]).toThrow(/from of segment 0 is missing/)
@@ -479,7 +479,7 @@ describe('schedules', () => {
     )
   })
 
-  test('refuse what does not fit, all at once', () => {
+  test('report all invalid options at once', () => {
     expect(() => warmupCosine({ steps: 10, warmup: 20, floor: 2 })).toThrow(/floor is 2, warmup of 20/)
     expect(() => warmupStableDecay({ steps: 10, warmup: 6, decay: 6 })).toThrow(
       expect.objectContaining({ code: 'E_CONFIG' }),
@@ -487,7 +487,7 @@ describe('schedules', () => {
   })
 })
 
-test('options that nobody reads are refused, by train as well', async () => {
+test('unknown options are refused, also by train', async () => {
   const parameter = parameterOf([1, 2], [1, 1])
   for (const Made of [AdamW, Muon]) {
     const make = (options: unknown) => () => new Made([{ name: 'weight', parameter }], options as object)

@@ -150,7 +150,7 @@ const small = (options: DeepSeekOptions = {}) =>
   new DeepSeek(config, { seed: 1, backend, ...(options.balancer ? {} : { objective }), ...options })
 
 describe('a training', () => {
-  test('tells loads and biases that follow from the choices of all its steps and micro-batches', async () => {
+  test('emits loads and biases that match the routing of all its steps and micro-batches', async () => {
     const { model, loads } = await run(new Watched({ seed: 1, backend, objective }), { accumulate: 3, loadsEvery: 3 })
     expect(loads.map(({ step, steps }) => [step, steps])).toEqual([
       [3, 3],
@@ -183,7 +183,7 @@ describe('a training', () => {
     }
   })
 
-  test('that is recorded tells the same', async () => {
+  test('that is recorded emits the same', async () => {
     const eager = await run(small(), { loadsEvery: 2, record: false })
     const recorded = await run(small(), { loadsEvery: 2 })
     expect(eager.loads).toHaveLength(4)
@@ -217,7 +217,7 @@ describe('a training', () => {
     }
   })
 
-  test('of a model of any kind tells what that says of itself', async () => {
+  test('of any model emits what its layerLoads contains', async () => {
     const own: Array<{ load: number[]; kept: number }> = []
     const loads: LoadsEvent[] = []
     await train(new Switch({ backend: roundingBackend() }, own), {
@@ -270,7 +270,7 @@ describe('loads.jsonl', () => {
   const read = (out: string) => readLoads(join(out, 'loads.jsonl'))
   const untyped = (events: readonly LoadsEvent[]) => events.map(({ type, ...line }) => line)
 
-  test('has the events, a small line each; events.jsonl has none', async () => {
+  test('contains the events, one short line each; events.jsonl has none', async () => {
     const out = await temporaryFolder()
     const { loads } = await run(small(), { out, loadsEvery: 3, checkpointEvery: 4 })
     expect(loads.map(({ step }) => step)).toEqual([3, 4, 6, 8])
@@ -288,12 +288,12 @@ describe('loads.jsonl', () => {
     expect(loads.map(({ step }) => step)).toEqual(steps)
   })
 
-  test.each([-1, 1.5, Number.NaN, '10'])('every %j steps cannot be', async loadsEvery => {
+  test.each([-1, 1.5, Number.NaN, '10'])('loadsEvery %j is refused', async loadsEvery => {
     const failing = run(small(), { loadsEvery: loadsEvery as number })
     await expect(failing).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/loadsEvery/) })
   })
 
-  test('of a run that was killed and goes on is that of one that never stopped', async () => {
+  test('of a killed and resumed run equals that of one that never stopped', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     const settings = { schedule: () => 1, loadsEvery: 3, checkpointEvery: 4 }
     await run(small(), { ...settings, out: whole })
@@ -335,7 +335,7 @@ describe('loads.jsonl', () => {
     expect(whole.loads[0].layers.map(({ load }) => load)).toEqual([0, 1, 2].map(sum))
   })
 
-  test('has what the experts were given before a step that failed, without biases', async () => {
+  test('contains the loads before a failed step, without biases', async () => {
     const out = await temporaryFolder()
     const schedule = (step: number) => (step === 4 ? Number.MAX_VALUE : 1)
     await expect(run(small(), { schedule, loadsEvery: 3, out })).rejects.toMatchObject({ code: 'E_NAN' })
@@ -352,7 +352,7 @@ describe('loads.jsonl', () => {
     expect(read(out).map(({ step }) => step)).toEqual([2])
   })
 
-  test('is cut behind the last line that is whole', async () => {
+  test('is truncated after the last complete line', async () => {
     const path = join(await temporaryFolder(), 'loads.jsonl')
     const line = (step: number) => `{"step":${step},"steps":1,"layers":[{"name":"a","load":[${step}]}]}\n`
     const lines = [1, 2, 3].map(line).join('')
@@ -373,7 +373,7 @@ describe('loads.jsonl', () => {
   })
 })
 
-test('sums begin anew, layers that come later are there', async () => {
+test('sums are reset, and later layers are included', async () => {
   const sums = new LoadSums()
   const layer = (name: string, load: number[], dropped?: number): LayerLoad => ({ name, load, dropped })
   sums.add([layer('a', [1, 2])])

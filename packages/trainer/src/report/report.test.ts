@@ -58,7 +58,7 @@ describe('progress', () => {
     return { text, listen, all: () => text }
   }
 
-  test('writes a plain line every N steps where there is no terminal', () => {
+  test('writes a plain line every N steps without a terminal', () => {
     const { text } = shown({ every: 3 })
     expect(text.split('\n')).toEqual([
       '12.5M parameters on kernels-cpu (EPYC, bf16); 40 steps of 2,048 tokens, 0.0 epochs of 2.1M',
@@ -70,7 +70,7 @@ describe('progress', () => {
     ])
   })
 
-  test('redraws one line on a terminal, not faster than the eye, and clears it for other lines', () => {
+  test('redraws one line on a terminal at a limited rate, and clears it for other lines', () => {
     let clock = 0
     const { all, listen } = shown({ isTTY: true, columns: 120, color: false, now: () => (clock += 60) })
     // Two draws within 100 ms are one; the last is always drawn.
@@ -81,7 +81,7 @@ describe('progress', () => {
     expect(all().endsWith('\r\x1b[2Knote hello\n')).toBe(true)
   })
 
-  test('shows how far a measurement is, elsewhere than on a terminal when it takes long', () => {
+  test('shows the progress of an evaluation, without a terminal only if it takes long', () => {
     const measure = (isTTY: boolean) => {
       let clock = 0
       const { all, listen } = shown({ isTTY, columns: 120, color: false, now: () => clock }, [])
@@ -98,7 +98,7 @@ describe('progress', () => {
     expect(measure(true)).toHaveLength(100)
   })
 
-  test('tells what was measured of the weights, and of their averages where there are some', () => {
+  test('shows the evaluation of the weights, and of the EMA if there is one', () => {
     const { text, listen, all } = shown({ color: false }, [])
     const measured = { loss: 4, bitsPerByte: 1.5, tokens: 9000, seconds: 1 }
     const evaluation = { type: 'evaluation', step: 40, final: false, ...measured } as const
@@ -111,7 +111,7 @@ describe('progress', () => {
     ])
   })
 
-  test('leaves the line to stand when the run fails', () => {
+  test('keeps the line when the run fails', () => {
     const { all, listen } = shown({ isTTY: true, columns: 120, color: false }, [40])
     listen({ type: 'fail', error: new Error('no') })
     expect(all().endsWith('ETA 0:00\n')).toBe(true)
@@ -125,7 +125,7 @@ describe('progress', () => {
     }
   })
 
-  test('has colors on a terminal unless they are refused', () => {
+  test('has colors on a terminal unless they are disabled', () => {
     expect(shown({ isTTY: true, color: true }).text).toContain('\x1b[32m')
     expect(shown({ isTTY: true, color: false }).text).not.toContain('\x1b[3')
     process.env['NO_COLOR'] = '1'
@@ -136,7 +136,7 @@ describe('progress', () => {
     }
   })
 
-  test('tells where a stopped run was saved, or that it was not', () => {
+  test('shows where a stopped run was saved, or that it was not', () => {
     const { listen, all } = shown({}, [])
     listen({ type: 'stop', reason: 'interrupted', step: 7, steps: 40, checkpoint: 'runs/a/checkpoints/step-000007' })
     listen({ type: 'stop', reason: 'time', step: 8, steps: 40, checkpoint: undefined })
@@ -162,14 +162,14 @@ describe('metrics.jsonl', () => {
     )
   })
 
-  test('flushes by itself when many lines wait', async () => {
+  test('flushes automatically when many lines are buffered', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const log = new LogFile(path)
     for (let i = 1; i <= 2000; i++) log.line(metricsLine(step(i)))
     expect(readMetrics(path).length).toBeGreaterThan(1000)
   })
 
-  test('flushes by itself after a second, so that whoever watches the file sees lines', async () => {
+  test('flushes automatically after a second', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const clock = vi.spyOn(performance, 'now').mockReturnValue(5000)
     const log = new LogFile(path)
@@ -182,7 +182,7 @@ describe('metrics.jsonl', () => {
     expect(written).toEqual([0, 0, 3, 3, 5])
   })
 
-  test('is cut after a step, torn lines included', async () => {
+  test('is truncated after a step, including partial lines', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const lines = [1, 2, 3].map(i => JSON.stringify(metricsLine(step(i))))
     await writeFile(path, `${lines.join('\n')}\n{"step":4,"lo`)
@@ -190,7 +190,7 @@ describe('metrics.jsonl', () => {
     expect(await readFile(path, 'utf8')).toBe(`${lines[0]}\n${lines[1]}\n`)
   })
 
-  test('is cut back to whole lines when the disk is full, and the lines wait', async () => {
+  test('is truncated to complete lines when the disk is full, and lines stay buffered', async () => {
     vi.mocked(openSync).mockClear()
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const log = new LogFile(path)
@@ -217,7 +217,7 @@ describe('metrics.jsonl', () => {
     expect(readMetrics(path).map(line => line.step)).toEqual([1, 2])
   })
 
-  test('waits while another program has the file to itself, and longer than a moment only at the end', async () => {
+  test('buffers lines while another program locks the file, and retries on close', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const log = new LogFile(path)
     const busy = () => {
@@ -277,7 +277,7 @@ describe('events.jsonl', () => {
       .split('\n')
       .map(line => JSON.parse(line))
 
-  test('has what happened beside steps, of all parts of a run, each line as soon as it happens', async () => {
+  test('contains all events except steps, of all parts of a run, as soon as they happen', async () => {
     const path = join(await temporaryFolder(), 'events.jsonl')
     const listen = eventsLog(path)
     listen(start)
@@ -298,7 +298,7 @@ describe('events.jsonl', () => {
     ])
   })
 
-  test('says nothing of a run that never had the folder', async () => {
+  test('does not contain a run that failed before its start', async () => {
     const path = join(await temporaryFolder(), 'events.jsonl')
     eventsLog(path)({ type: 'fail', error: new Error('another training writes there') })
     expect(existsSync(path)).toBe(false)

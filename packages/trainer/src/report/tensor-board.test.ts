@@ -143,7 +143,7 @@ describe('the listener', () => {
     expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
   })
 
-  test('begins a file for each part of a run, at the step from which it is told again', async () => {
+  test('starts a file for each part of a run, at the step from which it repeats', async () => {
     const folder = await temporaryFolder()
     for (const fromStep of [0, 2]) {
       const listen = tensorBoard(folder)
@@ -167,7 +167,7 @@ describe('the listener', () => {
     expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
   })
 
-  test('writes on the first rank alone', async () => {
+  test('writes only on rank 0', async () => {
     const folder = await temporaryFolder()
     const listen = tensorBoard(folder)
     listen({ ...start, rank: 1 })
@@ -180,7 +180,7 @@ describe('the listener', () => {
     expect(() => tensorBoard()(start)).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
   })
 
-  test('tells once that a full disk keeps it waiting, and writes all when it can', async () => {
+  test('reports a full disk once, and writes everything later', async () => {
     const folder = await temporaryFolder()
     const told: string[] = []
     const reporter = noticesInto(told)
@@ -200,7 +200,7 @@ describe('the listener', () => {
     expect(told).toHaveLength(1)
   })
 
-  test('gives up where too much waits, and where there is no folder', async () => {
+  test('gives up if too much is buffered, and if there is no folder', async () => {
     const folder = await temporaryFolder()
     const told: string[] = []
     const reporter = noticesInto(told)

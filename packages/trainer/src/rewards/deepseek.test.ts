@@ -102,7 +102,7 @@ test('a run that was stopped goes on, bit for bit', async () => {
   expect(rest.weights).toEqual(whole.weights)
 })
 
-test('averages are rewarded beside the weights, and disturb nothing', async () => {
+test('the EMA is evaluated next to the weights, and changes nothing', async () => {
   const given = { updates: 2, validation: prompts.slice(0, 3) }
   const plain = await ran(given, { evalEvery: 4 })
   const out = join(await temporaryFolder(), 'run')

@@ -64,7 +64,7 @@ describe.each(placements)('in $name', placement => {
       placement,
     )
 
-  test('log-probabilities are those of the model, each at its token', async () => {
+  test('log-probabilities are those of the model, at the right tokens', async () => {
     const model = fixtureModel()
     const table = await model.table()
     const read = await packed().logProbs(model, 'f32')
@@ -138,7 +138,7 @@ test('one update without a reference is the policy gradient: every token of a te
   )
 })
 
-test('texts count alike whatever their length, where they are averaged', () => {
+test("texts are weighted equally for average: 'text', whatever their length", () => {
   const text = (length: number) => ({ advantage: 1, now: Array(length).fill(-1), old: Array(length).fill(-1) })
   const { weights } = tokenWeights([text(1), text(4)], { clip: 0.2, klWeight: 0, average: 'text' })
   expect(weights.map(list => [...list])).toEqual([[2.5], [0.625, 0.625, 0.625, 0.625]])
@@ -166,7 +166,7 @@ describe('advantages', () => {
   })
 })
 
-test('the divergence is 0 for equal odds and positive for others, however near', () => {
+test('the divergence is 0 for equal log-probabilities and positive otherwise', () => {
   fc.assert(fc.property(fc.double({ min: -5, max: 5, noNaN: true }), x => divergence(x) >= 0))
   expect(divergence(0)).toBe(0)
   expect(divergence(1e-6)).toBeCloseTo(5e-13, 16)

@@ -131,7 +131,7 @@ async function ran(given: Partial<PreferenceOptions> = {}, options: Partial<Trai
 }
 
 describe('training on preferences', () => {
-  test('prefers what was chosen, also where it is held out, from a loss of ln 2 on', async () => {
+  test('prefers the chosen texts, also held-out ones, starting from a loss of ln 2', async () => {
     const { steps, result } = await ran({ validation: 0.25 }, { steps: 30 })
     expect(steps[0].metrics['preference']).toBeCloseTo(Math.LN2, 6)
     expect(steps[29].metrics['preference']).toBeLessThan(0.55)
@@ -146,7 +146,7 @@ describe('training on preferences', () => {
     expect(await margin(2)).toBeLessThan(await margin(0.05))
   })
 
-  test('that was stopped goes on with the same numbers', async () => {
+  test('resumes with the same numbers', async () => {
     const whole = await ran()
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
@@ -158,7 +158,7 @@ describe('training on preferences', () => {
     expect(rest.steps).toEqual(whole.steps.slice(4))
   })
 
-  test('takes conversations and texts, with the tokens that end them', async () => {
+  test('accepts conversations and texts, and adds their end tokens', async () => {
     const seen: string[] = []
     const template = {
       render: (messages: Conversation) =>

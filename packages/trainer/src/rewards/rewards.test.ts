@@ -105,7 +105,7 @@ describe('a model that is rewarded for token 7', () => {
     expect(clipped.some(share => share > 0)).toBe(true)
   })
 
-  test('stays nearer to a reference the more that weighs', async () => {
+  test('stays nearer to a reference for a larger KL weight', async () => {
     const kls: number[] = []
     for (const weight of [0.01, 1]) {
       const reference = new TalkingBigram()
@@ -120,7 +120,7 @@ describe('a model that is rewarded for token 7', () => {
 })
 
 describe('a step', () => {
-  test('tells what the texts were', async () => {
+  test('logs metrics of the texts', async () => {
     const samples: Sample[] = []
     const reward = (sample: Sample) => {
       samples.push(sample)
@@ -148,7 +148,7 @@ describe('a step', () => {
     expect(count).toBeUndefined()
   })
 
-  test('gives a reward the prompt as it came, and text without special tokens', async () => {
+  test('passes the original prompt and text without special tokens to the reward function', async () => {
     const asked = ['ab', 'cd'].map((text, answer) => ({ text, answer }))
     const seen = new Set<number>()
     const data = rollouts(asked, {
@@ -181,7 +181,7 @@ describe('a step', () => {
     expect(steps.map(({ gradNorm }) => gradNorm)).toEqual([0, 0])
   })
 
-  test('draws other texts for the same prompt than the step before, and the text before', async () => {
+  test('samples different texts for the same prompt, within and across steps', async () => {
     const data = rollouts([{ tokens: [10, 2] }], { reward: () => 0, groups: 1, groupSize: 12, maxTokens: 5 })
     const { made } = await ran({}, { data, steps: 2 })
     expect(made.slice(0, 12)).not.toEqual(made.slice(12))
@@ -278,7 +278,7 @@ describe('a run', () => {
     expect(rest.table).toEqual(whole.table)
   })
 
-  test('saves and measures behind whole batches of texts', async () => {
+  test('saves and evaluates only after complete rounds', async () => {
     const out = join(await temporaryFolder(), 'run')
     const options = { steps: 12, out, checkpointEvery: 4, keepCheckpoints: 9, evalEvery: 5 }
     const { events } = await ran({ updates: 3, validation: [{ tokens: [10, 9] }] }, options)
@@ -317,7 +317,7 @@ describe('a run', () => {
     disposeModule(model)
   })
 
-  test('is told of in lines', async () => {
+  test('shows progress lines', async () => {
     let text = ''
     const { progress } = await import('../report/progress.ts')
     const stream = { write: (part: string) => (text += part) } as never
@@ -364,7 +364,7 @@ describe('what goes wrong', () => {
     expect(numbers(rest)).toEqual(numbers(whole).slice(2))
   })
 
-  test('a reward that fails for a held-out prompt leaves what was learned, too', async () => {
+  test('a reward that fails for a held-out prompt leaves a checkpoint, too', async () => {
     const out = join(await temporaryFolder(), 'run')
     const reward = (sample: Sample) => {
       if ((sample.prompt as { tokens: number[] }).tokens[1] === 9) throw new Error('cannot judge')
@@ -375,7 +375,7 @@ describe('what goes wrong', () => {
     expect(latestCheckpoint(out)).toMatch(/step-000004$/)
   })
 
-  test('a reward that takes long is ended by the signal, and the step is made again', async () => {
+  test('a slow reward is stopped by the signal, and the step is repeated', async () => {
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
     const reward: RolloutOptions['reward'] = (sample, { signal }) =>
@@ -400,7 +400,7 @@ describe('what goes wrong', () => {
     expect(numbers(rest)).toEqual(numbers(await ran({}, { steps: 5 })).slice(2))
   })
 
-  test('of many texts, the first that fails is told, and the others are ended', async () => {
+  test('the first failing text is reported, and the others are stopped', async () => {
     let asked = 0
     let ended = 0
     const reward: RolloutOptions['reward'] = (_, { signal }) => {
@@ -419,7 +419,7 @@ describe('what goes wrong', () => {
     expect(ended).toBe(asked - 1)
   })
 
-  test('a reward that never comes, and does not hear the signal, is not waited for', async () => {
+  test('a reward that never resolves and ignores the signal is not awaited', async () => {
     const controller = new AbortController()
     const reward = () => {
       controller.abort()
@@ -482,11 +482,11 @@ describe('what goes wrong', () => {
     })
   })
 
-  test('a row that just holds a text is enough', async () => {
+  test('a row that exactly fits a text is enough', async () => {
     await ran({}, { sequenceLength: 6, steps: 1 })
   })
 
-  test('models that cannot are told what is missing', async () => {
+  test('models that cannot sample are refused with what is missing', async () => {
     const silent = new BigramModel() as TalkingBigram
     expect(await problem(ran({}, {}, silent))).toMatchObject({
       code: 'E_ATTR',

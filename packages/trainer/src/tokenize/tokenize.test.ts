@@ -103,13 +103,13 @@ describe('sources', () => {
     )
   })
 
-  test('fields are named, and those that are null or empty left out', async () => {
+  test('field selects the text, and null or empty ones are left out', async () => {
     const path = file('d.jsonl', `{"body":"the union","n":1}\n\n{"body":null}\r\n{"body":""}\n{"body":"states"}`)
     expect(shown((await tokenized(path, { field: 'body' })).training)).toEqual(inMemory(['the union', 'states']))
     await expect(tokenized(path)).rejects.toThrow(/line at byte 0 has no text; its fields are body, n.*--field/)
   })
 
-  test('what cannot be read is told with its place', async () => {
+  test('unreadable input is reported with its position', async () => {
     const bad = async (name: string, content: string | Uint8Array, message: RegExp) =>
       expect(tokenized(file(name, content)), name).rejects.toThrow(
         expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -211,7 +211,7 @@ describe('files', () => {
     expect(training.unpredictable).toBe(1)
   })
 
-  test('go on where a call was aborted, and are then the same', async () => {
+  test('continue after an aborted call, with the same result', async () => {
     // More than one batch: documents of some megabytes.
     const long = Array.from({ length: 12 }, (_, i) => documents.slice(i).join('\n').repeat(40))
     const paths = [file('l1.jsonl', jsonl(long.slice(0, 7))), file('l2.jsonl.gz', zlib.gzipSync(jsonl(long.slice(7))))]
@@ -250,7 +250,7 @@ describe('files', () => {
     expect(contentOf(out)).toEqual(contentOf(whole.out))
   }, 60_000)
 
-  test('are not made twice, and what was made otherwise is refused', async () => {
+  test('are not written twice, and other settings are refused', async () => {
     const path = file('m.jsonl', jsonl(documents))
     const { out, result } = await tokenized(path)
     const never = {
@@ -273,7 +273,7 @@ describe('files', () => {
     expect(tokenFiles(out).training.documents).toBe(documents.length + 1)
   })
 
-  test('settings that cannot be are told together', async () => {
+  test('all invalid settings are reported together', async () => {
     const path = file('n.txt', 'a')
     await expect(tokenized(path, { shardTokens: 0, validation: 1, separator: '', threads: 0.5 })).rejects.toThrow(
       /threads is 0.5.*shardTokens is 0.*validation is 1.*separator/,
@@ -292,7 +292,7 @@ describe('moe-trainer tokenize', () => {
       ),
     )
 
-  test('writes what the function writes, and goes on after kill -9', async () => {
+  test('writes what the function writes, and continues after kill -9', async () => {
     await tokenizer.save(join(folder, 'tokenizer.json'))
     mkdirSync(join(folder, 'corpus'))
     const long = Array.from({ length: 40 }, (_, i) => documents.slice(i).join('\n').repeat(12))
@@ -331,7 +331,7 @@ describe('moe-trainer tokenize', () => {
     expect(contentOf(out)).toEqual(contentOf(whole.out))
   }, 60_000)
 
-  test('tells what is missing', async () => {
+  test('names missing options', async () => {
     expect(await started('x.txt')).toMatchObject({ code: 2, stderr: expect.stringContaining('--tokenizer is missing') })
     expect(await started('nothing*.txt', '--tokenizer', folder, '--out', fresh())).toMatchObject({
       code: 1,

@@ -75,10 +75,10 @@ describe('reduction', () => {
   })
 })
 
-describe('steps that are taken again', () => {
+describe('repeated steps', () => {
   const pushes = fc.array(fc.record({ step: fc.integer({ min: 0, max: 40 }), nll: value }), { minLength: 1 })
 
-  test('the later line counts, and those behind it are gone', () => {
+  test('the later line counts, and earlier lines of later steps are dropped', () => {
     fc.assert(
       fc.property(pushes, lines => {
         const series = new RunSeries(1000)
@@ -94,7 +94,7 @@ describe('steps that are taken again', () => {
     )
   })
 
-  test('where points have many lines, none shows a line that was replaced', () => {
+  test('no point contains a replaced line', () => {
     fc.assert(
       fc.property(pushes, lines => {
         const series = new RunSeries(2)
@@ -113,7 +113,7 @@ describe('steps that are taken again', () => {
   })
 })
 
-test('a reader that takes patches has what a fresh one gets', () => {
+test('a client that applies patches has what a new one gets', () => {
   const pushes = fc.array(
     fc.record({ step: fc.integer({ min: 0, max: 60 }), forward: fc.boolean(), nll: value, read: fc.boolean() }),
     { minLength: 1, maxLength: 200 },

@@ -24,7 +24,7 @@ async function tailed() {
   return { path, file, read }
 }
 
-test('half a line waits for its other half, wherever it is cut', async () => {
+test('a partial line waits for its rest, wherever it is split', async () => {
   const { path, read } = await tailed()
   await fc.assert(
     fc.asyncProperty(fc.array(fc.string({ unit: 'grapheme' })), fc.array(fc.nat(200)), async (texts, cuts) => {
@@ -45,7 +45,7 @@ test('half a line waits for its other half, wherever it is cut', async () => {
   )
 })
 
-test('a file that is not there yet, and goes', async () => {
+test('a file that does not exist yet, and is removed', async () => {
   const { path, file, read } = await tailed()
   expect(await read()).toEqual([])
   expect(file.changed).toBe(0)
@@ -61,7 +61,7 @@ test('a file that is not there yet, and goes', async () => {
   expect(file.problem).toBeUndefined()
 })
 
-test('a file that another took the place of is read from its beginning, though it is longer', async () => {
+test('a replaced file is read from the beginning, even if it is longer', async () => {
   const { path, read } = await tailed()
   await writeFile(path, 'a\nb\nhalf')
   expect(await read()).toEqual(['a', 'b'])
@@ -70,7 +70,7 @@ test('a file that another took the place of is read from its beginning, though i
   expect(await read()).toEqual(['reset', 'a', 'second', 'third', 'fourth'])
 })
 
-test('so is one that was cut', async () => {
+test('so is a truncated one', async () => {
   const { path, read } = await tailed()
   await writeFile(path, 'a\nb\nc\n')
   await read()
@@ -78,7 +78,7 @@ test('so is one that was cut', async () => {
   expect(await read()).toEqual(['reset', 'a'])
 })
 
-test('what has no end is no line, and does not fill the memory; those behind it are read', async () => {
+test('an endless line is skipped without filling the memory', async () => {
   const { path, read } = await tailed()
   await writeFile(path, 'a\n')
   for (let i = 0; i < 5; i++) await appendFile(path, Buffer.alloc(1 << 20, 120))
@@ -87,7 +87,7 @@ test('what has no end is no line, and does not fill the memory; those behind it 
   expect(await read()).toEqual(['b'])
 })
 
-test('many lines come by and by', async () => {
+test('many lines are read in portions', async () => {
   const { path, file } = await tailed()
   const line = 'x'.repeat(99)
   for (let i = 0; i < 4; i++) await appendFile(path, `${line}\n`.repeat(100_000))
@@ -105,7 +105,7 @@ test('many lines come by and by', async () => {
   expect(goes.length).toBeGreaterThan(1)
 })
 
-test('what cannot be read says so', async () => {
+test('an unreadable file is reported', async () => {
   const { path, file, read } = await tailed()
   await mkdir(path)
   expect(await read()).toEqual([])

@@ -64,7 +64,7 @@ async function* messages(url: string, signal?: AbortSignal): AsyncGenerator<Mess
 }
 
 describe('the page', () => {
-  test('comes with all that it names, and nothing from elsewhere', async () => {
+  test('serves everything that it references, and nothing external', async () => {
     const url = await watch(await temporaryFolder())
     const page = await ask(url, '/')
     expect(page).toMatchObject({ status: 200, headers: { 'content-type': 'text/html; charset=utf-8' } })
@@ -83,13 +83,13 @@ describe('the page', () => {
     expect([...seen].sort()).toEqual([...own, 'page.css', 'uplot.css'].sort())
   })
 
-  test('has a head alone, and takes nothing', async () => {
+  test('answers HEAD, and refuses other methods', async () => {
     const url = await watch(await temporaryFolder())
     expect(await ask(url, '/page.js', { method: 'HEAD' })).toMatchObject({ status: 200, text: '' })
     for (const method of ['POST', 'PUT', 'DELETE']) expect((await ask(url, '/', { method })).status).toBe(405)
   })
 
-  test('leads to no other file', async () => {
+  test('serves no other file', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a')
     await writeFile(join(folder, 'secret.txt'), 'secret')
@@ -114,7 +114,7 @@ describe('the page', () => {
 })
 
 describe('where it listens', () => {
-  test('this machine alone, unless told otherwise', async () => {
+  test('only on this machine by default', async () => {
     const url = await watch(await temporaryFolder())
     expect(url).toMatch(/^http:\/\/127\.0\.0\.1:\d+\/$/)
     const own = Object.values(networkInterfaces())
@@ -130,7 +130,7 @@ describe('where it listens', () => {
     ).rejects.toThrow(/ECONNREFUSED/)
   })
 
-  test('a name of the web that leads here is refused', async () => {
+  test('a foreign host name that resolves here is refused', async () => {
     const folder = await temporaryFolder()
     const url = await watch(folder)
     const { host, port } = new URL(url)
@@ -181,7 +181,7 @@ describe('a part of a run', () => {
     return status === 200 ? JSON.parse(text) : status
   }
 
-  test('is read again in detail, in as many points as are asked for', async () => {
+  test('is read again in detail, with the requested number of points', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'deep/a b&c', 5000)
     const url = await watch(folder)
@@ -253,7 +253,7 @@ describe('a part of a run', () => {
       for (const path of ['series.json', 'loads.json']) expect(await get(url, path, { run })).toBe(404)
   })
 
-  test('has nothing of lines that are no loads', async () => {
+  test('ignores lines that are not loads', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a')
     const layers = [
@@ -282,7 +282,7 @@ describe('live', () => {
     }
   }
 
-  test('first all there is, then what is added, and what is gone', async () => {
+  test('sends everything first, then what is added and removed', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 3)
     const url = await watch(folder)
@@ -309,7 +309,7 @@ describe('live', () => {
     await second.return(undefined)
   })
 
-  test('a run that begins anew is sent anew, though it is longer', async () => {
+  test('a restarted run is sent again, even if it is longer', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 2)
     const stream = messages(await watch(folder))
@@ -365,7 +365,7 @@ describe('moe-trainer', () => {
     return { program, output, code }
   }
 
-  test('watch tells where the page is, and a signal ends it', async () => {
+  test('watch prints the URL of the page, and a signal stops it', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a')
     const { program, output, code } = start('watch', folder, '--port', '0', '--json')

@@ -40,7 +40,7 @@ describe('the index', () => {
     blocks: fc.integer({ min: 1, max: 9 }),
   })
 
-  test('has, of any range, bytes with all lines that count, from the beginning of a line to the end of one', () => {
+  test('returns, for any range, bytes of complete lines with all that count', () => {
     fc.assert(
       fc.property(logs, ranges, (lines, { from, width, blocks }) => {
         const index = new LineIndex(blocks)
@@ -70,7 +70,7 @@ describe('the index', () => {
     )
   })
 
-  test('is small, and so is what it has one read for a short range', () => {
+  test('is small, and so are the bytes of a short range', () => {
     const index = new LineIndex(100)
     const count = 1_000_000
     for (let i = 0; i < count; i++) index.push(i, 10 * i, 10 * i + 10)
@@ -95,7 +95,7 @@ async function watched(lines: readonly object[], blocks?: number) {
   return { path, log, refresh }
 }
 
-describe('lines that are read again', () => {
+describe('lines that are read again later', () => {
   const few = fc.constantFrom(1, 3, 1000)
 
   test('are those that count', async () => {
@@ -127,7 +127,7 @@ describe('lines that are read again', () => {
     )
   })
 
-  test('of a log that is replaced, or gone, are none of the one before', async () => {
+  test('of a replaced or removed log are not those of the earlier one', async () => {
     const { path, log, refresh } = await watched([{ step: 1 }, { step: 2 }])
     await refresh()
     await appendFile(path, 'no line\n{"step":"3"}\n{"step":3,"nll"')

@@ -33,7 +33,7 @@ async function watched() {
   return { folder, run, write, state, nll }
 }
 
-test('a training, while it goes on and when it is done', async () => {
+test('a training, while it runs and when it is finished', async () => {
   const { folder, run, state } = await watched()
   const seen: unknown[] = []
   class Watching extends BigramModel {
@@ -75,7 +75,7 @@ test('a training, while it goes on and when it is done', async () => {
 })
 
 describe('lines', () => {
-  test('what is no line of a log is counted and passed over', async () => {
+  test('invalid lines are counted and skipped', async () => {
     const { write, state, nll } = await watched()
     const steps = ['', '"2"', '-1', '1.5', '1e999', 'null'].map(step => `{"step":${step}}`)
     const bad = ['{"step":', 'null', '[1]', '{"nll":1}', ...steps]
@@ -85,7 +85,7 @@ describe('lines', () => {
     expect(nll()).toEqual([2, 2])
   })
 
-  test('half a line is not bad: it is not there yet', async () => {
+  test('a partial line is not invalid', async () => {
     const { write, state, nll } = await watched()
     const text = metrics(1, 2)
     await write('metrics.jsonl', text.slice(0, -10))
@@ -96,14 +96,14 @@ describe('lines', () => {
   })
 })
 
-test('a run that learns from rewards has those of held-out prompts', async () => {
+test('a run that learns from rewards has the rewards of held-out prompts', async () => {
   const { write, state } = await watched()
   const measured = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
   await write('events.jsonl', jsonl([start, { type: 'evaluation', ...measured }]))
   expect((await state()).heldOut).toEqual([measured])
 })
 
-test('a run that keeps averages has those of both', async () => {
+test('a run with ema has the evaluations of both', async () => {
   const { write, state } = await watched()
   const measured = { step: 4, loss: 1, bitsPerByte: 2, final: false, ema: { loss: 0.5, bitsPerByte: 1 } }
   const told = { ...measured, ema: { ...measured.ema, tokens: 9, seconds: 1 } }
@@ -111,10 +111,10 @@ test('a run that keeps averages has those of both', async () => {
   expect((await state()).heldOut).toEqual([measured])
 })
 
-describe('a run that goes on from a checkpoint', () => {
+describe('a resumed run', () => {
   const evaluation = (step: number, loss: number) => ({ type: 'evaluation', step, loss, bitsPerByte: 1, final: false })
 
-  test('has the later numbers where the log was cut', async () => {
+  test('has the later numbers if the log was truncated', async () => {
     const { folder, write, state, nll } = await watched()
     await write('metrics.jsonl', metrics(1, 6))
     await state()
@@ -126,7 +126,7 @@ describe('a run that goes on from a checkpoint', () => {
     expect(nll()).toEqual([2, 2, 2, 2, 1, 1, 1])
   })
 
-  test('and where it was not', async () => {
+  test('and if it was not', async () => {
     const { write, state, nll } = await watched()
     await write('metrics.jsonl', metrics(1, 6))
     await state()
@@ -135,7 +135,7 @@ describe('a run that goes on from a checkpoint', () => {
     expect(nll()).toEqual([2, 2, 2, 2, 1])
   })
 
-  test('drops measurements behind it, and how it ended before', async () => {
+  test('drops later evaluations and its earlier end', async () => {
     const { write, state } = await watched()
     await write('events.jsonl', jsonl([start, evaluation(3, 3), evaluation(6, 2)]))
     await write('events.jsonl', jsonl([{ type: 'fail', error: { code: 'E_NAN', message: 'not finite' } }]))
@@ -179,7 +179,7 @@ test('a run has curves of what was logged, and of each source of held-out data',
   expect(Math.max(...Object.values(logged).map(({ steps }) => steps.length))).toBeLessThanOrEqual(500)
 })
 
-test('a folder that is emptied has nothing left of the run', async () => {
+test('an emptied folder shows nothing of the run', async () => {
   const { folder, write, state, run } = await watched()
   await write('metrics.jsonl', metrics(1, 3))
   await write('events.jsonl', jsonl([start, { type: 'notice', message: 'look' }]))
