@@ -136,7 +136,7 @@ describe('a run of two ranks', () => {
     expect(whole[0].weights).not.toEqual(straight.weights)
     // Nothing in a checkpoint has the shape of a rank, but there have to be as many micro-batches.
     await expect(alone({ out, schedule, resume: checkpoint })).rejects.toThrow(
-      /accumulate \(micro-batches of a step, of all ranks\): saved with 2, now 1/,
+      /accumulate \(micro-batches per step, over all ranks\): saved with 2, now 1/,
     )
   })
 

@@ -337,9 +337,11 @@ describe.each([
     }))
     // The second step has made weights of rank 1 useless: they are not saved either.
     await expect(run).rejects.toThrow(
-      /^train: after step 2 the model holds numbers that are not finite, first in the values of /,
+      /^train: after step 2 the model contains non-finite numbers, first in the values of /,
     )
-    expect(errors.map(String)).toEqual([1, 2].map(() => expect.stringMatching(/after step 2 the model holds numbers/)))
+    expect(errors.map(String)).toEqual(
+      [1, 2].map(() => expect.stringMatching(/after step 2 the model contains non-finite numbers/)),
+    )
     const unsaved = together(rank => ({
       schedule: schedule(rank),
       onEvent: event => void (event.type === 'fail' && errors.push(event.error)),
@@ -428,7 +430,7 @@ describe('what does not fit is refused in words', () => {
 
   test('ranks that are none, and ranks with other plans', async () => {
     const none = (ranks: unknown) => trainSmall(backend, { ranks } as Options)
-    await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, needs what await mpi\(\)/)
+    await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, expected the result of await mpi\(\)/)
     await expect(none({})).rejects.toThrow(/ranks is not a communicator/)
     const plans = local(2, ranks => trainSmall(backend, { ranks, evalEvery: ranks.rank }))
     await expect(plans).rejects.toThrow(

@@ -177,7 +177,9 @@ describe('a run of two ranks', () => {
       )
     })
     for (const error of told) expect(error).toMatchObject({ code: 'E_DATA', op: 'reward' })
-    expect(told[1].message).toMatch(/^reward: the reward of a text of \d tokens, "" failed: no such server; catch what/)
+    expect(told[1].message).toMatch(
+      /^reward: the reward of a text of \d tokens, "" failed: no such server; catch errors/,
+    )
     expect(told[1].cause.message).toBe('no such server')
     expect(told[0].message).toMatch(/^reward: on rank 1: the reward of a text of \d tokens, "" failed: no such server;/)
     expect(await readdir(join(out, 'checkpoints'))).toEqual(['latest', 'step-000003'])
