@@ -1,7 +1,7 @@
 // How JavaScript calls a kernel: one C function per op, one pointer to an array of doubles ("slots").
 //
-// Slot 0 is the number of threads that the call may use; the kernel reads the others in order through Args. Addresses and
-// sizes are doubles too: both are below 2^53, and storing doubles is the cheapest thing JavaScript can do before a call.
+// Slot 0 is the number of threads that the call may use; the kernel reads the others in order with Args. Addresses and sizes are also
+// doubles: both are below 2^53, and storing doubles is the cheapest way for JavaScript to pass arguments.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Loop nests over broadcast operands. The launcher has merged axes (src/strides.ts), so the nest is short: usually one or two axes.
+// Loop nests over broadcast operands. The launcher has merged axes (@moe/core/strides), so the nest is short: usually one or two axes.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,8 @@ struct Nest {
   int64_t inner_stride(int operand) const { return strides[operand][rank - 1]; }
 };
 
-// body(flat, offsets, count): `count` results from position `flat` on, within one innermost row; operand k starts at offsets[k].
-// Only for bodies whose elements do not depend on how rows are cut.
+// Calls body(flat, offsets, count) for `count` results from position `flat` on, within one innermost row; operand k starts at
+// offsets[k]. Only for bodies whose elements do not depend on how rows are split.
 template <int K, class F>
 static void each_row(const Nest<K>& nest, int64_t grain, F&& body) {
   parallel_for(
@@ -50,7 +50,7 @@ static void each_row(const Nest<K>& nest, int64_t grain, F&& body) {
           body(flat, static_cast<const int64_t*>(offsets), count);
           flat += count;
           if (flat >= end) break;
-          // To the start of the next row.
+          // Move to the start of the next row.
           for (int k = 0; k < K; k++) offsets[k] -= index[last] * nest.strides[k][last];
           index[last] = 0;
           for (int axis = last - 1; axis >= 0; axis--) {

@@ -1,5 +1,5 @@
 // Vector conversions between f32 and the storage formats f16 and f8e4m3 (the `fn` variant), nearest even. bf16 is in simd.h.
-// They use integer arithmetic only, so that every variant gives the same bits.
+// They only use integer arithmetic, so that every variant gives the same bits.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-// Products of few rows: dot products along k, with B read where it lies.
+// Products with few rows: dot products along k that read B directly.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@ namespace moe {
 namespace {
 
 constexpr int kFewRows = 4;
-/** Longest piece of k; the packed rows then take as much room as other A panels. */
+/** Maximum length of a piece of k; the packed rows then take as much memory as other A panels. */
 constexpr std::ptrdiff_t kDotLength = 4096;
 
-/** k elements of a row that one vector holds. */
+/** Number of elements along k that one vector holds. */
 template <bool kBf16>
 constexpr std::ptrdiff_t kDotStep = kBf16 ? 2 * lanes : lanes;
 

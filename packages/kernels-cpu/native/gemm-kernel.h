@@ -1,10 +1,11 @@
 // Register-blocked microkernels. Included once per instruction set, inside its namespace.
 //
-// Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, or where rows are kept
-// [kMr][kPitch], of which the first depth of each row are used; a packed B panel is [depth][kNr], where columns past the end are zeros. For bf16 every
-// element of a panel is a pair of bf16 that are neighbours along k (low half first), so the depth is ceil(k / 2). On Arm, whose instruction multiplies four
-// neighbours of two rows with those of two columns, the pairs of two rows of a bf16 panel lie together, [depth / 2][width][2], and the depth is even.
-// A row is written in whole vectors, which may reach over its end: behind each A panel lie kSlack elements.
+// Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, or, if it keeps rows, [kMr][kPitch], of
+// which the first `depth` of each row are used. A packed B panel is [depth][kNr], with zeros in columns past the end. For bf16 every
+// element of a panel is a pair of bf16 that are adjacent along k (low half first), so the depth is ceil(k / 2). Arm's instruction
+// multiplies four adjacent elements of two rows by those of two columns: there the pairs of two rows of a bf16 panel are adjacent,
+// [depth / 2][width][2], and the depth is even. Rows are written in whole vectors, which may extend past the end: each A panel is
+// followed by kSlack elements.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -31,13 +32,13 @@ constexpr int kMr = 12, kAWidth = kMr, kSlack = 0;
 // The slack also keeps the panels of a group from sharing sets of the cache.
 constexpr int kMr = 6, kAWidth = kMr, kSlack = 16;
 #endif
-// With AVX-512 a panel of A keeps rows that are contiguous along k, which saves transposing them. Elsewhere panels of A are read from L2, in one piece.
+// With AVX-512 a panel of A keeps rows contiguous along k, which avoids transposing them. Otherwise panels of A are read from L2.
 #if defined(__AVX512F__)
 constexpr bool kKeepsRows = true;
 #else
 constexpr bool kKeepsRows = false;
 #endif
-// An odd number of lines, so that rows do not share sets of the cache.
+// An odd number of cache lines, so that rows do not share cache sets.
 constexpr int kPitch = 400;
 static_assert(kAWidth % lanes == 0 || kSlack >= lanes, "whole vectors need room");
 constexpr int kNr = 2 * lanes;
@@ -51,14 +52,14 @@ constexpr bool kHasBf16 = true;
 #else
 constexpr bool kHasBf16 = false;
 #endif
-// Pairs of a row or column that lie together in a bf16 panel.
+// Adjacent pairs of a row or column in a bf16 panel.
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr int kPairs = 2;
 #else
 constexpr int kPairs = 1;
 #endif
 
-/** Depth of panels for `k` numbers. */
+/** Depth of panels for `k` elements. */
 constexpr std::ptrdiff_t depth_of(std::ptrdiff_t k, bool bf16) { return bf16 ? (k + 2 * kPairs - 1) / (2 * kPairs) * kPairs : k; }
 
 template <bool kBf16>
@@ -69,7 +70,7 @@ inline f32v multiply_add(f32v acc, const float* a, f32v b) {
   return fma(splat(*a), b, acc);
 }
 
-// `stream` writes whole aligned vectors past the caches.
+// `stream` writes whole aligned vectors, bypassing the caches.
 enum class Output { set, add, stream };
 
 inline void store_past_caches(float* to, f32v x) {
@@ -82,7 +83,7 @@ inline void store_past_caches(float* to, f32v x) {
 #endif
 }
 
-/** Makes such stores visible before the task counts as done. */
+/** Makes streamed stores visible before the task counts as done. */
 inline void finish_stores_past_caches() {
 #if defined(__AVX2__) || defined(__AVX512F__)
   _mm_sfence();
@@ -90,7 +91,7 @@ inline void finish_stores_past_caches() {
 }
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-/** A block's products in bf16: every register holds two rows of A, two columns of B, or two by two elements of C. */
+/** The products of a block in bf16: every register holds two rows of A, two columns of B, or two by two elements of C. */
 template <int kRows, int kVecs>
 MOE_INLINE void multiply_by_twos(std::ptrdiff_t depth, const float* a, const float* b, const char* ahead, std::ptrdiff_t ahead_step, f32v (&c)[kRows][kVecs]) {
   constexpr int kDown = (kRows + 1) / 2, kAcross = 2 * kVecs;
@@ -130,7 +131,7 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
   }
-  // `asks`: memory is asked for on the way. `packed`: b is a panel.
+  // `asks`: prefetch memory on the way. `packed`: b is a panel.
   const auto along_k = [&](auto asks, auto packed) {
 #pragma GCC unroll kStepsAtOnce
     for (std::ptrdiff_t p = 0; p < depth; ++p) {
@@ -142,7 +143,7 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
 #if defined(__aarch64__)
-      // Products take one lane of a register, so that a load brings four rows.
+      // Products use one lane of a register, so one load serves four rows.
       f32v av[(kRows + lanes - 1) / lanes];
 #pragma GCC unroll 3
       for (int i = 0; i < kRows; i += lanes) av[i / lanes] = load(a + i);
@@ -162,7 +163,7 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
       b += packed ? kNr : b_stride;
     }
   };
-  // Where a step has few products, what else is in it counts.
+  // If a step has few products, other instructions in it matter.
   using std::bool_constant;
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   if constexpr (kBf16)

@@ -1,4 +1,4 @@
-// Packing, which feeds the microkernels: panels of both operands as gemm-kernel.h has them, transposed, padded and rounded to bf16 where that is needed.
+// Packing for the microkernels: writes the panels of gemm-kernel.h for both operands, transposed, padded and rounded to bf16 as needed.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 namespace moe {
 namespace {
 
-/** Neighbouring panels: lanes start[q] .. start[q + 1] go to the panel q * stride elements behind the first. */
+/** Adjacent panels: lanes start[q] .. start[q + 1] go to the panel that is q * stride elements after the first. */
 #if defined(__AVX512F__)
 constexpr int kMostPanels = 4;
 #else
@@ -55,7 +55,7 @@ inline void transpose(__m512i (&r)[16]) {
 
 inline __mmask16 first(std::ptrdiff_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 
-/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16, rounded to nearest even if they are not yet; zeros past `left`. */
+/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16, rounded to nearest even if necessary; zeros past `left`. */
 template <bool kBf16, bool kMasked>
 inline __m512i load_row(const float* p, std::ptrdiff_t left) {
 #if defined(__AVX512BF16__)
@@ -77,7 +77,7 @@ inline __m512i load_row(const Bf16* p, std::ptrdiff_t left) {
 }
 #endif
 
-/** The lines with the `elements` numbers from `p` on. */
+/** The cache lines of the `elements` elements from `p` on. */
 template <class T>
 inline void ask_for(const T* p, int elements) {
   for (int i = 0; i < elements; i += int(64 / sizeof(T))) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
@@ -87,7 +87,7 @@ template <bool kBf16, bool kMasked, class T>
 inline void pack_block(const T* src, std::ptrdiff_t stride, int rows, std::ptrdiff_t left, int depth, int width, float* dst) {
   __m512i r[16];
   if (!kMasked) {
-    // The rows that come next: hardware does not follow that many streams.
+    // The next rows: the hardware does not prefetch this many streams.
     const T* ahead = src + rows * stride;
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) ask_for(ahead + i * stride, kBf16 ? 32 : 16);
@@ -136,7 +136,7 @@ void pack_rows(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_
 }
 
 #if defined(__AVX512BF16__)
-/** Pairs of neighbours in one column. */
+/** Adjacent pairs of one column. */
 inline __m512i interleave(__m512i even_then_odd) {
   alignas(64) static const std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -157,7 +157,7 @@ inline __m256i load_lanes(const Bf16* p, __mmask16 mask) {
 }
 #endif
 
-/** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
+/** Lanes that are contiguous in memory stay lanes. Processes several panels at once, so that runs of memory are long. */
 template <bool kBf16, int kWidth, int kCount, bool kFull, class T>
 void pack_side_by_side(const T* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   constexpr int vectors = kWidth / 16;
@@ -238,7 +238,7 @@ inline void transpose(f32v (&r)[4]) {
 }
 #endif
 
-/** Which lanes are the first `count`, any number; and the loads of those lanes, with zeros in the others. */
+/** A mask of the first `count` lanes, for any number; and loads of these lanes, with zeros in the others. */
 #if defined(__AVX2__)
 using First = __m256i;
 inline First first(std::ptrdiff_t count) {
@@ -253,7 +253,7 @@ inline First first(std::ptrdiff_t count) { return count >= lanes ? lanes : count
 inline f32v load_first(First count, const float* from) { return load_some(from, count); }
 #endif
 
-/** `kLanes` rows by `lanes` columns from `src`, of which `rows` and `columns` are there, become `columns` rows of the panel. */
+/** Copies `kLanes` rows by `lanes` columns from `src`, of which `rows` and `columns` exist, to `columns` rows of the panel. */
 template <int kLanes, bool kWhole>
 inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, int columns, int width, float* dst) {
   f32v r[lanes];
@@ -276,7 +276,7 @@ std::enable_if_t<!kBf16> pack_transposed(const float* src, std::ptrdiff_t stride
   constexpr int last = (kWidth - 1) / lanes * lanes, rest = kWidth - last;
   for (std::ptrdiff_t p = 0; p < k; p += lanes, src += lanes, dst += lanes * kWidth) {
     const int columns = k - p < lanes ? int(k - p) : lanes;
-    // Where the width is no multiple of a vector, the last vector of a row reaches into the next row: so it is written first.
+    // If the width is not a multiple of a vector, the last vector of a row extends into the next row, so it is written first.
     if (count == kWidth && columns == lanes) {
       pack_block<rest, true>(src + last * stride, stride, 0, 0, kWidth, dst + last);
 #pragma GCC unroll 4
@@ -290,7 +290,7 @@ std::enable_if_t<!kBf16> pack_transposed(const float* src, std::ptrdiff_t stride
 
 constexpr std::ptrdiff_t kRowsAhead = 8;
 
-/** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
+/** Lanes that are contiguous in memory stay lanes. Processes several panels at once, so that runs of memory are long. */
 template <bool kBf16, int kWidth>
 std::enable_if_t<!kBf16> pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   constexpr int vectors = (kWidth + lanes - 1) / lanes;
@@ -300,7 +300,7 @@ std::enable_if_t<!kBf16> pack_straight(const float* src, std::ptrdiff_t stride, 
   const std::ptrdiff_t begin = panels.start[0], end = panels.start[panels.count];
   const bool whole = kWidth % lanes == 0 && end - begin == panels.count * kWidth;
   for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kWidth) {
-    // Rows that come soon: hardware does not follow runs of memory this short.
+    // Rows needed soon: the hardware does not prefetch runs of memory this short.
     for (std::ptrdiff_t i = begin; i < end; i += 16) __builtin_prefetch(src + kRowsAhead * stride + i);
     if (whole) {
       const float* from = src + panels.start[0];
@@ -317,7 +317,7 @@ std::enable_if_t<!kBf16> pack_straight(const float* src, std::ptrdiff_t stride, 
 }
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-/** Four numbers from `a` on and four from `b` on in bf16; zeros where fewer than four of them are there. */
+/** Four elements from `a` on and four from `b` on in bf16; zeros if fewer than four of them exist. */
 inline f32v load_two(const float* a, const float* b, std::ptrdiff_t of_a = lanes, std::ptrdiff_t of_b = lanes) {
   return pair_neighbours(load_first(first(of_a), a), load_first(first(of_b), b));
 }
@@ -339,7 +339,7 @@ std::enable_if_t<kBf16> pack_transposed(const T* src, std::ptrdiff_t stride, int
   }
 }
 
-/** Lanes that are contiguous in memory stay lanes, of several panels side by side. */
+/** Lanes that are contiguous in memory stay lanes, of several panels at once. */
 template <bool kBf16, int kWidth, class T>
 std::enable_if_t<kBf16> pack_straight(const T* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   const std::ptrdiff_t begin = panels.start[0], end = panels.start[panels.count];
@@ -366,7 +366,7 @@ std::enable_if_t<kBf16> pack_straight(const T* src, std::ptrdiff_t stride, const
 #endif
 #endif
 
-/** Packs neighbouring panels, whose lanes are counted from lane0 on, and k columns from k0 on. */
+/** Packs adjacent panels: lanes from lane0 on, and k columns from k0 on. */
 template <bool kBf16, int kWidth, class T>
 inline void pack(const Operand<T>& from, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
   const T* src = from.data + lane0 * from.lane_stride + k0 * from.k_stride;
@@ -377,7 +377,7 @@ inline void pack(const Operand<T>& from, std::ptrdiff_t lane0, const Panels& pan
   }
 }
 
-/** Packs panels of A, from lane0 on; `kKept`: as rows. */
+/** Packs panels of A from lane0 on; with `kKept`, they keep rows. */
 template <bool kBf16, bool kKept>
 inline void pack_a(const GemmOperand& a, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
 #if defined(__AVX512F__)

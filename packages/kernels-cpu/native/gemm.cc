@@ -1,10 +1,10 @@
 // moe-isa: baseline avx2 avx512 avx512bf16 bf16
 //
-// Products are cut into tiles of C, which threads take as they come free. A tile goes over k in passes; each packs the tile's
-// columns of B into panels (they stay in L2), then A a few panels at a time, and lets a microkernel keep a kMr x kNr block of C
-// in registers over the whole pass. Packing transposes, pads and rounds to bf16. It costs 2 to 8% of the time at the shapes of
-// experts, which is why tiles pack for themselves instead of waiting for each other. What comes next, the rest of B, the next
-// pass or the next tile, is asked for from inside the microkernels: with many small experts memory sets the pace.
+// Products are divided into tiles of C, which threads take as they become free. A tile loops over k in passes. Each pass packs the tile's
+// columns of B into panels (which stay in L2), then A a few panels at a time, and a microkernel keeps a kMr x kNr block of C in registers
+// over the whole pass. Packing transposes, pads and rounds to bf16. It costs 2 to 8% of the time at the shapes of experts, which is why
+// tiles pack for themselves instead of waiting for each other. The microkernels prefetch what comes next: the rest of B, the next pass
+// or the next tile, because with many small experts the time is that of reading memory.
 // The layout follows BLIS (Van Zee and van de Geijn 2015).
 #include "gemm.h"
 
@@ -18,12 +18,12 @@
 namespace moe {
 namespace {
 
-// Passes over k. With AVX-512 a panel of A stays in L1 while the tile's columns of B, packed, come from L2 (1 MB); elsewhere
-// a panel of B stays in L1 (32 kB) while a group of panels of A comes from L2 (512 kB), which asks less of it.
+// Lengths of passes over k. With AVX-512 a panel of A stays in L1 while the tile's packed columns of B come from L2 (1 MB); otherwise a panel of
+// B stays in L1 (32 kB) while a group of panels of A comes from L2 (512 kB), which needs less bandwidth from L2.
 #if defined(__AVX512F__)
 constexpr bool kPanelOfBStays = false;
 constexpr int64_t kMaxK[2] = {384, 768}, kMaxTileN[2] = {512, 512};
-// Up to so many panels of A share a B that is packed panel by panel although its rows are not one piece of memory.
+// Up to this many panels of A share a B that is packed panel by panel even if its rows are not contiguous.
 constexpr int64_t kFewPanels = 4;
 #else
 constexpr bool kPanelOfBStays = true;
@@ -58,7 +58,7 @@ void tail_copy(const float* from, float* to, std::ptrdiff_t ldc, int rows, int c
     for (int j = 0; j < columns; ++j) to[i * ldc + j] = accumulate ? to[i * ldc + j] + from[i * kNr + j] : from[i * kNr + j];
 }
 
-// A piece of memory.
+// A range of memory.
 struct Region {
   const char* from = nullptr;
   const char* to = nullptr;
@@ -68,7 +68,7 @@ struct Region {
   Region(const T* begin, const T* end) : from(reinterpret_cast<const char*>(begin)), to(reinterpret_cast<const char*>(end)) {}
 };
 
-// B as it is read: in f32 or, where there is such a copy and products are in bf16, in bf16.
+// B as it is read: in f32, or in bf16 if there is a bf16 copy and products are in bf16.
 template <class T>
 Operand<T> b_of(const Gemm& g);
 template <>
@@ -80,7 +80,7 @@ Operand<Bf16> b_of(const Gemm& g) {
   return {g.rounded_b, g.b.lane_stride, g.b.k_stride};
 }
 
-// What a pass reads of an operand, `lanes0` .. `lanes1` of `all` lanes, where that is one piece.
+// The memory that a pass reads of an operand, lanes `lanes0` .. `lanes1` of `all`, if it is contiguous.
 template <class T>
 Region region_of(const Operand<T>& operand, int64_t lanes0, int64_t lanes1, int64_t all, int64_t k, const Passes& passes, int64_t pass) {
   if (pass >= passes.count) return {};
@@ -103,17 +103,17 @@ Region region_of_b(const Gemm& g, const Tile& t, const Passes& passes, int64_t p
   return region_of(g.b, t.n0, t.n1, g.n, g.k, passes, pass);
 }
 
-// Memory that will be read next, in order: microkernels ask for one line in each of their steps.
+// Memory that will be read next, in order: microkernels prefetch one line in each of their steps.
 class Ahead {
  public:
   void add(const Region& region) {
     if (region.from < region.to) pieces_[count_++] = Piece(region);
   }
-  // Asked for before all others, in place of what was to be soon.
+  // Prefetches this before all else, replacing the previous `soon` region.
   void soon(const Region& region) { soon_ = Piece(region); }
-  // Asks for nothing but what is needed soon in the next `blocks` blocks.
+  // Prefetches only `soon` regions in the next `blocks` blocks.
   void wait(int64_t blocks) { wait_ = blocks; }
-  // Nothing before `p` is worth asking for any more.
+  // Skips everything before `p`.
   void skip_to(const char* p) {
     if (current_ < count_ && p > pieces_[current_].at && p <= pieces_[current_].end) pieces_[current_].at = p;
   }
@@ -149,7 +149,7 @@ class Ahead {
   int64_t wait_ = 0;
 };
 
-/** One register tile, with a detour for columns that do not fill vectors. */
+/** One register tile, with a special case for columns that do not fill vectors. */
 template <bool kBf16, bool kKept>
 inline void block(int64_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc, int rows,
                   int columns, Output output, Ahead& ahead) {
@@ -187,7 +187,7 @@ void pack_columns(const Operand<T>& b, int64_t n0, int64_t columns, int64_t k0, 
     pack<kBf16, kNr>(b, n0, column_panels(columns, j, depth), k0, kc, to + j * depth);
 }
 
-// C of few rows: every piece of k as dot products.
+// C with few rows: every piece of k as dot products.
 template <bool kBf16, class T>
 void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   for (int64_t k0 = 0; k0 < g.k; k0 += kDotLength) {
@@ -207,7 +207,7 @@ void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   }
 }
 
-// `T`: what B is read in.
+// `T`: the type in which B is read.
 template <bool kBf16, bool kKept, class T>
 void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, const Gemm* next_job, const Tile* next_tile) {
   const int64_t rows = t.m1 - t.m0, columns = t.n1 - t.n0;
@@ -218,7 +218,7 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
     const int64_t depth = depth_of(kc, kBf16);
-    // Meanwhile asked for: the rest of B where it is packed panel by panel, then the operands of the next pass or tile.
+    // Prefetched meanwhile: the rest of B if it is packed panel by panel, then the operands of the next pass or tile.
     Ahead ahead;
     const Region own = region_of_b(g, t, passes, pass, kBf16);
     const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
@@ -232,13 +232,13 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
       ahead.add(region_of_b(*next_job, *next_tile, next_passes, 0, kBf16));
       ahead.add(region_of_a(*next_job, *next_tile, next_passes, 0));
     }
-    // In time for the end, and not so early that it takes the place of what this pass reads again and again.
+    // Early enough for the end of the pass, but not so early that it evicts what this pass reads repeatedly.
     if (!linear) ahead.wait(panels * ceil_div(columns, kNr) - ceil_div(ahead.lines() * 5 / 4, depth));
     const bool stream = g.stream && passes.count == 1 && (g.ldc % lanes) == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
     const Output output = g.accumulate || pass > 0 ? Output::add : stream ? Output::stream : Output::set;
     const float* packed = b_buffer;
-    // With few rows B is used once or twice: then it goes through L1 panel by panel where a panel is one piece of memory, or is
-    // read where it lies.
+    // With few rows B is used once or twice: it is then packed through L1 panel by panel if a panel is contiguous, or otherwise read
+    // directly.
     bool late = false, direct = false;
     if (g.packed_b) {
       const int64_t full_depth = depth_of(passes.length, kBf16);
@@ -295,16 +295,16 @@ auto tile_runner(const Gemm& g) {
   return tile_runner_of<kBf16, float>(g);
 }
 
-// Least work worth a task, in multiply-adds (about 10 us on one core).
+// Minimum work of a task, in multiply-adds (about 10 us on one core).
 constexpr double kLeastWork[2] = {3e5, 6e5};
-// What packing an element costs, in multiply-adds.
+// Cost of packing an element, in multiply-adds.
 constexpr double kPackCost[2] = {5, 9};
-// Reading an element of B from memory takes as long as so many multiply-adds: with few rows that is the work.
+// Reading an element of B from memory takes as long as this many multiply-adds; with few rows this dominates.
 constexpr int64_t kReadCost = 16;
 
 double work_of(const Gemm& g) { return double(std::max(g.m, kReadCost)) * double(g.n) * double(g.k ? g.k : 1); }
 
-// Cuts a product into tiles for `ways` threads at once: into as many as its share of all work asks for, in the shape that packs least.
+// Divides a product into tiles for `ways` threads: as many as its share of all work requires, in the shape with the least packing.
 void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double share, int ways) {
   if (g.m == 0 || g.n == 0) return;
   const int64_t wanted = std::max<int64_t>(1, int64_t(work_of(g) / share + 0.5));
@@ -316,14 +316,14 @@ void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double
     const int64_t most_down = std::min<int64_t>(wanted, ceil_div(panels, 4)), most_across = std::min(wanted, ceil_div(blocks, 2));
     for (int64_t i = 1; i <= most_down; ++i) {
       const int64_t j = std::max(least_across, std::min(most_across, ceil_div(wanted, i)));
-      // Whoever has most to do: whole tiles, of whole panels.
+      // The thread with the most work: whole tiles, of whole panels.
       const double rows = double(ceil_div(panels, i) * kMr), columns = double(ceil_div(blocks, j) * kNr);
       const double turns = double(ceil_div(i * j, ways));
       const double cost = turns * (rows * columns + kPackCost[bf16] * (rows + columns));
       if (cost < best) best = cost, down = i, across = j;
     }
   }
-  // Whole panels of rows first, so that inner borders cost no low panels.
+  // Whole panels of rows first, so that inner borders do not create partial panels.
   for (int64_t i = 0; i < down; ++i) {
     const int64_t m0 = g.m * (panels * i / down) / panels, m1 = g.m * (panels * (i + 1) / down) / panels;
     for (int64_t j = 0; j < across; ++j)
@@ -336,7 +336,7 @@ void run(const Gemm* jobs, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += jobs[i].m == 0 ? 0 : work_of(jobs[i]);
   const int threads = max_threads();
-  // A few tiles for each thread when they are long, so that it costs little when one of the threads is late.
+  // A few tiles per thread if they are long, so that a late thread costs little.
   const double tiles_each = total > 3e8 * threads ? 4 : total > 3e7 * threads ? 2 : 1;
   const double share = threads == 1 ? total + 1 : std::max(total / (tiles_each * threads), kLeastWork[kBf16]);
   std::vector<Tile> tiles;
@@ -344,14 +344,14 @@ void run(const Gemm* jobs, int64_t count) {
   for (int64_t i = 0; i < count; ++i) cut(tiles, i, jobs[i], kBf16, share, threads);
   if (tiles.empty()) return;
   Scratch scratch(kBuffer * 4 * static_cast<size_t>(threads));
-  // Small products go in bunches.
+  // Small products are grouped into tasks.
   const int64_t bunch = std::max<int64_t>(1, int64_t(double(tiles.size()) * kLeastWork[kBf16] / (total + 1)));
   const int64_t tasks = ceil_div(int64_t(tiles.size()), std::min<int64_t>(bunch, int64_t(tiles.size())));
   parallel_tasks(tasks, [&](int64_t task, int worker) {
     float* buffer = scratch.as<float>() + static_cast<size_t>(worker < threads ? worker : 0) * kBuffer;
     const size_t first_tile = tiles.size() * size_t(task) / size_t(tasks), last = tiles.size() * size_t(task + 1) / size_t(tasks);
     for (size_t i = first_tile; i < last; ++i) {
-      // What this worker will probably do next: the following tile, or the first one of the task that will then be free.
+      // What this worker will probably do next: the following tile, or the first one of the task that will be free then.
       const size_t next = i + 1 < last ? i + 1 : tiles.size() * size_t(task + threads) / size_t(tasks);
       const Tile* next_tile = next < tiles.size() && tiles[next].job != tiles[i].job ? &tiles[next] : nullptr;
       const Gemm* next_job = next_tile ? &jobs[next_tile->job] : nullptr;

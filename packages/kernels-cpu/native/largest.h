@@ -1,5 +1,5 @@
-// Choosing the largest by integer keys that order like the floats: NaN counts as -Infinity, zeros are equal, and what cannot be chosen lies below
-// -Infinity. Included once per instruction set.
+// Finds the largest elements by integer keys that order like the floats: NaN counts as -Infinity, zeros are equal, and excluded elements are
+// below -Infinity. Included once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,7 @@ MOE_INLINE int32_t largest(i32v x) {
   return best;
 #endif
 }
-// Index of the first lane whose mask is set; there is one.
+// Index of the first lane whose mask is set; there must be one.
 MOE_INLINE int first_lane(i32v mask) { return __builtin_ctz(set_lanes(mask)); }
 
 // `x` with one lane excluded.
@@ -59,7 +59,7 @@ MOE_INLINE i32v without(i32v x, int lane) {
   return select(numbers == lane, splat(excluded), x);
 }
 
-// Takes the largest of `keys` (a multiple of `lanes` of them, the rest excluded), the first of equals, and excludes it.
+// Returns the index of the largest of `keys` (a multiple of `lanes`, the rest excluded), the first if several are equal, and excludes it.
 MOE_INLINE int64_t take_largest(int32_t* keys, int64_t padded) {
   i32v top = load(keys);
   for (int64_t i = lanes; i < padded; i += lanes) top = larger(top, load(keys + i));

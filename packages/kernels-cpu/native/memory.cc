@@ -26,7 +26,7 @@ struct Cache {
   std::vector<void*> free[48];
 };
 
-// Never destroyed: kernels of other threads may still run while the process ends.
+// Never destroyed, because kernels of other threads may still run while the process exits.
 Cache& cache() {
   static Cache* only = new Cache;
   return *only;
@@ -43,7 +43,7 @@ Cache& cache() {
 
 namespace {
 
-// A block of its own.
+// A block mapped separately.
 void* allocate_alone(size_t bytes) noexcept {
   const size_t alignment = bytes >= huge_page ? huge_page : 64;
 #if defined(_WIN32)
@@ -69,9 +69,9 @@ void release_alone(void* pointer) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
 #define MOE_REGIONS 1
 
-// Blocks of medium size lie together in regions on huge pages: weights of a few hundred kilobytes are read a third faster there than
-// on pages of 4 KiB. A region hands out its memory from front to back and takes a freed block for the next of the same size, of
-// which there are few (the allocator above asks for size classes). It goes back to the system when none of its blocks is in use.
+// Blocks of medium size share regions on huge pages: weights of a few hundred kilobytes are read a third faster there than on pages of 4
+// KiB. A region hands out its memory from front to back, and reuses a freed block for the next of the same size, of which there are few
+// (the allocator above requests size classes). It is returned to the system when none of its blocks is in use.
 constexpr size_t region_bytes = 4 * huge_page;
 constexpr size_t least_in_region = size_t{16} << 10;
 
@@ -140,7 +140,7 @@ void release_in_region(char* pointer, size_t bytes) noexcept {
     try {
       region.free.push_back({bytes, pointer});
     } catch (...) {
-      // Without memory for the note the block stays unused until its region is.
+      // If the list cannot grow, the block stays unused until its region is released.
     }
     return;
   }
@@ -174,7 +174,7 @@ void discard([[maybe_unused]] void* pointer, [[maybe_unused]] size_t bytes) noex
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-// Exact blocks that start as huge numbers, so that a read outside or before a write shows.
+// Blocks of the exact size that are filled with huge numbers, so that reads outside or before a write show.
 Scratch::Scratch(size_t bytes) : pointer_(allocate(bytes)), size_class_(0) {
   if (!pointer_) throw std::bad_alloc();
   std::memset(pointer_, 0xfe, bytes);

@@ -6,15 +6,15 @@
 
 namespace moe {
 
-// nullptr when there is none.
+// Returns nullptr if out of memory.
 void* allocate(size_t bytes) noexcept;
-// `bytes` as they were asked for.
+// `bytes` as passed to allocate().
 void release(void* pointer, size_t bytes) noexcept;
-// Gives the pages of a part of a block back to the system until they are written again: whole huge pages, on Linux; elsewhere nothing.
+// Returns pages of a part of a block to the system until they are written again: whole huge pages, on Linux only.
 void discard(void* pointer, size_t bytes) noexcept;
 
-// Working memory for the length of a call. Contents are undefined. Throws std::bad_alloc.
-// For memory per worker ask once for max_threads() times as much, before the parallel part.
+// Working memory for the duration of a call, with undefined contents. Throws std::bad_alloc. For memory per worker, allocate max_threads()
+// times as much once, before the parallel part.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -31,7 +31,7 @@ class Scratch {
   int size_class_;
 };
 
-// Gives cached scratch back to the system.
+// Returns cached scratch memory to the system.
 void trim_scratch() noexcept;
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }

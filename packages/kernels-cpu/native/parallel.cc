@@ -25,7 +25,7 @@ namespace moe {
 namespace {
 
 constexpr int most_threads = 256;
-// How long a helper stays awake after a job. Longer than the gaps between ops of one step, shorter than anyone notices in `top`.
+// How long a helper spins after a job: longer than the gaps between ops of a step, but short enough not to waste CPU time noticeably.
 constexpr auto awake = std::chrono::microseconds(80);
 
 thread_local int call_threads = 1;
@@ -42,8 +42,8 @@ inline void pause() {
 #if defined(__linux__)
 inline int current_cpu() { return sched_getcpu(); }
 
-// On a busy machine the scheduler tends to wake a helper on its caller's CPU, where it can only take turns with the caller, and
-// leaves it there for milliseconds. Excluding that CPU for a moment moves it at once.
+// On a busy machine the scheduler tends to wake a helper on its caller's CPU, where it can only alternate with the caller, and leaves it
+// there for milliseconds. Excluding that CPU briefly moves it immediately.
 void leave(int cpu) {
   cpu_set_t allowed, others;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
@@ -57,9 +57,9 @@ inline int current_cpu() { return -1; }
 void leave(int) {}
 #endif
 
-// One job at a time. `gate` = epoch << 16 | open << 15 | helpers inside. A helper joins by a compare-and-swap on an open
-// gate, so it can only ever see the fields of the job that it joined; the caller closes the gate when no task is left to take,
-// and waits only for helpers that are inside. A helper that the system runs too late therefore costs nothing.
+// Runs one job at a time. `gate` = epoch << 16 | open << 15 | helpers inside. A helper joins with a compare-and-swap on an open gate, so it
+// only sees the fields of the job that it joined. The caller closes the gate when no tasks are left and only waits for helpers that are
+// inside, so a helper that the system schedules too late costs nothing.
 class Pool {
  public:
   void run(int64_t count, int threads, void (*fn)(void*, int64_t, int), void* context) {
@@ -109,7 +109,7 @@ class Pool {
       try {
         std::thread([this, index = helpers_ + 1] { help(index); }).detach();
       } catch (const std::exception&) {
-        return;  // The system gives no more threads: go on with those we have.
+        return;  // The system provides no more threads: continue with those we have.
       }
       helpers_++;
     }
@@ -117,7 +117,7 @@ class Pool {
 
   void work(int worker) {
     inside_worker = worker;
-    // The own share first: from op to op the same thread then works on about the same rows, which are still in its cache.
+    // Its own share first: from op to op the same thread then works on about the same rows, which are still in its cache.
     for (int i = 0; i < threads_; i++) work_on(shares_[(worker + i) % threads_], worker);
     inside_worker = -1;
   }
@@ -135,10 +135,10 @@ class Pool {
     }
   }
 
-  // Joins the open job, if there is one that this helper has not served yet.
+  // Joins the open job, if this helper has not served it yet.
   bool join(int worker, uint64_t& served) {
     uint64_t gate = gate_.load(std::memory_order_acquire);
-    // Before joining: once inside, the caller waits for this helper, wherever it has to queue for a CPU.
+    // Before joining: afterwards the caller waits for this helper, even while it is queued for a CPU.
     if ((gate & open_bit) && gate >> 16 != served && step_aside()) gate = gate_.load(std::memory_order_acquire);
     while ((gate & open_bit) && gate >> 16 != served) {
       if (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
@@ -150,7 +150,7 @@ class Pool {
     return false;
   }
 
-  // Whether this helper was on its caller's CPU; it is not any more.
+  // Moves this helper away if it is on its caller's CPU; returns whether it was.
   bool step_aside() {
     const int cpu = current_cpu();
     if (cpu < 0 || cpu != caller_cpu_.load(std::memory_order_relaxed)) return false;
@@ -173,7 +173,7 @@ class Pool {
       if (joined) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      // Any job since the last look wakes, even one that is over by now: the next one is probably near.
+      // Any job since the last check wakes it, even one that is already done, because the next one is probably close.
       wake_.wait(lock, [&] { return gate_.load(std::memory_order_seq_cst) >> 16 != seen; });
       sleepers_.fetch_sub(1, std::memory_order_relaxed);
       lock.unlock();
@@ -194,7 +194,7 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Never destroyed: helpers may still sleep in it while the process ends. A forked child has no helpers and gets a new one.
+// Never destroyed, because helpers may still sleep in it while the process exits. A forked child has no helpers and gets a new pool.
 std::atomic<Pool*> shared{nullptr};
 
 Pool& pool() {

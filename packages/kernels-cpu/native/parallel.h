@@ -1,7 +1,7 @@
-// The thread pool: the caller works too, helpers stay awake for a moment between ops and then sleep.
+// The thread pool. The caller also works; helpers spin for a moment between ops and then sleep.
 //
-// What runs where is decided at run time; what is computed must not be. A task's result may depend on its index and on the
-// sizes of the problem, never on the worker, the number of threads or the order of tasks: then 1 and 2 threads give the same bits.
+// Which thread runs what is decided at run time, but the result must not depend on it. A task's result may depend on its index and on the
+// sizes of the problem, but not on the worker, the number of threads or the order of tasks: then 1 and 2 threads give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 
 namespace moe {
 
-// Threads that this call may use, caller included. Workers are numbered 0 .. max_threads() - 1.
+// Number of threads that this call may use, including the caller. Workers are numbered 0 .. max_threads() - 1.
 int max_threads();
 
-// Runs fn(context, task, worker) for every task in 0 .. count - 1 and returns when all are done. Inside a task, and while another
-// JavaScript thread holds the pool, everything runs on the caller as worker 0 (nested calls: as the worker that calls).
+// Runs fn(context, task, worker) for every task in 0 .. count - 1 and returns when all are done. Inside a task, and while another JavaScript
+// thread uses the pool, everything runs on the caller as worker 0 (nested calls: as the worker that makes the call).
 void run_tasks(int64_t count, void (*fn)(void* context, int64_t task, int worker), void* context);
 
-// fn(task, worker). For ragged work: many tasks of fixed content, taken by whoever is free.
+// Calls fn(task, worker). For uneven work: many tasks of fixed content, taken by whichever thread is free.
 template <class F>
 void parallel_tasks(int64_t count, F&& fn) {
   using Body = std::remove_reference_t<F>;
@@ -26,9 +26,9 @@ void parallel_tasks(int64_t count, F&& fn) {
       const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
-// fn(begin, end, worker) over pieces of 0 .. n. `grain`: the least number of items worth a thread (about 10 us of work). Piece borders
-// are multiples of `align`, so vector tails occur at n only. Borders depend on the number of threads: only for bodies whose
-// items are independent. Where partial results are combined, cut by parallel_tasks and a count that comes from the sizes.
+// Calls fn(begin, end, worker) for pieces of 0 .. n. `grain`: the minimum number of items per thread (about 10 us of work). Piece borders
+// are multiples of `align`, so that partial vectors only occur at n. Borders depend on the number of threads, so items must be
+// independent. To combine partial results, use parallel_tasks with a count that depends on the sizes only.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, F&& fn, int64_t align = 1) {
   if (n <= 0) return;
@@ -43,7 +43,7 @@ void parallel_for(int64_t n, int64_t grain, F&& fn, int64_t align = 1) {
   });
 }
 
-// Fixed cut of 0 .. n for partial results: the number of chunks follows from n alone.
+// A fixed division of 0 .. n for partial results: the number of chunks depends on n only.
 struct Chunks {
   int64_t n, count;
   Chunks(int64_t items, int64_t per_chunk, int64_t most = 64)

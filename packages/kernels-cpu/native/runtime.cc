@@ -1,5 +1,5 @@
 // moe-isa: baseline
-// The C functions that the adapter calls beside kernels: identity, memory, errors.
+// The C functions other than kernels that the launcher side calls: identity, memory, errors.
 #include "runtime.h"
 
 #include <algorithm>
@@ -31,7 +31,7 @@ namespace {
 thread_local char last_error[512];
 
 #if defined(__x86_64__) && !defined(MOE_EMULATED_ISA)
-// Asked of the CPU itself: not every compiler's run-time library has __builtin_cpu_supports, or knows AVX512_BF16.
+// Uses CPUID directly, because not every compiler's runtime library has __builtin_cpu_supports or knows AVX512_BF16.
 const char* isa_of_cpu() {
   struct {
     unsigned a, b, c, d;
@@ -43,7 +43,7 @@ const char* isa_of_cpu() {
   if (!__get_cpuid(1, &basic.a, &basic.b, &basic.c, &basic.d) || !all(basic.c, {27, 28, 12, 22, 23, 29})) return "baseline";
   // BMI1, AVX2, BMI2
   if (!__get_cpuid_count(7, 0, &extended.a, &extended.b, &extended.c, &extended.d) || !all(extended.b, {3, 5, 8})) return "baseline";
-  // The registers that the system keeps for a thread: xmm and ymm; masks and both halves of zmm.
+  // The registers that the system saves per thread: xmm and ymm; masks and both halves of zmm.
   unsigned kept, unused;
   asm("xgetbv" : "=a"(kept), "=d"(unused) : "c"(0));
   if (!all(kept, {1, 2})) return "baseline";
@@ -56,7 +56,7 @@ const char* isa_of_cpu() {
 #endif
 
 #if defined(__APPLE__)
-// A number that the system knows by that name, 0 when it does not.
+// A system number (sysctl) by name; 0 if it is unknown.
 int system_number(const char* name) {
   int value = 0;
   size_t size = sizeof value;
@@ -67,7 +67,7 @@ int system_number(const char* name) {
 #if defined(__aarch64__)
 const char* isa_of_cpu() {
 #if defined(__linux__)
-  // By their numbers, as headers may be older: ASIMDDP; I8MM and BF16.
+  // By bit number, because headers may be older: ASIMDDP; I8MM and BF16.
   const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
   const bool dotprod = first >> 20 & 1, bf16 = (second >> 13 & 3) == 3;
 #elif defined(__APPLE__)
@@ -80,7 +80,7 @@ const char* isa_of_cpu() {
 }
 #endif
 
-// CPUs that the control group grants, 0 when it does not say.
+// Number of CPUs granted by the control group; 0 if unlimited or unknown.
 int group_limit() {
 #if defined(__linux__)
   if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
@@ -116,11 +116,11 @@ int guarded(const double* slots, void (*body)(Args&)) noexcept {
 
 extern "C" {
 
-// Raised when the meaning of slots or of these functions changes.
+// Incremented when the meaning of slots or of these functions changes.
 MOE_EXPORT int moe_abi_version() { return 4; }
 
-// Runs recorded kernels one after another: `calls` holds pairs of a kernel's address and that of its slots. 0, or
-// 4 * (1 + the number of the one that failed) + its status.
+// Runs recorded kernels one after another. `calls` contains pairs of the addresses of a kernel and of its slots. Returns 0, or
+// 4 * (1 + index of the failed call) + its status.
 MOE_EXPORT int64_t moe_replay(int64_t calls, int64_t count) {
   const double* pairs = reinterpret_cast<const double*>(static_cast<uintptr_t>(calls));
   for (int64_t i = 0; i < count; ++i) {
@@ -133,7 +133,7 @@ MOE_EXPORT int64_t moe_replay(int64_t calls, int64_t count) {
 
 MOE_EXPORT const char* moe_last_error() { return moe::last_error; }
 
-// The best variant that this CPU and operating system run.
+// The best variant that this CPU and operating system support.
 MOE_EXPORT const char* moe_cpu_isa() {
 #if defined(MOE_EMULATED_ISA)
   return MOE_EMULATED_ISA;
@@ -147,7 +147,7 @@ MOE_EXPORT const char* moe_cpu_isa() {
 MOE_EXPORT int moe_default_threads() {
   int count = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__APPLE__)
-  // The performance cores, where there are others: these would hold the end of every op back.
+  // Only the performance cores if there are others, which would delay the end of every op.
   if (const int fast = moe::system_number("hw.perflevel0.logicalcpu")) count = std::min(count, fast);
 #endif
 #if defined(__linux__)
@@ -159,7 +159,7 @@ MOE_EXPORT int moe_default_threads() {
   return std::max(1, count);
 }
 
-// Addresses and sizes travel as 64-bit integers. 0: no memory.
+// Addresses and sizes are passed as 64-bit integers. 0: out of memory.
 MOE_EXPORT int64_t moe_allocate(int64_t bytes) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(moe::allocate(static_cast<size_t>(bytes))));
 }

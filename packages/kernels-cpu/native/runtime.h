@@ -1,4 +1,4 @@
-// What the parts of the runtime say to each other; kernels do not need it.
+// Interfaces between the parts of the runtime; kernels do not need it.
 #pragma once
 
 namespace moe {

@@ -9,7 +9,7 @@
 
 namespace moe {
 
-// x * 2^n for n in about -252 .. 252, denormal results included.
+// x * 2^n for n in about -252 .. 252, including denormal results.
 MOE_INLINE f32v scale_by_power(f32v x, i32v n) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_scalef_ps((__m512)x, (__m512)to_f32(n));
@@ -38,7 +38,7 @@ MOE_INLINE f32v exp(f32v x) {
   return scale_by_power(p, to_i32(safe));
 }
 
-// exp for x <= 0 where results below 2^-126 may become 0 (softmax, attention); no NaN handling beyond giving NaN or 0.
+// exp for x <= 0; results below 2^-126 may become 0 (softmax, attention). NaN gives NaN or 0.
 MOE_INLINE f32v exp_nonpositive(f32v x) {
   const f32v low = splat(-87.3f);
   const i32v tiny = x < low;
@@ -63,7 +63,7 @@ MOE_INLINE f32v exp_nonpositive(f32v x) {
 
 MOE_INLINE f32v log(f32v x) {
   const float infinity = std::numeric_limits<float>::infinity();
-  // Denormals are scaled into range first.
+  // Scale denormals into range first.
   const i32v tiny = x < splat(1.17549435e-38f);
   const f32v scaled = select(tiny, x * splat(8388608.0f), x);
   i32v exponent = ((bits(scaled) >> 23) & 0xff) - 126;
@@ -110,8 +110,8 @@ MOE_INLINE f32v tanh(f32v x) {
 
 namespace detail {
 
-// sin(x + quarter_turns * pi/2) where |x| is 8192 or more, or no number. Not every C library takes such an x to its place in the period,
-// which needs as many digits of 2/pi as x is large (M. Payne and R. Hanek, 1983).
+// sin(x + quarter_turns * pi/2) for |x| >= 8192 or NaN. Not every C library reduces such an x accurately, which needs as many digits of 2/pi as x
+// is large (M. Payne and R. Hanek, 1983).
 static inline float sine_of_large(float x, int quarter_turns) {
   using uint128 = unsigned __int128;
   if (!(__builtin_fabsf(x) <= std::numeric_limits<float>::max())) return x - x;
@@ -119,7 +119,7 @@ static inline float sine_of_large(float x, int quarter_turns) {
   uint32_t word;
   std::memcpy(&word, &x, 4);
   const uint32_t mantissa = (word & 0x7fffff) | 0x800000;
-  // |x| = mantissa * 2^shift. Of 2/pi count the 96 bits from the one on that makes no multiple of four turns by a quarter.
+  // |x| = mantissa * 2^shift. The 96 relevant bits of 2/pi start with the first one that does not give a multiple of four quarter turns.
   const int shift = static_cast<int>(word >> 23 & 0xff) - 150;
   const int first = 32 + shift - 2;
   const uint32_t* words = two_over_pi + first / 32;

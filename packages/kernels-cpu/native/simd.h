@@ -1,8 +1,8 @@
 // Vectors of the width that this variant of the library is compiled for: `f32v` and `i32v` with `lanes` elements each.
 //
-// They are GCC/Clang vector types: + - * / and comparisons work on them (a comparison gives an i32v of 0 and -1). Everything is
-// static, because the same names mean other widths in other variants. Use partial loads and stores for tails rather than scalar
-// loops: then an element's bits do not depend on where a tail begins.
+// They are GCC/Clang vector types: + - * / and comparisons work on them (a comparison gives an i32v of 0 and -1). Everything is static,
+// because the same names mean other widths in other variants. Use partial loads and stores for tails rather than scalar loops, so that an
+// element's bits do not depend on where a tail begins.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +44,11 @@ MOE_INLINE f32v load(const float* from) { return *reinterpret_cast<const f32v_un
 MOE_INLINE void store(float* to, f32v x) { *reinterpret_cast<f32v_unaligned*>(to) = x; }
 MOE_INLINE i32v load(const int32_t* from) { return *reinterpret_cast<const i32v_unaligned*>(from); }
 MOE_INLINE void store(int32_t* to, i32v x) { *reinterpret_cast<i32v_unaligned*>(to) = x; }
-// By a subtraction, which the compiler drops: an addition of zero would turn -0 into 0, so that one stays in the code.
+// By subtraction, which the compiler removes; an addition of zero would turn -0 into 0 and therefore stays in the code.
 MOE_INLINE f32v splat(float x) { return x - f32v{}; }
 MOE_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 MOE_INLINE f32v zero() { return f32v{}; }
-// The first `count` (0 .. lanes) elements; the other lanes get `fill`. Never touches memory behind them.
+// The first `count` (0 .. lanes) elements; the other lanes get `fill`. Does not access memory after them.
 MOE_INLINE f32v load_partial(const float* from, int count, float fill = 0) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_mask_loadu_ps((__m512)splat(fill), static_cast<__mmask16>((1u << count) - 1), from);
@@ -76,14 +76,14 @@ MOE_INLINE void store_partial(int32_t* to, i32v x, int count) { std::memcpy(to, 
 
 MOE_INLINE i32v bits(f32v x) { return (i32v)x; }
 MOE_INLINE f32v from_bits(i32v x) { return (f32v)x; }
-// mask lanes are 0 or -1.
+// Lanes of the mask are 0 or -1.
 MOE_INLINE f32v select(i32v mask, f32v yes, f32v no) { return (f32v)((mask & (i32v)yes) | (~mask & (i32v)no)); }
 MOE_INLINE i32v select(i32v mask, i32v yes, i32v no) { return (mask & yes) | (~mask & no); }
 MOE_INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
-// Truncates; the values must fit.
+// Truncates; the values must be in range.
 MOE_INLINE i32v to_i32(f32v x) { return __builtin_convertvector(x, i32v); }
 
-// Bit i tells whether lane i of a mask is set.
+// Bit i: whether lane i of a mask is set.
 MOE_INLINE uint32_t set_lanes(i32v mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask);
@@ -122,7 +122,7 @@ MOE_INLINE f32v fma(f32v a, f32v b, f32v c) {
 // c - a * b
 MOE_INLINE f32v fnma(f32v a, f32v b, f32v c) { return fma(-a, b, c); }
 
-// When one operand is NaN: the second on x86, NaN on Arm. Do not rely on either.
+// If one operand is NaN: the second on x86, NaN on Arm. Do not rely on either.
 MOE_INLINE f32v fast_max(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
@@ -149,7 +149,7 @@ MOE_INLINE f32v fast_min(f32v a, f32v b) {
   return select(a < b, a, b);
 #endif
 }
-// NaN when either is NaN.
+// NaN if either operand is NaN.
 MOE_INLINE f32v nan_max(f32v a, f32v b) { return select(a != a, a, fast_max(a, b)); }
 MOE_INLINE f32v nan_min(f32v a, f32v b) { return select(a != a, a, fast_min(a, b)); }
 
@@ -203,7 +203,7 @@ MOE_INLINE float sum(f32v x) {
 #endif
 }
 
-// Largest lane; NaN lanes are ignored or not, as it happens.
+// The largest lane; NaN lanes may or may not be ignored.
 MOE_INLINE float max(f32v x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -239,11 +239,11 @@ MOE_INLINE u16v load(const uint16_t* from) { return *reinterpret_cast<const u16v
 MOE_INLINE void store(uint16_t* to, u16v x) { *reinterpret_cast<u16v_unaligned*>(to) = x; }
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-// Products of bf16: a 32-bit lane holds a pair of them, the first one in its lower half. Numbers that become bf16 are rounded to nearest even.
+// bf16 products: a 32-bit lane holds a pair of bf16, the first in its lower half. Conversions to bf16 round to nearest even.
 #define MOE_BF16_PRODUCTS 1
 
-// c + a * b, both numbers of each pair. On Arm either product, their sum, and c plus that are rounded to odd, in which way they are off by less than a unit in the last
-// place; x86 rounds to nearest. Denormals count as zeros on both.
+// c + a * b for both elements of each pair. On Arm both products, their sum, and c plus that are rounded to odd, with an error below one unit in the last place;
+// x86 rounds to nearest. Denormals are treated as zeros on both.
 MOE_INLINE f32v dot_pairs(f32v a, f32v b, f32v c) {
 #if defined(__x86_64__)
   return (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
@@ -267,7 +267,7 @@ MOE_INLINE f32v dot_pairs(float32x2_t a, f32v b, f32v c) {
   return c;
 }
 #endif
-// Twice as many neighbours as there are lanes.
+// Twice as many adjacent elements as there are lanes.
 MOE_INLINE f32v pair_neighbours(f32v first, f32v second) {
 #if defined(__x86_64__)
   return (f32v)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -288,8 +288,8 @@ MOE_INLINE f32v pair_lanes(f32v low, f32v high) {
 }
 #endif
 
-// Calls body(i, count) for 0 .. n in steps of `lanes`: count == lanes but for the last. Keep the body small: it is inlined twice,
-// once with a constant count so that `count == lanes` folds.
+// Calls body(i, count) for 0 .. n in steps of `lanes`; count == lanes except for the last. Keep the body small: it is inlined twice, once with a
+// constant count, so that `count == lanes` folds.
 template <class F>
 __attribute__((always_inline)) inline void each_vector(int64_t n, F&& body) {
   int64_t i = 0;

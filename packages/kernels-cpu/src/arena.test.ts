@@ -4,7 +4,7 @@ import { Arena, type System } from './arena.ts'
 
 const MiB = 2 ** 20
 
-/** Memory that is only counted. */
+/** Memory that only exists as addresses. */
 class FakeSystem implements System {
   readonly blocks = new Map<number, number>()
   readonly discarded: [number, number][] = []
@@ -14,7 +14,7 @@ class FakeSystem implements System {
   allocate(bytes: number): number {
     if (bytes > this.most) return 0
     const pointer = this.#next
-    // Blocks touch, as those of a system may: they are pieces of their own all the same.
+    // Blocks are adjacent, as a system's may be, but must still be treated as separate.
     this.#next += bytes
     this.blocks.set(pointer, bytes)
     return pointer
@@ -35,7 +35,7 @@ class FakeSystem implements System {
 }
 
 describe('arena', () => {
-  test('what is in use never overlaps and lies in blocks of the system, and all of it goes back', () => {
+  test('ranges in use never overlap and are inside blocks of the system, and everything is returned', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const random = new Random(3)
@@ -63,12 +63,12 @@ describe('arena', () => {
     expect(system.bytes).toBe(0)
   })
 
-  test('what one size leaves serves another: freed neighbours become one', () => {
+  test('freed neighbours are merged and reused for other sizes', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const small = Array.from({ length: 60 }, () => arena.take(MiB))
     expect(system.bytes).toBe(64 * MiB)
-    // Every other one first, then those between.
+    // Frees every other one first, then those in between.
     for (const parity of [0, 1]) for (let i = parity; i < 60; i += 2) arena.give(small[i], MiB, true)
     expect(arena.keptBytes).toBe(60 * MiB)
     expect(arena.take(60 * MiB)).toBe(small[0])
@@ -86,7 +86,7 @@ describe('arena', () => {
     expect(arena.keptBytes).toBe(5 * MiB)
   })
 
-  test('beside what is in use trim leaves the block, but not the memory that was in use', () => {
+  test('trim keeps a block that is partly in use but discards its freed memory', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const [first, second] = [arena.take(4 * MiB), arena.take(4 * MiB)]
@@ -95,7 +95,7 @@ describe('arena', () => {
     expect(system.discarded).toEqual([[first, 4 * MiB]])
     expect(arena.keptBytes).toBe(0)
     expect(system.blocks.size).toBe(1)
-    // What was never in use is not given back.
+    // Memory that was never used is not discarded.
     arena.trim()
     expect(system.discarded).toHaveLength(1)
     arena.give(second, 4 * MiB, false)
@@ -103,7 +103,7 @@ describe('arena', () => {
     expect(arena.keptBytes).toBe(0)
   })
 
-  test('without memory for more than is asked for it takes that, and without any nothing', () => {
+  test('allocates only what is requested if there is no memory for a larger segment, and returns 0 if there is none', () => {
     const system = new FakeSystem()
     system.most = 5 * MiB
     const arena = new Arena(system)
@@ -113,7 +113,7 @@ describe('arena', () => {
     expect(system.bytes).toBe(5 * MiB)
   })
 
-  test('takes over what another one has, in use or free', () => {
+  test('absorbs the ranges of another arena, in use or free', () => {
     const system = new FakeSystem()
     const [arena, other] = [new Arena(system), new Arena(system)]
     const [used, free] = [other.take(2 * MiB), other.take(3 * MiB)]

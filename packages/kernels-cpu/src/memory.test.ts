@@ -44,7 +44,7 @@ describe('memory', () => {
       expect(content.every(byte => byte === mark)).toBe(true)
     }
     for (let i = 0; i < 150; i++) {
-      // From 4 KiB to 4 MiB, so below, within and above what shares huge pages.
+      // From 4 KiB to 4 MiB: below, within and above the sizes that share huge pages.
       const bytes = Math.round(4096 * 2 ** (10 * random.next()))
       const buffer = backend.upload(new Uint8Array(bytes).fill(i % 251), [bytes], 'u8') as CpuBuffer
       living.push({ buffer, mark: i % 251 })
@@ -53,7 +53,7 @@ describe('memory', () => {
         await check(gone)
         backend.free(gone.buffer)
       }
-      // Nothing is kept, so that blocks go back to where they came from.
+      // With nothing cached, blocks are returned to where they came from.
       if (i % 3 === 0) backend.trim()
     }
     for (const one of living) {
@@ -148,7 +148,7 @@ describe('memory', () => {
     backend.checkGuards()
     const short = backend.upload(new Float32Array(9), [9], 'f32')
     expect(await backend.download({ handle: short, ...f32(9) })).toEqual(new Float32Array(9))
-    // A kernel that is told that its output is larger than it is.
+    // Call a kernel that assumes a larger output than there is.
     const beside: Value = { handle: short, ...f32(10) }
     const index: Value = { handle: backend.upload(Int32Array.of(9), [1], 'i32'), shape: [1], dtype: 'i32' }
     const one: Value = { handle: backend.upload(Float32Array.of(5), [1], 'f32'), ...f32(1) }

@@ -22,7 +22,7 @@ const root = join(import.meta.dirname, '..')
 const known: ReadonlyArray<[name: string, platform: Platform]> = Object.entries(platforms)
 const manifestIn = (folder: string): Manifest => JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'))
 
-test('every platform has a package, which this one brings', () => {
+test('every platform has a package, which is an optional dependency of this one', () => {
   const names = Object.keys(platforms).sort()
   expect(readdirSync(join(root, 'npm')).sort()).toEqual(names)
   const wanted = manifestIn(root).optionalDependencies
@@ -31,7 +31,7 @@ test('every platform has a package, which this one brings', () => {
 
 test.each(known)('%s is installed where it runs, with its libraries, in the same version', (name, platform) => {
   const { os, cpu, libc } = platform
-  // As it is looked for there.
+  // The name under which it is looked up.
   expect(name).toBe(platformName(os, cpu, libc))
   const manifest = manifestIn(join(root, 'npm', name))
   expect(manifest.name).toBe(`@moe/kernels-cpu-${name}`)

@@ -1,4 +1,4 @@
-/** @file Primitives on random shapes against the reference backend, and the same bits from 1 and 2 threads on sizes that are cut up. */
+/** @file Compares primitives on random shapes with the reference backend, and checks that 1 and 2 threads give the same bits on sizes that are split. */
 import {
   type DType,
   hostArray,
@@ -24,7 +24,7 @@ interface Call<P extends PrimitiveName = PrimitiveName> {
 const sizeOf = (shape: Shape) => shape.reduce((a, b) => a * b, 1)
 const pick = <T>(random: Random, values: readonly T[]): T => values[random.integer(values.length)]
 
-/** Mostly small sizes, with ones and zeros and now and then one beyond a vector or a tile. */
+/** Mostly small sizes, including ones and zeros, and sometimes sizes beyond a vector or a tile. */
 const someSize = (random: Random) => pick(random, [0, 1, 1, 2, 3, 4, 5, 7, 9, 16, 17, 33, 70])
 const someShape = (random: Random, rank: number, most = 40_000): number[] => {
   const shape = Array.from({ length: rank }, () => someSize(random))
@@ -266,7 +266,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-/** Sizes that every kernel cuts into pieces. */
+/** Sizes that every kernel splits into pieces. */
 const large: readonly Call[] = (() => {
   const random = new Random(23)
   const wide = input(random, [700, 301])

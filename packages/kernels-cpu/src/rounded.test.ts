@@ -1,4 +1,4 @@
-/** @file Weights of which the optimizer keeps a copy in bf16: products read that, and nothing can make it differ from what it is a copy of. */
+/** @file Weights with a bf16 copy kept by the optimizer: products read the copy, and nothing can make it differ from the weight. */
 import { type OpAttrs, type OpName, Random, type Shape, type Value } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import type { CpuBackend } from './backend.ts'
@@ -26,7 +26,7 @@ function call<O extends OpName>(on: CpuBackend, op: O, inputs: Value[], attrs: O
   return kernel(inputs, attrs, outputs).map((handle, i) => ({ handle, ...outputs[i] }))
 }
 
-/** A step of AdamW in place of `weight`. */
+/** Updates `weight` in place with AdamW. */
 function step(weight: Value, attrs = adamw): Value {
   const [grad, m, v, scale] = [
     ...[0, 1].map(() => normal(...weight.shape)),
@@ -38,7 +38,7 @@ function step(weight: Value, attrs = adamw): Value {
   return next
 }
 
-/** Products in bf16 whose second operand is a weight. */
+/** bf16 products whose second operand is a weight. */
 const products: Record<string, { weight: Shape; run: (weight: Value) => Value[] }> = {}
 for (const m of [1, 3, 4, 5, 14, 60, 300]) {
   for (const transposeB of [false, true]) {
@@ -91,7 +91,7 @@ const bits = async (values: Value[]) => {
   return data
 }
 
-/** What `run` gives for numbers that nobody keeps in bf16. */
+/** The result of `run` for the same values without a bf16 copy. */
 async function fresh(run: (weight: Value) => Value[], weight: Value) {
   const copy = upload((await backend.download(weight)) as Float32Array, weight.shape)
   const result = await bits(run(copy))
@@ -108,7 +108,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     const { rounded } = bufferOf(weight)
     if (rounded === null) throw new Error('no copy')
     expect(await bits(run(weight))).toEqual(await fresh(run, weight))
-    // With another one's copy in its place, the result is another one.
+    // With another weight's copy in its place, the result differs.
     const other = step(step(weight, { ...adamw, lr: 0 }), { ...adamw, lr: 0.5 })
     const buffer = bufferOf(other)
     const kept = buffer.rounded
@@ -127,14 +127,14 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     call(backend, 'matmul', [x48, weight], { transposeA: false, transposeB: true, precision: 'bf16' }, [[14, 48]])
   const x48 = normal(14, 40)
   const same = async (weight: Value) => expect(await bits(run(weight))).toEqual(await fresh(run, weight))
-  /** Read by a product and stepped, so with a copy. */
+  /** A weight that a product has read and AdamW has updated, so that it has a copy. */
   const trained = () => {
     const first = normal(...shape)
     free(...run(first))
     return step(first)
   }
 
-  test('only weights that such products read have one', () => {
+  test('only weights that such products read have a copy', () => {
     const before = backend.stats()
     const [read, unread] = [trained(), step(normal(...shape))]
     expect([read, unread].map(weight => bufferOf(weight).rounded !== null)).toEqual([true, false])
@@ -151,8 +151,8 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(weight)
   })
 
-  test('write begins one, where products look for it', async () => {
-    // As of a weight that another rank trains.
+  test('write creates a copy if products want one', async () => {
+    // Like a weight that another rank trains.
     const [read, unread] = [normal(48, 40), normal(48, 40)]
     free(...run(read))
     for (const weight of [read, unread]) backend.write(weight, random.normal(48 * 40))
@@ -171,7 +171,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(weight, next, row, index)
   })
 
-  test('a step while somebody else holds the weight', async () => {
+  test('a step while the weight has another owner', async () => {
     const weight = trained()
     const [alias] = call(backend, 'reshape', [weight], {}, [[1920]])
     const before = await bits(run(weight))
@@ -194,7 +194,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(...weights, grad, scale, ...next)
   })
 
-  // What a recorded step may do to its weight, which stays where it is.
+  // The ways in which a recorded step may update its weight in place.
   const updates: Record<string, (weight: Value, grad: Value) => Value> = {
     'a step of AdamW': (weight, grad) => {
       const [m, v, scale] = [normal(...shape), normal(...shape), upload(Float32Array.of(1), [])]
@@ -246,7 +246,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     backend.checkGuards()
   })
 
-  test('a step that is recorded before products have a copy makes none', async () => {
+  test('a step that is recorded before products have a copy creates none', async () => {
     const state = { ...normal(...shape) }
     free(...run(state))
     const grad = normal(...shape)

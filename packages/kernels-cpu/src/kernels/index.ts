@@ -1,4 +1,4 @@
-/** @file Every op that has a native kernel. One line each. */
+/** @file The table of all ops with a native kernel. */
 import type { FusedName, PrimitiveName } from '@moe/core'
 import type { FusedFactory, PrimitiveFactory } from '../native.ts'
 import { adamwStep } from './adamw/adamw.ts'

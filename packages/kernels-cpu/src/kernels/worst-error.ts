@@ -1,6 +1,6 @@
-/** @file For tests: how far two arrays are apart. */
+/** @file For tests: the largest difference of two arrays. */
 
-/** Largest |a - b| over the largest |b| (at least 1e-3); Infinity where one is NaN or the infinities differ. */
+/** Largest |a - b| relative to the largest |b| (at least 1e-3); Infinity if one is NaN or infinities differ. */
 export function worstError(a: ArrayLike<number>, b: ArrayLike<number>): number {
   if (a.length !== b.length) return Number.POSITIVE_INFINITY
   let worst = 0

@@ -1,4 +1,4 @@
-/** @file AdamW, in place where nobody else holds the tensors. */
+/** @file AdamW; updates in place if nobody else owns the tensors. */
 import { type AdamwAttrs, sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 

@@ -1,4 +1,4 @@
-/** Times attention on one layer of a few models: `node src/kernels/attention/attention.bench.ts [f32|bf16] [threads]`. */
+/** Benchmarks attention for one layer of several models: `node src/kernels/attention/attention.bench.ts [f32|bf16] [threads]`. */
 import { type AttentionAttrs, Random, type Shape, sizeOf, type Value, type WidePrecision } from '@moe/core'
 import { createBackend } from '../../backend.ts'
 

@@ -27,7 +27,7 @@ const cases: readonly Case[] = [
   { B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 24, Dv: 24, causal: true, scale: 0 },
   { B: 1, T: 34, S: 50, H: 1, G: 1, Dk: 576, Dv: 512, causal: true },
   { B: 1, T: 33, S: 40, H: 2, G: 2, Dk: 256, Dv: 256, causal: true },
-  // Few rows, which features that fill the lanes lie along: alone, and beside whole vectors of 16, 8 or 4.
+  // Few rows, with features along the lanes: alone, and next to whole vectors of 16, 8 or 4.
   { B: 1, T: 1, S: 51, H: 2, G: 2, Dk: 32, Dv: 16, causal: true },
   { B: 2, T: 1, S: 45, H: 4, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [45, 18] },
   { B: 1, T: 3, S: 37, H: 1, G: 1, Dk: 32, Dv: 48, causal: true, scale: -0.7 },
@@ -39,7 +39,7 @@ const cases: readonly Case[] = [
   { B: 1, T: 2, S: 1500, H: 1, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [1151] },
 ]
 
-/** Plain loops are slow: once per case. */
+/** Plain loops are slow, so compute each case once. */
 const known = new Map<Case, Float64Array[]>()
 
 async function run(c: Case, precision: WidePrecision, options: CpuOptions) {

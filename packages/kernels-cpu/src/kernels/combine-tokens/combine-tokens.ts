@@ -1,4 +1,4 @@
-/** @file Experts' outputs back to their tokens, forward and backward. */
+/** @file Combines the experts' outputs per token, forward and backward. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const combineTokens: FusedFactory<'combineTokens'> = native => {

@@ -22,7 +22,7 @@ const cases: readonly Case[] = [
 function data({ rows, classes, scale }: Case) {
   const random = new Random(rows + classes)
   const logits = Float32Array.from(random.normal(rows * classes), v => v * scale)
-  // Every fifth row does not count, in all the ways in which a row can fail to.
+  // Every fifth row is ignored, for each of the possible reasons.
   const unusual = [ignoreIndex, -1, classes, 2 ** 30]
   const targets = Array.from({ length: rows }, (_, i) => (i % 5 === 4 ? unusual[((i / 5) | 0) % 4] : (i * 7) % classes))
   const dloss = Float32Array.from(random.normal(rows))
@@ -90,7 +90,7 @@ describe.each(await availableIsas())('cross-entropy on %s', isa => {
     }
   })
 
-  test('-Infinity is a class that cannot be', async () => {
+  test('a class with logit -Infinity has probability 0', async () => {
     const c = { rows: 2, classes: 40, scale: 1 }
     const logits = new Float32Array(80).fill(Number.NEGATIVE_INFINITY)
     logits[3] = 5

@@ -1,4 +1,4 @@
-/** @file Running sums along one axis. */
+/** @file Cumulative sums along one axis. */
 import { sizeOf } from '@moe/core'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 

@@ -1,4 +1,4 @@
-/** @file Which slot goes where, sorted by expert. */
+/** @file Sorts slots by expert: the plan for dispatching tokens. */
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 

@@ -11,7 +11,7 @@ describe.each(await availableIsas())('%s', isa => {
     const backend = await testBackend({ isa, threads: 2 })
     const shape = [n]
     const value = (data: Float32Array): Value => ({ handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' })
-    // What is there before the first value counts for nothing.
+    // Contents before the first value have no effect.
     let average = value(random.normal(n))
     const sums = new Float64Array(n)
     const bytes = backend.stats().bytes
@@ -33,7 +33,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('a tensor that somebody else holds is not changed', async () => {
+test('a tensor with another owner is not changed', async () => {
   const backend = await testBackend()
   const make = (...data: number[]): Value => {
     return { handle: backend.upload(Float32Array.from(data), [2], 'f32'), shape: [2], dtype: 'f32' }

@@ -1,4 +1,4 @@
-/** @file A step of an exponential moving average, in place where nobody else holds the tensor. */
+/** @file Exponential moving average; updates in place if nobody else owns the tensor. */
 import { type EmaAttrs, sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 

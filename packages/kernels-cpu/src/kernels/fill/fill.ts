@@ -1,4 +1,4 @@
-/** @file One value everywhere. */
+/** @file Fills a tensor with one value. */
 import { bitsOf, sizeOf } from '@moe/core'
 import { bySize, type PrimitiveFactory } from '../../native.ts'
 

@@ -1,8 +1,8 @@
-/** @file Operands of products: as they are, or in precision 'fp8' as copies whose numbers are those of fp8, which bf16 and f32 have, too. */
+/** @file Operands of products: unchanged, or in precision 'fp8' copies rounded to fp8, whose values bf16 and f32 represent exactly. */
 import { type Precision, sizeOf, type Value } from '@moe/core'
 import { type Native, pointerOf } from '../../native.ts'
 
-/** An operand of rows. k lies along them, or across: in `runs` runs of as many rows (default 1), or in those that `offsets` say (`i32 [runs + 1]`). */
+/** An operand with rows. k runs along a row or across rows: across `runs` equal runs of rows (default 1), or across those given by `offsets` (`i32 [runs + 1]`). */
 export interface Operand {
   readonly value: Value
   readonly along: boolean
@@ -12,7 +12,7 @@ export interface Operand {
 
 export type Multiply = (pointers: readonly number[], bf16: 0 | 1) => void
 
-/** Calls `multiply` with the operands for that precision. */
+/** Calls `multiply` with the operands for this precision. */
 export function withOperands(
   native: Native,
 ): (precision: Precision, operands: readonly Operand[], multiply: Multiply) => void {

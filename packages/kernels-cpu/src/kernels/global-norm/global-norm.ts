@@ -2,7 +2,7 @@
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
-/** Tensors per call of the kernel; their sum stays in it between the calls. */
+/** Tensors per kernel call; the kernel accumulates the sum over the calls. */
 const batch = 28
 
 export const globalNorm: FusedFactory<'globalNorm'> = native => {

@@ -28,7 +28,7 @@ function data({ offsets, rows, k, n }: Groups) {
   return { x: normal(rows * k), dy: normal(rows * n), weight: normal((offsets.length - 1) * n * k) }
 }
 
-/** The matrix product's own test covers its rounding: here integers are exact in both precisions. */
+/** Rounding is covered by the matrix product's own test; here integers are exact in both precisions. */
 const small = (x: Float32Array) => x.map(v => Math.max(-8, Math.min(8, Math.round(v * 3))))
 
 async function forward(
@@ -121,7 +121,7 @@ describe.each(await availableIsas())('grouped matmul on %s', isa => {
   })
 
   test.each(precisions)('large weight gradients, which are written past the caches, in %s', async precision => {
-    // More than 2^22 elements. Rows of 1,296 are whole vectors, half a panel at their end; rows of 1,297 are not.
+    // More than 2^22 elements. Rows of 1,296 are whole vectors with half a panel at the end; rows of 1,297 are not.
     for (const k of [1296, 1297]) {
       const g: Groups = { offsets: [0, 3, 3, 5], rows: 6, k, n: 1081 }
       const { x, dy } = data(g)
@@ -158,7 +158,7 @@ describe.each(await availableIsas())('grouped matmul on %s', isa => {
   })
 })
 
-test('an expert computes what it computes alone', async () => {
+test('an expert gives the same result as on its own', async () => {
   const g = { offsets: [0, 33, 60, 61], rows: 61, k: 70, n: 50 }
   const { x, weight } = data(g)
   const y = await forward(g, x, weight, true, 'bf16', {})
@@ -171,7 +171,7 @@ test('an expert computes what it computes alone', async () => {
   }
 })
 
-test('gradients too large for the caches, with and without whole vectors', async () => {
+test('gradients that exceed the caches, with and without whole vectors', async () => {
   for (const k of [512, 520]) {
     const experts = 17
     const offsets = Array.from({ length: experts + 1 }, (_, e) => Math.max(0, e * 3 - 3))

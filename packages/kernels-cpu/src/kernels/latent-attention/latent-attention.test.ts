@@ -21,12 +21,12 @@ const cases = [
   { B: 3, T: 2, S: 800, H: 5, C: 21, valueDim: 13, lengths: [2, 0, 800] },
   { B: 1, T: 70, S: 100, H: 2, C: 48, valueDim: 32, lengths: [100] },
   { B: 2, T: 1, S: 1000, H: 65, C: 24, valueDim: 16, lengths: [400, 900] },
-  // A whole vector of heads, and few.
+  // A whole vector of heads, and a few heads.
   { B: 1, T: 1, S: 130, H: 20, C: 96, valueDim: 64, lengths: [117] },
   { B: 2, T: 1, S: 1000, H: 20, C: 576, valueDim: 512, lengths: [3, 901] },
 ]
 
-/** Plain loops are slow: once per case. */
+/** Plain loops are slow, so compute each case once. */
 const known: Record<CacheDType, Map<object, Float64Array>> = { f32: new Map(), bf16: new Map() }
 
 type CacheDType = 'f32' | 'bf16'
@@ -42,7 +42,7 @@ async function run(
   const q = random.normal(B * T * H * C)
   const exact = random.normal(B * S * C)
   const cache = decodeHost(dtype, encodeHost(dtype, exact)) as Float32Array
-  // What lies behind the end of a sequence is never read.
+  // Rows after the end of a sequence are never read.
   const given = cache.slice()
   lengths.forEach((n, b) => {
     given.fill(Number.NaN, (b * S + n) * C, (b + 1) * S * C)
@@ -109,7 +109,7 @@ const pagedCases: PagedCase[] = [
   { B: 2, T: 1, H: 20, C: 96, valueDim: 64, page: 16, lengths: [40, 900] },
 ]
 
-/** Rows in pages in no order, of which all sequences share the first, and the same rows one behind another. What is not in use is NaN. */
+/** Rows in pages in random order, the first of which all sequences share, and the same rows contiguously. Unused memory is NaN. */
 function pagedRows({ B, C, page, lengths }: PagedCase, random: Random) {
   const count = Math.ceil(Math.max(...lengths) / page) + 1
   const numbers = B * count + 3

@@ -1,4 +1,4 @@
-/** @file Absorbed MLA decode over the latent cache. */
+/** @file Absorbed MLA decoding over the latent cache. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const latentAttention: FusedFactory<'latentAttention'> = native => {

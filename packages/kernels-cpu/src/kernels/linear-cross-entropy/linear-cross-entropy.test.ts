@@ -10,11 +10,11 @@ interface Case {
   readonly rows: number
   readonly classes: number
   readonly dim: number
-  /** One row in so many does not count; 0 = all count. */
+  /** Every so-many-th row is ignored; 0: none. */
   readonly skip: number
 }
 
-// Several blocks of rows and of classes, tails in all of them.
+// Several blocks of rows and of classes, with partial blocks at the end of each.
 const cases: readonly Case[] = [
   { rows: 1, classes: 1, dim: 1, skip: 0 },
   { rows: 7, classes: 50, dim: 9, skip: 0 },
@@ -136,7 +136,7 @@ describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
 })
 
 test('many rows and many classes go through several blocks of dlogits', async () => {
-  // More than 4096 rows that count and more than 512 classes.
+  // More than 4096 counted rows and more than 512 classes.
   const c = { rows: 4500, classes: 1100, dim: 8, skip: 0 }
   const d = data(c)
   const got = await run(c, d, 'f32', {})

@@ -1,4 +1,4 @@
-/** @file Cross-entropy of the logits x weight^T, which never exist as a whole. */
+/** @file Cross-entropy of the logits x weight^T, without storing all of them. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = native => {

@@ -51,7 +51,7 @@ function operands({ batch = 1, m, n, k }: Product, seed: number) {
   return { a: Float32Array.from(random.normal(batch * m * k)), b: Float32Array.from(random.normal(batch * k * n)) }
 }
 
-/** Largest |c - exact| over the sum of the absolute products that make up the element. */
+/** Largest |c - exact| relative to the sum of the absolute products that make up the element. */
 function worstError(p: Product, a: Float32Array, b: Float32Array, c: ArrayLike<number>, rounded: boolean): number {
   const [x, y] = rounded ? [a.map(toBf16), b.map(toBf16)] : [a, b]
   let worst = 0
@@ -165,13 +165,13 @@ describe.each(await availableIsas())('matmul on %s', isa => {
   })
 })
 
-// Arm rounds the sum of two products, and that sum with what came before, to odd: each time by less than a unit in the last place, 2^-23 of the sum so far.
-// x86 rounds to nearest after every product, by half of that.
-test.each(await availableIsas())('sums in bf16 on %s: a unit in the last place for every two products', async isa => {
+// Arm rounds the sum of two products, and its sum with the previous total, to odd: each time by less than a unit in the last place, 2^-23 of the total so far.
+// x86 rounds to nearest after every product, with an error of at most half of that.
+test.each(await availableIsas())('bf16 sums on %s are accurate to one ulp for every two products', async isa => {
   for (const m of [1, 12, 25]) {
     for (const k of [62, 700, 3001]) {
       const p = { m, n: 9, k, transposeA: false, transposeB: true, precision: 'bf16' } as const
-      // What is added is less than the last place of the sum, again and again.
+      // Each addition is smaller than the last place of the sum.
       const a = Float32Array.from({ length: m * k }, (_, i) => (i % k === 0 ? 64 : i % 2 === 0 ? 48 * 2 ** -23 : 0))
       for (const numbers of [operands(p, m + k), { a, b: new Float32Array(9 * k).fill(1) }]) {
         const { c, rounded } = await multiply(p, numbers.a, numbers.b, { isa })
@@ -186,7 +186,7 @@ test('bf16 rounds to nearest even', async () => {
   const backend = await testBackend()
   const rounded = backend.bf16Matmul
   backend.dispose()
-  // Halfway cases between neighbours of bf16 (8 bits of significand), down to even and up to even.
+  // Ties between adjacent bf16 values (8 bits of significand), down to even and up to even.
   const x = [1 + 2 ** -8, 1 + 3 * 2 ** -8, 1 + 2 ** -8 + 2 ** -20, -(1 + 2 ** -8), 1 + 2 ** -7]
   const p = { m: 5, n: 1, k: 1, transposeA: false, transposeB: true, precision: 'bf16' } as const
   const { c } = await multiply(p, x, [1], {})

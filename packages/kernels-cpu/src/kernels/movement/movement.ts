@@ -1,4 +1,4 @@
-/** @file Elements to other places: reshape, permute, expand, slice, pad, concat. */
+/** @file Ops that move elements: reshape, permute, expand, slice, pad, concat. */
 import { bitsOf, type DType, dtypeBytes, sizeOf } from '@moe/core'
 import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
 import { bySize, type Native, type PrimitiveFactory, pointerOf } from '../../native.ts'
@@ -9,7 +9,7 @@ export const reshape: PrimitiveFactory<'reshape'> = native => {
 
 type CopyBox = (dtype: DType, to: number, from: number, sizes: readonly number[], strides: [number[], number[]]) => void
 
-/** Copies a box of `sizes` between two memories with strides in elements: [of the destination, of the source]. */
+/** Copies a box of `sizes` between two buffers; strides are in elements: [of the destination, of the source]. */
 function boxCopier(native: Native): CopyBox {
   const kernelFor = bySize(native, 'copy_box')
   return (dtype, to, from, sizes, strides) => {
@@ -30,7 +30,7 @@ export const permute: PrimitiveFactory<'permute'> = native => {
     const [to, from] = merged
     const y = native.output(spec)
     const last = sizes.length - 1
-    // The axis along which the source has no gaps.
+    // The axis along which the source is contiguous.
     const dense = from.indexOf(1)
     if (sizeOf(spec.shape) === 0) return [y]
     if (from[last] === 1 || dense < 0) {

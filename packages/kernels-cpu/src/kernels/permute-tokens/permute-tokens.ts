@@ -1,4 +1,4 @@
-/** @file Tokens in expert order, forward and backward. */
+/** @file Permutes tokens into expert order, forward and backward. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const permuteTokens: FusedFactory<'permuteTokens'> = native => {

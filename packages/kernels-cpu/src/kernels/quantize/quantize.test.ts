@@ -33,7 +33,7 @@ describe.each(await availableIsas())('%s', isa => {
     expect(x.every(isClose)).toBe(true)
   })
 
-  test('NaN spoils its own block only', async () => {
+  test('NaN only affects its own block', async () => {
     const backend = await testBackend({ isa })
     const data = [1, Number.NaN, 2, 4]
     const [q, scale] = await runOp(backend, 'quantize', [{ data, shape: [1, 4] }], { block: [1, 2] }, [

@@ -12,7 +12,7 @@ interface Size {
   readonly block: readonly [number, number]
 }
 
-/** Few rows and many; whole and broken registers; blocks that the dot products take, and such that are decoded first. */
+/** Few rows and many; whole and partial registers; blocks that the dot products support, and blocks that are decoded first. */
 const sizes: readonly Size[] = [
   { offsets: [0, 1], rows: 1, n: 67, k: 512, block: [1, 128] },
   { offsets: [0, 1, 1, 2], rows: 2, n: 33, k: 389, block: [1, 32] },
@@ -23,7 +23,7 @@ const sizes: readonly Size[] = [
   { offsets: [0, 9, 10], rows: 10, n: 700, k: 301, block: [128, 96] },
 ]
 
-/** Bytes as stored, and the numbers that they stand for. */
+/** Stored bytes, and the values that they represent. */
 function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
   const random = new Random(n * k).fork(format)
   const experts = offsets.length - 1
@@ -47,7 +47,7 @@ function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
   return { codes, scales, width, scaleShape: [experts, Math.ceil(n / block[0]), perRow], value }
 }
 
-/** Both products in f64: `inner` elements of x make `outer` of y. */
+/** Both products in f64: `inner` elements of x give `outer` elements of y. */
 function expected(size: Size, x: Float32Array, value: ReturnType<typeof stored>['value'], transposeW = true) {
   const { offsets, rows } = size
   const [inner, outer] = transposeW ? [size.k, size.n] : [size.n, size.k]
@@ -109,7 +109,7 @@ describe.each(await availableIsas())('stored weights on %s', isa => {
       const one = await product(format, size, x, weight, { isa, threads: 1 })
       const two = await product(format, size, x, weight, { isa, threads: 2 })
       expect(two, JSON.stringify(size)).toEqual(one)
-      // A chain of k additions; x as whole numbers is rounded to 2^-24 of the largest.
+      // A chain of k additions; quantized x is rounded to 2^-24 of its largest element.
       const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
       for (let i = 0; i < one.length; i++) {
         const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
@@ -159,7 +159,7 @@ describe.each(await availableIsas())('x in whole numbers on %s', isa => {
     })
   })
 
-  test('a block may have a scale of its own size in x: small ones are as exact as large ones', async () => {
+  test('each block of x has its own scale, so small blocks are as accurate as large ones', async () => {
     const weight = stored('int8', size)
     const x = new Float32Array(size.rows * size.k)
     for (let i = 0; i < 128; i++) x[128 + i] = (1 + i) * 1e-6

@@ -1,12 +1,12 @@
-/** @file Products with weights stored in fewer bits, one weight or one per expert. */
+/** @file Products with quantized weights, dense and per expert. */
 import type { QuantizedAttrs, TensorSpec, Value } from '@moe/core'
 import { type FusedFactory, type Native, pointerOf } from '../../native.ts'
 
-/** As `Format` in formats.h. */
+/** The values of `Format` in formats.h. */
 const formats = { bf16: 0, fp8: 1, int8: 2, int4: 3 } as const
 
 function launcher(native: Native) {
-  // All but the last four values are common to products of the same x with several weights.
+  // All but the last four values are shared by products of the same x with several weights.
   const transposed = native.kernel('moe_quantized_matmul_f32', 9)
   const untransposed = native.kernel('moe_quantized_matmul_untransposed_f32')
   return (

@@ -1,4 +1,4 @@
-/** @file Sums and maxima over any axes: one pass of [outer, count, inner] for every run of neighbouring axes. */
+/** @file Sums and maxima over any axes: a pass over [outer, count, inner] for every run of adjacent axes. */
 import type { Shape } from '@moe/core'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 
@@ -13,7 +13,7 @@ export function reducePasses(shape: Shape, axes: readonly number[]): Array<[numb
       continue
     }
     let count = 1
-    // An axis of size 1 between two reduced ones does not part them.
+    // An axis of size 1 between two reduced axes does not separate them.
     while (axis >= 0 && (axes.includes(axis) || shape[axis] === 1)) count *= shape[axis--]
     let outer = 1
     for (let i = 0; i <= axis; i++) outer *= shape[i]

@@ -43,7 +43,7 @@ function best(values: readonly number[], k: number, allowed: (i: number) => bool
   return order.slice(0, k)
 }
 
-/** Chosen experts of one token, from its scores. */
+/** The experts chosen for one token, from its scores. */
 function choose(scores: readonly number[], bias: ArrayLike<number>, attrs: RouterAttrs): number[] {
   const choice = scores.map((s, e) => Math.fround(s + bias[e]))
   const size = scores.length / attrs.groups

@@ -1,4 +1,4 @@
-/** @file The choice of experts, forward and backward. */
+/** @file Routing: the choice of experts, forward and backward. */
 import type { RouterAttrs, Value } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 

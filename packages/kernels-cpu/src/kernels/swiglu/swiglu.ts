@@ -1,4 +1,4 @@
-/** @file The gated activation, forward and backward. */
+/** @file SwiGLU, forward and backward. */
 import { sizeOf } from '@moe/core'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 

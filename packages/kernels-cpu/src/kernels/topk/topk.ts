@@ -1,4 +1,4 @@
-/** @file The largest elements of each row. */
+/** @file The k largest elements of each row. */
 import { sizeOf } from '@moe/core'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 

@@ -18,7 +18,7 @@ const exact: { readonly [C in UnaryCode]: (x: number) => number } = {
   floor: Math.floor,
 }
 
-/** Largest error in units in the last place of f32 that each function may have, away from denormal results. */
+/** Maximum error of each function in units in the last place of f32, except for denormal results. */
 const ulps: { readonly [C in UnaryCode]?: number } = { exp: 2, log: 2, sin: 2, cos: 2, tanh: 3, sigmoid: 3, rsqrt: 2 }
 
 const special = [

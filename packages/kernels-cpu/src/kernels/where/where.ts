@@ -1,4 +1,4 @@
-/** @file Elementwise choice with numpy broadcasting. */
+/** @file Elementwise selection with numpy broadcasting. */
 
 import { broadcastNest } from '@moe/core/strides'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
