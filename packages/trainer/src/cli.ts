@@ -10,11 +10,13 @@ import { tokenizeCommand } from './tokenize/command.ts'
 import { UsageError } from './usage-error.ts'
 import { watchRuns } from './watch/index.ts'
 
-const HELP = `moe-trainer COMMAND [options]
+const HELP = `Usage: moe-trainer COMMAND [options]
 
-  watch [FOLDER]         serves a dashboard of all runs in a folder (default: runs), live while they train; stop it with Ctrl-C
+  watch [FOLDER]         serves a dashboard of all runs in a folder (default: runs), live while they train;
+                         stop it with Ctrl-C
       --port N               port (default: 7070, or a free one)
-      --host ADDRESS         address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0 for everyone on the network)
+      --host ADDRESS         address to listen on (default: 127.0.0.1, this machine only;
+                             0.0.0.0 for everyone on the network)
 
   tokenize PATTERN...    tokenizes .txt, .jsonl (both also .gz, .zst) and .parquet files for training;
                          to continue after an interruption, run the same command again
