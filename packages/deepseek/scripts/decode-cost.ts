@@ -1,8 +1,8 @@
-// Time of one decoded token by length of the context, and what the latent cache takes:
+// Measures the time of decoding one token by context length, and the size of the latent cache:
 //
 //   node packages/deepseek/scripts/decode-cost.ts [--preset 200m] [--tokens 24] [--contexts 256,1024,4096] [--cache f32|bf16]
 //
-// The cache is filled with random rows, so that no long prompt has to be computed. Prints a table and one line of JSON; asserts nothing.
+// The cache is filled with random rows, so that no long prompt must be computed. Prints a table and one line of JSON; asserts nothing.
 import { parseArgs } from 'node:util'
 import { cacheCost } from '@moe/attention-mla'
 import { firstAvailable, fromHost, Random, randn, scope, setDefaultBackend } from '@moe/core'
@@ -27,7 +27,7 @@ console.log(
   `${name} on ${model.backend.name}: cache ${bytes} bytes per token in ${dtype} (expanded keys and values: ${expandedBytes})`,
 )
 
-/** Milliseconds of every step of `tokens` behind a context. */
+/** Returns the milliseconds of each of `tokens` decoding steps after a context. */
 async function measure(context: number): Promise<number[]> {
   const cache = model.makeCache({ dtype, capacity: 2 ** Math.ceil(Math.log2(context + tokens + 4)) })
   const random = new Random(context)

@@ -1,11 +1,11 @@
-// Live parity with Hugging Face transformers, in both directions, on random small configurations by seed:
+// Compares random small models with Hugging Face transformers, in both directions:
 //
 //   node packages/deepseek/scripts/parity.ts [--seeds 16] [--from 0] [--generate 3] [--backend cpu|reference]
 //
-// A checkpoint that transformers saved opens here with the same logits and gradients; one saved here opens in transformers with
-// the same logits and without one missing or unexpected key, MTP layers included; greedy generation makes the same 200 tokens,
-// with and without drafts. Needs the Python environment of tools/reference/setup.sh; ends with 1 on any difference, with 2
-// without that environment.
+// A checkpoint saved by transformers must give the same logits and gradients here. A checkpoint saved here must open in transformers with
+// the same logits, without missing or unexpected keys (including MTP layers). Greedy generation must produce the same 200 tokens, with and
+// without drafts. Requires the Python environment of tools/reference/setup.sh. Exits with 1 on any difference, and with 2 without that
+// environment.
 import { spawnSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
@@ -37,7 +37,9 @@ const { values: flags } = parseArgs({
 const root = resolve(import.meta.dirname, '../../..')
 const python = join(root, '.venv-reference/bin/python')
 if (!existsSync(python)) {
-  console.error('parity: there is no .venv-reference; tools/reference/setup.sh makes it (PyTorch and transformers)')
+  console.error(
+    'parity: .venv-reference is missing; create it with tools/reference/setup.sh (PyTorch and transformers)',
+  )
   process.exit(2)
 }
 setDefaultBackend(
@@ -48,7 +50,7 @@ setDefaultBackend(
 
 type Answer = { seed: number; error?: string } & Record<string, unknown>
 
-/** Runs tools/reference/parity.py; gives its answers by seed. */
+/** Runs tools/reference/parity.py and returns its results by seed. */
 function ask(what: 'export' | 'check' | 'generate', folder: string, seeds: readonly number[]): Map<number, Answer> {
   const script = join(root, 'tools/reference/parity.py')
   const { stdout, stderr, status } = spawnSync(python, ['-W', 'ignore', script, what, folder, ...seeds.map(String)], {
@@ -56,7 +58,7 @@ function ask(what: 'export' | 'check' | 'generate', folder: string, seeds: reado
     maxBuffer: 2 ** 26,
     env: { ...process.env, OMP_NUM_THREADS: '1', HF_HUB_OFFLINE: '1' },
   })
-  if (status !== 0) throw new Error(`${script} ${what} ended with ${status}:\n${stderr}`)
+  if (status !== 0) throw new Error(`${script} ${what} exited with ${status}:\n${stderr}`)
   return new Map(
     stdout
       .split('\n')
@@ -66,7 +68,7 @@ function ask(what: 'export' | 'check' | 'generate', folder: string, seeds: reado
   )
 }
 
-/** Size of the difference over the size of what was expected (or over `atLeast`). */
+/** Returns the norm of the difference divided by the norm of the expected values (at least `atLeast`). */
 function distance(actual: ArrayLike<number>, expected: ArrayLike<number>, atLeast = 0): number {
   if (actual.length !== expected.length) throw new Error(`${actual.length} values, expected ${expected.length}`)
   let difference = 0
@@ -80,7 +82,7 @@ function distance(actual: ArrayLike<number>, expected: ArrayLike<number>, atLeas
 
 const floats = async (file: TensorSource, key: string) => (await file.read(key)).data as Float32Array
 
-/** Rows of T + lookahead tokens in which exactly the positions with labels are trained on. */
+/** Returns rows of T + lookahead tokens in which exactly the positions with labels carry loss. */
 async function rowsOf(file: TensorSource, lookahead: number) {
   const ids = await file.read('input_ids')
   const labels = (await file.read('labels')).data as Int32Array
@@ -97,7 +99,7 @@ async function rowsOf(file: TensorSource, lookahead: number) {
   return { tokens, documents, rows, length }
 }
 
-/** Distances of logits, loss and gradients of a checkpoint that transformers wrote. */
+/** Compares logits, loss and gradients of a checkpoint that transformers wrote. */
 async function compareTheirs(folder: string, model: DeepSeek, answer: Answer) {
   await using file = await readSafetensors(join(folder, 'theirs.safetensors'))
   const ids = await file.read('input_ids')
@@ -105,7 +107,7 @@ async function compareTheirs(folder: string, model: DeepSeek, answer: Answer) {
   const vocabulary = model.config.vocab_size
   const logits = await model.infer(() => model.forward(fromHost(ids.data as Int32Array, ids.shape, 'i32'))).values()
   const theirs = await floats(file, 'logits')
-  // Padded positions mean nothing.
+  // Ignore padded positions.
   const meant = (values: ArrayLike<number>) =>
     Array.from(values).filter((_, i) => labels[Math.floor(i / vocabulary)] !== -100)
   const rows = await rowsOf(file, model.lookahead)
@@ -135,7 +137,7 @@ async function compareTheirs(folder: string, model: DeepSeek, answer: Answer) {
   }
 }
 
-/** A model with random weights of our own, saved, with its logits. */
+/** Saves a model with random weights, and its logits. */
 async function writeOurs(folder: string, theirs: string, seed: number): Promise<void> {
   const config = JSON.parse(await readFile(join(theirs, 'config.json'), 'utf8')) as DeepSeekConfigInput
   const model = new DeepSeek({ ...config, initializer_range: 0.3 }, { seed })
@@ -165,7 +167,7 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
     const at = join(folder, String(seed))
     const answer = answers.get(seed)
     if (answer === undefined || answer.error) {
-      failures.push(`seed ${seed}: ${answer?.error ?? 'no answer'}`)
+      failures.push(`seed ${seed}: ${answer?.error ?? 'no result'}`)
       continue
     }
     const objective = { mtpWeight: answer.mtpWeight as number, balanceWeight: 0 }
@@ -217,7 +219,7 @@ async function sameText(folder: string, seeds: readonly number[]): Promise<void>
   for (const seed of seeds) {
     const answer = answers.get(seed)
     if (answer === undefined || answer.error) {
-      failures.push(`generate, seed ${seed}: ${answer?.error ?? 'no answer'}`)
+      failures.push(`generate, seed ${seed}: ${answer?.error ?? 'no result'}`)
       continue
     }
     const at = join(folder, String(seed))

@@ -192,7 +192,7 @@ describe('a model of every part', () => {
     },
   )
 
-  test('what decoding has made of kv_b_proj is made anew when the adapter changes', async () => {
+  test('absorbed weights of kv_b_proj are recomputed when the adapter changes', async () => {
     const model = await adapted()
     const text = await textOf(model)
     for (const { name, adapter } of namedAdapters(model)) {
@@ -240,7 +240,7 @@ describe('a model of every part', () => {
     for (const one of [model, again, inFewerBits, beside, merged]) one.dispose()
   })
 
-  test('is refused where its base is not here, or another', async () => {
+  test('is rejected if its base model is missing or different', async () => {
     const model = await adapted()
     const own = join(folder, 'lost')
     await saveAdapters(own, model, { base: 'deepseek-ai/DeepSeek-V3' })
@@ -258,7 +258,7 @@ describe('a model of every part', () => {
     for (const one of [model, other]) one.dispose()
   })
 
-  test('its selection biases and its base stay as they are in training', async () => {
+  test('training changes neither balance biases nor the base model', async () => {
     const model = await adapted()
     const before = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
     const rows = {

@@ -1,15 +1,23 @@
-/** @file New tokens of sequences that share a paged cache through the main model. */
+/** @file Forward passes of the main model for sequences that share a paged cache. */
 import type { PagedBatch } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { TurnOptions } from './generate.ts'
 import type { DeepSeek } from './model.ts'
-import { isDrawn, needsLogits, probabilitiesOf, type Scores, type Scoring, scoresOf, upTo } from './sampling.ts'
+import {
+  isDrawn,
+  limitVocabulary,
+  needsLogits,
+  probabilitiesOf,
+  type Scores,
+  type Scoring,
+  scoresOf,
+} from './sampling.ts'
 
 type Out = {
   /** Hidden states of the new tokens, `[B, n, D]`. */
   readonly hidden: Tensor
-  /** Of what follows the last w of them, the likeliest tokens, `i32 [B, w, 1]`. */
+  /** The most likely token after each of the last w tokens, `i32 [B, w, 1]`. */
   readonly best?: Tensor
   /** `[B, w, vocabulary]`, at the temperature of each sequence. */
   readonly probabilities?: Tensor
@@ -17,28 +25,28 @@ type Out = {
   readonly logits?: Tensor
 }
 
-/** What follows new tokens. The tensors are the caller's, who frees them before the next run: that may overwrite them. */
+/** The result of a pass. The caller must dispose of the tensors before the next pass, which may overwrite them. */
 interface Followed {
   readonly hidden: Tensor
   readonly logits?: Tensor
-  /** Of each sequence, by its options, what follows each of its last tokens. */
+  /** Scores of the next token after each of the last `rows` tokens, by sequence. */
   readonly scores: ReadonlyArray<readonly Scores[]>
 }
 
-/** What the sequences of a pass want to know of what follows. */
+/** The outputs that a pass must compute. */
 interface Wanted {
-  /** After how many of the last tokens. */
+  /** Number of last tokens whose next tokens are scored. */
   readonly rows: number
   readonly probabilities: boolean
   readonly logits: boolean
-  /** How many may be made, the same for all. */
+  /** Number of token ids that may be generated, the same for all sequences. */
   readonly vocabulary: number
 }
 
-/** What a sequence wants to know of what follows. */
+/** The outputs that a sequence needs. */
 type Asked = Scoring & Pick<TurnOptions, 'logProbs'>
 
-/** The passes of the main model over a paged cache. */
+/** Forward passes of the main model over a paged cache. */
 export class BatchStep {
   readonly #model: DeepSeek
   readonly #precision: Precision
@@ -49,7 +57,10 @@ export class BatchStep {
     this.#precision = precision
   }
 
-  /** Adds as many tokens to each of the sequences, `ids` row by row, and tells what follows the last `rows` of each by its options. The sequences have pages for it, and one vocabulary. */
+  /**
+   * Appends tokens to all sequences, the same number to each (`ids` row by row), and scores the next token after each of the last `rows`. The sequences must have pages for them, and the same
+   * vocabulary.
+   */
   async run(batch: PagedBatch, ids: readonly number[], rows: number, options: readonly Asked[]): Promise<Followed> {
     let passes = this.#passes.get(batch)
     if (passes === undefined) {
@@ -98,7 +109,7 @@ export class BatchStep {
     if (rows === 0) return { hidden }
     const time = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, time - rows, time))
-    const likely = upTo(logits, vocabulary)
+    const likely = limitVocabulary(logits, vocabulary)
     return {
       hidden,
       best: scoresOf(likely),

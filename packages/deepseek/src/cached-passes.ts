@@ -1,4 +1,4 @@
-/** @file Passes that add tokens to a cache. Short ones are recorded once and replayed, where the backend can. */
+/** @file Forward passes that append tokens to a cache. Short ones are captured as a graph and replayed, if the backend supports it. */
 import { MultiHeadLatentAttention, type SequenceCache } from '@moe/attention-mla'
 import {
   fromHost,
@@ -13,23 +13,22 @@ import {
 } from '@moe/core'
 import type { DeepSeek } from './model.ts'
 
-/** Longest run that is recorded. Attention over it is absorbed, so that no shape depends on how much the cache holds. */
+/** Maximum tokens per sequence of a recorded pass. Attention over so few is absorbed, so that no shape depends on the length of the cache. */
 const longestRecorded = 8
 
-/** Most tokens of a recorded run. Each number of sequences has a graph of its own, with memory for its logits; where there are many, launches are little of the time. */
+/** Maximum tokens of a recorded pass in total. Each batch size has its own graph with memory for its logits, and with many sequences, launches take little of the time. */
 const mostRecorded = 32
 
-/** What a pass is given besides tokens. */
+/** Inputs of a pass besides tokens. */
 export interface PassInputs {
   /** `[B, n, D]`. */
   readonly states?: Tensor
-  /** A number for each sequence, `[B]`. */
+  /** One number per sequence, `[B]`. */
   readonly numbers?: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>
 }
 
 /**
- * Adds the tokens `ids [B, n]` to the cache. It depends on them, on `states [B, n, D]` and `numbers [B]` if there are any, on weights and cache, and on
- * nothing else that changes.
+ * Appends the tokens `ids [B, n]` to the cache. The result may depend only on its arguments `ids`, `states [B, n, D]` and `numbers [B]`, the weights, and the cache.
  */
 export type CachedPass<Out> = (ids: Tensor, states: Tensor | undefined, numbers: Tensor | undefined) => Out
 
@@ -37,21 +36,21 @@ interface Recorded<Out> {
   readonly ids: Tensor
   states: Tensor | undefined
   readonly numbers: Tensor | undefined
-  /** The number 0, `i32 [1]`. */
+  /** The constant 0, `i32 [1]`. */
   readonly first: Tensor
   readonly graph: Graph<Out>
 }
 
-/** Passes of one session over one cache. */
+/** The passes of one session over one cache. */
 export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   readonly #model: DeepSeek
   readonly #cache: SequenceCache
   readonly #precision: Precision
   #records: boolean
-  /** By kind and number of tokens; null after the first such run, which makes the tables that a recording needs. */
+  /** By kind and number of tokens. Null after the first such pass, which creates the tables that a recording needs. */
   readonly #recorded = new Map<string, Recorded<Out> | null>()
   readonly #parameters: readonly Parameter[]
-  /** What the graphs hold on to: with other weights or another memory of the cache they are void. */
+  /** Versions of the weights in the graphs, which become invalid with other weights or another cache layout. */
   #versions: readonly number[] = []
   #layout = ''
 
@@ -64,7 +63,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
   }
 
-  /** The result is the caller's, who frees it before the next run: that may overwrite it. Runs of one kind and length have the same ops. */
+  /** Runs a pass. The caller must dispose of the result before the next pass, which may overwrite it. All passes of one kind and length must consist of the same ops. */
   run(kind: string, pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, inputs: PassInputs = {}): Out {
     const cache = this.#cache
     const time = ids.length / cache.batch
@@ -95,7 +94,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     return keep(this.#infer(() => Object.fromEntries(results.map(([name, x]) => [name, x.detach()])) as unknown as Out))
   }
 
-  /** Null where there is no memory for a graph: it cannot wait for what others are about to free. */
+  /** Returns null if there is not enough memory for a graph. */
   #record(pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, like: PassInputs): Recorded<Out> | null {
     const { backend } = this.#model
     const cache = this.#cache
@@ -125,7 +124,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     }
   }
 
-  /** Other elements for a tensor that nobody else holds, in its place. */
+  /** Overwrites a tensor that has no other references. */
   #copyInto(to: Tensor, from: Tensor, first: Tensor): Tensor {
     const row = [1, to.size]
     return keep(
@@ -151,7 +150,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     return this.#model.infer(fn, { precision: this.#precision })
   }
 
-  /** Forgets what was recorded over other memory than there is now. */
+  /** Discards recordings if weights or cache memory have changed. */
   #check(): void {
     const { layout } = this.#cache
     if (layout === this.#layout && this.#parameters.every(({ version }, i) => version === this.#versions[i])) return

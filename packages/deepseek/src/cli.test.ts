@@ -32,7 +32,7 @@ test('exports a folder', async () => {
   await tokenizerWith('deepseek-v3').save(join(folder, 'model', 'tokenizer.json'))
   const { stdout, stderr, status } = run('export-gguf', 'model', '--type', 'q4_0')
   expect({ stderr, status }).toEqual({ stderr: '', status: 0 })
-  expect(stdout).toMatch(/^model-q4_0.gguf: \d+ tensors, 0.\d MB\nnote: the MTP modules are left out\n$/)
+  expect(stdout).toMatch(/^model-q4_0.gguf: \d+ tensors, 0.\d MB\nnote: the MTP modules are not exported\n$/)
   await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
   expect(file.metadata.get('general.name')?.value).toBe('model')
   // The folder of a run, as the trainer leaves it.
@@ -48,12 +48,12 @@ test('exports a folder', async () => {
 test('exits with 1 for failures and 2 for wrong usage', () => {
   expect(run('--help')).toMatchObject({ status: 0 })
   expect(run()).toMatchObject({ status: 2 })
-  expect(run('bake')).toMatchObject({ status: 2, stderr: expect.stringContaining('there is no command bake') })
+  expect(run('bake')).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
   expect(run('export-gguf')).toMatchObject({ status: 2 })
   expect(run('export-gguf', 'model', '--nope')).toMatchObject({ status: 2 })
   expect(run('export-gguf', 'model', '--type', 'q5_k')).toMatchObject({
     status: 2,
-    stderr: expect.stringContaining('--type q5_k is none of f32'),
+    stderr: expect.stringContaining('unknown --type q5_k, expected one of f32'),
   })
   expect(run('export-gguf', 'missing')).toMatchObject({ status: 1, stderr: expect.stringContaining('config.json') })
   expect(run('export-gguf', 'model', '--tokenizer', 'missing.json')).toMatchObject({

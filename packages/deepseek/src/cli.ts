@@ -9,19 +9,19 @@ import { type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 
 const HELP = `moe-deepseek COMMAND [options]
 
-  export-gguf FOLDER [FILE]    write a model for llama.cpp, Ollama and LM Studio
-      FOLDER                 config.json, safetensors, tokenizer.json; or a run, whose latest checkpoint it takes
-      FILE                   default FOLDER-TYPE.gguf in the current folder
+  export-gguf FOLDER [FILE]    convert a model for llama.cpp, Ollama and LM Studio
+      FOLDER                 with config.json, safetensors and tokenizer.json; or a training run (its latest checkpoint)
+      FILE                   default: FOLDER-TYPE.gguf in the current folder
       --type TYPE            f32, f16, bf16, q8_0 (default) or q4_0
-      --tokenizer PATH       another tokenizer.json; none for a file that knows ids only
-      --chat-template PATH   a Jinja file that writes conversations
-      --pre-tokenizer NAME   llama.cpp's name of the pre-tokenizer, where it is not recognized
-      --name NAME            name shown to users (default: that of the folder)
+      --tokenizer PATH       use another tokenizer.json; "none" for a file without a vocabulary
+      --chat-template PATH   use a Jinja chat template from a file
+      --pre-tokenizer NAME   llama.cpp's name of the pre-tokenizer, if it is not recognized
+      --name NAME            display name (default: the folder's name)
 
-  --json     machine-readable output
-  --quiet    no progress
-  --version  of the package
-  --help     this text
+  --json     print machine-readable output
+  --quiet    print no progress
+  --version  print the version
+  --help     print this help
 `
 
 class UsageError extends Error {}
@@ -29,7 +29,7 @@ class UsageError extends Error {}
 const types = ['f32', 'f16', 'bf16', 'q8_0', 'q4_0'] as const
 const { values, positionals } = readArguments()
 
-// Whoever reads the output may have had enough of it, as in `| head`.
+// The reader may close the pipe early, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
 try {
@@ -39,7 +39,7 @@ try {
     process.stdout.write(HELP)
     if (!values.help) process.exitCode = 2
   } else if (command === 'export-gguf') await exportModel(rest)
-  else throw new UsageError(`there is no command ${command}`)
+  else throw new UsageError(`unknown command ${command}`)
 } catch (error) {
   fail(error)
 }
@@ -65,8 +65,8 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node goes on about arguments that begin with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    // Node's message adds advice about arguments that start with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
     process.stderr.write(`moe-deepseek: ${message}\nSee moe-deepseek --help.\n`)
     process.exit(2)
   }
@@ -82,9 +82,9 @@ function fail(error: unknown): void {
 }
 
 async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
-  if (folder === undefined || rest.length > 0) throw new UsageError('export-gguf takes a folder and a file')
+  if (folder === undefined || rest.length > 0) throw new UsageError('export-gguf expects a folder and an optional file')
   const type = types.find(known => known === values.type)
-  if (type === undefined) throw new UsageError(`--type ${values.type} is none of ${types.join(', ')}`)
+  if (type === undefined) throw new UsageError(`unknown --type ${values.type}, expected one of ${types.join(', ')}`)
   const interrupt = new AbortController()
   process.once('SIGINT', () => interrupt.abort())
   const template = values['chat-template']
@@ -107,7 +107,7 @@ async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
   }
 }
 
-/** Where `@moe/trainer` has the model of a run. */
+/** Returns the model folder: of a run of `@moe/trainer`, that of its latest checkpoint. */
 function modelIn(folder: string): string {
   const latest = join(folder, 'checkpoints', 'latest')
   if (existsSync(join(folder, 'config.json')) || !existsSync(latest)) return folder

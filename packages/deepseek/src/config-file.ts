@@ -1,6 +1,6 @@
-/** @file The config.json of a checkpoint's folder: the model's configuration, how its weights are quantized, and which are those of its text model. */
+/** @file Reads config.json of a checkpoint folder: the model's configuration, the quantization of its weights, and which weights belong to the text model. */
 import { DEFAULT_BLOCK, type Folder, openInFolder, readAll, type TensorSource } from '@moe/checkpoint'
-import { isMoeError, MoeError } from '@moe/core'
+import { isMoeError, MoeError, shown } from '@moe/core'
 import { z } from 'zod'
 import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
 import { isNested, type Json, textConfig, textKey } from './model-types.ts'
@@ -9,12 +9,12 @@ const FILE = 'config.json'
 const MAX_BYTES = 64 * 2 ** 20
 
 /**
- * The checked configuration of a folder, as it stands there.
- * @throws MoeError E_CHECKPOINT when it cannot be read, E_CONFIG for faults of the configuration
+ * Reads and validates the configuration of a folder, without filling in defaults.
+ * @throws MoeError E_CHECKPOINT if it cannot be read, E_CONFIG for an invalid configuration
  */
 export async function readConfig(folder: Folder): Promise<DeepSeekConfigInput> {
   const json = await readJson(folder)
-  if (json === undefined) throw unreadable(folder, 'there is no such file')
+  if (json === undefined) throw unreadable(folder, 'no such file')
   const config = ownKeys(json)
   parseConfig(config)
   return config as DeepSeekConfigInput
@@ -31,13 +31,13 @@ const fp8 = z.object({
 /** The weights of a folder. */
 export interface FolderWeights extends AsyncDisposable {
   readonly checkpoint: TensorSource
-  /** Rows and columns of the blocks that share a scale: `quantization_config.weight_block_size`, 128 x 128 where nothing is said. */
+  /** Rows and columns of a block with a common scale: `quantization_config.weight_block_size`, default 128 x 128. */
   readonly block: readonly [number, number]
 }
 
 /**
- * Opens the weights of a folder: in a model that sees those of its text model, under the keys that they have in one.
- * @throws MoeError E_UNSUPPORTED for weights that are not quantized in blocks of fp8
+ * Opens the weights of a folder. For a multimodal model, only those of its text model, under the keys of a text model.
+ * @throws MoeError E_UNSUPPORTED for quantization other than fp8 blocks
  */
 export async function openWeights(folder: Folder): Promise<FolderWeights> {
   const json = (await readJson(folder)) ?? {}
@@ -56,8 +56,8 @@ function scaleBlock(folder: Folder, json: Json): readonly [number, number] {
   throw new MoeError({
     code: 'E_UNSUPPORTED',
     op: folder.pathOf(FILE),
-    problem: `the weights are quantized by ${JSON.stringify(method)}, weight_block_size ${JSON.stringify(block)}`,
-    fix: 'pass a checkpoint in f32, f16, bf16, or fp8 with two numbers as weight_block_size (where its tensors are such, take quantization_config out of its config.json)',
+    problem: `unsupported quantization: quant_method ${shown(method)}, weight_block_size ${shown(block)}`,
+    fix: 'use a checkpoint in f32, f16, bf16, or fp8 with a weight_block_size of two numbers (if its tensors are in one of these formats, remove quantization_config from its config.json)',
   })
 }
 
@@ -77,16 +77,16 @@ function textWeights(checkpoint: TensorSource): TensorSource {
   }
 }
 
-/** JSON, also behind the byte order mark that some editors begin files with. */
+/** Parses JSON, ignoring the byte order mark that some editors write. */
 export const parseJson = (text: string): unknown => JSON.parse(text.replace(/^\uFEFF/, ''))
 
-/** Undefined where there is no such file. */
+/** Returns undefined if there is no such file. */
 async function readJson(folder: Folder): Promise<Json | undefined> {
   try {
     const file = await folder.open(FILE)
     if (file === undefined) return undefined
     const json = parseJson(new TextDecoder().decode(await readAll(file, MAX_BYTES)))
-    if (typeof json !== 'object' || json === null) throw new Error('it holds no object')
+    if (typeof json !== 'object' || json === null) throw new Error('expected a JSON object')
     return json as Json
   } catch (cause) {
     if (isMoeError(cause) && cause.code !== 'E_CHECKPOINT') throw cause
@@ -99,6 +99,6 @@ const unreadable = (folder: Folder, reason: string, cause?: unknown): MoeError =
     code: 'E_CHECKPOINT',
     op: folder.pathOf(FILE),
     problem: `cannot be read: ${reason}`,
-    fix: 'pass a folder with config.json and safetensors files, such as checkpoints/step-…/model of a training run, or its address on the web',
+    fix: 'pass a folder with config.json and safetensors files, for example checkpoints/step-…/model of a training run, or its URL',
     ...(cause !== undefined && { cause }),
   })

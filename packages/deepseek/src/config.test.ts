@@ -30,7 +30,7 @@ const others =
   _name_or_path chunk_size_feed_forward dtype id2label is_encoder_decoder label2id output_attentions output_hidden_states problem_type
   return_dict use_return_dict num_local_experts sliding_window layer_types unk_token_id`.split(/\s+/)
 
-describe('names in a configuration', () => {
+describe('field names of a configuration', () => {
   test("that other programs' files have are let through", () => {
     expect(others.length).toBeGreaterThan(30)
     make(Object.fromEntries(others.map(name => [name, 1])))()
@@ -87,7 +87,7 @@ describe('names in a configuration', () => {
   })
 })
 
-test('options that nobody reads are refused', async () => {
+test('unknown options are rejected', async () => {
   expect(make({}, { sed: 1 })).toThrow('DeepSeek: unknown option sed; did you mean seed?')
   expect(make({}, { objective: { biasspeed: 0 } })).toThrow(
     'DeepSeek objective: unknown option biasspeed; did you mean biasSpeed?',
@@ -99,7 +99,7 @@ test('options that nobody reads are refused', async () => {
   )
   await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('unknown option seed')
   for (const config of [presets['deepseek-v3'], undefined] as never[]) {
-    expect(() => countParameters(config)).toThrow('not been given its defaults; pass parseConfig(config)')
+    expect(() => countParameters(config)).toThrow('the configuration lacks defaults; pass parseConfig(config)')
   }
   const model = new DeepSeek(tiny)
   expect(() => model.generate([1], { maxToken: 3 } as never)).toThrow('did you mean maxTokens?')

@@ -1,22 +1,22 @@
-/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V3 and its relatives), checked as a whole. */
+/** @file Model configurations with the keys of Hugging Face's config.json, for DeepSeek V3 and related models, and their validation. */
 import { type RopeScaling, rotaryAmplitude } from '@moe/attention-mla'
 import { checkShared, MoeError } from '@moe/core'
 import { z } from 'zod'
 import {
   aliases,
-  inTermsOfV3,
   type Json,
   type ModelTypeName,
   modelTypeOf,
   modelTypes,
   textConfig,
+  toV3Keys,
   unreadable,
 } from './model-types.ts'
 
 const size = z.int().positive()
 const optionalSize = size.nullish().transform(value => value ?? null)
 
-/** Rope settings as V3's config.json has them (`rope_scaling`), and as transformers 5 writes them (`rope_parameters`). */
+/** RoPE settings, as in V3's config.json (`rope_scaling`) and as transformers 5 writes them (`rope_parameters`). */
 const ropeFields = z.object({
   type: z.string().optional(),
   rope_type: z.string().optional(),
@@ -27,165 +27,165 @@ const ropeFields = z.object({
   beta_slow: z.number().positive().optional(),
   mscale: z.number().optional(),
   mscale_all_dim: z.number().optional(),
-  /** Refused where it is not what the other numbers make of it. */
+  /** Rejected unless it is the value that follows from the other numbers. */
   attention_factor: z.number().nullish(),
-  /** Bounds of the ramp between slow and fast features are rounded. */
+  /** Whether the bounds of the YaRN ramp are rounded; always true. */
   truncate: z.literal(true).nullish(),
-  /** No part of the features that are turned is left as it is. */
+  /** Share of the rotary features that are rotated; always 1. */
   partial_rotary_factor: z.literal(1).nullish(),
-  /** Queries do not grow with their positions. */
+  /** Scaling of queries by their positions; always 0. */
   llama_4_scaling_beta: z.literal(0).nullish(),
 })
 
-/** What all architectures have. */
+/** Fields of all architectures. */
 const common = {
-  /** Token ids: rows of the embedding table and of the head. */
+  /** Number of token ids: rows of the embedding table and the output head. */
   vocab_size: size,
-  /** Features of a token between layers. */
+  /** Size of the hidden states. */
   hidden_size: size,
-  /** Inner features of a dense feed-forward net. */
+  /** Inner size of dense feed-forward networks. */
   intermediate_size: size,
-  /** Decoder layers; MTP modules are not counted. */
+  /** Number of decoder layers, without MTP modules. */
   num_hidden_layers: size,
-  /** Heads of queries. */
+  /** Number of query heads. */
   num_attention_heads: size,
-  /** Context in tokens that the model is made for. Default 4096. */
+  /** Maximum context length in tokens. Default 4096. */
   max_position_embeddings: size.default(4096),
-  /** Base of the rotation's wavelengths. Default 10000. */
+  /** RoPE base. Default 10000. */
   rope_theta: z.number().positive().optional(),
-  /** YaRN, as V3's config.json has it. Default null: no extension of the context. */
+  /** YaRN settings, as in V3's config.json. Default null: no context extension. */
   rope_scaling: ropeFields.nullish(),
-  /** The same as transformers 5 writes it, with `rope_theta` among it. */
+  /** The same as transformers 5 writes it, including `rope_theta`. */
   rope_parameters: ropeFields.nullish(),
-  /** No part of the features that are turned is left as it is. */
+  /** Share of the rotary features that are rotated; always 1. */
   partial_rotary_factor: z.literal(1).nullish(),
   /** Epsilon of the norms outside of attention. Default 1e-6. */
   rms_norm_eps: z.number().positive().default(1e-6),
-  /** Standard deviation of random weights. Default 0.02. */
+  /** Standard deviation of the random initial weights. Default 0.02. */
   initializer_range: z.number().positive().default(0.02),
-  /** The same of the embedding. Default initializer_range. */
+  /** Standard deviation of the initial embedding. Default initializer_range. */
   embedding_initializer_range: z.number().positive().optional(),
-  /** Whether the head is the embedding table. Default false. */
+  /** Whether the output head shares the weights of the embedding. Default false. */
   tie_word_embeddings: z.boolean().default(false),
-  /** Id that begins a text. Kept for those who read the configuration; the tokenizer puts it there. */
+  /** Id of the token that starts a text. Not used by the model; the tokenizer adds it. */
   bos_token_id: z.int().nonnegative().nullish(),
-  /** Ids that end a text in `generate`. Default: none. */
+  /** Ids of the tokens that end a text in `generate`. Default: none. */
   eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
-  /** The one activation that there is. */
+  /** Activation function; always `silu`. */
   hidden_act: z.literal('silu').default('silu'),
-  /** Projections of attention have no biases. */
+  /** Whether attention projections have biases; always false. */
   attention_bias: z.literal(false).default(false),
 }
 
-/** DeepSeek LLM (7B, 67B): the dense layers and multi-head attention of Llama. */
+/** DeepSeek LLM (7B, 67B): dense layers and the multi-head attention of Llama. */
 const denseFields = z.object({
-  /** Says that it is a dense model. */
+  /** `llama`: a dense model. */
   model_type: z.literal('llama'),
   ...common,
-  /** Heads of keys and values, each shared by as many query heads. Default num_attention_heads. */
+  /** Number of key and value heads (grouped-query attention). Default num_attention_heads. */
   num_key_value_heads: optionalSize,
-  /** Features of a head. Default hidden_size / num_attention_heads. */
+  /** Size of a head. Default hidden_size / num_attention_heads. */
   head_dim: optionalSize,
-  /** Feed-forward nets have no biases. */
+  /** Whether feed-forward networks have biases; always false. */
   mlp_bias: z.literal(false).default(false),
 })
 
 const latentFields = z.object({
-  /** Default `deepseek_v3`. Kimi K2 is V3 under a name of its own. */
+  /** Architecture. Default `deepseek_v3`. `kimi_k2` is the same as `deepseek_v3`. */
   model_type: z
     .enum(['deepseek_v3', 'deepseek_v2', 'glm4_moe_lite', 'youtu', 'kimi_k2'])
     .default('deepseek_v3')
     .transform(type => (type === 'kimi_k2' ? aliases[type] : type)),
   ...common,
-  /** Inner features of each expert. */
+  /** Inner size of each expert. */
   moe_intermediate_size: z.int().nonnegative().default(0),
-  /** Leading layers with a dense feed-forward net. Default 0. */
+  /** Number of leading layers with a dense feed-forward network instead of experts. Default 0. */
   first_k_dense_replace: z.int().nonnegative().default(0),
-  /** The same as GLM's config.json may have it: so many times `dense`, then `sparse`. */
+  /** The same in GLM's config.json: that many times `dense`, then `sparse`. */
   mlp_layer_types: z.array(z.string()).nullish(),
-  /** Experts that a gate chooses among. Null or undefined: all layers are dense. */
+  /** Number of routed experts. Null or undefined: all layers are dense. */
   n_routed_experts: optionalSize,
-  /** Experts that every token goes through, as one net so many times as wide. Default 0. */
+  /** Number of shared experts, which process every token, as one network of that many times the size. Default 0. */
   n_shared_experts: z
     .int()
     .nonnegative()
     .nullish()
     .transform(value => value ?? 0),
-  /** Experts that each token goes through, of those that a gate chooses among. */
+  /** Number of routed experts per token. */
   num_experts_per_tok: optionalSize,
-  /** Groups of experts (nodes). Default 1. */
+  /** Number of groups of experts (nodes) in group-limited routing. Default 1. */
   n_group: optionalSize,
-  /** Groups that a token may use. Default all. */
+  /** Number of groups that a token may use. Default: all. */
   topk_group: optionalSize,
   /**
-   * `noaux_tc`: V3 (bias, groups by their two best). `group_limited_greedy`: V2 (groups by their best). `greedy`: no groups. Default noaux_tc in
-   * V3, greedy in V2.
+   * How experts are selected. `noaux_tc`: V3, with a balance bias; a group's score is the sum of its two best experts. `group_limited_greedy`: V2; a group's score is that of its best expert. `greedy`: without groups. Default
+   * noaux_tc in V3, greedy in V2.
    */
   topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).default('noaux_tc'),
-  /** Affinities. Default sigmoid with noaux_tc, softmax otherwise. */
+  /** Function from router logits to affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   scoring_func: z.enum(['sigmoid', 'softmax']).optional(),
-  /** Whether gates are divided by their sum. Default true in V3, false in V2. */
+  /** Whether gate values are normalized to sum 1. Default true in V3, false in V2. */
   norm_topk_prob: z.boolean().default(true),
-  /** Factor on the gates, applied last. Default 1. */
+  /** Factor of the gate values, applied last. Default 1. */
   routed_scaling_factor: z.number().positive().default(1),
   /** Rank of the query compression. Null or undefined: queries are projected directly (V2-Lite). */
   q_lora_rank: optionalSize,
-  /** Rank of the joint key/value compression: what the cache holds per token and layer, beside the rope key. */
+  /** Rank of the joint key/value compression. The cache stores this many numbers per token and layer, plus the rotary key. */
   kv_lora_rank: size,
-  /** Features of a query and a key in each head that are not rotated. */
+  /** Size of the part of queries and keys without rotary embedding, per head. */
   qk_nope_head_dim: size,
-  /** Features of a query in each head, and of the key that all heads share, that are rotated. Even. */
+  /** Size of the part of queries with rotary embedding, per head, and of the rotary key, which all heads share. Even. */
   qk_rope_head_dim: size,
-  /** Features of a value in each head. */
+  /** Size of the values, per head. */
   v_head_dim: size,
-  /** Whether adjacent features are rotated in pairs (released layout), not halves. Default true. */
+  /** Whether RoPE rotates adjacent features (released layout) instead of halves. Default true. */
   rope_interleave: z.boolean().default(true),
-  /** Depth of multi-token prediction: extra layers behind the last. Default 0. */
+  /** Number of MTP modules, which follow the last layer. Default 0. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
-  /** MTP modules with embeddings and heads of their own. Not a key of the released models, whose readers share them regardless. */
+  /** Whether MTP modules have their own embeddings and heads. Not a key of the released models, whose readers always share them. */
   mtp_separate_embeddings: z.boolean().default(false),
-  /** Every layer behind the dense ones has experts. */
+  /** Every layer after the dense ones has experts; always 1. */
   moe_layer_freq: z.literal(1).default(1),
 })
 
-/** Models with latent attention as a user writes them. @interface */
+/** Configuration of a model with latent attention, before defaults are filled in. @interface */
 export type LatentConfigInput = z.input<typeof latentFields>
-/** DeepSeek LLM as a user writes it. @interface */
+/** Configuration of DeepSeek LLM, before defaults are filled in. @interface */
 export type DenseConfigInput = z.input<typeof denseFields>
-/** What a user writes: config.json, or a preset with changes. */
+/** A configuration as users write it: the content of config.json, or a preset with changes. */
 export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
 
 /**
- * A checked configuration with every default filled in. A dense one (model_type `llama`) has no latents and no experts: kv_lora_rank, qk_nope_head_dim and
- * moe_intermediate_size are 0, and the features of a head are both qk_rope_head_dim and v_head_dim.
+ * A validated configuration with all defaults filled in. A dense one (model_type `llama`) has no latents and no experts: kv_lora_rank, qk_nope_head_dim and moe_intermediate_size are 0, and both
+ * qk_rope_head_dim and v_head_dim are the size of a head.
  */
 export interface DeepSeekConfig
   extends Omit<
     Fields,
     'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta' | 'partial_rotary_factor' | 'mlp_layer_types'
   > {
-  /** What it is saved as. Kimi K2 is `deepseek_v3` here. */
+  /** The `model_type` under which the model is saved. For Kimi K2 it is `deepseek_v3`. */
   readonly model_type: ModelTypeName
-  /** Heads of keys and values; with latents as many as there are heads. */
+  /** Number of key and value heads; with latent attention, num_attention_heads. */
   readonly num_key_value_heads: number
-  /** As given, else 10000. */
+  /** RoPE base. Default 10000. */
   readonly rope_theta: number
-  /** YaRN with its original context, or null. */
+  /** YaRN settings with the original context length, or null. */
   readonly rope_scaling: RopeScaling | null
-  /** As given, else sigmoid with noaux_tc and softmax otherwise. */
+  /** Function from router logits to affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   readonly scoring_func: 'sigmoid' | 'softmax'
 }
 
 /**
- * Checks a configuration and fills in defaults. Of a model that sees it is that of the text model (`text_config`).
- * @throws MoeError E_CONFIG with every fault in one message; for a model_type that is not of this architecture with those that are
+ * Validates a configuration and fills in defaults. For a multimodal model, `text_config` is used.
+ * @throws MoeError E_CONFIG with all problems in one message, or, for an unsupported model_type, with the supported ones
  */
 export function parseConfig(input: unknown): DeepSeekConfig {
   const given = isObject(input) ? textConfig(input as Json) : input
   const type = isObject(given) ? modelTypeOf(given as Json) : 'deepseek_v3'
   const dense = type === 'llama'
   checkShared('DeepSeek', given as object, fieldsOf(type))
-  const json = inTermsOfV3(type, given as Json)
+  const json = toV3Keys(type, given as Json)
   for (const key of ropeKeys) {
     const scaling = json[key]
     if (isObject(scaling)) checkShared(`DeepSeek ${key}`, scaling, ropeFields.shape)
@@ -194,14 +194,14 @@ export function parseConfig(input: unknown): DeepSeekConfig {
     ? denseFields.transform(withoutLatents).safeParse(json)
     : latentFields.transform(withLatents).safeParse(json)
   const problems = result.success
-    ? [...crossChecks(result.data), ...unreadable(type, result.data), ...ropeFaults(json, result.data)]
+    ? [...crossChecks(result.data), ...unreadable(type, result.data), ...ropeProblems(json, result.data)]
     : result.error.issues.map(issue => `${issue.path.join('.') || 'config'}: ${issue.message}`)
   if (!result.success || problems.length > 0) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'DeepSeek',
-      problem: `the configuration has ${problems.length} ${problems.length === 1 ? 'fault' : 'faults'}:\n${problems.map(problem => `  - ${problem}`).join('\n')}\n`,
-      fix: 'mend them, or start from one of the presets',
+      problem: `the configuration has ${problems.length} ${problems.length === 1 ? 'problem' : 'problems'}:\n${problems.map(problem => `  - ${problem}`).join('\n')}\n`,
+      fix: 'fix them, or start from one of the presets',
       details: { problems },
     })
   }
@@ -215,7 +215,7 @@ export function parseConfig(input: unknown): DeepSeekConfig {
   }
 }
 
-/** A configuration with changes, whose context is extended from the one that it had. */
+/** Applies changes to a configuration. A new rope_scaling extends the existing context length. */
 export function changedConfig(
   config: DeepSeekConfigInput,
   changes: Partial<LatentConfigInput> | Partial<DenseConfigInput>,
@@ -228,13 +228,13 @@ export function changedConfig(
   return { ...changed, ...(extended && { rope_scaling: extended }) } as DeepSeekConfigInput
 }
 
-/** What of a config.json is ours: files have the names of all programs that read them. */
+/** Returns the fields of a config.json that this package uses. Files also contain those of other programs. */
 export function ownKeys(json: Json): Json {
   const text = textConfig(json)
   const own = pick(text, fieldsOf(modelTypeOf(text)))
   for (const scaling of ropeKeys) {
     const given = own[scaling]
-    // What layers of one kind have to themselves stays for the checks.
+    // Keep settings of single layer kinds, so that validation rejects them.
     if (isObject(given)) own[scaling] = { ...pick(given, ropeFields.shape), ...groupsIn(given) }
   }
   return own
@@ -249,7 +249,7 @@ const isObject = (value: unknown): value is object => typeof value === 'object' 
 const pick = (given: object, names: object): Record<string, unknown> =>
   Object.fromEntries(Object.entries(given).filter(([name]) => Object.hasOwn(names, name)))
 
-/** Rope settings within rope settings: those of one kind of layers, as models with sliding windows have them. */
+/** Nested RoPE settings, for layers of one kind, as in models with sliding windows. */
 const groupsIn = (scaling: object): Record<string, unknown> =>
   Object.fromEntries(Object.entries(scaling).filter(([, value]) => isObject(value) && !Array.isArray(value)))
 
@@ -262,7 +262,7 @@ const withLatents = (config: Fields) => ({
   num_key_value_heads: config.num_attention_heads,
 })
 
-/** A dense configuration in the terms of the others. */
+/** Converts a dense configuration to the fields of the others. */
 function withoutLatents({
   head_dim,
   num_key_value_heads,
@@ -297,20 +297,20 @@ function withoutLatents({
   }
 }
 
-/** Faults that only show when fields are seen together. */
+/** Problems that involve several fields. */
 function crossChecks(config: CheckedFields): string[] {
   const problems: string[] = []
   const add = (wrong: boolean, problem: string) => {
     if (wrong) problems.push(problem)
   }
   const { n_routed_experts: experts, num_experts_per_tok: topK, n_group: groups, topk_group: topGroups } = config
-  const { num_attention_heads: heads, num_key_value_heads: groups_kv, qk_rope_head_dim: turned } = config
+  const { num_attention_heads: heads, num_key_value_heads: keyHeads, qk_rope_head_dim: rotary } = config
   if (config.model_type === 'llama') {
-    add(!Number.isInteger(turned), `num_attention_heads = ${heads} does not divide hidden_size = ${config.hidden_size}`)
-    add(heads % groups_kv !== 0, `num_key_value_heads = ${groups_kv} does not divide num_attention_heads = ${heads}`)
-    add(turned % 2 === 1, `head_dim = ${turned} is odd`)
-  } else add(turned % 2 !== 0, `qk_rope_head_dim = ${turned} is odd`)
-  if (experts === null) add(topK !== null, 'num_experts_per_tok is there, but n_routed_experts is missing')
+    add(!Number.isInteger(rotary), `num_attention_heads = ${heads} does not divide hidden_size = ${config.hidden_size}`)
+    add(heads % keyHeads !== 0, `num_key_value_heads = ${keyHeads} does not divide num_attention_heads = ${heads}`)
+    add(rotary % 2 === 1, `head_dim = ${rotary} is odd`)
+  } else add(rotary % 2 !== 0, `qk_rope_head_dim = ${rotary} is odd`)
+  if (experts === null) add(topK !== null, 'num_experts_per_tok is set, but n_routed_experts is missing')
   else {
     add(topK === null, 'num_experts_per_tok is missing')
     add(config.moe_intermediate_size === 0, 'moe_intermediate_size is missing')
@@ -333,15 +333,15 @@ function crossChecks(config: CheckedFields): string[] {
   return problems
 }
 
-/** Faults of what positions are turned by. */
-function ropeFaults(json: Json, config: CheckedFields): string[] {
+/** Problems of the RoPE settings. */
+function ropeProblems(json: Json, config: CheckedFields): string[] {
   const problems: string[] = []
   const add = (wrong: boolean, problem: string) => {
     if (wrong) problems.push(problem)
   }
   for (const key of ropeKeys) {
     for (const group of Object.keys(groupsIn(json[key] ?? {}))) {
-      add(true, `${key}.${group}: layers cannot have rope settings of their own`)
+      add(true, `${key}.${group}: separate RoPE settings for some layers are not supported`)
     }
   }
   const { rope_scaling, rope_parameters } = config
@@ -349,7 +349,7 @@ function ropeFaults(json: Json, config: CheckedFields): string[] {
   const type = scaling?.rope_type ?? scaling?.type
   add(
     type !== undefined && type !== 'default' && type !== 'yarn',
-    `rope type ${JSON.stringify(type)} is not supported (default, yarn)`,
+    `rope type ${JSON.stringify(type)} is not supported (expected default or yarn)`,
   )
   add(
     scaling?.type !== undefined && scaling.type !== type,
@@ -361,14 +361,14 @@ function ropeFaults(json: Json, config: CheckedFields): string[] {
   const given = scaling?.attention_factor ?? amplitude
   add(
     Math.abs(given - amplitude) > 1e-6,
-    `rope_scaling.attention_factor = ${given}: the other numbers make it ${amplitude}`,
+    `rope_scaling.attention_factor = ${given}, but the other settings give ${amplitude}`,
   )
   const bases = [config.rope_theta, rope_scaling?.rope_theta, rope_parameters?.rope_theta].filter(x => x !== undefined)
-  add(new Set(bases).size > 1, `rope_theta is ${[...new Set(bases)].join(' and ')}: it stands in several places`)
+  add(new Set(bases).size > 1, `rope_theta has conflicting values: ${[...new Set(bases)].join(' and ')}`)
   return problems
 }
 
-/** Where the original context is not told, it is that of the configuration, as in transformers. */
+/** The original context length defaults to that of the configuration, as in transformers. */
 function yarn(scaling: Fields['rope_scaling'], context: number): RopeScaling | null {
   if (!scaling || (scaling.rope_type ?? scaling.type) !== 'yarn') return null
   const {
@@ -386,13 +386,13 @@ function yarn(scaling: Fields['rope_scaling'], context: number): RopeScaling | n
 export const isMoELayer = (config: DeepSeekConfig, layer: number): boolean =>
   config.n_routed_experts !== null && layer >= config.first_k_dense_replace
 
-/** Token ids that end a text. */
+/** Ids of the tokens that end a text. */
 export function endTokens(config: DeepSeekConfig): number[] {
   const { eos_token_id: eos } = config
   return eos == null ? [] : Array.isArray(eos) ? eos : [eos]
 }
 
-/** What is written to config.json: the keys that transformers, vLLM and others read under its name, and no null where they have numbers. */
+/** Returns the content of config.json for a configuration: the keys that transformers, vLLM and others expect, without null where they expect numbers. */
 export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
   return config.model_type === 'llama' ? denseHfConfig(config) : latentHfConfig(config)
 }
@@ -434,11 +434,11 @@ function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
   return Object.fromEntries(Object.entries(written).filter(([, value]) => value !== undefined))
 }
 
-/** Keys that transformers wants as floats: 1 is refused, 1.0 is not. */
+/** Keys that transformers requires to be floats: it accepts 1.0, but not 1. */
 const floatKeys =
   'routed_scaling_factor|rms_norm_eps|initializer_range|embedding_initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim'
 
-/** The text of config.json. */
+/** Returns the text of config.json. */
 export function configJson(config: DeepSeekConfig): string {
   const text = JSON.stringify(hfConfig(config), null, 2)
   return `${text.replace(new RegExp(`("(?:${floatKeys})": -?\\d+)(?=,?$)`, 'gm'), '$1.0')}\n`

@@ -5,7 +5,7 @@ import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
 import { DeepSeek, type Generation, type TokenConstraint, type TurnOptions } from './index.ts'
 import { penalize } from './sampling.ts'
-import { makeAgreeable, tiny } from './test-tiny.ts'
+import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
@@ -61,7 +61,7 @@ describe.each(['reference', 'native'] as const)('on the backend %s', name => {
       const { handles } = backend.stats()
       const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
       const model = new DeepSeek(config, { seed: 3, backend })
-      makeAgreeable(model)
+      makeDraftsAgree(model)
       const speculative = depth > 0
       const session = model.session({ speculative })
       const batch = model.continuousBatch({ speculative, maxTexts: 4 })
@@ -103,7 +103,7 @@ describe.each(['reference', 'native'] as const)('on the backend %s', name => {
   )
 })
 
-test('the likeliest of the allowed is taken, and how likely it is says the model', async () => {
+test('the most likely allowed token is chosen; log-probabilities are those of the model', async () => {
   const model = new DeepSeek(tiny, { seed: 3 })
   const text = model.generate([1], { maxTokens: 20, logProbs: 40, constraint: new Neighbours() })
   const ids = await read(text)
@@ -116,7 +116,7 @@ test('the likeliest of the allowed is taken, and how likely it is says the model
   model.dispose()
 })
 
-test('words of 32 ids: what stands behind the last is not allowed', () => {
+test('words of 32 ids: ids beyond the last word are not allowed', () => {
   const constraint: TokenConstraint = { allowed: () => null, accept() {} }
   for (const [words, expected] of [
     [[-1, 1], 32],
@@ -129,11 +129,13 @@ test('words of 32 ids: what stands behind the last is not allowed', () => {
     expect(penalize(logits, [], { constraint }, Int32Array.from(words))).toBe(expected)
   }
   for (const words of [[], [0, 0, 0]]) {
-    expect(() => penalize(new Float32Array(70), [], { constraint }, Int32Array.from(words))).toThrow('none is allowed')
+    expect(() => penalize(new Float32Array(70), [], { constraint }, Int32Array.from(words))).toThrow(
+      'the constraint allows no token',
+    )
   }
 })
 
-test.each([0, 2])('a constraint that fails ends its own text and no other: %i modules', async depth => {
+test.each([0, 2])('a constraint that throws fails only its own text: %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
@@ -156,9 +158,11 @@ test.each([0, 2])('a constraint that fails ends its own text and no other: %i mo
   )
   const nothing: TokenConstraint = { allowed: () => new Int32Array(2), accept() {} }
   await expect(read(batch.generate([3, 4], { constraint: nothing }))).rejects.toThrow(MoeError)
-  await expect(read(model.generate([3, 4], { constraint: nothing }))).rejects.toThrow('none is allowed')
+  await expect(read(model.generate([3, 4], { constraint: nothing }))).rejects.toThrow('the constraint allows no token')
   expect(await made).toEqual([expected, expected])
-  expect(() => model.generate([1], { constraint: { allowed: 1 } as never })).toThrow('no functions allowed and accept')
+  expect(() => model.generate([1], { constraint: { allowed: 1 } as never })).toThrow(
+    'lacks the functions allowed and accept',
+  )
   batch.dispose()
   model.dispose()
   expect(native.stats().handles).toBe(handles)

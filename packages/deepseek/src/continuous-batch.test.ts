@@ -9,7 +9,7 @@ import {
   type GenerationStats,
   type TurnOptions,
 } from './index.ts'
-import { makeAgreeable, tiny } from './test-tiny.ts'
+import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
@@ -55,12 +55,12 @@ describe.each([
   ['a backend that records', () => native as Backend, 24],
 ])('texts on %s', (_, of, count) => {
   describe.each([0, 1, 3])('with drafts of %i modules', depth => {
-    test.each(arms)('%s: each is what it is alone', async (_name, options) => {
+    test.each(arms)('%s: each text is the same as alone', async (_name, options) => {
       const backend = of()
       const { handles } = backend.stats()
       const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
       const model = new DeepSeek(config, { seed: 3, backend })
-      makeAgreeable(model)
+      makeDraftsAgree(model)
       // Nothing drafts that is not asked to.
       const drafting = depth > 0 ? { speculative: true } : {}
       const batch = model.continuousBatch({ ...options, ...drafting })
@@ -114,9 +114,9 @@ test('texts of dense models, whose caches hold keys and values', async () => {
   model.dispose()
 })
 
-test('a drawn text that is sent back draws on as if it had stayed', async () => {
+test('a preempted sampled text continues as if it had not been preempted', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
-  makeAgreeable(model)
+  makeDraftsAgree(model)
   const batch = model.continuousBatch({ cacheTokens: 256, speculative: true })
   for (let seed = 0; seed < 16; seed++) {
     // Both grow to three pages of 64, of which there are four.
@@ -130,10 +130,10 @@ test('a drawn text that is sent back draws on as if it had stayed', async () => 
   model.dispose()
 })
 
-test('an end among accepted drafts is the end, and so is maxTokens', async () => {
+test('an end token or maxTokens among accepted drafts ends the text', async () => {
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: 3 }
   const model = new DeepSeek(config, { seed: 3, backend: native })
-  makeAgreeable(model)
+  makeDraftsAgree(model)
   const batch = model.continuousBatch({ speculative: true })
   const whole = batch.generate([5, 6, 7], { maxTokens: 60 })
   const ids = await read(whole)
@@ -177,7 +177,7 @@ test.each([false, true])(
   },
 )
 
-test('the cache moves to larger memory, and what was recorded over the old one is not used', async () => {
+test('recordings are discarded when the cache moves to larger memory', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: native })
   const batch = model.continuousBatch({ maxTexts: 12 })
   const alone = () => read(batch.generate([5, 6, 7], { maxTokens: 30 }))
@@ -189,7 +189,7 @@ test('the cache moves to larger memory, and what was recorded over the old one i
   model.dispose()
 })
 
-test.each([0, 1, 3])('readers leave, abort, or never come back, and the others go on: %i modules', async depth => {
+test.each([0, 1, 3])('readers that leave, abort or never return do not affect others: %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
@@ -210,7 +210,7 @@ test.each([0, 1, 3])('readers leave, abort, or never come back, and the others g
   expect(native.stats().handles).toBe(handles)
 })
 
-test.each([0, 1, 3])('disposed while texts are being made, with drafts of %i modules', async depth => {
+test.each([0, 1, 3])('disposed while texts are generated, with drafts of %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 4096, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
@@ -228,7 +228,7 @@ test.each([0, 1, 3])('disposed while texts are being made, with drafts of %i mod
   expect(native.stats().handles).toBe(handles)
 })
 
-test.each(['model', 'module'])('a pass of the %s that fails ends its texts, and later ones go on', async part => {
+test.each(['model', 'module'])('a failing pass of the %s fails its texts, but not later ones', async part => {
   const { handles } = reference.stats()
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: 2 }
   const model = new DeepSeek(config, { seed: 3, backend: reference })
@@ -261,12 +261,14 @@ test.each(['model', 'module'])('a pass of the %s that fails ends its texts, and 
   expect(reference.stats().handles).toBe(handles)
 })
 
-test('what cannot be is refused', async () => {
+test('invalid arguments are rejected', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
-  expect(() => model.continuousBatch({ maxTexts: 0 })).toThrow('maxTexts = 0 is not 1 or more')
+  expect(() => model.continuousBatch({ maxTexts: 0 })).toThrow('maxTexts = 0, expected a positive integer')
   expect(() => model.continuousBatch({ maxText: 2 } as never)).toThrow('did you mean maxTexts?')
   const batch = model.continuousBatch({ cacheTokens: 64 })
-  expect(() => batch.generate(new Array(65).fill(1))).toThrow('the prompt has 65 tokens, and the cache has room for 64')
+  expect(() => batch.generate(new Array(65).fill(1))).toThrow(
+    'the prompt has 65 tokens, but the cache has room for only 64',
+  )
   expect(() => batch.generate([])).toThrow('the prompt is empty')
   batch.dispose()
   model.dispose()
@@ -284,7 +286,7 @@ test.each([0, 1, 3])('a text that fills the cache alone ends there: %i modules',
   model.dispose()
 })
 
-test('where memory ends before the cache is full, texts wait, and one that does not fit alone fails', async () => {
+test('when memory runs out, texts wait, and one that does not fit alone fails', async () => {
   const whole = referenceBackend()
   let full = true
   const concat: typeof whole.primitives.concat = (...of) => {
@@ -299,9 +301,9 @@ test('where memory ends before the cache is full, texts wait, and one that does 
   const prompts = [1, 2, 3].map(first => [first, ...Array.from({ length: 480 }, (_, i) => (i * first) % 40)])
   const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, { maxTokens: 4 }))))
   const large = new Array(1100).fill(7)
-  expect(() => batch.generate(large)).toThrow('the prompt has 1100 tokens, and the cache has room for 1024')
+  expect(() => batch.generate(large)).toThrow('the prompt has 1100 tokens, but the cache has room for only 1024')
   const other = model.continuousBatch({ promptPiece: 2048 })
-  await expect(read(other.generate(large))).rejects.toThrow('there is memory for 1024 tokens, and the text has 1100')
+  await expect(read(other.generate(large))).rejects.toThrow('there is memory for 1024 tokens, but the text has 1100')
   other.dispose()
   full = false
   for (const [i, ids] of prompts.entries()) {

@@ -1,6 +1,6 @@
 /**
- * @file Many texts at once over one paged cache: each pass has a token of every text that is being made, and its drafts, so that weights are read once for all of them
- * (Yu et al. 2022, "Orca"). Texts come and go between two passes.
+ * @file Continuous batching over one paged cache: each pass processes a token, and its drafts, of every running text, so that weights are read once for all of them
+ * (Yu et al. 2022, "Orca"). Texts are added and removed between passes.
  */
 import type { PagedCache, PagedSequence } from '@moe/attention-mla'
 import {
@@ -17,6 +17,7 @@ import {
 } from '@moe/core'
 import { BatchStep } from './batch-step.ts'
 import { endTokens } from './config.ts'
+import { defaultPrecision } from './default-precision.ts'
 import { Drafter, DraftMemory } from './drafter.ts'
 import {
   type Generation,
@@ -25,26 +26,25 @@ import {
   type SessionOptions,
   sessionNames,
   type TextLimits,
+  type TextReport,
   type TextTurnOptions,
-  type Told,
   type TurnOptions,
   turnNames,
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow, type Scores, type Scoring } from './sampling.ts'
-import { usualPrecision } from './usual-precision.ts'
+import { nextTokens, type Scores, type Scoring } from './sampling.ts'
 
-/** Room for texts that are made at the same time. */
+/** Options of `DeepSeek.continuousBatch`. */
 export interface ContinuousBatchOptions extends SessionOptions {
-  /** Most texts at once; further ones wait for their turn. Default 8. */
+  /** Maximum number of texts that are generated at once; further ones wait. Default 8. */
   readonly maxTexts?: number
   /**
-   * Most tokens that the cache holds for all texts, prompts included; memory is taken as they need it. A text that alone has as many ends there, as at `maxTokens`.
-   * Default: a whole context, or 2048 for each text where that is more.
+   * Maximum number of cached tokens of all texts, including prompts; memory is allocated when needed. A single text that reaches this size ends, as at `maxTokens`.
+   * Default: the model's context length, or 2048 per text if that is more.
    */
   readonly cacheTokens?: number
-  /** Most tokens of a prompt in one pass; between two of them the other texts get their tokens. Default 512. */
+  /** Maximum number of prompt tokens per pass. Between these passes, the other texts get their tokens. Default 512. */
   readonly promptPiece?: number
 }
 
@@ -63,31 +63,31 @@ interface Made {
   readonly likely: TokenLogProb | undefined
 }
 
-/** A text on its way. */
+/** A text of the batch. */
 class Text {
-  /** Prompt, and what was made of it. */
+  /** The prompt and the generated tokens. */
   readonly tokens: number[]
   readonly options: TurnOptions & Scoring
-  readonly told: Told
-  /** Tokens of the prompt. */
+  readonly report: TextReport
+  /** Length of the prompt. */
   readonly prompt: number
   readonly ends: ReadonlySet<number | string>
-  /** Tokens that stand before, for penalties. */
+  /** Tokens that have occurred, for penalties. */
   readonly known: Set<number>
   readonly random: Random
-  /** Most tokens to make. */
+  /** Maximum number of tokens to generate. */
   readonly most: number
-  /** Null while it waits: it has no pages then. */
+  /** Null while the text waits; it has no pages then. */
   sequence: PagedSequence | null = null
-  /** What modules say follows its last token. */
+  /** Tokens that the MTP modules draft after the last one. */
   drafts: readonly number[] = []
   readonly memory = new DraftMemory()
-  /** Made, and not read yet. */
+  /** Generated tokens that have not been read yet. */
   readonly ready: Made[] = []
   made = 0
-  /** What is told of the token that ended it. */
+  /** Log-probability of the token that ended the text. */
   end: TokenLogProb | undefined
-  /** Why nothing is made any more: for good, or by an error. */
+  /** Set when the text has ended, or `failure` if it failed. */
   finished: GenerationStats['finishReason'] = null
   failure: { readonly error: unknown } | null = null
   #wake: (() => void) | null = null
@@ -95,37 +95,37 @@ class Text {
   constructor(
     tokens: number[],
     options: TurnOptions & Scoring,
-    told: Told,
+    report: TextReport,
     { ends, most }: { readonly ends: readonly number[]; readonly most: number },
   ) {
     this.tokens = tokens
     this.prompt = tokens.length
     this.most = most
     this.options = options
-    this.told = told
+    this.report = report
     this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
     this.known = new Set(tokens)
     this.random = new Random(options.seed ?? 0)
   }
 
-  /** Tokens that the cache does not hold. */
+  /** Number of tokens that are not in the cache. */
   get pending(): number {
     return this.tokens.length - (this.sequence?.length ?? 0)
   }
 
-  /** What may have been read for other texts: only of what is read anew it can be told how likely it is. */
+  /** The tokens whose cache entries may come from other texts. Log-probabilities require a token to be computed. */
   get shareable(): readonly number[] {
-    const { length } = this.told.promptLogProbs
+    const { length } = this.report.promptLogProbs
     return length > 0 && length < this.prompt ? this.tokens.slice(0, length) : this.tokens
   }
 
-  /** Something has happened that whoever reads the text may want to know. */
+  /** Notifies the reader of new tokens, the end, a failure or an abort. */
   wake = (): void => {
     this.#wake?.()
     this.#wake = null
   }
 
-  news(): Promise<void> {
+  changed(): Promise<void> {
     return new Promise(resolve => {
       this.#wake = resolve
     })
@@ -137,7 +137,7 @@ class Text {
   }
 }
 
-/** Texts of one model, as many at once as come. Made by `DeepSeek.continuousBatch`. */
+/** Generates several texts at once. Returned by `DeepSeek.continuousBatch`. */
 export class ContinuousBatch {
   readonly #model: DeepSeek
   readonly #cache: PagedCache
@@ -147,24 +147,28 @@ export class ContinuousBatch {
   readonly #promptPiece: number
   readonly #precision: Precision
   readonly #parameters: readonly Parameter[]
-  /** Of the weights that the cache is of. */
+  /** Versions of the weights that the cache was computed with. */
   #versions: readonly number[] = []
-  /** The ones that came first in front. */
+  /** In the order of their arrival. */
   readonly #running: Text[] = []
   readonly #waiting: Text[] = []
   #working = false
-  /** The texts of the pass that is under way. */
+  /** The texts of the pass that is in progress. */
   #passing: readonly Text[] = []
   #disposed = false
 
   /** Internal: see `DeepSeek.continuousBatch`. */
   constructor(model: DeepSeek, options: ContinuousBatchOptions) {
     checkOptions('continuousBatch', options, names)
-    const { maxTexts = 8, promptPiece = 512, precision = usualPrecision(model), cacheDtype: dtype } = options
+    const { maxTexts = 8, promptPiece = 512, precision = defaultPrecision(model), cacheDtype: dtype } = options
     const { cacheTokens: tokens = Math.max(model.config.max_position_embeddings, 2048 * maxTexts) } = options
     for (const [name, value] of Object.entries({ maxTexts, promptPiece, cacheTokens: tokens })) {
       if (!Number.isInteger(value) || value < 1) {
-        throw new MoeError({ code: 'E_ATTR', op: 'continuousBatch', problem: `${name} = ${value} is not 1 or more` })
+        throw new MoeError({
+          code: 'E_ATTR',
+          op: 'continuousBatch',
+          problem: `${name} = ${value}, expected a positive integer`,
+        })
       }
     }
     checkPrecision('continuousBatch', precision)
@@ -179,37 +183,36 @@ export class ContinuousBatch {
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
   }
 
-  /** Texts that get tokens. */
+  /** Number of texts that are being generated. */
   get running(): number {
     return this.#running.length
   }
 
-  /** Texts that wait for a place. */
+  /** Number of texts that wait for their turn. */
   get waiting(): number {
     return this.#waiting.length
   }
 
   /**
-   * Continues a sequence of token ids as `DeepSeek.generate` does, beside the other texts that are being made; `stats.reused` of its tokens stood in
-   * the cache, from texts that began alike. The numbers are those of a text alone up to rounding. Tokens are made whether they are read or not; leaving the loop
-   * that reads them ends the text.
-   * @throws MoeError E_ATTR for what cannot be; E_DISPOSED; E_OUT_OF_MEMORY where one text does not fit into memory
+   * Continues a sequence of token ids, as `DeepSeek.generate`, together with the other texts. `stats.reused` counts the tokens that were cached, from texts with the same beginning. Results equal those of a single text up to
+   * rounding. Tokens are generated whether they are read or not; leave the loop that reads them to stop.
+   * @throws MoeError E_ATTR for invalid arguments; E_DISPOSED; E_OUT_OF_MEMORY if one text does not fit in memory
    */
   generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
   generate(ids: ArrayLike<number>, options?: TurnOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told, limits) =>
-      this.#text(tokens, { ...options, ...limits }, told),
+    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, report, limits) =>
+      this.#text(tokens, { ...options, ...limits }, report),
     )
     const { tokens } = this.#cache
     if (ids.length <= tokens) return result
-    const problem = `the prompt has ${ids.length} tokens, and the cache has room for ${tokens}`
-    throw refused('E_ATTR', problem, 'pass more cacheTokens to continuousBatch, or a shorter prompt')
+    const problem = `the prompt has ${ids.length} tokens, but the cache has room for only ${tokens}`
+    throw refused('E_ATTR', problem, 'set a larger cacheTokens in continuousBatch, or shorten the prompt')
   }
 
-  /** Frees the cache. Texts that are being made end with E_DISPOSED. */
+  /** Frees the cache. Texts that are being generated fail with E_DISPOSED. */
   dispose(): void {
     if (this.#disposed) return
     this.#disposed = true
@@ -217,7 +220,7 @@ export class ContinuousBatch {
       text.fail(disposed())
       this.#end(text)
     }
-    // A pass that is under way needs its memory: it is freed behind it.
+    // A pass in progress needs the memory and frees it when it ends.
     if (this.#passing.length === 0) this.#free()
   }
 
@@ -231,18 +234,18 @@ export class ContinuousBatch {
     if (this.#disposed) throw disposed()
   }
 
-  /** The reader's side. */
-  async *#text(tokens: number[], options: TurnOptions & TextLimits, told: Told): AsyncGenerator<number> {
+  /** The generator that the reader iterates over. */
+  async *#text(tokens: number[], options: TurnOptions & TextLimits, report: TextReport): AsyncGenerator<number> {
     const { signal, onToken, maxTokens, promptLogProbs } = options
-    const { stats } = told
+    const { stats } = report
     this.#needAlive()
     if (maxTokens === 0 && (promptLogProbs === undefined || tokens.length === 1)) {
       stats.finishReason = 'length'
       return
     }
-    // The last token that is made is not read.
+    // The last generated token is not added to the cache.
     const most = Math.min(maxTokens, this.#cache.tokens - tokens.length + 1)
-    const text = new Text(tokens, options, told, {
+    const text = new Text(tokens, options, report, {
       ends: endTokens(this.#model.config),
       most,
     })
@@ -252,21 +255,26 @@ export class ContinuousBatch {
     try {
       for (;;) {
         if (signal?.aborted) {
-          throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+          throw new MoeError({
+            code: 'E_ABORTED',
+            op: 'generate',
+            problem: 'generation was aborted',
+            cause: signal.reason,
+          })
         }
         const next = text.ready.shift()
         if (next !== undefined) {
           const { token, likely } = next
           stats.tokens++
-          if (likely) told.logProbs.push(likely)
+          if (likely) report.logProbs.push(likely)
           onToken?.(token)
           yield token
         } else if (text.failure) throw text.failure.error
         else if (text.finished) {
           stats.finishReason = text.finished
-          if (text.end) told.logProbs.push(text.end)
+          if (text.end) report.logProbs.push(text.end)
           return
-        } else await text.news()
+        } else await text.changed()
       }
     } finally {
       signal?.removeEventListener('abort', text.wake)
@@ -274,13 +282,13 @@ export class ContinuousBatch {
     }
   }
 
-  /** Passes as long as there are texts. */
+  /** Runs passes while there are texts. */
   async #work(): Promise<void> {
     if (this.#working) return
     this.#working = true
     try {
       for (;;) {
-        // Signals, timers and readers get their turn here.
+        // Let signals, timers and readers run.
         await eventLoopTurn()
         if (this.#disposed || this.#running.length + this.#waiting.length === 0) return
         this.#followWeights()
@@ -298,7 +306,7 @@ export class ContinuousBatch {
     }
   }
 
-  /** What was read with other weights is not shared. */
+  /** Cache entries of other weights must not be shared. */
   #followWeights(): void {
     if (this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
     this.#versions = this.#parameters.map(({ version }) => version)
@@ -312,61 +320,61 @@ export class ContinuousBatch {
       const [text] = this.#waiting
       if (text === undefined) return
       room -= text.tokens.length + pageSize
-      // One that would be sent back at once waits.
+      // Leave a text waiting if it would soon be preempted.
       if (room < 0 && this.#running.length > 0) return
       this.#running.push(text)
       this.#waiting.shift()
     }
   }
 
-  /** A piece of the first prompt that is not read, and behind the last piece its first token. */
+  /** Processes a piece of the first unfinished prompt and, with its last piece, generates the first token. */
   async #readPrompt(): Promise<void> {
     const text = this.#running.find(({ pending }) => pending > 1)
     if (text === undefined) return
-    const sequence = this.#begun(text)
+    const sequence = this.#started(text)
     const start = sequence.length
-    // The last token of a text that was sent back goes with its drafts.
+    // The last token of a preempted text is processed together with its drafts.
     const count = Math.min(this.#promptPiece, text.pending - (text.drafts.length > 0 ? 1 : 0))
     if (!this.#reserve(text, start + count)) return
     const scored = start + count === text.tokens.length && text.most > 0
     await this.#pass([text], text.tokens.slice(start, start + count), scored ? 1 : 0)
   }
 
-  /** What follows the last token of each text that all others of are in the cache. Those that go on alike share a pass. */
+  /** Generates tokens for all texts whose other tokens are cached. Texts of the same kind share a pass. */
   async #makeTokens(): Promise<void> {
     const ready = new Map<string, Text[]>()
     for (const text of [...this.#running]) {
       if (text.pending !== 1 || !this.#running.includes(text)) continue
-      const { length } = this.#begun(text)
+      const { length } = this.#started(text)
       if (length + 1 + text.drafts.length > this.#cache.tokens) text.drafts = []
       if (!this.#reserve(text, length + 1 + text.drafts.length)) continue
       const kind = `${text.drafts.length} ${text.memory.kind} ${text.options.vocabulary}`
       ready.set(kind, [...(ready.get(kind) ?? []), text])
     }
-    for (const alike of ready.values()) {
-      // They may have been sent back for the ones behind them, or their readers have left.
-      const texts = alike.filter(({ sequence }) => sequence !== null)
+    for (const group of ready.values()) {
+      // Texts may have been preempted meanwhile, or abandoned by their readers.
+      const texts = group.filter(({ sequence }) => sequence !== null)
       const ids = texts.flatMap(({ tokens, drafts }) => [tokens[tokens.length - 1], ...drafts])
       if (texts.length > 0 && !this.#disposed) await this.#pass(texts, ids, ids.length / texts.length)
     }
   }
 
-  #begun(text: Text): PagedSequence {
+  #started(text: Text): PagedSequence {
     if (text.sequence === null) {
       text.sequence = this.#cache.start(text.shareable)
-      if (text.made === 0) text.told.stats.reused = text.sequence.length
+      if (text.made === 0) text.report.stats.reused = text.sequence.length
     }
     return text.sequence
   }
 
-  /** Pages for so many tokens of a text. The texts that came last are sent back to wait, as it may be itself: false then. */
+  /** Reserves pages for a text. If there are none, the most recent texts are preempted; returns false if the text is one of them. */
   #reserve(text: Text, tokens: number): boolean {
     const sequence = text.sequence as PagedSequence
     while (!this.#cache.reserve(sequence, tokens)) {
       const last = this.#running[this.#running.length - 1]
       if (this.#running.length === 1) {
-        const problem = `there is memory for ${this.#cache.tokens} tokens, and the text has ${tokens}`
-        last.fail(refused('E_OUT_OF_MEMORY', problem, 'pass a cacheDtype of bf16, or fewer maxTokens'))
+        const problem = `there is memory for ${this.#cache.tokens} tokens, but the text has ${tokens}`
+        last.fail(refused('E_OUT_OF_MEMORY', problem, 'set cacheDtype to bf16, or reduce maxTokens'))
         this.#end(last)
         return false
       }
@@ -378,18 +386,18 @@ export class ContinuousBatch {
     return true
   }
 
-  /** As many more tokens of each text, `ids` row by row, through the model. What follows the last `rows` of each, its drafts behind them, is added to it. */
+  /** Processes tokens of several texts, the same number of each (`ids` row by row), and appends what follows the last `rows` of each, where the drafts are last. */
   async #pass(texts: readonly Text[], ids: readonly number[], rows: number): Promise<void> {
     let made: ReadonlyArray<readonly Made[]> = []
     this.#passing = texts
     try {
-      made = await this.#goOn(texts, ids, rows)
+      made = await this.#advance(texts, ids, rows)
     } catch (error) {
       for (const text of texts) text.fail(error)
     }
     this.#passing = []
     for (const [b, text] of texts.entries()) {
-      // Its reader may have left meanwhile.
+      // The reader may have left during the pass.
       if (text.failure !== null || !this.#running.includes(text)) this.#end(text)
       else {
         this.#cache.share(text.sequence as PagedSequence, text.tokens)
@@ -400,16 +408,16 @@ export class ContinuousBatch {
     if (this.#disposed) this.#free()
   }
 
-  /** What the pass makes of each text. In the cache and in the text is then what stands, and its next drafts are there. */
-  async #goOn(texts: readonly Text[], ids: readonly number[], rows: number): Promise<Made[][]> {
+  /** Runs a pass, accepts drafts and samples tokens, and drafts again. Afterwards cache and text contain only accepted tokens. */
+  async #advance(texts: readonly Text[], ids: readonly number[], rows: number): Promise<Made[][]> {
     const batch = this.#cache.batch(texts.map(({ sequence }) => sequence as PagedSequence))
     const starts = Array.from(batch.lengths)
     const time = ids.length / texts.length
     const options = texts.map(({ options }) => options)
     const { hidden, logits, scores } = await this.#step.run(batch, ids, rows, options)
     try {
-      const made = await Promise.all(texts.map((text, b) => follows(text, scores[b])))
-      await this.#tellPrompt(texts[0], starts[0], hidden)
+      const made = await Promise.all(texts.map((text, b) => chosenTokens(text, scores[b])))
+      await this.#reportPrompt(texts[0], starts[0], hidden)
       const likely = logits && (await this.#likely(logits, made, rows, options))
       const drafted = texts.map(({ tokens, memory }, b) => {
         tokens.push(...made[b])
@@ -425,7 +433,7 @@ export class ContinuousBatch {
     }
   }
 
-  /** Of each text that asks for it, how likely its made tokens are by logits `[B * rows, V]`. */
+  /** Log-probabilities of the generated tokens from logits `[B * rows, V]`, for the texts that request them. */
   async #likely(
     logits: Tensor,
     made: ReadonlyArray<readonly number[]>,
@@ -443,19 +451,19 @@ export class ContinuousBatch {
     })
   }
 
-  /** Of tokens of its prompt, what the hidden states before them say. */
-  async #tellPrompt(text: Text, start: number, hidden: Tensor): Promise<void> {
+  /** Computes the requested log-probabilities of prompt tokens from the hidden states before them. */
+  async #reportPrompt(text: Text, start: number, hidden: Tensor): Promise<void> {
     const { promptLogProbs: top } = text.options
-    const { promptLogProbs: told } = text.told
+    const { promptLogProbs: report } = text.report
     if (top === undefined) return
-    const behind = text.tokens.slice(told.length, Math.min(text.prompt, start + hidden.shape[1] + 1))
-    const how = { from: told.length - 1 - start, top, precision: this.#precision }
-    told.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
+    const behind = text.tokens.slice(report.length, Math.min(text.prompt, start + hidden.shape[1] + 1))
+    const how = { from: report.length - 1 - start, top, precision: this.#precision }
+    report.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
   }
 
-  /** To its reader, as far as the text goes. */
+  /** Passes tokens to the reader, up to the end of the text. */
   #deliver(text: Text, made: readonly Made[]): void {
-    text.told.stats.steps++
+    text.report.stats.steps++
     for (const each of made) {
       if (text.ends.has(each.token)) {
         text.end = each.likely
@@ -478,7 +486,7 @@ export class ContinuousBatch {
     text.wake()
   }
 
-  /** It needs its place no more. */
+  /** Removes a text from the batch. */
   #end(text: Text): void {
     for (const list of [this.#running, this.#waiting]) {
       const at = list.indexOf(text)
@@ -488,7 +496,7 @@ export class ContinuousBatch {
   }
 
   #release(text: Text): void {
-    // The pass needs its pages, and gives them back.
+    // The pass in progress needs its pages and releases them afterwards.
     if (this.#passing.includes(text)) return
     if (text.sequence !== null) this.#cache.release(text.sequence)
     text.sequence = null
@@ -496,15 +504,16 @@ export class ContinuousBatch {
   }
 }
 
-/** The tokens that a text goes on with. A constraint that fails ends its own text and no other, which needs a token until the pass is over. */
-async function follows(text: Text, scores: readonly Scores[]): Promise<number[]> {
-  const { options, random, known, ends, drafts, told } = text
+/** Returns the next tokens of a text. If its constraint throws, only this text fails; it still needs a token until the pass ends. */
+async function chosenTokens(text: Text, scores: readonly Scores[]): Promise<number[]> {
+  const { options, random, known, ends, drafts, report } = text
   try {
-    return await follow(scores, drafts, { options, random, known, ends, stats: told.stats })
+    return await nextTokens(scores, drafts, { options, random, known, ends, stats: report.stats })
   } catch (error) {
     text.fail(error)
     return [0]
   }
 }
 
-const disposed = () => refused('E_DISPOSED', 'the batch was disposed', 'make another one: model.continuousBatch()')
+const disposed = () =>
+  refused('E_DISPOSED', 'the batch was disposed', 'create another one with model.continuousBatch()')

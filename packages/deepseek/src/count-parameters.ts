@@ -1,32 +1,32 @@
-/** @file Parameter counts from the configuration alone. */
+/** @file Counts parameters from a configuration. */
 import { MoeError } from '@moe/core'
 import type { DeepSeekConfig } from './config.ts'
 
-/** How many elements the parameters of a model have, by part. */
+/** Number of parameters by part of the model. */
 export interface ParameterCount {
-  /** The main model: embedding, layers, final norm, head. Selection biases are counted, as published tables do. */
+  /** The main model: embedding, layers, final norm and head. Includes balance biases, as in published tables. */
   readonly total: number
-  /** Parameters used for one token, both vocabulary matrices included. */
+  /** Parameters used per token, including embedding and head. */
   readonly active: number
-  /** Active without the input embedding (a lookup, no multiplication). */
+  /** Parameters used per token without the embedding, which is a lookup without multiplications. */
   readonly activeWithoutEmbedding: number
   /** One attention layer. */
   readonly attention: number
-  /** One MoE layer's experts, shared experts, gate and bias (0 without experts). */
+  /** One MoE layer: experts, shared experts, gate and bias (0 without experts). */
   readonly moe: number
-  /** One dense feed-forward net. */
+  /** One dense feed-forward network. */
   readonly dense: number
-  /** All MTP modules, without embedding and head where they are shared. */
+  /** All MTP modules, without shared embeddings and heads. */
   readonly mtp: number
 }
 
 /**
- * Counts the parameters of a model to the unit without making it.
- * @throws MoeError E_CONFIG for a configuration without its defaults
+ * Counts the parameters of a model exactly, without creating it.
+ * @throws MoeError E_CONFIG for a configuration without defaults filled in
  */
 export function countParameters(config: DeepSeekConfig): ParameterCount {
   if (config?.num_key_value_heads === undefined) {
-    const problem = 'the configuration has not been given its defaults'
+    const problem = 'the configuration lacks defaults'
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'countParameters',

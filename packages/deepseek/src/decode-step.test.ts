@@ -63,7 +63,7 @@ function models(config: object, options: DeepSeekOptions = {}) {
 }
 
 describe('recorded decoding', () => {
-  test('gives the tokens of decoding op by op, also when the cache grows, and leaks nothing', async () => {
+  test('produces the same tokens as op by op, also when the cache grows, and leaks nothing', async () => {
     const { handles } = native.stats()
     const { counts, recorded, plain } = models({})
     // 64 positions at first: the cache grows once, and the graph is recorded anew.
@@ -108,7 +108,7 @@ describe('recorded decoding', () => {
     plain.dispose()
   })
 
-  test('goes on op by op where there is no memory for a graph', async () => {
+  test('continues op by op without memory for a graph', async () => {
     const { handles } = native.stats()
     const { recording, eager } = pair()
     let refused = 0
@@ -173,7 +173,7 @@ describe('recorded decoding', () => {
     expect(native.stats().handles).toBe(handles)
   })
 
-  test('a model that is disposed in the middle ends the text: nothing is replayed over memory that is no longer its own', async () => {
+  test('disposing the model ends the text: nothing is replayed over freed memory', async () => {
     for (const after of [1, 2, 3, 9, 20]) {
       const { recording } = pair()
       const { handles } = native.stats()
@@ -184,7 +184,7 @@ describe('recorded decoding', () => {
     }
   })
 
-  test('several texts at once are those of one after the other', async () => {
+  test('texts generated concurrently equal those generated in sequence', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 1 })
     const all: GenerateOptions[] = [
       { maxTokens: 90, speculative: true },
@@ -199,7 +199,7 @@ describe('recorded decoding', () => {
     plain.dispose()
   })
 
-  test('goes on op by op where there is no memory to record, wherever that shows', async () => {
+  test('continues op by op if memory runs out anywhere while recording', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 1 }
     const model = new DeepSeek(config, { seed: 1, backend: native })
     const options = { maxTokens: 20, speculative: true }

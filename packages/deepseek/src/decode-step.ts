@@ -1,4 +1,4 @@
-/** @file New tokens through the main model over a cache. */
+/** @file Forward passes of the main model over the cache of a session. */
 import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
@@ -8,13 +8,13 @@ import { needsLogits, type Scores, type Scoring, scoresOf } from './sampling.ts'
 type States = {
   /** Hidden states of the new tokens, `[1, n, D]`. */
   readonly hidden: Tensor
-  /** Of the last `wanted` of them: `scoresOf` the logits. */
+  /** `scoresOf` the logits of the last `wanted` tokens. */
   readonly scores: Tensor
-  /** `[wanted, V]`, where they are asked for. */
+  /** `[wanted, V]`, if requested. */
   readonly logits?: Tensor
 }
 
-/** What follows new tokens. The tensors are the caller's, who frees them before the next run: that may overwrite them. */
+/** The result of a pass. The caller must dispose of the tensors before the next pass, which may overwrite them. */
 interface Followed {
   /** `[1, n, D]`. */
   readonly hidden: Tensor
@@ -22,7 +22,7 @@ interface Followed {
   readonly logits?: Tensor
 }
 
-/** The passes of the main model in one session. */
+/** Forward passes of the main model in one session. */
 export class DecodeStep {
   readonly #model: DeepSeek
   readonly #cache: KvCache
@@ -35,7 +35,7 @@ export class DecodeStep {
     this.#passes = new CachedPasses(model, cache, precision)
   }
 
-  /** Of the passes that follow. What was recorded of those before has theirs in it. */
+  /** Sets how the following passes are scored. Graphs recorded for another scoring are discarded. */
   set scoring(scoring: Scoring) {
     const { temperature, vocabulary } = this.#scoring
     const same =
@@ -46,7 +46,7 @@ export class DecodeStep {
     this.#scoring = scoring
   }
 
-  /** Adds tokens to the cache; gives their hidden states and what follows the last `wanted` of them, and its logits where `withLogits`. */
+  /** Appends tokens to the cache. Returns their hidden states, the scores after the last `wanted` of them and, on request, their logits. */
   async run(ids: readonly number[], wanted: number, withLogits = false): Promise<Followed> {
     const pass = (input: Tensor) => this.#pass(input, wanted, withLogits)
     const { hidden, scores, logits } = this.#passes.run(`${wanted} ${withLogits}`, pass, Int32Array.from(ids))

@@ -1,4 +1,4 @@
-/** @file One transformer block: MLA (multi-head attention in a dense model), then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
+/** @file One decoder layer (pre-norm): attention, then experts or a dense feed-forward network, with residual connections. */
 import {
   MultiHeadAttention,
   MultiHeadLatentAttention,
@@ -24,13 +24,13 @@ import {
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
-/** Options of the attention (cache) and of the experts (training, mask, losses and loads to watch). */
+/** Options of a layer: cache and text boundaries of the attention, and those of the MoE layer. */
 export interface LayerOptions extends MoEForwardOptions {
-  /** Earlier tokens; the new ones are written to it. Inference only. */
+  /** Cache of the earlier tokens, to which the new ones are added. Inference only. */
   readonly cache?: SequenceCache
-  /** Layer of the cache. */
+  /** Index of the layer in the cache. */
   readonly layer?: number
-  /** As `MlaForwardOptions` has it: where the text of each token begins in its row. */
+  /** As in `MlaForwardOptions`: where the text of each token starts in its row. */
   readonly starts?: Tensor
 }
 
@@ -47,8 +47,8 @@ export const layerNames: OptionNames<LayerOptions> = {
 }
 
 /**
- * What a layer computes again on the way back, in place of keeping it: `'whole'` all but its input; `'selective'` what takes little time to compute and much memory to keep (V3 report 3.2.3 and
- * 3.3.3): norms, queries, keys and values made from the latents, gated activations, and tokens in the order of their experts.
+ * What the backward pass recomputes. `'whole'`: everything but the input of the layer. `'selective'`: what takes little time to compute and much memory to keep (V3 report 3.2.3 and 3.3.3): norms, queries, keys and values from latents, gated
+ * activations, and tokens sorted by expert.
  */
 export type LayerRecompute = 'whole' | 'selective'
 
@@ -58,19 +58,19 @@ export interface DecoderLayerInit extends InitOptions {
   readonly dropping?: TokenDropping
 }
 
-/** A layer of the model (pre-norm): attention, then experts or a dense net, each added to its input. `[B, T, hidden]` to the same shape. */
+/** A decoder layer (pre-norm): attention, then experts or a dense feed-forward network, with residual connections. `[B, T, hidden]` to the same shape. */
 export class DecoderLayer extends Module {
-  /** Latent attention; multi-head attention where model_type is `llama`. */
+  /** Latent attention, or multi-head attention if model_type is `llama`. */
   self_attn: MultiHeadLatentAttention | MultiHeadAttention
-  /** Experts, or a dense net in the first `first_k_dense_replace` layers. */
+  /** Experts, or a dense network in the first `first_k_dense_replace` layers. */
   mlp: MoELayer | SwigluMlp
-  /** Norm before attention. */
+  /** Norm before the attention. */
   input_layernorm: RmsNorm
-  /** Norm before experts or net. */
+  /** Norm before the experts or the network. */
   post_attention_layernorm: RmsNorm
   readonly #recompute: LayerRecompute | undefined
 
-  /** `layer` decides between experts and a dense net. */
+  /** @param layer index of the layer, which determines whether it has experts or a dense network */
   constructor(config: DeepSeekConfig, layer: number, rotary: RotaryEmbedding, options: DecoderLayerInit) {
     super()
     const { balancer, dropping, recompute, ...init } = options
@@ -92,7 +92,7 @@ export class DecoderLayer extends Module {
     for (const net of mlp instanceof MoELayer ? [mlp.experts, mlp.shared_experts] : [mlp]) if (net) net.recompute = true
   }
 
-  /** `[B, T, hidden]` to the same shape. */
+  /** Runs the layer: `[B, T, hidden]` to the same shape. */
   forward(x: Tensor, options: LayerOptions): Tensor {
     checkShared('DecoderLayer.forward', options, layerNames)
     return this.whole(x, options, (input, own) => [this.#forward(input, own)])[0]
@@ -109,7 +109,7 @@ export class DecoderLayer extends Module {
     })
   }
 
-  /** The first half of `forward`: attention, added to its input. The other half is `mlp` behind `post_attention_layernorm`, added likewise. */
+  /** Runs the first half of the layer: attention with its residual connection. The second half is `mlp` after `post_attention_layernorm`, likewise. */
   attend(x: Tensor, options: LayerOptions): Tensor {
     return plus(
       x,
@@ -123,8 +123,8 @@ export class DecoderLayer extends Module {
   }
 
   /**
-   * Runs a part of this layer, which is computed again on the way back where the layer is to be. What the part tells those who watch becomes results of it: they are told outside.
-   * @param fn is given options to watch with in place of `options`. Integers among what it returns come last.
+   * Runs a part of this layer, with recomputation in the backward pass if the layer is configured so. Callbacks of the options are called once, outside of the recomputed function.
+   * @param fn receives options to use instead of `options`. It must return integer tensors last.
    */
   whole(
     input: Tensor,
@@ -132,48 +132,48 @@ export class DecoderLayer extends Module {
     fn: (input: Tensor, options: LayerOptions) => readonly Tensor[],
   ): readonly Tensor[] {
     if (this.#recompute !== 'whole' || !isRecording()) return fn(input, options)
-    let told: Array<(tensor: Tensor) => void> = []
+    let callbacks: Array<(tensor: Tensor) => void> = []
     let own = 0
     const made = checkpoint(x => {
-      const losses: Told[] = []
-      const loads: Told[] = []
-      const noted = (among: Told[], tell?: (tensor: Tensor) => void) =>
-        tell && ((tensor: Tensor) => void among.push({ tensor, tell }))
+      const losses: Reported[] = []
+      const loads: Reported[] = []
+      const collect = (among: Reported[], callback?: (tensor: Tensor) => void) =>
+        callback && ((tensor: Tensor) => void among.push({ tensor, callback }))
       const results = fn(x, {
         ...options,
-        onBalanceLoss: noted(losses, options.onBalanceLoss),
-        onBalancerLoss: noted(losses, options.onBalancerLoss),
-        onLoad: noted(loads, options.onLoad),
+        onBalanceLoss: collect(losses, options.onBalanceLoss),
+        onBalancerLoss: collect(losses, options.onBalancerLoss),
+        onLoad: collect(loads, options.onLoad),
       })
       own = results.length
-      // Loads are not told a second time.
+      // Loads are reported only once, not again when recomputed.
       const all = [...losses, ...loads]
-      told = all.map(({ tell }) => tell)
+      callbacks = all.map(({ callback }) => callback)
       return [...results, ...all.map(({ tensor }) => tensor)]
     }, input)
-    for (const [i, tell] of told.entries()) tell(made[own + i])
+    for (const [i, callback] of callbacks.entries()) callback(made[own + i])
     return made.slice(0, own)
   }
 }
 
-/** x + y, of which no gradient rule reads y. */
+/** x + y, where no backward pass needs y. */
 function plus(x: Tensor, y: Tensor): Tensor {
   const sum = x.add(y)
   usedUp(y)
   return sum
 }
 
-/** What a layer has told, and whom. */
-interface Told {
+/** A value for a callback. */
+interface Reported {
   readonly tensor: Tensor
-  readonly tell: (tensor: Tensor) => void
+  readonly callback: (tensor: Tensor) => void
 }
 
-/** Whether nobody needs what a layer makes on the way to its result: no gradient is wanted, and nobody watches. */
+/** Whether intermediate results can be freed early, because neither gradients nor callbacks need them. */
 export const isTransient = ({ onLoad, onBalanceLoss, onBalancerLoss }: LayerOptions): boolean =>
   !isRecording() && !onLoad && !onBalanceLoss && !onBalancerLoss
 
-/** The two numbers that a configuration with experts is known to have. */
+/** The two fields that are not null in a configuration with experts. */
 function experts(config: DeepSeekConfig): { n_routed_experts: number; num_experts_per_tok: number } {
   return {
     n_routed_experts: config.n_routed_experts as number,

@@ -36,7 +36,7 @@ setDefaultBackend(referenceBackend())
 const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
 afterAll(() => rm(folder, { recursive: true }))
 
-test('a checkpoint is opened without drawing weights that it replaces', async () => {
+test('a checkpoint is opened without drawing random weights', async () => {
   const model = new DeepSeek(tiny, { seed: 1 })
   const at = join(folder, 'undrawn')
   await model.save(at)
@@ -57,7 +57,7 @@ test('a checkpoint is opened without drawing weights that it replaces', async ()
 describe('generation', () => {
   const prompt = [3, 7, 11, 2, 30]
 
-  test('is read once: who stops early does not start it anew', async () => {
+  test('can be read once: stopping early does not restart it', async () => {
     const model = new DeepSeek(tiny, { seed: 1 })
     const generation = model.generate(prompt, { maxTokens: 8 })
     const made: number[] = []
@@ -70,7 +70,7 @@ describe('generation', () => {
     model.dispose()
   })
 
-  test('greedy equals taking the likeliest token of a full forward pass each time', async () => {
+  test('greedy equals the most likely token of a full forward pass each time', async () => {
     const model = new DeepSeek(tiny, { seed: 1 })
     const ids = prompt.slice()
     for (let i = 0; i < 20; i++) {
@@ -105,7 +105,7 @@ describe('generation', () => {
     })
   }
 
-  test('a long prompt goes through in pieces, which change neither text nor drafts and can be interrupted between', async () => {
+  test('a long prompt is processed in pieces, which do not change text or drafts, and can be aborted between', async () => {
     const long = Array.from({ length: 30 }, (_, i) => (i * 7) % 40)
     const handles = defaultBackend().stats().handles
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 4 })
@@ -227,7 +227,7 @@ describe('generation', () => {
     },
   )
 
-  test('minP keeps likely tokens only, onToken is told each one, stats count tokens per pass', async () => {
+  test('minP keeps likely tokens only, onToken receives each one, stats count tokens per pass', async () => {
     const model = new DeepSeek(tiny, { seed: 2 })
     const greedy: number[] = []
     for await (const id of model.generate(prompt, { maxTokens: 12 })) greedy.push(id)
@@ -247,35 +247,47 @@ describe('generation', () => {
     model.dispose()
   })
 
-  test('bad requests are refused', async () => {
+  test('invalid requests are rejected', async () => {
     const model = new DeepSeek(tiny)
     expect(() => model.generate([])).toThrow(/prompt is empty/)
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
     expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(
-      /temperature = -1 is no number from 0; topP = 2/,
+      /temperature = -1, expected a number of at least 0; topP = 2/,
     )
-    expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP would do nothing.*: pass temperature: 1/)
-    expect(() => model.generate([1], { topK: 5 })).toThrow(/topK would do nothing.*: pass temperature: 1/)
+    expect(() => model.generate([1], { topP: 0.9 })).toThrow(
+      /without a temperature, topP would have no effect; pass temperature: 1/,
+    )
+    expect(() => model.generate([1], { topK: 5 })).toThrow(
+      /without a temperature, topK would have no effect; pass temperature: 1/,
+    )
     const text = '2' as unknown as number // As from a form.
     expect(() => model.generate([1], { maxTokens: text })).toThrow('expected a whole number for maxTokens, got "2"')
     expect(() => model.generate([1], { temperature: text, topP: text, minP: text, repetitionPenalty: text })).toThrow(
-      /temperature = "2" .*; topP = "2" .*; minP = "2" .*; repetitionPenalty = "2" /,
+      /temperature = "2", .*; topP = "2", .*; minP = "2", .*; repetitionPenalty = "2",/,
     )
     for (const topK of [0, -1, 2.5, Number.NaN])
-      expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK} is no number of tokens`)
+      expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK}, expected a positive integer`)
     for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
-      expect(() => model.generate([1], { repetitionPenalty })).toThrow(/repetitionPenalty = .* is not above 0/)
+      expect(() => model.generate([1], { repetitionPenalty })).toThrow(
+        /repetitionPenalty = .*, expected a positive number/,
+      )
     const precision = 'half' as 'bf16'
     for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
       expect(call).toThrow(`session: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)
     // Other seeds would give the same text.
-    expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
+    expect(() => model.generate([1], { seed: 3 })).toThrow(
+      /without a temperature, seed would have no effect; pass temperature: 1/,
+    )
     model.generate([1], { seed: 3, temperature: 0 })
-    expect(() => model.generate('hello' as unknown as number[])).toThrow(/prompt is a string; pass its ids/)
+    expect(() => model.generate('hello' as unknown as number[])).toThrow(/got a string; pass tokenizer.encode/)
     for (const none of [undefined, null, 5, tensor([1])] as unknown[])
-      expect(() => model.generate(none as number[])).toThrow(/prompt is no list of ids; pass its ids/)
+      expect(() => model.generate(none as number[])).toThrow(
+        /expected the token ids of the prompt, got .*; pass tokenizer.encode/,
+      )
     const several = [[1, 2], [3]] as unknown as number[]
-    expect(() => model.generate(several)).toThrow(/prompt is a list of prompts; call generate for each/)
+    expect(() => model.generate(several)).toThrow(
+      /expected the token ids of one prompt, got a list of prompts; call generate for each/,
+    )
     expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(
       /no createDecodeStream; pass a tokenizer of/,
     )
@@ -324,7 +336,7 @@ describe('training', () => {
     model.dispose()
   })
 
-  test('a balancer takes the place of the objective; the monitor is told loads and biases', async () => {
+  test('a balancer replaces the objective; the monitor receives loads and biases', async () => {
     const monitor = new LoadMonitor({ topK: 2, groups: 4 })
     const balancer = together(auxFree({ speed: step => (step === 0 ? 0.5 : 0) }), expertLevel({ alpha: 3 }))
     const model = new DeepSeek(tiny, { seed: 1, balancer, monitor, objective: { balanceWeight: 100, mtpWeight: 0 } })
@@ -342,7 +354,7 @@ describe('training', () => {
     model.dispose()
   })
 
-  test('a step that is set is the step of its balancer and of its schedules', () => {
+  test('setting the step sets that of the balancer and the schedules', () => {
     const seen: number[] = []
     const loss = (_: unknown, step: number) => {
       seen.push(step)
@@ -357,7 +369,7 @@ describe('training', () => {
     model.dispose()
   })
 
-  test('λ follows its schedule; detached modules leave the main model alone', async () => {
+  test('λ follows its schedule; detached modules give no gradient to the main model', async () => {
     const batch = rows()
     const parts = async (objective: object, step = 0) => {
       const model = new DeepSeek(tiny, { seed: 1, objective: { balanceWeight: 0, ...objective } })
@@ -386,7 +398,7 @@ describe('training', () => {
     expect(joint.gradient).not.toEqual(without.gradient)
   })
 
-  test('acceptance is measured in training when asked for, and in evaluation', async () => {
+  test('acceptance is computed in training on request, and in evaluation', async () => {
     const model = new DeepSeek(
       { ...tiny, num_nextn_predict_layers: 2 },
       { seed: 1, objective: { mtpAcceptance: true } },
@@ -429,7 +441,7 @@ describe('training', () => {
 })
 
 describe('checkpoints', () => {
-  test('a place that cannot be written is told of, wherever it fails', async () => {
+  test('a folder that cannot be written is reported, wherever it fails', async () => {
     const model = new DeepSeek(tiny, { seed: 7 })
     const file = join(folder, 'file')
     await writeFile(file, '')
@@ -440,7 +452,7 @@ describe('checkpoints', () => {
     model.dispose()
   })
 
-  test('what is saved opens as the same model, MTP and selection bias included', async () => {
+  test('a saved model opens as the same model, including MTP and balance bias', async () => {
     const model = new DeepSeek(tiny, { seed: 7 })
     const bias = new Random(1).normal(8)
     model.moeLayers[0].gate.e_score_correction_bias?.assign(tensor(bias))
@@ -465,7 +477,7 @@ describe('checkpoints', () => {
     again.dispose()
   })
 
-  test('config.json has floats where transformers wants them, and empty matrices stand for absent shared experts', async () => {
+  test('config.json has floats as transformers requires, and empty matrices for missing shared experts', async () => {
     const config = {
       ...tiny,
       n_shared_experts: 0,
@@ -490,7 +502,7 @@ describe('checkpoints', () => {
     again.dispose()
   })
 
-  test('a checkpoint of another model is refused with every key', async () => {
+  test('a checkpoint of another model is rejected with every key', async () => {
     const model = new DeepSeek(tiny)
     await model.save(join(folder, 'other'))
     await writeFile(
@@ -504,7 +516,7 @@ describe('checkpoints', () => {
   })
 })
 
-test('sizes that a checkpoint cannot fill are refused before memory is taken', async () => {
+test('a model too large for its checkpoint is rejected before memory is allocated', async () => {
   const model = new DeepSeek(tiny)
   const at = join(folder, 'absurd')
   await model.save(at)
@@ -537,7 +549,7 @@ test('a folder may be a file URL, and config.json begin with a byte order mark',
     })
 })
 
-test('a model is opened by its address, and from files at hand', async () => {
+test('a model is opened from a URL, and from File objects', async () => {
   const at = join(folder, 'published')
   const model = new DeepSeek(tiny, { seed: 1 })
   await model.save(at)
@@ -567,7 +579,7 @@ test('a model is opened by its address, and from files at hand', async () => {
   await loadWeights(atHand, new URL('https://example.org/m'), { fetch: answer })
   for (const opened of [model, byAddress, atHand]) opened.dispose()
   await expect(DeepSeek.fromPretrained('https://example.org/other', { fetch: answer })).rejects.toThrow(
-    'https://example.org/other/config.json: cannot be read: there is no such file; pass a folder',
+    'https://example.org/other/config.json: cannot be read: no such file; pass a folder',
   )
   const signal = AbortSignal.abort()
   await expect(DeepSeek.fromPretrained(at, { signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
@@ -662,11 +674,11 @@ describe('configurations', () => {
     expect(scaled({ type: 'yarn', factor: 4 }).rope_scaling).toMatchObject({ original_max_position_embeddings: 64 })
   })
 
-  test('every fault is named in one message', () => {
+  test('all problems are named in one message', () => {
     const broken = { ...tiny, hidden_size: -1, vocab_size: 'many', n_group: 3 }
-    expect(() => parseConfig(broken)).toThrow(/2 faults[\s\S]*vocab_size[\s\S]*hidden_size/)
+    expect(() => parseConfig(broken)).toThrow(/2 problems[\s\S]*vocab_size[\s\S]*hidden_size/)
     expect(() => parseConfig({ ...tiny, n_group: 3, qk_rope_head_dim: 3, num_experts_per_tok: 9 })).toThrow(
-      /3 faults[\s\S]*odd[\s\S]*exceeds n_routed_experts = 8[\s\S]*n_group = 3 does not divide/,
+      /3 problems[\s\S]*odd[\s\S]*exceeds n_routed_experts = 8[\s\S]*n_group = 3 does not divide/,
     )
   })
 })

@@ -151,12 +151,12 @@ describe('DeepSeek LLM', () => {
     model.dispose()
   })
 
-  test('every fault is named in one message', () => {
+  test('all problems are named in one message', () => {
     expect(() => parseConfig({ ...small, hidden_size: 'wide', num_key_value_heads: 0.5 })).toThrow(
-      /2 faults[\s\S]*hidden_size[\s\S]*num_key_value_heads/,
+      /2 problems[\s\S]*hidden_size[\s\S]*num_key_value_heads/,
     )
     expect(() => parseConfig({ ...small, hidden_size: 25, head_dim: null, num_key_value_heads: 3 })).toThrow(
-      /2 faults[\s\S]*does not divide hidden_size = 25[\s\S]*num_key_value_heads = 3 does not divide/,
+      /2 problems[\s\S]*does not divide hidden_size = 25[\s\S]*num_key_value_heads = 3 does not divide/,
     )
     expect(() => parseConfig({ ...small, head_dim: 7 })).toThrow(/head_dim = 7 is odd/)
     expect(() => parseConfig({ ...small, rope_scaling: { type: 'linear', factor: 4 } })).toThrow(/rope type "linear"/)

@@ -1,4 +1,4 @@
-/** @file MTP modules that draft tokens ahead of the main model. */
+/** @file Drafts tokens with the MTP modules, for speculative decoding. */
 import type { SequenceCache } from '@moe/attention-mla'
 import { concat, fromHost, keep, type Precision, type Tensor } from '@moe/core'
 import { type CachedPass, CachedPasses } from './cached-passes.ts'
@@ -6,30 +6,29 @@ import type { DeepSeek } from './model.ts'
 import { scoresOf } from './sampling.ts'
 
 type Draft = {
-  /** What the next depth continues from, `[B, n, D]`. */
+  /** Hidden states that the next depth continues from, `[B, n, D]`. */
   readonly next: Tensor
-  /** The token after the last position that stands, `i32 [B, 1, 1]`. */
+  /** The token after the last confirmed position, `i32 [B, 1, 1]`. */
   readonly best: Tensor
 }
 
 /**
- * What the modules keep of a text between two passes: for each the state of the depth before at the position where it goes on, `[1, 1, D]`, if the token that it needs
- * there is not certain yet.
+ * State of the MTP modules between two passes over a text. A module that lacks the token it needs at its next position keeps the hidden state of the previous depth there, `[1, 1, D]`.
  */
 export class DraftMemory {
   #waiting: ReadonlyArray<Tensor | null> = []
 
-  /** Positions that the last module is behind the main model. */
+  /** Number of positions by which the last module is behind the main model. */
   get behind(): number {
     return this.#waiting.filter(state => state !== null).length
   }
 
-  /** Texts for which this is the same go through the modules together. */
+  /** Texts with the same kind can share a pass of the modules. */
   get kind(): string {
     return this.#waiting.map(state => (state === null ? '-' : '+')).join('')
   }
 
-  /** The states are the caller's from here on. */
+  /** Hands the states over to the caller, who must dispose of them. */
   take(): ReadonlyArray<Tensor | null> {
     const waiting = this.#waiting
     this.#waiting = []
@@ -45,18 +44,18 @@ export class DraftMemory {
   }
 }
 
-/** A text that the main model has gone on with. */
+/** A text to draft for, after a pass of the main model. */
 interface Drafted {
-  /** All its tokens that are certain. */
+  /** All confirmed tokens. */
   readonly tokens: readonly number[]
-  /** How many of its latest hidden states stand. */
+  /** How many of the latest hidden states belong to confirmed tokens. */
   readonly confirmed: number
   readonly memory: DraftMemory
 }
 
 /**
- * Drafts one token per depth. Module k runs over position i with the hidden state of depth k - 1 there and token i + k; positions whose token i + k is itself only
- * drafted are run again once it is known. The modules' layers of a cache stand behind those of the main model.
+ * Drafts one token per depth. Module k processes position i with the hidden state of depth k - 1 there and token i + k. Positions whose token i + k is only drafted are processed again once it is
+ * known. In the cache, the layers of the modules follow those of the main model.
  */
 export class Drafter {
   readonly depth: number
@@ -70,7 +69,7 @@ export class Drafter {
     this.#precision = precision
   }
 
-  /** From the latest states `hidden [B, n, D]` of texts of one kind, which the cache holds as far as they stand. */
+  /** Drafts from the latest hidden states `[B, n, D]` of texts of the same kind. The cache must contain exactly the confirmed positions. */
   async draft(cache: SequenceCache, hidden: Tensor, texts: readonly Drafted[]): Promise<number[][]> {
     const drafts: number[][] = texts.map(() => [])
     const ends = Array.from(cache.lengths)
@@ -79,11 +78,11 @@ export class Drafter {
     const waited = texts.map(({ memory }) => memory.take())
     const waits: Array<Array<Tensor | null>> = texts.map(() => [])
     try {
-      // What does not stand is run on only where another text has more that does: its results are written over.
+      // Unconfirmed positions are processed only if another text has more confirmed ones. Their results are overwritten later.
       const most = Math.max(...texts.map(({ confirmed }) => confirmed))
       let incoming = this.depth > 0 ? hold(() => hidden.narrow(1, 0, most).detach()) : hidden
       let starts = texts.map(({ confirmed }, b) => ends[b] - confirmed)
-      /** Positions that stand at the depth before. */
+      /** Number of confirmed positions at the previous depth. */
       let before = ends
       for (const [k, passes] of this.#passesOf(cache).entries()) {
         const waiting = waited.flatMap(states => states[k] ?? [])
@@ -91,7 +90,7 @@ export class Drafter {
         const inputs = waiting.length === 0 ? last : hold(() => concat([concat(waiting, 0), last], 1))
         const [, time, features] = inputs.shape
         const begun = starts.map(start => start - (time - last.shape[1]))
-        // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
+        // Position i needs token i + k + 1. For deeper modules, the last of these are drafts of the previous modules.
         const ahead = Int32Array.from({ length: texts.length * time }, (_, i) => {
           const b = Math.floor(i / time)
           const { tokens } = texts[b]
@@ -106,7 +105,7 @@ export class Drafter {
         const certain = texts.map(({ tokens }, b) => Math.min(ends[b], Math.max(begun[b], tokens.length - k - 1)))
         for (const [b, states] of waits.entries()) {
           const at = b * time + certain[b] - begun[b]
-          // A copy: the next pass of the depth before may write over its results.
+          // Copied, because the next pass of the previous depth may overwrite its results.
           const row = () => inputs.reshape([texts.length * time, features]).takeRows(this.#number(at))
           states.push(certain[b] === before[b] ? null : this.#infer(() => row().reshape([1, 1, features])))
         }

@@ -113,7 +113,7 @@ export interface Generation<T> extends AsyncIterable<T>, GenerationLogProbs {
 }
 
 /** What is reported about a text besides its tokens. */
-export interface Told {
+export interface TextReport {
   readonly stats: GenerationStats
   readonly logProbs: TokenLogProb[]
   readonly promptLogProbs: Array<TokenLogProb | null>
@@ -132,7 +132,7 @@ export function generation(
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
-  decode: (tokens: number[], told: Told, limits: TextLimits) => AsyncGenerator<number>,
+  decode: (tokens: number[], report: TextReport, limits: TextLimits) => AsyncGenerator<number>,
 ): Generation<number | string> {
   const { tokenizer, maxTokens = 128 } = options
   const stops = checkTurn(model, prompt, options)
@@ -147,14 +147,14 @@ export function generation(
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
-  const told: Told = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
+  const report: TextReport = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
   const { vocab_size: vocabulary, max_position_embeddings: context } = model.config
-  const ids = decode(Array.from(prompt), told, {
+  const ids = decode(Array.from(prompt), report, {
     vocabulary: Math.min(vocabulary, tokenizer?.vocabSize ?? Infinity),
     maxTokens: Math.min(maxTokens, context - prompt.length),
   })
   const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
-  return { ...told, [Symbol.asyncIterator]: () => once }
+  return { ...report, [Symbol.asyncIterator]: () => once }
 }
 
 /** @returns the strings that end the text. @throws MoeError E_ATTR for an invalid prompt or options */
@@ -240,20 +240,20 @@ function unfinished(text: string, stops: readonly string[]): number {
   return longest
 }
 
-/** @throws MoeError E_ATTR for what is no sequence of token ids */
+/** @throws MoeError E_ATTR for an invalid sequence of token ids */
 export function checkIds(op: 'generate' | 'score', model: DeepSeek, ids: ArrayLike<number>): void {
   const { vocab_size: vocabulary } = model.config
   const name = op === 'generate' ? 'prompt' : 'text'
   const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op, problem, fix })
   const given: unknown = ids
   if (Array.isArray(ids?.[0]) || ArrayBuffer.isView(ids?.[0])) {
-    throw refused(`the ${name} is a list of ${name}s`, `call ${op} for each of them`)
+    throw refused(`expected the token ids of one ${name}, got a list of ${name}s`, `call ${op} for each of them`)
   }
   if (typeof given === 'string' || typeof ids?.length !== 'number') {
-    const what = typeof given === 'string' ? 'a string' : 'no list of ids'
-    throw refused(`the ${name} is ${what}`, 'pass its ids: tokenizer.encode(text)')
+    const what = typeof given === 'string' ? 'a string' : shown(given)
+    throw refused(`expected the token ids of the ${name}, got ${what}`, 'pass tokenizer.encode(text)')
   }
-  if (ids.length === 0) throw refused(`the ${name} is empty`, 'pass at least one token, such as bos')
+  if (ids.length === 0) throw refused(`the ${name} is empty`, 'pass at least one token, for example bos')
   for (let i = 0; i < ids.length; i++) {
     if (Number.isInteger(ids[i]) && ids[i] >= 0 && ids[i] < vocabulary) continue
     throw refused(`token ${i} is ${ids[i]}, outside the vocabulary of ${vocabulary}`)

@@ -17,7 +17,7 @@ import {
 import { limits } from './log-probs.ts'
 import { limits as scoreLimits } from './score.ts'
 import { limits as sessionLimits } from './session.ts'
-import { makeAgreeable, tiny } from './test-tiny.ts'
+import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
@@ -141,7 +141,7 @@ describe.each([
   test.each([
     ['one token at a time', 0, 2048],
     ['with drafts, prompts in pieces', 2, 7],
-  ])('a session tells how likely its texts are: %s', async (_name, mtp, piece) => {
+  ])('a session returns log-probabilities: %s', async (_name, mtp, piece) => {
     const { handles } = of().stats()
     const model = make(mtp)
     const speculative = mtp > 0
@@ -167,11 +167,11 @@ describe.each([
     ['in small pieces', { maxTexts: 3, promptPiece: 7 }],
     ['with texts that are sent back', { maxTexts: 8, promptPiece: 40, cacheTokens: 256 }],
     ['with drafts', { maxTexts: 4, promptPiece: 40, cacheTokens: 320, speculative: true }],
-  ])('a batch tells how likely its texts are: %s', async (_name, options) => {
+  ])('a batch returns log-probabilities: %s', async (_name, options) => {
     const { handles } = of().stats()
     const { speculative = false } = options
     const model = make(speculative ? 2 : 0)
-    makeAgreeable(model)
+    makeDraftsAgree(model)
     const batch = model.continuousBatch(options)
     const asked = ways.map(([ids, turn]) => [ids, { maxTokens: 12, ...turn }] as const)
     const texts = asked.map(([ids, turn]) => batch.generate(ids, turn))
@@ -181,7 +181,7 @@ describe.each([
     expect(of().stats().handles).toBe(handles)
   })
 
-  test('of the token that ends a text is told, too', async () => {
+  test('the token that ends a text has a log-probability, too', async () => {
     const { handles } = of().stats()
     const model = make(2)
     const batch = model.continuousBatch()
@@ -203,7 +203,7 @@ describe.each([
     expect(of().stats().handles).toBe(handles)
   })
 
-  test('a prompt that is sent back half told is told on', async () => {
+  test('prompt log-probabilities continue after preemption', async () => {
     const model = make()
     // Five pages of 64: both others take a second one while this prompt is at its second.
     const batch = model.continuousBatch({ cacheTokens: 320, promptPiece: 31 })
@@ -218,7 +218,7 @@ describe.each([
     model.dispose()
   })
 
-  test('texts are scored, however they share passes', async () => {
+  test('texts are scored correctly, however they share passes', async () => {
     const { handles } = of().stats()
     const model = make(1)
     const texts = [prompt.slice(0, 9), [3], prompt, Int32Array.of(4, 5), prompt.slice(2, 11)]
@@ -264,7 +264,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     return { result, read }
   }
 
-  test.each([4096, 64, 1])('are told of as if alone: passes of %i tokens', async passTokens => {
+  test.each([4096, 64, 1])('are scored as if alone: passes of %i tokens', async passTokens => {
     const { handles } = reference.stats()
     const model = new DeepSeek(config, { seed: 3 })
     const texts = [...asked.map(({ text }) => text), [5], prompt, [...prompt.slice(0, 30), 1, 1], [6, 7], [6, 7]]
@@ -285,7 +285,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     expect(reference.stats().handles).toBe(handles)
   })
 
-  test('read what they share once', async () => {
+  test('process their common prefix once', async () => {
     const model = new DeepSeek(config, { seed: 3 })
     const texts = asked.map(({ text }) => text)
     const from = asked.map(({ question }) => question.length)
@@ -308,7 +308,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     model.dispose()
   })
 
-  test('may begin alike anywhere, and be asked for from anywhere', async () => {
+  test('may share prefixes of any length, and be scored from any position', async () => {
     const model = new DeepSeek(config, { seed: 3 })
     const random = new Random(5)
     const texts = Array.from({ length: 24 }, () => [
@@ -325,7 +325,7 @@ describe.each<[string, DeepSeekConfigInput]>([
   })
 })
 
-test('scoring ends between two passes', async () => {
+test('scoring can be aborted between two passes', async () => {
   const { handles } = reference.stats()
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3 })
   const before = { ...scoreLimits }
@@ -347,12 +347,12 @@ test('scoring ends between two passes', async () => {
   expect(reference.stats().handles).toBe(handles)
 })
 
-test('a text is as long as the context, and its last token one more', async () => {
+test('a text may have one token more than the context', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 64 }, { seed: 3 })
   const [told] = await model.score([prompt.slice(0, 65)])
   await expectTold(model, prompt.slice(0, 65), 0, told, 0)
   await expect(model.score([[1], prompt.slice(0, 66)])).rejects.toThrow(
-    'text 1 has 66 tokens, and the context of the model 64, behind which one more is told of; cut it into pieces',
+    "text 1 has 66 tokens, more than the model's context of 64 plus one; split it",
   )
   model.dispose()
 })
@@ -381,25 +381,27 @@ test.each(['v3-base', 'v2-lite', 'llama-gqa'])('scores are those of transformers
   model.dispose()
 })
 
-test('what cannot be is refused', async () => {
+test('invalid arguments are rejected', async () => {
   const { handles } = reference.stats()
   const model = new DeepSeek(tiny, { seed: 3 })
-  expect(() => model.generate([1], { logProbs: -1 })).toThrow('logProbs = -1 is no number of tokens')
-  expect(() => model.generate([1], { promptLogProbs: true as never })).toThrow('promptLogProbs = true is no number')
+  expect(() => model.generate([1], { logProbs: -1 })).toThrow('expected a number of tokens for logProbs, got -1')
+  expect(() => model.generate([1], { promptLogProbs: true as never })).toThrow(
+    'expected a number of tokens for promptLogProbs, got true',
+  )
   await expect(model.score([[1], []])).rejects.toThrow('score: the text is empty')
-  await expect(model.score([1, 2] as never)).rejects.toThrow('the text is no list of ids')
-  await expect(model.score('text' as never)).rejects.toThrow('no list of texts is given')
+  await expect(model.score([1, 2] as never)).rejects.toThrow('expected the token ids of the text, got 1')
+  await expect(model.score('text' as never)).rejects.toThrow('expected a list of texts')
   await expect(model.score([[40]])).rejects.toThrow('token 0 is 40, outside the vocabulary of 40')
-  await expect(model.score([[1]], { top: 0.5 })).rejects.toThrow('top = 0.5 is no number of tokens')
-  await expect(model.score([[1]], { from: [1, 2] })).rejects.toThrow('from = [1,2] is no list with a position for each')
-  await expect(model.score([[1]], { from: [-1] })).rejects.toThrow('from = [-1] is no list')
-  await expect(model.score([[1]], { from: 1 as never })).rejects.toThrow('from = 1 is no list')
+  await expect(model.score([[1]], { top: 0.5 })).rejects.toThrow('expected a number of tokens for top, got 0.5')
+  await expect(model.score([[1]], { from: [1, 2] })).rejects.toThrow('from = [1,2], expected one position for each')
+  await expect(model.score([[1]], { from: [-1] })).rejects.toThrow('from = [-1], expected one position')
+  await expect(model.score([[1]], { from: 1 as never })).rejects.toThrow('from = 1, expected one position')
   await expect(model.score([[1]], { topp: 1 } as never)).rejects.toThrow('did you mean top?')
   model.dispose()
   expect(reference.stats().handles).toBe(handles)
 })
 
-test('a pass whose log-probabilities fail frees all', async () => {
+test('a pass whose log-probabilities fail frees everything', async () => {
   const model = new DeepSeek(tiny, { seed: 3 })
   // Absorbed weights and tables are the model's.
   await read(model.generate([1, 2], { promptLogProbs: 0, maxTokens: 0 }))

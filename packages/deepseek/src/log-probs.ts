@@ -1,32 +1,32 @@
-/** @file How likely a model finds the tokens of a text. */
-import { fromHost, keep, MoeError, noGrad, type Precision, scope, type Tensor } from '@moe/core'
+/** @file Log-probabilities of tokens. */
+import { fromHost, keep, MoeError, noGrad, type Precision, scope, shown, type Tensor } from '@moe/core'
 import type { DeepSeek } from './model.ts'
 
-/** A token, and the natural logarithm of its probability. */
+/** A token and its log-probability. */
 export interface LogProb {
-  /** Id. */
+  /** Token id. */
   readonly token: number
-  /** In nats, at most 0. */
+  /** Natural logarithm of the probability; at most 0. */
   readonly logProb: number
 }
 
-/** What a model says of a token by its logits as they are, whatever temperature, penalty or cut the token was drawn with. */
+/** The log-probability of a token, from unmodified logits: independent of temperature, penalties and truncation. */
 export interface TokenLogProb extends LogProb {
-  /** As many of the likeliest tokens as were asked for, the likeliest first, the lowest of equals. */
+  /** The requested number of most likely tokens, in decreasing order; ties by id. */
   readonly top: readonly LogProb[]
 }
 
-/** Most logits of a prompt that are there at a time. Tests make it small. */
+/** Maximum number of prompt logits in memory at a time. Tests reduce it. */
 export const limits = { logits: 2 ** 24 }
 
 /** @throws MoeError E_ATTR */
 export function checkTop(op: string, name: string, top: number | undefined): void {
   if (top === undefined || (Number.isInteger(top) && top >= 0)) return
-  const problem = `${name} = ${top} is no number of tokens`
-  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass how many of the likeliest are wanted, or 0' })
+  const problem = `expected a number of tokens for ${name}, got ${shown(top)}`
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass 0 or a positive integer' })
 }
 
-/** What the first N of logits `[rows, V]` say of N tokens. */
+/** Returns the log-probabilities of N tokens from the first N rows of logits `[rows, V]`. */
 export async function logProbsOf(logits: Tensor, tokens: readonly number[], top: number): Promise<TokenLogProb[]> {
   const vocabulary = logits.shape[1]
   const most = Math.min(top, vocabulary)
@@ -58,7 +58,7 @@ export async function logProbsOf(logits: Tensor, tokens: readonly number[], top:
   }
 }
 
-/** What hidden states of `[..., D]`, those whose numbers are `states`, say of as many tokens, each of the one behind it. */
+/** Returns the log-probabilities of tokens from the hidden states before them, which are the rows `states` of `hidden [..., D]`. */
 export async function logProbsAt(
   model: DeepSeek,
   hidden: Tensor,
@@ -87,7 +87,7 @@ export async function logProbsAt(
   return result
 }
 
-/** The same of N states in a row, from number `from` on. */
+/** The same for consecutive hidden states, starting with row `from`. */
 export function logProbsBehind(
   model: DeepSeek,
   hidden: Tensor,

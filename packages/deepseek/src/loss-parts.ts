@@ -1,6 +1,6 @@
 /**
- * @file The training loss of one micro-batch, part by part: for models whose parts are run apart, in the stages of a pipeline or with experts elsewhere. Parts are decoder layers (the embedding before
- * the first), the final norm with the head, MTP modules. Each gives `[B, T, D]` to the next and leaves its losses here.
+ * @file The training loss of one micro-batch, part by part, for pipeline and expert parallelism. Parts are decoder layers (the first with the embedding), the final norm with the head, and MTP modules. Each
+ * returns `[B, T, D]` for the next and adds its losses here.
  *
  * Legend: B batch, T time, D hidden size.
  */
@@ -10,18 +10,18 @@ import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
 import type { DeepSeek } from './model.ts'
 import { factorAt, type HostInputs, type LossTensors, maskAt } from './training-loss.ts'
 
-/** What the model has to say beside its parts. */
+/** What the model contributes besides its parts. */
 export interface LossSource {
-  /** What a micro-batch takes from the host, and its positions that carry loss. */
+  /** Returns the host arrays of a micro-batch and its number of positions that carry loss. */
   inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
-  /** Whether balance losses are those of a balancer, factors included. */
+  /** Whether balance losses come from a balancer, which already includes their factors. */
   readonly balancer: boolean
 }
 
 export class LossParts {
   /** Scalars whose sum is the loss. */
   readonly losses: Tensor[] = []
-  /** Detached scalars: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), `balance` (mean over layers, as `DeepSeekLoss` has it), each as far as the parts have been run. */
+  /** Detached scalars of the parts that have run: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` (mean over layers, as in `DeepSeekLoss`). */
   readonly metrics: Record<string, Tensor> = {}
   readonly #model: DeepSeek
   readonly #inputs: LossTensors
@@ -29,7 +29,7 @@ export class LossParts {
   readonly #share: number
   readonly #layers: number
 
-  /** @param share what losses and metrics are multiplied by */
+  /** @param share factor of all losses and metrics */
   constructor(model: DeepSeek, inputs: LossTensors, { balancer }: Pick<LossSource, 'balancer'>, share = 1) {
     this.#model = model
     this.#inputs = inputs
@@ -38,7 +38,7 @@ export class LossParts {
     this.#layers = model.moeLayers.length
   }
 
-  /** Weights of tokens are not for MTP modules: these learn from the texts alone. */
+  /** Token weights do not apply to MTP modules, which then give no gradient to the main model. */
   get #detached(): boolean {
     return this.#model.objective.mtpDetached || this.#inputs.weights !== undefined
   }
@@ -47,7 +47,7 @@ export class LossParts {
     return this.#inputs.tokens.shape[1] - this.#model.lookahead
   }
 
-  /** Runs the part of this number on what the one before gave. */
+  /** Runs a part on the output of the previous one. */
   run(part: number, x: Tensor): Tensor {
     const { decoder, mtp } = this.#model
     const depth = part - decoder.length
@@ -60,7 +60,7 @@ export class LossParts {
     return this.#model.model.embed_tokens.forward(idsAhead(this.#inputs, this.#time, 0))
   }
 
-  /** For decoder layers (depth 0) and the blocks of MTP modules. */
+  /** Options of decoder layers (depth 0) and of the blocks of MTP modules. */
   optionsAt(depth: number): LayerOptions {
     const balance = (loss: Tensor) => {
       this.#add('balance', this.#balancer ? loss : loss.mul(factorAt(this.#inputs, 'balance')), loss, 1 / this.#layers)
@@ -74,7 +74,7 @@ export class LossParts {
     }
   }
 
-  /** Behind the last layer: norm, head and next-token loss. */
+  /** Runs the part after the last layer: norm, head and next-token loss. */
   next(x: Tensor): Tensor {
     const { model, lm_head, config } = this.#model
     const hidden = model.norm.forward(x)
@@ -87,14 +87,14 @@ export class LossParts {
     return hidden
   }
 
-  /** What the block of an MTP module is run on. `before` is what `next` or the module before gave. */
+  /** Computes the input of an MTP module's block. `before` is the output of `next` or of the previous module. */
   combine(depth: number, before: Tensor): Tensor {
     const detached = this.#detached
     const from = detached && depth === 1 ? before.detach() : before
     return this.#moduleAt(depth).combine(from, idsAhead(this.#inputs, this.#time, depth), { detached })
   }
 
-  /** Behind the block of an MTP module: norm, head and its loss. */
+  /** Runs what follows the block of an MTP module: norm, head and loss. */
   further(depth: number, x: Tensor): Tensor {
     const { lm_head, mtp } = this.#model
     const module = this.#moduleAt(depth)

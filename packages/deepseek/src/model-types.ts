@@ -1,10 +1,10 @@
-/** @file The names that models of this architecture have in config.json (`model_type`), each in the terms of DeepSeek-V3. */
+/** @file The supported values of `model_type` in config.json, and their conversion to the keys of DeepSeek-V3. */
 import { MoeError } from '@moe/core'
 
-/** Keys of a config.json, as they stand there. */
+/** Content of a config.json. */
 export type Json = Readonly<Record<string, unknown>>
 
-/** What is written otherwise under some names. */
+/** Fields that some model types store under other keys. */
 interface Written {
   readonly num_hidden_layers: number
   readonly first_k_dense_replace: number
@@ -12,19 +12,19 @@ interface Written {
 }
 
 interface ModelType {
-  /** The class of transformers that opens what is saved under this name. */
+  /** The class in transformers that opens models of this type. */
   readonly architecture: string
-  /** What keys mean that are not there, where it is not what they mean in V3. */
+  /** Defaults that differ from those of V3. */
   readonly defaults: Json
-  /** What keys say in every model of this name: its readers do not ask for them. */
+  /** Values that all models of this type have. Readers of this type ignore these keys. */
   readonly fixed?: Json
-  /** Keys of its own in those of V3. */
+  /** Converts its own keys to those of V3. */
   readonly read?: (json: Json) => Json
-  /** Keys of its own for its readers, and those of V3 that it does not have, undefined. */
+  /** Returns its own keys, and undefined for keys of V3 that this type does not have. */
   readonly write?: (config: Written) => Json
 }
 
-/** Keys of V3 that a model without experts does not have. */
+/** Removes the keys of V3 that a model without experts does not have. */
 const noExperts = Object.fromEntries(
   `moe_intermediate_size first_k_dense_replace moe_layer_freq n_shared_experts topk_method scoring_func norm_topk_prob
   routed_scaling_factor num_nextn_predict_layers`
@@ -54,7 +54,7 @@ const types = {
     }),
     write: config => ({ mlp_layer_types: layerKinds(config) }),
   },
-  /** Youtu-LLM: latent attention, and no experts. */
+  /** Youtu-LLM: latent attention without experts. */
   youtu: {
     architecture: 'YoutuForCausalLM',
     defaults: { tie_word_embeddings: true, max_position_embeddings: 131072 },
@@ -66,7 +66,7 @@ const types = {
     },
     write: () => noExperts,
   },
-  /** DeepSeek LLM: attention without latents. A checked configuration has the features of a head as those of a value. */
+  /** DeepSeek LLM: attention without latents. In a validated configuration, v_head_dim is the size of a head. */
   llama: {
     architecture: 'LlamaForCausalLM',
     defaults: {},
@@ -74,20 +74,20 @@ const types = {
   },
 } as const satisfies Readonly<Record<string, ModelType>>
 
-/** A name that configurations have here, and that models are saved under. */
+/** A supported `model_type`. */
 export type ModelTypeName = keyof typeof types
 
 export const modelTypes: Readonly<Record<ModelTypeName, ModelType>> = types
 
-/** Other names of the same, which transformers does not know. */
+/** Other names of supported types, which transformers does not know. */
 export const aliases = { kimi_k2: 'deepseek_v3' } as const satisfies Readonly<Record<string, ModelTypeName>>
 
-/** Models that see, whose `text_config` is the configuration of a text model. */
-const seeing: ReadonlySet<unknown> = new Set(['kimi_k25', 'kimi_vl'])
+/** Multimodal models, whose `text_config` is the configuration of a text model. */
+const multimodal: ReadonlySet<unknown> = new Set(['kimi_k25', 'kimi_vl'])
 
-/** Relatives, and what of them is not here. */
-const relatives: Readonly<Record<string, string>> = {
-  axk1: 'it has a norm behind the experts',
+/** Related models that are not supported, and why. */
+const unsupportedTypes: Readonly<Record<string, string>> = {
+  axk1: 'it has a norm after the experts',
   axk2: 'its attention is sparse',
   deepseek_v32: 'its attention is sparse',
   deepseek_v4: 'its attention is sparse',
@@ -97,55 +97,55 @@ const relatives: Readonly<Record<string, string>> = {
   glm_moe_dsa: 'its attention is sparse',
   hy_v4: 'its attention is sparse',
   kimi_linear: 'most of its attention is linear',
-  longcat_flash: 'its layers have two attentions each, and experts that do nothing',
+  longcat_flash: 'its layers have two attention blocks each, and zero-computation experts',
   minicpm3: 'it scales embeddings, residuals and logits',
   mistral4: 'its queries are scaled by their positions',
   solar_open: 'its attention has no latents',
 }
 
 /**
- * The name of a configuration.
- * @throws MoeError E_CONFIG for one that is not of this architecture
+ * Returns the model type of a configuration.
+ * @throws MoeError E_CONFIG if it is not supported
  */
 export function modelTypeOf({ model_type: name = 'deepseek_v3' }: Json): ModelTypeName {
   if (Object.hasOwn(types, name as string)) return name as ModelTypeName
   if (Object.hasOwn(aliases, name as string)) return aliases[name as keyof typeof aliases]
-  const why = seeing.has(name)
+  const why = multimodal.has(name)
     ? 'its text_config is missing'
-    : Object.hasOwn(relatives, name as string)
-      ? relatives[name as string]
-      : 'it is no model of this architecture'
+    : Object.hasOwn(unsupportedTypes, name as string)
+      ? unsupportedTypes[name as string]
+      : 'it is not of this architecture'
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'DeepSeek',
     problem: `model_type ${JSON.stringify(name)} is not supported: ${why}`,
-    fix: `what opens is ${[...Object.keys(types), ...Object.keys(aliases)].join(', ')}, and the text model of ${[...seeing].join(', ')}`,
+    fix: `supported are ${[...Object.keys(types), ...Object.keys(aliases)].join(', ')}, and the text models of ${[...multimodal].join(', ')}`,
   })
 }
 
-/** A configuration in the terms of V3, with what its name says of keys that are not there. */
-export function inTermsOfV3(type: ModelTypeName, json: Json): Json {
+/** Converts a configuration to the keys of V3 and adds the defaults of its type. */
+export function toV3Keys(type: ModelTypeName, json: Json): Json {
   const { defaults, read = same => same } = modelTypes[type]
   const given = Object.fromEntries(Object.entries(json).filter(([key, value]) => value != null || !(key in defaults)))
   return read({ ...defaults, ...given, model_type: type })
 }
 
-/** What keys would say that the readers of a name do not ask for. */
+/** Problems: values that readers of this model type would ignore. */
 export function unreadable(type: ModelTypeName, config: Written & { mlp_layer_types?: unknown }): string[] {
   const { fixed = {} } = modelTypes[type]
   const given = config as unknown as Json
   const problems = Object.keys(fixed)
     .filter(key => given[key] !== undefined && given[key] !== fixed[key])
-    .map(key => `${key} = ${JSON.stringify(given[key])}: in ${type} it is ${JSON.stringify(fixed[key])}`)
+    .map(key => `${key} = ${JSON.stringify(given[key])}, but ${type} always has ${JSON.stringify(fixed[key])}`)
   const { mlp_layer_types: kinds } = config
   if (kinds != null && JSON.stringify(kinds) !== JSON.stringify(layerKinds(config))) {
     const { first_k_dense_replace: dense, num_hidden_layers: layers } = config
-    problems.push(`mlp_layer_types is not ${dense} times "dense", then "sparse", in all ${layers}`)
+    problems.push(`mlp_layer_types must have ${layers} entries: "dense" ${dense} times, then "sparse"`)
   }
   return problems
 }
 
-/** How many layers have no experts before the first that has; undefined for what is no list. */
+/** The number of layers before the first with experts, or undefined if there is no list. */
 function leadingDense(kinds: unknown): number | undefined {
   if (!Array.isArray(kinds)) return undefined
   const first = kinds.findIndex(kind => kind !== 'dense')
@@ -157,17 +157,17 @@ function layerKinds({ num_hidden_layers, first_k_dense_replace, n_routed_experts
   return Array.from({ length: num_hidden_layers }, (_, layer) => (layer < dense ? 'dense' : 'sparse'))
 }
 
-/** The configuration of the text model: all of it, or what a model that sees has nested. */
+/** Returns the configuration of the text model: all of it or, for a multimodal model, the nested one. */
 export function textConfig(json: Json): Json {
   const { model_type: name, text_config: text, tie_word_embeddings: tied } = json
-  if (!seeing.has(name) || typeof text !== 'object' || text === null) return json
+  if (!multimodal.has(name) || typeof text !== 'object' || text === null) return json
   return { ...text, ...(tied === undefined ? {} : { tie_word_embeddings: tied }) }
 }
 
-/** Whether the weights of the text model lie among others. */
+/** Whether the weights of the text model are part of a multimodal checkpoint. */
 export const isNested = (json: Json): boolean => textConfig(json) !== json
 
-/** The key of a weight in the text model by that in a model that sees; undefined for weights of other parts. */
+/** Maps a weight's key in a multimodal model to that in the text model. Undefined for weights of other parts. */
 export function textKey(key: string): string | undefined {
   if (key.startsWith('language_model.')) return key.slice('language_model.'.length)
   if (key.startsWith('model.language_model.')) return `model.${key.slice('model.language_model.'.length)}`

@@ -1,5 +1,5 @@
 /**
- * @file The whole model: embedding, decoder layers, MTP modules behind them, final norm and head. Keys are those of the released checkpoints.
+ * @file The model: embedding, decoder layers, MTP modules, final norm and head. Keys are those of the released checkpoints.
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
@@ -65,11 +65,11 @@ import type { LossSource } from './loss-parts.ts'
 import {
   checkRecompute,
   type DeepSeekOptions,
+  defaultObjective,
   droppingNames,
   type FromPretrainedOptions,
   type Objective,
   optionNames,
-  usualObjective,
 } from './options.ts'
 import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
@@ -88,42 +88,42 @@ import {
 } from './training-loss.ts'
 import { makeTrunk, type Trunk } from './trunk.ts'
 
-/** The loss of a batch and what to log beside it. */
+/** The training loss of a batch, and metrics. */
 export interface DeepSeekLoss {
-  /** Scalar to minimise. */
+  /** Scalar to minimize. */
   readonly loss: Tensor
   /** Sum of the next-token negative log-likelihoods in nats, detached. */
   readonly nll: Tensor
-  /** Positions in that sum. */
+  /** Number of positions in that sum. */
   readonly count: number
-  /** Each of them, detached, by row and position, `[B T]`; 0 where a position carries no loss. */
+  /** The negative log-likelihood of each position, `[B T]`, detached; 0 for positions that carry no loss. */
   readonly nlls: Tensor
   /**
-   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; of a balancer with its factors), and when asked for
-   * `acceptance1` and so on, the share of drafts accepted at each depth together with the shallower ones.
+   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; with a balancer including its factors) and, with `mtpAcceptance`, `acceptance1` and so on: the share of drafts accepted
+   * at this depth and all shallower ones.
    */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
-/** `loss` and `afterStep` of a model in parts: see `DeepSeek.staged`. Arrays of the same names, shapes and `kind` go through the same ops. */
+/** `loss` and `afterStep`, each split into host inputs and ops: see `DeepSeek.staged`. Inputs of the same names, shapes and `kind` use the same ops. */
 export interface StagedDeepSeek {
   inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
   stepInputs(): { readonly arrays: HostInputs; readonly kind: string }
-  /** `carried` is summed over the micro-batches of a step, for `after`: the loads of all layers. */
+  /** `carried` are the loads of all layers; sum them over the micro-batches of a step and pass them to `after`. */
   loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
   afterInputs(): HostInputs
   after(inputs: Readonly<Record<string, Tensor>>, carried: readonly Tensor[]): void
-  /** Ends the step; what `afterStep` resolves to. */
+  /** Ends the step. Resolves to the same as `afterStep`. */
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
-/** A language model of the architecture of DeepSeek V2 and V3, or of DeepSeek LLM, of any size. */
+/** A language model with the architecture of DeepSeek V2, V3 or DeepSeek LLM, of any size. */
 export class DeepSeek extends Module {
-  /** What stands below `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
+  /** The modules under `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
   model: Trunk
-  /** Folder that its weights came from: adapters that a run saves name it as their base. */
+  /** Folder that the weights were loaded from. Saved adapters name it as their base model. */
   source?: string
-  /** `[vocab_size, hidden_size]`; the embedding's own weight where they are tied. */
+  /** Output head, `[vocab_size, hidden_size]`; shares the weight of the embedding if they are tied. */
   lm_head: Linear
   readonly #config: DeepSeekConfig
   readonly #backend: Backend
@@ -131,31 +131,30 @@ export class DeepSeek extends Module {
   readonly #objective: Objective
   readonly #balancer: Balancer | null
   readonly #monitor: LoadMonitor | null
-  /** Which sequences of a batch lose no token, `[B]`: 1 or 0. Null without dropping. */
+  /** Returns 1 for the sequences of a batch that lose no token and 0 for others, `[B]`. Null without token dropping. */
   readonly #undropped: ((rows: TokenRows) => Float32Array) | null
   #step = 0
   #layerLoads: readonly LayerLoad[] = []
 
   /**
-   * A model with random weights; the same seed gives the same weights on every backend. Large ones are made by `createModule(() => new DeepSeek(config))`,
-   * which does not hold up the event loop while weights are drawn.
-   * @throws MoeError E_CONFIG with every fault of the configuration in one message; E_OUT_OF_MEMORY, and nothing is left on the device.
+   * Creates a model with random weights. The same seed gives the same weights on every backend. For large models, use `createModule(() => new DeepSeek(config))`, which does not block the event loop.
+   * @throws MoeError E_CONFIG with all problems of the configuration in one message; E_OUT_OF_MEMORY, after freeing what was allocated
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
     checkOptions('DeepSeek', options, optionNames)
     const { seed = 0, backend = defaultBackend(), weights, objective = {}, balancer, monitor = null } = options
-    checkOptions('DeepSeek objective', objective, usualObjective)
+    checkOptions('DeepSeek objective', objective, defaultObjective)
     checkRecompute(options.recompute)
     const { undropped: share = 0.1, ...budget } = options.dropping ?? {}
     if (options.dropping) checkOptions('DeepSeek dropping', options.dropping, droppingNames)
     const dropping = options.dropping && (budget as TokenDropping)
     this.#config = parseConfig(config)
     this.#backend = backend
-    this.#objective = { ...usualObjective, ...objective }
+    this.#objective = { ...defaultObjective, ...objective }
     this.#balancer = balancer ?? null
     this.#monitor = monitor
-    // By what is in them: all ranks that work on the same rows draw alike, others do not.
+    // Seeded by content: ranks with the same rows draw the same, others do not.
     const draw = ({ tokens, rows }: TokenRows) =>
       new Random(seed ?? 0).fork(`undropped/${this.step}/${digestOf([tokens])}`).uniform(rows)
     this.#undropped = dropping ? rows => draw(rows).map(x => (x < share ? 1 : 0)) : null
@@ -169,11 +168,11 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Opens a checkpoint in the Hugging Face layout, with config.json and safetensors, of this architecture under any of its names (`model_type`); of a model that sees its text model, and
-   * nothing else is read. A folder on the disk, one on the web by its `http(s):` address, or its
-   * files as a page is given them. In a browser give `new URL('model/', document.baseURI)` for a folder beside the page. Or a folder on the disk with the adapters
-   * that `saveAdapters` or PEFT wrote, beside the base that they name, which must be a folder here.
-   * @throws MoeError E_CHECKPOINT for files that are not there, damaged or not what was asked for, E_CONFIG, E_STATE_DICT for weights of another model, E_ABORTED
+   * Opens a checkpoint in the Hugging Face layout (config.json and safetensors) of a supported `model_type`. For a multimodal model, only the text model is read.
+   *
+   * The place can be a folder on disk, an `http(s):` URL of a folder, `File` objects, or a folder handle of a browser. In a browser, use `new URL('model/', document.baseURI)` for a folder next to the page. A folder on disk can also contain
+   * adapters written by `saveAdapters` or PEFT; then the base model that they name is opened, which must be a local folder.
+   * @throws MoeError E_CHECKPOINT for missing, corrupt or unexpected files, E_CONFIG, E_STATE_DICT for weights of another model, E_ABORTED
    */
   static async fromPretrained(place: CheckpointPlace, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
@@ -185,22 +184,22 @@ export class DeepSeek extends Module {
     return loadPretrained(place, reading, make)
   }
 
-  /** Checked, with every default filled in. */
+  /** The validated configuration, with defaults filled in. */
   get config(): DeepSeekConfig {
     return this.#config
   }
 
-  /** Where the weights are. */
+  /** Backend of the weights. */
   get backend(): Backend {
     return this.#backend
   }
 
-  /** What the loss adds, and how fast the bias moves; may be changed between steps. */
+  /** Weights of the auxiliary losses, and speed of the balance bias. May be changed between steps. */
   get objective(): Objective {
     return this.#objective
   }
 
-  /** Optimizer steps done, for schedules and draws: `afterStep` counts. Set it when a run is resumed; `train` does. */
+  /** Number of optimizer steps, for schedules and random draws. `afterStep` increments it. Set it when you resume training; `train` does. */
   get step(): number {
     return this.#step
   }
@@ -210,48 +209,48 @@ export class DeepSeek extends Module {
     for (const layer of this.moeLayers) layer.step = step
   }
 
-  /** What decides its numbers beside weights and step: `train` compares it when a run goes on. */
+  /** Settings that influence training besides weights and step. `train` compares them when it resumes a run. */
   get settings(): Readonly<Record<string, unknown>> {
     return { ...this.#config, ...this.#objective }
   }
 
-  /** Layers of the main model. */
+  /** Decoder layers of the main model. */
   get decoder(): readonly DecoderLayer[] {
     return this.model.layers.slice(0, this.#config.num_hidden_layers) as DecoderLayer[]
   }
 
-  /** MTP modules, depth 1 first. */
+  /** MTP modules, starting with depth 1. */
   get mtp(): ReadonlyArray<MtpModule<LayerOptions>> {
     return this.model.layers.slice(this.#config.num_hidden_layers) as MtpModule<LayerOptions>[]
   }
 
-  /** Token ids that there are embeddings for. */
+  /** Number of token ids. */
   get vocabSize(): number {
     return this.#config.vocab_size
   }
 
-  /** Ids at which a generated text ends: `eos_token_id`. */
+  /** Ids of the tokens that end a generated text: `eos_token_id`. */
   get endTokens(): number[] {
     return endTokens(this.#config)
   }
 
-  /** Tokens that a training row needs beyond the positions that are trained on. */
+  /** Number of tokens that a training row needs beyond its trained positions. */
   get lookahead(): number {
     return 1 + this.#config.num_nextn_predict_layers
   }
 
-  /** Texts that share a row do not see each other: batches say where each begins. */
+  /** Whether attention is limited to the tokens of the same text if several share a row; always true. */
   get isolates(): boolean {
     return true
   }
 
-  /** Logits of every position: `i32 [B, T]` to `[B, T, V]`. */
+  /** Returns the logits of every position: `i32 [B, T]` to `[B, T, V]`. */
   forward(ids: Tensor, options: Pick<LayerOptions, 'cache'> = {}): Tensor {
     checkOptions('DeepSeek.forward', options, { cache: true })
     return this.lm_head.forward(this.hidden(ids, options))
   }
 
-  /** Hidden states after the final norm, `i32 [B, T]` to `[B, T, D]`. With a cache, the new tokens are added to it. */
+  /** Returns the hidden states after the final norm, `i32 [B, T]` to `[B, T, D]`. With a cache, the new tokens are added to it. */
   hidden(ids: Tensor, options: LayerOptions = {}): Tensor {
     needAxes('DeepSeek', ids, ['batch', 'time'])
     checkShared('DeepSeek.hidden', options, layerNames)
@@ -265,14 +264,14 @@ export class DeepSeek extends Module {
     return this.model.norm.forward(x)
   }
 
-  /** A cache for this model's decoder layers: latent, or keys and values in a dense model. Behind them are those of the first `depth` MTP modules (default 0). */
+  /** Creates a cache for the decoder layers and the first `depth` MTP modules (default 0). It stores latents, or keys and values in a dense model. */
   makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> & { readonly depth?: number } = {}): KvCache {
     checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true, depth: true })
     const { depth = 0, ...memory } = options
     return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...memory, ...this.#cacheOptions(depth) })
   }
 
-  /** The same for sequences that come and go; `depth` MTP modules are in it, too. */
+  /** Creates a paged cache, for sequences that start and end independently; includes the first `depth` MTP modules (default 0). */
   makePagedCache(
     options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'> & { readonly depth?: number },
   ): PagedCache {
@@ -287,8 +286,8 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Training loss of rows of T + lookahead tokens: mean next-token cross-entropy + λ MTP + α balance. With `training: false` only the first, and no load is
-   * counted. Positions below `from` carry no loss. Where rows have `weights`, the first is the mean of weighted losses, and MTP modules, which these do not weigh, give no gradient to the main model.
+   * Returns the training loss of rows of T + lookahead tokens: mean next-token cross-entropy + λ MTP loss + α balance loss. With `training: false`, only the first is computed and loads are not counted.
+   * Positions before `from` carry no loss. If rows have `weights`, the first is the mean of the weighted losses, and MTP modules, which are not weighted, give no gradient to the main model.
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
     checkOptions('DeepSeek.loss', options, { training: true, from: true })
@@ -299,8 +298,8 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * `loss` and `afterStep` in two parts each, what the host contributes and the ops on that: the ops can be recorded once and run again on other inputs.
-   * Undefined for models that draw or schedule within their ops (with a balancer or with dropping), and for classes with a `loss` or `afterStep` of their own.
+   * `loss` and `afterStep`, each split into host inputs and ops, so that the ops can be recorded and replayed with other inputs. Undefined with a balancer or token dropping, whose ops depend on the step, and
+   * for subclasses that override `loss` or `afterStep`.
    * @internal
    */
   get staged(): StagedDeepSeek | undefined {
@@ -337,10 +336,10 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Cuts the training loss into stages for a pipeline, so that all take about the same time: between layers, before the head, and between MTP modules. `Pipeline` of `@moe/parallel`
-   * runs them. The shares of drafts that `mtpAcceptance` asks for are not measured.
-   * @param stages 1 to layers + 1 + MTP modules
-   * @param options.sequenceLength positions of a row, for the cost of attention. Default 1024.
+   * Splits the training loss into pipeline stages of about equal cost, between layers, before the head, and between MTP modules. `Pipeline` of `@moe/parallel` runs them. The metrics of `mtpAcceptance` are not
+   * computed.
+   * @param stages from 1 to layers + 1 + MTP modules
+   * @param options.sequenceLength positions per row, for the cost of attention. Default 1024.
    * @throws MoeError E_CONFIG
    */
   inStages(stages: number, options: { sequenceLength?: number } = {}): DeepSeekStages {
@@ -350,8 +349,8 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * The training loss of rows as `loss` has it, in pieces between which a rank may wait for others: for routed experts that lie on several ranks. `ExpertParallel` of `@moe/parallel` runs it.
-   * The shares of drafts that `mtpAcceptance` asks for are not measured.
+   * Returns the training loss of rows, as `loss`, in pieces between which a rank can wait for others: for expert parallelism. `ExpertParallel` of `@moe/parallel` runs it. The metrics of `mtpAcceptance` are not
+   * computed.
    */
   inPieces(rows: TokenRows): DeepSeekPieces {
     return new DeepSeekPieces(this, rows, this.#lossSource())
@@ -367,7 +366,7 @@ export class DeepSeek extends Module {
     }
   }
 
-  /** What a batch alone decides. */
+  /** Inputs that depend only on the batch. */
   #lossInputs(rows: TokenRows, training: boolean, from = 0) {
     return lossInputs(rows, rows.length - this.lookahead, training ? this.mtp.length : 0, {
       from,
@@ -375,14 +374,14 @@ export class DeepSeek extends Module {
     })
   }
 
-  /** What the step decides. */
+  /** Inputs that depend on the step. */
   #factors(): HostInputs {
     const { mtpWeight, balanceWeight } = this.#objective
     const data = Float32Array.of(scheduled(mtpWeight, this.step), scheduled(balanceWeight, this.step))
     return { factors: { data, shape: [2] } }
   }
 
-  /** The ops of the loss. With `onLoad` the loads of the layers go there, in the order of `moeLayers`, and are not counted. */
+  /** Runs the ops of the loss. With `onLoad`, the loads of the layers are passed to it, in the order of `moeLayers`, and not counted. */
   #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
     const { training, onLoad } = options
     const { tokens, starts, weights, undropped } = inputs
@@ -401,7 +400,7 @@ export class DeepSeek extends Module {
     let loss = (weights ? nlls.mul(weights).sum() : nll).mul(averageAt(inputs, 0))
     const metrics: Record<string, Tensor> = {}
     const { mtpDetached, mtpAcceptance: measured } = this.#objective
-    // Weights are of what the main model says: modules learn to draft it from the texts alone.
+    // Weights apply to the main model; MTP modules learn from the texts alone.
     const detached = mtpDetached || weights !== undefined
     if (training && this.mtp.length > 0) {
       const mtp = mtpLoss(this.mtp, hidden, inputs, head, layerOptions, { detached })
@@ -421,7 +420,7 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Share of drafts that the main model would accept on rows of T + lookahead tokens, per depth: for evaluation. Nothing is counted or recorded.
+   * Returns, for each depth, the share of drafts that the main model would accept on rows of T + lookahead tokens. For evaluation: loads are not counted, and no gradients are recorded.
    */
   mtpAcceptance(rows: TokenRows): MtpAcceptance {
     return this.infer(() => {
@@ -432,7 +431,7 @@ export class DeepSeek extends Module {
     })
   }
 
-  /** Layers with experts, MTP included. */
+  /** All MoE layers, including those of MTP modules. */
   get moeLayers(): MoELayer[] {
     return this.#namedMoeLayers.map(([, layer]) => layer)
   }
@@ -444,15 +443,14 @@ export class DeepSeek extends Module {
     })
   }
 
-  /** Loads of the latest step, as `afterStep` has read them, of the layers that tokens have passed through. `train` logs them. */
+  /** Expert loads of the latest step, updated by `afterStep`, for the layers that have processed tokens. `train` logs them. */
   get layerLoads(): readonly LayerLoad[] {
     return this.#layerLoads
   }
 
   /**
-   * Once per optimizer step: moves the selection biases by the loads of the whole batch. Resolves to what is worth logging: mean and largest MaxVio over the
-   * layers, dead experts.
-   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model
+   * Ends an optimizer step: updates the balance biases from the loads of the whole batch. Resolves to metrics: mean and maximum MaxVio over the layers, and the number of dead experts.
+   * @param sum all-reduces the loads `i32 [E]` if several ranks train the model
    */
   async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
@@ -464,7 +462,7 @@ export class DeepSeek extends Module {
       const reduce = (counted: Tensor) => sums?.[i] ?? counted
       const bias = layer.gate.e_score_correction_bias
       if (sums && bias && !isFrozen(bias) && layer.load === null) {
-        // Other ranks have run it.
+        // The layer ran only on other ranks.
         if (layer.balancer) layer.balancer.update?.(bias, sums[i], this.step)
         else updateBias(bias, sums[i], { speed })
       }
@@ -479,7 +477,7 @@ export class DeepSeek extends Module {
     }
   }
 
-  /** Ends the step; what `afterStep` resolves to. */
+  /** Ends the step. Resolves to the result of `afterStep`. */
   async #report(counts: readonly StepCounts[]): Promise<Record<string, number>> {
     const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step += 1
@@ -491,7 +489,7 @@ export class DeepSeek extends Module {
     return metrics
   }
 
-  /** Continues a sequence of token ids, as texts when a tokenizer is given. Greedy unless `temperature` is set. */
+  /** Generates a continuation of token ids, yielding ids or, with a tokenizer, text. Greedy unless `temperature` is set. */
   generate(ids: ArrayLike<number>, options: TextOptions): Generation<string>
   generate(ids: ArrayLike<number>, options?: GenerateOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: GenerateOptions | TextOptions = {}): Generation<number | string> {
@@ -499,21 +497,20 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * For several texts, such as the turns of a conversation: keeps what it has read, so that of a prompt that goes on where the last text ended only the rest is read.
-   * Dispose it before the model.
+   * Creates a session for consecutive texts, for example the turns of a conversation. It keeps its cache, so that only the part of a prompt that differs from the previous text is processed. Dispose of it before the
+   * model.
    */
   session(options: SessionOptions = {}): Session {
     return new Session(this, options)
   }
 
-  /** For many texts at once, as a server makes them: each pass has a token of every text. Dispose it before the model. */
+  /** Creates a continuous batch, which generates many texts at once, for example for a server. Dispose of it before the model. */
   continuousBatch(options: ContinuousBatchOptions = {}): ContinuousBatch {
     return new ContinuousBatch(this, options)
   }
 
   /**
-   * How likely the model finds each token of texts, given those before it; of a first one nothing is known. Nothing is made. Texts of about the same length go
-   * through together. Sum up `logProb` over a continuation to compare it with others.
+   * Returns the log-probability of each token of texts, given the tokens before it; null for the first. Texts of similar length are processed together. To compare continuations, add up their `logProb`.
    * @throws MoeError E_ATTR
    */
   score(
@@ -524,8 +521,8 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Writes config.json and model.safetensors in the Hugging Face layout. In a page `folder` is a handle, such as `await navigator.storage.getDirectory()`.
-   * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser; E_CHECKPOINT for a folder that cannot be written
+   * Writes config.json and model.safetensors in the Hugging Face layout. In a browser, `folder` is a handle, for example `await navigator.storage.getDirectory()`.
+   * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser; E_CHECKPOINT if writing fails
    */
   async save(folder: FolderPlace): Promise<void> {
     await savePretrained(this, folder)
@@ -542,7 +539,7 @@ export class DeepSeek extends Module {
     disposeModule(this)
   }
 
-  /** Runs inference code: nothing is recorded, everything but the result is freed. Products in `precision`; default: that of the caller. */
+  /** Runs `fn` for inference: no gradients are recorded, and all tensors but the result are freed. `precision` is that of matrix products; default: that of the caller. */
   infer<T>(fn: () => T, options: { precision?: Precision } = {}): T {
     checkOptions('DeepSeek.infer', options, { precision: true })
     const { precision = currentPrecision() } = options

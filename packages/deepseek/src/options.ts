@@ -80,7 +80,7 @@ export const droppingNames: OptionNames<DeepSeekOptions['dropping'] & object> = 
   undropped: true,
 }
 
-export const usualObjective: Objective = {
+export const defaultObjective: Objective = {
   mtpWeight: 0.3,
   balanceWeight: 1e-4,
   biasSpeed: 0.001,

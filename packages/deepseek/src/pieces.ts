@@ -1,7 +1,7 @@
 /**
- * @file The training loss in pieces, between which a rank may wait for others: the routed experts lie elsewhere.
+ * @file The training loss in pieces, between which a rank can wait for others. The routed experts are computed elsewhere.
  *
- * Legend: B batch, T time, N tokens, K choices of a token, D hidden size.
+ * Legend: B batch, T time, N tokens, K experts per token, D hidden size.
  */
 import type { Tensor } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
@@ -11,20 +11,20 @@ import { blockOf, LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
 import { uploadInputs } from './training-loss.ts'
 
-/** What runs pieces; a `PiecewisePass` of `@moe/parallel` does. */
+/** Runs the pieces of a pass; implemented by `PiecewisePass` of `@moe/parallel`. */
 export interface PieceRunner {
-  /** Ops on results of other pieces; what it gives are leaves for later ones. */
+  /** Runs ops on results of other pieces. Returns leaves for later pieces. */
   piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
-  /** What needs no gradient, and lives as long as the pass. */
+  /** Runs code that needs no gradient. Its results live as long as the pass. */
   run<T>(fn: () => T): T
 }
 
-/** What the routed experts of `model.moeLayers[layer]` make of tokens, `[N, D]`: leaves to a leaf. */
+/** Computes the routed experts of `model.moeLayers[layer]` for tokens, `[N, D]`: from leaves to a leaf. */
 export type RouteElsewhere = (layer: number, tokens: Pick<Choice, 'x' | 'weights' | 'indices'>) => Promise<Tensor>
 
-/** The parts of a loss in pieces. */
+/** Runs the parts of a loss in pieces. */
 export class PartsInPieces {
-  /** Scalars whose sum is the loss, leaves of the pass. */
+  /** Scalars whose sum is the loss, as leaves of the pass. */
   readonly losses: Tensor[] = []
   readonly #model: DeepSeek
   readonly #parts: LossParts
@@ -42,7 +42,7 @@ export class PartsInPieces {
     return this.#piece([], () => [this.#parts.embed()])[0]
   }
 
-  /** Runs the part of this number on a leaf, as `LossParts.run` does. Resolves to a leaf. */
+  /** Runs a part on a leaf, as `LossParts.run`. Resolves to a leaf. */
   async run(part: number, x: Tensor): Promise<Tensor> {
     const { decoder, mtp } = this.#model
     const parts = this.#parts
@@ -72,7 +72,7 @@ export class PartsInPieces {
     ])[0]
   }
 
-  /** What parts leave as losses goes out of the piece that made it. */
+  /** Runs a piece, and moves the losses that its parts add out of it. */
   #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
     let own = 0
     const made = this.#pass.piece(inputs, (...leaves) => {
@@ -85,9 +85,9 @@ export class PartsInPieces {
   }
 }
 
-/** The training loss of a micro-batch in pieces: `DeepSeek.inPieces`. */
+/** The training loss of a micro-batch in pieces, returned by `DeepSeek.inPieces`. */
 export class DeepSeekPieces {
-  /** Positions that carry loss. */
+  /** Number of positions that carry loss. */
   readonly count: number
   readonly #model: DeepSeek
   readonly #source: LossSource
@@ -101,7 +101,7 @@ export class DeepSeekPieces {
     this.#arrays = arrays
   }
 
-  /** The forward pass. Resolves to the loss, a leaf, and to `nll`, `mtp` and `balance`, detached. All scalars, means over the micro-batch. */
+  /** Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp` and `balance`. All are scalars, means over the micro-batch. */
   async forward(
     pass: PieceRunner,
     route: RouteElsewhere,

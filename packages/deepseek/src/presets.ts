@@ -1,4 +1,4 @@
-/** @file Configurations by name: the published models, and small ones that train on a laptop. */
+/** @file Named configurations: the published models, and small ones that train on a laptop. */
 import type { DeepSeekConfigInput, DenseConfigInput, LatentConfigInput } from './config.ts'
 
 const v3: LatentConfigInput = {
@@ -58,7 +58,7 @@ const v2: LatentConfigInput = {
   scoring_func: 'softmax',
   norm_topk_prob: false,
   routed_scaling_factor: 16,
-  // Written so in the released config.json: a rounded number, not 1 / sqrt(2).
+  // As in the released config.json: a rounded number, not 1 / sqrt(2).
   // biome-ignore lint/suspicious/noApproximativeNumericConstant: see above
   rope_scaling: { ...v3.rope_scaling, mscale: 0.707, mscale_all_dim: 0.707 },
   num_nextn_predict_layers: 0,
@@ -98,7 +98,7 @@ const moonlight: LatentConfigInput = {
   eos_token_id: 163585,
 }
 
-/** GLM-4.7-Flash: 30 billion parameters, of which a token uses 3. Values are as wide as queries and keys. */
+/** GLM-4.7-Flash: 30 billion parameters, of which 3 are used per token. Values are as large as queries and keys. */
 const glmFlash: LatentConfigInput = {
   model_type: 'glm4_moe_lite',
   vocab_size: 154880,
@@ -127,7 +127,7 @@ const glmFlash: LatentConfigInput = {
   eos_token_id: [154820, 154827, 154829],
 }
 
-/** Youtu-LLM-2B: latent attention in dense layers. */
+/** Youtu-LLM-2B: latent attention with dense layers. */
 const youtu: LatentConfigInput = {
   model_type: 'youtu',
   vocab_size: 128256,
@@ -148,7 +148,7 @@ const youtu: LatentConfigInput = {
   eos_token_id: 128001,
 }
 
-/** DeepSeek LLM 7B, of before the experts: a dense model with the attention of Llama. */
+/** DeepSeek LLM 7B: a dense model with the attention of Llama. */
 const llm7b: DenseConfigInput = {
   model_type: 'llama',
   vocab_size: 102400,
@@ -173,13 +173,13 @@ const llm67b: DenseConfigInput = {
   num_key_value_heads: 8,
 }
 
-/** Which of its ids begin and end a text, the tokenizer of a small model alone knows: none, until somebody says so. */
-const ofOwnVocabulary = { bos_token_id: null, eos_token_id: null }
+/** Small models have their own tokenizers, so their start and end tokens are not known here. */
+const ownVocabulary = { bos_token_id: null, eos_token_id: null }
 
 /** The 12.5M-parameter model of the training benchmark. */
 const small: LatentConfigInput = {
   ...v3,
-  ...ofOwnVocabulary,
+  ...ownVocabulary,
   vocab_size: 4096,
   hidden_size: 256,
   intermediate_size: 1024,
@@ -222,10 +222,10 @@ const medium: LatentConfigInput = {
   max_position_embeddings: 4096,
 }
 
-/** The 1.08B-parameter model of the benchmarks on a GPU: heads of DeepSeek-V3's sizes, 64 experts. */
+/** The 1.08B-parameter model of the GPU benchmarks: heads of DeepSeek-V3's sizes, 64 experts. */
 const large: LatentConfigInput = {
   ...v3,
-  ...ofOwnVocabulary,
+  ...ownVocabulary,
   vocab_size: 32768,
   hidden_size: 1024,
   intermediate_size: 4096,
@@ -241,7 +241,7 @@ const large: LatentConfigInput = {
   num_nextn_predict_layers: 0,
 }
 
-/** What the quickstart trains: MLA, grouped experts with aux-free balance, and one MTP depth, in minutes on two cores. */
+/** The model of the quickstart: MLA, grouped experts with aux-free balancing, and one MTP module. Trains in minutes on two cores. */
 const tiny: LatentConfigInput = {
   ...small,
   hidden_size: 192,
@@ -253,7 +253,7 @@ const tiny: LatentConfigInput = {
   num_nextn_predict_layers: 1,
 }
 
-/** Configurations by name; spread one and change what you like. */
+/** Named configurations. To change one, spread it: `{ ...presets.tiny, vocab_size: 8192 }`. */
 export const presets = {
   'deepseek-v3': v3,
   'deepseek-v2': v2,

@@ -1,4 +1,4 @@
-/** @file Checkpoints in the Hugging Face layout. */
+/** @file Loads and saves models in the Hugging Face layout. */
 import { resolve } from 'node:path'
 import {
   adapterBase,
@@ -24,7 +24,7 @@ import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
 import type { DeepSeek } from './model.ts'
 
-/** Keys that repeat the shared embedding and head inside every MTP layer. */
+/** Keys under which every MTP layer repeats the shared embedding and head. */
 const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
   const { num_hidden_layers: layers, num_nextn_predict_layers: depth, tie_word_embeddings: tied } = model.config
   if (model.config.mtp_separate_embeddings) return []
@@ -35,7 +35,7 @@ const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
   ])
 }
 
-/** Without shared experts transformers keeps (and asks for) empty matrices in their place. */
+/** Without shared experts, transformers writes (and requires) empty matrices for them. */
 const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
   const { n_shared_experts: shared, hidden_size: hidden, num_hidden_layers, num_nextn_predict_layers } = model.config
   if (shared > 0) return []
@@ -55,14 +55,14 @@ const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
     ])
 }
 
-/** What a file would not have room for. @throws MoeError E_UNSUPPORTED */
+/** Throws for a model with adapters, which the file cannot contain. @throws MoeError E_UNSUPPORTED */
 export function refuseAdapters(op: string, model: DeepSeek): void {
   if (namedAdapters(model).length === 0) return
   throw new MoeError({
     code: 'E_UNSUPPORTED',
     op,
-    problem: 'the model has adapters, which the file would not hold',
-    fix: 'fold them in first: await mergeAdapters(model). Or save them alone: await saveAdapters(folder, model) of @moe/checkpoint',
+    problem: 'the model has adapters, which this file format does not contain',
+    fix: 'merge them first: await mergeAdapters(model), or save only the adapters: await saveAdapters(folder, model) of @moe/checkpoint',
   })
 }
 
@@ -114,8 +114,8 @@ async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => 
 }
 
 /**
- * Fills a model from a checkpoint folder, on the disk or by its address. bf16 and f16 weights become f32, and fp8 ones, whose blocks are as its config.json says.
- * @throws MoeError E_STATE_DICT when keys or shapes do not fit; the model is then unchanged.
+ * Loads the weights of a checkpoint folder, on disk or from the web, into a model. bf16, f16 and fp8 weights become f32; config.json gives the size of fp8 blocks.
+ * @throws MoeError E_STATE_DICT if keys or shapes do not match; the model then stays unchanged
  */
 export async function loadWeights(model: DeepSeek, place: CheckpointPlace, options: FolderOptions = {}): Promise<void> {
   checkOptions('loadWeights', options, folderOptionNames)
@@ -123,7 +123,7 @@ export async function loadWeights(model: DeepSeek, place: CheckpointPlace, optio
   await fill(model, weights)
 }
 
-/** Before memory is taken for a model: that the checkpoint can fill a good part of it. What exactly is missing is told once the model is there. */
+/** Checks, before memory is allocated, that the checkpoint is large enough for the model. Missing weights are reported in detail when it is loaded. */
 function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSource): void {
   const { total, mtp } = countParameters(config)
   const elements = checkpoint
@@ -134,8 +134,8 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
   throw new MoeError({
     code: 'E_STATE_DICT',
     op: folder,
-    problem: `config.json describes a model of ${total + mtp} parameters, its tensors have ${elements} elements`,
-    fix: 'the two are not of one model, or tensors are missing',
+    problem: `config.json describes a model of ${total + mtp} parameters, but the checkpoint has only ${elements}`,
+    fix: 'use the config.json and weights of the same model, and check that no shard is missing',
   })
 }
 

@@ -103,7 +103,7 @@ describe.each(formats)('a model with weights in %s', format => {
     expect(defaultBackend().stats().handles).toBe(before)
   })
 
-  test('is quantized while a checkpoint is read, and saved as its own numbers', async () => {
+  test('is quantized while a checkpoint is read, and saved dequantized', async () => {
     const before = defaultBackend().stats().handles
     const model = new DeepSeek(config, { seed: 3 })
     const path = join(folder, format)
@@ -127,7 +127,7 @@ test('a tied head and embedding share one stored weight', async () => {
   expect(difference(await logits(model), exact)).toBeLessThan(bound.int8)
 })
 
-test('the loss of a stored model can be measured', async () => {
+test('the loss of a quantized model can be computed', async () => {
   const model = new DeepSeek({ ...config, num_nextn_predict_layers: 0 }, { seed: 5 })
   const rows = { rows: 1, length: prompt.length, tokens: prompt, documents: new Int32Array(prompt.length) }
   const loss = () => model.infer(() => model.loss(rows, { training: false }).loss).item()
@@ -137,7 +137,7 @@ test('the loss of a stored model can be measured', async () => {
   expect(await loss()).not.toBe(exact)
 })
 
-test('stored weights are multiplied in bf16 where text is made, unless f32 is asked for', async () => {
+test('quantized weights are multiplied in bf16 when generating, unless f32 is requested', async () => {
   const reference = referenceBackend()
   const seen = new Set<string>()
   const backend: Backend = {

@@ -60,7 +60,7 @@ async function numbersOf(model: DeepSeek) {
   return { numbers: { values, gradients, loads, after }, held, left: backend.stats().handles - before.handles }
 }
 
-describe('loss, metrics, gradients and loads are those of a model that keeps everything', () => {
+describe('loss, metrics, gradients and loads equal those without recomputation', () => {
   test.each<[string, Partial<DeepSeekConfigInput>, DeepSeekOptions, ((model: DeepSeek) => void)?]>([
     ['usual', {}, {}],
     [
@@ -92,7 +92,7 @@ describe('loss, metrics, gradients and loads are those of a model that keeps eve
     }
   })
 
-  test('also in bf16, whatever the precision is on the way back', async () => {
+  test('also in bf16, whatever the precision of the backward pass', async () => {
     const run = async (recompute?: Recompute) => {
       const model = new DeepSeek(config, { seed: 1, recompute })
       scope(() => {
@@ -106,7 +106,7 @@ describe('loss, metrics, gradients and loads are those of a model that keeps eve
   })
 })
 
-test('whole layers hold least, every second one more, and nothing is left of a step', async () => {
+test('recomputing every layer keeps the least, every second layer more, and nothing remains after a step', async () => {
   const held: number[] = []
   for (const recompute of ['layers', { every: 2 }, undefined] as const) {
     const model = new DeepSeek(config, { seed: 1, recompute })
@@ -119,7 +119,7 @@ test('whole layers hold least, every second one more, and nothing is left of a s
   expect(held[0]).toBeLessThan((2 / 3) * held[2])
 })
 
-test('the ops of a staged loss are those that it has without, and its loads are carried', async () => {
+test('a staged loss has the same ops as without recomputation, and carries loads', async () => {
   const run = async (recompute?: Recompute) => {
     const model = new DeepSeek(config, { seed: 1, recompute })
     const { staged } = model
@@ -143,7 +143,7 @@ test('the ops of a staged loss are those that it has without, and its loads are 
   for (const choice of choices) expect(await run(choice)).toEqual(kept)
 })
 
-test('what cannot be recomputed is refused', () => {
+test('invalid recompute options are rejected', () => {
   for (const recompute of ['all', { every: 0 }, { every: 1.5 }, {}, null, 2])
     expect(() => new DeepSeek(config, { recompute: recompute as never })).toThrow(
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining('recompute is') }),

@@ -107,7 +107,7 @@ test('a checked configuration is one', () => {
 })
 
 describe('GLM', () => {
-  test('is V3 in its numbers; what a file leaves out is what its class has', () => {
+  test('computes as V3; defaults are those of its class in transformers', () => {
     const { model_type, ...rest } = parseConfig(tinyGlm)
     expect(model_type).toBe('glm4_moe_lite')
     expect(rest).toMatchObject({ topk_method: 'noaux_tc', scoring_func: 'sigmoid', norm_topk_prob: true })
@@ -139,13 +139,13 @@ describe('GLM', () => {
     [['dense', 'full', 'sparse'], undefined],
   ])('layers %j with first_k_dense_replace %j are refused', (mlp_layer_types, first_k_dense_replace) => {
     expect(() => parseConfig({ ...tinyGlm, mlp_layer_types, first_k_dense_replace })).toThrow(
-      /mlp_layer_types is not \d times "dense", then "sparse", in all 3/,
+      /mlp_layer_types must have 3 entries: "dense" \d times, then "sparse"/,
     )
   })
 
-  test('a gate that its readers would not have is refused', () => {
+  test('a gate that its readers would ignore is rejected', () => {
     expect(() => parseConfig({ ...tinyGlm, topk_method: 'greedy', scoring_func: 'softmax' })).toThrow(
-      /2 faults[\s\S]*topk_method = "greedy": in glm4_moe_lite it is "noaux_tc"[\s\S]*scoring_func = "softmax"/,
+      /2 problems[\s\S]*topk_method = "greedy", but glm4_moe_lite always has "noaux_tc"[\s\S]*scoring_func = "softmax"/,
     )
   })
 })
@@ -174,22 +174,22 @@ describe('Youtu', () => {
     empty.dispose()
   })
 
-  test('with experts or MTP modules it is refused', () => {
+  test('experts and MTP modules are rejected', () => {
     const { moe_intermediate_size, num_experts_per_tok } = tinyGlm
     const experts = { n_routed_experts: 8, num_experts_per_tok, moe_intermediate_size }
     expect(() => parseConfig({ ...tinyYoutu, ...experts, num_nextn_predict_layers: 1 })).toThrow(
-      /2 faults[\s\S]*n_routed_experts = 8: in youtu it is null[\s\S]*num_nextn_predict_layers = 1: in youtu it is 0/,
+      /2 problems[\s\S]*n_routed_experts = 8, but youtu always has null[\s\S]*num_nextn_predict_layers = 1, but youtu always has 0/,
     )
   })
 
-  test('experts whose width is not told are a fault of V3, too', () => {
+  test('a missing expert size is a problem in V3, too', () => {
     expect(() => parseConfig({ ...presets.tiny, moe_intermediate_size: undefined })).toThrow(
       /moe_intermediate_size is missing/,
     )
   })
 })
 
-describe('what is saved opens as what it was', () => {
+describe('a saved model opens with the same type', () => {
   test.each([
     ['glm-mtp', 'glm4_moe_lite', 'Glm4MoeLiteForCausalLM'],
     ['glm-two-dense', 'glm4_moe_lite', 'Glm4MoeLiteForCausalLM'],
@@ -246,7 +246,7 @@ test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters beside %s open there 
   for (const opened of [plain, again, model]) opened.dispose()
 })
 
-describe('a model that sees', () => {
+describe('a multimodal model', () => {
   const nested = (change: (text: Record<string, unknown>) => object, outer: object = {}) =>
     changed('kimi-k25', config => ({
       ...config,
@@ -284,18 +284,18 @@ describe('a model that sees', () => {
     plain.dispose()
   })
 
-  test('has its own word on whether the head is the embedding', async () => {
+  test('decides itself whether embedding and head are tied', async () => {
     const { config } = { config: await json(fixture('kimi-k25')) }
     expect(parseConfig({ ...config, tie_word_embeddings: true }).tie_word_embeddings).toBe(true)
     expect(parseConfig({ ...config, tie_word_embeddings: undefined }).tie_word_embeddings).toBe(false)
   })
 
-  test('is refused with weights quantized as the released ones are, without a text model, and with one that is foreign', async () => {
+  test('is rejected with unsupported quantization, without a text model, and with an unsupported text model', async () => {
     const quantization_config = { quant_method: 'compressed-tensors', format: 'pack-quantized' }
     const packed = await nested(text => ({ ...text, quantization_config }))
     await expect(DeepSeek.fromPretrained(packed)).rejects.toMatchObject({
       code: 'E_UNSUPPORTED',
-      message: expect.stringMatching(/config\.json: the weights are quantized by "compressed-tensors"/),
+      message: expect.stringMatching(/config\.json: unsupported quantization: quant_method "compressed-tensors"/),
     })
     await expect(
       DeepSeek.fromPretrained(await changed('kimi-k25', ({ text_config, ...rest }) => rest)),
@@ -313,13 +313,13 @@ describe('names of other architectures', () => {
     ['deepseek_v32', 'its attention is sparse'],
     ['glm_moe_dsa', 'its attention is sparse'],
     ['mistral4', 'its queries are scaled by their positions'],
-    ['axk1', 'it has a norm behind the experts'],
+    ['axk1', 'it has a norm after the experts'],
     ['glm4_moe', 'its attention has no latents'],
-    ['qwen3_moe', 'it is no model of this architecture'],
-    ['toString', 'it is no model of this architecture'],
-    [7, 'it is no model of this architecture'],
+    ['qwen3_moe', 'it is not of this architecture'],
+    ['toString', 'it is not of this architecture'],
+    [7, 'it is not of this architecture'],
   ])('%s is refused: %s', async (model_type, why) => {
-    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; what opens is deepseek_v3, deepseek_v2, glm4_moe_lite, youtu, llama, kimi_k2, and the text model of kimi_k25, kimi_vl`
+    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v2, glm4_moe_lite, youtu, llama, kimi_k2, and the text models of kimi_k25, kimi_vl`
     // Whatever else there is: other families have other names for the same.
     expect(() => parseConfig({ ...presets.tiny, model_type, num_experts: 8 })).toThrow(message)
     const folder = await changed('v3-base', config => ({ ...config, model_type, num_experts: 8 }))
@@ -327,7 +327,7 @@ describe('names of other architectures', () => {
   })
 })
 
-describe('what turns positions otherwise than the model would', () => {
+describe('unsupported RoPE settings', () => {
   const yarn = { type: 'yarn', factor: 4, original_max_position_embeddings: 64 }
   test.each<[string, object, RegExp]>([
     ['a part of the features', { partial_rotary_factor: 0.5 }, /partial_rotary_factor: .*expected 1/],
@@ -339,7 +339,7 @@ describe('what turns positions otherwise than the model would', () => {
     [
       'another amplitude',
       { rope_scaling: { ...yarn, attention_factor: 1 } },
-      /attention_factor = 1: .* make it 1\.138/,
+      /attention_factor = 1, but .* give 1\.138/,
     ],
     ['a ramp not rounded', { rope_scaling: { ...yarn, truncate: false } }, /rope_scaling\.truncate/],
     [
@@ -349,7 +349,11 @@ describe('what turns positions otherwise than the model would', () => {
     ],
     ['two types', { rope_scaling: { ...yarn, rope_type: 'default' } }, /type = "yarn", but .*rope_type = "default"/],
     ['a type that is none here', { rope_scaling: { rope_type: 'longrope', factor: 4 } }, /rope type "longrope"/],
-    ['two bases', { rope_theta: 5e3, rope_parameters: { rope_theta: 1e4 } }, /rope_theta is 5000 and 10000/],
+    [
+      'two bases',
+      { rope_theta: 5e3, rope_parameters: { rope_theta: 1e4 } },
+      /rope_theta has conflicting values: 5000 and 10000/,
+    ],
     [
       'by kinds of layers',
       { rope_parameters: { full_attention: { rope_theta: 1e6 } } },

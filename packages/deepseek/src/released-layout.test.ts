@@ -202,7 +202,7 @@ describe('a released checkpoint', () => {
     ['blocks that are cut off', { block: [24, 32] }],
     ['a scale a row', { block: [1, 128] }],
     ['a scale a number', { block: [1, 1], scales: 'powers of two' }],
-  ])('%s: every number is what it stands for', async (name, options) => {
+  ])('%s: every weight is dequantized correctly', async (name, options) => {
     const { folder, expected } = await release(name, options)
     const model = await DeepSeek.fromPretrained(folder)
     await expectNumbers(model, expected)
@@ -229,7 +229,7 @@ describe('a released checkpoint', () => {
   })
 
   test.each([
-    ['awq', { quant_method: 'awq', bits: 4 }, /config\.json: the weights are quantized by "awq"/],
+    ['awq', { quant_method: 'awq', bits: 4 }, /config\.json: unsupported quantization: quant_method "awq"/],
     ['no rows', { quant_method: 'fp8', weight_block_size: [0, 128] }, /weight_block_size \[0,128\]/],
     ['one size', { quant_method: 'fp8', weight_block_size: [128] }, /weight_block_size \[128\]/],
   ])('%s: quantized as %j is refused', async (name, quantization, message) => {
@@ -239,7 +239,7 @@ describe('a released checkpoint', () => {
     )
   })
 
-  test('blocks of another size than config.json says are refused, and nothing is left', async () => {
+  test('blocks of another size than in config.json are rejected, and nothing is leaked', async () => {
     const { handles } = defaultBackend().stats()
     const quantization = { quant_method: 'fp8', weight_block_size: [64, 64] }
     const { folder } = await release('wrong', { block: [16, 16], quantization })

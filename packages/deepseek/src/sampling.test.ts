@@ -209,7 +209,7 @@ test('timers run between tokens, also on a backend that never waits, and can end
   model.dispose()
 })
 
-test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', async () => {
+test('greedy: the most likely token, the lowest of equals; drafts are accepted if they equal it', async () => {
   using best = scope(() => scoresOf(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]), {}))
   expect(best.shape).toEqual([2, 1])
   const [first, second] = await best.values()
@@ -220,7 +220,7 @@ test('greedy: the likeliest token, the lowest of equals, and drafts stand if the
   expect(verifyDraft(first, 3, {}, random)).toEqual({ token: 1, accepted: false })
 })
 
-describe('a vocabulary that is filled up', () => {
+describe('a padded vocabulary', () => {
   // Of 40 ids the tokenizer has text for 7: a random model makes others all the time.
   const tokenizer = { vocabSize: 7, createDecodeStream: () => ({ push: (id: number) => `${id},`, end: () => '' }) }
   const ways: TurnOptions[] = [
@@ -270,7 +270,7 @@ describe('a vocabulary that is filled up', () => {
     },
   )
 
-  test('the likeliest of those that have one is taken', async () => {
+  test('the most likely token with text is chosen', async () => {
     const model = new DeepSeek(tiny, { seed: 2 })
     const ids = await idsOf(model.generate([1, 2], { maxTokens: 1, tokenizer }))
     const [told] = await model.score([[1, 2, 0]], { top: 40 })

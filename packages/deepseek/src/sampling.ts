@@ -1,127 +1,128 @@
-/** @file From logits to a token: to probabilities on the device, and to one of them here. */
+/** @file Sampling: from logits to probabilities on the device, and from probabilities to a token on the host. */
 import { MoeError, type Random, shown, softmax, type Tensor } from '@moe/core'
 
-/** A bit for each token. */
+/** A bit mask of token ids, or null for all tokens: bit `id % 32` of word `id / 32`. */
 export type AllowedTokens = Int32Array | Uint32Array | null
 
-/** Says which tokens may come next in a text: that of a grammar, say. One object is of one text. */
+/** Restricts which tokens may come next, for example to those of a grammar. Use one object per text. */
 export interface TokenConstraint {
   /**
-   * The tokens that may come next, asked before each: bit `id % 32` of word `id / 32` is 1 for one that may, and ids behind the last word may not. Null: all may. The
-   * words are read at once; the pass waits for a promise. A text for which none may fails with E_ATTR.
+   * Returns the allowed tokens, called before each token: bit `id % 32` of word `id / 32` is 1 for an allowed token; ids beyond the last word are not allowed. Null allows all. The array is
+   * read immediately and may be reused. Generation waits for a promise. If no token is allowed, it fails with E_ATTR.
    */
   allowed(): AllowedTokens | Promise<AllowedTokens>
-  /** The text goes on with this token, or ends with it. */
+  /** Called with each chosen token, including one that ends the text. */
   accept(token: number): void
 }
 
 /**
- * How a token is chosen: logits are penalized, those of tokens that may not come left out, divided by the temperature, and of their probabilities `topK`, then
- * `topP`, then `minP` leave some.
+ * How the next token is chosen. In this order: the repetition penalty is applied, tokens that the constraint does not allow are removed, logits are divided by the temperature, and `topK`, `topP` and `minP` remove tokens.
  */
 export interface SamplingOptions {
-  /** 0 takes the likeliest token, always the same; 1 draws as the model says. Default 0. */
+  /** 0 always chooses the most likely token; 1 samples from the model's distribution. Default 0. */
   readonly temperature?: number
-  /** Only so many tokens, the likeliest. */
+  /** Keeps only this many of the most likely tokens. */
   readonly topK?: number
-  /** Of these the smallest set whose share of their probability reaches this. */
+  /** Keeps the smallest set of the remaining most likely tokens whose probabilities reach this share of their sum (nucleus sampling). */
   readonly topP?: number
-  /** Only tokens at least this share of the likeliest one's probability. */
+  /** Keeps only tokens whose probability is at least this share of the highest one. */
   readonly minP?: number
   /**
-   * By this the logits of all tokens that stand before, in the prompt or behind it, are divided, or multiplied where they are negative: above 1 a text repeats
-   * itself less, also at temperature 0 (Keskar et al. 2019, "CTRL"). 1.2 is usual. Default 1.
+   * Divides the logits of all tokens that occur in the prompt or the generated text by this number, or multiplies them if they are negative. Values above 1 reduce repetition, also at temperature 0
+   * (Keskar et al. 2019, "CTRL"). Usually 1.2. Default 1.
    */
   readonly repetitionPenalty?: number
-  /** Which tokens may come next. Default: all. */
+  /** Restricts which tokens may come next. Default: all tokens. */
   readonly constraint?: TokenConstraint
 }
 
-/** How what follows is scored. */
+/** How the next token is scored. */
 export interface Scoring extends SamplingOptions {
-  /** Tokens with ids from here on are not made. */
+  /** Number of token ids that may be generated. */
   readonly vocabulary: number
 }
 
-/** What follows a token: the probabilities of all, or, where nothing is drawn, the likeliest. */
+/** Scores of the next token: the probabilities of all tokens, or the most likely token if nothing is sampled. */
 export type Scores = Float32Array | number
 
-/** Temperatures below this are 0: their reciprocal is about to leave f32. */
-const coldest = 1e-30
+/** Lower temperatures count as 0, since their reciprocal would overflow f32. */
+const minTemperature = 1e-30
 
-/** Whether a token is drawn, and not the likeliest one taken. */
-export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temperature >= coldest
+/** Whether a token is sampled, rather than the most likely one chosen. */
+export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temperature >= minTemperature
 
-/** Whether `penalize` is still to come. */
+/** Whether `penalize` must be applied on the host, which requires the logits. */
 export const needsLogits = ({ repetitionPenalty = 1, constraint }: SamplingOptions): boolean =>
   repetitionPenalty !== 1 || constraint !== undefined
 
 /**
- * Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. The logits themselves
- * where `penalize` is still to come.
+ * Scores logits `[..., V]` on their device. Returns probabilities or, at temperature 0, the most likely token `i32 [..., 1]` (the lowest id of equals). Returns the logits if `penalize` must be applied.
  */
 export function scoresOf(all: Tensor, options: Partial<Scoring> = {}): Tensor {
   const { temperature = 0, vocabulary } = options
-  const logits = vocabulary === undefined ? all : upTo(all, vocabulary)
+  const logits = vocabulary === undefined ? all : limitVocabulary(all, vocabulary)
   if (needsLogits(options)) return logits
   return isDrawn(options) ? probabilitiesOf(logits, 1 / temperature) : logits.topk(1).indices
 }
 
-/** Of logits `[..., V]` those of tokens that may be made, `[..., vocabulary]`. */
-export const upTo = (logits: Tensor, vocabulary: number): Tensor =>
+/** Returns the logits of the first `vocabulary` tokens, `[..., vocabulary]`. */
+export const limitVocabulary = (logits: Tensor, vocabulary: number): Tensor =>
   vocabulary < (logits.shape.at(-1) as number) ? logits.narrow(-1, 0, vocabulary) : logits
 
-/** Of logits `[..., V]` at the reciprocal of a temperature, one for all or of each row. */
-export function probabilitiesOf(logits: Tensor, coldness: Tensor | number): Tensor {
-  return softmax(logits.sub(logits.max(-1, true)).mul(coldness))
+/** Returns the probabilities of logits `[..., V]` with a reciprocal temperature: one for all, or one per row. */
+export function probabilitiesOf(logits: Tensor, inverseTemperature: Tensor | number): Tensor {
+  return softmax(logits.sub(logits.max(-1, true)).mul(inverseTemperature))
 }
 
-/** @throws MoeError E_ATTR for a value outside its range. */
+/** @throws MoeError E_ATTR for values out of range */
 export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
   const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1, constraint } = options
   const problems: string[] = []
   const idle = (['topK', 'topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
-    problems.push(`${idle.join(', ')} would do nothing, as nothing is drawn without a temperature: pass temperature: 1`)
+    problems.push(`without a temperature, ${idle.join(', ')} would have no effect; pass temperature: 1`)
   }
-  if (!atLeast0(temperature)) problems.push(`temperature = ${shown(temperature)} is no number from 0`)
-  if (!(Number.isInteger(topK) && topK > 0))
-    problems.push(`topK = ${shown(topK)} is no number of tokens, which is 1 or more`)
-  if (!(atLeast0(topP) && topP > 0 && topP <= 1)) problems.push(`topP = ${shown(topP)} is not in (0, 1]`)
-  if (!(atLeast0(minP) && minP <= 1)) problems.push(`minP = ${shown(minP)} is not in [0, 1]`)
+  if (!atLeast0(temperature)) problems.push(`temperature = ${shown(temperature)}, expected a number of at least 0`)
+  if (!(Number.isInteger(topK) && topK > 0)) problems.push(`topK = ${shown(topK)}, expected a positive integer`)
+  if (!(atLeast0(topP) && topP > 0 && topP <= 1)) problems.push(`topP = ${shown(topP)}, expected a number in (0, 1]`)
+  if (!(atLeast0(minP) && minP <= 1)) problems.push(`minP = ${shown(minP)}, expected a number in [0, 1]`)
   if (!(Number.isFinite(repetitionPenalty) && repetitionPenalty > 0)) {
-    problems.push(`repetitionPenalty = ${shown(repetitionPenalty)} is not above 0`)
+    problems.push(`repetitionPenalty = ${shown(repetitionPenalty)}, expected a positive number`)
   }
   if (constraint !== undefined && !(isFunction(constraint?.allowed) && isFunction(constraint.accept))) {
-    problems.push('constraint has no functions allowed and accept')
+    problems.push('constraint lacks the functions allowed and accept')
   }
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
 
-/** Not a string that JavaScript would take for a number, nor NaN. */
+/** Excludes NaN, and strings that JavaScript would convert to numbers. */
 export const atLeast0 = (value: unknown): value is number => typeof value === 'number' && value >= 0
 
 const isFunction = (value: unknown): boolean => typeof value === 'function'
 
-/** The next token. Probabilities that are left out become 0. */
+/** Chooses the next token. Overwrites `scores`: removed probabilities become 0. */
 export function sample(scores: Scores, options: SamplingOptions, random: Random): number {
   return typeof scores === 'number' ? scores : draw(restrict(scores, options), random)
 }
 
-/** What becomes of a text's tokens. */
+/** State of a text that a token choice depends on. */
 interface Following {
   readonly options: SamplingOptions
   readonly random: Random
-  /** Tokens that stand before, for penalties. */
+  /** Tokens that have occurred, for penalties. */
   readonly known: Set<number>
-  /** Tokens that end it. */
+  /** Tokens that end the text. */
   readonly ends: ReadonlySet<number | string>
-  /** Counts of drafts by depth. */
+  /** Counts of drafted and accepted tokens, by depth. */
   readonly stats: { readonly drafted: number[]; readonly accepted: number[] }
 }
 
-/** The tokens that stand by what follows each of a pass, `scores`: of the drafts as many as do, and one more. */
-export async function follow(scores: readonly Scores[], drafts: readonly number[], text: Following): Promise<number[]> {
+/** Returns the next tokens of a text: the drafts that are accepted by `scores`, which contains one entry per draft and one more, and one further token. */
+export async function nextTokens(
+  scores: readonly Scores[],
+  drafts: readonly number[],
+  text: Following,
+): Promise<number[]> {
   const { options, random, known, ends, stats } = text
   const made: number[] = []
   for (const [i, each] of scores.entries()) {
@@ -141,7 +142,7 @@ export async function follow(scores: readonly Scores[], drafts: readonly number[
   return made
 }
 
-/** Whether a drafted token stands, and the one that does. */
+/** Returns whether a drafted token is accepted, and the token to use. */
 export function verifyDraft(
   scores: Scores,
   draft: number,
@@ -152,10 +153,10 @@ export function verifyDraft(
   return { token: scores, accepted: scores === draft }
 }
 
-// Vocabularies have 100,000 tokens and more, and this is done for each of a text: plain loops, whose length is a constant, as an inlined one that reads
-// the array's takes five times as long.
+// These loops run over the whole vocabulary (100,000 tokens and more) for every generated token. They are plain and have a constant length, since an inlined loop
+// that reads the array's length is five times slower.
 
-/** From logits, of which those of `before` are penalized and only those of `allowed` left, to scores. Where neither is asked for they are that by now. */
+/** Applies the repetition penalty to logits of `before`, removes tokens that are not `allowed`, and returns scores. Without either option, `scores` are returned unchanged. */
 export function penalize(
   scores: Scores,
   before: Iterable<number>,
@@ -169,13 +170,13 @@ export function penalize(
       scores[token] = scores[token] < 0 ? scores[token] * repetitionPenalty : scores[token] / repetitionPenalty
     }
   }
-  if (allowed) leaveOut(scores, allowed)
+  if (allowed) mask(scores, allowed)
   const { length } = scores
   let best = 0
   while (scores[best] === -Infinity) best++
   if (best === length) {
-    const problem = 'of all tokens none is allowed by the constraint'
-    const fix = 'leave at least one: where nothing may follow, a token that ends the text'
+    const problem = 'the constraint allows no token'
+    const fix = 'allow at least one token: at the end of the text, an end token'
     throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
   }
   for (let i = best + 1; i < length; i++) if (scores[i] > scores[best]) best = i
@@ -185,10 +186,10 @@ export function penalize(
   return scores
 }
 
-function leaveOut(logits: Float32Array, allowed: Int32Array | Uint32Array): void {
+function mask(logits: Float32Array, allowed: Int32Array | Uint32Array): void {
   const { length } = logits
   for (let start = 0; start < length; start += 32) {
-    // All zeros behind the last.
+    // Reading beyond the last word gives undefined, which counts as 0.
     const word = allowed[start >> 5]
     if (~word === 0) continue
     const end = Math.min(length, start + 32)
@@ -196,7 +197,7 @@ function leaveOut(logits: Float32Array, allowed: Int32Array | Uint32Array): void
   }
 }
 
-/** Leaves `topK` of the probabilities, of these `topP` and `minP`, and makes the others 0. */
+/** Applies `topK`, `topP` and `minP` to probabilities, in place: removed ones become 0. */
 export function restrict(p: Float32Array, { topK = Infinity, topP = 1, minP = 0 }: SamplingOptions): Float32Array {
   const { length } = p
   let [largest, sum] = [0, 0]
@@ -206,7 +207,7 @@ export function restrict(p: Float32Array, { topK = Infinity, topP = 1, minP = 0 
   }
   let [floor, equals] = [minP * largest, length]
   if (topK < length || topP < 1) {
-    const front = frontOf(p, sum, floor, topK, topP)
+    const front = cutoff(p, sum, floor, topK, topP)
     if (front.least >= floor) ({ least: floor, equals } = front)
   }
   if (floor === 0) return p
@@ -215,10 +216,9 @@ export function restrict(p: Float32Array, { topK = Infinity, topP = 1, minP = 0 
 }
 
 /**
- * Of the `topK` largest, or all, the fewest that reach the share `topP` of their sum, or those of them from `floor` up: the least, and how many are as small as
- * that. `sum` is that of all.
+ * Finds the smallest probability that `topK` and `topP` keep, ignoring those below `floor`, and how many equal ones are kept. `sum` is the sum of all.
  */
-function frontOf(
+function cutoff(
   p: Float32Array,
   sum: number,
   floor: number,
@@ -227,8 +227,8 @@ function frontOf(
 ): { least: number; equals: number } {
   const { length } = p
   const limited = topK < length
-  // Only what may be among them needs an order. Numbers below the mean of what may be left out add up to less than that.
-  const bound = limited ? leastOfParts(p, topK) : Math.max(floor, (sum - topP * sum) / length)
+  // Only values that may be kept need to be sorted. Those below the mean of what may be removed add up to less than that.
+  const bound = limited ? lowerBound(p, topK) : Math.max(floor, (sum - topP * sum) / length)
   let candidates = 0
   for (let i = 0; i < length; i++) if (p[i] >= bound) candidates++
   const sorted = new Float32Array(candidates)
@@ -239,7 +239,7 @@ function frontOf(
   const start = limited ? end - topK : 0
   let all = limited ? 0 : sum
   if (limited) for (let i = end - 1; i >= start; i--) all += sorted[i]
-  // Sums of f64 reach that of all before the last of small ones.
+  // In f64, the sum may reach that of all before the last small values are added.
   const mass = topP < 1 ? topP * all : Infinity
   let reached = 0
   let at = end
@@ -250,8 +250,8 @@ function frontOf(
   return { least, equals: above - at }
 }
 
-/** Each of `parts` parts has its largest number: as many are no smaller than the least of these. */
-function leastOfParts(p: Float32Array, parts: number): number {
+/** A lower bound of the `parts`-th largest value: the least of the maxima of that many parts. */
+function lowerBound(p: Float32Array, parts: number): number {
   const { length } = p
   const largest = new Float32Array(parts)
   let part = 0
@@ -262,7 +262,7 @@ function leastOfParts(p: Float32Array, parts: number): number {
   return largest.reduce((least, x) => Math.min(least, x))
 }
 
-/** Draws from what is left, in proportion. */
+/** Samples an index in proportion to `p`. */
 export function draw(p: Float32Array, random: Random): number {
   const { length } = p
   let total = 0
@@ -280,7 +280,7 @@ export function draw(p: Float32Array, random: Random): number {
 }
 
 /**
- * Keeps a drafted token with its own probability, else draws from the rest: the result is distributed exactly as `p`
+ * Accepts a drafted token with its own probability, else samples from the others, so that the result has exactly the distribution `p`
  * (speculative sampling with a deterministic draft; Leviathan et al. 2023).
  */
 function acceptOrDraw(p: Float32Array, draft: number, random: Random): { token: number; accepted: boolean } {

@@ -1,4 +1,4 @@
-/** @file Log-probabilities of texts that are there. */
+/** @file Log-probabilities of given texts. */
 import type { PagedCache, PagedSequence, SequenceCache } from '@moe/attention-mla'
 import {
   checkOptions,
@@ -11,29 +11,29 @@ import {
   type Precision,
   type Tensor,
 } from '@moe/core'
+import { defaultPrecision } from './default-precision.ts'
 import { checkIds } from './generate.ts'
 import { checkTop, logProbsAt, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
 import { chunks, distinctRows, type Row, sharedPrefixes } from './shared-prefixes.ts'
-import { usualPrecision } from './usual-precision.ts'
 
-/** What `score` tells, and how it computes. */
+/** Options of `DeepSeek.score`. */
 export interface ScoreOptions {
-  /** How many of the likeliest tokens to tell beside each. Default 0. */
+  /** Number of most likely tokens to return with each token. Default 0. */
   readonly top?: number
-  /** Of each text, its first token that is told of; those before are null. What texts have in common before these is read once. Default 1, all of them. */
+  /** For each text, the position of its first scored token; earlier ones are null. Common prefixes before it are processed once. Default 1: all tokens. */
   readonly from?: readonly number[]
-  /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
+  /** Precision of matrix products. Default: bf16 for quantized weights (bf16 included), else f32. */
   readonly precision?: Precision
-  /** Stops between two passes: the promise then rejects with E_ABORTED, with the signal's reason as its cause. */
+  /** Aborts between two passes: the promise rejects with E_ABORTED, with the signal's reason as its cause. */
   readonly signal?: AbortSignal
-  /** Is told after each pass which share of the tokens has been read. */
+  /** Called after each pass with the share of processed tokens, from 0 to 1. */
   readonly onProgress?: (done: number) => void
 }
 
 const names: OptionNames<ScoreOptions> = { top: true, from: true, precision: true, signal: true, onProgress: true }
 
-/** Most tokens of a pass over several texts, and most that they attend to. Tests make them small. */
+/** Maximum tokens of a pass over several texts, and maximum tokens that they attend to. Tests reduce them. */
 export const limits = { passTokens: 4096, passKeys: 16384 }
 
 type Scores = Array<Array<TokenLogProb | null>>
@@ -45,7 +45,7 @@ export async function score(
   options: ScoreOptions,
 ): Promise<Scores> {
   checkOptions('score', options, names)
-  const { top = 0, precision = usualPrecision(model), from, signal, onProgress } = options
+  const { top = 0, precision = defaultPrecision(model), from, signal, onProgress } = options
   checkTop('score', 'top', top)
   checkPrecision('score', precision)
   checkTexts(model, texts, from)
@@ -62,8 +62,8 @@ export async function score(
         return Array.from({ length: text.length - first }, (_, i) => ({
           state: first + i - 1 - start,
           token: text[first + i],
-          tell: (told: TokenLogProb) => {
-            result[number][first + i] = told
+          report: (scored: TokenLogProb) => {
+            result[number][first + i] = scored
           },
         }))
       }),
@@ -72,7 +72,7 @@ export async function score(
       onProgress?.(done)
       await eventLoopTurn()
       if (!signal?.aborted) return
-      throw new MoeError({ code: 'E_ABORTED', op: 'score', problem: 'was aborted', cause: signal.reason })
+      throw new MoeError({ code: 'E_ABORTED', op: 'score', problem: 'scoring was aborted', cause: signal.reason })
     },
   })
   try {
@@ -90,40 +90,40 @@ function checkTexts(
   from: readonly number[] | undefined,
 ): void {
   const refused = (problem: string, fix: string) => new MoeError({ code: 'E_ATTR', op: 'score', problem, fix })
-  if (!Array.isArray(texts as unknown)) throw refused('no list of texts is given', 'pass [ids, ...]')
+  if (!Array.isArray(texts as unknown)) throw refused('expected a list of texts', 'pass [ids, ...]')
   const { max_position_embeddings: context } = model.config
   for (const [i, text] of texts.entries()) {
     checkIds('score', model, text)
-    // The last token is not read.
+    // The last token is only scored, not processed.
     if (text.length <= context + 1) continue
-    const problem = `text ${i} has ${text.length} tokens, and the context of the model ${context}, behind which one more is told of`
-    throw refused(problem, 'cut it into pieces: evaluateTask(model, tasks.text, ...) of @moe/evaluation does')
+    const problem = `text ${i} has ${text.length} tokens, more than the model's context of ${context} plus one`
+    throw refused(problem, 'split it: evaluateTask(model, tasks.text, ...) of @moe/evaluation does this')
   }
   if (from === undefined) return
   const isNumber = (first: number) => Number.isInteger(first) && first >= 0
   if (Array.isArray(from as unknown) && from.length === texts.length && from.every(isNumber)) return
   const given = Array.isArray(from as unknown) ? `[${from.slice(0, 8)}]` : `${from}`
-  throw refused(`from = ${given} is no list with a position for each of ${texts.length} texts`, 'pass whole numbers')
+  throw refused(`from = ${given}, expected one position for each of ${texts.length} texts`, 'pass an array of integers')
 }
 
-/** What somebody wants to know of a pass. */
+/** A requested log-probability. */
 interface Wanted {
-  /** Number of the hidden state among those that are read of the row. */
+  /** Index of the hidden state before the token, among those computed for the row. */
   readonly state: number
-  /** Which token behind it. */
+  /** The token to score. */
   readonly token: number
-  readonly tell: (told: TokenLogProb) => void
+  readonly report: (scored: TokenLogProb) => void
 }
 
 interface Asked {
   readonly top: number
-  /** Of a row whose tokens from `start` on are read. */
+  /** The requests of a row whose tokens are processed from `start` on. */
   readonly wanted: (row: Row, start: number) => readonly Wanted[]
-  /** Between two passes. */
+  /** Called between two passes. */
   readonly turn: (done: number) => Promise<void>
 }
 
-/** A row on its way: the tokens from `start` on are read. */
+/** A row of which the tokens from `start` on are to be processed. */
 interface Reading {
   readonly row: Row
   readonly start: number
@@ -132,7 +132,7 @@ interface Reading {
 
 const restOf = ({ row, start }: Reading): number => row.tokens.length - start
 
-/** Rows through the model: those that share nothing as they are, the others behind what they share, which is read before and kept in pages. */
+/** Processes rows. Rows without common prefixes run without a cache; the others share the cache pages of their prefixes, which are processed first. */
 class ScorePasses {
   readonly #model: DeepSeek
   readonly #precision: Precision
@@ -147,7 +147,7 @@ class ScorePasses {
     this.#asked = asked
   }
 
-  /** Rows that are distinct and in order. */
+  /** Processes rows, which must be distinct and sorted. */
   async run(rows: readonly Row[]): Promise<void> {
     this.#total = rows.reduce((sum, { tokens }) => sum + tokens.length, 0)
     const prefixes = sharedPrefixes(rows)
@@ -155,14 +155,14 @@ class ScorePasses {
     const alone = rows.filter((_, i) => prefixes[i] === 0)
     const together = rows.filter((_, i) => prefixes[i] > 0)
     if (together.length > 0) {
-      // Of a chunk what is shared, padded at most to the double, and one pass. Pages of a token: to the last one, all that is shared is.
+      // Room for the common prefixes of a chunk, padded to at most double size, and one pass. With pages of one token, prefixes are shared to their last token.
       this.#cache = this.#model.makePagedCache({ tokens: 5 * limits.passTokens + 3 * longest, pageSize: 1 })
     }
     for (const chunk of chunks(together, 2 * limits.passTokens)) await this.#runChunk(chunk)
     await this.#pass(alone.map(row => ({ row, start: 0, sequence: null })))
   }
 
-  /** Rows of which each shares something with another one of all. What this is stays in the cache until they are read. */
+  /** Processes rows that have common prefixes. The prefixes stay in the cache until all rows are processed. */
   async #runChunk(rows: readonly Row[]): Promise<void> {
     const cache = this.#cache as PagedCache
     const held: PagedSequence[] = []
@@ -180,7 +180,7 @@ class ScorePasses {
     try {
       for (const level of levels) {
         const readings = level.map(row => {
-          // Nobody wants to know what follows a prefix: it may be there to its last token.
+          // Prefixes are not scored, so that they may be found in the cache completely.
           const known = row.texts.length === 0 ? [...row.tokens, 0] : row.tokens.slice(0, row.from + 1)
           const sequence = cache.start(known)
           held.push(sequence)
@@ -201,7 +201,7 @@ class ScorePasses {
     }
   }
 
-  /** The first of them is the longest. What fills the others up stands behind them, where they do not see it. */
+  /** Processes rows in one pass. The first is the longest; the others are padded at their ends, where padding is not attended to. */
   async #passTogether(group: readonly Reading[]): Promise<void> {
     const time = restOf(group[0])
     const ids = Int32Array.from({ length: group.length * time }, (_, i) => {
@@ -216,7 +216,7 @@ class ScorePasses {
       }),
     )
     try {
-      await this.#tell(hidden, group)
+      await this.#report(hidden, group)
     } finally {
       hidden.dispose()
     }
@@ -232,13 +232,13 @@ class ScorePasses {
     if (cache === null || group[0].sequence === null) return undefined
     for (const { start, sequence } of group) {
       if (cache.reserve(sequence as PagedSequence, start + time)) continue
-      const problem = `there is no memory for ${start + time} tokens of a text beside ${group.length - 1} others`
+      const problem = `not enough memory for ${start + time} tokens of a text and ${group.length - 1} other texts`
       throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'score', problem })
     }
     return cache.batch(group.map(({ sequence }) => sequence as PagedSequence))
   }
 
-  async #tell(hidden: Tensor, group: readonly Reading[]): Promise<void> {
+  async #report(hidden: Tensor, group: readonly Reading[]): Promise<void> {
     const time = hidden.shape[1]
     const all = group.flatMap(({ row, start }, b) =>
       this.#asked.wanted(row, start).map(one => ({ ...one, state: b * time + one.state })),
@@ -246,8 +246,8 @@ class ScorePasses {
     const states = all.map(({ state }) => state)
     const tokens = all.map(({ token }) => token)
     const how = { states, top: this.#asked.top, precision: this.#precision }
-    const told = await logProbsAt(this.#model, hidden, tokens, how)
-    for (const [i, { tell }] of all.entries()) tell(told[i])
+    const scored = await logProbsAt(this.#model, hidden, tokens, how)
+    for (const [i, { report }] of all.entries()) report(scored[i])
   }
 
   dispose(): void {
@@ -255,7 +255,7 @@ class ScorePasses {
   }
 }
 
-/** What goes through together, the longest first; of what is kept in pages, none less than half as long. */
+/** Groups rows into passes, in decreasing length. Cached rows of a pass have at least half the length of the longest. */
 function groups(readings: readonly Reading[]): Reading[][] {
   const { passTokens, passKeys } = limits
   const order = readings.toSorted((a, b) => restOf(b) - restOf(a))

@@ -92,7 +92,7 @@ describe('a session', () => {
     return text.stats.reused
   }
 
-  test('keeps what two prompts share, whatever lies behind it', async () => {
+  test('keeps what two prompts share, whatever follows', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     expect(await expectAsAnew(model, session, prompt)).toBe(0)
@@ -106,7 +106,7 @@ describe('a session', () => {
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('goes on behind a stop, a reader that leaves, and an abort', async () => {
+  test('continues after a stop, a reader that leaves, and an abort', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const whole = await read(model.generate(prompt, { maxTokens: 30, speculative: true }))
@@ -126,7 +126,7 @@ describe('a session', () => {
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('reads a long prompt in pieces, and all anew after a failure and under other weights', async () => {
+  test('processes a long prompt in pieces, and everything again after a failure or with other weights', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const long = Array.from({ length: 45 }, (_, i) => (i * 7) % 40)
@@ -151,12 +151,14 @@ describe('a session', () => {
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('makes one text at a time', async () => {
+  test('generates one text at a time', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const first = session.generate(prompt, { maxTokens: 4 })[Symbol.asyncIterator]()
     await first.next()
-    await expect(read(session.generate(prompt))).rejects.toThrow('another text of this session is being made; read it')
+    await expect(read(session.generate(prompt))).rejects.toThrow(
+      'another text of this session is being generated; read it',
+    )
     // The first one has not noticed.
     expect((await first.next()).done).toBe(false)
     await first.return?.()
@@ -165,7 +167,7 @@ describe('a session', () => {
     model.dispose()
   })
 
-  test('disposed under a reader who never comes back it frees everything', async () => {
+  test('frees everything if disposed while a reader never returns', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     for (const taken of [1, 2, 5]) {
       const session = model.session({ speculative: true })
@@ -177,7 +179,7 @@ describe('a session', () => {
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('refuses options of a text or of its own in the wrong place', () => {
+  test('rejects options in the wrong place', () => {
     const model = new DeepSeek(tiny)
     expect(() => model.session({ maxTokens: 3 } as object)).toThrow('session: unknown option maxTokens')
     expect(() => model.session(null as never)).toThrow('session: expected an options object, got null')
@@ -190,7 +192,7 @@ describe('a session', () => {
   test.each([
     ['the reference backend', () => reference as Backend],
     ['a backend that records', () => native as Backend],
-  ])('disposed at any moment it frees everything, on %s', async (_, of) => {
+  ])('frees everything if disposed at any moment, on %s', async (_, of) => {
     const backend = of()
     const { handles } = backend.stats()
     const model = new DeepSeek(config, { seed: 5, backend })
@@ -215,14 +217,14 @@ describe('a session', () => {
       session.dispose()
       session.dispose()
       await (reading ?? expect(rest()).rejects.toEqual(failure))
-      expect(() => session.generate(prompt)).toThrow('the session was disposed; make another one')
+      expect(() => session.generate(prompt)).toThrow('the session was disposed; create another one')
       expect(backend.stats().handles).toBe(mine)
     }
     model.dispose()
     expect(backend.stats().handles).toBe(handles)
   })
 
-  test('of a model that was disposed says so, and frees the rest', async () => {
+  test('reports that its model was disposed, and frees the rest', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     await read(session.generate(prompt, { maxTokens: 3 }))

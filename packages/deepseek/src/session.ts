@@ -1,4 +1,4 @@
-/** @file Texts token by token over one cache, optionally with MTP modules drafting ahead. Each reads only what it does not share with the one before. */
+/** @file Generates texts one after the other over one cache, optionally with speculative decoding. Only tokens that differ from the previous text are processed. */
 import type { KvCache } from '@moe/attention-mla'
 import {
   checkOptions,
@@ -14,6 +14,7 @@ import {
 } from '@moe/core'
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
+import { defaultPrecision } from './default-precision.ts'
 import { Drafter, DraftMemory } from './drafter.ts'
 import {
   type Generation,
@@ -21,22 +22,21 @@ import {
   type SessionOptions,
   sessionNames,
   type TextLimits,
+  type TextReport,
   type TextTurnOptions,
-  type Told,
   type TurnOptions,
   turnNames,
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow } from './sampling.ts'
-import { usualPrecision } from './usual-precision.ts'
+import { nextTokens } from './sampling.ts'
 
-/** Most tokens of a prompt in one pass. Tests make it small. */
+/** Maximum number of prompt tokens per pass. Tests reduce it. */
 export const limits = { promptPiece: 2048 }
 
 type LimitedTurn = TurnOptions & TextLimits
 
-/** What holds memory. */
+/** The parts of a session that use device memory. */
 interface Parts {
   readonly cache: KvCache
   readonly step: DecodeStep
@@ -45,8 +45,8 @@ interface Parts {
 }
 
 /**
- * Makes texts, one after the other, over one cache: of a prompt that begins as the last text went (its prompt and what was made of it), only the rest is read. A
- * conversation is passed whole at every turn. Made by `DeepSeek.session`.
+ * Generates texts one after the other over one cache. If a prompt starts with the previous text (prompt and generated tokens), only the rest is processed. Pass the whole conversation at every turn. Returned by
+ * `DeepSeek.session`.
  */
 export class Session {
   readonly #model: DeepSeek
@@ -54,16 +54,16 @@ export class Session {
   readonly #once: boolean
   readonly #depth: number
   #parts: Parts | null = null
-  /** What the cache holds, and the weights that it is of. */
+  /** The cached tokens, and the weights that they were computed with. */
   #tokens: readonly number[] = []
   #weights: ReadonlyArray<readonly [Parameter, number]> = []
-  /** Of the latest pass, which modules draft from. Not the text's: whoever reads that may leave it for good. */
+  /** Hidden states of the latest pass, which the MTP modules draft from. Kept here, not in the generator, because its reader may abandon it. */
   #hidden: Tensor | null = null
-  /** Whether a text is being made; then whether a pass may be under way, or all wait for whoever reads the text. */
+  /** `working`: a pass may be in progress. `waiting`: the reader has not requested the next token. */
   #state: 'idle' | 'working' | 'waiting' = 'idle'
   #disposed = false
 
-  /** Internal: see `DeepSeek.session`. `once`: for a single text, after which nothing is kept. */
+  /** Internal: see `DeepSeek.session`. With `once`, the session is for a single text and keeps nothing afterwards. */
   constructor(model: DeepSeek, options: SessionOptions, once = false) {
     checkOptions('session', options, sessionNames)
     if (options.precision !== undefined) checkPrecision('session', options.precision)
@@ -74,56 +74,56 @@ export class Session {
   }
 
   /**
-   * Continues a sequence of token ids as `DeepSeek.generate` does; `stats.reused` of them were in the cache. The numbers are those of reading all anew up to
-   * rounding: sums of passes of other lengths may be taken in another order. One text at a time, which ends when it does or when its reader stops.
-   * @throws MoeError E_ATTR for what cannot be, and while another text is being made; E_DISPOSED
+   * Continues a sequence of token ids, as `DeepSeek.generate`; `stats.reused` counts the tokens that were cached. Results equal those of processing all tokens again up to rounding, since the order of summation may
+   * depend on the length of a pass. Only one text can be generated at a time, until it ends or its reader stops.
+   * @throws MoeError E_ATTR for invalid arguments, and while another text is being generated; E_DISPOSED
    */
   generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
   generate(ids: ArrayLike<number>, options?: TurnOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    return generation(this.#model, this.#depth, ids, options, (tokens, told, limits) =>
-      this.#decode(tokens, { ...options, ...limits }, told),
+    return generation(this.#model, this.#depth, ids, options, (tokens, report, limits) =>
+      this.#decode(tokens, { ...options, ...limits }, report),
     )
   }
 
-  /** Frees the cache. A text that is being made ends with E_DISPOSED. */
+  /** Frees the cache. A text that is being generated fails with E_DISPOSED. */
   dispose(): void {
     this.#disposed = true
-    // A pass that is under way needs its memory: it is freed behind it.
+    // A pass in progress needs the memory and frees it when it ends.
     if (this.#state !== 'working') this.#forget()
   }
 
   #needAlive(): void {
     if (!this.#disposed) return
-    const fix = 'make another one: model.session()'
+    const fix = 'create another one with model.session()'
     throw new MoeError({ code: 'E_DISPOSED', op: 'generate', problem: 'the session was disposed', fix })
   }
 
-  async *#decode(tokens: number[], options: LimitedTurn, told: Told): AsyncGenerator<number> {
+  async *#decode(tokens: number[], options: LimitedTurn, report: TextReport): AsyncGenerator<number> {
     const { maxTokens, signal, onToken, logProbs, promptLogProbs } = options
-    const { stats } = told
+    const { stats } = report
     const prompt = tokens.length
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
     const known = new Set(tokens)
-    /** Positions of the latest hidden states that stand and that no module has seen. */
+    /** Number of latest hidden states of accepted tokens that the modules have not processed. */
     let unseen = 0
-    /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
+    /** Lets signals, timers and readers run, since a backend that computes on this thread never waits. */
     const turn = async () => {
       await eventLoopTurn()
       this.#needAlive()
       if (!signal?.aborted) return
-      throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+      throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'generation was aborted', cause: signal.reason })
     }
-    /** Of tokens of the prompt, what the hidden states before them say. */
-    const tellPrompt = async (hidden: Tensor) => {
+    /** Computes the requested log-probabilities of prompt tokens from the hidden states before them. */
+    const reportPrompt = async (hidden: Tensor) => {
       if (promptLogProbs === undefined) return
-      const known = told.promptLogProbs.length
+      const known = report.promptLogProbs.length
       const behind = tokens.slice(known, Math.min(known + hidden.shape[1], prompt))
       const how = { from: 0, top: promptLogProbs, precision: this.#precision }
-      told.promptLogProbs.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
+      report.promptLogProbs.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
     }
     this.#begin()
     try {
@@ -133,13 +133,13 @@ export class Session {
       stats.reused = cache.lengths[0]
       let pending = tokens.slice(stats.reused)
       let drafts: number[] = []
-      // What a pass needs grows with its tokens: a long prompt goes through in pieces. Where nothing is made, all of it, if anybody wants to know of it.
+      // The memory of a pass grows with its tokens, so long prompts are split. With maxTokens 0, the prompt is only processed if its log-probabilities are requested.
       const least = maxTokens > 0 ? limits.promptPiece : promptLogProbs === undefined ? Infinity : 0
       while (pending.length > least) {
         await turn()
         const piece = pending.splice(0, limits.promptPiece)
         this.#hidden = (await step.run(piece, 1)).hidden
-        await tellPrompt(this.#hidden)
+        await reportPrompt(this.#hidden)
         await this.#draft(parts, this.#hidden, piece.length, tokens)
         this.#hidden.dispose()
       }
@@ -150,16 +150,16 @@ export class Session {
         const ids = [...pending, ...drafts]
         const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        const made = await follow(rows, drafts, { options, random, known, ends, stats })
+        const made = await nextTokens(rows, drafts, { options, random, known, ends, stats })
         const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
-        if (stats.steps === 0) await tellPrompt(hidden)
+        if (stats.steps === 0) await reportPrompt(hidden)
         stats.steps++
         const confirmed = pending.length + made.length - 1
         cache.truncate(before + confirmed)
         tokens.push(...made)
         unseen = confirmed
         for (const [i, token] of made.entries()) {
-          if (likely) told.logProbs.push(likely[i])
+          if (likely) report.logProbs.push(likely[i])
           if (ends.has(token)) {
             stats.finishReason = 'stop'
             return
@@ -179,11 +179,11 @@ export class Session {
         hidden.dispose()
       }
     } catch (error) {
-      // After an abort all is as it was between two passes; after other failures nobody knows.
+      // After an abort the state is consistent; after other errors it is unknown.
       if (!isMoeError(error, 'E_ABORTED')) this.#forget()
       throw error
     } finally {
-      // Also when whoever reads the tokens stops early.
+      // Runs also if the reader stops early.
       this.#state = 'working'
       if (this.#hidden !== null && unseen > 0 && !this.#once) await this.#catchUp(this.#hidden, unseen, tokens)
       this.#hidden?.dispose()
@@ -195,7 +195,7 @@ export class Session {
   }
 
   get #precision(): Precision {
-    return this.#options.precision ?? usualPrecision(this.#model)
+    return this.#options.precision ?? defaultPrecision(this.#model)
   }
 
   #begin(): void {
@@ -203,15 +203,15 @@ export class Session {
       throw new MoeError({
         code: 'E_ATTR',
         op: 'generate',
-        problem: 'another text of this session is being made',
-        fix: 'read it to its end, or leave the loop that reads it; several at once need a session each',
+        problem: 'another text of this session is being generated',
+        fix: 'read it to its end or leave the loop; use one session per text to generate several at once',
       })
     }
     this.#needAlive()
     this.#state = 'working'
   }
 
-  /** The parts, with as many of the tokens in their caches as stand, and room for the others and for what is made of them. */
+  /** Prepares the cache: keeps the tokens that it shares with the new text, and reserves room for the others and for generated ones. */
   #ready(tokens: readonly number[], { maxTokens, promptLogProbs }: LimitedTurn): Parts {
     const weights = namedParameters(this.#model).map(({ parameter }) => [parameter, parameter.version] as const)
     const same = weights.every(([parameter, version], i) => {
@@ -231,8 +231,8 @@ export class Session {
   }
 
   /**
-   * Where reading begins: behind what both texts share, but for the last token, whose logits are wanted, and as many as there are modules: a module of depth k
-   * has seen the token k places ahead.
+   * The number of cached tokens to reuse: the common prefix of both texts, without the last token, whose logits are needed, and without one token per module, because a module of depth k has processed the token k
+   * positions ahead.
    */
   #shared(tokens: readonly number[], { cache, memory }: Parts): number {
     const known = this.#tokens
@@ -261,7 +261,7 @@ export class Session {
     return drafts
   }
 
-  /** Shows the modules what the last pass added, which nothing is drafted from any more: without it the next text would be read from before that pass. */
+  /** Lets the modules process what the last pass added. Otherwise the next text could only reuse the tokens before that pass. */
   async #catchUp(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<void> {
     try {
       if (!this.#disposed && this.#parts !== null) await this.#draft(this.#parts, hidden, confirmed, tokens)

@@ -1,19 +1,19 @@
-/** @file Which beginnings texts share, so that each is read once. */
+/** @file Finds common prefixes of texts, so that each is processed once. */
 
-/** Tokens that are read together for whoever wants to know what stands behind some of them. */
+/** Tokens to process together. */
 export interface Row {
   readonly tokens: readonly number[]
-  /** Position of the first hidden state that is wanted, Infinity where none is: what stands before may be read elsewhere. */
+  /** Position of the first hidden state that is needed, or Infinity. Those before may come from a shared prefix. */
   readonly from: number
-  /** The texts that it is read for, by number. */
+  /** Indices of the texts that it is processed for. */
   readonly texts: readonly number[]
 }
 
-/** Rows in the order of their tokens. One that another one begins with is read with that. */
+/** Sorts rows by tokens, and merges each row that is a prefix of another into that one. */
 export function distinctRows(rows: readonly Row[]): Row[] {
   const sorted = rows.toSorted((a, b) => order(a.tokens, b.tokens))
   const result: Row[] = []
-  // Rows that go on stand right behind the ones that they begin with.
+  // In this order, a row directly follows those that it is a prefix of.
   for (const row of sorted.reverse()) {
     const behind = result[result.length - 1]
     if (behind === undefined || shared(row.tokens, behind.tokens) < row.tokens.length) result.push(row)
@@ -25,7 +25,7 @@ export function distinctRows(rows: readonly Row[]): Row[] {
   return result.reverse()
 }
 
-/** Of each of these rows, which are distinct and in order, how many tokens another one begins with, too, and no wanted ones: 0 where that is less than a fourth. */
+/** For distinct, sorted rows: how many tokens each shares with another row, up to its first needed hidden state. 0 if it is less than a fourth of the row. */
 export function sharedPrefixes(rows: readonly Row[]): number[] {
   const before = rows.map(({ tokens }, i) => (i === 0 ? 0 : shared(rows[i - 1].tokens, tokens)))
   return rows.map(({ tokens, from }, i) => {
@@ -34,7 +34,7 @@ export function sharedPrefixes(rows: readonly Row[]): number[] {
   })
 }
 
-/** Runs of rows in order that have about so many tokens to read, what they share counted once. */
+/** Splits sorted rows into consecutive chunks of about `tokens` tokens, counting shared ones once. */
 export function chunks(rows: readonly Row[], tokens: number): Row[][] {
   const result: Row[][] = []
   let size = Infinity
@@ -50,7 +50,7 @@ export function chunks(rows: readonly Row[], tokens: number): Row[][] {
   return result
 }
 
-/** How many tokens both begin with. */
+/** The length of the common prefix. */
 function shared(a: readonly number[], b: readonly number[]): number {
   let i = 0
   while (i < a.length && a[i] === b[i]) i++

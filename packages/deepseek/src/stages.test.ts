@@ -3,7 +3,7 @@ import { backward, dispatchPlan, namedParameters, Random, setDefaultBackend, typ
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { beforeEach, expect, test } from 'vitest'
-import { evenRuns } from './even-runs.ts'
+import { balancedRuns } from './balanced-runs.ts'
 import {
   countParameters,
   DeepSeek,
@@ -37,7 +37,7 @@ function* cuts(costs: number, runs: number, from = 0): Generator<number[]> {
       for (const rest of cuts(costs, runs - 1, next)) yield [from, ...rest]
 }
 
-test('runs are as even as any cut makes them', () => {
+test('runs are as balanced as any partition', () => {
   const random = new Random(1)
   for (let trial = 0; trial < 300; trial++) {
     const costs = Array.from({ length: 1 + random.integer(8) }, () => random.integer(20))
@@ -47,7 +47,7 @@ test('runs are as even as any cut makes them', () => {
       return [Math.max(...sums), sums.reduce((total, sum) => total + sum * sum, 0)]
     }
     const [best] = [...cuts(costs.length, runs)].map(judge).sort(([a, b], [c, d]) => a - c || b - d)
-    const found = evenRuns(costs, runs)
+    const found = balancedRuns(costs, runs)
     expect(new Set(found).size).toBe(runs)
     expect(judge(found)).toEqual(best)
   }
@@ -143,19 +143,21 @@ test('costs: what a token multiplies with, and the scores of attention', () => {
   )
 })
 
-test('a model cannot be cut into more parts than it has', () => {
+test('a model cannot be split into more stages than parts', () => {
   const model = newModel()
   for (const stages of [0, 1.5, 7])
     expect(() => model.inStages(stages)).toThrow(
-      /cannot be cut into .* stages; pass 1 to 6: it has 3 layers, a head and 2 MTP/,
+      /cannot split the model into .* stages; pass 1 to 6: the model has 3 layers, a head and 2 MTP/,
     )
 })
 
-test('options that cannot be are refused, and a digest is that of its micro-batches', () => {
+test('invalid options are rejected, and the digest depends on all micro-batches', () => {
   const model = newModel()
   expect(() => model.inStages(2, { seqenceLength: 8 } as object)).toThrow('did you mean sequenceLength?')
   for (const sequenceLength of [-8, Number.NaN, Number.POSITIVE_INFINITY])
-    expect(() => model.inStages(2, { sequenceLength })).toThrow(`sequenceLength = ${sequenceLength} is no number`)
+    expect(() => model.inStages(2, { sequenceLength })).toThrow(
+      `sequenceLength = ${sequenceLength}, expected a number of positions`,
+    )
   const cut = model.inStages(2)
   const changed = (key: 'tokens' | 'documents', at: number) => ({ ...rows, [key]: rows[key].with(at, 30) })
   const steps = [[rows], [rows, rows], [changed('tokens', 0)], [changed('documents', 15)], [changed('tokens', 1), rows]]

@@ -1,5 +1,5 @@
 /**
- * @file A model in stages, one behind the other, for a pipeline. What is cut is a row of parts, `[B, T, D]` to the same: those of `LossParts`.
+ * @file Splits a model into stages for pipeline parallelism: consecutive parts of `LossParts`, each from `[B, T, D]` to the same shape.
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
@@ -13,74 +13,74 @@ import {
   type Tensor,
 } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
+import { balancedRuns } from './balanced-runs.ts'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
-import { evenRuns } from './even-runs.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
 import { PartsInPieces, type PieceRunner, type RouteElsewhere } from './pieces.ts'
 import { digestOf, type HostInputs, uploadInputs } from './training-loss.ts'
 
-/** One stage in one step. A `PipelineStage` of `@moe/parallel` is what it is. */
+/** One stage in one step. Implements `PipelineStage` of `@moe/parallel`. */
 export interface DeepSeekStage {
   /**
-   * @param input `[B, T, D]` of the stage before; null in the first one
-   * @returns `output [B, T, D]` for the next stage, none of the last; `losses`, scalars whose sum over all stages and micro-batches is the loss of the step; and detached
-   * `metrics`, which sum up likewise
+   * Runs the forward pass of the stage for one micro-batch.
+   * @param input `[B, T, D]` of the previous stage; null for the first
+   * @returns `output [B, T, D]` for the next stage (none from the last); `losses`, scalars whose sum over all stages and micro-batches is the loss of the step; and detached `metrics`, which are summed likewise
    */
   forward(input: Tensor | null, microBatch: number): StageResult
-  /** The same in pieces, where the routed experts lie elsewhere. The input is a leaf, and so are output and losses. */
+  /** The same in pieces, for expert parallelism. The input, the output and the losses are leaves. */
   inPieces(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageResult>
 }
 
-/** What a stage makes of a micro-batch. */
+/** The result of a stage for one micro-batch. */
 export interface StageResult {
-  /** `[B, T, hidden]`, for the next stage; the last has none. */
+  /** `[B, T, hidden]`, for the next stage; undefined for the last. */
   readonly output?: Tensor
-  /** Scalars whose sum is what the stage adds to the loss. */
+  /** Scalars whose sum is the stage's contribution to the loss. */
   readonly losses: readonly Tensor[]
-  /** Detached scalars, which sum up over stages and micro-batches. */
+  /** Detached scalars, to be summed over stages and micro-batches. */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
 /** A micro-batch on the host. */
 interface MicroBatch {
   readonly arrays: HostInputs
-  /** Of all positions of the step that carry loss. */
+  /** Share of all loss-carrying positions of the step. */
   readonly share: number
 }
 
-/** A model that was cut: `DeepSeek.inStages`. The stages share its parameters. */
+/** A model split into stages, returned by `DeepSeek.inStages`. The stages use the parameters of the model. */
 export class DeepSeekStages {
-  /** For each stage what it is made of, under its name in the model. Embedding and head are in every stage that uses them: MTP modules do. */
+  /** The parameters of each stage, with their names in the model. Embedding and head belong to every stage that uses them; MTP modules do. */
   readonly parameters: ReadonlyArray<readonly NamedParameter[]>
-  /** For each stage the multiplications of a token's forward pass. */
+  /** The cost of each stage: multiplications per token in the forward pass. */
   readonly costs: readonly number[]
-  /** What `step` measures beside the loss: means over its positions. */
+  /** Names of the metrics of a step, which are means over its positions. */
   readonly metrics: readonly string[]
   readonly #model: DeepSeek
   readonly #source: LossSource
-  /** First part of each stage, and the end. */
+  /** Index of the first part of each stage, and the number of parts. */
   readonly #starts: readonly number[]
 
   constructor(model: DeepSeek, stages: number, sequenceLength: number, source: LossSource) {
     const { config } = model
     if (!(sequenceLength >= 0 && Number.isFinite(sequenceLength))) {
-      const problem = `sequenceLength = ${sequenceLength} is no number of positions`
-      throw new MoeError({ code: 'E_CONFIG', op: 'inStages', problem, fix: 'pass those of a row' })
+      const problem = `sequenceLength = ${sequenceLength}, expected a number of positions`
+      throw new MoeError({ code: 'E_CONFIG', op: 'inStages', problem, fix: 'pass the number of positions of a row' })
     }
     const costs = partCosts(config, sequenceLength)
     if (!Number.isInteger(stages) || stages < 1 || stages > costs.length) {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'inStages',
-        problem: `the model cannot be cut into ${stages} stages`,
-        fix: `pass 1 to ${costs.length}: it has ${config.num_hidden_layers} layers, a head and ${config.num_nextn_predict_layers} MTP modules`,
+        problem: `cannot split the model into ${stages} stages`,
+        fix: `pass 1 to ${costs.length}: the model has ${config.num_hidden_layers} layers, a head and ${config.num_nextn_predict_layers} MTP modules`,
       })
     }
     this.#model = model
     this.#source = source
-    this.#starts = [...evenRuns(costs, stages), costs.length]
+    this.#starts = [...balancedRuns(costs, stages), costs.length]
     const perStage = <T>(of: (from: number, to: number) => T) =>
       Array.from({ length: stages }, (_, n) => of(this.#starts[n], this.#starts[n + 1]))
     this.costs = perStage((from, to) => costs.slice(from, to).reduce((sum, cost) => sum + cost, 0))
@@ -97,9 +97,9 @@ export class DeepSeekStages {
   }
 
   /**
-   * The stages with the micro-batches of one step, all of the same size. A micro-batch weighs as much as it has positions that carry loss: the sum of all losses is the loss of
-   * one batch with all their rows (MTP and balance apart, which are means over micro-batches).
-   * @returns `between`, what goes from a stage to the next; `count`, the positions that carry loss; `digest`, 32 bits by which ranks see that all have the same micro-batches
+   * Returns the stages with the micro-batches of one step, which must have the same size. Micro-batches are weighted by their loss-carrying positions, so that the sum of all losses is the loss of one batch with all
+   * rows (except MTP and balance losses, which are means over micro-batches).
+   * @returns `between`, the tensor that is passed between stages; `count`, the number of loss-carrying positions; `digest`, a 32-bit digest to check that all ranks have the same micro-batches
    * @throws MoeError E_SHAPE
    */
   step(batches: readonly TokenRows[]): {
@@ -114,8 +114,8 @@ export class DeepSeekStages {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'inStages',
-        problem: `the micro-batches are ${batches.map(batch => `[${batch.rows},${batch.length}]`).join(' ')}`,
-        fix: 'give all the same rows and length',
+        problem: `the micro-batches have different shapes: ${batches.map(batch => `[${batch.rows},${batch.length}]`).join(' ')}`,
+        fix: 'use the same number of rows and length for all',
       })
     }
     const inputs = batches.map(batch => this.#source.inputs(batch))
@@ -176,13 +176,13 @@ export class DeepSeekStages {
   }
 }
 
-/** Multiplications of a token's forward pass in each part: decoder layers, head, MTP modules. The embedding is a lookup, norms and routing are left out. */
+/** Multiplications per token in the forward pass of each part: decoder layers, head, MTP modules. Does not count embedding, norms and routing. */
 function partCosts(config: DeepSeekConfig, sequenceLength: number): number[] {
   const { hidden_size: hidden, n_routed_experts: experts, num_experts_per_tok: perToken } = config
   const { attention, moe, dense } = countParameters(config)
   const idle = 3 * hidden * config.moe_intermediate_size * ((experts ?? 0) - (perToken ?? 0))
   const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-  // A position looks at half of the sequence on average.
+  // On average, a position attends to half of the sequence.
   const scores = (config.num_attention_heads * features * sequenceLength) / 2
   const layer = (i: number) => attention + scores + (isMoELayer(config, i) ? moe - idle : dense)
   const head = config.vocab_size * hidden

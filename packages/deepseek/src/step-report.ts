@@ -1,16 +1,16 @@
-/** @file What a step tells of its experts: loads of all layers, over all ranks. */
+/** @file Collects the expert loads of a step over all layers and ranks. */
 import { keep, type Tensor, zeros } from '@moe/core'
 import { type LayerLoad, type LoadMonitor, type LoadSummary, type MoELayer, summarizeLoad } from '@moe/router'
 
-/** Of a layer with experts in a step, on their way to the host: loads `[E]`, and how many of these choices were not dropped, `[1]`. */
+/** Counts of a MoE layer in a step, on their way to the host: loads `[E]`, and the number of expert choices that were not dropped, `[1]`. */
 export interface StepCounts {
   readonly load: Promise<ArrayLike<number>> | undefined
   readonly kept?: Promise<ArrayLike<number>> | undefined
 }
 
 /**
- * Loads of the layers over all ranks, and with dropping behind them what each has kept. A layer that has not counted, as in a stage of another rank, has zeros to add.
- * @returns `i32 [E]` of each layer, then `[1]` of each where tokens are dropped; to be disposed of
+ * Sums loads over all ranks, and with token dropping also the choices that were kept. A layer without counts, for example in a stage of another rank, adds zeros.
+ * @returns `i32 [E]` of each layer, then with dropping `[1]` of each. The caller must dispose of them.
  */
 export async function sumCounts(
   layers: readonly MoELayer[],
@@ -26,7 +26,7 @@ export async function sumCounts(
   })
 }
 
-/** Loads of the layers that tokens have passed through, also to the monitor, and what is worth logging of all. */
+/** Passes the loads of layers that have processed tokens to the monitor, and returns them with metrics. */
 export async function reportLoads(
   layers: ReadonlyArray<readonly [name: string, layer: MoELayer]>,
   counts: readonly StepCounts[],
@@ -36,12 +36,12 @@ export async function reportLoads(
   const { monitor, groups } = options
   const summaries: LoadSummary[] = []
   const layerLoads: LayerLoad[] = []
-  // All at once: where the device is lost, every read fails, and none may be left alone with that.
+  // Read all at once: if the device is lost, every read fails, and each rejection must be handled.
   const reads = await Promise.all(counts.map(({ load, kept }, i) => Promise.all([load, biases[i], kept])))
   for (const [i, [values, bias, kept]] of reads.entries()) {
     const load = Array.from(values ?? [])
     const choices = load.reduce((sum, count) => sum + count, 0)
-    // Nothing has passed through it.
+    // The layer has processed no tokens.
     if (choices === 0) continue
     monitor?.record(`moe ${i}`, load, bias ?? undefined)
     summaries.push(summarizeLoad(load))

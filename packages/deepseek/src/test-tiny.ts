@@ -22,8 +22,8 @@ export const tiny = {
   bos_token_id: null,
 } satisfies DeepSeekConfigInput
 
-/** Makes what a model says depend on the last token above all, for the MTP modules, too: as after training, some of their drafts are right and some are not. */
-export function makeAgreeable(model: DeepSeek): void {
+/** Makes the predictions of the model and its MTP modules depend mainly on the last token. As after training, some drafts are then accepted and some are not. */
+export function makeDraftsAgree(model: DeepSeek): void {
   const { hidden_size: size } = model.config
   const first = Array.from({ length: 2 * size * size }, (_, i) =>
     i % (2 * size) === Math.floor(i / (2 * size)) ? 1 : 0,

@@ -61,7 +61,7 @@ test("V2's token dropping: in training only, and not in sequences that are spare
   expect(evaluated.kept).toEqual([Number.NaN])
 })
 
-test('who is spared follows from seed, step and tokens, so that a resumed run draws the same', async () => {
+test('undropped sequences depend on seed, step and tokens, so that a resumed run draws the same', async () => {
   const dropping = { devices: 2, capacity_factor: 0.5, undropped: 0.5 }
   const whole = await run(dropping, 3)
   expect(new Set(whole.losses).size).toBe(6)

@@ -1,21 +1,21 @@
-/** @file What the training loss takes from the host, apart from the ops on it, which are the same for every batch of its shape. */
+/** @file The host inputs of the training loss. They are separate from its ops, which are the same for every batch of the same shape. */
 import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
 import { averagesOf, type DepthTensors, depthTargets, type TokenRows } from '@moe/mtp'
 
 /** Arrays to upload, by name. */
 export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
 
-/** The same, uploaded. */
+/** The same inputs, uploaded to the device. */
 export interface LossTensors extends DepthTensors {
-  /** λ of multi-token prediction and α of the balance loss, `f32 [2]`; in training only. */
+  /** Weights λ of the MTP loss and α of the balance loss, `f32 [2]`; in training only. */
   readonly factors?: Tensor
-  /** 1 for tokens and 0 for padding, as each depth sees them, `f32 [depths + 1, B, T]`; only in batches with padding. */
+  /** 1 for tokens and 0 for padding, as seen by each depth, `f32 [depths + 1, B, T]`; only for batches with padding. */
   readonly mask?: Tensor
-  /** Where the text of each position begins in its row, `i32 [B, T]`; only in batches of rows that several share. */
+  /** Where the text of each position starts in its row, `i32 [B, T]`; only if several texts share a row. */
   readonly starts?: Tensor
-  /** What the main model's loss at each position is multiplied by, `f32 [B T]`; only in batches that weigh their tokens. */
+  /** Weights of the main model's loss at each position, `f32 [B T]`; only for batches with token weights. */
   readonly weights?: Tensor
-  /** Which sequences lose no token to dropping, `f32 [B]`. */
+  /** 1 for sequences that lose no token to dropping, `f32 [B]`. */
   readonly undropped?: Tensor
 }
 
@@ -65,18 +65,18 @@ export function uploadInputs(arrays: HostInputs, backend: Backend): LossTensors 
   ) as unknown as LossTensors
 }
 
-/** The mask `[B, T]` of a depth. */
+/** Returns the mask `[B, T]` of a depth. */
 export function maskAt({ mask }: LossTensors, depth: number): Tensor | undefined {
   return mask?.narrow(0, depth, depth + 1).reshape(mask.shape.slice(1))
 }
 
-/** λ or α, a scalar. */
+/** Returns λ or α as a scalar. */
 export function factorAt({ factors }: LossTensors, of: 'mtp' | 'balance'): Tensor {
   const at = of === 'mtp' ? 0 : 1
   return (factors as Tensor).narrow(0, at, at + 1).reshape([])
 }
 
-/** FNV-1a, by numbers in place of bytes. */
+/** Returns an FNV-1a digest, computed over numbers instead of bytes. */
 export function digestOf(arrays: ReadonlyArray<ArrayLike<number>>): number {
   let digest = 0x811c9dc5 | 0
   for (const numbers of arrays)

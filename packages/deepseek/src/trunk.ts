@@ -1,4 +1,4 @@
-/** @file Embedding, layers and head, made. */
+/** @file Creates the modules of a model: embedding, layers and head. */
 import type { RotaryEmbedding } from '@moe/attention-mla'
 import { Embedding, forkInit, type InitOptions, type Linear, Module, OutputHead, RmsNorm } from '@moe/core'
 import { MtpModule } from '@moe/mtp'
@@ -6,12 +6,12 @@ import type { DeepSeekConfig } from './config.ts'
 import { DecoderLayer, type DecoderLayerInit, type LayerOptions, type LayerRecompute } from './decoder-layer.ts'
 import type { Recompute } from './options.ts'
 
-/** As a layer has it, for all of them. */
+/** Options of a decoder layer, for all layers. */
 export interface TrunkInit extends Omit<DecoderLayerInit, 'recompute'> {
   readonly recompute?: Recompute
 }
 
-/** The part under the key `model`. */
+/** The modules under the key `model`. */
 export class Trunk extends Module {
   embed_tokens: Embedding
   /** Decoder layers, then MTP modules, as in the checkpoints. */
@@ -33,7 +33,7 @@ export class Trunk extends Module {
   }
 }
 
-/** Layers and head; MTP modules stand behind the decoder layers and share embedding and head. */
+/** Creates the layers and the head. MTP modules follow the decoder layers and share embedding and head. */
 export function makeTrunk(
   config: DeepSeekConfig,
   rotary: RotaryEmbedding,
@@ -57,7 +57,7 @@ export function makeTrunk(
   return { model, head }
 }
 
-/** Of layer `index`, those of MTP modules behind the others. */
+/** Returns what a layer recomputes. MTP modules follow the decoder layers. */
 function ofLayer(recompute: Recompute | undefined, index: number): LayerRecompute | undefined {
   if (recompute === undefined || recompute === 'selective') return recompute
   const every = recompute === 'layers' ? 1 : recompute.every

@@ -31,7 +31,7 @@ async function gradientsOf(model: DeepSeek, weights?: Float32Array) {
 }
 
 describe('weights of tokens', () => {
-  test('multiply what the main model loses by them, and nothing that is logged', async () => {
+  test('multiply the loss of the main model, and no metrics', async () => {
     const model = make({ mtpWeight: 0 })
     const plain = model.loss(rows)
     const weighted = model.loss({ ...rows, weights })
@@ -57,7 +57,7 @@ describe('weights of tokens', () => {
     expect(await model.loss(rows, { training: false }).nlls.values()).toEqual(nlls)
   })
 
-  test('give the gradient of what they weigh', async ({ skip }) => {
+  test('give the gradient of the weighted loss', async ({ skip }) => {
     const model = make({ mtpWeight: 0 })
     skip(namedParameters(model)[0].parameter.backend.name !== 'reference', 'differences want f64')
     const gradients = await gradientsOf(model, weights)
@@ -86,7 +86,7 @@ describe('weights of tokens', () => {
     }
   })
 
-  test('are not for MTP modules, which learn from the texts alone and leave the main model to the weights', async () => {
+  test('do not apply to MTP modules, which give no gradient to the main model', async () => {
     const alone = await gradientsOf(make({ mtpWeight: 0 }), weights)
     const joint = await gradientsOf(make({ mtpWeight: 0.3 }), weights)
     const detached = await gradientsOf(make({ mtpWeight: 0.3, mtpDetached: true }))

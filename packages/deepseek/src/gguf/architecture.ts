@@ -1,13 +1,13 @@
-/** @file Our configurations in the terms of llama.cpp: the architectures `deepseek2` (V2, V3, latent attention) and `llama` (DeepSeek LLM). */
+/** @file Maps configurations to the architectures of llama.cpp: `deepseek2` (V2, V3, latent attention) and `llama` (DeepSeek LLM). */
 import type { GgufValue } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { DeepSeekConfig } from '../config.ts'
 
-/** Keys of a file, without `general.*` and `tokenizer.*`, and what llama.cpp computes otherwise than the model. */
+/** Metadata of a GGUF file, without `general.*` and `tokenizer.*`. */
 export interface Architecture {
   readonly name: 'deepseek2' | 'llama'
   readonly metadata: Readonly<Record<string, GgufValue>>
-  /** Differences that no key can express, as sentences. */
+  /** Differences between llama.cpp and the model, as sentences. */
   readonly notes: readonly string[]
 }
 
@@ -17,7 +17,7 @@ const bool = (value: boolean): GgufValue => ({ type: 'bool', value })
 const string = (value: string): GgufValue => ({ type: 'string', value })
 
 /**
- * The hyperparameters of a configuration (llama.cpp `src/llama-arch.cpp`, `src/models/deepseek2.cpp`, as of v0.5.0).
+ * Returns the hyperparameters of a configuration (llama.cpp `src/llama-arch.cpp`, `src/models/deepseek2.cpp`, as of v0.5.0).
  *
  * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load
  */
@@ -47,14 +47,14 @@ const headKeys = (config: DeepSeekConfig): Keys => ({
   'attention.value_length': u32(config.v_head_dim),
 })
 
-/** llama.cpp computes latent attention in absorbed form: one head of keys and values, the latent itself. */
+/** llama.cpp computes latent attention in absorbed form, with the latent as the only key and value head. */
 function latentKeys(config: DeepSeekConfig): Keys {
-  const { kv_lora_rank: latent, qk_rope_head_dim: turned, qk_nope_head_dim: nope } = config
+  const { kv_lora_rank: latent, qk_rope_head_dim: rotary, qk_nope_head_dim: nope } = config
   return {
     'attention.head_count_kv': u32(1),
-    'attention.key_length': u32(latent + turned),
+    'attention.key_length': u32(latent + rotary),
     'attention.value_length': u32(latent),
-    'attention.key_length_mla': u32(nope + turned),
+    'attention.key_length_mla': u32(nope + rotary),
     'attention.value_length_mla': u32(config.v_head_dim),
     'attention.kv_lora_rank': u32(latent),
     ...queryRank(config),
@@ -62,13 +62,13 @@ function latentKeys(config: DeepSeekConfig): Keys {
   }
 }
 
-/** llama.cpp tells V2-Lite, whose queries are not compressed, by its number of layers and asks all others for a rank; 0 means none. */
+/** llama.cpp recognizes V2-Lite, which does not compress queries, by its number of layers. All others need a rank; 0 means no compression. */
 function queryRank({ q_lora_rank: rank, num_hidden_layers: layers, vocab_size: vocabulary }: DeepSeekConfig): Keys {
   const lite = layers === 26 || layers === 27 || (layers === 48 && vocabulary === 128256)
   if (lite && rank !== null) {
     throw unloadable(
-      `num_hidden_layers = ${layers} with q_lora_rank = ${rank}: llama.cpp takes ${layers} layers for V2-Lite, without q_lora_rank`,
-      'use another number of layers, or q_lora_rank null',
+      `num_hidden_layers = ${layers} with q_lora_rank = ${rank}: llama.cpp loads models of ${layers} layers as V2-Lite, without q_lora_rank`,
+      'use another number of layers, or set q_lora_rank to null',
     )
   }
   return lite ? {} : { 'attention.q_lora_rank': u32(rank ?? 0) }
@@ -77,7 +77,7 @@ function queryRank({ q_lora_rank: rank, num_hidden_layers: layers, vocab_size: v
 function expertKeys(config: DeepSeekConfig): Keys {
   const { n_routed_experts: experts, num_experts_per_tok: chosen } = config
   if (experts === null || chosen === null) {
-    // Asked for although no layer has experts.
+    // llama.cpp requires these keys even if no layer has experts.
     return {
       leading_dense_block_count: u32(config.num_hidden_layers),
       expert_feed_forward_length: u32(config.intermediate_size),
@@ -97,7 +97,7 @@ function expertKeys(config: DeepSeekConfig): Keys {
   }
 }
 
-/** llama.cpp wants a shared expert; where there is none, one of zeros is written. */
+/** llama.cpp requires a shared expert. If there is none, an expert of zeros is written. */
 export const sharedExperts = (config: DeepSeekConfig): number => Math.max(1, config.n_shared_experts)
 
 function groupKeys(config: DeepSeekConfig, experts: number): Keys {
@@ -105,7 +105,7 @@ function groupKeys(config: DeepSeekConfig, experts: number): Keys {
   if (kept === groups) return {}
   if (experts === groups) {
     throw unloadable(
-      `n_group = ${groups} of one expert each: llama.cpp scores a group by two experts`,
+      `n_group = ${groups} with one expert per group: llama.cpp scores a group by two experts`,
       'use groups of at least two experts',
     )
   }
@@ -118,9 +118,9 @@ function groupsOf({ topk_method: method, n_group, topk_group }: DeepSeekConfig):
 }
 
 /**
- * Rotary positions. llama.cpp has two numbers for what YaRN does to amplitudes: `attn_factor` A multiplies cos and sin, and scores are
- * multiplied by (A (1 + 0.1 m ln factor))², `yarn_log_multiplier` being 0.1 m. They are solved for what the model does: the amplitude
- * and the factor on scores that modeling_deepseek.py has. For V2 and V3 that gives A = 1 and m = mscale_all_dim.
+ * Keys of RoPE. llama.cpp has two settings for the effect of YaRN on amplitudes: `attn_factor` A multiplies cos and sin, and scores are
+ * multiplied by (A (1 + 0.1 m ln factor))², where `yarn_log_multiplier` is 0.1 m. They are computed to match the amplitude and the scaling
+ * of scores in modeling_deepseek.py. For V2 and V3, A = 1 and m = mscale_all_dim.
  */
 function ropeKeys(config: DeepSeekConfig): Keys {
   const keys: Keys = {
@@ -130,7 +130,8 @@ function ropeKeys(config: DeepSeekConfig): Keys {
   const { rope_scaling: scaling } = config
   if (!scaling || scaling.factor === 1) return keys
   const { factor, original_max_position_embeddings: context, beta_fast = 32, beta_slow = 1 } = scaling
-  if (factor < 1) throw unloadable(`rope_scaling.factor = ${factor}`, 'YaRN extends the context: use a factor above 1')
+  if (factor < 1)
+    throw unloadable(`rope_scaling.factor = ${factor} is below 1`, 'use a factor above 1, which extends the context')
   const temperature = (m: number) => 0.1 * m * Math.log(factor) + 1
   const { mscale, mscale_all_dim: all } = scaling
   const amplitude = mscale && all ? temperature(mscale) / temperature(all) : temperature(1)
@@ -141,7 +142,7 @@ function ropeKeys(config: DeepSeekConfig): Keys {
     'rope.scaling.yarn_beta_fast': f32(beta_fast),
     'rope.scaling.yarn_beta_slow': f32(beta_slow),
   })
-  // Without a multiplier llama.cpp gives cos and sin temperature(1) by itself.
+  // Without a multiplier, llama.cpp itself scales cos and sin by temperature(1).
   let attnFactor = amplitude / temperature(1)
   if (config.model_type !== 'llama') {
     const multiplier = ((all ? temperature(all) : 1) / amplitude - 1) / Math.log(factor)
@@ -158,14 +159,12 @@ function notesOf(config: DeepSeekConfig): string[] {
   const notes: string[] = []
   const { groups, kept } = groupsOf(config)
   if (kept < groups && config.topk_method === 'group_limited_greedy') {
-    notes.push(
-      'V2 scores a group of experts by its best one, llama.cpp by its best two: some tokens take other experts',
-    )
+    notes.push('llama.cpp scores a group of experts by its best two, V2 by its best one: some tokens use other experts')
   }
   if (Math.abs(config.rms_norm_eps / 1e-6 - 1) > 1e-6) {
-    notes.push(`the norms of the latents use an epsilon of 1e-6, in llama.cpp rms_norm_eps = ${config.rms_norm_eps}`)
+    notes.push(`llama.cpp normalizes latents with rms_norm_eps = ${config.rms_norm_eps} instead of 1e-6`)
   }
-  if (config.num_nextn_predict_layers > 0) notes.push('the MTP modules are left out')
+  if (config.num_nextn_predict_layers > 0) notes.push('the MTP modules are not exported')
   return notes
 }
 

@@ -30,7 +30,7 @@ describe('keys', () => {
   test('of DeepSeek-V3', () => {
     const { name, notes } = architectureOf(parseConfig(presets['deepseek-v3']))
     expect(name).toBe('deepseek2')
-    expect(notes).toEqual(['the MTP modules are left out'])
+    expect(notes).toEqual(['the MTP modules are not exported'])
     expect(keysOf(presets['deepseek-v3'])).toEqual({
       block_count: 61,
       context_length: 163840,
@@ -79,7 +79,7 @@ describe('keys', () => {
   test('of GLM-4.7-Flash: those of its published files', () => {
     const { name, notes } = architectureOf(parseConfig(presets['glm-4.7-flash']))
     expect(name).toBe('deepseek2')
-    expect(notes.join()).toMatch(/epsilon of 1e-6, in llama.cpp rms_norm_eps = 0.00001,the MTP modules/)
+    expect(notes.join()).toMatch(/rms_norm_eps = 0.00001 instead of 1e-6,the MTP modules/)
     expect(keysOf(presets['glm-4.7-flash'])).toMatchObject({
       block_count: 47,
       context_length: 202752,
@@ -132,18 +132,18 @@ describe('keys', () => {
     })
   })
 
-  test('notes name what llama.cpp does otherwise', () => {
+  test('notes name the differences of llama.cpp', () => {
     const notes = (config: DeepSeekConfigInput) => architectureOf(parseConfig(config)).notes.join('\n')
-    expect(notes(presets['deepseek-v2'])).toMatch(/by its best one, llama.cpp by its best two/)
-    expect(notes(presets['moonlight-16b-a3b'])).toMatch(/epsilon of 1e-6, in llama.cpp rms_norm_eps = 0.00001/)
+    expect(notes(presets['deepseek-v2'])).toMatch(/by its best two, V2 by its best one/)
+    expect(notes(presets['moonlight-16b-a3b'])).toMatch(/rms_norm_eps = 0.00001 instead of 1e-6/)
     expect(notes(presets['deepseek-v2-lite'])).toBe('')
   })
 
   test.each<[DeepSeekConfigInput, RegExp]>([
-    [{ ...cases.v3, num_hidden_layers: 27 }, /llama.cpp takes 27 layers for V2-Lite/],
+    [{ ...cases.v3, num_hidden_layers: 27 }, /llama.cpp loads models of 27 layers as V2-Lite/],
     [{ ...cases.v3, n_group: 16, topk_group: 8 }, /scores a group by two experts/],
     [{ ...cases.v3, rope_scaling: { type: 'yarn', factor: 0.5 } }, /factor above 1/],
-  ])('what llama.cpp cannot load is refused', (config, message) => {
+  ])('models that llama.cpp cannot load are rejected', (config, message) => {
     expect(() => architectureOf(parseConfig(config))).toThrow(message)
   })
 })
@@ -170,7 +170,7 @@ describe('tensors', () => {
     expect(done).toEqual(done.toSorted((x, y) => x - y))
   })
 
-  test('lie as llama.cpp reads them', async () => {
+  test('have the layout that llama.cpp reads', async () => {
     const model = modelOf(cases.v3)
     const saved = join(folder, 'layout')
     await model.save(saved)
@@ -207,7 +207,7 @@ describe('tensors', () => {
     expect([...file.tensors.keys()].some(name => name.startsWith('blk.3'))).toBe(false)
   })
 
-  test('of halves that turn come in pairs', async () => {
+  test('with rotated halves are reordered into pairs', async () => {
     const llama = modelOf(cases.llama)
     const path = join(folder, 'halves.gguf')
     await exportGguf(llama, path, { type: 'f32', tokenizer })
@@ -227,7 +227,7 @@ describe('tensors', () => {
     llama.dispose()
   })
 
-  test('take the type asked for where their rows are whole blocks; norms and gates stay f32', async () => {
+  test('have the requested type if their rows are whole blocks; norms and gates stay f32', async () => {
     const model = modelOf({ ...cases.v3, tie_word_embeddings: true, n_shared_experts: 0 })
     const path = join(folder, 'types.gguf')
     await exportGguf(model, path, { type: 'q4_0', tokenizer })
@@ -251,14 +251,14 @@ describe('tensors', () => {
     expect(other.tensors.get('blk.1.ffn_up_exps.weight')?.type).toBe('q8_0')
   })
 
-  test('a type that is none is refused before anything is read', async () => {
+  test('an unknown type is rejected before anything is read', async () => {
     await expect(exportGguf('nowhere', 'nowhere.gguf', { type: 'q5' as 'q8_0' })).rejects.toMatchObject({
       code: 'E_CONFIG',
-      message: 'exportGguf: there is no type "q5"; pass one of f32, f16, q4_0, q8_0, bf16',
+      message: 'exportGguf: unknown type "q5"; pass one of f32, f16, q4_0, q8_0, bf16',
     })
   })
 
-  test('that do not belong to the configuration are refused by name', async () => {
+  test('that do not match the configuration are rejected by name', async () => {
     const model = modelOf(cases.v3)
     const saved = join(folder, 'wrong')
     await model.save(saved)
@@ -268,7 +268,9 @@ describe('tensors', () => {
     await writeFile(join(saved, 'config.json'), JSON.stringify({ ...config, v_head_dim: 32 }))
     const failure = await exportGguf(saved, path, { tokenizer }).catch(error => error)
     expect(isMoeError(failure, 'E_CHECKPOINT')).toBe(true)
-    expect(failure.message).toMatch(/"model.layers.0.self_attn.kv_b_proj.weight" is \[224, 32\], not \[256, 32\]/)
+    expect(failure.message).toMatch(
+      /"model.layers.0.self_attn.kv_b_proj.weight" has the shape \[224, 32\], expected \[256, 32\]/,
+    )
     await writeFile(join(saved, 'config.json'), JSON.stringify({ ...config, num_hidden_layers: 9 }))
     await expect(exportGguf(saved, path, { tokenizer })).rejects.toThrow(
       /"model.layers.\d.input_layernorm.weight" is missing/,

@@ -1,4 +1,4 @@
-/** @file Models as GGUF files for llama.cpp, Ollama and LM Studio. */
+/** @file Exports models as GGUF files for llama.cpp, Ollama and LM Studio. */
 import { access, readFile } from 'node:fs/promises'
 import { basename, join, resolve } from 'node:path'
 import {
@@ -20,23 +20,23 @@ import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
 import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
 
-/** Format, tokenizer and names of the file. */
+/** Options of {@link exportGguf}. */
 export interface ExportGgufOptions extends WriteGgufOptions {
   /**
-   * Format of the matrices: 32, 16, 16, 8.5 or 4.5 bits a weight. Norms and gates stay f32; matrices whose rows are no multiple of 32
-   * are f16 where blocks were asked for. Default `q8_0`.
+   * Format of the matrices: 32, 16, 16, 8.5 or 4.5 bits per weight. Norms and gates are always f32. With `q8_0` and `q4_0`, matrices whose rows are not a multiple of 32 are f16.
+   * Default `q8_0`.
    */
   readonly type?: GgufEncoding
   /**
-   * A tokenizer (anything with `toJSON`, such as that of `@moe/tokenizer-bpe`), the path of a tokenizer.json, or `'none'` for a file that
-   * knows ids only. Default: tokenizer.json of the folder.
+   * A tokenizer (any object with `toJSON`, for example from `@moe/tokenizer-bpe`), the path of a tokenizer.json, or `'none'` for a file without a vocabulary. Default: tokenizer.json of the
+   * folder.
    */
   readonly tokenizer?: string | { toJSON(): unknown }
-  /** Jinja text that writes a conversation. Default: chat_template.jinja or that of tokenizer_config.json in the folder. */
+  /** Jinja chat template. Default: chat_template.jinja or that of tokenizer_config.json in the folder. */
   readonly chatTemplate?: string
-  /** llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), where it is not recognized. */
+  /** llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), if it is not recognized. */
   readonly preTokenizer?: string
-  /** Name shown to users. Default: that of the folder. */
+  /** Display name of the model. Default: the folder's name. */
   readonly name?: string
 }
 
@@ -50,29 +50,28 @@ const names: OptionNames<ExportGgufOptions> = {
   onProgress: true,
 }
 
-/** What was written. */
+/** The result of {@link exportGguf}. */
 export interface ExportedGguf {
-  /** Of the file. */
+  /** Path of the file. */
   readonly path: string
-  /** Size of the file. */
+  /** Size of the file in bytes. */
   readonly bytes: number
-  /** Number of tensors in it. */
+  /** Number of tensors in the file. */
   readonly tensors: number
-  /** What llama.cpp computes otherwise than this package, or does not have, as sentences. Empty when it computes the same. */
+  /** Differences between llama.cpp and this package for this model, as sentences. Empty if there are none. */
   readonly notes: readonly string[]
 }
 
-/** llama.cpp's `llama_ftype`: what the file mostly consists of. */
+/** llama.cpp's `llama_ftype`: the format of most tensors. */
 const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0: 2, q8_0: 7, bf16: 32 }
 
 /**
- * Writes a model as one GGUF file: V2 and V3 as architecture `deepseek2` with latent attention, DeepSeek LLM as `llama`. From a folder
- * tensors are read one at a time and no backend is needed. MTP modules are left out.
+ * Exports a model as one GGUF file: V2 and V3 with the architecture `deepseek2` and latent attention, DeepSeek LLM as `llama`. From a folder, tensors are read one at a time and no backend is needed.
+ * MTP modules are not exported.
  *
  * @param model a folder with config.json, safetensors and tokenizer.json, or a model in memory
- * @throws {MoeError} `E_CONFIG` for a type that is none and configurations that llama.cpp cannot load, `E_UNSUPPORTED` for tokenizers that it does not have,
- *   `E_CHECKPOINT` for weights that do not fit and failures of the file system, `E_ABORTED` when stopped. What stood at `path`
- *   is then unchanged.
+ * @throws {MoeError} `E_CONFIG` for an unknown type or a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for a tokenizer that it does not support, `E_CHECKPOINT` for weights that do not fit or if the file
+ *   system fails, `E_ABORTED` when cancelled. An existing file at `path` then stays unchanged.
  *
  * @example
  * ```ts
@@ -89,7 +88,7 @@ export async function exportGguf(
   const { type = 'q8_0' } = options
   if (!Object.hasOwn(fileTypes, type)) {
     const fix = `pass one of ${Object.keys(fileTypes).join(', ')}`
-    throw new MoeError({ code: 'E_CONFIG', op: 'exportGguf', problem: `there is no type ${shown(type)}`, fix })
+    throw new MoeError({ code: 'E_CONFIG', op: 'exportGguf', problem: `unknown type ${shown(type)}`, fix })
   }
   if (model instanceof Module) {
     refuseAdapters('exportGguf', model)
@@ -175,7 +174,7 @@ async function vocabularyFrom(
     code: 'E_UNSUPPORTED',
     op: 'exportGguf',
     problem: folder === undefined ? 'no tokenizer was given' : `${folder} has no tokenizer.json`,
-    fix: "pass { tokenizer }: a tokenizer, the path of a tokenizer.json, or 'none' for a file that knows ids only",
+    fix: "pass { tokenizer }: a tokenizer, the path of a tokenizer.json, or 'none' for a file without a vocabulary",
   })
 }
 
@@ -198,7 +197,7 @@ function json(name: string, text: string): unknown {
   try {
     return parseJson(text)
   } catch (cause) {
-    const problem = `${name} is no JSON: ${(cause as Error).message}`
+    const problem = `${name} is not valid JSON: ${(cause as Error).message}`
     throw new MoeError({ code: 'E_UNSUPPORTED', op: 'exportGguf', problem, cause })
   }
 }

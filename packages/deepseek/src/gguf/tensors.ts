@@ -1,27 +1,27 @@
 /**
- * @file The tensors of a model under llama.cpp's names and in its layout, one after another.
+ * @file Maps the weights of a model to llama.cpp's tensor names and layout.
  *
- * Legend: H heads, N and R features of a head without and with rotation, V values of a head, C latent.
+ * Legend: H heads, N and R features of a head without and with rotary embedding, V value features of a head, C latent features.
  */
 import type { GgufEncoding, GgufTensor } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { type DeepSeekConfig, isMoELayer } from '../config.ts'
 import { sharedExperts } from './architecture.ts'
 
-/** Weights by their keys in a checkpoint, as f32. */
+/** The weights of a model by checkpoint key, as f32. */
 export interface WeightSource {
-  /** Row-major sizes, undefined if there is no such weight. */
+  /** Row-major shape of a weight, or undefined if there is none. */
   shape(key: string): readonly number[] | undefined
   read(key: string): Promise<Float32Array>
 }
 
-/** Elements of a quantized block; rows of other lengths are stored in f16. */
+/** Elements per quantized block. Rows of other lengths are stored as f16. */
 const BLOCK = 32
 
 /**
- * Every tensor of the file. Matrices take the type asked for; norms, the gate and its bias stay f32, as in llama.cpp's own files.
+ * Returns all tensors of the file. Matrices are stored in the given type; norms, the gate and its bias are always f32, as in llama.cpp's own files.
  *
- * @throws {MoeError} `E_CHECKPOINT` for weights that are missing or of other sizes than the configuration says
+ * @throws {MoeError} `E_CHECKPOINT` for weights that are missing or have other shapes than the configuration requires
  */
 export function tensorsOf(config: DeepSeekConfig, source: WeightSource, type: GgufEncoding): GgufTensor[] {
   const { hidden_size: hidden, vocab_size: vocabulary } = config
@@ -44,9 +44,9 @@ export function tensorsOf(config: DeepSeekConfig, source: WeightSource, type: Gg
 
 function addHeads(out: TensorList, config: DeepSeekConfig, to: string, from: string): void {
   const { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups, v_head_dim: features } = config
-  const turned = turnedRows(config, features, 0)
-  out.matrix(`${to}.attn_q`, `${from}.q_proj`, [heads * features, hidden], turned)
-  out.matrix(`${to}.attn_k`, `${from}.k_proj`, [groups * features, hidden], turned)
+  const permute = pairRotaryRows(config, features, 0)
+  out.matrix(`${to}.attn_q`, `${from}.q_proj`, [heads * features, hidden], permute)
+  out.matrix(`${to}.attn_k`, `${from}.k_proj`, [groups * features, hidden], permute)
   out.matrix(`${to}.attn_v`, `${from}.v_proj`, [groups * features, hidden])
   out.matrix(`${to}.attn_output`, `${from}.o_proj`, [hidden, heads * features])
 }
@@ -55,19 +55,19 @@ function addLatentAttention(out: TensorList, config: DeepSeekConfig, to: string,
   const { hidden_size: hidden, num_attention_heads: heads, q_lora_rank: rank, kv_lora_rank: latent } = config
   const { qk_nope_head_dim: nope, qk_rope_head_dim: rope, v_head_dim: value } = config
   const queries = heads * (nope + rope)
-  const turned = turnedRows(config, nope + rope, nope)
-  if (rank === null) out.matrix(`${to}.attn_q`, `${from}.q_proj`, [queries, hidden], turned)
+  const permute = pairRotaryRows(config, nope + rope, nope)
+  if (rank === null) out.matrix(`${to}.attn_q`, `${from}.q_proj`, [queries, hidden], permute)
   else {
     out.matrix(`${to}.attn_q_a`, `${from}.q_a_proj`, [rank, hidden])
     out.vector(`${to}.attn_q_a_norm.weight`, `${from}.q_a_layernorm.weight`, rank)
-    out.matrix(`${to}.attn_q_b`, `${from}.q_b_proj`, [queries, rank], turned)
+    out.matrix(`${to}.attn_q_b`, `${from}.q_b_proj`, [queries, rank], permute)
   }
-  const keyRows = turnedRows(config, latent + rope, latent)
+  const keyRows = pairRotaryRows(config, latent + rope, latent)
   out.matrix(`${to}.attn_kv_a_mqa`, `${from}.kv_a_proj_with_mqa`, [latent + rope, hidden], keyRows)
   out.vector(`${to}.attn_kv_a_norm.weight`, `${from}.kv_a_layernorm.weight`, latent)
   const key = `${from}.kv_b_proj.weight`
   const shape = [heads * (nope + value), latent]
-  // W_UK turns queries into latents: it is stored transposed, [H, C, N]; W_UV as it is, [H, V, C].
+  // W_UK, which maps queries to latents, is stored transposed, [H, C, N]; W_UV as it is, [H, V, C].
   out.cut(`${to}.attn_k_b.weight`, key, shape, [heads, latent, nope], kv => keyUp(kv, heads, nope, value, latent))
   out.cut(`${to}.attn_v_b.weight`, key, shape, [heads, value, latent], kv => valueUp(kv, heads, nope, value, latent))
   out.matrix(`${to}.attn_output`, `${from}.o_proj`, [hidden, heads * value])
@@ -87,7 +87,7 @@ function addExperts(out: TensorList, config: DeepSeekConfig, to: string, from: s
   addMlp(out, to, '_shexp', shared, hidden, sharedExperts(config) * width)
 }
 
-/** A SwiGLU net; zeros where there is none to read. */
+/** A SwiGLU network; zeros if `from` is null. */
 function addMlp(out: TensorList, to: string, suffix: string, from: string | null, hidden: number, width: number): void {
   for (const part of ['gate', 'down', 'up']) {
     const shape = part === 'down' ? [hidden, width] : [width, hidden]
@@ -95,7 +95,7 @@ function addMlp(out: TensorList, to: string, suffix: string, from: string | null
   }
 }
 
-/** Gathers tensors, checking that their weights are there. */
+/** Collects tensors and checks the shapes of their weights. */
 class TensorList {
   readonly tensors: GgufTensor[] = []
   readonly #source: WeightSource
@@ -106,7 +106,7 @@ class TensorList {
     this.#type = type
   }
 
-  /** A weight that stays f32. */
+  /** Adds a weight that stays f32. */
   plain(name: string, key: string, shape: readonly number[]): void {
     this.#check(key, shape)
     this.tensors.push({ name, type: 'f32', shape, values: () => this.#source.read(key) })
@@ -116,7 +116,7 @@ class TensorList {
     this.plain(name, key, [length])
   }
 
-  /** A weight of the wanted type, `change` applied to its elements; zeros without a key. */
+  /** Adds a matrix in the requested type, transformed by `change`; zeros if the key is null. */
   matrix(
     name: string,
     key: string | null,
@@ -132,7 +132,7 @@ class TensorList {
     this.#add(`${name}.weight`, shape, values)
   }
 
-  /** A part of a weight, in another shape. */
+  /** Adds a part of a weight. */
   cut(
     name: string,
     key: string,
@@ -144,7 +144,7 @@ class TensorList {
     this.#add(name, shape, async () => part(await this.#source.read(key)))
   }
 
-  /** One tensor of a weight for each expert, read expert by expert. */
+  /** Adds one tensor with the weights of all experts, which are read one at a time. */
   stacked(name: string, from: string, part: string, shape: readonly number[]): void {
     const source = this.#source
     const keys = Array.from({ length: shape[0] }, (_, expert) => `${from}.${expert}.${part}.weight`)
@@ -163,24 +163,25 @@ class TensorList {
   #check(key: string, shape: readonly number[]): void {
     const found = this.#source.shape(key)
     if (found !== undefined && found.join() === shape.join()) return
-    const problem = found === undefined ? 'is missing' : `is [${found.join(', ')}], not [${shape.join(', ')}]`
+    const problem =
+      found === undefined ? 'is missing' : `has the shape [${found.join(', ')}], expected [${shape.join(', ')}]`
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: 'exportGguf',
       problem: `the weight ${JSON.stringify(key)} ${problem}`,
-      fix: 'config.json and the weights must belong to one model',
+      fix: 'use the config.json and weights of the same model',
       details: { key },
     })
   }
 }
 
 /**
- * llama.cpp turns pairs that lie side by side, as V2 and V3 store them. Where a model turns the two halves of the features (Llama, and
- * rope_interleave false), rows are put in pairs.
+ * llama.cpp rotates adjacent pairs, as V2 and V3 store them. For models that rotate the two halves of the features (Llama, and
+ * rope_interleave false), this returns a function that reorders the rows into pairs.
  *
- * @param period rows of a head; of these the ones from `first` on are turned
+ * @param period rows of a head; those from `first` on are rotated
  */
-function turnedRows(config: DeepSeekConfig, period: number, first: number) {
+function pairRotaryRows(config: DeepSeekConfig, period: number, first: number) {
   if (config.rope_interleave) return undefined
   const half = (period - first) / 2
   return (values: Float32Array, rowLength: number): Float32Array => {
@@ -198,7 +199,7 @@ function turnedRows(config: DeepSeekConfig, period: number, first: number) {
   }
 }
 
-/** kv_b_proj `[H (N + V), C]` to its key part transposed, `[H, C, N]`. */
+/** The transposed key part, `[H, C, N]`, of kv_b_proj `[H (N + V), C]`. */
 function keyUp(kv: Float32Array, heads: number, nope: number, value: number, latent: number): Float32Array {
   const out = new Float32Array(heads * latent * nope)
   for (let head = 0; head < heads; head++) {
@@ -211,7 +212,7 @@ function keyUp(kv: Float32Array, heads: number, nope: number, value: number, lat
   return out
 }
 
-/** kv_b_proj `[H (N + V), C]` to its value part, `[H, V, C]`. */
+/** The value part, `[H, V, C]`, of kv_b_proj `[H (N + V), C]`. */
 function valueUp(kv: Float32Array, heads: number, nope: number, value: number, latent: number): Float32Array {
   const out = new Float32Array(heads * value * latent)
   for (let head = 0; head < heads; head++) {

@@ -1,4 +1,4 @@
-/** @file For tests: configurations that differ in what an export has to map. */
+/** @file For tests: configurations that exercise all parts of the export. */
 import type { DeepSeekConfigInput } from '../config.ts'
 import { presets } from '../presets.ts'
 
@@ -80,13 +80,13 @@ const llama = {
   initializer_range: 0.15,
 } satisfies DeepSeekConfigInput
 
-/** By name; llama.cpp computes the same for all of them. */
+/** Configurations by name. llama.cpp computes the same as this package for all of them. */
 export const cases = {
   v3,
   'V3 with YaRN': { ...v3, rope_scaling: { ...yarn, mscale: 1, mscale_all_dim: 1 } },
-  'V3 with YaRN that scales no scores': { ...v3, rope_scaling: yarn },
+  'V3 with YaRN without score scaling': { ...v3, rope_scaling: yarn },
   'V3 with YaRN of two temperatures': { ...v3, rope_scaling: { ...yarn, mscale: 1, mscale_all_dim: 0.5 } },
-  'V3 that turns halves': { ...v3, rope_interleave: false },
+  'V3 that rotates halves': { ...v3, rope_interleave: false },
   'V3 without compressed queries': { ...v3, q_lora_rank: null },
   'V3 without shared experts': { ...v3, n_shared_experts: 0 },
   'V3 with tied embeddings': { ...v3, tie_word_embeddings: true },

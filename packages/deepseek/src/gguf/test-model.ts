@@ -1,4 +1,4 @@
-/** @file For tests: a model whose selection biases are not zero, and a tokenizer for it. */
+/** @file For tests: a model with nonzero balance biases, and a tokenizer for it. */
 import { fromHost } from '@moe/core'
 import { type PreTokenizerName, trainBpe } from '@moe/tokenizer-bpe'
 import { DeepSeek, type DeepSeekConfigInput } from '../index.ts'
@@ -18,6 +18,6 @@ export function modelOf(config: DeepSeekConfigInput): DeepSeek {
 
 const text = 'The better angels of our nature: of the people, by the people, for the people, 1 234 567 times.'
 
-/** About 290 ids, of which 0 and 1 are special. */
+/** A tokenizer with about 290 ids, of which 0 and 1 are special. */
 export const tokenizerWith = (preTokenizer: PreTokenizerName) =>
   trainBpe([text], { vocabSize: 290, preTokenizer, specialTokens: ['<|end|>', '<|begin|>'], minFrequency: 1 })

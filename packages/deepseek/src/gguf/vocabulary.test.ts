@@ -84,16 +84,18 @@ describe('a vocabulary', () => {
 
   test('with another pre-tokenizer needs its name', () => {
     const other = { ...json, pre_tokenizer: { type: 'Whitespace' } }
-    expect(() => values({ tokenizer: other })).toThrow(/none that llama.cpp is known to have; pass \{ preTokenizer \}/)
+    expect(() => values({ tokenizer: other })).toThrow(
+      /no known equivalent of the pre_tokenizer .*; pass \{ preTokenizer \}/,
+    )
     expect(values({ tokenizer: other, preTokenizer: 'bloom' })['ggml.pre']).toBe('bloom')
   })
 
-  test('notes what is lost', () => {
+  test('notes what is not exported', () => {
     const notes = (tokenizer: unknown, of = config) => vocabularyOf(of, { tokenizer }).notes.join('\n')
     expect(notes(json)).toBe('')
     expect(notes({ ...json, normalizer: { type: 'Sequence', normalizers: [] } })).toBe('')
-    expect(notes({ ...json, normalizer: { type: 'NFC' } })).toMatch(/normalizer of the tokenizer is left out/)
-    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: null }))).toMatch(/takes token 11/)
+    expect(notes({ ...json, normalizer: { type: 'NFC' } })).toMatch(/normalizer is not exported/)
+    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: null }))).toMatch(/uses token 11/)
     expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: [1, 2, 3, 4] }))).toMatch(/the first three/)
   })
 
@@ -109,7 +111,7 @@ describe('a vocabulary', () => {
     [
       'larger than the model',
       { ...json, model: { vocab: { a: 320 }, merges: [] } },
-      /the id 320, the model a vocab_size of 320/,
+      /the id 320, beyond the model's vocab_size of 320/,
     ],
   ])('%s is refused', (_, tokenizer, message) => {
     expect(() => values({ tokenizer })).toThrow(message)

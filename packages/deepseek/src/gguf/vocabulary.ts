@@ -1,19 +1,19 @@
-/** @file A tokenizer.json in the terms of llama.cpp: `tokenizer.*` keys of a byte-level BPE (`gpt2`). */
+/** @file Converts tokenizer.json to the `tokenizer.*` metadata of llama.cpp, for byte-level BPE (`gpt2`). */
 import { createHash } from 'node:crypto'
 import type { GgufValue } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { z } from 'zod'
 import { type DeepSeekConfig, endTokens } from '../config.ts'
 
-/** What tokenizer.json and tokenizer_config.json say, as far as llama.cpp wants to know. */
+/** The files of a tokenizer. */
 export interface TokenizerFiles {
   /** The content of tokenizer.json. */
   readonly tokenizer: unknown
-  /** The content of tokenizer_config.json, if there is one. */
+  /** The content of tokenizer_config.json, if it exists. */
   readonly tokenizerConfig?: unknown
-  /** Jinja text that writes a conversation; goes before that of tokenizer_config.json. */
+  /** Jinja chat template, which takes precedence over that of tokenizer_config.json. */
   readonly chatTemplate?: string
-  /** llama.cpp's name of the pre-tokenizer, where it is not recognized. */
+  /** llama.cpp's name of the pre-tokenizer, if it is not recognized. */
   readonly preTokenizer?: string
 }
 
@@ -22,10 +22,10 @@ export interface Vocabulary {
   readonly notes: readonly string[]
 }
 
-/** A file without a vocabulary: llama.cpp takes and gives ids. */
+/** Metadata of a file without a vocabulary, with which llama.cpp accepts and returns ids only. */
 export const noVocabulary: Vocabulary = {
   metadata: { 'tokenizer.ggml.model': { type: 'string', value: 'none' } },
-  notes: ['there is no vocabulary: only programs that give libllama ids can run the file'],
+  notes: ['the file has no vocabulary: only programs that pass token ids to libllama can use it'],
 }
 
 /** llama.cpp's `llama_token_type`. */
@@ -50,7 +50,7 @@ const tokenizerFile = z.object({
   }),
 })
 
-/** Not a record of zod: that leaves out the token `__proto__`. */
+/** Not a zod record, which would drop the token `__proto__`. */
 function isVocabulary(value: unknown): boolean {
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return false
   return Object.values(value).every(id => Number.isSafeInteger(id) && id >= 0)
@@ -63,11 +63,9 @@ const tokenizerConfigFile = z.object({
 })
 
 /**
- * The `tokenizer.*` keys: tokens up to the model's vocab_size (what the tokenizer lacks is padded), their kinds, merges, special ids, the
- * chat template.
+ * Returns the `tokenizer.*` metadata: tokens up to the model's vocab_size (ids without a token are padded), their types, merges, special ids, and the chat template.
  *
- * @throws {MoeError} `E_UNSUPPORTED` for a tokenizer that is no byte-level BPE, that has more ids than the model, or whose pre-tokenizer
- *   llama.cpp has no name for
+ * @throws {MoeError} `E_UNSUPPORTED` for a tokenizer that is not a byte-level BPE, has ids beyond the model's vocabulary, or has a pre-tokenizer that llama.cpp does not support
  */
 export function vocabularyOf(config: DeepSeekConfig, files: TokenizerFiles): Vocabulary {
   const file = parsed('tokenizer.json', tokenizerFile, files.tokenizer)
@@ -109,8 +107,8 @@ function parsed<T extends z.ZodType>(name: string, schema: T, content: unknown):
   if (result.success) return result.data
   const [{ path, message }] = result.error.issues
   throw unsupported(
-    `${name} at ${path.join('.').slice(0, 100) || 'the top'}: ${message.slice(0, 200)}`,
-    'llama.cpp needs a byte-level BPE, as @moe/tokenizer-bpe and Hugging Face tokenizers write it',
+    `${name} is invalid at ${path.join('.').slice(0, 100) || 'the top level'}: ${message.slice(0, 200)}`,
+    'use a byte-level BPE tokenizer of @moe/tokenizer-bpe or Hugging Face tokenizers',
   )
 }
 
@@ -120,8 +118,8 @@ function tokensOf({ model, added_tokens: added }: z.output<typeof tokenizerFile>
   const put = (id: number, token: string, kind: number) => {
     if (id >= size) {
       throw unsupported(
-        `the tokenizer has the id ${id}, the model a vocab_size of ${size}`,
-        'export with the tokenizer that the model was trained with',
+        `the tokenizer has the id ${id}, beyond the model's vocab_size of ${size}`,
+        'use the tokenizer that the model was trained with',
       )
     }
     tokens[id] = token
@@ -137,7 +135,7 @@ function templateOf(found: z.output<typeof tokenizerConfigFile>['chat_template']
   return (found.find(({ name }) => name === 'default') ?? found[0])?.template
 }
 
-/** Whether a TemplateProcessing puts a special token in front of a text. */
+/** Whether a TemplateProcessing adds a special token before a text. */
 function startsWithSpecial(processor: unknown): boolean {
   const { type, single, processors } = (processor ?? {}) as Record<string, unknown>
   if (type === 'Sequence' && Array.isArray(processors)) return processors.some(startsWithSpecial)
@@ -148,15 +146,14 @@ function notesOf(config: DeepSeekConfig, { normalizer }: z.output<typeof tokeniz
   const notes: string[] = []
   const { type, normalizers } = (normalizer ?? {}) as Record<string, unknown>
   const nothing = normalizer == null || (type === 'Sequence' && Array.isArray(normalizers) && normalizers.length === 0)
-  if (!nothing) notes.push('the normalizer of the tokenizer is left out: llama.cpp has none for byte-level BPE')
-  if (endTokens(config).length === 0) notes.push('config.json has no eos_token_id: llama.cpp takes token 11 for it')
-  if (endTokens(config).length > 3) notes.push('of the eos_token_id the first three are kept')
+  if (!nothing) notes.push("the tokenizer's normalizer is not exported: llama.cpp has none for byte-level BPE")
+  if (endTokens(config).length === 0) notes.push('config.json has no eos_token_id: llama.cpp uses token 11')
+  if (endTokens(config).length > 3) notes.push('only the first three ids of eos_token_id are exported')
   return notes
 }
 
 /**
- * llama.cpp's names of pre-tokenizers, by a digest of their steps: regular expressions, `D` for single digits, `G` for the one that
- * ByteLevel brings along.
+ * llama.cpp's names of pre-tokenizers, by a digest of their steps: regular expressions, `D` for single digits, `G` for the regular expression of ByteLevel.
  */
 const knownPreTokenizers: Readonly<Record<string, string>> = {
   f4c8a397aaf869a6: 'deepseek-v3',
@@ -168,7 +165,7 @@ const knownPreTokenizers: Readonly<Record<string, string>> = {
   '5686f2ec21bd1aa9': 'qwen2',
 }
 
-/** @internal A digest of what a `pre_tokenizer` of tokenizer.json does; undefined for steps other than Split, Digits and ByteLevel. */
+/** @internal Returns a digest of the steps of a `pre_tokenizer` of tokenizer.json, or undefined if there are others than Split, Digits and ByteLevel. */
 export function preTokenizerDigest(preTokenizer: unknown): string | undefined {
   const steps: string[] = []
   const walk = (value: unknown): boolean => {
@@ -191,12 +188,12 @@ export function preTokenizerDigest(preTokenizer: unknown): string | undefined {
 function preTokenizerOf({ pre_tokenizer, model }: z.output<typeof tokenizerFile>): string {
   const digest = preTokenizerDigest(pre_tokenizer)
   const name = digest === undefined ? undefined : knownPreTokenizers[digest]
-  // The same pieces, and whole pieces that are tokens stay whole.
+  // The same pre-tokenizer, but pieces that are tokens are not merged.
   if (name === 'dbrx' && model.ignore_merges) return 'llama-bpe'
   if (name !== undefined) return name
   throw unsupported(
-    `the pre_tokenizer of tokenizer.json (digest ${digest}) is none that llama.cpp is known to have`,
-    "pass { preTokenizer } with llama.cpp's name for it (src/llama-vocab.cpp), such as 'default'",
+    `llama.cpp has no known equivalent of the pre_tokenizer in tokenizer.json (digest ${digest})`,
+    "pass { preTokenizer } with llama.cpp's name for it (src/llama-vocab.cpp), for example 'default'",
   )
 }
 

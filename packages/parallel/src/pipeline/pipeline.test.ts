@@ -270,7 +270,7 @@ test('a step of another number of micro-batches, or of micro-batches of several 
     await expect(pipeline.step(batchesOf(3, model))).rejects.toThrow(/has 2 micro-batches, the step 3/)
     const [batch] = batchesOf(1, model)
     const half = { ...batch, rows: 1, tokens: batch.tokens.slice(0, 7), documents: batch.documents.slice(0, 7) }
-    await expect(pipeline.step([batch, half])).rejects.toThrow(/micro-batches are \[2,7\] \[1,7\]/)
+    await expect(pipeline.step([batch, half])).rejects.toThrow(/micro-batches have different shapes: \[2,7\] \[1,7\]/)
   })
 })
 

@@ -1,10 +1,11 @@
-/** @file A row of costs, cut into runs of about the same cost. */
+/** @file Partitions a sequence of costs into consecutive runs of similar cost. */
 
 /**
- * First places of `runs` runs that make up `costs`: the costliest run is as cheap as can be, and the sum of their squares as small as that allows.
+ * Partitions `costs` into consecutive runs. Minimizes the cost of the most expensive run and, among such partitions, the sum of squares.
  * @param runs from 1 to the number of costs; no run is empty
+ * @returns the index at which each run starts
  */
-export function evenRuns(costs: readonly number[], runs: number): readonly number[] {
+export function balancedRuns(costs: readonly number[], runs: number): readonly number[] {
   const { cost: limit } = cheapest(costs, runs, Math.max)
   return cheapest(costs, runs, (before, run) => (run > limit ? Number.POSITIVE_INFINITY : before + run * run)).starts
 }
@@ -14,10 +15,10 @@ interface Cut {
   readonly starts: readonly number[]
 }
 
-/** The cheapest cut. `join` gives the cost of a cut, from that of all its runs but the last, and the last run. */
+/** Finds the cheapest partition. `join` returns the cost of a partition from that of all runs but the last, and that of the last. */
 function cheapest(costs: readonly number[], runs: number, join: (before: number, run: number) => number): Cut {
   const none: Cut = { cost: Number.POSITIVE_INFINITY, starts: [] }
-  /** For every end the cheapest cut of the costs before it, into as many runs as there have been rounds. */
+  /** The cheapest partition of the costs before each end, into as many runs as rounds so far. */
   let best: Cut[] = [{ cost: 0, starts: [] }, ...costs.map(() => none)]
   for (let round = 0; round < runs; round++) {
     const shorter = best

@@ -1,8 +1,8 @@
-/** @file In what precision a model decodes when nothing is said. */
+/** @file The default precision of inference. */
 import { namedParameters, type Precision, QuantizedParameter } from '@moe/core'
 import type { DeepSeek } from './model.ts'
 
-/** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
-export function usualPrecision(model: DeepSeek): Precision {
+/** bf16 for quantized weights, whose rounding error exceeds that of bf16 products. */
+export function defaultPrecision(model: DeepSeek): Precision {
   return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
 }
