@@ -1,10 +1,10 @@
 /** @file From texts to tokens, where lm-evaluation-harness cuts them (`_encode_pair`, `_loglikelihood_tokens`, `get_rolling_token_windows` there). */
 import { MoeError } from '@moe/core'
-import { wrong } from './fields.ts'
+import { dataError } from './fields.ts'
 
 /** What is needed of a tokenizer. That of `@moe/tokenizer-bpe` is one. */
 export interface EvaluationTokenizer {
-  /** Ids of a text. With `addSpecialTokens: false` nothing stands in front of it. */
+  /** Ids of a text. With `addSpecialTokens: false` nothing stands in preamble of it. */
   encode(text: string, options?: { addSpecialTokens?: boolean }): ArrayLike<number>
   /** For answers that are written: makes text of ids, with `skipSpecialTokens` without special tokens. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
@@ -37,7 +37,7 @@ export class TextEncoder {
     this.#options = options
   }
 
-  /** Ids of a text with what stands in front of it. */
+  /** Ids of a text with what stands in preamble of it. */
   encode(text: string): number[] {
     const { tokenizer, begin } = this.#options
     if (begin === undefined) return Array.from(tokenizer.encode(text))
@@ -86,9 +86,9 @@ export class TextEncoder {
   #scored({ ids, from }: { ids: readonly number[]; from: number }, place: string, continuation: string): Scored {
     const { context } = this.#options
     const count = ids.length - from
-    if (count < 1) throw wrong(place, `${JSON.stringify(continuation)} has no tokens behind its context`)
+    if (count < 1) throw dataError(place, `${JSON.stringify(continuation)} has no tokens behind its context`)
     if (count > context) {
-      throw wrong(place, `an answer has ${count} tokens, and the context of the model ${context}`)
+      throw dataError(place, `an answer has ${count} tokens, and the context of the model ${context}`)
     }
     // The last token is not read.
     const over = Math.max(0, ids.length - context - 1)
@@ -120,7 +120,7 @@ export class TextEncoder {
     const all = ids[0] === this.#prefix ? ids : [this.#prefix, ...ids]
     const result: Scored[] = []
     for (let start = 0; start + 1 < all.length; start += context) {
-      // The last piece has as much in front of it as there is room for.
+      // The last piece has as much in preamble of it as there is room for.
       const end = Math.min(all.length, start + context + 1)
       const first = Math.max(0, end - context - 1)
       result.push({ ids: all.slice(first, end), from: start + 1 - first, cut: false })

@@ -1,11 +1,11 @@
 /** @file A model and a task: how good the one is at the other. */
 import { checkOptions, MoeError, type OptionNames, type Precision, shown } from '@moe/core'
-import { abortedBy, type EvaluatedModel, ModelAsking } from './asking.ts'
 import type { EvaluationTokenizer } from './encode.ts'
 import { type PlacedItem, textReader } from './fields.ts'
 import { type ItemSource, readItems } from './items.ts'
-import { type Judge, type Judged, judgeOf } from './judges.ts'
 import type { Metric } from './metrics.ts'
+import { abortedBy, BatchedQueries, type EvaluatedModel } from './model-queries.ts'
+import { type Judged, type Scorer, scorerOf } from './scorers.ts'
 import { Shots } from './shots.ts'
 import type { ExampleDraw, Task, TaskTexts } from './task.ts'
 
@@ -13,7 +13,7 @@ import type { ExampleDraw, Task, TaskTexts } from './task.ts'
 export interface EvaluateTaskOptions {
   /** Makes ids of texts, and texts of ids. */
   readonly tokenizer: EvaluationTokenizer
-  /** How many examples stand in front of each item. Default: what the task says, or 0. */
+  /** How many examples stand in preamble of each item. Default: what the task says, or 0. */
   readonly shots?: number
   /** Where examples come from. Default: the other items. */
   readonly examples?: ItemSource
@@ -23,9 +23,9 @@ export interface EvaluateTaskOptions {
   readonly seed?: number
   /** Only so many items, the first. Default: all. */
   readonly limit?: number
-  /** Id that stands in front of every text; null for none. Default: what the tokenizer puts there by itself. */
+  /** Id that stands in preamble of every text; null for none. Default: what the tokenizer puts there by itself. */
   readonly begin?: number | null
-  /** Id that stands in front of what has no context, where nothing begins texts. Default: `bos_token_id` or `eos_token_id` of the model. */
+  /** Id that stands in preamble of what has no context, where nothing begins texts. Default: `bos_token_id` or `eos_token_id` of the model. */
   readonly prefix?: number
   /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
   readonly precision?: Precision
@@ -79,7 +79,7 @@ export interface TaskResult extends Summary {
   readonly task: string
   /** Each part of the task, if it has parts. */
   readonly groups?: Readonly<Record<string, Summary>>
-  /** Examples in front of each item. */
+  /** Examples in preamble of each item. */
   readonly shots: number
   /** How they were chosen; left out without any. */
   readonly draw?: ExampleDraw
@@ -91,8 +91,8 @@ export interface TaskResult extends Summary {
   readonly seconds: number
 }
 
-/** Items that are asked together: enough for full passes, few enough to be told of soon. */
-const together = 256
+/** Items that are asked batchSize: enough for full passes, few enough to be told of soon. */
+const batchSize = 256
 
 /**
  * Judges a model by a task: reads its items, asks the model, and tells the numbers that lm-evaluation-harness would. Nothing is trained, and the model may be in the middle of
@@ -110,20 +110,20 @@ export async function evaluateTask(
   const started = performance.now()
   const { onItem, onProgress, signal, limit = Infinity } = options
   const all = await readItems(items, 'item')
-  const judge = judgeOf(task)
+  const scorer = scorerOf(task)
   const groupOf = task.group === undefined ? undefined : textReader('group', task.group)
-  const front = await frontOf(task, judge, all, options)
-  const asking = new ModelAsking(model, options)
+  const preamble = await preambleOf(task, scorer, all, options)
+  const queries = new BatchedQueries(model, options)
   const results: ItemResult[] = []
   const count = Math.min(limit, all.length)
-  for (let start = 0; start < count; start += together) {
-    const some = all.slice(start, Math.min(count, start + together))
-    asking.onProgress = done => onProgress?.((start + done * some.length) / count)
-    const judged = await judge.judge(
-      some.map((item, i) => ({ item, front: front.of(item, start + i) })),
-      asking,
+  for (let start = 0; start < count; start += batchSize) {
+    const some = all.slice(start, Math.min(count, start + batchSize))
+    queries.onProgress = done => onProgress?.((start + done * some.length) / count)
+    const scored = await scorer.score(
+      some.map((item, i) => ({ item, preamble: preamble.of(item, start + i) })),
+      queries,
     )
-    for (const [i, one] of judged.entries()) {
+    for (const [i, one] of scored.entries()) {
       const result = { item: start + i, place: some[i].place, ...(groupOf && { group: groupOf(some[i]) }), ...one }
       results.push(result)
       onItem?.(result)
@@ -131,10 +131,10 @@ export async function evaluateTask(
     if (signal?.aborted) throw abortedBy(signal)
   }
   const summary = (some: readonly ItemResult[]): Summary => ({
-    metrics: judge.summarize(some.map(({ metrics }) => metrics)),
+    metrics: scorer.summarize(some.map(({ metrics }) => metrics)),
     items: some.length,
   })
-  const { shots, draw, seed } = front
+  const { shots, draw, seed } = preamble
   return {
     task: task.name,
     ...summary(results),
@@ -152,13 +152,14 @@ function byGroup(results: readonly ItemResult[], summary: (some: readonly ItemRe
   return Object.fromEntries(Array.from(groups, name => [name, of(name)]))
 }
 
-/** What stands in front of items: the task's description, and examples. */
-async function frontOf(task: Task, judge: Judge, all: readonly PlacedItem[], options: EvaluateTaskOptions) {
+/** What stands in preamble of items: the task's description, and examples. */
+async function preambleOf(task: Task, judge: Scorer, all: readonly PlacedItem[], options: EvaluateTaskOptions) {
   const texts: Partial<TaskTexts> = task.kind === 'text' ? {} : (task as Partial<TaskTexts>)
   const { shots = texts.shots ?? 0, draw = texts.draw ?? 'each', seed = 0 } = options
   const { description = '', exampleDelimiter = '\n\n' } = texts
   const { solved } = judge
-  if (shots > 0 && solved === undefined) throw refused(`the texts of ${task.name} have no examples`, 'leave shots out')
+  if (shots > 0 && solved === undefined)
+    throw optionError(`the texts of ${task.name} have no examples`, 'leave shots out')
   const groupOf = task.group === undefined ? () => '' : textReader('group', task.group)
   const pool = options.examples === undefined ? all : await readItems(options.examples, 'example')
   const examples = new Shots({ shots, draw, seed, pool, groupOf })
@@ -186,17 +187,17 @@ function check(model: EvaluatedModel, task: Task, options: EvaluateTaskOptions):
     const problem = `kind of the task is ${shown(task?.kind)}`
     throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, fix: `it is one of ${kinds.join(', ')}` })
   }
-  if (typeof model?.score !== 'function') throw refused('the model has no score', 'pass a DeepSeek')
+  if (typeof model?.score !== 'function') throw optionError('the model has no score', 'pass a DeepSeek')
   if (typeof tokenizer?.encode !== 'function') {
-    throw refused(
+    throw optionError(
       'there is no tokenizer',
       "pass { tokenizer: await BpeTokenizer.fromFile(path) } of '@moe/tokenizer-bpe'",
     )
   }
   if (!(Number.isInteger(limit) && limit > 0) && limit !== Infinity)
-    throw refused(`limit = ${shown(limit)}`, 'pass 1 or more')
-  if (!(Number.isInteger(shots) && shots >= 0)) throw refused(`shots = ${shown(shots)}`, 'pass 0 or more')
-  if (!draws.includes(draw)) throw refused(`draw = ${shown(draw)}`, `it is one of ${draws.join(', ')}`)
+    throw optionError(`limit = ${shown(limit)}`, 'pass 1 or more')
+  if (!(Number.isInteger(shots) && shots >= 0)) throw optionError(`shots = ${shown(shots)}`, 'pass 0 or more')
+  if (!draws.includes(draw)) throw optionError(`draw = ${shown(draw)}`, `it is one of ${draws.join(', ')}`)
 }
 
-const refused = (problem: string, fix: string) => new MoeError({ code: 'E_ATTR', op: 'evaluateTask', problem, fix })
+const optionError = (problem: string, fix: string) => new MoeError({ code: 'E_ATTR', op: 'evaluateTask', problem, fix })

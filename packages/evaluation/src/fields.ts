@@ -10,7 +10,7 @@ export interface PlacedItem {
   readonly place: string
 }
 
-export const wrong = (place: string, problem: string, fix?: string, cause?: unknown): MoeError =>
+export const dataError = (place: string, problem: string, fix?: string, cause?: unknown): MoeError =>
   new MoeError({ code: 'E_DATA', op: place, problem, fix, cause })
 
 /** Reads a field of items. `name` is that of the field in the task. @throws MoeError E_DATA with the item's place */
@@ -40,7 +40,7 @@ export const listReader = (name: string, field: ListField): Reader<readonly stri
   return item => {
     const value = read(item)
     if (typeof value !== 'string') return value
-    throw wrong(item.place, `${name} is ${shown(value)}, and no list`)
+    throw dataError(item.place, `${name} is ${shown(value)}, and no list`)
   }
 }
 
@@ -56,11 +56,11 @@ export const answerReader = (name: string, field: Field<string | number>): Reade
 function asText(name: string, { place }: PlacedItem, value: unknown): string {
   if (typeof value === 'string') return value
   if (typeof value === 'number') return String(value)
-  throw wrong(place, `${name} is ${shown(value)}, and no text`)
+  throw dataError(place, `${name} is ${shown(value)}, and no text`)
 }
 
 function asList(name: string, item: PlacedItem, value: readonly unknown[]): readonly string[] {
-  if (value.length === 0) throw wrong(item.place, `${name} is an empty list`)
+  if (value.length === 0) throw dataError(item.place, `${name} is an empty list`)
   return value.map((one, i) => asText(`${name}[${i}]`, item, one))
 }
 
@@ -72,7 +72,7 @@ function reader(name: string, field: Field<unknown>): Reader<unknown> {
       } catch (error) {
         if (isMoeError(error) && error.op !== FIELD) throw error
         const problem = isMoeError(error) ? error.problem : (error as Error).message
-        throw wrong(place, `${name}: ${problem}`, undefined, error)
+        throw dataError(place, `${name}: ${problem}`, undefined, error)
       }
     }
   }
@@ -93,7 +93,7 @@ function pathReader(name: string, path: string): Reader<unknown> {
     let value: unknown = fields
     for (const key of keys) value = Object(value) === value ? (value as Item)[key] : undefined
     if (value !== undefined && value !== null) return value
-    throw wrong(place, `has no ${path}, which is ${name} of the task`, `it has ${Object.keys(fields).join(', ')}`)
+    throw dataError(place, `has no ${path}, which is ${name} of the task`, `it has ${Object.keys(fields).join(', ')}`)
   }
 }
 
@@ -112,13 +112,17 @@ function templateReader(name: string, source: string): Reader<unknown> {
   return ({ fields, place }) => {
     for (const field of names) {
       if (fields[field] !== undefined && fields[field] !== null) continue
-      throw wrong(place, `has no ${field}, which ${name} of the task needs`, `it has ${Object.keys(fields).join(', ')}`)
+      throw dataError(
+        place,
+        `has no ${field}, which ${name} of the task needs`,
+        `it has ${Object.keys(fields).join(', ')}`,
+      )
     }
     try {
       const text = template.render({ ...fields })
       return expression === undefined ? text : JSON.parse(text)
     } catch (cause) {
-      throw wrong(place, `${name}: ${(cause as Error).message}`, undefined, cause)
+      throw dataError(place, `${name}: ${(cause as Error).message}`, undefined, cause)
     }
   }
 }
@@ -155,5 +159,5 @@ export function fieldOf(item: Item, name: string): string {
   const value = item[name]
   if (typeof value === 'string') return value
   const problem = value === undefined ? `it has no ${name}` : `${name} is ${shown(value)}, and no text`
-  throw wrong(FIELD, problem, `it has ${Object.keys(item).join(', ')}`)
+  throw dataError(FIELD, problem, `it has ${Object.keys(item).join(', ')}`)
 }

@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/evaluation. */
-export type { EvaluatedModel } from './asking.ts'
+
 export type { EvaluationTokenizer } from './encode.ts'
 export {
   type EvaluateTaskOptions,
@@ -9,8 +9,9 @@ export {
   type TaskResult,
 } from './evaluate-task.ts'
 export type { ItemSource } from './items.ts'
-export type { Judged } from './judges.ts'
 export type { ItemMetrics, Metric } from './metrics.ts'
+export type { EvaluatedModel } from './model-queries.ts'
+export type { Judged } from './scorers.ts'
 export type {
   ChoiceTask,
   ContinuationTask,

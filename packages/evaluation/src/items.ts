@@ -1,6 +1,6 @@
 /** @file Items of a task: lines of JSON, or whole texts. */
 import { MoeError, shown } from '@moe/core'
-import { type PlacedItem, wrong } from './fields.ts'
+import { dataError, type PlacedItem } from './fields.ts'
 import type { Item } from './task.ts'
 
 /** Where items come from: a path (of `.jsonl`: a JSON object a line; of any other name: a text, which is `text` of its one item), or the items themselves. */
@@ -20,7 +20,7 @@ async function readText(path: string | URL): Promise<string> {
   try {
     return new TextDecoder('utf-8', { fatal: true }).decode(await readFile(path))
   } catch (cause) {
-    throw wrong(String(path), `cannot be read: ${(cause as Error).message}`, undefined, cause)
+    throw dataError(String(path), `cannot be read: ${(cause as Error).message}`, undefined, cause)
   }
 }
 
@@ -34,7 +34,7 @@ function parseItems(text: string, path: string): PlacedItem[] {
     try {
       fields = JSON.parse(line)
     } catch (cause) {
-      throw wrong(place, `is no JSON: ${(cause as Error).message}`, undefined, cause)
+      throw dataError(place, `is no JSON: ${(cause as Error).message}`, undefined, cause)
     }
     return [placed(fields, place)]
   })
@@ -50,5 +50,5 @@ function givenItems(source: Iterable<Item>, name: string): PlacedItem[] {
 
 function placed(fields: unknown, place: string): PlacedItem {
   if (typeof fields === 'object' && fields !== null && !Array.isArray(fields)) return { fields: fields as Item, place }
-  throw wrong(place, `is ${shown(fields)}, and no object`)
+  throw dataError(place, `is ${shown(fields)}, and no object`)
 }

@@ -1,19 +1,23 @@
-/** @file What steps over ranks are asked first: who writes JavaScript, or forgets an `await`, learns it from no compiler. */
+/** @file Checks of arguments for callers that no compiler checks: those who write JavaScript, or who forget an `await`. */
 import { MoeError } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
-export const refusal = (op: string, problem: string, fix: string) =>
+export const configError = (op: string, problem: string, fix: string) =>
   new MoeError({ code: 'E_CONFIG', op, problem, fix })
 
-/** @throws MoeError E_CONFIG for what is no communicator, such as the promise of one */
+/** @throws MoeError E_CONFIG if `ranks` is not a communicator, for example a promise of one */
 export function checkRanks(op: string, ranks: Communicator): void {
   if (typeof ranks?.allReduce === 'function') return
-  const problem = (ranks as unknown) instanceof Promise ? 'ranks is a promise' : 'there are no ranks'
-  throw refusal(op, problem, 'pass what await mpi() gives, or what local(size, work) gives to work')
+  const problem = (ranks as unknown) instanceof Promise ? 'ranks is a promise' : 'ranks is not a communicator'
+  throw configError(
+    op,
+    problem,
+    'pass the result of await mpi(), or the communicator that local(size, work) passes to work',
+  )
 }
 
-/** @throws MoeError E_CONFIG for what is no list of micro-batches */
+/** @throws MoeError E_CONFIG if `batches` is not an array */
 export function checkBatches(op: string, batches: unknown): void {
   if (Array.isArray(batches)) return
-  throw refusal(op, 'the micro-batches are no list', 'pass [batch], or the steps of a TrainingOrder: order.step(step)')
+  throw configError(op, 'the micro-batches are not an array', 'pass [batch], or order.step(step) of a TrainingOrder')
 }

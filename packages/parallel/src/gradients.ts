@@ -1,24 +1,27 @@
-/** @file Gradients of a step that several ranks take together. */
+/** @file Options, results and gradient norm of a training step that several ranks take together. */
 import { type Backend, globalNormParts, MoeError, type Parameter, type Precision, zeros } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
-/** How a step computes. */
+/** Options of a training step. */
 export interface ParallelStepOptions {
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
 }
 
-/** What a step tells, the same on every rank. */
+/** The result of a training step, the same on every rank. */
 export interface ParallelStepResult {
-  /** Over all micro-batches, each as heavy as it has positions that count. */
+  /** Mean loss over all micro-batches, weighted by their number of positions that carry loss. */
   readonly loss: number
-  /** Norm of the whole model's gradient. */
+  /** L2 norm of the whole model's gradient. */
   readonly gradNorm: number
-  /** What the model measures, by name, over all micro-batches likewise. */
+  /** The model's metrics by name, averaged over all micro-batches in the same way. */
   readonly metrics: Readonly<Record<string, number>>
 }
 
-/** The same, if it can be applied. All ranks see the same numbers, so that all refuse. @throws MoeError E_NAN */
+/**
+ * Returns `result` if its loss and norm are finite. All ranks see the same numbers, so all of them throw or none does.
+ * @throws MoeError E_NAN
+ */
 export function finite(op: string, result: ParallelStepResult): ParallelStepResult {
   const { loss, gradNorm } = result
   if (Number.isFinite(loss) && Number.isFinite(gradNorm)) return result
@@ -26,12 +29,15 @@ export function finite(op: string, result: ParallelStepResult): ParallelStepResu
     code: 'E_NAN',
     op,
     problem: `the step has loss ${loss} and gradient norm ${gradNorm}`,
-    fix: 'do not let the optimizer step; go on from earlier weights with a lower learning rate or clip',
+    fix: 'skip the optimizer step; resume from earlier weights with a lower learning rate or stronger gradient clipping',
     details: { loss, gradNorm },
   })
 }
 
-/** Norm over all ranks. @param counted parameters of this rank that no other rank counts */
+/**
+ * The L2 norm of the gradients of all ranks.
+ * @param counted parameters of this rank that no other rank counts
+ */
 export async function gradientNorm(
   ranks: Communicator,
   counted: readonly Parameter[],

@@ -1,11 +1,11 @@
-/** @file Libraries of the system, opened with koffi. */
+/** @file Opens native system libraries with koffi. */
 import type { MoeError } from '@moe/core'
 
 export type Koffi = typeof import('koffi')
 
 /**
- * What `open` makes of the first of several libraries that it does not fail with.
- * @param missing the error that there is none, with what was tried
+ * Returns the result of `open` for the first library that it can open.
+ * @param missing makes the error that is thrown if none can be opened; `problem` lists what was tried
  */
 export async function openFirst<T>(
   what: string,
@@ -16,7 +16,7 @@ export async function openFirst<T>(
   const koffi = await import('koffi').then(
     module => (module as unknown as { default?: Koffi }).default ?? module,
     cause => {
-      throw missing(`koffi, which calls it, does not load: ${messageOf(cause)}`)
+      throw missing(`cannot load koffi, which calls the library: ${messageOf(cause)}`)
     },
   )
   const reasons: string[] = []
@@ -27,7 +27,7 @@ export async function openFirst<T>(
       reasons.push(`${name}: ${messageOf(cause)}`)
     }
   }
-  throw missing(`no ${what} (${reasons.join('; ')})`)
+  throw missing(`no ${what} found (${reasons.join('; ')})`)
 }
 
 const messageOf = (cause: unknown) => (cause instanceof Error ? cause.message : `${cause}`)

@@ -362,7 +362,7 @@ describe.each([
     }))
     await expect(run).rejects.toThrow('rank 1 has had enough')
     expect(errors.map(String)).toEqual([
-      expect.stringMatching(/a message will not come: rank 1 has failed: rank 1 has had enough/),
+      expect.stringMatching(/waiting for a message that will not arrive: rank 1 has failed: rank 1 has had enough/),
       'Error: rank 1 has had enough',
     ])
   })

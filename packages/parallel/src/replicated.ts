@@ -1,26 +1,26 @@
-/** @file Parameters that several ranks have alike, in training: their gradients are one sum, and each rank may train a share of them for all. */
+/** @file Replicated parameters in training: gradients are summed over the replicas, and each rank may train a shard of the parameters for all (ZeRO-1). */
 import { type NamedParameter, type OwnParameter, type Parameter, ParameterShare, reduceGradients } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
-/** What the same ranks have. */
+/** Parameters that are replicated on the same ranks. */
 export interface Replicas {
   readonly parameters: readonly OwnParameter[]
-  /** Those that have it, this one among them; null where no other has. */
+  /** The ranks that hold them, including this one; null if no other rank does. */
   readonly ranks: Communicator | null
 }
 
-/** All that a rank trains. */
+/** All parameters that a rank trains. */
 export class Replicated {
   readonly #groups: ReadonlyArray<Replicas & { share: ParameterShare | null }>
-  /** Whether the optimizer may have stepped since weights were last exchanged. */
+  /** Whether the optimizer may have stepped since the weights were last exchanged. */
   #stepped = false
 
   constructor(groups: readonly Replicas[]) {
     this.#groups = groups.map(group => ({ ...group, share: null }))
   }
 
-  /** From here on each rank trains a share of what several have. @returns what this one trains, and what nobody does */
-  shareOut(): OwnParameter[] {
+  /** From now on each rank trains a shard of the replicated parameters. @returns the parameters that this rank trains, and the frozen ones */
+  shard(): OwnParameter[] {
     return this.#groups.flatMap(group => {
       const { parameters, ranks } = group
       if (ranks === null) return parameters
@@ -29,12 +29,11 @@ export class Replicated {
     })
   }
 
-  /** Drops the gradients of before. */
   zeroGradients(): void {
     for (const { parameter } of this.#groups.flatMap(({ parameters }) => parameters)) parameter.zeroGrad()
   }
 
-  /** Makes gradients the sums over all ranks that have the parameters: of those that this rank trains. */
+  /** Sums the gradients of the parameters that this rank trains over their replicas. */
   async sumGradients(): Promise<void> {
     for (const { parameters, ranks, share } of this.#groups) {
       if (share !== null) {
@@ -47,7 +46,7 @@ export class Replicated {
     this.#stepped = true
   }
 
-  /** What this rank trains, or the first of those that have it: each gradient is in the norm once. */
+  /** The parameters whose gradients this rank adds to the norm, such that each gradient counts once over all ranks. */
   counted(of: (named: NamedParameter) => boolean = () => true): Parameter[] {
     return this.#groups.flatMap(({ parameters, ranks, share }) => {
       if (share === null && ranks !== null && ranks.rank !== 0) return []
@@ -55,14 +54,14 @@ export class Replicated {
     })
   }
 
-  /** Has what this rank trains of gathered weights, as after a step: others are given it by `gather`. */
+  /** Takes this rank's shard from gathered weights, as after a step, so that the next `gather` sends it to the other ranks. */
   takeBack(): void {
     if (this.#stepped) return
     this.#stepped = true
     for (const { share } of this.#groups) share?.takeAll()
   }
 
-  /** Gives all ranks the weights that the optimizers of others have changed. */
+  /** Sends each rank the weights that the other ranks' optimizers have updated. */
   async gather(): Promise<void> {
     if (!this.#stepped) return
     this.#stepped = false

@@ -1,5 +1,5 @@
 /**
- * What it brings that ranks share the optimizer out: seconds of a step, and memory of a rank, beside ranks of which each has all of it. The two take turns.
+ * Measures what sharding the optimizer state (ZeRO-1) changes: seconds per step and memory per rank, compared to ranks that each hold all of it. The two alternate.
  *
  *     mpirun -np 2 node packages/parallel/src/shared-optimizer.bench.ts [--rounds 3] [--precision bf16] [--vocabulary 4096]
  */
@@ -20,7 +20,7 @@ const { values } = parseArgs({
 const [rounds, vocabulary] = [values.rounds, values.vocabulary].map(Number)
 const ranks = await mpi()
 const { rank, size } = ranks
-const whole: Ranks = {
+const unsharded: Ranks = {
   rank,
   size,
   allReduce: tensors => ranks.allReduce(tensors),
@@ -37,14 +37,14 @@ interface Measured {
   parameters: number
 }
 
-async function measure(way: Ranks, record: boolean, into: Measured): Promise<void> {
+async function measure(ranks: Ranks, record: boolean, into: Measured): Promise<void> {
   const backend = await createBackend({ threads: 1 })
   const model = new DeepSeek({ ...presets.tiny, vocab_size: vocabulary }, { seed: 1, backend })
   into.parameters = parameterCount(model)
   const precision = values.precision as Precision
   await train(model, {
     data: { training },
-    ranks: way,
+    ranks,
     record,
     precision,
     steps: 12,
@@ -52,7 +52,7 @@ async function measure(way: Ranks, record: boolean, into: Measured): Promise<voi
     sequenceLength: 128,
     progress: false,
     onEvent(event) {
-      // The first ones load kernels, and are recorded.
+      // The first steps load kernels and are recorded.
       if (event.type !== 'step' || event.step < 4) return
       into.seconds.push((2 * 128 * size) / event.tokensPerSecond)
       const { bytes, peakBytes } = backend.stats()
@@ -66,15 +66,15 @@ async function measure(way: Ranks, record: boolean, into: Measured): Promise<voi
 const inMegabytes = (bytes: number) => (bytes / 1e6).toFixed(1)
 
 for (const record of [false, true]) {
-  const measured = { shared: [ranks, empty()], whole: [whole, empty()] } as const
+  const measured = { sharded: [ranks, empty()], unsharded: [unsharded, empty()] } as const
   for (let round = 0; round < rounds; round++)
     for (const [way, into] of Object.values(measured)) await measure(way, record, into)
   for (const [way, [, { seconds, bytes, peakBytes, parameters }]] of Object.entries(measured)) {
     seconds.sort((a, b) => a - b)
     const [least, median] = [seconds[0], seconds[seconds.length >> 1]].map(time => time.toFixed(3))
-    const memory = `${inMegabytes(bytes)} MB between steps, at most ${inMegabytes(peakBytes)} MB`
+    const memory = `${inMegabytes(bytes)} MB between steps, peak ${inMegabytes(peakBytes)} MB`
     const what = `rank ${rank}, ${(parameters / 1e6).toFixed(1)}M parameters, ${record ? 'recorded' : 'op by op'}, ${way}`
-    console.log(`${what}: median ${median} s a step, least ${least}; ${memory}`)
+    console.log(`${what}: median ${median} s per step, minimum ${least} s; ${memory}`)
   }
 }
 await ranks.close()

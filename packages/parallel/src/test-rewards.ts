@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek that learns from rewards, by one rank or several; and, as a program, one rank that `mpirun` has started. Given a folder, it saves there, and fails on rank 1 after three steps. */
+/** @file For tests only: reinforcement learning of a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`; given a folder, it saves there, and rank 1 fails after three steps. */
 import { fileURLToPath } from 'node:url'
 import type { Backend } from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
@@ -7,7 +7,7 @@ import { mpi } from './index.ts'
 import { report } from './mpi/test-launch.ts'
 import { digestOf, type Trained, trainSmall } from './test-training.ts'
 
-/** Of several lengths. Whatever is said for the last of them is worth the same. */
+/** Prompts of several lengths. All completions of the last one have the same reward. */
 export const prompts = Array.from({ length: 7 }, (_, i) => ({
   tokens: Array.from({ length: 2 + (i % 4) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
   alike: i === 6,
@@ -15,7 +15,7 @@ export const prompts = Array.from({ length: 7 }, (_, i) => ({
 
 type Given = Parameters<typeof rollouts<(typeof prompts)[number]>>[1]
 
-/** Texts of up to six tokens, of which those with many below 20 are good. */
+/** Rollouts of up to six tokens, rewarded for the fraction of tokens below 20. */
 export const smallRollouts = (given: Partial<Given> = {}, from = prompts): Rollouts =>
   rollouts(from, {
     reward: ({ tokens, prompt }) => (prompt.alike ? 1 : tokens.filter(token => token < 20).length / tokens.length),
@@ -26,7 +26,7 @@ export const smallRollouts = (given: Partial<Given> = {}, from = prompts): Rollo
     ...given,
   }) as unknown as Rollouts
 
-/** Steps of several micro-batches of rows that texts share. */
+/** Trains with steps of several micro-batches, in whose rows several texts are packed. */
 export function rewardSmall(
   backend: Backend,
   options: Partial<TrainOptions>,

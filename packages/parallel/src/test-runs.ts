@@ -1,4 +1,4 @@
-/** @file For tests only: what tests that train have in common: a backend that every test leaves empty, folders that are gone in the end, and how runs are compared. */
+/** @file For tests only: shared by tests that train: a backend that every test must leave empty, temporary folders, and comparison of runs. */
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -19,7 +19,7 @@ export async function temporaryFolder(): Promise<string> {
   return made.at(-1) as string
 }
 
-/** Largest difference of any weight, relative to the largest weight of its tensor. */
+/** The largest difference of any weight, relative to the largest weight of its tensor. */
 export function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weights'>): number {
   const of = (name: string) => {
     const largest = Math.max(...a.weights[name].map(Math.abs))
@@ -31,7 +31,7 @@ export function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weight
 export const biases = ({ weights }: Trained) =>
   Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 
-/** Names, dtypes and shapes in a safetensors file. */
+/** The names, dtypes and shapes of the tensors in a safetensors file. */
 export async function tensorsIn(path: string): Promise<Record<string, unknown>> {
   const bytes = await readFile(path)
   const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())

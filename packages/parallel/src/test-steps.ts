@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it as a whole, in stages, and with its experts spread. */
+/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it on one rank, with pipeline and with expert parallelism. */
 import { createHash } from 'node:crypto'
 import { backward, type NamedParameter, namedParameters, scope } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
@@ -42,7 +42,7 @@ export const newModel = (changes: Changes = {}, { objective, ...options }: DeepS
     ...options,
   })
 
-/** Two rows of four positions each, in documents and with padding, so that micro-batches count different numbers of positions. */
+/** Micro-batches of two rows of four positions, with several documents and padding, so that they have different numbers of positions that carry loss. */
 export const batchesOf = (microBatches: number, { lookahead }: DeepSeek) => {
   const [rows, length] = [2, 4 + lookahead]
   return Array.from({ length: microBatches }, (_, m) => ({
@@ -64,7 +64,7 @@ export const gradientsOf = (named: readonly NamedParameter[]) =>
 export const weightsOf = (named: readonly NamedParameter[]) =>
   numbersOf(named, ({ parameter }) => Array.from(readF64(parameter)))
 
-/** Loss, metrics, gradients and their norm of the whole model: all micro-batches one after the other, each as heavy as it has positions that count. */
+/** Loss, metrics, gradients and their norm on one rank: all micro-batches one after the other, weighted by their number of positions that carry loss. */
 export function wholeStep(model: DeepSeek, microBatches: number) {
   const batches = batchesOf(microBatches, model)
   const named = namedParameters(model)
@@ -89,7 +89,7 @@ export function wholeStep(model: DeepSeek, microBatches: number) {
   return { loss, metrics, gradients, gradNorm: Math.sqrt(squares.reduce((sum, x) => sum + x, 0)) }
 }
 
-/** Steps by two schedules on two ranks: losses, and a digest of this rank's gradients. */
+/** Takes a step by each of two schedules on two ranks. Returns the losses and a digest of this rank's gradients. */
 export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number[]; gradients: string }> {
   const loss: number[] = []
   const digest = createHash('sha256')
@@ -102,7 +102,7 @@ export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number
   return { loss, gradients: digest.digest('hex') }
 }
 
-/** A step with the experts spread over the ranks: its numbers, and a digest of this rank's gradients. */
+/** Takes a step with expert parallelism. Returns its result and a digest of this rank's gradients. */
 export async function spreadStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
   const spread = new ExpertParallel(model, ranks)
@@ -110,7 +110,7 @@ export async function spreadStep(ranks: Communicator): Promise<ParallelStepResul
   return { ...numbers, gradients: digestOfGradients(spread) }
 }
 
-/** A step by pairs of passes, in two pipelines that share experts out: its numbers, and a digest of this rank's gradients. */
+/** Takes a step by DualPipeV in two pipelines that share experts. Returns its result and a digest of this rank's gradients. */
 export async function spreadPairsStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
   const schedule = dualPipeV(ranks.size / 2, ranks.size)

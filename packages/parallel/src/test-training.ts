@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). Its arguments say what ranks share (rows if there are none, stages or experts), and what happens to rank 1 after its third step. */
+/** @file For tests only: trains a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`, which reports its losses and a digest of its weights. The arguments are the kind of parallelism (`rows`, `stages` or `experts`) and what happens to rank 1 after its third step. */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
@@ -28,7 +28,7 @@ export const smallConfig: DeepSeekConfigInput = {
   num_nextn_predict_layers: 1,
 }
 
-/** What each of two ranks is given, of four micro-batches a step. */
+/** Kinds of parallelism on two ranks, with four micro-batches per step. */
 export const arrangements = {
   rows: { accumulate: 2, onRanks: (_: DeepSeek, ranks: Communicator) => ranks },
   stages: {
@@ -38,7 +38,7 @@ export const arrangements = {
   experts: { accumulate: 2, onRanks: (model: DeepSeek, ranks: Communicator) => new ExpertParallel(model, ranks) },
 }
 
-/** 23 windows of 8: of four rows a step, the last of an epoch reach into the next, and some hold padding, so that ranks count different numbers of positions. */
+/** 23 windows of 8 for three documents: with four rows per step, the last step of an epoch extends into the next, and some rows contain padding, so that ranks have different numbers of positions that carry loss. */
 const tokens = (documents: number) => {
   const random = new Random(3)
   const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
@@ -54,7 +54,7 @@ export interface Trained {
   readonly weights: Readonly<Record<string, readonly number[]>>
 }
 
-/** Rows of a step: 4, as `batchSize` 4, or 2 of 2 micro-batches, or 2 of 2 ranks. */
+/** Trains with 4 rows per step: `batchSize` 4, or 2 with two micro-batches, or 2 on two ranks. */
 export async function trainSmall(
   backend: Backend,
   options: Partial<TrainOptions>,
@@ -68,7 +68,7 @@ export async function trainSmall(
   }: DeepSeekOptions & {
     mtp?: number
     dense?: boolean
-    /** Token that ends texts. */
+    /** The end-of-text token. */
     end?: number | null
     kind?: typeof DeepSeek
     onRanks?: (model: DeepSeek) => Ranks
@@ -114,7 +114,7 @@ export async function trainSmall(
   }
 }
 
-/** Equal for equal bits. */
+/** A digest of the weights' bits. */
 export const digestOf = ({ weights }: Pick<Trained, 'weights'>) =>
   createHash('sha256').update(JSON.stringify(weights)).digest('hex')
 

@@ -1,49 +1,55 @@
-/** @file What a `MessageCommunicator` is made over: messages between ranks, and the memory that they come from and go to. */
+/** @file What a `MessageCommunicator` is built on: messages between ranks, and the memory that holds their elements. */
 import type { DType, Tensor } from '@moe/core'
 import type { Reduction, TensorLike } from './communicator.ts'
 
-/** Elements for rank `to`, or memory to be filled with those from rank `from`. `E` is a run of elements of one dtype, in whatever memory. No elements are no message. */
+/**
+ * Elements to send to rank `to`, or memory to fill with elements from rank `from`. `E` is a contiguous run of elements of one dtype, on the host or
+ * on a device. If there are no elements, nothing is sent.
+ */
 export type Message<E> = { readonly to: number; readonly elements: E } | { readonly from: number; readonly elements: E }
 
-/** Moves elements between ranks. Calls of `exchange`, `numbers` and `barrier` come one after another, in the same order on all ranks. */
+/** Moves elements between ranks. Calls of `exchange`, `numbers` and `barrier` are made one after another, in the same order on all ranks. */
 export interface Carrier<E> {
   readonly rank: number
   readonly size: number
-  /** Messages that are under way at once, each to or from another rank. Resolves when all have come and what was sent may be changed. */
+  /** Sends and receives several messages at once, each to or from another rank. Resolves when all have arrived and the sent memory may be changed. */
   exchange(messages: ReadonlyArray<Message<E>>): Promise<void>
-  /** Gives `give[r]` to rank r. @returns what each gives to this one */
+  /** Sends `give[r]` to rank r. @returns the number that each rank sent to this one */
   numbers(give: Int32Array): Promise<Int32Array>
   barrier(): Promise<void>
-  /** A message apart from those. Is on its way when this returns; resolves when the elements may be changed. */
+  /** Sends a point-to-point message, independent of `exchange`. The message is queued when this returns; the promise resolves when the elements may be changed. */
   send(elements: E, to: number): Promise<void>
-  /** Fills the elements with what that rank sends next. */
+  /** Fills the elements with the next message that `from` sends with `send`. */
   receive(elements: E, from: number): Promise<void>
-  /** Some of the ranks, in this order. All ranks make groups at the same time. */
+  /** A group of ranks, numbered in this order. All ranks create their groups at the same time. */
   group(members: readonly number[]): Carrier<E>
   close(): Promise<void>
 }
 
-/** Where elements lie, and what is done with them there. */
+/** The memory that holds elements. */
 export interface Memory<E> {
-  /** The elements of a tensor, not to be written to. */
+  /** The elements of a tensor, read-only. */
   of(tensor: Tensor): Promise<E>
-  /** Working memory for one call. */
+  /** Opens temporary memory for one call. */
   open(): Workspace<E>
 }
 
-/** What a call makes for itself. */
+/** Temporary memory of one call, and the operations on it. */
 export interface Workspace<E> {
   make(dtype: DType, length: number): E
-  /** Elements `from` to `to` of what `make` made, or of a tensor. */
+  /** Elements `from` to `to` (exclusive) of memory from `make` or of a tensor; a view. */
   part(of: E, from: number, to: number): E
-  /** As many elements. */
+  /** Copies `from` to `to`, which have the same length. */
   copy(to: E, from: E): void
-  /** `to` becomes the parts reduced in their order, rounded once; it may be one of them. */
+  /** Sets `to` to the reduction of the parts in their order, rounded once. `to` may be one of the parts. */
   reduce(to: E, parts: readonly E[], dtype: DType, reduction: Reduction): void
-  /** A tensor of its own with these elements. */
+  /** A new tensor with a copy of these elements. */
   tensor(elements: E, like: TensorLike): Tensor
-  /** Gives a tensor other elements, in its place where the backend can write. @throws MoeError E_BACKEND where it cannot, but for a `Parameter` */
+  /**
+   * Overwrites the elements of a tensor, in place if the backend supports it; otherwise only a `Parameter` can be assigned.
+   * @throws MoeError E_BACKEND if the backend cannot write and the tensor is not a `Parameter`
+   */
   write(tensor: Tensor, elements: E): void
-  /** The call has ended. */
+  /** Frees the memory. */
   close(): void
 }

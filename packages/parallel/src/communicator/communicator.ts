@@ -1,83 +1,93 @@
-/** @file What ranks say to each other: the one interface that everything here is built on. */
+/** @file The interface through which ranks communicate; everything in this package is built on it. */
 import type { Backend, DType, Rows, Shape, Tensor } from '@moe/core'
 
-/** How the tensors of several ranks become one. */
+/** How a reduction combines the tensors of all ranks. */
 export type Reduction = 'sum' | 'mean' | 'max'
 
-/** What a rank has after an exchange of rows. */
+/** What a rank receives from `allToAll`. */
 export interface RowExchange {
-  /** `[sum of counts, ...]`: what came from rank 0, then from rank 1, and so on. */
+  /** `[sum of counts, ...]`: the rows from rank 0, then those from rank 1, and so on. */
   readonly rows: Tensor
-  /** Rows that came from each rank. */
+  /** The number of rows received from each rank. */
   readonly counts: readonly number[]
 }
 
 /**
- * One of `size` ranks. All of them make the same calls of everything but `send` and `receive` in the same order, with tensors of the same shapes and dtypes; calls need not be awaited
- * one by one. Tensors that are given stay the caller's, who neither changes nor frees them before the promise resolves; tensors that are resolved to are new, of the backend that the given
- * one has, in no scope: the caller disposes of them.
+ * One of `size` ranks, with the collective and point-to-point operations between them. `mpi`, `nccl` and `local` create communicators.
  *
- * Sums are deterministic: the same bits on every rank and in every run.
+ * All ranks must make the same collective calls (everything but `send` and `receive`) in the same order, with tensors of the same shapes and dtypes.
+ * Calls may overlap: you need not await one before making the next. Sums are deterministic: every rank and every run gets the same bits.
  *
- * Numbers pass through the host with `mpi` and `local`, from device to device with `nccl`. A promise resolves when what it is for is through.
+ * Input tensors remain yours; do not change or dispose of them before the promise resolves. Returned tensors are new, on the backend of the inputs,
+ * and belong to no scope: dispose of them yourself. With `mpi` and `local` the data passes through host memory; with `nccl` it goes from device to device.
  */
 export interface Communicator {
-  /** Number of this rank, from 0. */
+  /** This rank's number, from 0. */
   readonly rank: number
-  /** Number of ranks. */
+  /** The number of ranks. */
   readonly size: number
   /**
-   * Tensors `f32`, `bf16` or `i32`, each reduced over the ranks. Sums are taken in the order of ranks and rounded once. Many small ones in one call travel together.
+   * Reduces each tensor (`f32`, `bf16` or `i32`) over all ranks. Sums are taken in f64 in the order of ranks and rounded once. Small tensors in one call
+   * are sent together.
+   * @param reduction default: `'sum'`; there is no mean of `i32`
    * @throws MoeError E_DTYPE
    */
   allReduce(tensors: readonly Tensor[], reduction?: Reduction): Promise<Tensor[]>
   /**
-   * The same, with the results in the place of what was given, at the same addresses: what a recorded graph reads. For backends that can write (`Backend.write`). Goes together with
-   * `allReduce` of other ranks.
+   * `allReduce` that writes the results into the given tensors, at the same addresses, where recorded steps read them. Needs a backend with
+   * `Backend.write`. Other ranks may call `allReduce` instead.
    * @throws MoeError E_DTYPE, E_BACKEND
    */
   allReduceInPlace(tensors: readonly Tensor[], reduction?: Reduction): Promise<void>
-  /** `[size n, ...]` to this rank's n rows of the reduction. @throws MoeError E_DTYPE, E_SHAPE */
+  /** Reduces `[size * n, ...]` over all ranks and returns this rank's n rows of the result. @throws MoeError E_DTYPE, E_SHAPE */
   reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
   /**
-   * Of tensors that all ranks have, sums over the ranks, each for one rank alone: `shares[r]` are the rows whose sums rank r is given. Half of an `allReduce`, of which `gatherShares` is the other half. All are of one dtype.
-   * @param into where the sums are put, at the same addresses: a tensor for each of this rank's rows, which may be what they are rows of. For backends that can write. Default: new tensors
+   * Sums tensors over all ranks, each row for one rank only: a reduce-scatter with any assignment of rows to ranks. Rank r receives the sums of the rows in
+   * `shares[r]`. This is the first half of an `allReduce`; `gatherShares` is the second. All tensors have the same dtype.
+   * @param into where the sums are written, at the same addresses: one tensor for each entry of this rank's share, which may be the tensor whose rows they
+   * are. Needs a backend with `Backend.write`. Default: new tensors
    * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
    */
   reduceShares(shares: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
   /**
-   * Gives all ranks what each has for its share: the rows of the tensors become those, at the same addresses, or, on backends that cannot write, what a `Parameter` is assigned. Together the shares make up each tensor.
-   * @param own a tensor for each of this rank's rows; where these are all rows of a tensor, it may be that one
+   * Sends each rank's rows to all ranks: an all-gather with any assignment of rows to ranks. Overwrites the tensors in `shares` at the same addresses; on
+   * backends that cannot write, each must be a `Parameter`, which is assigned a new value. Together the shares must cover each tensor.
+   * @param own one tensor for each entry of this rank's share; if the entry is all of a tensor, it may be that tensor
    * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
    */
   gatherShares(shares: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
-  /** `[n, ...]` of every rank, one below the other: `[size n, ...]`. */
+  /** Concatenates `[n, ...]` of every rank along the first axis, in the order of ranks: `[size * n, ...]`. */
   allGather(tensor: Tensor): Promise<Tensor>
   /**
-   * Sends the first `counts[0]` rows to rank 0, the next `counts[1]` to rank 1 and so on; `counts` has a number for each rank and may differ between ranks.
-   * @param coming rows that come from each rank, where all ranks know theirs: then nobody has to be told before rows leave
+   * Sends the first `counts[0]` rows to rank 0, the next `counts[1]` to rank 1, and so on. `counts` has an entry for each rank, which may be 0, and may
+   * differ between ranks.
+   * @param incoming the number of rows that each rank sends to this one, if all ranks know theirs: saves the exchange of the counts
    * @throws MoeError E_SHAPE
    */
-  allToAll(rows: Tensor, counts: readonly number[], coming?: readonly number[]): Promise<RowExchange>
-  /** The tensors of rank `root` (default 0), on every rank. */
+  allToAll(rows: Tensor, counts: readonly number[], incoming?: readonly number[]): Promise<RowExchange>
+  /** Sends the tensors of rank `root` (default 0) to all ranks. The other ranks pass tensors of the same shapes and dtypes. */
   broadcast(tensors: readonly Tensor[], root?: number): Promise<Tensor[]>
-  /** To one rank, which receives in the order of sending. @throws MoeError E_CONFIG for a rank that there is not */
+  /** Sends a tensor to one rank, which receives messages in the order of sending. @throws MoeError E_CONFIG if there is no other rank `to` */
   send(tensor: Tensor, to: number): Promise<void>
-  /** What rank `from` sends next, which must be of this shape and dtype. */
+  /** Receives the next tensor that rank `from` sends, which must have the given shape and dtype. @throws MoeError E_CONFIG if there is no other rank `from` */
   receive(like: TensorLike, from: number): Promise<Tensor>
   /**
-   * Some of the ranks, this one among them, as ranks of their own, numbered in this order. All ranks call it, each with its group, before their next calls. Nothing in a group waits for calls of another one, nor of all ranks, even where it is the
-   * same ranks that were grouped twice. A group is not taken apart further, and need not be closed.
+   * Creates a communicator for some of the ranks, including this one, numbered in the given order. All ranks call it, each with its own group, before their
+   * next collective call. Operations of a group never wait for those of another group or of all ranks, even if the same ranks form two groups. A group
+   * cannot be split further and need not be closed.
    * @throws MoeError E_CONFIG
    */
   group(members: readonly number[]): Communicator
   /** Resolves when every rank has called it. */
   barrier(): Promise<void>
-  /** The end, on every rank; nothing may be under way. Not for after a failure: other ranks may still wait, and are ended by their launcher when this process ends. */
+  /**
+   * Ends communication; every rank calls it once nothing is in progress. Do not call it after a failure: other ranks may still be waiting, and their launcher
+   * ends them when this process exits without closing.
+   */
   close(): Promise<void>
 }
 
-/** What a tensor that is yet to come will be like. */
+/** The shape, dtype and backend of a tensor to be received. */
 export interface TensorLike {
   /** Sizes of the axes. */
   readonly shape: Shape

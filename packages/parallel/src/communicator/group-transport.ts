@@ -1,7 +1,7 @@
-/** @file Messages within a group of ranks. */
+/** @file The transport of a group of ranks. */
 import type { Transport } from './transport.ts'
 
-/** Some ranks of a transport, in this order, on lanes of their own. */
+/** The given ranks of another transport, numbered in this order, on separate lanes. */
 export class GroupTransport implements Transport {
   readonly rank: number
   readonly size: number

@@ -1,4 +1,4 @@
-/** @file Messages of host arrays, over those of bytes. */
+/** @file Messages of host arrays over a byte transport. */
 import type { HostArray } from '@moe/core'
 import type { Carrier, Message } from './carrier.ts'
 import type { Communicator } from './communicator.ts'
@@ -7,8 +7,8 @@ import { hostMemory } from './host-memory.ts'
 import { MessageCommunicator } from './message-communicator.ts'
 import type { Transport } from './transport.ts'
 
-/** Keeps the messages of `send` apart from those of the calls that all ranks make. */
-const lanes = { single: 0, all: 1 } as const
+/** Separates the messages of `send` from those of collective calls. */
+const lanes = { pointToPoint: 0, collective: 1 } as const
 
 const bytesOf = ({ buffer, byteOffset, byteLength }: HostArray) => new Uint8Array(buffer, byteOffset, byteLength)
 
@@ -16,7 +16,7 @@ export class HostCarrier implements Carrier<HostArray> {
   readonly rank: number
   readonly size: number
   readonly #transport: Transport
-  /** Groups that were made, as many on every rank: they tell whose lanes are whose. */
+  /** The number of groups created, the same on every rank: it determines the lanes of the next group. */
   #groups = 0
 
   constructor(transport: Transport) {
@@ -29,8 +29,8 @@ export class HostCarrier implements Carrier<HostArray> {
     await Promise.all(
       messages.map(message =>
         'to' in message
-          ? this.#give(message.elements, message.to, lanes.all)
-          : this.#take(message.elements, message.from, lanes.all),
+          ? this.#give(message.elements, message.to, lanes.collective)
+          : this.#take(message.elements, message.from, lanes.collective),
       ),
     )
   }
@@ -48,7 +48,7 @@ export class HostCarrier implements Carrier<HostArray> {
   }
 
   async barrier(): Promise<void> {
-    // After each round a rank knows that twice as many have come.
+    // Dissemination barrier: after each round a rank knows of twice as many ranks that have arrived.
     for (let distance = 1; distance < this.size; distance *= 2) {
       const [above, below] = [this.rank + distance, this.rank - distance + this.size]
       await this.exchange([
@@ -59,11 +59,11 @@ export class HostCarrier implements Carrier<HostArray> {
   }
 
   send(elements: HostArray, to: number): Promise<void> {
-    return this.#give(elements, to, lanes.single)
+    return this.#give(elements, to, lanes.pointToPoint)
   }
 
   receive(elements: HostArray, from: number): Promise<void> {
-    return this.#take(elements, from, lanes.single)
+    return this.#take(elements, from, lanes.pointToPoint)
   }
 
   group(members: readonly number[]): HostCarrier {
@@ -84,6 +84,6 @@ export class HostCarrier implements Carrier<HostArray> {
   }
 }
 
-/** A communicator over messages of bytes. */
+/** A communicator over a byte transport. */
 export const overHost = (transport: Transport): Communicator =>
   new MessageCommunicator(new HostCarrier(transport), hostMemory)

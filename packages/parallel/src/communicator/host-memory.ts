@@ -1,4 +1,4 @@
-/** @file Elements in host memory: tensors are downloaded to be sent, and what came is uploaded. */
+/** @file Elements in host memory: tensors are downloaded before sending, and received elements are uploaded. */
 import {
   type DType,
   dtypeBytes,
@@ -52,8 +52,8 @@ class HostWorkspace implements Workspace<HostArray> {
       throw new MoeError({
         code: 'E_BACKEND',
         op: 'allReduceInPlace',
-        problem: `${backend.name} cannot change a tensor in its place`,
-        fix: 'use allReduce, which makes new ones',
+        problem: `${backend.name} cannot overwrite a tensor in place`,
+        fix: 'use allReduce, which returns new tensors',
       })
     }
   }
@@ -63,19 +63,19 @@ class HostWorkspace implements Workspace<HostArray> {
   }
 }
 
-/** Large buffers for later calls, latest last: the system takes longer to hand out fresh memory than adding up takes. */
-const kept: ArrayBuffer[] = []
-const keptBytes = { least: 2 ** 16, inAll: 2 ** 27 }
+/** Large buffers for reuse, most recent last: allocating fresh memory takes longer than the additions of a reduction. */
+const pool: ArrayBuffer[] = []
+const poolBytes = { minimum: 2 ** 16, total: 2 ** 27 }
 
 function take(bytes: number): ArrayBuffer {
   const fits = ({ byteLength }: ArrayBuffer) => byteLength >= bytes && byteLength <= 2 * bytes
-  const at = bytes < keptBytes.least ? -1 : kept.findLastIndex(fits)
-  return at < 0 ? new ArrayBuffer(bytes) : kept.splice(at, 1)[0]
+  const at = bytes < poolBytes.minimum ? -1 : pool.findLastIndex(fits)
+  return at < 0 ? new ArrayBuffer(bytes) : pool.splice(at, 1)[0]
 }
 
 function giveBack(buffer: ArrayBuffer): void {
-  if (buffer.byteLength < keptBytes.least) return
-  kept.push(buffer)
-  let total = kept.reduce((sum, { byteLength }) => sum + byteLength, 0)
-  while (total > keptBytes.inAll) total -= (kept.shift() as ArrayBuffer).byteLength
+  if (buffer.byteLength < poolBytes.minimum) return
+  pool.push(buffer)
+  let total = pool.reduce((sum, { byteLength }) => sum + byteLength, 0)
+  while (total > poolBytes.total) total -= (pool.shift() as ArrayBuffer).byteLength
 }

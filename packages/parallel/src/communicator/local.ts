@@ -1,18 +1,21 @@
-/** @file Several ranks within one process: for tests, and for learning. They take turns on one thread. */
+/** @file Several ranks within one process, for tests and experiments. They take turns on one thread. */
 import { MoeError } from '@moe/core'
 import type { Communicator } from './communicator.ts'
 import { overHost } from './host-carrier.ts'
 import { type Transport, wrongLength } from './transport.ts'
 
 /**
- * Runs `work` once for each of `size` ranks in this process, and resolves to what each returned. Messages are handed over in memory.
- * When a rank fails, what the others wait for fails as well (E_ABORTED), and the first error is the one that is thrown, after all have ended.
+ * Runs `work` once for each of `size` ranks in this process, with messages passed in memory, and resolves to their results by rank.
+ *
+ * If a rank fails, calls of other ranks that wait for it fail with E_ABORTED. Once all ranks have ended, the first error is thrown.
+ * @param work receives this rank's communicator
+ * @throws MoeError E_CONFIG if `size` is not a positive integer
  */
 export function local<T>(size: number, work: (communicator: Communicator) => Promise<T>): Promise<T[]> {
   return localOver(size, transport => transport, work)
 }
 
-/** Internal. The same, with messages that go through something on their way. */
+/** Internal. `local` with a wrapper around each rank's transport. */
 export async function localOver<T>(
   size: number,
   through: (transport: Transport) => Transport,
@@ -22,20 +25,20 @@ export async function localOver<T>(
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'local',
-      problem: `there cannot be ${size} ranks`,
-      fix: 'pass 1 or more',
+      problem: `the number of ranks is ${size}, expected a positive integer`,
+      fix: 'pass local(size, work) a size of 1 or more',
     })
   }
-  const post = new PostOffice()
+  const queues = new MessageQueues()
   const failures: unknown[] = []
   const one = async (rank: number): Promise<T> => {
     try {
-      const result = await work(overHost(through(new LocalTransport(rank, size, post))))
-      post.end(rank, `rank ${rank} has ended`)
+      const result = await work(overHost(through(new LocalTransport(rank, size, queues))))
+      queues.end(rank, `rank ${rank} has ended`)
       return result
     } catch (error) {
       failures.push(error)
-      post.end(rank, `rank ${rank} has failed: ${error instanceof Error ? error.message : error}`, error)
+      queues.end(rank, `rank ${rank} has failed: ${error instanceof Error ? error.message : error}`, error)
       throw error
     }
   }
@@ -50,31 +53,31 @@ interface Waiting {
   readonly fail: (error: MoeError) => void
 }
 
-/** Messages that nobody has asked for yet, and who asked for one that is not there, by way: from, to, lane. */
-class PostOffice {
+/** Unreceived messages and pending receives by channel: "from to lane". */
+class MessageQueues {
   readonly #messages = new Map<string, Uint8Array[]>()
   readonly #waiting = new Map<string, Waiting[]>()
-  /** Why nothing comes any more from a rank. */
+  /** Ranks that send no more messages, and why. */
   readonly #ended = new Map<number, { reason: string; cause: unknown }>()
 
-  put(from: number, way: string, message: Uint8Array): void {
-    const waiting = this.#waiting.get(way)?.shift()
-    if (waiting !== undefined) hand(message, waiting, from)
-    else this.#messages.set(way, [...(this.#messages.get(way) ?? []), message])
+  send(from: number, channel: string, message: Uint8Array): void {
+    const waiting = this.#waiting.get(channel)?.shift()
+    if (waiting !== undefined) deliver(message, waiting, from)
+    else this.#messages.set(channel, [...(this.#messages.get(channel) ?? []), message])
   }
 
-  ask(from: number, way: string, waiting: Waiting): void {
-    const message = this.#messages.get(way)?.shift()
-    if (message !== undefined) hand(message, waiting, from)
+  receive(from: number, channel: string, waiting: Waiting): void {
+    const message = this.#messages.get(channel)?.shift()
+    if (message !== undefined) deliver(message, waiting, from)
     else if (this.#ended.has(from)) waiting.fail(this.#noMore(from))
-    else this.#waiting.set(way, [...(this.#waiting.get(way) ?? []), waiting])
+    else this.#waiting.set(channel, [...(this.#waiting.get(channel) ?? []), waiting])
   }
 
-  /** Nothing comes any more from a rank; what it has sent can still be received. */
+  /** Fails all receives that wait for this rank. Messages that it has sent can still be received. */
   end(rank: number, reason: string, cause?: unknown): void {
     this.#ended.set(rank, { reason, cause })
-    for (const [way, list] of this.#waiting) {
-      if (!way.startsWith(`${rank} `)) continue
+    for (const [channel, list] of this.#waiting) {
+      if (!channel.startsWith(`${rank} `)) continue
       for (const { fail } of list.splice(0)) fail(this.#noMore(rank))
     }
   }
@@ -84,14 +87,14 @@ class PostOffice {
     return new MoeError({
       code: 'E_ABORTED',
       op: 'local',
-      problem: `a message will not come: ${reason}`,
-      fix: 'all ranks make the same calls',
+      problem: `waiting for a message that will not arrive: ${reason}`,
+      fix: 'make the same calls on all ranks',
       cause,
     })
   }
 }
 
-function hand(message: Uint8Array, { bytes, done, fail }: Waiting, from: number): void {
+function deliver(message: Uint8Array, { bytes, done, fail }: Waiting, from: number): void {
   if (message.length === bytes.length) {
     bytes.set(message)
     done()
@@ -101,21 +104,21 @@ function hand(message: Uint8Array, { bytes, done, fail }: Waiting, from: number)
 class LocalTransport implements Transport {
   readonly rank: number
   readonly size: number
-  readonly #post: PostOffice
+  readonly #queues: MessageQueues
 
-  constructor(rank: number, size: number, post: PostOffice) {
+  constructor(rank: number, size: number, queues: MessageQueues) {
     this.rank = rank
     this.size = size
-    this.#post = post
+    this.#queues = queues
   }
 
   async send(bytes: Uint8Array, to: number, lane: number): Promise<void> {
-    this.#post.put(this.rank, `${this.rank} ${to} ${lane}`, bytes.slice())
+    this.#queues.send(this.rank, `${this.rank} ${to} ${lane}`, bytes.slice())
   }
 
   receive(bytes: Uint8Array, from: number, lane: number): Promise<void> {
     return new Promise((done, fail) => {
-      this.#post.ask(from, `${from} ${this.rank} ${lane}`, { bytes, done, fail })
+      this.#queues.receive(from, `${from} ${this.rank} ${lane}`, { bytes, done, fail })
     })
   }
 

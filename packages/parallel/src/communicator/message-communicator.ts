@@ -1,4 +1,4 @@
-/** @file A communicator made of messages between two ranks, whatever memory they come from. */
+/** @file A communicator built on messages between pairs of ranks, independent of the memory that holds the elements. */
 import { type DType, MoeError, sizeOf, type Tensor } from '@moe/core'
 import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
 import type { Communicator, Reduction, RowExchange, TensorLike } from './communicator.ts'
@@ -18,25 +18,26 @@ import {
   wholeTensors,
 } from './shares.ts'
 
-/** Tensors travel together up to so many elements: 16 MiB of f32. */
+/** The largest number of elements that are sent together: 16 MiB of f32. */
 const bucketElements = 1 << 22
 
-/** What a rank is given, or what comes from it. */
+/** The elements for, or from, each rank. */
 type Share<E> = (rank: number) => E
 
-/** What comes of shares, bucket by bucket. */
+/** How shares are exchanged, bucket by bucket. */
 interface ShareExchange<E> {
   readonly dtype: DType
-  /** Where the rows of each rank are taken from; nothing for ranks whose place in a bucket is not filled. */
-  readonly give: Shares
-  /** Fills the places that are read. */
-  readonly meet: (space: Workspace<E>, place: Share<E>, bucket: ReadonlyArray<readonly Part[]>) => Promise<void>
-  /** What the rows of each rank are for, and from which element on; nothing for ranks whose place is not read. */
-  readonly take: ReadonlyArray<ReadonlyArray<{ readonly target: Target<E>; readonly at: number }>>
+  /** The rows that fill each rank's section of a bucket before the exchange; empty for sections that are not filled. */
+  readonly inputs: Shares
+  /** Exchanges a bucket, filling the sections that are read. */
+  readonly exchange: (space: Workspace<E>, section: Share<E>, bucket: ReadonlyArray<readonly Part[]>) => Promise<void>
+  /** Where each rank's section goes after the exchange, from element `at` on; empty for sections that are not read. */
+  readonly outputs: ReadonlyArray<ReadonlyArray<{ readonly target: Target<E>; readonly at: number }>>
 }
 
 /**
- * Sums are a reduce-scatter by pairs, an addition in the order of ranks and a gather. `E` is a run of elements: of the host, or of a device.
+ * Implements collectives with pairwise messages. An all-reduce is a reduce-scatter, with each rank adding its section in the order of ranks, followed by an
+ * all-gather. `E` is a contiguous run of elements on the host or on a device.
  */
 export class MessageCommunicator<E> implements Communicator {
   readonly rank: number
@@ -44,10 +45,10 @@ export class MessageCommunicator<E> implements Communicator {
   readonly carrier: Carrier<E>
   readonly #memory: Memory<E>
   readonly #isGroup: boolean
-  /** The latest call that all ranks make. The next one begins after it: messages have no other mark than their order. */
-  #turn: Promise<unknown> = Promise.resolve()
-  /** The latest `send`: the next one leaves after it. */
-  #left: Promise<unknown> = Promise.resolve()
+  /** The latest collective call. The next one starts after it, because messages are identified by their order only. */
+  #lastCall: Promise<unknown> = Promise.resolve()
+  /** The latest `send`. The next one starts after its message is queued. */
+  #lastSend: Promise<unknown> = Promise.resolve()
 
   constructor(carrier: Carrier<E>, memory: Memory<E>, isGroup = false) {
     this.rank = carrier.rank
@@ -78,8 +79,8 @@ export class MessageCommunicator<E> implements Communicator {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'reduceScatter',
-        problem: `[${shape}] cannot be shared by ${this.size} ranks along its first axis`,
-        fix: 'pad it to a multiple of the ranks',
+        problem: `the first axis of [${shape}] is not divisible by the number of ranks, ${this.size}`,
+        fix: 'pad the tensor to a multiple of the number of ranks',
       })
     }
     return this.#inTurn(async space => {
@@ -105,12 +106,12 @@ export class MessageCommunicator<E> implements Communicator {
       })
       return this.#bucketByBucket(shares, {
         dtype,
-        give: shares,
-        meet: (space, place, bucket) => {
+        inputs: shares,
+        exchange: (space, section, bucket) => {
           const length = lengthOf(bucket[this.rank])
-          return this.#reduceShare(space, place(this.rank), length, place, { dtype, reduction: 'sum' })
+          return this.#reduceShare(space, section(this.rank), length, section, { dtype, reduction: 'sum' })
         },
-        take: shares.map((_, rank) => (rank === this.rank ? own : [])),
+        outputs: shares.map((_, rank) => (rank === this.rank ? own : [])),
       })
     })
     return into ?? made
@@ -122,7 +123,7 @@ export class MessageCommunicator<E> implements Communicator {
     const tensors = wholeTensors('gatherShares', shares)
     if (dtype === null) return
     const targetOf = (tensor: Tensor): [Tensor, Target<E>] => {
-      // What is all of this rank's lies where it should.
+      // A tensor that is in `own` belongs to this rank alone and already has its value.
       const finish = (space: Workspace<E>, elements: E) => own.includes(tensor) || space.write(tensor, elements)
       return [tensor, { length: tensor.size, finish }]
     }
@@ -131,9 +132,9 @@ export class MessageCommunicator<E> implements Communicator {
     return this.#inTurn(() =>
       this.#bucketByBucket(shares, {
         dtype,
-        give: shares.map((_, rank) => (rank === this.rank ? given : [])),
-        meet: (_, place) => this.#exchange(() => place(this.rank), place),
-        take: shares.map(share =>
+        inputs: shares.map((_, rank) => (rank === this.rank ? given : [])),
+        exchange: (_, section) => this.#exchange(() => section(this.rank), section),
+        outputs: shares.map(share =>
           share.map(rows => ({ target: targets.get(rows.tensor) as Target<E>, at: elementsOf(rows).from })),
         ),
       }),
@@ -152,28 +153,28 @@ export class MessageCommunicator<E> implements Communicator {
     })
   }
 
-  async allToAll(rows: Tensor, counts: readonly number[], coming?: readonly number[]): Promise<RowExchange> {
+  async allToAll(rows: Tensor, counts: readonly number[], incoming?: readonly number[]): Promise<RowExchange> {
     const { dtype, shape, backend } = rows
     const fits = (numbers: readonly number[]) =>
       numbers.length === this.size && numbers.every(count => Number.isSafeInteger(count) && count >= 0)
-    if (coming !== undefined && (!fits(coming) || coming[this.rank] !== counts[this.rank])) {
+    if (incoming !== undefined && (!fits(incoming) || incoming[this.rank] !== counts[this.rank])) {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'allToAll',
-        problem: `there cannot come [${coming}] rows to rank ${this.rank} of ${this.size}, which sends [${counts}]`,
-        fix: 'give a count for each rank, that of this rank itself in both',
+        problem: `rank ${this.rank} of ${this.size} cannot receive [${incoming}] rows while it sends [${counts}]`,
+        fix: 'pass a count for each rank, with the same count for this rank itself in both lists',
       })
     }
     if (shape.length === 0 || !fits(counts) || total(counts) !== shape[0]) {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'allToAll',
-        problem: `counts [${counts}] do not deal the rows of [${shape}] out to ${this.size} ranks`,
-        fix: 'give a count for each rank; their sum is the number of rows',
+        problem: `counts [${counts}] do not divide the rows of [${shape}] among ${this.size} ranks`,
+        fix: 'pass a count for each rank, with the number of rows as their sum',
       })
     }
     return this.#inTurn(async space => {
-      const take = coming ?? [...(await this.carrier.numbers(Int32Array.from(counts)))]
+      const take = incoming ?? [...(await this.carrier.numbers(Int32Array.from(counts)))]
       const width = sizeOf(shape.slice(1))
       const from = placesOf(space, await this.#memory.of(rows), startsOf(counts, width))
       const received = space.make(dtype, total(take) * width)
@@ -192,7 +193,7 @@ export class MessageCommunicator<E> implements Communicator {
     return this.#makeInTurn(async (space, results) => {
       for (const tensor of tensors) {
         const elements = this.rank === root ? await this.#memory.of(tensor) : space.make(tensor.dtype, tensor.size)
-        await this.#passOn(elements, root)
+        await this.#broadcast(elements, root)
         results.push(space.tensor(elements, tensor))
       }
     })
@@ -200,17 +201,18 @@ export class MessageCommunicator<E> implements Communicator {
 
   async send(tensor: Tensor, to: number): Promise<void> {
     this.#checkRank('send', to, this.rank)
-    const left = this.#left.then(async () => {
+    // Resolves when the message is queued: `done` is wrapped so that it is not awaited.
+    const queued = this.#lastSend.then(async () => {
       const elements = await this.#memory.of(tensor)
       return { done: this.carrier.send(elements, to) }
     })
-    this.#left = left.catch(() => undefined)
-    await (await left).done
+    this.#lastSend = queued.catch(() => undefined)
+    await (await queued).done
   }
 
   async receive(like: TensorLike, from: number): Promise<Tensor> {
     this.#checkRank('receive', from, this.rank)
-    return this.#working(async space => {
+    return this.#withWorkspace(async space => {
       const elements = space.make(like.dtype, sizeOf(like.shape))
       await this.carrier.receive(elements, from)
       return space.tensor(elements, like)
@@ -227,17 +229,17 @@ export class MessageCommunicator<E> implements Communicator {
   }
 
   async close(): Promise<void> {
-    await Promise.all([this.#turn, this.#left])
+    await Promise.all([this.#lastCall, this.#lastSend])
     await this.carrier.close()
   }
 
   #inTurn<T>(call: (space: Workspace<E>) => Promise<T>): Promise<T> {
-    const done = this.#turn.then(() => this.#working(call))
-    this.#turn = done.catch(() => undefined)
+    const done = this.#lastCall.then(() => this.#withWorkspace(call))
+    this.#lastCall = done.catch(() => undefined)
     return done
   }
 
-  async #working<T>(call: (space: Workspace<E>) => Promise<T>): Promise<T> {
+  async #withWorkspace<T>(call: (space: Workspace<E>) => Promise<T>): Promise<T> {
     const space = this.#memory.open()
     try {
       return await call(space)
@@ -246,7 +248,7 @@ export class MessageCommunicator<E> implements Communicator {
     }
   }
 
-  /** A call that makes several tensors, and leaves none behind when it fails. */
+  /** Makes a call that returns several tensors, and disposes of them if it fails. */
   #makeInTurn(call: (space: Workspace<E>, results: Tensor[]) => Promise<void>): Promise<Tensor[]> {
     return this.#inTurn(async space => {
       const results: Tensor[] = []
@@ -260,11 +262,11 @@ export class MessageCommunicator<E> implements Communicator {
     })
   }
 
-  async #bucketByBucket(shares: Shares, { dtype, give, meet, take }: ShareExchange<E>): Promise<void> {
-    const sources = new Sources(this.#memory, give.flat())
+  async #bucketByBucket(shares: Shares, { dtype, inputs, exchange, outputs }: ShareExchange<E>): Promise<void> {
+    const sources = new Sources(this.#memory, inputs.flat())
     const assembly = new Assembly(this.#memory, dtype)
-    const carry = (bucket: ReadonlyArray<readonly Part[]>) =>
-      this.#working(async space => {
+    const exchangeBucket = (bucket: ReadonlyArray<readonly Part[]>) =>
+      this.#withWorkspace(async space => {
         const starts = startsOf(bucket.map(lengthOf))
         const flat = space.make(dtype, starts[this.size])
         const placed = bucket.map((parts, rank) => {
@@ -274,13 +276,13 @@ export class MessageCommunicator<E> implements Communicator {
             place: space.part(flat, starts[rank] + within[i], starts[rank] + within[i + 1]),
           }))
         })
-        for (const [rank, rows] of give.entries()) {
+        for (const [rank, rows] of inputs.entries()) {
           if (rows.length === 0) continue
           for (const { index, from, to, place } of placed[rank])
             space.copy(place, await sources.take(space, rows[index], from, to))
         }
-        await meet(space, placesOf(space, flat, starts), bucket)
-        for (const [rank, rows] of take.entries()) {
+        await exchange(space, placesOf(space, flat, starts), bucket)
+        for (const [rank, rows] of outputs.entries()) {
           if (rows.length === 0) continue
           for (const { index, from, to, place } of placed[rank]) {
             const { target, at } = rows[index]
@@ -289,20 +291,20 @@ export class MessageCommunicator<E> implements Communicator {
         }
       })
     try {
-      for (const bucket of partsInBuckets(shares, Math.ceil(bucketElements / this.size))) await carry(bucket)
+      for (const bucket of partsInBuckets(shares, Math.ceil(bucketElements / this.size))) await exchangeBucket(bucket)
     } finally {
       assembly.close()
     }
   }
 
-  /** `finish` is handed the reduced elements of each tensor. */
+  /** Reduces all tensors, and calls `finish` with the result of each. */
   async #reduceAll(
     tensors: readonly Tensor[],
     reduction: Reduction,
     finish: (space: Workspace<E>, elements: E, tensor: Tensor) => void,
   ): Promise<void> {
     const reduceBucket = (bucket: readonly Tensor[]) =>
-      this.#working(async space => {
+      this.#withWorkspace(async space => {
         const { dtype } = bucket[0]
         const starts = startsOf(bucket.map(({ size }) => size))
         const flat = space.make(dtype, starts[bucket.length])
@@ -319,7 +321,7 @@ export class MessageCommunicator<E> implements Communicator {
     for (const bucket of bucketsOf(tensors)) await reduceBucket(bucket)
   }
 
-  /** `to` becomes this rank's share, reduced over all ranks: `length` elements. It may be where that share lies. */
+  /** Sets `to` to this rank's share, `length` elements, reduced over all ranks. `to` may be `share(this.rank)`. */
   async #reduceShare(
     space: Workspace<E>,
     to: E,
@@ -334,11 +336,11 @@ export class MessageCommunicator<E> implements Communicator {
     space.reduce(to, parts, dtype, reduction)
   }
 
-  /** Gives every other rank its elements, and takes those of each. */
+  /** Sends each other rank its elements, and receives elements from each. */
   async #exchange(give: Share<E>, take: Share<E>): Promise<void> {
     const messages: Array<Message<E>> = []
     for (let distance = 1; distance < this.size; distance++) {
-      // Everyone begins with another rank.
+      // Each rank starts with a different peer.
       const to = (this.rank + distance) % this.size
       const from = (this.rank - distance + this.size) % this.size
       messages.push({ from, elements: take(from) }, { to, elements: give(to) })
@@ -346,8 +348,8 @@ export class MessageCommunicator<E> implements Communicator {
     await this.carrier.exchange(messages)
   }
 
-  /** The elements of rank `root` to all, along a binomial tree. */
-  async #passOn(elements: E, root: number): Promise<void> {
+  /** Sends the elements of rank `root` to all ranks along a binomial tree. */
+  async #broadcast(elements: E, root: number): Promise<void> {
     const place = (this.rank - root + this.size) % this.size
     const rankAt = (at: number) => (at + root) % this.size
     let reach = 1
@@ -359,11 +361,15 @@ export class MessageCommunicator<E> implements Communicator {
   }
 
   #checkMembers(members: readonly number[]): void {
-    const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'group', problem, fix })
-    if (this.#isGroup) throw refuse('this is a group already', 'make groups of the ranks that it is of')
+    const error = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'group', problem, fix })
+    if (this.#isGroup)
+      throw error('this communicator is already a group', 'call group() on the communicator of all ranks')
     for (const member of members) this.#checkRank('group', member)
     if (new Set(members).size === members.length && members.includes(this.rank)) return
-    throw refuse(`[${members}] is no group of rank ${this.rank}`, 'name it once, and every other member once')
+    throw error(
+      `[${members}] is not a valid group for rank ${this.rank}`,
+      'list this rank and every other member exactly once',
+    )
   }
 
   #checkRank(op: string, rank: number, not?: number): void {
@@ -371,22 +377,22 @@ export class MessageCommunicator<E> implements Communicator {
     throw new MoeError({
       code: 'E_CONFIG',
       op,
-      problem: rank === not ? `rank ${rank} is this rank itself` : `there is no rank ${rank} of ${this.size}`,
-      fix: 'ranks count from 0',
+      problem: rank === not ? `rank ${rank} is this rank itself` : `there is no rank ${rank} (size ${this.size})`,
+      fix: `pass a rank from 0 to ${this.size - 1}${not === undefined ? '' : ', other than this one'}`,
     })
   }
 }
 
 const total = (counts: Iterable<number>) => [...counts].reduce((sum, count) => sum + count, 0)
 
-/** First element of each rank's rows, and the end. */
+/** The first element of each rank's rows, and the end. */
 function startsOf(counts: readonly number[], width = 1): number[] {
   const starts = [0]
   for (const count of counts) starts.push((starts.at(-1) as number) + count * width)
   return starts
 }
 
-/** As many elements for each of the ranks, up to one. */
+/** `startsOf` for sections of equal length, up to one element. */
 const evenStarts = (length: number, ranks: number) =>
   Array.from({ length: ranks + 1 }, (_, rank) => Math.floor((rank * length) / ranks))
 

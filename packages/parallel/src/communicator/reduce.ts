@@ -1,22 +1,22 @@
-/** @file Numbers of several ranks to one, always in the order of ranks. */
+/** @file Reductions over ranks on the host, always in the order of ranks. */
 import { type DType, fromBf16, type HostArray, MoeError, toBf16 } from '@moe/core'
 import type { Reduction } from './communicator.ts'
 
-/** @throws MoeError E_DTYPE for what cannot be reduced */
+/** @throws MoeError E_DTYPE if the dtype does not support the reduction */
 export function checkReduction(op: string, dtype: DType, reduction: Reduction): void {
   if (dtype === 'f32' || dtype === 'bf16' || (dtype === 'i32' && reduction !== 'mean')) return
   throw new MoeError({
     code: 'E_DTYPE',
     op,
-    problem: `there is no ${reduction} of ${dtype} over ranks`,
-    fix: 'f32, bf16 and i32 have a sum and a largest, f32 and bf16 a mean; cast first',
+    problem: `unsupported reduction: ${reduction} of ${dtype}`,
+    fix: 'cast to f32; sum and max support f32, bf16 and i32, mean supports f32 and bf16',
   })
 }
 
-/** Numbers that are added up at a time: they stay in the cache. */
+/** Elements reduced at a time: the totals stay in the cache. */
 const block = 4096
 
-/** `to` becomes `parts`, element by element, in f64 and rounded once (bf16 by f32). It may be one of them. */
+/** Sets `to` to the elementwise reduction of `parts`, computed in f64 and rounded once (bf16 through f32). `to` may be one of the parts. */
 export function reduce(to: HostArray, parts: readonly HostArray[], dtype: DType, reduction: Reduction): void {
   if (dtype === 'bf16') {
     const result = new Float32Array(to.length)
@@ -30,7 +30,7 @@ export function reduce(to: HostArray, parts: readonly HostArray[], dtype: DType,
 }
 
 function reduceNumbers(to: HostArray, parts: readonly HostArray[], reduction: Reduction): void {
-  // Two ranks, the most frequent number, need no sums of their own: what is stored is rounded once.
+  // Two ranks, the most common case, need no array of f64 totals: the one addition is rounded when it is stored.
   if (parts.length === 2 && reduction !== 'max') addPair(to, parts[0], parts[1], reduction === 'mean' ? 2 : 1)
   else reduceBlocks(to, parts, reduction)
 }
@@ -55,7 +55,7 @@ function add(totals: Float64Array, part: HostArray): void {
   for (let i = 0; i < part.length; i++) totals[i] += part[i]
 }
 
-/** Of a NaN and a number, the NaN. */
+/** Math.max propagates NaN. */
 function largest(totals: Float64Array, part: HostArray): void {
   for (let i = 0; i < part.length; i++) totals[i] = Math.max(totals[i], part[i])
 }

@@ -1,20 +1,20 @@
-/** @file Rows that belong to ranks: they travel in buckets that have as much of every rank's share, so that all send and receive all the time. */
+/** @file Shares: rows assigned to ranks. They are exchanged in buckets with an equal amount of every rank's share, so that all ranks send and receive all the time. */
 import { type DType, MoeError, type Rows, type Shape, sameShape, sizeOf, type Tensor } from '@moe/core'
 import type { Memory, Workspace } from './carrier.ts'
 import { checkReduction } from './reduce.ts'
 
-/** Rows for each rank. */
+/** The rows assigned to each rank. */
 export type Shares = ReadonlyArray<readonly Rows[]>
 
-/** Some of the elements of rows, counted from the first of these. */
+/** A range of elements of one entry of a share, counted from the entry's first element. */
 export interface Part {
-  /** Number of the rows in a share. */
+  /** The entry's index in the share. */
   readonly index: number
   readonly from: number
   readonly to: number
 }
 
-/** The elements of rows, counted from the first of the tensor. */
+/** The range of elements of rows, counted from the tensor's first element. */
 export function elementsOf({ tensor, from, to }: Rows): Omit<Part, 'index'> {
   const width = sizeOf(tensor.shape.slice(1))
   return { from: from * width, to: to * width }
@@ -23,11 +23,11 @@ export function elementsOf({ tensor, from, to }: Rows): Omit<Part, 'index'> {
 export const lengthOf = (parts: ReadonlyArray<Omit<Part, 'index'>>): number =>
   parts.reduce((sum, { from, to }) => sum + to - from, 0)
 
-/** As a tensor of their own. */
+/** The shape of rows as a tensor. */
 export const shapeOf = ({ tensor: { shape }, from, to }: Rows): Shape =>
   shape.length === 0 ? shape : [to - from, ...shape.slice(1)]
 
-/** Of each rank up to `most` elements at a time, until nothing is left of any. */
+/** Yields buckets with up to `most` elements of each rank's share, until all are taken. */
 export function* partsInBuckets(shares: Shares, most: number): Generator<Part[][]> {
   const left = shares.map(share =>
     share.map((rows, index): Part => ({ index, from: 0, to: lengthOf([elementsOf(rows)]) })),
@@ -47,20 +47,20 @@ function takeFrom(parts: Part[], most: number): Part[] {
   return taken
 }
 
-/** Elements of tensors that several buckets have parts of: they are asked for once. */
+/** Caches the elements of tensors that several buckets contain parts of, so that each tensor is read once. */
 export class Sources<E> {
   readonly #memory: Memory<E>
   readonly #left = new Map<Tensor, number>()
   readonly #elements = new Map<Tensor, Promise<E>>()
 
-  /** @param all that will be taken, each once */
+  /** @param all the rows that will be taken, each once */
   constructor(memory: Memory<E>, all: readonly Rows[]) {
     this.#memory = memory
     for (const rows of all)
       this.#left.set(rows.tensor, (this.#left.get(rows.tensor) ?? 0) + lengthOf([elementsOf(rows)]))
   }
 
-  /** Elements of rows, counted from the first of these. */
+  /** Elements `from` to `to` (exclusive) of rows. */
   async take(space: Workspace<E>, rows: Rows, from: number, to: number): Promise<E> {
     const { tensor } = rows
     const { from: first } = elementsOf(rows)
@@ -73,14 +73,14 @@ export class Sources<E> {
   }
 }
 
-/** What elements come to. */
+/** A destination of received elements. */
 export interface Target<E> {
   readonly length: number
-  /** All of them have come. */
+  /** Called when all elements have arrived. */
   readonly finish: (space: Workspace<E>, elements: E) => unknown
 }
 
-/** Puts together what comes in parts. */
+/** Assembles targets that arrive in parts. */
 export class Assembly<E> {
   readonly #memory: Memory<E>
   readonly #dtype: DType
@@ -91,7 +91,7 @@ export class Assembly<E> {
     this.#dtype = dtype
   }
 
-  /** Elements from number `at` on of a target. */
+  /** Stores `length` elements of a target, from element `at` on. */
   put(space: Workspace<E>, target: Target<E>, at: number, elements: E, length: number): void {
     if (length === target.length) return void target.finish(space, elements)
     const begun = this.#begun.get(target) ?? this.#begin(target)
@@ -106,7 +106,7 @@ export class Assembly<E> {
     }
   }
 
-  /** Gives back what did not come to its end. */
+  /** Frees incomplete targets. */
   close(): void {
     for (const { space } of this.#begun.values()) space.close()
   }
@@ -119,10 +119,14 @@ export class Assembly<E> {
   }
 }
 
-/** @returns the dtype of all; null where there is nothing to share. @throws MoeError E_SHAPE, E_DTYPE for what cannot be shared out so */
+/** @returns the common dtype; null if all shares are empty. @throws MoeError E_SHAPE, E_DTYPE if the shares are invalid */
 export function checkShares(op: string, shares: Shares, size: number): DType | null {
   if (shares.length !== size)
-    throw refusal(op, `there are ${shares.length} shares for ${size} ranks`, 'give one for each, be it empty')
+    throw shapeError(
+      op,
+      `got ${shares.length} shares for ${size} ranks`,
+      'pass one share for each rank; it may be empty',
+    )
   const all = shares.flat()
   if (all.length === 0) return null
   const [{ tensor: first }] = all
@@ -130,32 +134,36 @@ export function checkShares(op: string, shares: Shares, size: number): DType | n
   for (const { tensor, from, to } of all) {
     const rows = tensor.shape[0] ?? 1
     if (!(Number.isSafeInteger(from) && Number.isSafeInteger(to) && 0 <= from && from < to && to <= rows))
-      throw refusal(op, `[${tensor.shape}] has no rows from ${from} to before ${to}`, `give some of its ${rows}`)
+      throw shapeError(
+        op,
+        `row range ${from} to ${to} is invalid for [${tensor.shape}]`,
+        `pass a non-empty range within 0 to ${rows}`,
+      )
     if (tensor.dtype === first.dtype) continue
-    const problem = `there are tensors of ${first.dtype} and of ${tensor.dtype}`
-    throw new MoeError({ code: 'E_DTYPE', op, problem, fix: 'make a call for each' })
+    const problem = `the shares mix ${first.dtype} and ${tensor.dtype} tensors`
+    throw new MoeError({ code: 'E_DTYPE', op, problem, fix: 'make one call for each dtype' })
   }
   return first.dtype
 }
 
-/** @throws MoeError E_SHAPE unless there is a tensor for each of the rows */
+/** @throws MoeError E_SHAPE unless there is a tensor of matching shape for each entry of the share */
 export function checkOwn(op: string, share: readonly Rows[], own: readonly Tensor[]): void {
   if (own.length === share.length && own.every(({ shape }, i) => sameShape(shape, shapeOf(share[i])))) return
   const show = (shapes: readonly Shape[]) => shapes.map(shape => `[${shape}]`).join(', ') || 'nothing'
-  const problem = `this rank's share is ${show(share.map(shapeOf))}, given is ${show(own.map(({ shape }) => shape))}`
-  throw refusal(op, problem, 'give a tensor for each of its rows')
+  const problem = `expected ${show(share.map(shapeOf))} for this rank's share, got ${show(own.map(({ shape }) => shape))}`
+  throw shapeError(op, problem, "pass one tensor for each entry of this rank's share")
 }
 
-/** The tensors that shares are of. @throws MoeError E_SHAPE where a row is nobody's, or several ranks' */
+/** The tensors that the shares consist of. @throws MoeError E_SHAPE if a row is in no share, or in several */
 export function wholeTensors(op: string, shares: Shares): Tensor[] {
   const runs = new Map<Tensor, Rows[]>()
   for (const rows of shares.flat()) runs.set(rows.tensor, [...(runs.get(rows.tensor) ?? []), rows])
   for (const [{ shape }, of] of runs) {
     const end = of.sort((a, b) => a.from - b.from).reduce((end, { from, to }) => (from === end ? to : Number.NaN), 0)
     if (end !== (shape[0] ?? 1))
-      throw refusal(op, `the shares do not make up [${shape}]`, 'give each of its rows to one rank')
+      throw shapeError(op, `the shares do not cover each row of [${shape}] once`, 'assign each row to exactly one rank')
   }
   return [...runs.keys()]
 }
 
-const refusal = (op: string, problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op, problem, fix })
+const shapeError = (op: string, problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op, problem, fix })

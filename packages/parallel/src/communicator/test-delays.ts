@@ -1,9 +1,9 @@
-/** @file For tests and benchmarks only: messages that take their time. */
+/** @file For tests only: a transport that delays messages. */
 import type { Transport } from './transport.ts'
 
 const now = () => performance.timeOrigin + performance.now()
 
-/** A message is there so many milliseconds after it was sent, on any process of this machine. */
+/** Delivers each message `delay(bytes)` milliseconds after it is sent, in any process of this machine. */
 export class DelayedTransport implements Transport {
   readonly rank: number
   readonly size: number

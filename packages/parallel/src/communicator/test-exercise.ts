@@ -1,4 +1,4 @@
-/** @file For tests only: every call of a communicator, and what must come of it, computed without one. */
+/** @file For tests only: makes every call of a communicator, and computes the expected results without one. */
 import {
   type Backend,
   type DType,
@@ -17,14 +17,14 @@ import type { Communicator } from './communicator.ts'
 
 const reference = referenceBackend()
 
-/** Numbers that a rank contributes; sums of these depend on their order and rounding. */
+/** The numbers of a rank. Their sums depend on order and rounding. */
 const numbersOf = (rank: number, length: number) =>
   new Random(11)
     .fork(`rank ${rank}`)
     .uniform(length)
     .map((x, i) => (x - 0.5) * 10 ** (i % 7))
 
-/** Rows that rank `from` has for rank `to`: some pairs have none. */
+/** The number of rows that rank `from` sends to rank `to`; 0 for some pairs. */
 const rowsFor = (from: number, to: number) => (from * 5 + to * 3) % 4
 
 const bitsOn = (backend: Backend, numbers: Float32Array, dtype: 'bf16' | 'f32' | 'i32') => {
@@ -32,12 +32,12 @@ const bitsOn = (backend: Backend, numbers: Float32Array, dtype: 'bf16' | 'f32' |
   if (dtype === 'i32') return fromHost(Int32Array.from(numbers), [numbers.length], 'i32', backend)
   return fromHost(Uint16Array.from(numbers, toBf16), [numbers.length], 'bf16', backend)
 }
-/** As an Int32Array has it: without -0. */
+/** The value after conversion by an Int32Array, which has no -0. */
 const whole = (x: number) => Math.trunc(x) + 0
 const plain = async (tensors: readonly Tensor[]) =>
   Promise.all(tensors.map(async t => ({ shape: t.shape, dtype: t.dtype, data: [...(await t.data())] })))
 
-/** What this rank gets from every call, as plain data; and from those within its group, that of the other odd or even ranks, while all have calls under way. */
+/** The result of every call on this rank, as plain data, and of every call within the group of odd or even ranks, made at the same time. */
 export async function exercise(ranks: Communicator, backend: Backend = reference): Promise<Record<string, unknown>> {
   const members = Array.from({ length: ranks.size }, (_, r) => r).filter(r => r % 2 === ranks.rank % 2)
   const [whole, inGroup] = await Promise.all([
@@ -72,7 +72,7 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
   results.allToAll = [exchanged.counts, await plain([exchanged.rows]), known.counts, await plain([known.rows])]
   const roots = Array.from({ length: size }, (_, root) => ranks.broadcast([f32(own(5)), bits(own(4), 'i32')], root))
   results.broadcast = await Promise.all(roots.map(async tensors => plain(await tensors)))
-  // Round a ring, two messages under way at once, received in the order of sending.
+  // Around a ring, with two messages in flight at once, received in the order of sending.
   const [next, previous] = [(rank + 1) % size, (rank - 1 + size) % size]
   if (size > 1) {
     const like = { shape: [4], dtype: 'f32' as DType, backend }
@@ -84,7 +84,7 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
   return results
 }
 
-/** Tensors that ranks have alike: a vector, a scalar, a matrix of which each rank but the last has two rows, and one that the last has. */
+/** Shapes of shared tensors: a vector and a scalar that belong to rank 0, a matrix of which each rank but the last owns two rows, and one that belongs to the last rank. */
 const shapesOf = (size: number) => [[5], [], [2 * size + 3, 3], [2, 2]]
 const runsOf = (rank: number, size: number) => {
   const last = rank === size - 1
@@ -104,7 +104,7 @@ const rowsIn = (numbers: readonly number[], shape: readonly number[], from: numb
 }
 const shapeOfRows = (shape: readonly number[], rows: number) => (shape.length === 0 ? [] : [rows, ...shape.slice(1)])
 
-/** Sums of this rank's rows, new and in their place; and all ranks' numbers, of each those for its rows. */
+/** Sums of this rank's rows, as new tensors and in place, and the tensors gathered from all ranks' rows. */
 async function exerciseShares(ranks: Communicator, backend: Backend) {
   const { rank, size } = ranks
   const tensors = shapesOf(size).map(shape => tensor(numbersOf(rank, sizeOf(shape)), shape, { backend }))
@@ -129,7 +129,7 @@ async function exerciseShares(ranks: Communicator, backend: Backend) {
   return [sums, inPlace, await plain(parameters)]
 }
 
-/** The same, from all ranks' numbers at once. */
+/** What `exercise` must return, computed from all ranks' numbers at once. */
 export function expected(rank: number, size: number): Record<string, unknown> {
   const members = Math.ceil((size - (rank % 2)) / 2)
   return { ...expectedOfAll(rank, size), inGroup: expectedOfAll(members - 1 - Math.floor(rank / 2), members) }

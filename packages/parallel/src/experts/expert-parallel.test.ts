@@ -124,7 +124,7 @@ test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optim
   },
 )
 
-test('a step is refused on all ranks: as many micro-batches on each, and numbers that are finite', async () => {
+test('all ranks reject a step with unequal numbers of micro-batches, or with a loss that is not finite', async () => {
   const codes = await local(3, async ranks => {
     const model = newModel({ n_routed_experts: 6, n_group: null, topk_group: null })
     const spread = new ExpertParallel(model, ranks)
@@ -136,14 +136,16 @@ test('a step is refused on all ranks: as many micro-batches on each, and numbers
   })
   for (const [rank, [uneven, notFinite, none]] of codes.entries()) {
     expect(none).toMatch(
-      /^E_CONFIG .*this rank has 0 micro-batches, all 3 have 0 together; give every rank as many, one or more/,
+      /^E_CONFIG .*this rank has 0 micro-batches, all 3 ranks have 0 in total; pass the same number on every rank/,
     )
-    expect(uneven).toMatch(new RegExp(`^E_CONFIG .*this rank has ${rank + 1} micro-batches, all 3 have 6 together`))
+    expect(uneven).toMatch(
+      new RegExp(`^E_CONFIG .*this rank has ${rank + 1} micro-batches, all 3 ranks have 6 in total`),
+    )
     expect(notFinite).toMatch(/^E_NAN .*the step has loss NaN/)
   }
 })
 
-test('experts keep their names, and must be divided by the ranks', async () => {
+test('experts keep their names, and their number must be divisible by the ranks that share them', async () => {
   await local(2, async ranks => {
     const model = newModel()
     const { parameters } = new ExpertParallel(model, ranks)
@@ -155,28 +157,30 @@ test('experts keep their names, and must be divided by the ranks', async () => {
     ])
   })
   await expect(local(3, async ranks => new ExpertParallel(newModel(), ranks))).rejects.toThrow(
-    /4 experts cannot be shared by 3 ranks/,
+    /4 experts cannot be divided among 3 ranks/,
   )
   for (const expertParallelSize of [0, 1.5, 3, 8]) {
     const refused = local(4, async ranks => new ExpertParallel(newModel(), ranks, { expertParallelSize }))
     await expect(refused).rejects.toThrow(
-      `cannot be shared out to ${expertParallelSize} ranks each where 4 have the same layers; give an expertParallelSize that divides`,
+      `expertParallelSize is ${expertParallelSize}, but 4 ranks have the same layers; pass a positive integer that divides 4`,
     )
   }
 })
 
-test('what is no model, communicator, option or list of micro-batches is refused in words', async () => {
+test('an invalid model, communicator, option or list of micro-batches is an error', async () => {
   await local(1, async ranks => {
     const make = (model: unknown, communicator: unknown) => {
       return () => new ExpertParallel(model as DeepSeek, communicator as Communicator)
     }
-    expect(make({}, ranks)).toThrow('ExpertParallel: the model has no inPieces')
+    expect(make({}, ranks)).toThrow('ExpertParallel: the model has no inPieces()')
     expect(make(newModel(), Promise.resolve(ranks))).toThrow('ExpertParallel: ranks is a promise')
-    expect(make(newModel(), undefined)).toThrow('ExpertParallel: there are no ranks; pass what await mpi() gives')
+    expect(make(newModel(), undefined)).toThrow(
+      'ExpertParallel: ranks is not a communicator; pass the result of await mpi()',
+    )
     const model = newModel()
     const [batch] = batchesOf(1, model)
     await expect(make(model, ranks)().step(batch as never)).rejects.toThrow(
-      'the micro-batches are no list; pass [batch]',
+      'the micro-batches are not an array; pass [batch]',
     )
     await expect(make(model, ranks)().step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
       'unknown option precison; did you mean precision?',

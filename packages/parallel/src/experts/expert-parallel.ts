@@ -1,6 +1,6 @@
-/** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
+/** @file Expert parallelism: training steps of a model whose routed experts are sharded over ranks. */
 import { checkOptions, fromHost, full, type Module, namedParameters, type OwnParameter, type Tensor } from '@moe/core'
-import { checkBatches, checkRanks, refusal } from '../check-call.ts'
+import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import { Replicated } from '../replicated.ts'
@@ -13,11 +13,14 @@ import {
 } from './expert-shares.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 
-/** A model whose experts can be spread; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
+/** A model that supports expert parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
 export interface SpreadableModel<Batch> extends Module {
-  /** Layers with routed experts. */
+  /** The layers with routed experts. */
   readonly moeLayers: readonly SpreadableLayer[]
-  /** The loss of a micro-batch, a mean over its `count` positions, in a pass that is told how the experts of a layer are reached. */
+  /**
+   * Prepares the forward pass of a micro-batch in pieces. `forward` returns the loss, a mean over the `count` positions that carry loss; `route` sends tokens
+   * to the experts of a layer, which may be on other ranks.
+   */
   inPieces(batch: Batch): {
     readonly count: number
     forward(
@@ -28,27 +31,33 @@ export interface SpreadableModel<Batch> extends Module {
 }
 
 /**
- * A model whose routed experts are spread over ranks: of n ranks that share them out, the r-th trains the experts from r E/n to before (r + 1) E/n of every layer, on the tokens of all n, and everything else together with the others, on rows of
- * its own. Every rank makes the whole model, with the same weights; those of its experts are copied, and the model's are freed, until `gather` brings all.
+ * Expert parallelism: each rank trains a shard of the routed experts of every layer on the tokens of all ranks. All other parameters are replicated and trained
+ * as in data parallelism, on each rank's own rows. Of n ranks that share the E experts of a layer, rank r holds the experts from r E/n to (r + 1) E/n, exclusive.
  *
- * Where fewer than all ranks share the experts out, each so many in a row do, and gradients of experts are summed over all that have the same.
+ * Create the whole model on every rank with the same weights. The constructor copies this rank's experts and frees the model's, until `gather` restores all.
  *
- * `train` of `@moe/trainer` takes one as its `ranks`.
+ * If `expertParallelSize` is less than the number of ranks, consecutive ranks form groups of that size. Each group holds all experts, and gradients of experts
+ * are summed over the groups.
+ *
+ * Pass it to `train` of `@moe/trainer` as `ranks`.
  */
 export class ExpertParallel<Batch> {
-  /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model, whose rows they are from `firstRow` on. */
+  /**
+   * The parameters of this rank; create its optimizer from them. Experts keep their names in the model and hold rows of the model's stacked parameters
+   * from `firstRow` on.
+   */
   parameters: readonly OwnParameter[]
-  /** All ranks that the experts are spread over. */
+  /** All ranks of the training. */
   readonly ranks: Communicator
-  /** The rows of a step that this rank is given, as data orders have it. */
+  /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
   readonly dataShare: { readonly rank: number; readonly world: number }
   readonly #model: SpreadableModel<Batch>
   readonly #shares: ExpertShares
   readonly #replicated: Replicated
 
   /**
-   * @param options.expertParallelSize ranks that share the experts out. Default: all.
-   * @throws MoeError E_CONFIG when these do not divide the experts, or the ranks
+   * @param options.expertParallelSize the number of ranks that share the experts. Default: all.
+   * @throws MoeError E_CONFIG if it does not divide the number of ranks and the number of experts
    */
   constructor(
     model: SpreadableModel<Batch>,
@@ -58,7 +67,11 @@ export class ExpertParallel<Batch> {
     const op = 'ExpertParallel'
     checkOptions(op, options, { expertParallelSize: true })
     if (typeof model?.inPieces !== 'function')
-      throw refusal(op, 'the model has no inPieces', 'pass a DeepSeek, or a model whose experts can be spread')
+      throw configError(
+        op,
+        'the model has no inPieces()',
+        'pass a DeepSeek, or a model that implements SpreadableModel',
+      )
     checkRanks(op, ranks)
     this.#model = model
     this.ranks = ranks
@@ -73,24 +86,26 @@ export class ExpertParallel<Batch> {
   }
 
   /**
-   * Shares out what several ranks have alike: each keeps the optimizer's state of a part, and updates it for all; weights are exchanged at the begin of the next step, and by `gather`. `parameters` are then this rank's. For before the optimizer is made,
-   * on all ranks; `train` does it.
+   * Shards the optimizer state of replicated parameters (ZeRO-1): each rank updates its shard for all ranks, and updated weights are exchanged at the
+   * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
+   * `train` does.
    */
   shareOptimizer(): void {
-    this.parameters = this.#replicated.shareOut()
+    this.parameters = this.#replicated.shard()
   }
 
   /**
-   * Forward and backward passes of a step. Afterwards the parameters have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the optimizer step.
-   * Micro-batches weigh as much as they have positions that count: the step is that of one rank with the micro-batches of all.
-   * @param batches of this rank; every rank has as many
-   * @throws MoeError E_CONFIG when it has not, or none, and when nothing is to be trained; E_NAN when loss or norm is not finite; both on all ranks
+   * Runs the forward and backward passes of a step and replaces the gradients of `parameters`. Clip them by `gradNorm` and call the optimizer afterwards.
+   * Micro-batches are weighted by their number of positions that carry loss, so that the step equals that of one rank with the micro-batches of all.
+   * @param batches this rank's micro-batches, the same number on every rank
+   * @throws MoeError E_CONFIG if the ranks have different numbers of micro-batches, or none, or if all parameters are frozen; E_NAN if the loss or the gradient norm is
+   * not finite. All ranks throw.
    */
   async step(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<ParallelStepResult> {
     checkOptions('ExpertParallel.step', options, { precision: true })
     checkBatches('ExpertParallel', batches)
     if (!this.parameters.some(({ parameter }) => parameter.trainable))
-      throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
+      throw configError('ExpertParallel', 'all parameters are frozen', 'set trainable on the parameters to train')
     const { precision } = options
     await this.#replicated.gather()
     this.#shares.takeOwn()
@@ -124,27 +139,30 @@ export class ExpertParallel<Batch> {
   }
 
   /**
-   * Gives the model on every rank the weights of all experts: for measuring, saving and generating. All ranks call it. They are moved: `parameters` of experts are freed until the next step, which takes
-   * this rank's back from the model as it is then.
+   * Moves the weights of all experts into the model on every rank, to evaluate, save or generate. All ranks call it. The expert entries of `parameters` are
+   * freed until the next step or `release`, which takes this rank's experts from the model as it is then.
    */
   async gather(): Promise<void> {
     await this.#replicated.gather()
     await this.#shares.gather()
   }
 
-  /** Takes what this rank trains back from the model, which loses all experts: after `gather`, or when it was loaded. `parameters` may be changed then, and `gather` brings all again. */
+  /**
+   * Takes this rank's experts back from the model and frees the model's: after `gather`, or after weights were loaded into the model. You may then change `parameters`;
+   * `gather` sends the changes to all ranks.
+   */
   release(): void {
     this.#shares.takeOwn()
     this.#replicated.takeBack()
   }
 
-  /** Frees this rank's experts; the model stays. */
+  /** Frees this rank's experts, but not the model. */
   dispose(): void {
     this.#replicated.dispose()
     this.#shares.dispose()
   }
 
-  /** Those that carry loss, of all ranks. */
+  /** The number of positions that carry loss, over all ranks. Checks that all ranks have the same number of micro-batches. */
   async #positions(counts: readonly number[]): Promise<number> {
     const { size } = this.ranks
     const [positions, batches, squares] = await this.#sum([
@@ -152,10 +170,10 @@ export class ExpertParallel<Batch> {
       counts.length,
       counts.length ** 2,
     ])
-    // Equal numbers, and no others, have a mean of squares that is the square of their mean.
+    // The mean of the squares equals the square of the mean only if all numbers are equal.
     if (squares * size === batches ** 2 && batches > 0) return positions
-    const problem = `this rank has ${counts.length} micro-batches, all ${size} have ${batches} together`
-    throw refusal('ExpertParallel', problem, 'give every rank as many, one or more')
+    const problem = `this rank has ${counts.length} micro-batches, all ${size} ranks have ${batches} in total`
+    throw configError('ExpertParallel', problem, 'pass the same number on every rank, at least one')
   }
 
   async #sum(numbers: readonly number[]): Promise<number[]> {

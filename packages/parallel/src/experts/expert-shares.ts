@@ -1,4 +1,4 @@
-/** @file Experts that several ranks share out: which ranks those are, and what this one has of them. */
+/** @file Experts sharded over ranks: the groups of ranks that share them, and the shard of this rank. */
 import {
   type Module,
   type NamedParameter,
@@ -9,40 +9,40 @@ import {
   type Tensor,
   zeros,
 } from '@moe/core'
-import { refusal } from '../check-call.ts'
+import { configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import type { PiecewisePass } from './piecewise-pass.ts'
 import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
 
-/** A layer with routed experts. Parameters of experts are stacked, `[E, ...]`. */
+/** A layer whose routed experts can be sharded. Expert parameters are stacked: `[E, ...]`. */
 export interface SpreadableLayer {
-  /** `copyOf` gives those from number `from` to `to` - 1 as a module of its own. */
+  /** The experts. `copyOf` returns experts `from` to `to` (exclusive) as a separate module. */
   readonly experts: Module & { copyOf(from: number, to: number): Module & ExpertsShare }
 }
 
-/** What a model in pieces is run by: a `PiecewisePass` is one. */
+/** Runs a forward pass in pieces. `PiecewisePass` implements it. */
 export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
-  /** Ops on results of other pieces; what it gives are leaves for later ones. */
+  /** Runs ops on the results of other pieces. Returns leaves, for later pieces. */
   piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
 }
 
-/** What the routed experts of a layer make of tokens, `[N, D]`: leaves of a pass to a leaf. */
+/** Applies the routed experts of a layer to tokens, `[N, D]`, wherever the experts are. Takes leaves of a pass and returns a leaf. */
 export type RouteElsewhere = (layer: number, tokens: RoutedTokens) => Promise<Tensor>
 
-/** Ranks that have the same layers. */
+/** The groups that this rank belongs to, among the ranks that have the same layers. */
 export interface ExpertRanks {
-  /** Those that share the experts of each layer out: this one has the part of its number among them. */
+  /** The ranks that share the experts of each layer; this rank's number in the group is the number of its shard. */
   readonly sharing: Communicator
-  /** The same, for what goes back while another pass goes forward. */
+  /** The same ranks, for messages of a backward pass that overlaps a forward pass. */
   readonly back: Communicator
-  /** Those that have the same part as this one; null where no other has. */
+  /** The ranks that have the same shard as this one; null if there is no other. */
   readonly same: Communicator | null
 }
 
 /**
- * Groups of `size` ranks share experts out: of ranks with the same layers, which are `stride` apart, each so many in a row.
- * @param options.overlapping whether passes may be under way at once
- * @throws MoeError E_CONFIG when they cannot be grouped so
+ * Divides the ranks with the same layers, which are `stride` apart, into groups of `size` consecutive ones that share the experts.
+ * @param options.overlapping whether a forward and a backward pass may run at the same time
+ * @throws MoeError E_CONFIG if `size` does not divide the number of ranks with the same layers
  */
 export function expertRanks(
   op: string,
@@ -52,8 +52,8 @@ export function expertRanks(
 ): ExpertRanks {
   const all = ranks.size / stride
   if (!Number.isInteger(size) || size < 1 || all % size !== 0) {
-    const problem = `experts cannot be shared out to ${size} ranks each where ${all} have the same layers`
-    throw refusal(op, problem, 'give an expertParallelSize that divides them')
+    const problem = `expertParallelSize is ${size}, but ${all} ranks have the same layers`
+    throw configError(op, problem, `pass a positive integer that divides ${all}`)
   }
   const line = Math.floor(ranks.rank / stride)
   const among = (lines: readonly number[]) => lines.map(other => other * stride + (ranks.rank % stride))
@@ -65,21 +65,21 @@ export function expertRanks(
   return { sharing, back, same: others.length === 1 ? null : ranks.group(others) }
 }
 
-/** Of a layer: this rank's experts, and whose rows their parameters are. */
+/** This rank's experts of a layer, and the model's parameters whose rows they are. */
 interface Share {
   readonly share: Module & ExpertsShare
   readonly rows: ReadonlyArray<readonly [whole: Parameter, own: Parameter]>
   readonly experts: number
 }
 
-/** What a rank has of the experts of its layers: copies of rows of the model's parameters, which are freed until `gather`. */
+/** This rank's shard of the experts of its layers: copies of rows of the model's parameters, which are freed until `gather`. */
 export class ExpertShares {
-  /** This rank's rows of a parameter of the model. */
+  /** Maps a parameter of the model to this rank's rows of it. */
   readonly rows: ReadonlyMap<Parameter, Parameter>
   readonly ranks: ExpertRanks
   readonly #layers: ReadonlyMap<number, Share>
 
-  /** @param layers of this rank, by their number in the model. @throws MoeError E_CONFIG when the ranks do not divide the experts */
+  /** @param layers of this rank, by their number in the model. @throws MoeError E_CONFIG if the ranks do not divide the experts */
   constructor(op: string, layers: ReadonlyMap<number, SpreadableLayer>, ranks: ExpertRanks) {
     this.ranks = ranks
     this.#layers = new Map(Array.from(layers, ([layer, { experts }]) => [layer, shareOf(op, experts, ranks.sharing)]))
@@ -87,7 +87,7 @@ export class ExpertShares {
     this.takeOwn()
   }
 
-  /** As this rank trains it. */
+  /** The parameter that this rank trains in place of one of the model. */
   own(named: NamedParameter): OwnParameter {
     const parameter = this.rows.get(named.parameter)
     if (parameter === undefined) return named
@@ -95,7 +95,7 @@ export class ExpertShares {
     return { ...named, parameter, firstRow: from, ...(named.slices && { slices: named.slices.slice(from, to) }) }
   }
 
-  /** This rank's experts from the model, which loses all, where it has them: it was gathered, or loaded. */
+  /** Takes this rank's experts from the model and frees the model's, if it has them (after `gather`, or after loading weights). */
   takeOwn(): void {
     for (const [whole, own] of this.rows) {
       if (whole.handle === null) continue
@@ -104,7 +104,7 @@ export class ExpertShares {
     }
   }
 
-  /** Moves the experts of these layers into the model, on all ranks that share them out. */
+  /** Moves all experts of these layers into the model, on all ranks that share them. */
   async gather(): Promise<void> {
     this.takeOwn()
     for (const [whole, own] of this.rows) {
@@ -113,7 +113,7 @@ export class ExpertShares {
     }
   }
 
-  /** How pieces of this pass reach the experts. */
+  /** The routing function for pieces of this pass. */
   routeIn(pass: PiecewisePass): RouteElsewhere {
     return (layer, tokens) => {
       const { share, experts } = this.#layers.get(layer) as Share
@@ -122,13 +122,13 @@ export class ExpertShares {
     }
   }
 
-  /** Experts that nobody has chosen have a gradient all the same, as on one rank. */
+  /** Gives experts that no token chose a gradient of zeros, as on one rank. */
   completeGradients(): void {
     for (const parameter of this.rows.values())
       if (parameter.trainable) parameter.grad ??= zeros(parameter.shape, { backend: parameter.backend })
   }
 
-  /** Frees this rank's experts; the model stays. */
+  /** Frees this rank's experts, but not the model. */
   dispose(): void {
     for (const own of this.rows.values()) own.dispose()
   }
@@ -144,8 +144,8 @@ function shareOf(op: string, whole: SpreadableLayer['experts'], ranks: Communica
   const stacked = namedParameters(whole)
   const [experts] = stacked[0].parameter.shape
   if (experts % ranks.size !== 0) {
-    const problem = `${experts} experts cannot be shared by ${ranks.size} ranks`
-    throw refusal(op, problem, 'use a number of ranks that divides them')
+    const problem = `${experts} experts cannot be divided among ${ranks.size} ranks`
+    throw configError(op, problem, `use a number of ranks that divides ${experts}`)
   }
   const share = whole.copyOf(...runOf(experts, ranks))
   const own = namedParameters(share)

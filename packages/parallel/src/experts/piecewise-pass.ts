@@ -1,4 +1,4 @@
-/** @file A pass in synchronous pieces with waits between them, forward and back. */
+/** @file A forward and backward pass in synchronous pieces, with asynchronous exchanges between them. */
 import {
   backwardInput,
   checkOptions,
@@ -14,26 +14,26 @@ import {
   zeros,
 } from '@moe/core'
 
-/** What was done on the way forward. `made` is what later pieces see of `outputs`. */
+/** A recorded step of the forward pass. `leaves` stand for `outputs` in later pieces. */
 type Step =
   | {
       readonly kind: 'piece'
       readonly inputs: readonly Tensor[]
       readonly outputs: readonly Tensor[]
-      readonly made: readonly Tensor[]
+      readonly leaves: readonly Tensor[]
     }
   | {
       readonly kind: 'exchange'
       readonly input: Tensor
-      readonly made: Tensor
-      readonly back: (gradient: Tensor) => Promise<Tensor>
+      readonly leaf: Tensor
+      readonly backward: (gradient: Tensor) => Promise<Tensor>
     }
 
 /**
- * Gradients go back through ops without waiting, but other ranks have to be waited for. So a pass is cut where they are: within a piece ops are recorded as
- * ever, and what goes from a piece to another (or to an exchange) is a leaf, of which the pass gathers the gradient.
+ * A forward and backward pass that exchanges tensors with other ranks. Autograd is synchronous, but exchanges are not, so the pass is cut into pieces. Within a
+ * piece, ops are recorded as usual. Between pieces and exchanges, tensors are detached leaves whose gradients the pass accumulates.
  *
- * On the way back the gradients of weights are put off and computed while an exchange is under way, or when there is time.
+ * In the backward pass, weight gradients are computed while an exchange is in progress, or later on demand.
  */
 export class PiecewisePass {
   readonly #life = new Lifetime()
@@ -43,54 +43,56 @@ export class PiecewisePass {
   #splits: SplitBackward[] = []
 
   /**
-   * A pass without pieces.
-   * @param options.precision arithmetic of matrix products in pieces. Default f32
+   * Creates an empty pass.
+   * @param options.precision arithmetic of matrix products in pieces. Default: f32
    */
   constructor(options: { readonly precision?: Precision } = {}) {
     checkOptions('PiecewisePass', options, { precision: true })
     this.#precision = options.precision ?? 'f32'
   }
 
-  /** A tensor from outside, as pieces take it; its gradient is `gradient(leaf)` after `backward`. */
+  /** Returns a leaf for an outside tensor, to be passed to pieces. After `backward`, `gradient(leaf)` returns its gradient. */
   input(tensor: Tensor): Tensor {
     return this.#leafOf(tensor, true)
   }
 
-  /** Runs a function whose tensors live as long as the pass, for what needs no gradient. */
+  /** Runs a function that needs no gradient. Its tensors live as long as the pass. */
   run<T>(fn: () => T): T {
     return this.#life.run(fn)
   }
 
-  /** Ops on leaves of this pass (inputs, results of pieces and exchanges). A leaf may go to several pieces. */
+  /** Runs ops on leaves of this pass: inputs and results of pieces and exchanges. Returns leaves for the results. A leaf may be used in several pieces. */
   piece<const Inputs extends readonly Tensor[]>(
     inputs: Inputs,
     fn: (...inputs: Inputs) => readonly Tensor[],
   ): Tensor[] {
     const outputs = this.#life.run(() => withPrecision(this.#precision, () => fn(...inputs)))
-    const made = outputs.map(output => this.#leafOf(output, output.tracked))
-    this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, made })
-    return made
+    const leaves = outputs.map(output => this.#leafOf(output, output.tracked))
+    this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, leaves })
+    return leaves
   }
 
   /**
-   * Something to wait for between pieces, which every rank does. Both functions resolve to tensors that the pass takes over.
-   * @param back from the gradient of the result to the gradient of the input; a rank without one has zeros
+   * Runs an asynchronous exchange between pieces; every rank takes part. Returns a leaf for the result. The pass owns the tensors that both functions
+   * resolve to.
+   * @param forward computes the result from the input
+   * @param backward computes the gradient of the input from that of the result, which is zeros on a rank where nothing depends on the result
    */
   async exchange(
     input: Tensor,
-    there: (input: Tensor) => Promise<Tensor>,
-    back: (gradient: Tensor) => Promise<Tensor>,
+    forward: (input: Tensor) => Promise<Tensor>,
+    backward: (gradient: Tensor) => Promise<Tensor>,
   ): Promise<Tensor> {
-    const result = await there(input)
-    const made = this.#leafOf(result, true)
+    const result = await forward(input)
+    const leaf = this.#leafOf(result, true)
     result.dispose()
-    this.#steps.push({ kind: 'exchange', input, made, back })
-    return made
+    this.#steps.push({ kind: 'exchange', input, leaf, backward })
+    return leaf
   }
 
   /**
-   * Goes all the way back from a leaf: parameters gather their gradients, `gradient` tells those of inputs. Once.
-   * @throws MoeError E_SHAPE when `gradient` has another shape
+   * Runs the backward pass from a leaf. Adds to `.grad` of the parameters; `gradient(input)` returns the gradients of inputs. Call it once.
+   * @throws MoeError E_SHAPE if `gradient` has another shape than the leaf
    */
   async backward(from: Tensor, gradient: Tensor): Promise<void> {
     await this.backwardInput([from], [gradient])
@@ -98,10 +100,10 @@ export class PiecewisePass {
   }
 
   /**
-   * Goes back from leaves to the inputs, whose gradients `gradient` tells, before all weights have theirs: `weights` computes what is left.
-   * @param gradients one of each leaf
-   * @param options.putOff leaves all gradients of weights to `weights`. Default: they are computed while exchanges are under way.
-   * @throws MoeError E_SHAPE when a gradient has another shape
+   * Runs the part of the backward pass that computes the gradients of the inputs. `weights()` then computes the remaining weight gradients.
+   * @param gradients one for each leaf
+   * @param options.putOff whether to defer all weight gradients to `weights()`. Default: false, they are computed while exchanges are in progress
+   * @throws MoeError E_SHAPE if a gradient has another shape than its leaf
    */
   async backwardInput(
     from: readonly Tensor[],
@@ -114,34 +116,34 @@ export class PiecewisePass {
     for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {
       if (step.kind === 'piece') this.#backThroughPiece(step)
       else {
-        const { input, made, back } = step
-        const own = this.#take(made) ?? this.#life.run(() => zeros(made.shape, { backend: made.backend }))
-        const coming = back(own)
+        const { input, leaf, backward } = step
+        const gradient = this.#take(leaf) ?? this.#life.run(() => zeros(leaf.shape, { backend: leaf.backend }))
+        const exchanged = backward(gradient)
         if (!options.putOff && this.#splits.length > 0) {
-          // First what is to travel leaves.
+          // Let the messages leave before computing.
           await new Promise(setImmediate)
           this.weights()
         }
-        const came = await coming
-        own.dispose()
-        if (input.tracked) this.#add(input, came)
-        else came.dispose()
+        const received = await exchanged
+        gradient.dispose()
+        if (input.tracked) this.#add(input, received)
+        else received.dispose()
       }
     }
   }
 
-  /** Gives the weights those gradients that were put off. */
+  /** Computes the deferred weight gradients. */
   weights(): void {
     for (const split of this.#splits) this.#life.run(() => split.weights())
     this.#splits = []
   }
 
-  /** Gradient of an input, after `backward`; null where nothing came. It is freed with the pass. */
+  /** Returns the gradient of an input after `backward`; null if the result does not depend on it. It is freed with the pass. */
   gradient(input: Tensor): Tensor | null {
     return this.#gradients.get(input) ?? null
   }
 
-  /** Frees all that was made. */
+  /** Frees all tensors of the pass. */
   dispose(): void {
     for (const split of this.#splits) split.dispose()
     for (const gradient of this.#gradients.values()) gradient.dispose()
@@ -155,9 +157,9 @@ export class PiecewisePass {
     return leaf
   }
 
-  #backThroughPiece({ inputs, outputs, made }: Extract<Step, { kind: 'piece' }>): void {
+  #backThroughPiece({ inputs, outputs, leaves }: Extract<Step, { kind: 'piece' }>): void {
     const reached = outputs.flatMap((output, i) => {
-      const gradient = this.#take(made[i])
+      const gradient = this.#take(leaves[i])
       return gradient === null ? [] : [{ output, gradient }]
     })
     if (reached.length === 0) return
@@ -179,7 +181,7 @@ export class PiecewisePass {
     return gradient
   }
 
-  /** Takes the gradient over. */
+  /** Adds to the gradient of a leaf. Takes ownership of `gradient`. */
   #add(leaf: Tensor, gradient: Tensor): void {
     const before = this.#gradients.get(leaf)
     const sum = before === undefined ? gradient : this.#life.run(() => before.add(gradient))
@@ -196,7 +198,7 @@ function checkShape(of: Shape, result: Shape): void {
   throw new MoeError({
     code: 'E_SHAPE',
     op: 'backward',
-    problem: `the gradient has shape ${showShape(of)}, the result ${showShape(result)}`,
-    fix: 'give both the same shape',
+    problem: `the gradient has shape ${showShape(of)}, but the result has shape ${showShape(result)}`,
+    fix: 'pass a gradient of the same shape as the result',
   })
 }

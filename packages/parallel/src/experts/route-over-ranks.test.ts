@@ -67,7 +67,7 @@ describe('experts on several ranks', () => {
         }
   })
 
-  test('nothing is left behind', async () => {
+  test('no tensor is leaked', async () => {
     const layer = newLayer()
     await local(1, async ranks => {
       const share = shareOf(layer, ranks)
@@ -77,11 +77,11 @@ describe('experts on several ranks', () => {
     })
   })
 
-  test('ranks that do not divide the experts', async () => {
+  test('a number of ranks that does not divide the experts is an error', async () => {
     const pass = new PiecewisePass()
     const x = pass.input(tokensOf(0))
     const tokens = { x, weights: x, indices: x }
     const route = local(3, ranks => routeOverRanks(pass, ranks, newLayer().experts, tokens, experts))
-    await expect(route).rejects.toThrow(/8 experts cannot be shared by 3 ranks/)
+    await expect(route).rejects.toThrow(/8 experts cannot be divided among 3 ranks/)
   })
 })

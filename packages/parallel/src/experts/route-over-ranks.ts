@@ -1,4 +1,4 @@
-/** @file Experts of one layer on several ranks: tokens travel to their experts and back. */
+/** @file Routing in expert parallelism: an all-to-all sends tokens to the ranks of their experts, another one returns the results. */
 import {
   checkOptions,
   combineTokens,
@@ -13,31 +13,33 @@ import {
 import type { Communicator } from '../communicator/communicator.ts'
 import type { PiecewisePass } from './piecewise-pass.ts'
 
-/** The experts of this rank; `Experts` of `@moe/router` are some. */
+/** The experts of this rank, such as `Experts` of `@moe/router`. */
 export interface ExpertsShare {
-  /** What the experts that the plan chose make of tokens `[N, D]`, weighted by `[N, K]` and summed: `[N, D]`. */
+  /** Applies the experts in the plan to tokens `[N, D]` and returns the sum of their outputs weighted by `[N, K]`: `[N, D]`. */
   route(x: Tensor, weights: Tensor, plan: DispatchPlan): Tensor
 }
 
-/** Tokens of a rank, and where they go. */
+/** A rank's tokens, and the experts chosen for them. */
 export interface RoutedTokens {
-  /** `[N, D]`, a leaf of the pass. Every rank has tokens of its own, of any number from 1. */
+  /** Tokens `[N, D]`, a leaf of the pass. N is at least 1 and may differ between ranks. */
   readonly x: Tensor
-  /** Gates `[N, K]`, a leaf of the pass. */
+  /** Gating weights `[N, K]`, a leaf of the pass. */
   readonly weights: Tensor
-  /** Chosen experts `i32 [N, K]`, of all ranks. */
+  /** Chosen experts `i32 [N, K]`, numbered over all ranks. */
   readonly indices: Tensor
 }
 
 /**
- * Routed experts that lie on several ranks, rank r having experts r E/R to (r+1) E/R - 1: every choice of a token travels to the rank of its expert, is computed there, and travels back, where the
- * gates weigh it. No token is dropped; a rank gets as many rows as chose its experts, and none is fine. Group-limited routing bounds to how many ranks a token travels.
+ * Applies routed experts that are sharded over R ranks: rank r holds the experts from r E/R to (r + 1) E/R, exclusive. Each token is sent to the rank of each
+ * of its K experts, and the results are returned and combined with the gating weights. Routing is dropless: a rank receives all rows that chose its experts, possibly
+ * none. With one rank for each expert group, group-limited routing bounds the number of ranks that a token is sent to.
  *
- * The counts are read by the host, which sizes the messages.
- * @param experts E, of all ranks together
- * @param options.back the same ranks in a group of their own, for what travels in the backward pass: where passes are under way at once. Default: `ranks`.
+ * The row counts are read back to the host, to size the messages.
+ * @param share this rank's experts
+ * @param experts E, the number of experts over all ranks
+ * @param options.back a separate group of the same ranks for messages of the backward pass; needed if passes overlap. Default: `ranks`
  * @returns `[N, D]`, a leaf of the pass
- * @throws MoeError E_CONFIG when the ranks do not divide the experts
+ * @throws MoeError E_CONFIG if the ranks do not divide the experts
  */
 export async function routeOverRanks(
   pass: PiecewisePass,
@@ -54,23 +56,23 @@ export async function routeOverRanks(
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'routeOverRanks',
-      problem: `${experts} experts cannot be shared by ${ranks.size} ranks`,
-      fix: 'use a number of ranks that divides them',
+      problem: `${experts} experts cannot be divided among ${ranks.size} ranks`,
+      fix: `use a number of ranks that divides ${experts}`,
     })
   }
   const { backend } = x
   const plan = pass.run(() => dispatchPlan(indices, experts))
   const counts = Int32Array.from(await plan.counts.values())
-  // Sorted by expert is sorted by rank.
+  // Rows sorted by expert are also sorted by rank.
   const sent = Array.from({ length: ranks.size }, (_, r) => sum(counts.subarray(r * own, (r + 1) * own)))
-  const coming = await exchangeCounts(ranks, counts, own, x)
-  const received = coming.map(sum)
-  const travel = (by: Communicator, to: readonly number[], from: readonly number[]) => async (rows: Tensor) =>
+  const incoming = await exchangeCounts(ranks, counts, own, x)
+  const received = incoming.map(sum)
+  const allToAll = (by: Communicator, to: readonly number[], from: readonly number[]) => async (rows: Tensor) =>
     (await by.allToAll(rows, to, from)).rows
 
   const [sorted] = pass.piece([x], tokens => [permuteTokens(tokens, plan)])
-  const arrived = await pass.exchange(sorted, travel(ranks, sent, received), travel(back, received, sent))
-  const chosen = expertsOf(coming)
+  const arrived = await pass.exchange(sorted, allToAll(ranks, sent, received), allToAll(back, received, sent))
+  const chosen = expertsOf(incoming)
   const computed =
     chosen.length === 0
       ? arrived
@@ -78,11 +80,11 @@ export async function routeOverRanks(
           const local = dispatchPlan(fromHost(chosen, [chosen.length, 1], 'i32', backend), own)
           return [share.route(rows, ones([chosen.length, 1], { backend }), local)]
         })[0]
-  const returned = await pass.exchange(computed, travel(ranks, received, sent), travel(back, sent, received))
+  const returned = await pass.exchange(computed, allToAll(ranks, received, sent), allToAll(back, sent, received))
   return pass.piece([returned, weights], (rows, gates) => [combineTokens(rows, gates, plan)])[0]
 }
 
-/** For each rank, how many rows of each of this rank's experts it sends. */
+/** Returns, for each rank, the number of rows that it sends to each of this rank's experts. */
 async function exchangeCounts(
   ranks: Communicator,
   counts: Int32Array<ArrayBuffer>,
@@ -91,19 +93,19 @@ async function exchangeCounts(
 ): Promise<Int32Array[]> {
   const rows = fromHost(counts, [counts.length, 1], 'i32', backend)
   const each = new Array(ranks.size).fill(own)
-  const { rows: came } = await ranks.allToAll(rows, each, each)
-  const values = Int32Array.from(await came.values())
+  const { rows: received } = await ranks.allToAll(rows, each, each)
+  const values = Int32Array.from(await received.values())
   rows.dispose()
-  came.dispose()
+  received.dispose()
   return Array.from({ length: ranks.size }, (_, r) => values.slice(r * own, (r + 1) * own))
 }
 
-/** The expert of every row that arrived: the rows of each rank are in the order of experts. */
-function expertsOf(coming: readonly Int32Array[]): Int32Array<ArrayBuffer> {
-  const experts = new Int32Array(coming.reduce((total, of) => total + sum(of), 0))
+/** The expert of every received row: the rows from each rank are in the order of experts. */
+function expertsOf(incoming: readonly Int32Array[]): Int32Array<ArrayBuffer> {
+  const experts = new Int32Array(incoming.reduce((total, counts) => total + sum(counts), 0))
   let at = 0
-  for (const of of coming)
-    for (const [expert, count] of of.entries()) {
+  for (const counts of incoming)
+    for (const [expert, count] of counts.entries()) {
       experts.fill(expert, at, at + count)
       at += count
     }

@@ -1,4 +1,4 @@
-/** @file For tests only: a layer whose experts lie on several ranks. */
+/** @file For tests only: a layer whose experts are sharded over ranks. */
 import { type Module, Random, randn, type SwigluMlp, type Tensor, tensor, trainable } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
 import { type Experts, MoELayer, type RouterConfig } from '@moe/router'
@@ -21,14 +21,14 @@ export const config: RouterConfig = {
   norm_topk_prob: true,
   routed_scaling_factor: 2.5,
 }
-/** The same on every rank. `bias` moves the choice of experts. */
+/** A layer with the same weights on every rank. `bias` changes the choice of experts. */
 export function newLayer(bias?: readonly number[]): MoELayer {
   const layer = new MoELayer(config, { random: new Random(1), deviation: 0.5 })
   if (bias) layer.gate.e_score_correction_bias?.assign(tensor(bias))
   return layer
 }
 
-/** The rows of this rank: its experts alone, of a whole layer. */
+/** This rank's experts of a complete layer. */
 export function shareOf(layer: MoELayer, { rank, size }: Communicator): Experts {
   const own = experts / size
   return layer.experts.copyOf(rank * own, (rank + 1) * own)
@@ -39,7 +39,7 @@ export const tokensOf = (rank: number) => randn([rowsOf(rank), features], new Ra
 export const seedOf = (rank: number) => randn([rowsOf(rank), features], new Random(20 + rank))
 export const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : null)
 
-/** Forward and backward of the layer on this rank's tokens, with its share of the experts. */
+/** Forward and backward pass of the layer on this rank's tokens, with its shard of the experts. */
 export async function split(ranks: Communicator, layer = newLayer(), share = shareOf(layer, ranks)) {
   const { gate, shared_experts } = layer
   const [tokens, seed] = [tokensOf(ranks.rank), seedOf(ranks.rank)]

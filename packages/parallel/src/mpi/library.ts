@@ -1,34 +1,34 @@
 /**
- * @file The MPI library: found, opened with koffi, and told apart. There are two binary interfaces: Open MPI's, whose handles are pointers to objects that it exports, and
- * MPICH's (also Intel MPI, MVAPICH, Cray), whose handles are numbers. Eleven functions and three handles are all that is used.
+ * @file Finds the MPI library, opens it with koffi, and detects its binary interface. There are two: Open MPI's, whose handles are pointers to exported objects, and
+ * MPICH's (also Intel MPI, MVAPICH, Cray), whose handles are numbers. Only eleven functions and three handles are used.
  */
 import { MoeError } from '@moe/core'
 import { type Koffi, openFirst } from '../open-library.ts'
 
 type Library = ReturnType<Koffi['load']>
 
-/** Buffers, as arrays or as addresses; handles and counts. */
+/** Buffers, as arrays or addresses, handles, and counts. */
 type Argument = ArrayBufferView | bigint | number | null
 type Call = (...args: Argument[]) => number
 
-/** MPI with the handles that are used. Requests and messages are 8 bytes, of which either interface fills what it needs. */
+/** MPI's functions and handles. Requests and messages have 8 bytes, of which each interface uses as many as it needs. */
 export interface MpiLibrary {
   readonly path: string
   readonly interface: 'Open MPI' | 'MPICH'
-  /** First line of what the library calls itself. */
+  /** The first line of the library's version string. */
   readonly version: string
   readonly world: Argument
   readonly byte: Argument
-  /** The error handler that makes failures return values. */
+  /** The error handler that makes functions return errors instead of aborting. */
   readonly errorsReturn: Argument
   readonly call: Readonly<Record<keyof typeof prototypes, Call>>
-  /** Address of a buffer, valid while it lives. */
+  /** The address of a buffer, valid while the buffer is alive. */
   address(bytes: Uint8Array): bigint
   /** @throws MoeError E_BACKEND unless the status is success */
   check(status: number, op: string): void
 }
 
-/** `HANDLE` is what either interface has for communicators, datatypes and error handlers. */
+/** `HANDLE` stands for the interface's type of communicators, datatypes and error handlers. */
 const prototypes = {
   initThread: 'int MPI_Init_thread(void* argc, void* argv, int required, void* provided)',
   setErrorHandler: 'int MPI_Comm_set_errhandler(HANDLE communicator, HANDLE handler)',
@@ -48,7 +48,7 @@ const names: Readonly<Partial<Record<NodeJS.Platform, Readonly<Record<'open' | '
   darwin: { open: ['libmpi.dylib'], mpich: ['libmpi.dylib', 'libmpich.dylib'] },
 }
 
-/** Libraries to try: that of the launcher that started this process first. */
+/** The libraries to try: first that of the launcher that started this process. */
 function candidates(environment: NodeJS.ProcessEnv): readonly string[] {
   const { open = [], mpich = [] } = names[process.platform] ?? {}
   const started = environment['PMI_RANK'] !== undefined && environment['OMPI_COMM_WORLD_RANK'] === undefined
@@ -57,13 +57,13 @@ function candidates(environment: NodeJS.ProcessEnv): readonly string[] {
 
 /**
  * Opens the MPI library.
- * @param path in place of the installed ones; default: MOE_MPI_LIBRARY
- * @throws MoeError E_NO_BACKEND where there is none, with what was tried
+ * @param path of the library. Default: MOE_MPI_LIBRARY, or else the installed ones
+ * @throws MoeError E_NO_BACKEND if none can be opened, with what was tried
  */
 export async function openMpi(path = process.env['MOE_MPI_LIBRARY']): Promise<MpiLibrary> {
   const tried = path ? [path] : candidates(process.env)
-  if (tried.length === 0) throw noMpi(`MPI is not looked for on ${process.platform}`)
-  // Open MPI's plugins look for its symbols among the global ones.
+  if (tried.length === 0) throw noMpi(`no known MPI library names on ${process.platform}`)
+  // Open MPI's plugins need its symbols in the global namespace.
   const open = (koffi: Koffi, name: string) => bind(koffi, koffi.load(name, { global: true }), name)
   return openFirst('MPI library', tried, open, noMpi)
 }
@@ -73,7 +73,7 @@ function noMpi(problem: string): MoeError {
     code: 'E_NO_BACKEND',
     op: 'mpi',
     problem,
-    fix: 'install Open MPI or MPICH, or name the library in MOE_MPI_LIBRARY; without MPI, local(size, work) runs several ranks in one process',
+    fix: 'install Open MPI or MPICH, or set MOE_MPI_LIBRARY to the path of the library; without MPI, local(size, work) runs several ranks in one process',
   })
 }
 
@@ -100,14 +100,14 @@ function bind(koffi: Koffi, library: Library, path: string): MpiLibrary {
         code: 'E_BACKEND',
         op: `mpi ${op}`,
         problem: textOf((text, length) => call.errorString(status, text, length)),
-        fix: 'end all ranks: what others wait for will not come',
+        fix: 'end all ranks, because the others may wait for messages that will not arrive',
         details: { status },
       })
     },
   }
 }
 
-/** Which of the two interfaces it is, and its handles. */
+/** Detects the interface, and returns its handles. */
 function handlesOf(library: Library) {
   const address = (name: string): bigint | undefined => {
     try {
@@ -121,6 +121,6 @@ function handlesOf(library: Library) {
     const [byte, errorsReturn] = ['ompi_mpi_byte', 'ompi_mpi_errors_return'].map(name => address(name) as bigint)
     return { interface: 'Open MPI', type: 'uint64_t', world, byte, errorsReturn } as const
   }
-  // Values of mpi.h that the MPICH ABI Compatibility Initiative keeps.
+  // Values in mpi.h that the MPICH ABI Compatibility Initiative guarantees.
   return { interface: 'MPICH', type: 'int', world: 0x44000000, byte: 0x4c00010d, errorsReturn: 0x54000001 } as const
 }

@@ -11,9 +11,9 @@ import { launch, launchers } from './test-launch.ts'
 const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
 const installed = launchers()
 
-test('without a library it says what was tried and what to do', async () => {
+test('a missing library is an error that lists what was tried and what to do', async () => {
   await expect(mpi({ library: '/nowhere/libmpi.so' })).rejects.toThrow(
-    /mpi: no MPI library \(.*nowhere.*\); install Open MPI or MPICH, or name the library in MOE_MPI_LIBRARY; without MPI, local/,
+    /mpi: no MPI library found \(.*nowhere.*\); install Open MPI or MPICH, or set MOE_MPI_LIBRARY to .*; without MPI, local/,
   )
 })
 
@@ -45,12 +45,12 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       expect(code).toBe(0)
     })
 
-    test('the event loop goes on while a rank waits for another', async () => {
+    test('a rank that waits for another does not block its event loop', async () => {
       const { reports } = await launch(launcher, 2, [script, 'wait'])
       expect(reports).toEqual([0, 1].map(rank => ({ rank, alive: true })))
     })
 
-    test('ranks that do not do the same are told, and nothing aborts', async () => {
+    test('ranks that make different calls get an error, and MPI does not abort', async () => {
       const { reports } = await launch(launcher, 2, [script, 'differ'])
       expect(reports.map(({ error }) => error)).toEqual([
         expect.stringMatching(/^E_SHAPE receive: 8000 bytes came from rank 1 where 4000 were expected/),
@@ -58,7 +58,7 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       ])
     })
 
-    test('a rank that fails ends all', async () => {
+    test('a failed rank ends all ranks', async () => {
       const { code, errors } = await launch(launcher, 2, [script, 'fail'])
       expect(code).not.toBe(0)
       expect(errors).toMatch(/rank 1 has had enough/)
@@ -73,7 +73,7 @@ describe.skipIf(installed.length === 0)('MPI', () => {
         const library = other[launcher.name as keyof typeof other]
         const { code, errors } = await launch(launcher, 2, [script, 'exercise'], { MOE_MPI_LIBRARY: library })
         expect(code).not.toBe(0)
-        expect(errors).toMatch(/the launcher has started 2 processes, and .* knows of this one alone/)
+        expect(errors).toMatch(/the launcher started 2 processes, but .* finds only this one/)
       }
     },
   )

@@ -1,4 +1,4 @@
-/** @file Ranks as processes that an MPI launcher has started (mpirun, mpiexec): messages through the MPI library. */
+/** @file Ranks as processes started by an MPI launcher (mpirun, mpiexec), with messages through the MPI library. */
 import { checkOptions, MoeError } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { overHost } from '../communicator/host-carrier.ts'
@@ -8,16 +8,18 @@ import { type MpiLibrary, openMpi } from './library.ts'
 /** MPI counts in 32-bit integers. */
 const largestMessage = 1 << 30
 
-/** MPI can be begun once in a process. */
+/** MPI can be initialized only once per process. */
 let opened: Promise<Communicator> | undefined
 
 /**
- * This process among those that `mpirun` has started; every call in a process gives the same communicator. Alone, without a launcher, it is the only rank.
+ * Connects the processes that `mpirun` or `mpiexec` has started; this process is one of the ranks. Every call in a process returns the same communicator. Without a launcher, this process is
+ * the only rank.
  *
- * Messages are under way while the event loop goes on; a rank that waits asks MPI at every turn of it, and so keeps a core busy, as MPI programs do.
- * `close()` when all is done (MPI_Finalize), and not after a failure: launchers end the other ranks when one ends without it.
- * @param options.library path of the MPI library; default: MOE_MPI_LIBRARY, or what the launcher suggests
- * @throws MoeError E_NO_BACKEND without MPI, E_CONFIG when launcher and library are of different kinds
+ * Messages do not block the event loop. A rank that waits polls MPI on every turn of the event loop, which keeps a core busy, as usual for MPI programs.
+ *
+ * Call `close()` (MPI_Finalize) at the end, but not after a failure: launchers end the other ranks when a process exits without it.
+ * @param options.library path of the MPI library. Default: MOE_MPI_LIBRARY, or the installed library of the launcher
+ * @throws MoeError E_NO_BACKEND if there is no MPI library, E_CONFIG if it is not the one of the launcher
  */
 export function mpi(options: { library?: string } = {}): Promise<Communicator> {
   checkOptions('mpi', options, { library: true })
@@ -31,9 +33,9 @@ export function mpi(options: { library?: string } = {}): Promise<Communicator> {
   return opened
 }
 
-/** A message under way. */
+/** A message in progress. */
 interface Pending {
-  /** Memory that MPI reads or writes until it is done. */
+  /** Memory that MPI reads or writes until the message is complete. */
   readonly bytes: Uint8Array
   readonly op: 'send' | 'receive'
   readonly request: BigUint64Array
@@ -41,14 +43,14 @@ interface Pending {
   readonly fail: (error: unknown) => void
 }
 
-/** A message that has been asked for and has not come. */
-type Wanted = Omit<Pending, 'op' | 'request'>
+/** A receive whose message has not arrived. */
+type Receive = Omit<Pending, 'op' | 'request'>
 
-/** Messages from one rank on one lane are received in the order in which they were asked for. */
-interface Way {
+/** The receives from one rank on one lane, which complete in order. */
+interface Channel {
   readonly from: number
   readonly lane: number
-  readonly wanted: Wanted[]
+  readonly receives: Receive[]
 }
 
 class MpiTransport implements Transport {
@@ -56,8 +58,8 @@ class MpiTransport implements Transport {
   readonly size: number
   readonly #mpi: MpiLibrary
   readonly #pending = new Set<Pending>()
-  readonly #ways: Way[] = []
-  #watching = false
+  readonly #channels: Channel[] = []
+  #polling = false
   readonly #word = new Int32Array(1)
   /** An MPI_Status: 20 bytes in MPICH, 24 in Open MPI. */
   readonly #status = new Uint8Array(256)
@@ -66,7 +68,7 @@ class MpiTransport implements Transport {
   constructor(mpi: MpiLibrary) {
     this.#mpi = mpi
     const { call, world } = mpi
-    // MPI_THREAD_SINGLE: all calls are made by this thread.
+    // MPI_THREAD_SINGLE: all calls are made on this thread.
     mpi.check(call.initThread(null, null, 0, this.#word), 'init')
     mpi.check(call.setErrorHandler(world, mpi.errorsReturn), 'init')
     mpi.check(call.rank(world, this.#word), 'rank')
@@ -78,8 +80,8 @@ class MpiTransport implements Transport {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'mpi',
-        problem: `the launcher has started ${started} processes, and ${mpi.path} (${mpi.version}) knows of this one alone`,
-        fix: 'start with the launcher of that library, or name the library of this launcher in MOE_MPI_LIBRARY',
+        problem: `the launcher started ${started} processes, but ${mpi.path} (${mpi.version}) finds only this one`,
+        fix: "use the launcher of that library, or set MOE_MPI_LIBRARY to the path of this launcher's library",
       })
     }
   }
@@ -94,12 +96,12 @@ class MpiTransport implements Transport {
 
   async close(): Promise<void> {
     if (this.#closed) return
-    if (this.#watching) {
+    if (this.#polling) {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'mpi close',
-        problem: 'messages are under way',
-        fix: 'await all calls first; after a failure end the process instead, and the launcher ends the others',
+        problem: 'messages are still in progress',
+        fix: 'await all calls first; after a failure, exit the process instead, and the launcher ends the others',
       })
     }
     this.#closed = true
@@ -113,18 +115,18 @@ class MpiTransport implements Transport {
     check(call.send(address(bytes), bytes.length, byte, to, lane, world, request), 'send')
     return new Promise((done, fail) => {
       this.#pending.add({ bytes, op: 'send', request, done, fail })
-      this.#watch()
+      this.#startPolling()
     })
   }
 
   #receive(bytes: Uint8Array, from: number, lane: number): Promise<void> {
     this.#checkOpen('receive')
     return new Promise((done, fail) => {
-      const way = this.#ways.find(other => other.from === from && other.lane === lane)
-      const wanted = { bytes, done, fail }
-      if (way === undefined) this.#ways.push({ from, lane, wanted: [wanted] })
-      else way.wanted.push(wanted)
-      this.#watch()
+      const channel = this.#channels.find(other => other.from === from && other.lane === lane)
+      const receive = { bytes, done, fail }
+      if (channel === undefined) this.#channels.push({ from, lane, receives: [receive] })
+      else channel.receives.push(receive)
+      this.#startPolling()
     })
   }
 
@@ -134,19 +136,20 @@ class MpiTransport implements Transport {
       code: 'E_DISPOSED',
       op: `mpi ${op}`,
       problem: 'the communicator is closed',
-      fix: 'close it last',
+      fix: 'close it after the last call',
     })
   }
 
-  /** Asks MPI at every turn of the event loop until nothing is under way. */
-  #watch(): void {
-    if (this.#watching) return
-    this.#watching = true
+  /** Polls MPI on every turn of the event loop until all messages are complete. */
+  #startPolling(): void {
+    if (this.#polling) return
+    this.#polling = true
     setImmediate(this.#poll)
   }
 
   #poll = (): void => {
-    for (const way of this.#ways) while (way.wanted.length > 0 && this.#begin(way)) way.wanted.shift()
+    for (const channel of this.#channels)
+      while (channel.receives.length > 0 && this.#tryReceive(channel)) channel.receives.shift()
     for (const pending of this.#pending) {
       try {
         if (!this.#isDone(pending)) continue
@@ -156,15 +159,15 @@ class MpiTransport implements Transport {
       }
       this.#pending.delete(pending)
     }
-    this.#watching = this.#pending.size > 0 || this.#ways.some(({ wanted }) => wanted.length > 0)
-    if (this.#watching) setImmediate(this.#poll)
+    this.#polling = this.#pending.size > 0 || this.#channels.some(({ receives }) => receives.length > 0)
+    if (this.#polling) setImmediate(this.#poll)
   }
 
   /**
-   * Begins to receive the next message of a way if it is there. Its length is looked at first: Open MPI may write what is too long behind the memory that it is given.
-   * @returns whether the one that wants it need not wait any more
+   * Starts the first receive of a channel if its message has arrived. Checks the length before: Open MPI may write a longer message past the end of the buffer.
+   * @returns whether the receive has been started, or has failed
    */
-  #begin({ from, lane, wanted: [{ bytes, done, fail }] }: Way): boolean {
+  #tryReceive({ from, lane, receives: [{ bytes, done, fail }] }: Channel): boolean {
     const { call, world, byte, address, check } = this.#mpi
     try {
       const message = new BigUint64Array(1)

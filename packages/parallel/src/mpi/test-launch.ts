@@ -1,4 +1,4 @@
-/** @file For tests only: the MPI launchers that are installed here. */
+/** @file For tests only: the installed MPI launchers. */
 import { spawn, spawnSync } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -10,7 +10,7 @@ export interface Launcher {
   readonly name: string
 }
 
-/** Every launcher once. Open MPI refuses root, and more ranks than cores, unless told otherwise. */
+/** One launcher of each kind. Without these flags Open MPI rejects root, and more ranks than cores. */
 export function launchers(): Launcher[] {
   const found = new Map<string, Launcher>()
   for (const command of ['mpirun.openmpi', 'mpirun.mpich', 'mpirun']) {
@@ -24,17 +24,17 @@ export function launchers(): Launcher[] {
   return [...found.values()]
 }
 
-/** What a rank has to say. */
+/** What a rank reports. */
 export type Report = { readonly rank: number } & Readonly<Record<string, unknown>>
 
-/** Says it: in a file where `launch` started the rank, as launchers mix the lines of ranks when they are long; else on standard output. */
+/** Reports a value: in a file if `launch` started the rank, because launchers interleave long lines of several ranks; else on standard output. */
 export function report(value: Report): void {
   const folder = process.env['MOE_TEST_REPORTS']
   if (folder === undefined) process.stdout.write(`${JSON.stringify(value)}\n`)
   else writeFileSync(join(folder, `${value.rank}.json`), JSON.stringify(value))
 }
 
-/** Runs a script as `size` ranks; what they reported, in order. */
+/** Runs a script as `size` ranks, and returns their reports in order. */
 export async function launch(
   { command, flags }: Launcher,
   size: number,

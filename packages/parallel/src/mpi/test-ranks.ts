@@ -1,4 +1,4 @@
-/** @file For tests only: one of several ranks that an MPI launcher starts. Argument: what to do. Reports once. */
+/** @file For tests only: a rank started by an MPI launcher. The argument says what to do. Reports once. */
 import { isDeepStrictEqual } from 'node:util'
 import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
@@ -44,7 +44,7 @@ switch (process.argv[2]) {
     break
   }
   case 'wait': {
-    // Rank 0 comes late: the other one's timers go on meanwhile.
+    // Rank 0 is late: the other one's timers run meanwhile.
     let turns = 0
     const timer = setInterval(() => turns++, 10)
     if (ranks.rank === 0) await new Promise(resolve => setTimeout(resolve, 500))
@@ -59,7 +59,7 @@ switch (process.argv[2]) {
       ({ code, message }) => `${code} ${message}`,
     )
     report({ rank: ranks.rank, error })
-    // The launcher ends all ranks when the first of them ends so: only when both have reported.
+    // The launcher ends all ranks when the first one exits like this: wait until both have reported.
     const reported = ranks.receive(filled(1, 1), 1 - ranks.rank)
     await ranks.send(filled(1, 1), 1 - ranks.rank)
     await reported

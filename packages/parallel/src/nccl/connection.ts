@@ -1,24 +1,24 @@
-/** @file Ranks that NCCL connects, with a queue of their own on the device. */
+/** @file A connection between ranks by NCCL, with its own stream on the device. */
 import { MoeError } from '@moe/core'
 import type { Message } from '../communicator/carrier.ts'
 import { bytesOf, type CudaAccess, type DeviceElements, type DeviceQueue } from './device-memory.ts'
 import { type NcclLibrary, numbers } from './library.ts'
 
-/** Who meets whom: this rank of so many, by an id that one of them has made. */
+/** This rank's place in a connection, whose id one of its ranks has created. */
 export interface Place {
   readonly ranks: number
   readonly rank: number
   readonly id: Uint8Array
 }
 
-/** One communicator of NCCL. Nothing here holds up the event loop. */
+/** An NCCL communicator. Nothing here blocks the event loop. */
 export class Connection {
   readonly #nccl: NcclLibrary
   readonly #access: CudaAccess
   readonly #comm: number
   readonly #queue: DeviceQueue
-  /** The latest messages that have left: NCCL takes no more before they have. */
-  #left: Promise<unknown> = Promise.resolve()
+  /** The latest launch: NCCL accepts no other calls before it is done. */
+  #launched: Promise<unknown> = Promise.resolve()
   #ended = false
 
   private constructor(nccl: NcclLibrary, access: CudaAccess, comm: number) {
@@ -36,14 +36,17 @@ export class Connection {
     return connection
   }
 
-  /** Messages at once. They wait for what the backend has launched, and nothing of the backend waits for them: resolves when they are through. */
+  /**
+   * Sends and receives several messages at once. They wait for work that the backend has already launched; later work of the backend does not wait for them. Resolves when they are
+   * complete.
+   */
   async carry(messages: ReadonlyArray<Message<DeviceElements>>): Promise<void> {
-    const left = this.#left.then(() => this.#launch(messages))
-    this.#left = left.catch(() => undefined)
-    await left
+    const launched = this.#launched.then(() => this.#launch(messages))
+    this.#launched = launched.catch(() => undefined)
+    await launched
     if (messages.length === 0) return
     try {
-      await this.#queue.done(() => this.#look('messages'))
+      await this.#queue.done(() => this.#checkState('messages'))
     } catch (error) {
       this.#abort()
       throw error
@@ -51,7 +54,7 @@ export class Connection {
   }
 
   async close(): Promise<void> {
-    await this.#left
+    await this.#launched
     if (this.#ended) return
     this.#ended = true
     const { call, check } = this.#nccl
@@ -69,7 +72,7 @@ export class Connection {
         code: 'E_ABORTED',
         op: 'nccl messages',
         problem,
-        fix: 'close them last; after a failure end all ranks',
+        fix: 'close the communicator after the last call; after a failure, end all ranks',
       })
     }
     if (messages.length === 0) return
@@ -95,24 +98,24 @@ export class Connection {
     }
   }
 
-  /** Waits until the latest call is through, at every turn of the event loop. */
+  /** Polls on every turn of the event loop until the latest call has completed. */
   async #ready(op: string): Promise<void> {
-    while (this.#look(op) === numbers.inProgress) {
+    while (this.#checkState(op) === numbers.inProgress) {
       await new Promise(resolve => setImmediate(resolve))
-      // Another backend of this thread may have had its turn.
+      // Another backend on this thread may have made its context current.
       this.#access.use()
     }
   }
 
-  /** @throws MoeError E_BACKEND after an error of NCCL, as when another rank is gone */
-  #look(op: string): number {
+  /** @throws MoeError E_BACKEND after an NCCL error, for example if another rank has exited */
+  #checkState(op: string): number {
     const state = new Int32Array(1)
     this.#nccl.check(this.#nccl.call.ncclCommGetAsyncError(this.#comm, state), op, this.#comm)
     this.#nccl.check(state[0], op, this.#comm)
     return state[0]
   }
 
-  /** Ends what is under way, so that the device does not wait for ever. */
+  /** Aborts messages in progress, so that the device does not wait forever. */
   #abort(): void {
     if (this.#ended) return
     this.#ended = true

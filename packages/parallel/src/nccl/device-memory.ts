@@ -1,9 +1,9 @@
-/** @file Elements on a device: what NCCL is given, and where sums are made. */
+/** @file Elements in device memory, which NCCL sends and receives and in which sums are computed. */
 import { type DType, dtypeBytes, MoeError, type Shape, type Tensor, type Value } from '@moe/core'
 import type { Memory, Workspace } from '../communicator/carrier.ts'
 import type { Reduction, TensorLike } from '../communicator/communicator.ts'
 
-/** What is used of a backend on NVIDIA devices; `interop` of `@moe/kernels-cuda` has it. Addresses and handles are numbers. */
+/** The interface to a CUDA backend: `interop` of `@moe/kernels-cuda` implements it. Addresses and handles are numbers. */
 export interface CudaAccess {
   use(): void
   pointerOf(value: Value): number
@@ -21,7 +21,7 @@ export interface CudaAccess {
   queue(): DeviceQueue
 }
 
-/** A CUDA stream beside the backend's own. */
+/** A CUDA stream besides the backend's own. */
 export interface DeviceQueue {
   readonly handle: number
   follow(): void
@@ -47,14 +47,14 @@ export class DeviceMemory implements Memory<DeviceElements> {
 
   async of(tensor: Tensor): Promise<DeviceElements> {
     if (tensor.disposed)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'nccl', problem: `a tensor [${tensor.shape}] is freed` })
+      throw new MoeError({ code: 'E_DISPOSED', op: 'nccl', problem: `a tensor of shape [${tensor.shape}] is disposed` })
     const own = (tensor.backend as { readonly interop?: CudaAccess }).interop
     if (own !== this.#access) {
       throw new MoeError({
         code: 'E_BACKEND',
         op: 'nccl',
-        problem: `a tensor of ${tensor.backend.name} is given to ranks of another backend`,
-        fix: 'make it on the backend that nccl() was given',
+        problem: `a tensor on ${tensor.backend.name} is passed to a communicator of another backend`,
+        fix: 'create it on the backend that was passed to nccl()',
       })
     }
     return { pointer: this.#access.pointerOf(tensor), length: tensor.size, dtype: tensor.dtype }

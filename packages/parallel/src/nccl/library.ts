@@ -1,4 +1,4 @@
-/** @file NVIDIA's NCCL: found, and opened with koffi, its functions with handles and addresses as numbers. */
+/** @file Finds NVIDIA's NCCL and opens it with koffi. Handles and addresses are numbers. */
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { MoeError } from '@moe/core'
@@ -8,7 +8,7 @@ import { type Koffi, openFirst } from '../open-library.ts'
 type Argument = ArrayBufferView | number
 type Call = (...args: Argument[]) => number
 
-/** As nccl.h 2.30 declares them; 2.18 and later have the same. */
+/** As declared in nccl.h 2.30; the same since 2.18. */
 export const prototypes = {
   ncclGetVersion: 'int ncclGetVersion(void* version)',
   ncclGetUniqueId: 'int ncclGetUniqueId(void* id)',
@@ -22,7 +22,7 @@ export const prototypes = {
   ncclRecv: 'int ncclRecv(uint64_t to, size_t count, int type, int peer, uint64_t comm, uint64_t stream)',
 } as const
 
-/** Numbers of nccl.h. */
+/** Constants of nccl.h. */
 export const numbers = {
   success: 0,
   inProgress: 7,
@@ -30,32 +30,32 @@ export const numbers = {
   bytes: 1,
   uniqueIdBytes: 128,
   configMagic: 0xcafebeef,
-  /** Of the oldest library whose configuration is filled in, NCCL_VERSION(2, 18, 0). */
+  /** NCCL_VERSION(2, 18, 0): the version whose ncclConfig_t is filled in, and the oldest one supported. */
   leastVersion: 21800,
 } as const
 
-/** The library. `call.ncclX(...)` gives the raw result. */
+/** The NCCL library. `call.ncclX(...)` returns the raw result. */
 export interface NcclLibrary {
   readonly path: string
-  /** "2.30.7". */
+  /** For example "2.30.7". */
   readonly version: string
   readonly call: { readonly [Name in keyof typeof prototypes]: Call }
-  /** Begins to make a communicator of `ranks` ranks for the current device, without waiting for the others. @returns its handle */
+  /** Starts to create a communicator of `ranks` ranks on the current device, without waiting for the others. @returns its handle */
   begin(ranks: number, rank: number, id: Uint8Array): number
-  /** @throws MoeError E_BACKEND unless the result is success, or in progress. `comm` tells more of its latest error. */
+  /** @param comm adds details of its latest error. @throws MoeError E_BACKEND unless the result is success or in progress */
   check(result: number, op: string, comm?: number): void
 }
 
 /**
  * Opens NCCL.
- * @param path in place of the installed one; default: MOE_NCCL_LIBRARY
- * @throws MoeError E_NO_BACKEND where there is none, with what was tried
+ * @param path of the library. Default: MOE_NCCL_LIBRARY, or else the installed one
+ * @throws MoeError E_NO_BACKEND if none can be opened, with what was tried
  */
 export async function openNccl(path = process.env['MOE_NCCL_LIBRARY']): Promise<NcclLibrary> {
   return openFirst('NCCL', path ? [path] : candidates(process.env), bind, noNccl)
 }
 
-/** Where the system's loader looks, and where an active Python environment has it, which came there with PyTorch. */
+/** The library in the system's search path, and the ones that PyTorch installs into an active Python environment. */
 function candidates(env: NodeJS.ProcessEnv): string[] {
   const found = [env['VIRTUAL_ENV'], env['CONDA_PREFIX']].flatMap(root => {
     if (!root) return []
@@ -71,7 +71,7 @@ function noNccl(problem: string): MoeError {
     code: 'E_NO_BACKEND',
     op: 'nccl',
     problem,
-    fix: "install NVIDIA's libnccl2 (2.18 or later), or name the library in MOE_NCCL_LIBRARY; without it, what mpi() gives takes tensors of a GPU, too, by the host",
+    fix: "install NVIDIA's libnccl2 (2.18 or later), or set MOE_NCCL_LIBRARY to its path; without NCCL, the communicator of mpi() sends GPU tensors through host memory",
   })
 }
 
@@ -85,7 +85,7 @@ function bind(koffi: Koffi, path: string): NcclLibrary {
   const word = new Int32Array(1)
   call.ncclGetVersion(word)
   const version = `${Math.floor(word[0] / 10000)}.${Math.floor((word[0] % 10000) / 100)}.${word[0] % 100}`
-  if (word[0] < numbers.leastVersion) throw new Error(`it is version ${version}, and 2.18 or later is needed`)
+  if (word[0] < numbers.leastVersion) throw new Error(`version ${version} is too old, 2.18 or later is required`)
   const id = koffi.struct({ internal: koffi.array('uint8_t', numbers.uniqueIdBytes, 'Typed') })
   const init = library.func('ncclCommInitRankConfig', 'int', ['void*', 'int', id, 'int', 'void*']) as unknown as (
     comm: BigUint64Array,
@@ -97,12 +97,12 @@ function bind(koffi: Koffi, path: string): NcclLibrary {
 
   function check(result: number, op: string, comm = 0): void {
     if (result === numbers.success || result === numbers.inProgress) return
-    const more = lastError(comm)
+    const lastMessage = lastError(comm)
     throw new MoeError({
       code: 'E_BACKEND',
       op: `nccl ${op}`,
-      problem: `${errorString(result)}${more ? `: ${more}` : ''}`,
-      fix: 'give each rank a device of its own; NCCL_DEBUG=WARN tells more; end all ranks, as what others wait for will not come',
+      problem: `${errorString(result)}${lastMessage ? `: ${lastMessage}` : ''}`,
+      fix: 'end all ranks, because the others may wait for messages that will not arrive; check that each rank has its own device, and set NCCL_DEBUG=WARN for details',
       details: { result },
     })
   }
@@ -120,7 +120,7 @@ function bind(koffi: Koffi, path: string): NcclLibrary {
   }
 }
 
-/** An ncclConfig_t as 2.18 has it, with all at its default but that calls do not block. */
+/** An ncclConfig_t of version 2.18 with non-blocking calls and defaults for everything else. */
 function configuration(): Uint8Array {
   const bytes = new DataView(new ArrayBuffer(48))
   const undefinedNumber = -(2 ** 31)

@@ -133,7 +133,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     240_000,
   )
 
-  ofTwo('a message that has not come holds up neither the event loop nor what the backend computes', async () => {
+  ofTwo('a pending message blocks neither the event loop nor the backend', async () => {
     const results = await onDevices(2, async (ranks, backend) => {
       const ones = tensor([1, 1], [2], { backend })
       const other = 1 - ranks.rank
@@ -167,7 +167,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     expect(results[1]).toEqual([1, 2, 3, 4])
   })
 
-  onEmulator('ranks that do not do the same are told', async () => {
+  onEmulator('ranks that make different calls get an error', async () => {
     const error = await failure(
       onDevices(2, async (ranks, backend) => {
         await ranks.allGather(tensor(new Float32Array(ranks.rank + 1), [ranks.rank + 1], { backend }))
@@ -177,17 +177,19 @@ describe.skipIf(unavailable)('NCCL', () => {
   })
 
   onEmulator.each(['ncclGetUniqueId', 'ncclCommInitRankConfig', 'ncclCommGetAsyncError'])(
-    'where %s fails ranks are not connected, and told why',
+    'if %s fails, ranks are not connected and get the reason',
     async call => {
       fail(call, 1, 5)
       const { code, message } = await failure(onDevices(1, async () => {}))
       expect(code).toBe('E_BACKEND')
-      expect(message).toMatch(/nccl begin: invalid usage .*give each rank a device of its own; NCCL_DEBUG=WARN/)
+      expect(message).toMatch(
+        /nccl begin: invalid usage .*check that each rank has its own device, and set NCCL_DEBUG=WARN/,
+      )
     },
   )
 
   onEmulator.each(['ncclGroupStart', 'ncclSend', 'ncclGroupEnd', 'ncclCommGetAsyncError'])(
-    'where %s fails what is under way is ended, and later calls say so',
+    'if %s fails, messages in progress are aborted, and later calls fail with E_ABORTED',
     async call => {
       const before = living()
       await local(2, async host => {
@@ -208,11 +210,11 @@ describe.skipIf(unavailable)('NCCL', () => {
     },
   )
 
-  test('a tensor of another backend, and one that is freed, are refused', async () => {
+  test('a tensor of another backend, or a disposed one, is an error', async () => {
     await onDevices(1, async (ranks, backend) => {
       const foreign = tensor([1], [1], { backend: referenceBackend() })
       expect((await failure(ranks.allReduce([foreign]))).message).toMatch(
-        /a tensor of reference.* make it on the backend/,
+        /a tensor on reference.* create it on the backend/,
       )
       const freed = tensor([1], [1], { backend })
       freed.dispose()
@@ -220,18 +222,20 @@ describe.skipIf(unavailable)('NCCL', () => {
     })
   })
 
-  test('what cannot be is refused before anything is opened', async () => {
+  test('invalid arguments are rejected before anything is opened', async () => {
     await local(1, async host => {
       const backend = await backendOf(0)
       const without = await failure(nccl(host, { backend, library: '/nowhere/libnccl.so' }))
       expect(`${without.code} ${without.message}`).toMatch(
-        /^E_NO_BACKEND nccl: no NCCL \(.*nowhere.*\); install NVIDIA's libnccl2/,
+        /^E_NO_BACKEND nccl: no NCCL found \(.*nowhere.*\); install NVIDIA's libnccl2/,
       )
       const other = await failure(nccl(host, { backend: referenceBackend(), library }))
-      expect(`${other.code} ${other.message}`).toMatch(/^E_CONFIG nccl: reference.* is no backend of NVIDIA devices/)
+      expect(`${other.code} ${other.message}`).toMatch(/^E_CONFIG nccl: reference.* is not a CUDA backend/)
       const ranks = await connect(host, backend)
       const again = await failure(nccl(ranks, { backend, library }))
-      expect(`${again.code} ${again.message}`).toMatch(/^E_CONFIG nccl: the ranks are none of mpi\(\) or local\(\)/)
+      expect(`${again.code} ${again.message}`).toMatch(
+        /^E_CONFIG nccl: ranks is not a communicator of mpi\(\) or local\(\)/,
+      )
       await ranks.close()
       const late = await failure(ranks.allReduce([tensor([1], [1], { backend })]).then(() => ranks.barrier()))
       expect(late.code).toBe('E_ABORTED')
@@ -239,7 +243,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     })
   })
 
-  test('the interop of @moe/kernels-cuda is what is needed', async () => {
+  test('the interop of @moe/kernels-cuda implements CudaAccess', async () => {
     const backend = await backendOf(0)
     const access: CudaAccess = backend.interop
     expect(access).toBe(backend.interop)

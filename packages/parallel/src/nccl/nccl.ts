@@ -1,4 +1,4 @@
-/** @file Ranks that exchange tensors from device to device, by NCCL. */
+/** @file A communicator that sends tensors from device to device with NCCL. */
 import { type Backend, checkOptions, defaultBackend, MoeError } from '@moe/core'
 import type { Carrier, Message } from '../communicator/carrier.ts'
 import type { Communicator } from '../communicator/communicator.ts'
@@ -9,12 +9,15 @@ import { type CudaAccess, type DeviceElements, DeviceMemory } from './device-mem
 import { type NcclLibrary, numbers, openNccl } from './library.ts'
 
 /**
- * The same ranks over NVIDIA's NCCL: tensors go from device to device, by NVLink or the network, beside what the backend computes. All ranks call it, each with
- * a device of its own: `createBackend({ device })` of `@moe/kernels-cuda`. Sums have the bits of `ranks`' own. Counts, barriers and what ranks need to find each other go
- * over `ranks`, which is closed with it.
- * @param options.backend of `@moe/kernels-cuda`; default: the default backend. All tensors that are exchanged are of it.
- * @param options.library path of libnccl; default: MOE_NCCL_LIBRARY, or the installed one
- * @throws MoeError E_NO_BACKEND without NCCL, E_CONFIG for another backend, E_BACKEND when ranks cannot be connected (two on one device, no network)
+ * Connects the same ranks with NVIDIA's NCCL: tensors are sent from GPU to GPU, by NVLink or the network, while the backend continues to compute. Results have the same bits as
+ * those of `ranks`. Row counts, barriers and the setup of connections go over `ranks`, which `close()` also closes.
+ *
+ * All ranks call it, each with its own GPU: `createBackend({ device })` of `@moe/kernels-cuda`. Needs NCCL 2.18 or later.
+ * @param ranks the result of `mpi()`, or the communicator of `local`
+ * @param options.backend the backend of all tensors, from `@moe/kernels-cuda`. Default: the default backend
+ * @param options.library path of libnccl. Default: MOE_NCCL_LIBRARY, or the installed library
+ * @throws MoeError E_NO_BACKEND if there is no NCCL library, E_CONFIG for another kind of backend or communicator, E_BACKEND if the ranks cannot be connected (for example two ranks on one
+ * device, or no network)
  */
 export async function nccl(
   ranks: Communicator,
@@ -27,8 +30,8 @@ export async function nccl(
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'nccl',
-      problem: `${backend.name} is no backend of NVIDIA devices`,
-      fix: 'make one with createBackend of @moe/kernels-cuda, or use the ranks as they are',
+      problem: `${backend.name} is not a CUDA backend`,
+      fix: 'pass a backend created by createBackend of @moe/kernels-cuda, or use the ranks without nccl()',
     })
   }
   const carrier = ranks instanceof MessageCommunicator ? ranks.carrier : undefined
@@ -36,8 +39,8 @@ export async function nccl(
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'nccl',
-      problem: 'the ranks are none of mpi() or local()',
-      fix: 'pass what one of these gives: nccl(await mpi())',
+      problem: 'ranks is not a communicator of mpi() or local()',
+      fix: 'call nccl(await mpi())',
     })
   }
   const all = Array.from({ length: ranks.size }, (_, rank) => rank)
@@ -46,13 +49,13 @@ export async function nccl(
   return new MessageCommunicator(device, new DeviceMemory(access))
 }
 
-/** What the carrier of all ranks and those of groups share. */
+/** State shared by the carriers of all ranks and of groups. */
 interface Common {
   readonly nccl: NcclLibrary
   readonly access: CudaAccess
-  /** All ranks, on hosts. */
+  /** All ranks, for messages through host memory. */
   readonly ranks: HostCarrier
-  /** All that were made. */
+  /** All connections, to be closed. */
   readonly connections: Array<Promise<Connection>>
 }
 
@@ -60,11 +63,11 @@ class NcclCarrier implements Carrier<DeviceElements> {
   readonly rank: number
   readonly size: number
   readonly #common: Common
-  /** The same ranks on hosts, with messages apart from all others. */
+  /** The same ranks as a group of their own, for messages through host memory. */
   readonly #host: HostCarrier
   #all: Promise<Connection> | undefined
-  /** From this rank to another, and from another to this one: a message that waits holds up no other. */
-  readonly #ways = new Map<string, Promise<Connection>>()
+  /** Point-to-point connections, one for each peer and direction, so that a waiting message blocks no other. */
+  readonly #pairs = new Map<string, Promise<Connection>>()
 
   constructor(common: Common, members: readonly number[]) {
     this.#common = common
@@ -80,7 +83,7 @@ class NcclCarrier implements Carrier<DeviceElements> {
   }
 
   async exchange(messages: ReadonlyArray<Message<DeviceElements>>): Promise<void> {
-    // Every rank comes here, also without a message.
+    // Connect even without messages, because all ranks must take part.
     const connection = await this.connect()
     await connection.carry(messages.filter(({ elements }) => elements.length > 0))
   }
@@ -95,8 +98,8 @@ class NcclCarrier implements Carrier<DeviceElements> {
 
   async send(elements: DeviceElements, to: number): Promise<void> {
     if (elements.length === 0) return
-    // Of two ranks the first one sends.
-    const connection = await this.#way(`to ${to}`, async () => {
+    // The sender is rank 0 of the pair.
+    const connection = await this.#pair(`to ${to}`, async () => {
       const id = this.#newId()
       await this.#host.send(id, to)
       return { ranks: 2, rank: 0, id }
@@ -106,7 +109,7 @@ class NcclCarrier implements Carrier<DeviceElements> {
 
   async receive(elements: DeviceElements, from: number): Promise<void> {
     if (elements.length === 0) return
-    const connection = await this.#way(`from ${from}`, async () => {
+    const connection = await this.#pair(`from ${from}`, async () => {
       const id = new Uint8Array(numbers.uniqueIdBytes)
       await this.#host.receive(id, from)
       return { ranks: 2, rank: 1, id }
@@ -131,13 +134,13 @@ class NcclCarrier implements Carrier<DeviceElements> {
     return this.#open({ ranks: this.size, rank: this.rank, id })
   }
 
-  #way(name: string, meet: () => Promise<Place>): Promise<Connection> {
-    let way = this.#ways.get(name)
-    if (way === undefined) {
-      way = this.#keep(meet().then(place => this.#open(place)))
-      this.#ways.set(name, way)
+  #pair(name: string, exchangeId: () => Promise<Place>): Promise<Connection> {
+    let pair = this.#pairs.get(name)
+    if (pair === undefined) {
+      pair = this.#keep(exchangeId().then(place => this.#open(place)))
+      this.#pairs.set(name, pair)
     }
-    return way
+    return pair
   }
 
   #open(place: Place): Promise<Connection> {

@@ -1,4 +1,4 @@
-/** @file For tests only: devices and NCCL without either, or with MOE_REQUIRE_CUDA=1 those of this machine; and, as a program, a rank that `mpirun` has started (reports whether all calls give what they should). */
+/** @file For tests only: emulated devices and NCCL, or the real ones with MOE_REQUIRE_CUDA=1. As a program: a rank started by `mpirun` that reports whether all calls return the expected results. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -20,13 +20,13 @@ export const library = join(folder, 'libmoe-nccl-emulator.so')
 /** The emulated driver. */
 export const driver = join(folder, 'libmoe-cuda-emulator.so')
 
-/** Why there is nothing to run on, or undefined. */
+/** Why the tests cannot run, or undefined. */
 export const unavailable =
   onDevice || existsSync(library)
     ? undefined
     : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
 
-/** NCCL takes one rank a device; the emulator's are as many as one likes. */
+/** NCCL accepts one rank per device. The emulator has any number of devices. */
 export const mostRanks = onDevice ? countDevices() : 4
 
 function countDevices(): number {
@@ -37,15 +37,15 @@ function countDevices(): number {
   return count[0]
 }
 
-/** The backend of a rank. `guarded`: access beside a buffer is found. */
+/** The backend of a rank. `guarded` detects out-of-bounds access. */
 export const backendOf = (rank: number, guarded = true): Promise<CudaBackend> =>
   createBackend({ guarded, ...(onDevice ? { device: rank } : { driver, kernels: folder }) })
 
-/** NCCL between ranks with a backend each. */
+/** Connects ranks, each with its own backend, by NCCL. */
 export const connect = (host: Communicator, backend: CudaBackend): Promise<Communicator> =>
   nccl(host, { backend, ...(onDevice ? {} : { library }) })
 
-/** `work` on ranks of this process with a device each. */
+/** Runs `work` on ranks of this process, each with its own device. */
 export function onDevices<T>(
   size: number,
   work: (ranks: Communicator, backend: CudaBackend) => Promise<T>,

@@ -1,10 +1,10 @@
 /**
- * What it brings that the two passes of a pair are under way at once where experts lie on other ranks: steps by DualPipeV as it is, and with its pairs taken apart.
+ * Measures what overlapping forward and backward passes gains with expert parallelism: DualPipeV steps with its overlapped pairs, and with the pairs run one pass after the other.
  *
  *     node packages/parallel/src/pipeline/overlap.bench.ts [--stages 1] [--micro-batches 6] [--latency 0,1,2,5,10] [--rounds 5] [--tokens 128] [--layers 8]
  *
- * `stages` ranks are a pipeline, two pipelines share the experts out. Ranks have a core each and messages are there so many milliseconds after they were sent, on clocks that this process
- * keeps for them. The two kinds of steps take turns; the shortest of each.
+ * Two pipelines of `stages` ranks each share the experts. The benchmark simulates one core per rank and a message latency in milliseconds on clocks of its own. The two kinds of steps
+ * alternate; the shortest time of each is printed.
  */
 import { parseArgs } from 'node:util'
 import { setDefaultBackend } from '@moe/core'
@@ -30,8 +30,8 @@ const [stages, rounds, tokens, layers] = [values.stages, values.rounds, values.t
 const latencies = values.latency.split(',').map(Number)
 setDefaultBackend(await createBackend({ threads: 1 }))
 
-const atOnce = dualPipeV(stages, Number(values['micro-batches']))
-const apart: PipelineSchedule = { ...atOnce, ranks: atOnce.ranks.map(actions => actions.flatMap(partsOf)) }
+const overlapped = dualPipeV(stages, Number(values['micro-batches']))
+const sequential: PipelineSchedule = { ...overlapped, ranks: overlapped.ranks.map(actions => actions.flatMap(partsOf)) }
 const config = {
   ...presets.tiny,
   vocab_size: 256,
@@ -45,13 +45,13 @@ const times = await localOver(
   2 * stages,
   transport => clocks.through(transport),
   async ranks => {
-    const batches = Array.from({ length: atOnce.microBatches }, (_, m) => ({
+    const batches = Array.from({ length: overlapped.microBatches }, (_, m) => ({
       tokens: Int32Array.from({ length: tokens }, (_, i) => (7 * m + 3 * i + i * i) % 256),
       documents: new Int32Array(tokens),
       rows: 1,
       length: tokens,
     }))
-    const pipelines = [apart, atOnce].map(schedule => {
+    const pipelines = [sequential, overlapped].map(schedule => {
       const model = new DeepSeek(config, { seed: 1, objective: { balanceWeight: 0 } })
       return new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
     })
@@ -74,8 +74,8 @@ const times = await localOver(
   },
 )
 
-console.log('latency | apart | at once | at once / apart (milliseconds)')
+console.log('latency (ms) | sequential (ms) | overlapped (ms) | overlapped / sequential')
 for (const [i, latency] of latencies.entries()) {
-  const [without, at] = times[0][i]
-  console.log([latency, without.toFixed(0), at.toFixed(0), (at / without).toFixed(2)].join(' | '))
+  const [one, both] = times[0][i]
+  console.log([latency, one.toFixed(0), both.toFixed(0), (both / one).toFixed(2)].join(' | '))
 }

@@ -144,7 +144,7 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
   })
 })
 
-test('nothing is left behind by steps with experts shared out, and nothing of them once disposed of', async () => {
+test('steps with sharded experts leak no tensors, and dispose() frees the experts', async () => {
   const schedule = dualPipeV(2, 4)
   await expectWhole(schedule, newModel, 3, { replicas: 4, expertParallelSize: 2 })
   const own = referenceBackend()
@@ -253,7 +253,7 @@ test.each([
   cpu.dispose()
 })
 
-test('a step that is not finite is refused on all ranks', async () => {
+test('all ranks reject a step with a loss that is not finite', async () => {
   const refusals = await local(2, async ranks => {
     const model = newModel()
     const pipeline = new Pipeline(model, zeroBubbleH1(2, 2), ranks)
@@ -263,18 +263,18 @@ test('a step that is not finite is refused on all ranks', async () => {
   for (const refusal of refusals) expect(refusal).toMatch(/^E_NAN .*the step has loss NaN/)
 })
 
-test('a step of another number of micro-batches, or of micro-batches of several sizes, is refused', async () => {
+test('a step with another number of micro-batches than the schedule, or with micro-batches of different sizes, is an error', async () => {
   await local(1, async ranks => {
     const model = newModel()
     const pipeline = new Pipeline(model, oneForwardOneBackward(1, 2), ranks)
-    await expect(pipeline.step(batchesOf(3, model))).rejects.toThrow(/has 2 micro-batches, the step 3/)
+    await expect(pipeline.step(batchesOf(3, model))).rejects.toThrow(/expected 2 micro-batches, got 3/)
     const [batch] = batchesOf(1, model)
     const half = { ...batch, rows: 1, tokens: batch.tokens.slice(0, 7), documents: batch.documents.slice(0, 7) }
     await expect(pipeline.step([batch, half])).rejects.toThrow(/micro-batches have different shapes: \[2,7\] \[1,7\]/)
   })
 })
 
-test.each([2, 4])('of %i, ranks that have different micro-batches refuse the step, and go on', async size => {
+test.each([2, 4])('%i ranks reject a step if their micro-batches differ, and can take the next one', async size => {
   const schedule = zeroBubbleH1(2, 4)
   const found = await local(size, async ranks => {
     const model = newModel()
@@ -287,12 +287,12 @@ test.each([2, 4])('of %i, ranks that have different micro-batches refuse the ste
     return [refusal, loss] as const
   })
   for (const [refusal, loss] of found) {
-    expect(refusal).toMatch(/ZB-H1: the ranks have different micro-batches; make them with the same seed/)
+    expect(refusal).toMatch(/ZB-H1: the ranks of a pipeline have different micro-batches; use the same seed/)
     expect(loss).toBeCloseTo(wholeStep(newModel(), 4).loss, 5)
   }
 })
 
-test('what is no model, schedule, communicator, option or list of micro-batches is refused in words', async () => {
+test('an invalid model, schedule, communicator, option or list of micro-batches is an error', async () => {
   const schedule = oneForwardOneBackward(1, 2)
   await local(1, async ranks => {
     const make = (...given: unknown[]) => {
@@ -300,32 +300,36 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
       return () => new Pipeline(model as DeepSeek, plan as PipelineSchedule, communicator as Communicator)
     }
     const all = [null, null, null]
-    expect(make(...all.with(0, {} as never))).toThrow('Pipeline: the model has no inStages')
+    expect(make(...all.with(0, {} as never))).toThrow('Pipeline: the model has no inStages()')
     for (const wrong of ['1F1B', oneForwardOneBackward]) {
-      expect(make(...all.with(1, wrong as never))).toThrow('checkSchedule: this is no schedule')
+      expect(make(...all.with(1, wrong as never))).toThrow('checkSchedule: not a schedule')
     }
-    expect(make(...all.with(1, zeroBubbleH1(2, 2) as never))).toThrow('ZB-H1: the schedule is for 2 ranks, there are 1')
+    expect(make(...all.with(1, zeroBubbleH1(2, 2) as never))).toThrow('ZB-H1: the schedule is for 2 ranks, got 1')
     expect(make(...all.with(2, Promise.resolve(ranks) as never))).toThrow('Pipeline: ranks is a promise')
-    expect(make(...all.with(2, {} as never))).toThrow('Pipeline: there are no ranks; pass what await mpi() gives')
+    expect(make(...all.with(2, {} as never))).toThrow(
+      'Pipeline: ranks is not a communicator; pass the result of await mpi()',
+    )
     const pipeline = make(...all)()
-    await expect(pipeline.step(undefined as never)).rejects.toThrow('1F1B: the micro-batches are no list')
+    await expect(pipeline.step(undefined as never)).rejects.toThrow('1F1B: the micro-batches are not an array')
     const [batch] = batchesOf(1, newModel())
-    await expect(pipeline.step(batch as never)).rejects.toThrow('1F1B: the micro-batches are no list')
+    await expect(pipeline.step(batch as never)).rejects.toThrow('1F1B: the micro-batches are not an array')
     const misspelt = pipeline.step([batch, batch], { precison: 'bf16' } as object)
     await expect(misspelt).rejects.toThrow('unknown option precison; did you mean precision?')
   })
   for (const expertParallelSize of [0, 1.5, 3]) {
     const refused = local(4, async ranks => new Pipeline(newModel(), schedule, ranks, { expertParallelSize }))
-    await expect(refused).rejects.toThrow(`cannot be shared out to ${expertParallelSize} ranks each where 4 have`)
+    await expect(refused).rejects.toThrow(
+      `expertParallelSize is ${expertParallelSize}, but 4 ranks have the same layers`,
+    )
   }
   await local(2, async ranks => {
     const whole = newModel()
     const cut = { inStages: (stages: number) => whole.inStages(stages) }
     const make = (options: object) => () => new Pipeline(cut, schedule, ranks, options)
-    expect(make({ expertParallelSize: 2 })).toThrow('the model has no moeLayers; leave expertParallelSize out')
+    expect(make({ expertParallelSize: 2 })).toThrow('the model has no moeLayers; leave out expertParallelSize')
     expect(make({ expertParalelSize: 2 })).toThrow('did you mean expertParallelSize?')
   })
-  // The rank that a schedule has no place for says so, too.
+  // The rank that is not in the schedule gets the same error.
   const refusals = await local(3, async ranks => {
     try {
       return String(new Pipeline(newModel(), zeroBubbleH1(2, 2), ranks))

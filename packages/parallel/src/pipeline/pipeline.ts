@@ -1,4 +1,4 @@
-/** @file Training steps of a model that is cut into stages, on this rank. */
+/** @file Pipeline parallelism: training steps of a model that is split into stages. */
 import {
   type Backend,
   checkOptions,
@@ -10,7 +10,7 @@ import {
   type Parameter,
   type Tensor,
 } from '@moe/core'
-import { checkBatches, checkRanks, refusal } from '../check-call.ts'
+import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { ExpertShares, expertRanks, type SpreadableLayer } from '../experts/expert-shares.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
@@ -19,62 +19,66 @@ import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/sche
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
-/** A model that can be cut; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
+/** A model that supports pipeline parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
 export interface StageableModel<Batch> {
-  /** Cuts it into so many stages. @throws MoeError E_CONFIG when there are more than can be made */
+  /** Splits the model into the given number of stages. @throws MoeError E_CONFIG if the model cannot be split into so many */
   inStages(stages: number): ModelInStages<Batch>
-  /** Layers with routed experts, where these can be spread; stages have `inPieces` then. */
+  /** The layers with routed experts, if the model also supports expert parallelism; its stages then implement `inPieces`. */
   readonly moeLayers?: readonly SpreadableLayer[]
 }
 
-/** A model that was cut. */
+/** A model that is split into stages. */
 export interface ModelInStages<Batch> {
-  /** Of each stage. A parameter that several stages use is in each of them. The same in the same order on every rank. */
+  /** The parameters of each stage, the same in the same order on every rank. A parameter that several stages use is listed in each of them. */
   readonly parameters: ReadonlyArray<readonly NamedParameter[]>
-  /** Names of what stages measure. */
+  /** Names of the metrics that the stages return. */
   readonly metrics?: readonly string[]
-  /** All stages with the micro-batches of one step, and what goes from one to the next. The losses are those of the mean over the micro-batches. */
+  /** Prepares a step: returns all stages for its micro-batches. Their losses sum to the mean loss over the micro-batches. */
   step(batches: readonly Batch[]): {
+    /** One for each stage. */
     readonly stages: readonly PipelineStage[]
+    /** Shape and dtype of the activations between stages. */
     readonly between: TensorLike
-    /** Positions of all micro-batches that carry loss: replicas weigh as much as they have. Default: all weigh the same. */
+    /** The number of positions that carry loss in all micro-batches: the weight of this pipeline among its replicas. Default: equal weights. */
     readonly count?: number
-    /** A whole number of 32 bits, made of the micro-batches: where ranks have different ones, the step is refused. */
+    /** A 32-bit integer hash of the micro-batches. If it differs between the ranks of a pipeline, the step is rejected. */
     readonly digest?: number
   }
 }
 
 /**
- * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: weights, gradients, optimizer state and activations are there for these
- * alone. The others' weights are freed, until `gather` brings them; frozen ones stay.
+ * Pipeline parallelism: a model whose stages are on different ranks. Create the whole model on every rank with the same weights. Each rank keeps and trains the stages that
+ * the schedule assigns to it: it holds weights, gradients, optimizer state and activations of these only. The constructor frees the trainable weights of the other stages,
+ * until `gather` restores them; frozen weights remain.
  *
- * Where there are several times as many ranks as the schedule has, each so many in a row are a pipeline, and all pipelines take every step together, each with rows of its own. Of these, each `expertParallelSize` in a row
- * share the experts of their stages out: a rank has its part of them, for the tokens of all.
+ * If the number of ranks is a multiple of that of the schedule, consecutive ranks form replicas of the pipeline (data parallelism): all take every step together, each with its own
+ * rows. With `expertParallelSize`, that many consecutive pipelines also share the experts of their stages (expert parallelism): each rank holds a shard of them, for the tokens of all.
  *
- * `train` of `@moe/trainer` takes one as its `ranks`.
+ * Pass it to `train` of `@moe/trainer` as `ranks`.
  */
 export class Pipeline<Batch> {
-  /** Of this rank's stages: what its optimizer is made from. Weights that are frozen or stored in fewer bits stay as they are. */
+  /** The parameters of this rank's stages; create its optimizer from them. Frozen and quantized weights are included and do not change. */
   parameters: readonly OwnParameter[]
   /** The ranks of all pipelines. */
   readonly ranks: Communicator
-  /** Micro-batches of a step in a pipeline. */
+  /** The number of micro-batches of a step in each pipeline. */
   readonly microBatches: number
-  /** The rows of a step that this rank is given, as data orders have it: all, or those of its pipeline. */
+  /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`: all rows, or those of its pipeline. */
   readonly dataShare: { readonly rank: number; readonly world: number }
   /** The ranks of this pipeline. */
   readonly #line: Communicator
-  /** Those that have the same stages, in all pipelines; null where there is one. */
+  /** The ranks that have the same stages in the other pipelines, and this one; null if there is only one pipeline. */
   readonly #replicas: Communicator | null
   readonly #schedule: PipelineSchedule
   readonly #model: ModelInStages<Batch>
-  /** Of the experts of its stages, where pipelines share them out. */
+  /** This rank's shard of the experts of its stages; null if each pipeline has all experts. */
   readonly #shares: ExpertShares | null
   readonly #replicated: Replicated
 
   /**
-   * @param options.expertParallelSize pipelines that share experts out. Default 1: each has all.
-   * @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, for a schedule whose ranks do not divide these, and for a size that does not divide the pipelines or the experts
+   * @param options.expertParallelSize the number of pipelines that share the experts of their stages. Default: 1, each pipeline has all experts
+   * @throws MoeError E_CONFIG if the model cannot be split into the schedule's stages, if the number of ranks is not a multiple of the schedule's, or if `expertParallelSize`
+   * does not divide the number of pipelines and the number of experts
    */
   constructor(
     model: StageableModel<Batch>,
@@ -85,7 +89,11 @@ export class Pipeline<Batch> {
     checkOptions('Pipeline', options, { expertParallelSize: true })
     const { expertParallelSize = 1 } = options
     if (typeof model?.inStages !== 'function')
-      throw refusal('Pipeline', 'the model has no inStages', 'pass a DeepSeek, or a model that can be cut into stages')
+      throw configError(
+        'Pipeline',
+        'the model has no inStages()',
+        'pass a DeepSeek, or a model that implements StageableModel',
+      )
     checkRanks('Pipeline', ranks)
     checkSchedule(schedule)
     this.ranks = ranks
@@ -126,33 +134,34 @@ export class Pipeline<Batch> {
   }
 
   /**
-   * Shares out what several pipelines have alike: each rank keeps the optimizer's state of a part, and updates it for all; weights are exchanged at the begin of the next step, and by `gather`. `parameters` are then this rank's. For before the optimizer
-   * is made, on all ranks; `train` does it.
+   * Shards the optimizer state of parameters that several pipelines hold (ZeRO-1): each rank updates its shard for all pipelines, and updated weights are exchanged at the
+   * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
+   * `train` does.
    */
   shareOptimizer(): void {
-    this.parameters = this.#replicated.shareOut()
+    this.parameters = this.#replicated.shard()
   }
 
   /**
-   * Forward and backward passes of a step. Afterwards the parameters of this rank have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the
-   * optimizer step. All ranks of a pipeline are given the same micro-batches.
-   * @param batches as many as the schedule has
-   * @throws MoeError E_CONFIG, also when ranks of a pipeline have different ones; E_NAN, on all ranks, when loss or norm is not finite
+   * Runs the forward and backward passes of a step and replaces the gradients of `parameters`. Clip them by `gradNorm` and call the optimizer afterwards.
+   * @param batches the micro-batches, as many as the schedule has, the same on all ranks of a pipeline
+   * @throws MoeError E_CONFIG if the number of micro-batches is wrong or they differ between ranks of a pipeline; E_NAN, on all ranks, if the loss or the gradient norm is not
+   * finite
    */
   async step(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<ParallelStepResult> {
     const { microBatches, name } = this.#schedule
     checkOptions('Pipeline.step', options, { precision: true })
     checkBatches(name, batches)
     if (batches.length !== microBatches) {
-      const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
-      throw refusal(name, problem, 'make a schedule for as many')
+      const problem = `expected ${microBatches} micro-batches, got ${batches.length}`
+      throw configError(name, problem, `pass as many as the schedule has, or create a schedule for ${batches.length}`)
     }
     await this.#replicated.gather()
     this.#takeOwn()
     this.#replicated.zeroGradients()
     const { stages, between, count, digest } = this.#model.step(batches)
-    if (digest !== undefined) await this.#needSame(digest, between.backend)
-    const weight = await this.#share(count ?? 1, between.backend)
+    if (digest !== undefined) await this.#checkSameBatches(digest, between.backend)
+    const weight = await this.#weightOf(count ?? 1, between.backend)
     const shares = this.#shares
     const sums = await runSchedule(this.#schedule, this.#line, new Map(stages.entries()), {
       between,
@@ -166,7 +175,7 @@ export class Pipeline<Batch> {
     await sumReplicas(this.#schedule, this.#line, stage => this.#parametersOf(stage).map(rowsOf))
     shares?.completeGradients()
     await this.#replicated.sumGradients()
-    // What several ranks of a pipeline have is counted once.
+    // Count parameters that several ranks of a pipeline hold once.
     const first = this.#firstHere()
     const counted = this.#replicated.counted(({ name }) => first.has(name))
     const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
@@ -175,26 +184,32 @@ export class Pipeline<Batch> {
     return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
   }
 
-  /** Gives every rank the weights of all stages, from the ranks that train them, until the next step: for measuring, saving and generating. All ranks call it. */
+  /**
+   * Restores the weights of all stages in the model on every rank, to evaluate, save or generate. All ranks call it. The next step or `release` frees the other stages'
+   * weights again.
+   */
   async gather(): Promise<void> {
     await this.#replicated.gather()
     await this.#shares?.gather()
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
-      // Of a freed parameter the shape is known, which is all that is asked of those who receive.
+      // Receivers pass their freed parameter: only its shape is used.
       const [weights] = await this.#line.broadcast([parameter], holders[0])
       if (holders.includes(this.#line.rank)) weights.dispose()
       else parameter.assign(weights)
     }
   }
 
-  /** Takes what this rank trains back from the model, and frees the others' weights: after `gather`, or when it was loaded. `parameters` may be changed then, and `gather` brings all again. */
+  /**
+   * Takes this rank's parameters back from the model and frees the weights of the other stages: after `gather`, or after weights were loaded into the model. You may then change
+   * `parameters`; `gather` sends the changes to all ranks.
+   */
   release(): void {
     this.#takeOwn()
     this.#replicated.takeBack()
   }
 
-  /** Frees this rank's part of experts that are shared out; the model stays. */
+  /** Frees this rank's shard of the experts, but not the model. */
   dispose(): void {
     this.#replicated.dispose()
     this.#shares?.dispose()
@@ -205,8 +220,8 @@ export class Pipeline<Batch> {
     this.#freeOthers()
   }
 
-  /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
-  async #needSame(digest: number, backend: Backend | undefined): Promise<void> {
+  /** The first stage reads the tokens and the last one the targets: if they differ between ranks, the loss is meaningless. */
+  async #checkSameBatches(digest: number, backend: Backend | undefined): Promise<void> {
     const own = fromHost(Int32Array.of(digest, ~digest), [2], 'i32', backend)
     const [largest] = await this.#line.allReduce([own], 'max').finally(() => own.dispose())
     const [most, complement] = await largest.values()
@@ -214,18 +229,18 @@ export class Pipeline<Batch> {
     const different = fromHost(Float32Array.of(Number(most !== ~complement)), [], 'f32', backend)
     const [pipelines] = await this.#overReplicas([different])
     if (pipelines === 0) return
-    const fix = 'make them with the same seed on every rank, with { ...pipeline.dataShare }'
-    throw refusal(this.#schedule.name, 'the ranks have different micro-batches', fix)
+    const fix = 'use the same seed on every rank, and pass ...pipeline.dataShare to TrainingOrder'
+    throw configError(this.#schedule.name, 'the ranks of a pipeline have different micro-batches', fix)
   }
 
-  /** What the losses of this pipeline are multiplied by. */
-  async #share(count: number, backend: Backend | undefined): Promise<number> {
+  /** The weight of this pipeline's losses among its replicas. */
+  async #weightOf(count: number, backend: Backend | undefined): Promise<number> {
     if (this.#replicas === null) return 1
     const [all] = await this.#overReplicas([fromHost(Float32Array.of(count), [], 'f32', backend)])
     return count / Math.max(1, all)
   }
 
-  /** Sums of scalars over all pipelines. The tensors are freed. */
+  /** Sums scalars over all pipelines, and frees them. */
   async #overReplicas(own: readonly Tensor[]): Promise<number[]> {
     const sums = this.#replicas === null ? [] : await this.#replicas.allReduce(own)
     try {
@@ -242,7 +257,7 @@ export class Pipeline<Batch> {
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
 
-  /** Names of parameters that no rank before this one has, in its pipeline. */
+  /** Names of the parameters that no lower rank of this pipeline holds. */
   #firstHere(): Set<string> {
     const holders = this.#holders()
     const named = this.#model.parameters.flat()
@@ -255,13 +270,13 @@ export class Pipeline<Batch> {
   }
 }
 
-/** Those of whose experts these are the parameters, by number. @throws MoeError E_CONFIG for a model whose experts cannot be spread */
+/** The layers with routed experts that contain any of the parameters, by number. @throws MoeError E_CONFIG if the model does not support expert parallelism */
 function layersWith<Batch>(
   { moeLayers }: StageableModel<Batch>,
   parameters: ReadonlyMap<Parameter, NamedParameter>,
 ): Map<number, SpreadableLayer> {
   if (moeLayers === undefined)
-    throw refusal('Pipeline', 'the model has no moeLayers', 'leave expertParallelSize out, or pass a DeepSeek')
+    throw configError('Pipeline', 'the model has no moeLayers', 'leave out expertParallelSize, or pass a DeepSeek')
   const isHere = ({ experts }: SpreadableLayer) =>
     namedParameters(experts).some(({ parameter }) => parameters.has(parameter))
   return new Map([...moeLayers.entries()].filter(([, layer]) => isHere(layer)))

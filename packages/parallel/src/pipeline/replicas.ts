@@ -1,9 +1,12 @@
-/** @file Parameters that several ranks have: their gradients are one sum. */
+/** @file Parameters that several ranks of a pipeline hold: their gradients are summed. */
 import { Lifetime, type Parameter, zeros } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 
-/** For each parameter the ranks that have it, lowest first: one, but for those of a stage that lies on two ranks (DualPipe) or that several stages use (an embedding that MTP shares). */
+/**
+ * Returns the ranks that hold each parameter, lowest first. Several ranks hold those of a stage that is on two ranks (DualPipe), and those that several
+ * stages use, such as an embedding shared with MTP modules.
+ */
 export function holdersOf(
   schedule: PipelineSchedule,
   parametersOf: (stage: number) => readonly Parameter[],
@@ -16,8 +19,9 @@ export function holdersOf(
 }
 
 /**
- * Makes the gradient of every parameter that several ranks have the sum over them, the same bits on each. All ranks call it, after `runSchedule` and before the norm.
- * @param parametersOf the parameters of a stage, of any rank, in the same order on all
+ * Sums the gradients of each parameter that several ranks hold, over these ranks; all of them get the same bits. Needed for schedules with a stage on two ranks (DualPipe) and for
+ * parameters that several stages use. All ranks call it after `runSchedule`, before computing the gradient norm.
+ * @param parametersOf returns the parameters of any stage, in the same order on all ranks
  */
 export async function sumReplicas(
   schedule: PipelineSchedule,

@@ -16,14 +16,14 @@ beforeEach(() => {
 })
 
 describe('a schedule that cannot be run', () => {
-  test('what a schedule gives a rank must be there, and be used by as many ranks', async () => {
+  test('needs its number of ranks, and on each rank the stages that it assigns', async () => {
     const schedule = oneForwardOneBackward(2, 2)
     const between = { shape: [1], dtype: 'f32' } as const
     const stage = { forward: () => ({}) }
     const message = (size: number, stages: Map<number, PipelineStage>) =>
       local(size, ranks => runSchedule(schedule, ranks, stages, { between })).catch((error: MoeError) => error.message)
-    expect(await message(3, new Map())).toMatch(/for 2 ranks, there are 3/)
-    expect(await message(2, new Map([[1, stage]]))).toMatch(/rank 0 has no stage 0/)
+    expect(await message(3, new Map())).toMatch(/for 2 ranks, got 3/)
+    expect(await message(2, new Map([[1, stage]]))).toMatch(/rank 0 is missing stage 0/)
     expect(
       await message(
         2,
@@ -32,7 +32,7 @@ describe('a schedule that cannot be run', () => {
           [1, stage],
         ]),
       ),
-    ).toMatch(/stage 0 of 2 has no output/)
+    ).toMatch(/stage 0 of 2 returns no output/)
     const measuring = { forward: () => ({ output: tensor([1]), metrics: { seen: tensor([1], []) } }) }
     expect(
       await message(
@@ -42,7 +42,7 @@ describe('a schedule that cannot be run', () => {
           [1, stage],
         ]),
       ),
-    ).toMatch(/stage 0 measures seen, which is not among the metrics/)
+    ).toMatch(/stage 0 returns the metric seen, which is not in options\.metrics/)
   })
 
   test.each([
@@ -63,7 +63,7 @@ describe('a schedule that cannot be run', () => {
       return runSchedule(schedule, ranks, new Map(stages), { between: { shape: [1], dtype: 'f32' } })
     })
     await expect(step).rejects.toThrow('the last straw')
-    // What was under way goes when its messages have.
+    // Micro-batches in flight are freed once their messages have been sent.
     await expect.poll(() => backend.stats().handles).toBe(before)
   })
 })

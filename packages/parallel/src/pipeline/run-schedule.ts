@@ -1,4 +1,4 @@
-/** @file One step of a model in stages, as a schedule says: every rank does its part, and gradients gather in the parameters. */
+/** @file Runs one pipeline-parallel step by a schedule. */
 import {
   checkOptions,
   full,
@@ -10,49 +10,49 @@ import {
   type Tensor,
   zeros,
 } from '@moe/core'
-import { refusal } from '../check-call.ts'
+import { configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import type { PieceRunner, RouteElsewhere } from '../experts/expert-shares.ts'
 import { PiecewisePass } from '../experts/piecewise-pass.ts'
 import { type Action, checkSchedule, type PipelineSchedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
-import { Mail } from './mail.ts'
+import { StageMessages } from './stage-messages.ts'
 
-/** A part of a model. Parameters are its own business. */
+/** A stage of a model, which holds its parameters itself. */
 export interface PipelineStage {
   /**
-   * The forward pass of one micro-batch.
-   * @param input what the stage before put out; null in the first stage
-   * @returns what the next stage gets (the last one has none), and losses of this stage, scalars: of the last one the loss itself, of others what they add to it,
-   * as a balance loss. Their sum over all stages and micro-batches is what is differentiated, so divide by the micro-batches where the mean is meant.
+   * Runs the forward pass of one micro-batch.
+   * @param input the output of the previous stage; null in the first stage
+   * @returns the output for the next stage (none from the last one) and this stage's losses: the loss itself from the last stage, additional terms such as a balance loss
+   * from others. The sum of the losses over all stages and micro-batches is differentiated, so divide by the number of micro-batches if you want their mean.
    */
   forward(input: Tensor | null, microBatch: number): StageOutput
-  /** The same in pieces of `pass`, where `RunOptions.route` says how routed experts are reached. Input, output and losses are leaves of it. */
+  /** `forward` in pieces of `pass`, used with `RunOptions.route`. `route` applies routed experts; input, output and losses are leaves of the pass. */
   inPieces?(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageOutput>
 }
 
-/** What a stage makes of a micro-batch. */
+/** The result of a stage's forward pass. */
 export interface StageOutput {
-  /** What the next stage gets; the last one has none. */
+  /** The input of the next stage; the last stage has none. */
   readonly output?: Tensor
-  /** Scalars that are added to what is differentiated. */
+  /** Scalars that are added to the loss. */
   readonly losses?: readonly Tensor[]
-  /** Scalars to sum up over all stages and micro-batches, detached, by name: those that `RunOptions.metrics` lists. */
+  /** Scalars by name that are summed over all stages and micro-batches without gradient. Their names must be listed in `RunOptions.metrics`. */
   readonly metrics?: Readonly<Record<string, Tensor>>
 }
 
-/** What goes between stages, and how they compute. */
+/** Options of `runSchedule`. */
 export interface RunOptions {
-  /** Shape and dtype of what goes from a stage to the next. */
+  /** Shape and dtype of the activations between stages. */
   readonly between: TensorLike
-  /** Names of all metrics that any stage gives. */
+  /** Names of the metrics of all stages, the same on every rank. Default: none. */
   readonly metrics?: readonly string[]
-  /** Arithmetic of matrix products. Default f32. */
+  /** Arithmetic of matrix products. Default: f32. */
   readonly precision?: Precision
-  /** What losses and metrics are multiplied by. Default 1. */
+  /** Factor for losses and metrics. Default: 1. */
   readonly weight?: number
-  /** How a pass reaches routed experts on other ranks: stages are run in pieces then. */
+  /** Creates the function by which a pass reaches routed experts on other ranks. If given, stages with `inPieces` run it instead of `forward`. */
   readonly route?: (pass: PiecewisePass) => RouteElsewhere
-  /** After each action of this rank. */
+  /** Called after each action of this rank. */
   readonly onAction?: (action: Action) => void
 }
 
@@ -65,24 +65,26 @@ const names: OptionNames<RunOptions> = {
   onAction: true,
 }
 
-/** A micro-batch between its forward and its backward pass through a stage. */
-interface UnderWay {
+/** A micro-batch between its forward pass and its last backward pass through a stage. */
+interface InFlight {
   readonly pass: PiecewisePass
   input: Tensor | null
-  /** What goes on, then losses. */
+  /** The output for the next stage, if there is one, then the losses. */
   outputs: readonly Tensor[]
-  /** Messages that still need its tensors. */
+  /** Messages that still use its tensors. */
   readonly sending: Array<Promise<void>>
 }
 
 /**
- * Does this rank's part of a step: forward and backward passes of all micro-batches in the order of the schedule, each as soon as what it needs has come. Adds to
- * `.grad` of the stages' parameters; norm, clipping and update are the caller's. Where a schedule has a stage on two ranks (DualPipe), `sumReplicas` makes their gradients one.
+ * Runs this rank's part of a step: the forward and backward passes of all micro-batches in the order of the schedule, each as soon as its inputs have arrived. Adds to
+ * `.grad` of the stages' parameters; gradient norm, clipping and update are up to you. If the schedule has a stage on two ranks (DualPipe), call `sumReplicas` to sum their gradients.
  *
- * Sending and receiving go on while this rank computes. The two passes of an overlapped pair are under way at once: while one waits, for a message or for experts of other ranks, the other computes.
- * @param stages the stages that the schedule gives this rank, by number
+ * Sending and receiving overlap with computation. The two passes of an overlapped pair run at the same time: while one waits for a message or for experts on other ranks, the other
+ * computes.
+ * @param stages the stages that the schedule assigns to this rank (`stagesOf`), by number
  * @returns the sums of all losses and of each metric, `f32 []`, the same on every rank
- * @throws MoeError E_CONFIG for a schedule that is none, another number of ranks, a stage that is missing or gives nothing to the next
+ * @throws MoeError E_CONFIG if the schedule is invalid or for another number of ranks, or if a stage is missing, has no output for the next stage, or returns a metric that is not
+ * listed
  */
 export async function runSchedule(
   schedule: PipelineSchedule,
@@ -94,28 +96,28 @@ export async function runSchedule(
   const { between, metrics = [], precision, weight = 1, route, onAction } = options
   checkSchedule(schedule)
   checkRank(schedule, ranks, stages)
-  const mail = new Mail(schedule, ranks, between)
-  const received = mail.end()
-  // Its failure reaches whoever waits for a message, and is thrown again at the end.
+  const messages = new StageMessages(schedule, ranks, between)
+  const received = messages.end()
+  // A failure rejects `messages.take`, and is thrown again when `received` is awaited.
   received.catch(() => {})
   const last = schedule.stages - 1
-  const underWay = new Map<string, UnderWay>()
+  const inFlight = new Map<string, InFlight>()
   const freeing: Array<Promise<void>> = []
   const keyOf = ({ stage, microBatch }: StagePass) => `${stage} ${microBatch}`
-  /** Passes of the action that this rank is at. */
+  /** The passes of the current action. */
   let current: ReadonlyArray<Promise<void>> = []
   const zero = () => keep(zeros([], { backend: between.backend }))
   let total = zero()
   const totals = new Map(metrics.map(name => [name, zero()]))
 
   const forward = async ({ stage, microBatch }: StagePass) => {
-    const own: UnderWay = { pass: new PiecewisePass({ precision }), input: null, outputs: [], sending: [] }
-    underWay.set(keyOf({ stage, microBatch }), own)
+    const own: InFlight = { pass: new PiecewisePass({ precision }), input: null, outputs: [], sending: [] }
+    inFlight.set(keyOf({ stage, microBatch }), own)
     const { pass } = own
     if (stage > 0) {
-      const came = await mail.take({ kind: 'activation', stage, microBatch })
-      own.input = pass.input(came)
-      came.dispose()
+      const activation = await messages.take({ kind: 'activation', stage, microBatch })
+      own.input = pass.input(activation)
+      activation.dispose()
     }
     const run = stages.get(stage) as PipelineStage
     const part = await (route !== undefined && run.inPieces !== undefined
@@ -124,22 +126,22 @@ export async function runSchedule(
     const { output, losses = [], metrics: measured = {} } = part
     if (stage < last) {
       if (output === undefined) throw noOutput(schedule, stage)
-      own.sending.push(mail.send(output, { kind: 'activation', stage: stage + 1, microBatch }))
+      own.sending.push(messages.send(output, { kind: 'activation', stage: stage + 1, microBatch }))
     }
-    for (const loss of losses) total = replaced(total, loss, weight)
+    for (const loss of losses) total = added(total, loss, weight)
     for (const [name, value] of Object.entries(measured)) {
       const before = totals.get(name)
       if (before === undefined) throw unknownMetric(schedule, stage, name)
-      totals.set(name, replaced(before, value, weight))
+      totals.set(name, added(before, value, weight))
     }
     own.outputs = stage < last ? [output as Tensor, ...losses] : losses
   }
 
-  /** @param sent what this rank has to send before */
+  /** @param sent resolves when the messages have been sent that the schedule has before this one */
   const backwardToInput = async (part: StagePass, putOff: boolean, sent?: Promise<void>) => {
     const { stage, microBatch } = part
-    const { pass, input, outputs, sending } = underWay.get(keyOf(part)) as UnderWay
-    const gradient = stage === last ? null : await mail.take({ kind: 'gradient', stage, microBatch })
+    const { pass, input, outputs, sending } = inFlight.get(keyOf(part)) as InFlight
+    const gradient = stage === last ? null : await messages.take({ kind: 'gradient', stage, microBatch })
     const ofLoss = () => pass.run(() => full([], weight, { backend: between.backend }))
     await pass.backwardInput(
       outputs,
@@ -148,16 +150,17 @@ export async function runSchedule(
     )
     gradient?.dispose()
     if (input === null) return
-    // A stage that makes nothing of its input.
-    const back = pass.gradient(input) ?? pass.run(() => zeros(input.shape, { backend: input.backend }))
+    // Zeros if the stage does not use its input.
+    const inputGradient = pass.gradient(input) ?? pass.run(() => zeros(input.shape, { backend: input.backend }))
     await sent
-    sending.push(mail.send(back, { kind: 'gradient', stage: stage - 1, microBatch }).finally(() => back.dispose()))
+    const gradientSent = messages.send(inputGradient, { kind: 'gradient', stage: stage - 1, microBatch })
+    sending.push(gradientSent.finally(() => inputGradient.dispose()))
   }
 
   const backwardToWeights = (part: StagePass) => {
-    const { pass, sending } = underWay.get(keyOf(part)) as UnderWay
+    const { pass, sending } = inFlight.get(keyOf(part)) as InFlight
     pass.weights()
-    underWay.delete(keyOf(part))
+    inFlight.delete(keyOf(part))
     freeing.push(Promise.all(sending).then(() => pass.dispose()))
   }
 
@@ -166,11 +169,11 @@ export async function runSchedule(
     backwardToWeights(part)
   }
 
-  /** Resolves when the action is done. */
-  const begin = (action: Action): Array<Promise<void>> => {
+  /** Starts an action. @returns its passes, which resolve when they are done */
+  const start = (action: Action): Array<Promise<void>> => {
     if (action.kind === 'overlapped') {
-      const forth = forward(action.forward)
-      return [forth, backward(action.backward, forth)]
+      const first = forward(action.forward)
+      return [first, backward(action.backward, first)]
     }
     if (action.kind === 'forward') return [forward(action)]
     if (action.kind === 'backward') return [backward(action)]
@@ -181,7 +184,7 @@ export async function runSchedule(
 
   try {
     for (const action of schedule.ranks[ranks.rank]) {
-      current = begin(action)
+      current = start(action)
       await Promise.all(current)
       onAction?.(action)
     }
@@ -190,17 +193,17 @@ export async function runSchedule(
     return { loss, metrics: Object.fromEntries(metrics.map((name, i) => [name, sums[i]])) }
   } finally {
     for (const sum of [total, ...totals.values()]) sum.dispose()
-    // After a failure: what is under way goes, when nothing computes with it and no message needs it any more.
-    for (const { pass, sending } of underWay.values())
+    // After a failure: free micro-batches in flight once no pass and no message uses them.
+    for (const { pass, sending } of inFlight.values())
       void Promise.allSettled(current)
         .then(() => Promise.allSettled(sending))
         .then(() => pass.dispose())
     void Promise.allSettled(freeing)
-    mail.discard()
+    messages.discard()
   }
 }
 
-/** A pass without waits. */
+/** Runs `forward` of a stage as a single piece. */
 function inOnePiece(stage: PipelineStage, input: Tensor | null, microBatch: number, pass: PiecewisePass): StageOutput {
   let part: StageOutput = {}
   const inputs: readonly Tensor[] = input === null ? [] : [input]
@@ -213,8 +216,8 @@ function inOnePiece(stage: PipelineStage, input: Tensor | null, microBatch: numb
   return output === undefined ? { ...others, losses: made } : { ...others, output: made[0], losses: made.slice(1) }
 }
 
-/** The first and so many times the second, which lives until it is disposed; the first is used up. */
-function replaced(total: Tensor, loss: Tensor, weight: number): Tensor {
+/** Returns `total + weight * loss`, which the caller disposes of, and disposes of `total`. */
+function added(total: Tensor, loss: Tensor, weight: number): Tensor {
   const life = new Lifetime()
   const sum = life.run(() => total.detach().add(weight === 1 ? loss.detach() : loss.detach().mul(weight)))
   sum.owner = null
@@ -223,21 +226,21 @@ function replaced(total: Tensor, loss: Tensor, weight: number): Tensor {
   return sum
 }
 
-/** @throws MoeError E_CONFIG for a schedule of another number of ranks */
+/** @throws MoeError E_CONFIG if the schedule is for another number of ranks */
 export function checkSize(schedule: PipelineSchedule, ranks: Communicator): void {
   if (schedule.ranks.length === ranks.size) return
-  const problem = `the schedule is for ${schedule.ranks.length} ranks, there are ${ranks.size}`
-  throw refusal(schedule.name, problem, 'make a schedule for as many')
+  const problem = `the schedule is for ${schedule.ranks.length} ranks, got ${ranks.size}`
+  throw configError(schedule.name, problem, `create a schedule for ${ranks.size} ranks`)
 }
 
 function checkRank(schedule: PipelineSchedule, ranks: Communicator, stages: ReadonlyMap<number, PipelineStage>): void {
   checkSize(schedule, ranks)
   const missing = stagesOf(schedule, ranks.rank).filter(stage => !stages.has(stage))
   if (missing.length > 0)
-    throw refusal(
+    throw configError(
       schedule.name,
-      `rank ${ranks.rank} has no stage ${missing.join(', ')}`,
-      `pass those of stagesOf(schedule, rank): ${stagesOf(schedule, ranks.rank).join(', ')}`,
+      `rank ${ranks.rank} is missing stage ${missing.join(', ')}`,
+      `pass all of stagesOf(schedule, rank): ${stagesOf(schedule, ranks.rank).join(', ')}`,
     )
 }
 
@@ -245,8 +248,8 @@ function unknownMetric(schedule: PipelineSchedule, stage: number, name: string):
   return new MoeError({
     code: 'E_CONFIG',
     op: schedule.name,
-    problem: `stage ${stage} measures ${name}, which is not among the metrics`,
-    fix: 'name the metrics of all stages in { metrics }, the same on every rank',
+    problem: `stage ${stage} returns the metric ${name}, which is not in options.metrics`,
+    fix: 'list the metrics of all stages in { metrics }, the same on every rank',
   })
 }
 
@@ -254,7 +257,7 @@ function noOutput(schedule: PipelineSchedule, stage: number): MoeError {
   return new MoeError({
     code: 'E_CONFIG',
     op: schedule.name,
-    problem: `stage ${stage} of ${schedule.stages} has no output`,
-    fix: 'return { output } from all stages but the last',
+    problem: `stage ${stage} of ${schedule.stages} returns no output`,
+    fix: 'return { output } from every stage but the last',
   })
 }

@@ -1,12 +1,12 @@
-/** @file A simulated schedule as text: a line per rank, time from left to right. */
+/** @file Draws a simulated schedule as text, with one line per rank and time from left to right. */
 import { checkOptions } from '@moe/core'
 import { type Action, partsOf } from './schedule.ts'
 import type { Simulation } from './simulate.ts'
 
 /**
- * A line per rank. Each action is as wide as it is long and begins with its letters and micro-batch: `F` forward, `B` backward, `I` and `W` its two parts for input
- * and weights, `F3B0` an overlapped pair; `'` after the micro-batch marks the other stages of the rank than its lowest one. Dots are bubble.
- * @param options.columns characters a unit of time; default: as many as the shortest action needs for its name
+ * Draws a simulation as text, with one line per rank. The width of an action is its duration. Each starts with its kind and micro-batch: `F` forward, `B` backward, `I` and `W` its
+ * parts for input and weights, `F3B0` an overlapped pair. `'` after the micro-batch marks the stages of a rank other than its lowest one. Dots are bubble.
+ * @param options.columns characters per unit of time. Default: as many as the shortest action needs for its label
  */
 export function drawSchedule(simulation: Simulation, options: { columns?: number } = {}): string {
   checkOptions('drawSchedule', options, { columns: true })

@@ -1,17 +1,17 @@
-/** @file DualPipe (DeepSeek-V3 report 3.2.1, deepseek-ai/DualPipe) and its half, DualPipeV: forward and backward passes of two directions, overlapped. */
+/** @file DualPipe (DeepSeek-V3 report 3.2.1, deepseek-ai/DualPipe) and DualPipeV: bidirectional schedules with overlapped forward and backward passes. */
 import type { Action, PipelineSchedule, StagePass } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
- * DualPipe: micro-batches enter at both ends. Rank r holds stage r for the first half of them and stage p - 1 - r for the second, which goes the other way.
- * Bubble (p/2 - 1)(F&B + B - 3W), twice the parameters, p + 1 activations.
- * @throws MoeError E_CONFIG unless ranks and micro-batches are even and there are at least two micro-batches a rank
+ * DualPipe: micro-batches enter at both ends of the pipeline. With p ranks, rank r holds stage r for the first half of the micro-batches and stage p - 1 - r for the second half, which runs in
+ * the other direction. Bubble (p/2 - 1)(F&B + B - 3W), twice the parameters, p + 1 activations.
+ * @throws MoeError E_CONFIG unless ranks and micro-batches are even and there are at least two micro-batches per rank
  */
 export function dualPipe(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('DualPipe', { ranks, microBatches }, [
-    [`ranks = ${ranks} is odd`, ranks % 2 !== 0],
-    [`microBatches = ${microBatches} is odd`, microBatches % 2 !== 0],
-    [`microBatches = ${microBatches}, needs at least 2 ranks = ${2 * ranks}`, microBatches < 2 * ranks],
+    [`ranks is ${ranks}, needs an even number`, ranks % 2 !== 0],
+    [`microBatches is ${microBatches}, needs an even number`, microBatches % 2 !== 0],
+    [`microBatches is ${microBatches}, needs at least 2 * ranks = ${2 * ranks}`, microBatches < 2 * ranks],
   ])
   const each = microBatches / 2
   const actionsOf = (rank: number) => {
@@ -27,13 +27,13 @@ export function dualPipe(ranks: number, microBatches: number): PipelineSchedule 
 }
 
 /**
- * DualPipeV: the first half of DualPipe's ranks, with what their mirror images did as a second stage. Rank r holds stages r and 2p - 1 - r; no parameter is held
- * twice. For as many stages it has DualPipe's bubble on half the ranks.
- * @throws MoeError E_CONFIG unless there are at least two micro-batches a rank
+ * DualPipeV: DualPipe folded onto half its ranks. With p ranks, rank r holds stages r and 2p - 1 - r, so that no parameter is held twice. For the same number of stages it has
+ * DualPipe's bubble on half the ranks.
+ * @throws MoeError E_CONFIG unless there are at least two micro-batches per rank
  */
 export function dualPipeV(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('DualPipeV', { ranks, microBatches }, [
-    [`microBatches = ${microBatches}, needs at least 2 ranks = ${2 * ranks}`, microBatches < 2 * ranks],
+    [`microBatches is ${microBatches}, needs at least 2 * ranks = ${2 * ranks}`, microBatches < 2 * ranks],
   ])
   const actionsOf = (rank: number) =>
     dualPipePhases(rank, ranks, microBatches, (slot, microBatch) => ({
@@ -47,11 +47,11 @@ export function dualPipeV(ranks: number, microBatches: number): PipelineSchedule
 type Slot = 0 | 1
 
 /**
- * Internal. The eight phases of a rank.
- * @param depth of the rank below the end where slot 0 comes in
- * @param depths ranks from an end to the middle
- * @param each micro-batches of each slot
- * @param pass the k-th one of a slot
+ * Internal. The eight phases of a rank. A slot is one of the two directions; slot 0 is the one that enters at the nearer end.
+ * @param depth distance of the rank from the end where slot 0 enters
+ * @param depths the number of ranks from an end to the middle
+ * @param each the number of micro-batches per slot
+ * @param pass returns the k-th pass of a slot
  */
 export function dualPipePhases(
   depth: number,
@@ -61,7 +61,7 @@ export function dualPipePhases(
 ): Action[][] {
   const forwards = [0, 0]
   const backwards = [0, 0]
-  /** Weight gradients that were put off, first in, first out. */
+  /** Deferred weight gradients, first in, first out. */
   const queue: StagePass[] = []
   const nextForward = (slot: Slot) => pass(slot, forwards[slot]++)
   const nextBackward = (slot: Slot) => pass(slot, backwards[slot]++)
@@ -83,14 +83,14 @@ export function dualPipePhases(
 
   const above = depths - depth - 1
   const middle = depth === depths - 1
-  // From here on in phase 6, counted in single passes, weights are put off.
+  // In phase 6, weight gradients are deferred from this pass on.
   const half = depth + 1
   return [
     times(2 * above, () => [forward(0)]),
     times(depth + 1, () => [forward(0), forward(1)]),
     times(above, () => [input(1), weight(), forward(1)]),
     times(each - 2 * depths + depth + 1, i => [
-      // Not overlapped on the middle ranks, whose partner waits for the forward pass.
+      // The middle ranks do not overlap the first pair: their partner waits for the forward pass.
       ...(i === 0 && middle ? [forward(0), backward(1)] : [pair(0, 1)]),
       pair(1, 0),
     ]),

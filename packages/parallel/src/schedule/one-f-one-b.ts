@@ -1,10 +1,11 @@
-/** @file 1F1B (Narayanan et al. 2019, "PipeDream"; 2021 for several stages a rank): as few micro-batches under way as fill the pipeline. */
+/** @file 1F1B (Narayanan et al. 2019, "PipeDream"; 2021 for several stages per rank): keeps as few micro-batches in flight as fill the pipeline. */
 import type { Action, PipelineSchedule } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
- * One stage a rank: rank r runs p - 1 - r forward passes, then one forward and one backward pass in turn. Bubble (p - 1)(F + B), at most p - r micro-batches alive.
- * @throws MoeError E_CONFIG
+ * 1F1B with one stage per rank: of p ranks, rank r runs p - 1 - r forward passes, then alternates one forward and one backward pass. Bubble (p - 1)(F + B), at most p - r micro-batches
+ * in flight.
+ * @throws MoeError E_CONFIG unless both sizes are positive integers
  */
 export function oneForwardOneBackward(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('1F1B', { ranks, microBatches })
@@ -18,19 +19,19 @@ export function oneForwardOneBackward(ranks: number, microBatches: number): Pipe
 }
 
 /**
- * Several stages a rank: rank r holds stages r, r + p, r + 2p and so on. The bubble is that of 1F1B with passes of one of these smaller stages, for more communication
- * and more activations.
+ * Interleaved 1F1B with several stages per rank: of p ranks, rank r holds stages r, r + p, r + 2p and so on. The bubble is that of 1F1B with the shorter passes of these smaller stages, at
+ * the cost of more communication and more activations.
  * @param stagesPerRank v; the model has v p stages
- * @throws MoeError E_CONFIG, also when the micro-batches do not come in groups of p
+ * @throws MoeError E_CONFIG unless all sizes are positive integers and the number of micro-batches is a multiple of p
  */
 export function interleaved(ranks: number, microBatches: number, stagesPerRank: number): PipelineSchedule {
   checkSizes('interleaved 1F1B', { ranks, microBatches, stagesPerRank }, [
-    [`microBatches = ${microBatches} is no multiple of ranks = ${ranks}`, microBatches % ranks !== 0],
+    [`microBatches is ${microBatches}, needs a multiple of ranks = ${ranks}`, microBatches % ranks !== 0],
   ])
   const passes = microBatches * stagesPerRank
   const group = ranks * stagesPerRank
   const actionsOf = (rank: number) => {
-    // Groups of p micro-batches go through one stage of the rank after the other.
+    // A group of p micro-batches passes through the rank's stages one after the other.
     const pass =
       (kind: 'forward' | 'backward') =>
       (k: number): Action => {
@@ -41,11 +42,11 @@ export function interleaved(ranks: number, microBatches: number, stagesPerRank: 
     const ahead = stagesPerRank === 1 ? ranks - 1 - rank : 2 * (ranks - 1 - rank) + (stagesPerRank - 1) * ranks
     return alternate(passes, ahead, pass('forward'), pass('backward'))
   }
-  const name = `interleaved 1F1B, ${stagesPerRank} stages a rank`
+  const name = `interleaved 1F1B, ${stagesPerRank} stages per rank`
   return { name, stages: group, microBatches, ranks: Array.from({ length: ranks }, (_, r) => actionsOf(r)) }
 }
 
-/** `ahead` forward passes, then forward and backward in turn, then what is left of the backward passes. */
+/** `ahead` forward passes, then forward and backward passes alternating, then the remaining backward passes. */
 function alternate(
   passes: number,
   ahead: number,

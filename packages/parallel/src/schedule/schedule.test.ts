@@ -212,40 +212,44 @@ const faultOf = (schedule: PipelineSchedule) => {
   return 'none'
 }
 
-test('a schedule of your own is checked: what is missing, twice, misplaced, left over', () => {
+test('checkSchedule finds missing, duplicate, misplaced and out-of-range passes', () => {
   const down = [pass('forward', 0), pass('backward', 0)]
   const up = [pass('forward', 1), pass('backward', 1)]
   expect(faultOf(made(down, up))).toBe('none')
-  expect(faultOf(made(down, []))).toMatch(/no forward of stage 1, micro-batch 0/)
-  expect(faultOf(made(down, [pass('forward', 1)]))).toMatch(/no backward of stage 1, micro-batch 0/)
-  expect(faultOf(made([...down, ...down], up))).toMatch(/rank 0: forward of stage 0, micro-batch 0 comes twice/)
-  expect(faultOf(made(down, [...up, pass('backwardInput', 1)]))).toMatch(/backwardInput of stage 1.* comes twice/)
+  expect(faultOf(made(down, []))).toMatch(/missing forward of stage 1, micro-batch 0/)
+  expect(faultOf(made(down, [pass('forward', 1)]))).toMatch(/missing backward of stage 1, micro-batch 0/)
+  expect(faultOf(made([...down, ...down], up))).toMatch(/rank 0: duplicate forward of stage 0, micro-batch 0/)
+  expect(faultOf(made(down, [...up, pass('backwardInput', 1)]))).toMatch(/duplicate backwardInput of stage 1/)
   expect(faultOf(made([pass('backward', 0), pass('forward', 0)], up))).toMatch(/backward of stage 0.* without forward/)
   expect(faultOf(made([pass('forward', 0)], [...up, pass('backward', 0)]))).toMatch(
     /rank 1: backward of stage 0.* on this rank/,
   )
   expect(faultOf(made([pass('forward', 0), pass('backwardInput', 0)], up))).toMatch(
-    /gradient of stage 0, micro-batch 0 is left/,
+    /missing backwardWeight of stage 0, micro-batch 0/,
   )
   expect(faultOf(made([pass('forward', 0), pass('backwardWeight', 0)], up))).toMatch(/without backwardInput/)
-  expect(faultOf(made(down, [...up, pass('forward', 2)]))).toMatch(/there is no stage 2, micro-batch 0, of 2 stages/)
+  expect(faultOf(made(down, [...up, pass('forward', 2)]))).toMatch(
+    /stage 2, micro-batch 0 is out of range for 2 stages/,
+  )
 })
 
-test('ranks that wait for each other are named with what they wait for', () => {
+test('checkSchedule lists deadlocked ranks and what they wait for', () => {
   const twice = { ...made(), microBatches: 2 }
   const first = [pass('forward', 0, 0), pass('backward', 0, 0), pass('forward', 0, 1), pass('backward', 0, 1)]
   const second = [pass('forward', 1, 1), pass('backward', 1, 1), pass('forward', 1, 0), pass('backward', 1, 0)]
   const fault = faultOf({ ...twice, ranks: [first, second] })
-  expect(fault).toMatch(/rank 0 waits at B0\.0 for the gradient of stage 1, micro-batch 0/)
-  expect(fault).toMatch(/rank 1 waits at F1\.1 for the forward of stage 0, micro-batch 1/)
+  expect(fault).toMatch(/rank 0 waits in B0\.0 for the gradient of stage 1, micro-batch 0/)
+  expect(fault).toMatch(/rank 1 waits in F1\.1 for the forward of stage 0, micro-batch 1/)
 })
 
-test('sizes that a schedule cannot have, and durations that cannot be', () => {
-  expect(() => dualPipe(5, 9)).toThrow(/ranks = 5 is odd; microBatches = 9 is odd; .*needs at least 2 ranks = 10/)
-  expect(() => dualPipeV(4, 7)).toThrow(/microBatches = 7, needs at least 2 ranks = 8/)
-  expect(() => zeroBubbleV(4, 6)).toThrow(/needs at least 2 ranks - 1 = 7/)
-  expect(() => zeroBubbleH2(4, 6)).toThrow(/needs at least 2 ranks - 1 = 7/)
-  expect(() => interleaved(4, 6, 2)).toThrow(/microBatches = 6 is no multiple of ranks = 4/)
+test('invalid sizes and durations are errors', () => {
+  expect(() => dualPipe(5, 9)).toThrow(
+    /ranks is 5, needs an even number; microBatches is 9, needs an even number; .*needs at least 2 \* ranks = 10/,
+  )
+  expect(() => dualPipeV(4, 7)).toThrow(/microBatches is 7, needs at least 2 \* ranks = 8/)
+  expect(() => zeroBubbleV(4, 6)).toThrow(/needs at least 2 \* ranks - 1 = 7/)
+  expect(() => zeroBubbleH2(4, 6)).toThrow(/needs at least 2 \* ranks - 1 = 7/)
+  expect(() => interleaved(4, 6, 2)).toThrow(/microBatches is 6, needs a multiple of ranks = 4/)
   expect(() => oneForwardOneBackward(0, 1.5)).toThrow(/ranks is 0, .*microBatches is 1\.5/)
   expect(() => simulate(oneForwardOneBackward(2, 2), { forward: -1, communication: Number.NaN })).toThrow(
     /forward is -1, communication is NaN/,
@@ -253,7 +257,7 @@ test('sizes that a schedule cannot have, and durations that cannot be', () => {
   expect(() => simulate(oneForwardOneBackward(2, 2), { backwardWeight: 3 })).toThrow(/longer than backward = 2/)
 })
 
-test('a picture', () => {
+test('drawSchedule draws one line per rank', () => {
   expect(drawSchedule(simulate(zeroBubbleH1(2, 3)))).toBe(
     ['0 F0|F1|...I0|W0|F2|I1|W1|I2|W2|', '1 ...F0|I0|F1|I1|W0|F2|I2|W1|W2|'].join('\n'),
   )

@@ -1,41 +1,41 @@
-/** @file A pipeline schedule as data: what every rank does, in which order; and the check that it can be done. */
+/** @file A pipeline schedule as data, the ordered actions of every rank, and its validation. */
 import { MoeError } from '@moe/core'
 
-/** One micro-batch in one stage of the model. Both count from 0. */
+/** One micro-batch in one stage of the model. */
 export interface StagePass {
-  /** Stage of the model, from 0. */
+  /** The stage's number, from 0. */
   readonly stage: number
-  /** Micro-batch of the step, from 0. */
+  /** The micro-batch's number in the step, from 0. */
   readonly microBatch: number
 }
 
 /**
- * One thing that a rank does. `backward` is the gradient of input and weights together; `backwardInput` is the part that the stage before waits for, and
- * `backwardWeight` the part that can be put off. `overlapped` is a forward and a backward pass of two micro-batches at once, each computing while the other communicates.
+ * One action of a rank. `backward` computes the gradients of input and weights together. Its two parts can be separate actions: `backwardInput`, which the previous stage waits
+ * for, and `backwardWeight`, which can be deferred. `overlapped` is a forward and a backward pass of two micro-batches at the same time, each computing while the other communicates.
  */
 export type Action =
   | (StagePass & { readonly kind: 'forward' | 'backward' | 'backwardInput' | 'backwardWeight' })
   | { readonly kind: 'overlapped'; readonly forward: StagePass; readonly backward: StagePass }
 
 /**
- * What every rank does in a step, in order. Made by `oneForwardOneBackward`, `interleaved`, the zero-bubble and the dual-pipe functions, or by
- * hand.
+ * The ordered actions of every rank in a step. Created by `oneForwardOneBackward`, `interleaved`, the zero-bubble and DualPipe functions, or
+ * manually.
  */
 export interface PipelineSchedule {
-  /** What it is called, for messages and drawings. */
+  /** A name for error messages. */
   readonly name: string
-  /** Stages of the model. */
+  /** The number of stages of the model. */
   readonly stages: number
-  /** Micro-batches of a step. */
+  /** The number of micro-batches of a step. */
   readonly microBatches: number
   /**
-   * For each rank what it does, in order. A rank holds the stages that it has passes of; in bidirectional schedules two ranks hold the same stage, for different
+   * The actions of each rank, in order. A rank holds the stages that it has passes of; in bidirectional schedules two ranks hold the same stage, for different
    * micro-batches.
    */
   readonly ranks: ReadonlyArray<readonly Action[]>
 }
 
-/** What an action computes, as single passes; an overlapped pair is two. */
+/** Returns the passes of an action: two for an overlapped pair, else the action itself. */
 export function partsOf(action: Action): ReadonlyArray<Exclude<Action, { kind: 'overlapped' }>> {
   if (action.kind !== 'overlapped') return [action]
   return [
@@ -44,13 +44,13 @@ export function partsOf(action: Action): ReadonlyArray<Exclude<Action, { kind: '
   ]
 }
 
-/** Stages that a rank holds, lowest first. */
+/** Returns the stages that a rank holds, lowest first. */
 export function stagesOf(schedule: PipelineSchedule, rank: number): number[] {
   const stages = new Set(schedule.ranks[rank].flatMap(partsOf).map(({ stage }) => stage))
   return [...stages].sort((a, b) => a - b)
 }
 
-/** `F2.0`: forward of micro-batch 2 in stage 0. B is a whole backward pass, I and W are its two parts, `F2.0+B0.1` is an overlapped pair. */
+/** Formats an action: `F2.0` is the forward pass of micro-batch 2 in stage 0. `B` is a full backward pass, `I` and `W` are its parts for input and weights, `F2.0+B0.1` is an overlapped pair. */
 export function showAction(action: Action): string {
   const letters = { forward: 'F', backward: 'B', backwardInput: 'I', backwardWeight: 'W' }
   return partsOf(action)
@@ -59,22 +59,22 @@ export function showAction(action: Action): string {
 }
 
 /**
- * Checks that every micro-batch goes forward and backward through every stage once, on one rank per stage, forward first and the weights' part last; that no weight
- * gradient is left over; and that no ranks wait for each other.
- * @throws MoeError E_CONFIG with every fault, or with who waits for what
+ * Validates a schedule. Every micro-batch must pass through every stage once, forward and then backward on the same rank; a deferred weight gradient must be computed after the input
+ * gradient; and the ranks must not deadlock.
+ * @throws MoeError E_CONFIG with a list of all faults, or with what each deadlocked rank waits for
  */
 export function checkSchedule(schedule: PipelineSchedule): void {
   if (!Array.isArray(schedule?.ranks)) {
-    const fix = 'pass one that was made: zeroBubbleH1(ranks, microBatches)'
-    throw new MoeError({ code: 'E_CONFIG', op: 'checkSchedule', problem: 'this is no schedule', fix })
+    const fix = 'pass a PipelineSchedule, for example zeroBubbleH1(ranks, microBatches)'
+    throw new MoeError({ code: 'E_CONFIG', op: 'checkSchedule', problem: 'not a schedule', fix })
   }
   const problems = faultsOf(schedule)
   if (problems.length > 0) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: schedule.name,
-      problem: `this is no schedule:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
-      fix: 'every micro-batch goes through every stage once, forward and then backward',
+      problem: `invalid schedule:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
+      fix: 'run every micro-batch through every stage once, forward and then backward',
       details: { problems },
     })
   }
@@ -90,7 +90,7 @@ function faultsOf({ stages, microBatches, ranks }: PipelineSchedule): string[] {
       const name = `stage ${stage}, micro-batch ${microBatch}`
       const known = (n: number, end: number) => Number.isInteger(n) && n >= 0 && n < end
       if (!known(stage, stages) || !known(microBatch, microBatches)) {
-        problems.push(`rank ${rank}: there is no ${name}, of ${stages} stages and ${microBatches} micro-batches`)
+        problems.push(`rank ${rank}: ${name} is out of range for ${stages} stages and ${microBatches} micro-batches`)
         continue
       }
       const before = done.get(name) ?? new Set()
@@ -99,9 +99,9 @@ function faultsOf({ stages, microBatches, ranks }: PipelineSchedule): string[] {
       const missing = kind === 'forward' ? [] : kind === 'backwardWeight' ? ['backwardInput'] : ['forward']
       const excluded = kind === 'backwardInput' || kind === 'backwardWeight' ? 'backward' : 'backwardInput'
       if (before.has(kind) || (kind !== 'forward' && before.has(excluded))) {
-        problems.push(`rank ${rank}: ${kind} of ${name} comes twice`)
+        problems.push(`rank ${rank}: duplicate ${kind} of ${name}`)
       } else if (missing.some(other => !before.has(other)) || home.get(name) !== rank) {
-        problems.push(`rank ${rank}: ${kind} of ${name} comes without ${missing[0]} on this rank before it`)
+        problems.push(`rank ${rank}: ${kind} of ${name} without ${missing[0]} on this rank before it`)
       }
       before.add(kind)
     }
@@ -110,40 +110,40 @@ function faultsOf({ stages, microBatches, ranks }: PipelineSchedule): string[] {
     for (let microBatch = 0; microBatch < microBatches; microBatch++) {
       const name = `stage ${stage}, micro-batch ${microBatch}`
       const passes = done.get(name) ?? new Set()
-      if (!passes.has('forward')) problems.push(`no forward of ${name}`)
-      else if (!passes.has('backward') && !passes.has('backwardInput')) problems.push(`no backward of ${name}`)
+      if (!passes.has('forward')) problems.push(`missing forward of ${name}`)
+      else if (!passes.has('backward') && !passes.has('backwardInput')) problems.push(`missing backward of ${name}`)
       else if (passes.has('backwardInput') && !passes.has('backwardWeight')) {
-        problems.push(`the weight gradient of ${name} is left over`)
+        problems.push(`missing backwardWeight of ${name}`)
       }
     }
   }
   return problems
 }
 
-/** What a pass needs before it: a pass of another stage, which may be on another rank. */
+/** The results of other stages that a pass needs. */
 function neededBy({ kind, stage, microBatch }: ReturnType<typeof partsOf>[number], stages: number): string[] {
   if (kind === 'forward') return stage === 0 ? [] : [`forward ${stage - 1} ${microBatch}`]
   if (kind === 'backwardWeight') return []
   return stage === stages - 1 ? [] : [`gradient ${stage + 1} ${microBatch}`]
 }
 
-/** Name of what a pass gives to other stages. */
+/** The name of a pass's result, as in `neededBy`. */
 function givenBy({ kind, stage, microBatch }: ReturnType<typeof partsOf>[number]): string {
   const what = kind === 'forward' ? 'forward' : kind === 'backwardWeight' ? 'weights' : 'gradient'
   return `${what} ${stage} ${microBatch}`
 }
 
-/** Internal. An action that was done: the rank that did it, and where what it needed came from. */
+/** Internal. A visited action with its dependencies. */
 export interface Visit<T> {
   readonly rank: number
   readonly action: Action
-  /** What was returned for the actions that this one needs of other stages, with their ranks. */
+  /** The results of the visits to the actions of other stages that this one needs, and their ranks. */
   readonly needs: ReadonlyArray<{ readonly rank: number; readonly result: T }>
 }
 
 /**
- * Internal. Visits all actions so that each comes after those of its rank before it and after those that it needs of other stages.
- * @throws MoeError E_CONFIG when ranks wait for each other
+ * Internal. Visits all actions in topological order: each after the previous actions of its rank and after those of other stages that it needs.
+ * @throws MoeError E_CONFIG if the ranks deadlock
  */
 export function inOrder<T>(schedule: PipelineSchedule, visit: (visit: Visit<T>) => T): void {
   const { ranks, stages, name } = schedule
@@ -172,13 +172,13 @@ export function inOrder<T>(schedule: PipelineSchedule, visit: (visit: Visit<T>) 
   const lines = waiting.map(rank => {
     const [need] = missing(rank)
     const [what, stage, microBatch] = need.split(' ')
-    return `rank ${rank} waits at ${showAction(ranks[rank][at[rank]])} for the ${what} of stage ${stage}, micro-batch ${microBatch}`
+    return `rank ${rank} waits in ${showAction(ranks[rank][at[rank]])} for the ${what} of stage ${stage}, micro-batch ${microBatch}`
   })
   throw new MoeError({
     code: 'E_CONFIG',
     op: name,
     problem: `ranks wait for each other:\n${lines.map(line => `  ${line}`).join('\n')}\n`,
-    fix: 'move what is waited for before what waits',
+    fix: 'reorder the actions such that each comes after those that it waits for',
     details: { waiting },
   })
 }

@@ -1,18 +1,18 @@
-/** @file How long a schedule takes, where its ranks wait, and what they hold, for given durations. */
+/** @file Simulates the time, idle time and memory of a schedule for given durations. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type Action, checkSchedule, inOrder, type PipelineSchedule, partsOf, stagesOf } from './schedule.ts'
 
-/** Any unit of time, of one micro-batch in one stage. */
+/** Durations of the passes of one micro-batch through one stage, in any unit of time. */
 export interface Durations {
-  /** F. Default 1. */
+  /** F, the forward pass. Default: 1. */
   readonly forward?: number
-  /** B, input and weights together. Default 2. */
+  /** B, the full backward pass, for input and weights. Default: 2. */
   readonly backward?: number
-  /** W, the weights' part of B. Default half of B. */
+  /** W, the part of B for the weights. Default: half of B. */
   readonly backwardWeight?: number
-  /** F&B, a forward and a backward pass overlapped. Default F + B: nothing is gained. */
+  /** F&B, an overlapped forward and backward pass. Default: F + B, no gain. */
   readonly overlapped?: number
-  /** From the end of a pass on one rank to when another has what it needs of it. Default 0. */
+  /** From the end of a pass on one rank until its result is available on another. Default: 0. */
   readonly communication?: number
 }
 
@@ -24,47 +24,47 @@ const names: OptionNames<Durations> = {
   communication: true,
 }
 
-/** An action with its time, in the unit of the durations. */
+/** An action with its times, in the unit of the durations. */
 export interface TimedAction {
-  /** What is done. */
+  /** The action. */
   readonly action: Action
-  /** From the beginning of the step. */
+  /** Start, counted from the start of the step. */
   readonly start: number
-  /** From the beginning of the step. */
+  /** End, counted from the start of the step. */
   readonly end: number
 }
 
 /** One rank of a simulated step. */
 export interface RankSimulation {
-  /** Its actions, in order. */
+  /** The rank's actions, in order. */
   readonly timeline: readonly TimedAction[]
-  /** Time that it computes. */
+  /** The time spent computing. */
   readonly busy: number
-  /** Time that it does not, of the whole makespan. */
+  /** The rest of the makespan. */
   readonly bubble: number
-  /** Time that it waits between its first and its last action. */
+  /** The part of the bubble between the rank's first and last action. */
   readonly idle: number
-  /** Stages whose parameters it holds. */
+  /** The number of stages whose parameters the rank holds. */
   readonly stages: number
-  /** Most activations at once: passes that went forward and whose input gradient is not there yet. */
+  /** The peak number of activations: forward passes whose input gradient is not computed yet. */
   readonly activations: number
-  /** The same with those that are held, in part, for a weight gradient that was put off. */
+  /** The peak number including activations that are held, in part, for a deferred weight gradient. */
   readonly held: number
 }
 
-/** A simulated step. */
+/** The result of `simulate`. */
 export interface Simulation {
-  /** The schedule that was simulated. */
+  /** The simulated schedule. */
   readonly schedule: PipelineSchedule
-  /** From the first action of all ranks to the end of the last. */
+  /** The duration of the step: from the first action on any rank to the end of the last. */
   readonly makespan: number
-  /** By rank. */
+  /** The results of each rank. */
   readonly ranks: readonly RankSimulation[]
 }
 
 /**
- * Runs a schedule on paper: every rank does its actions in order, each as soon as the rank is free and what it needs has come.
- * @throws MoeError E_CONFIG for what `checkSchedule` finds, and for durations that cannot be
+ * Simulates a schedule without computing anything: every rank runs its actions in order, each as soon as the rank is free and the inputs have arrived.
+ * @throws MoeError E_CONFIG if the schedule is invalid (see `checkSchedule`), or a duration is negative or not finite
  */
 export function simulate(schedule: PipelineSchedule, durations: Durations = {}): Simulation {
   checkOptions('simulate', durations, names)
@@ -89,7 +89,7 @@ export function simulate(schedule: PipelineSchedule, durations: Durations = {}):
   return { schedule, makespan, ranks }
 }
 
-/** An action takes its activations when it begins, and gives back what it used when it is done. */
+/** Activations are allocated at the start of an action and freed at its end. */
 function peaksOf(timeline: readonly TimedAction[]): { activations: number; held: number } {
   let [alive, putOff, activations, held] = [0, 0, 0, 0]
   for (const { action } of timeline) {
@@ -117,8 +117,8 @@ function durationOf(durations: Durations): (action: Action) => number {
       problem:
         problems.length > 0
           ? problems.join(', ')
-          : `backwardWeight = ${backwardWeight} is longer than backward = ${backward}, of which it is a part`,
-      fix: 'durations are finite and not negative',
+          : `backwardWeight = ${backwardWeight} is longer than backward = ${backward}, which includes it`,
+      fix: 'pass finite durations of at least 0, with backwardWeight at most backward',
       details: given,
     })
   }

@@ -1,23 +1,27 @@
-/** @file What the sizes of a schedule must be. */
+/** @file Validation of the sizes of a schedule. */
 import { MoeError } from '@moe/core'
 
-/** @throws MoeError E_CONFIG with every fault; `rules` are faults and whether each holds */
+/**
+ * Checks that all sizes are positive integers, and then the rules.
+ * @param rules messages, each with whether its rule is violated
+ * @throws MoeError E_CONFIG with all faults
+ */
 export function checkSizes(
   op: string,
   sizes: Readonly<Record<string, number>>,
-  rules: ReadonlyArray<readonly [fault: string, wrong: boolean]> = [],
+  rules: ReadonlyArray<readonly [fault: string, violated: boolean]> = [],
 ): void {
-  const uncounted = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)
+  const invalid = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)
   const problems =
-    uncounted.length > 0
-      ? uncounted.map(([name, size]) => `${name} is ${size}, needs a whole number from 1`)
-      : rules.flatMap(([fault, wrong]) => (wrong ? [fault] : []))
+    invalid.length > 0
+      ? invalid.map(([name, size]) => `${name} is ${size}, needs a positive integer`)
+      : rules.flatMap(([fault, violated]) => (violated ? [fault] : []))
   if (problems.length === 0) return
   throw new MoeError({
     code: 'E_CONFIG',
     op,
     problem: problems.join('; '),
-    fix: 'change these numbers, or take another schedule',
+    fix: 'change these numbers, or use another schedule',
     details: { ...sizes, problems },
   })
 }

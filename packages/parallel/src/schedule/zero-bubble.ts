@@ -1,14 +1,14 @@
 /**
- * @file Zero bubble (Qi et al. 2024, "Zero Bubble Pipeline Parallelism"; "Pipeline Parallelism with Controllable Memory" for ZB-V): the gradient of the weights is
- * put off to where a rank would wait.
+ * @file Zero-bubble schedules (Qi et al. 2024, "Zero Bubble Pipeline Parallelism"; "Pipeline Parallelism with Controllable Memory" for ZB-V): weight gradients are
+ * deferred to fill the time in which a rank would wait.
  */
 import type { Action, PipelineSchedule } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
- * ZB-H1, or ZB1P: 1F1B with as many weight gradients put off as the rank's number, so that the activations are those of 1F1B's first rank on every rank. Bubble
- * (p - 1)(F + B - 2W), where B is the whole backward pass.
- * @throws MoeError E_CONFIG
+ * ZB-H1, also called ZB1P: 1F1B in which rank r defers r weight gradients. Every rank holds as many activations as the first rank of 1F1B. Bubble (p - 1)(F + B - 2W), where B is the
+ * full backward pass.
+ * @throws MoeError E_CONFIG unless both sizes are positive integers
  */
 export function zeroBubbleH1(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-H1', { ranks, microBatches })
@@ -16,18 +16,18 @@ export function zeroBubbleH1(ranks: number, microBatches: number): PipelineSched
 }
 
 /**
- * ZB-H2: twice as many forward passes ahead, 2p - 1 on the first rank. No rank waits between its first and its last action where F = I = W; ranks begin and end
- * one after the other, so that the next step's first passes fit beside this one's last if the optimizer does not wait for all.
- * @throws MoeError E_CONFIG
+ * ZB-H2: twice as many forward passes before the first backward pass, 2p - 1 on the first rank. If F = I = W, no rank waits between its first and its last action. Ranks start and end one
+ * after the other, so the first passes of the next step could overlap with the last ones of this step if the optimizer did not wait for all ranks.
+ * @throws MoeError E_CONFIG unless there are at least 2p - 1 micro-batches
  */
 export function zeroBubbleH2(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-H2', { ranks, microBatches }, [
-    [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
+    [`microBatches is ${microBatches}, needs at least 2 * ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
   ])
   return splitBackward('ZB-H2', ranks, microBatches, rank => ({ ahead: 2 * (ranks - 1 - rank), putOff: 2 * rank }))
 }
 
-/** `ahead` forward passes, then F, I and W in turn, with W `putOff` micro-batches behind I. */
+/** `ahead` forward passes, then F, I and W alternating, with W `putOff` micro-batches behind I. */
 function splitBackward(
   name: string,
   ranks: number,
@@ -48,13 +48,13 @@ function splitBackward(
 }
 
 /**
- * ZB-V: rank r holds stages r and 2p - 1 - r, so that micro-batches go down the ranks and up again, and the loss is where they came in. Where F = I = W no rank
- * waits between its first and its last action, with the activations of 1F1B.
- * @throws MoeError E_CONFIG
+ * ZB-V: of p ranks, rank r holds stages r and 2p - 1 - r, so that micro-batches pass down the ranks and up again, and the first rank computes the loss. If F = I = W, no rank
+ * waits between its first and its last action, with the activation memory of 1F1B.
+ * @throws MoeError E_CONFIG unless there are at least 2p - 1 micro-batches
  */
 export function zeroBubbleV(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-V', { ranks, microBatches }, [
-    [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
+    [`microBatches is ${microBatches}, needs at least 2 * ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
   ])
   const actionsOf = (rank: number) => {
     const actions: Action[] = []

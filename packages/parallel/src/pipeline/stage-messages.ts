@@ -1,11 +1,11 @@
-/** @file What stages hand to each other: activations onwards, gradients back. */
+/** @file Messages between pipeline stages: activations to the next stage, gradients to the previous one. */
 import { keep, type Tensor } from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { type PipelineSchedule, partsOf, type StagePass } from '../schedule/schedule.ts'
 
 type Kind = 'activation' | 'gradient'
 
-/** What the stage of this pass waits for. */
+/** A message, identified by the pass that receives it. */
 interface Message extends StagePass {
   readonly kind: Kind
 }
@@ -13,17 +13,17 @@ interface Message extends StagePass {
 const keyOf = ({ kind, stage, microBatch }: Message) => `${kind} ${stage} ${microBatch}`
 
 /**
- * Messages carry no name: those of one rank to another arrive in the order in which they are sent, and the schedule, which all know, says what that order is. So what
- * comes before it is needed waits here.
+ * Sends and receives the tensors between stages. Messages carry no identifier: they arrive from each rank in the order of sending, which all ranks know from the
+ * schedule. Messages that arrive before they are needed are stored here.
  */
-export class Mail {
+export class StageMessages {
   readonly #ranks: Communicator
   readonly #homes: ReadonlyMap<string, number>
   readonly #slots = new Map<string, Slot>()
   #discarded = false
   readonly #receiving: Array<Promise<void>> = []
 
-  /** @param between what goes from a stage to the next */
+  /** @param between shape and dtype of the tensors between stages */
   constructor(schedule: PipelineSchedule, ranks: Communicator, between: TensorLike) {
     this.#ranks = ranks
     this.#homes = homesOf(schedule)
@@ -32,26 +32,26 @@ export class Mail {
     }
   }
 
-  /** Hands a tensor to the rank of that pass. Resolves when the tensor may be freed. */
+  /** Sends a tensor to the rank that runs the receiving pass. Resolves when the tensor may be freed. */
   async send(tensor: Tensor, message: Message): Promise<void> {
     const to = this.#homes.get(`${message.stage} ${message.microBatch}`) as number
     if (to === this.#ranks.rank) this.#slot(message).resolve(keep(tensor.detach()))
     else await this.#ranks.send(tensor, to)
   }
 
-  /** Takes what this pass waits for; it is the caller's then. */
+  /** Waits for a message. The caller owns the tensor. */
   async take(message: Message): Promise<Tensor> {
     const tensor = await this.#slot(message).promise
     this.#slots.delete(keyOf(message))
     return tensor
   }
 
-  /** Resolves when all has come. */
+  /** Resolves when all messages have arrived. */
   async end(): Promise<void> {
     await Promise.all(this.#receiving)
   }
 
-  /** Frees what has come and nobody took, and what is still to come. */
+  /** Frees messages that have arrived and were not taken, and those that are still to arrive. */
   discard(): void {
     this.#discarded = true
     for (const { promise } of this.#slots.values()) {
@@ -69,7 +69,7 @@ export class Mail {
     return slot
   }
 
-  /** Messages of a rank to this one, in the order of sending. */
+  /** The messages from a rank to this one, in the order of sending. */
   #sentBy({ ranks, stages }: PipelineSchedule, from: number): Message[] {
     const sent: Message[] = []
     for (const { kind, stage, microBatch } of ranks[from].flatMap(partsOf)) {
@@ -80,7 +80,7 @@ export class Mail {
     return sent.filter(message => this.#homes.get(`${message.stage} ${message.microBatch}`) === this.#ranks.rank)
   }
 
-  /** One after the other, so that memory is taken for what comes and not for all that will. */
+  /** Receives one message after the other, so that memory is allocated only for the next one. */
   async #receive(from: number, messages: readonly Message[], between: TensorLike): Promise<void> {
     for (const [i, message] of messages.entries()) {
       try {
@@ -95,7 +95,7 @@ export class Mail {
   }
 }
 
-/** Where a message is put and taken, whichever comes first. */
+/** A promise for a message, created by whichever side comes first. */
 class Slot {
   resolve!: (tensor: Tensor) => void
   reject!: (error: unknown) => void
@@ -105,12 +105,12 @@ class Slot {
   })
 
   constructor() {
-    // Whoever takes it learns of a failure; it may be that nobody does any more.
+    // A failure is reported by `take`. After another failure nobody may take the message: avoid an unhandled rejection.
     this.promise.catch(() => {})
   }
 }
 
-/** The rank of every pass of a stage with a micro-batch. */
+/** The rank that runs each stage for each micro-batch. */
 function homesOf(schedule: PipelineSchedule): Map<string, number> {
   const homes = new Map<string, number>()
   for (const [rank, actions] of schedule.ranks.entries())

@@ -1,7 +1,7 @@
 /** @file What items of each kind of task come to. */
 import type { TextTurnOptions } from '@moe/deepseek'
 import type { Scored, TextEncoder } from './encode.ts'
-import { answerReader, listReader, type PlacedItem, type Reader, textReader, textsReader, wrong } from './fields.ts'
+import { answerReader, dataError, listReader, type PlacedItem, type Reader, textReader, textsReader } from './fields.ts'
 import { matcherOf } from './match.ts'
 import { continuationMetrics, type ItemMetrics, largest, type Metric, means, textMetrics } from './metrics.ts'
 import type { ChoiceTask, ContinuationTask, GenerationTask, Task, TextTask } from './task.ts'
@@ -33,7 +33,7 @@ export interface Likelihood {
 }
 
 /** What the model says of texts and writes behind prompts. */
-export interface Asking {
+export interface ModelQueries {
   readonly encoder: TextEncoder
   score(texts: readonly Scored[], greedy: boolean): Promise<Likelihood[]>
   write(
@@ -42,31 +42,31 @@ export interface Asking {
   ): Promise<string[]>
 }
 
-/** An item, and what stands in front of it: a description and examples. */
+/** An item, and what stands in preamble of it: a description and examples. */
 export interface Asked {
   readonly item: PlacedItem
-  readonly front: string
+  readonly preamble: string
 }
 
 /** A kind of task. */
-export interface Judge {
+export interface Scorer {
   /** An item with its answer, as an example. Undefined where there can be none. */
   readonly solved?: Reader<string>
-  judge(items: readonly Asked[], asking: Asking): Promise<Judged[]>
+  score(items: readonly Asked[], queries: ModelQueries): Promise<Judged[]>
   summarize(items: readonly ItemMetrics[]): Record<string, Metric>
 }
 
 /** The judge of a task. @throws MoeError E_CONFIG */
-export function judgeOf(task: Task): Judge {
+export function scorerOf(task: Task): Scorer {
   switch (task.kind) {
     case 'choice':
-      return choiceJudge(task)
+      return choiceScorer(task)
     case 'continuation':
-      return continuationJudge(task)
+      return continuationScorer(task)
     case 'generation':
-      return generationJudge(task)
+      return generationScorer(task)
     case 'text':
-      return textJudge(task)
+      return textScorer(task)
   }
 }
 
@@ -88,7 +88,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
     const choices = choicesOf(item)
     const isOne = typeof context === 'string'
     if (isOne === (typeof choices === 'string')) {
-      throw wrong(
+      throw dataError(
         item.place,
         'needs a context and a list of choices, or a list of contexts and one that all go on with',
       )
@@ -97,7 +97,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
       ? (choices as readonly string[]).map(choice => [context, choice] as const)
       : context.map(one => [one, choices as string] as const)
     const empty = pairs.findIndex(([, choice]) => choice === '')
-    if (empty >= 0) throw wrong(item.place, `choice ${empty} is empty`)
+    if (empty >= 0) throw dataError(item.place, `choice ${empty} is empty`)
     const texts = isOne ? (choices as readonly string[]) : context
     return { pairs, texts, answer: numberOf(item, answerOf(item), texts, labelsOf?.(item)) }
   }
@@ -116,12 +116,12 @@ function numberOf(
   const number = /^\d+$/.test(told) ? Number(told) : choices.indexOf(String(answer))
   if (number >= 0 && number < choices.length) return number
   const known = labels === undefined ? `there are ${choices.length} choices` : `the labels are ${labels.join(', ')}`
-  throw wrong(place, `the answer is ${JSON.stringify(answer)}, and ${known}`)
+  throw dataError(place, `the answer is ${JSON.stringify(answer)}, and ${known}`)
 }
 
 const utf8 = new globalThis.TextEncoder()
 
-function choiceJudge(task: ChoiceTask): Judge {
+function choiceScorer(task: ChoiceTask): Scorer {
   const { delimiter = ' ' } = task
   const read = choicesReader(task)
   return {
@@ -130,20 +130,20 @@ function choiceJudge(task: ChoiceTask): Judge {
       return pairs[answer].join(delimiter)
     },
     summarize: means,
-    async judge(items, asking) {
-      const asked = items.map(({ item, front }) => {
+    async score(items, queries) {
+      const asked = items.map(({ item, preamble }) => {
         const choices = read(item)
         const scored = choices.pairs.map(([context, choice]) =>
-          asking.encoder.pair(front + context, delimiter + choice, item.place),
+          queries.encoder.pair(preamble + context, delimiter + choice, item.place),
         )
-        return { ...choices, front, scored }
+        return { ...choices, preamble, scored }
       })
-      const told = await asking.score(
+      const told = await queries.score(
         asked.flatMap(({ scored }) => scored),
         false,
       )
       let at = 0
-      return asked.map(({ pairs, texts, answer, front, scored }) => {
+      return asked.map(({ pairs, texts, answer, preamble, scored }) => {
         const logProbs = told.slice(at, at + pairs.length).map(({ logProb }) => logProb)
         at += pairs.length
         // As numpy counts: code points. What is empty is likeliest of all, or would be.
@@ -151,7 +151,7 @@ function choiceJudge(task: ChoiceTask): Judge {
           logProbs.some(Number.isNaN)
             ? Number.NaN
             : Number(largest(logProbs.map((logProb, i) => logProb / lengthOf(texts[i]))) === answer)
-        const prompts = pairs.map(([context]) => front + context)
+        const prompts = pairs.map(([context]) => preamble + context)
         return {
           metrics: {
             acc: right(() => 1),
@@ -169,20 +169,20 @@ function choiceJudge(task: ChoiceTask): Judge {
   }
 }
 
-function continuationJudge(task: ContinuationTask): Judge {
+function continuationScorer(task: ContinuationTask): Scorer {
   const { delimiter = ' ' } = task
   const contextOf = textReader('context', task.context)
   const answerOf = textReader('answer', task.answer)
   return {
     solved: item => contextOf(item) + delimiter + answerOf(item),
     summarize: continuationMetrics,
-    async judge(items, asking) {
-      const asked = items.map(({ item, front }) => {
-        const prompt = front + contextOf(item)
+    async score(items, queries) {
+      const asked = items.map(({ item, preamble }) => {
+        const prompt = preamble + contextOf(item)
         const answer = answerOf(item)
-        return { prompt, answer, scored: asking.encoder.pair(prompt, delimiter + answer, item.place) }
+        return { prompt, answer, scored: queries.encoder.pair(prompt, delimiter + answer, item.place) }
       })
-      const told = await asking.score(
+      const told = await queries.score(
         asked.map(({ scored }) => scored),
         true,
       )
@@ -194,7 +194,7 @@ function continuationJudge(task: ContinuationTask): Judge {
   }
 }
 
-function generationJudge(task: GenerationTask): Judge {
+function generationScorer(task: GenerationTask): Scorer {
   const { delimiter = ' ', exampleDelimiter = '\n\n', maxTokens = 256, matches = { exact_match: {} } } = task
   const { stop = [exampleDelimiter] } = task
   const contextOf = textReader('context', task.context)
@@ -203,12 +203,12 @@ function generationJudge(task: GenerationTask): Judge {
   return {
     solved: item => contextOf(item) + delimiter + [answerOf(item)].flat()[0],
     summarize: means,
-    async judge(items, asking) {
-      const asked = items.map(({ item, front }) => {
-        const prompt = front + contextOf(item)
-        return { item, prompt, answers: [answerOf(item)].flat(), ...asking.encoder.prompt(prompt, maxTokens) }
+    async score(items, queries) {
+      const asked = items.map(({ item, preamble }) => {
+        const prompt = preamble + contextOf(item)
+        return { item, prompt, answers: [answerOf(item)].flat(), ...queries.encoder.prompt(prompt, maxTokens) }
       })
-      const written = await asking.write(
+      const written = await queries.write(
         asked.map(({ ids }) => ids),
         { maxTokens, stop },
       )
@@ -222,16 +222,16 @@ function generationJudge(task: GenerationTask): Judge {
   }
 }
 
-function textJudge(task: TextTask): Judge {
+function textScorer(task: TextTask): Scorer {
   const textOf = textReader('text', task.text)
   return {
     summarize: textMetrics,
-    async judge(items, asking) {
+    async score(items, queries) {
       const texts = items.map(({ item }) => {
         const text = textOf(item)
-        return { text, windows: asking.encoder.windows(text) }
+        return { text, windows: queries.encoder.windows(text) }
       })
-      const told = await asking.score(
+      const told = await queries.score(
         texts.flatMap(({ windows }) => windows),
         false,
       )

@@ -2,7 +2,7 @@
 import { MoeError, type Precision } from '@moe/core'
 import type { ContinuousBatch, ContinuousBatchOptions, DeepSeek, Generation, TextTurnOptions } from '@moe/deepseek'
 import { type EvaluationTokenizer, type Scored, TextEncoder } from './encode.ts'
-import type { Asking, Likelihood } from './judges.ts'
+import type { Likelihood, ModelQueries } from './scorers.ts'
 
 /** What is asked of a model; a `DeepSeek` has it. */
 export interface EvaluatedModel {
@@ -16,7 +16,7 @@ export interface EvaluatedModel {
   continuousBatch(options?: ContinuousBatchOptions): Pick<ContinuousBatch, 'generate' | 'dispose'>
 }
 
-interface AskingOptions {
+interface QueryOptions {
   readonly tokenizer: EvaluationTokenizer
   readonly begin?: number | null
   readonly prefix?: number
@@ -28,14 +28,14 @@ interface AskingOptions {
 export const abortedBy = (signal: AbortSignal): MoeError =>
   new MoeError({ code: 'E_ABORTED', op: 'evaluateTask', problem: 'was aborted', cause: signal.reason })
 
-export class ModelAsking implements Asking {
+export class BatchedQueries implements ModelQueries {
   readonly encoder: TextEncoder
   readonly #model: EvaluatedModel
-  readonly #options: AskingOptions
+  readonly #options: QueryOptions
   /** Is told which share of what is asked is done. */
   onProgress: (done: number) => void = () => undefined
 
-  constructor(model: EvaluatedModel, options: AskingOptions) {
+  constructor(model: EvaluatedModel, options: QueryOptions) {
     this.#model = model
     this.#options = options
     const { max_position_embeddings: context, bos_token_id: bos } = model.config
