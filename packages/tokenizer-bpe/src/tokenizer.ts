@@ -338,7 +338,11 @@ export class BpeTokenizer {
       return texts.map(text => this.encode(text, encodeOptions))
     this.#pool ??= import('./batch/pool.ts').then(({ EncodePool }) => EncodePool.start(JSON.stringify(this), threads))
     const pool = await this.#pool
-    return pool === undefined ? texts.map(text => this.encode(text, encodeOptions)) : pool.encode(texts, encodeOptions)
+    return pool === undefined
+      ? texts.map(text => this.encode(text, encodeOptions))
+      : pool.encode(texts, encodeOptions).finally(() => {
+          if (pool.failed) this.#pool = undefined
+        })
   }
   #pool: Promise<EncodePool | undefined> | undefined
 

@@ -16,6 +16,8 @@ export type BatchReply = { readonly ids: Uint32Array; readonly lengths: Uint32Ar
 const SHARE = 1 << 20
 
 export class EncodePool {
+  /** Whether a worker has ended with an error. Such a pool encodes nothing more. */
+  failed = false
   readonly #workers: Worker[]
   /** Requests wait here while the workers are at another batch. */
   #last: Promise<unknown> = Promise.resolve()
@@ -24,17 +26,25 @@ export class EncodePool {
     this.#workers = workers
   }
 
-  /** Starts a pool, or returns undefined where there are no worker threads (browsers) or only one core. */
+  /**
+   * Starts a pool. Returns undefined if there are no worker threads (browsers), only one core, or no file of the worker
+   * (the package is bundled into a program).
+   */
   static async start(tokenizer: string, threads: number | undefined): Promise<EncodePool | undefined> {
     const [workerThreads, os] = await Promise.all([builtin('node:worker_threads'), builtin('node:os')])
     const count = threads ?? os?.availableParallelism() ?? 1
     if (workerThreads === undefined || count < 2) return undefined
     const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './worker.js'
-    const workers = Array.from({ length: count }, () => {
-      const worker = new workerThreads.Worker(new URL(name, import.meta.url), { workerData: tokenizer })
-      worker.unref()
-      return worker
-    })
+    const url = new URL(name, import.meta.url)
+    const workers = Array.from({ length: count }, () => new workerThreads.Worker(url, { workerData: tokenizer }))
+    try {
+      await Promise.all(workers.map(nextMessage))
+    } catch (error) {
+      for (const worker of workers) void worker.terminate()
+      if ((error as NodeJS.ErrnoException).code === 'MODULE_NOT_FOUND') return undefined
+      throw workerError(error as Error)
+    }
+    for (const worker of workers) worker.unref()
     return new EncodePool(workers)
   }
 
@@ -45,6 +55,7 @@ export class EncodePool {
   }
 
   async #run(texts: readonly string[], options: EncodeOptions): Promise<Uint32Array[]> {
+    if (this.failed) throw workerError(new Error('it ended in an earlier batch'))
     const results: Uint32Array[] = new Array(texts.length)
     let next = 0
     await Promise.all(
@@ -55,7 +66,7 @@ export class EncodePool {
             const first = next
             let size = 0
             while (next < texts.length && size < SHARE) size += texts[next++].length
-            const reply = await ask(worker, { texts: texts.slice(first, next), options })
+            const reply = await this.#ask(worker, { texts: texts.slice(first, next), options })
             let at = 0
             reply.lengths.forEach((length, i) => {
               results[first + i] = reply.ids.slice(at, at + length)
@@ -69,33 +80,40 @@ export class EncodePool {
     )
     return results
   }
+
+  async #ask(worker: Worker, request: BatchRequest): Promise<Exclude<BatchReply, { error: string }>> {
+    worker.postMessage(request)
+    const reply = (await nextMessage(worker).catch(error => {
+      this.failed = true
+      throw workerError(error)
+    })) as BatchReply
+    if ('error' in reply) throw new TokenizerError({ code: 'E_DATA', op: 'encodeBatch', problem: reply.error })
+    return reply
+  }
 }
 
-function ask(worker: Worker, request: BatchRequest): Promise<Exclude<BatchReply, { error: string }>> {
+/** Resolves to the next message of a worker; the first one, null, tells that it is ready. */
+function nextMessage(worker: Worker): Promise<BatchReply | null> {
   return new Promise((resolve, reject) => {
-    const done = () => {
-      worker.off('message', onMessage)
+    const onMessage = (message: BatchReply | null) => {
       worker.off('error', onError)
+      resolve(message)
     }
-    const onMessage = (reply: BatchReply) => {
-      done()
-      if ('error' in reply) reject(new TokenizerError({ code: 'E_DATA', op: 'encodeBatch', problem: reply.error }))
-      else resolve(reply)
+    const onError = (error: Error) => {
+      worker.off('message', onMessage)
+      reject(error)
     }
-    const onError = (cause: Error) => {
-      done()
-      reject(
-        new TokenizerError({
-          code: 'E_DATA',
-          op: 'encodeBatch',
-          problem: `a worker thread failed: ${cause.message}`,
-          cause,
-        }),
-      )
-    }
-    worker.on('message', onMessage)
-    worker.on('error', onError)
-    worker.postMessage(request)
+    worker.once('message', onMessage)
+    worker.once('error', onError)
+  })
+}
+
+function workerError(cause: Error): TokenizerError {
+  return new TokenizerError({
+    code: 'E_DATA',
+    op: 'encodeBatch',
+    problem: `a worker thread failed: ${cause.message}`,
+    cause,
   })
 }
 

@@ -21,3 +21,5 @@ parentPort!.on('message', ({ texts, options }: BatchRequest) => {
     parentPort!.postMessage({ error: (error as Error).message } satisfies BatchReply)
   }
 })
+
+parentPort!.postMessage(null)
