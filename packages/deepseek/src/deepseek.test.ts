@@ -16,7 +16,7 @@ import {
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
-import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
+import { auxFree, combineBalancers, expertLevel, LoadMonitor } from '@moe/router'
 import { afterAll, describe, expect, test } from 'vitest'
 import type { LayerOptions } from './decoder-layer.ts'
 import {
@@ -338,7 +338,7 @@ describe('training', () => {
 
   test('a balancer replaces the objective; the monitor receives loads and biases', async () => {
     const monitor = new LoadMonitor({ topK: 2, groups: 4 })
-    const balancer = together(auxFree({ speed: step => (step === 0 ? 0.5 : 0) }), expertLevel({ alpha: 3 }))
+    const balancer = combineBalancers(auxFree({ speed: step => (step === 0 ? 0.5 : 0) }), expertLevel({ alpha: 3 }))
     const model = new DeepSeek(tiny, { seed: 1, balancer, monitor, objective: { balanceWeight: 100, mtpWeight: 0 } })
     const batch = rows()
     const { loss, nll, metrics, count } = scope(() => model.loss(batch))

@@ -11,7 +11,7 @@ import {
   withPrecision,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import { auxFree, sequenceWise, together } from '@moe/router'
+import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, type Recompute } from './index.ts'
 import { tiny } from './test-tiny.ts'
@@ -69,7 +69,7 @@ describe('loss, metrics, gradients and loads equal those without recomputation',
       {},
     ],
     ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
-    ['a balancer', {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
     ['weights in int8, beside which the others are trained', {}, { weights: 'int8' }],
     ['adapters', {}, {}, model => addAdapters(model, { rank: 2 })],

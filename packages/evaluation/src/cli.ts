@@ -195,7 +195,7 @@ function fail(error: unknown, json: boolean): void {
   const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
   // Node goes on about arguments that begin with a dash.
   const message =
-    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1') : `${error}`
+    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
   if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
   else process.stderr.write(`moe-evaluate: ${message}\n${usage ? 'See moe-evaluate --help.\n' : ''}`)
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1

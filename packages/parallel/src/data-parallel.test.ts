@@ -2,7 +2,7 @@
 import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { auxFree, sequenceWise, together } from '@moe/router'
+import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { Muon, type TrainOptions } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
 import { local } from './index.ts'
@@ -23,7 +23,10 @@ describe('ranks of B rows', () => {
     { name: 'Muon', options: { optimizer: parameters => new Muon(parameters, { precision: 'f32' }) } },
     { name: 'clipped hard', options: { clip: 0.01 } },
     { name: 'dropped tokens', model: { dropping: { devices: 2, undropped: 0.5 } } },
-    { name: 'a balancer', model: { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) } },
+    {
+      name: 'a balancer',
+      model: { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) },
+    },
   ])('are one of as many micro-batches of B, and all have the same bits: $name', async ({ options = {}, model }) => {
     const one = await alone({ ...options, accumulate: 3 }, model)
     const [first, ...others] = await onRanks(3, options, model)

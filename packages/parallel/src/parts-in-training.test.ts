@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
-import { auxFree, together as both, sequenceWise } from '@moe/router'
+import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { AdamW, Muon, type Optimizer, readMetrics, TokenDataset, type TrainOptions } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
 import { dualPipe, dualPipeV, ExpertParallel, local, oneForwardOneBackward, Pipeline, zeroBubbleH1 } from './index.ts'
@@ -75,7 +75,7 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     ['clipped hard', { clip: 0.01 }, {}],
     ['not clipped', { clip: Number.POSITIVE_INFINITY }, {}],
     ['dropped tokens', {}, { dropping: { devices: 2, undropped: 0.5 } }],
-    ['a balancer', {}, { balancer: both(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
   ])('%s', async (_, options, model) => {
     const one = await alone(options, model)
     const [first, ...others] = await onRanks(arrangement, options, model, size)

@@ -5,6 +5,7 @@ import { describe, expect, test } from 'vitest'
 import {
   auxFree,
   type Balancer,
+  combineBalancers,
   communication,
   communicationBalanceLoss,
   deviceBalanceLoss,
@@ -16,7 +17,6 @@ import {
   type RouterConfig,
   sequenceBalanceLoss,
   sequenceWise,
-  together,
 } from './index.ts'
 
 setDefaultBackend(referenceBackend())
@@ -162,7 +162,7 @@ describe('balancers', () => {
     const each = await Promise.all(parts.map(lossOf))
     for (const loss of each) expect(loss).toBeGreaterThan(0)
     const sum = each.reduce<number>((a, b) => a + (b as number), 0)
-    expect(await lossOf(together(noBalance(), auxFree(), ...parts))).toBeCloseTo(sum, 5)
+    expect(await lossOf(combineBalancers(noBalance(), auxFree(), ...parts))).toBeCloseTo(sum, 5)
     expect(await lossOf(expertLevel({ alpha: 0.006 }))).toBeCloseTo(2 * (each[1] as number), 6)
     await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/8 experts are not divisible by 3 devices/)
   })
@@ -174,11 +174,11 @@ describe('balancers', () => {
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
     const function_ = /the balancer is the function auxFree; pass the result of a function such as auxFree\(\)/
     expect(() => new MoELayer(config, { balancer: factory })).toThrow(refused(function_))
-    expect(() => together(sequenceWise(), factory)).toThrow(refused(function_))
+    expect(() => combineBalancers(sequenceWise(), factory)).toThrow(refused(function_))
     const greedy = { ...config, topk_method: 'greedy' } as const
-    for (const balancer of [auxFree(), together(auxFree(), sequenceWise())])
+    for (const balancer of [auxFree(), combineBalancers(auxFree(), sequenceWise())])
       expect(() => new MoELayer(greedy, { balancer })).toThrow(refused(/but topk_method "greedy" has none/))
-    for (const balancer of [expertLevel(), together(expertLevel(), sequenceWise()), noBalance()])
+    for (const balancer of [expertLevel(), combineBalancers(expertLevel(), sequenceWise()), noBalance()])
       expect(new MoELayer(greedy, { balancer }).balancer).toBe(balancer)
   })
 
@@ -209,7 +209,10 @@ describe('balancers', () => {
       }
     }
     const own = new Constant()
-    const layer = new MoELayer(config, { random: new Random(4), balancer: together(own, sequenceWise({ alpha: 0 })) })
+    const layer = new MoELayer(config, {
+      random: new Random(4),
+      balancer: combineBalancers(own, sequenceWise({ alpha: 0 })),
+    })
     const seen: Tensor[] = []
     layer.forward(randn([1, 6, 8], new Random(5)), { training: true, onBalancerLoss: loss => seen.push(loss) })
     layer.rebalance()
@@ -219,7 +222,7 @@ describe('balancers', () => {
 
   test('without tokens the losses are 0, not NaN', async () => {
     const layer = new MoELayer(config, {
-      balancer: together(sequenceWise(), expertLevel(), deviceLevel({ devices: 2 })),
+      balancer: combineBalancers(sequenceWise(), expertLevel(), deviceLevel({ devices: 2 })),
     })
     const seen: Tensor[] = []
     const see = (loss: Tensor) => seen.push(loss)

@@ -113,8 +113,8 @@ export function communication(options: { devices: number; limit: number; alpha?:
  * Combines several balancers: losses are added, and biases updated by each in turn.
  * @throws MoeError E_CONFIG if one is not a balancer
  */
-export function together(...balancers: readonly Balancer[]): Balancer {
-  for (const balancer of balancers) needBalancer('together', balancer)
+export function combineBalancers(...balancers: readonly Balancer[]): Balancer {
+  for (const balancer of balancers) needBalancer('combineBalancers', balancer)
   return {
     loss(pass, step) {
       const losses = balancers.map(balancer => balancer.loss?.(pass, step) ?? null).filter(loss => loss !== null)

@@ -11,6 +11,7 @@ export {
 export {
   auxFree,
   type Balancer,
+  combineBalancers,
   communication,
   deviceLevel,
   expertLevel,
@@ -18,7 +19,6 @@ export {
   type Scheduled,
   scheduled,
   sequenceWise,
-  together,
 } from './balancer.ts'
 export { type CapacityForwardOptions, CapacityMoE, type CapacityMoEConfig, withinCapacity } from './capacity-moe.ts'
 export { type RouterConfig, routerAttrs } from './config.ts'

@@ -179,7 +179,7 @@ try {
 } catch (error) {
   if (!isExpected(error) && !isUsage(error)) throw error
   // Node goes on about arguments that begin with a dash.
-  say(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')}`)
+  say(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')}`)
   if (isUsage(error)) say('See moe-serve --help.')
   process.exit(isUsage(error) ? 2 : 1)
 }

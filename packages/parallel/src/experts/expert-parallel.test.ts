@@ -2,7 +2,7 @@
 import { type Backend, fromHost, full, namedParameters, scope, setDefaultBackend, trainable } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
-import { auxFree, sequenceWise, together } from '@moe/router'
+import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { AdamW, Muon, type Optimizer } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Communicator } from '../communicator/communicator.ts'
@@ -36,7 +36,7 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
       4,
       1,
       {},
-      { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) },
+      { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) },
       2,
     ],
     ['two ranks', 2, 2, {}, {}],
@@ -48,7 +48,7 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
     ['MTP trained alone', 2, 1, {}, { objective: { mtpDetached: true } }],
     ['no MTP', 2, 1, { num_nextn_predict_layers: 0 }, {}],
     ['dense', 2, 1, { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
-    ['a balancer', 2, 1, {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['a balancer', 2, 1, {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     // Draws are those of a batch of each rank, so all or none.
     ['tokens are dropped', 2, 1, {}, { dropping: { devices: 2, undropped: 0.5 } }],
     ['layers are recomputed, but for routed experts', 2, 2, {}, { recompute: 'layers' }],

@@ -3,7 +3,7 @@ import { type Backend, full, type NamedParameter, namedParameters, scope, setDef
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { auxFree, sequenceWise, together } from '@moe/router'
+import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { AdamW } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Communicator } from '../communicator/communicator.ts'
@@ -131,7 +131,7 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
     ['no MTP', { num_nextn_predict_layers: 0 }, {}],
     ['dense', { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
-    ['a balancer', {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
     ['layers are recomputed', {}, { recompute: 'layers' }],
     ['parts of layers are recomputed', {}, { recompute: 'selective' }],

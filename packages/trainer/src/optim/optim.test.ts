@@ -27,7 +27,7 @@ import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
 import { Muon } from './muon.ts'
 import type { Optimizer } from './optimizer.ts'
-import { piecewise, type Stretch, warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
+import { piecewise, type ScheduleSegment, warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
 
 const backend = referenceBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -386,7 +386,7 @@ describe('piecewise', () => {
   })
 
   test("has DeepSeek-V3's learning rate, in tokens", () => {
-    const trillions: Stretch[] = [
+    const trillions: ScheduleSegment[] = [
       { steps: 10, at: 2.2e-4 },
       { steps: 4.3, to: 2.2e-5, shape: 'cosine' },
       { steps: 0.333, at: 2.2e-5 },
@@ -403,18 +403,18 @@ describe('piecewise', () => {
   })
 
   test('stays between the ends of each segment, for any lengths', () => {
-    const stretch = fc.record({
+    const segment = fc.record({
       steps: fc.integer({ min: 0, max: 9 }),
       from: fc.double({ min: 0, max: 1, noNaN: true }),
       to: fc.double({ min: 0, max: 1, noNaN: true }),
       shape: fc.constantFrom('linear' as const, 'cosine' as const),
     })
     fc.assert(
-      fc.property(fc.array(stretch, { minLength: 1, maxLength: 5 }), stretches => {
-        fc.pre(stretches.some(({ steps }) => steps > 0))
-        const schedule = piecewise(stretches)
+      fc.property(fc.array(segment, { minLength: 1, maxLength: 5 }), segments => {
+        fc.pre(segments.some(({ steps }) => steps > 0))
+        const schedule = piecewise(segments)
         let step = 0
-        for (const { steps, from, to } of stretches)
+        for (const { steps, from, to } of segments)
           for (let i = 0; i < steps; i++) {
             const value = schedule(step++)
             expect(value).toBeGreaterThanOrEqual(Math.min(from, to) - 1e-12)
@@ -426,7 +426,7 @@ describe('piecewise', () => {
   })
 
   test('names invalid segments', () => {
-    const refused = (stretches: unknown, options = {}) => expect(() => piecewise(stretches as Stretch[], options))
+    const refused = (segments: unknown, options = {}) => expect(() => piecewise(segments as ScheduleSegment[], options))
     refused([]).toThrow(/the segments are/)
     refused([{ steps: 1, to: 1 }]).toThrow(/from of segment 0 is missing/)
     refused([{ steps: 1.5, at: 1 }]).toThrow(/steps of segment 0 is 1.5/)

@@ -69,7 +69,7 @@ export function warmupConstant(options: { readonly warmup: number }): Schedule {
  * A segment of a schedule, `steps` long: either constant (`at`), or moving to a value that its last step reaches
  * (`to`).
  */
-export type Stretch =
+export type ScheduleSegment =
   | { readonly steps: number; readonly at: number }
   | {
       readonly steps: number
@@ -89,20 +89,20 @@ export type Stretch =
  *   example numbers of tokens. Default: the segments' lengths are steps
  * @throws MoeError E_CONFIG
  */
-export function piecewise(stretches: readonly Stretch[], options: { readonly steps?: number } = {}): Schedule {
+export function piecewise(segments: readonly ScheduleSegment[], options: { readonly steps?: number } = {}): Schedule {
   checkOptions('piecewise', options, { steps: true })
-  checkStretches(stretches, options.steps)
-  const total = stretches.reduce((sum, { steps }) => sum + steps, 0)
+  checkSegments(segments, options.steps)
+  const total = segments.reduce((sum, { steps }) => sum + steps, 0)
   const scale = options.steps === undefined ? 1 : options.steps / total
   let shares = 0
   let before = 0
-  const parts = stretches.map(stretch => {
+  const parts = segments.map(segment => {
     const first = Math.round(shares * scale)
-    shares += stretch.steps
-    const level = 'at' in stretch
-    const from = level ? stretch.at : (stretch.from ?? before)
-    before = level ? stretch.at : stretch.to
-    const shape = (!level && stretch.shape) || 'linear'
+    shares += segment.steps
+    const level = 'at' in segment
+    const from = level ? segment.at : (segment.from ?? before)
+    before = level ? segment.at : segment.to
+    const shape = (!level && segment.shape) || 'linear'
     return { first, end: Math.round(shares * scale), from, to: before, shape }
   })
   return step => {
@@ -115,18 +115,18 @@ export function piecewise(stretches: readonly Stretch[], options: { readonly ste
   }
 }
 
-function checkStretches(stretches: readonly Stretch[], steps: number | undefined): void {
+function checkSegments(segments: readonly ScheduleSegment[], steps: number | undefined): void {
   const problems: string[] = []
   const isLength = (value: unknown) =>
     steps === undefined
       ? Number.isSafeInteger(value) && (value as number) >= 0
       : Number.isFinite(value) && (value as number) >= 0
-  if (!Array.isArray(stretches) || stretches.length === 0) problems.push(`the segments are ${shown(stretches)}`)
+  if (!Array.isArray(segments) || segments.length === 0) problems.push(`the segments are ${shown(segments)}`)
   else {
-    stretches.forEach((stretch: Stretch, i) => {
-      if ('at' in stretch) checkOptions(`piecewise segment ${i}`, stretch, { steps: true, at: true })
-      else checkOptions(`piecewise segment ${i}`, stretch, { steps: true, from: true, to: true, shape: true })
-      const { steps: length, ...values } = stretch
+    segments.forEach((segment: ScheduleSegment, i) => {
+      if ('at' in segment) checkOptions(`piecewise segment ${i}`, segment, { steps: true, at: true })
+      else checkOptions(`piecewise segment ${i}`, segment, { steps: true, from: true, to: true, shape: true })
+      const { steps: length, ...values } = segment
       if (!isLength(length)) problems.push(`steps of segment ${i} is ${shown(length)}`)
       const ends =
         'at' in values ? { at: values.at } : { to: values.to, ...(values.from !== undefined && { from: values.from }) }
@@ -135,8 +135,8 @@ function checkStretches(stretches: readonly Stretch[], steps: number | undefined
       if ('shape' in values && !['linear', 'cosine', undefined].includes(values.shape))
         problems.push(`shape of segment ${i} is ${shown(values.shape)}`)
     })
-    if (!('at' in stretches[0]) && stretches[0].from === undefined) problems.push('from of segment 0 is missing')
-    if (stretches.every(({ steps }) => steps === 0)) problems.push('all segments are empty')
+    if (!('at' in segments[0]) && segments[0].from === undefined) problems.push('from of segment 0 is missing')
+    if (segments.every(({ steps }) => steps === 0)) problems.push('all segments are empty')
   }
   if (steps !== undefined && (!Number.isSafeInteger(steps) || steps < 1)) problems.push(`steps is ${shown(steps)}`)
   if (problems.length === 0) return
