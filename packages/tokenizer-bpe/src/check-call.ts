@@ -1,4 +1,4 @@
-/** @file What a call is asked first: mostly whether anybody reads its options. Who writes JavaScript, or spreads objects, learns it from no compiler. */
+/** @file Validates options and inputs of calls, also for callers without a type checker. */
 import type { ChatOptions } from './data/chat-template.ts'
 import type { FillInTheMiddleOptions } from './data/fill-in-the-middle.ts'
 import type { PackOptions } from './data/pack-documents.ts'
@@ -10,7 +10,7 @@ import type { TiktokenOptions } from './tiktoken.ts'
 import type { DecodeOptions, EncodeOptions } from './tokenizer.ts'
 import type { TrainBpeOptions } from './train/train.ts'
 
-/** The options of everything that takes some. */
+/** Options by function. */
 export interface OptionsByOp {
   readonly trainBpe: TrainBpeOptions
   readonly encode: EncodeOptions
@@ -25,7 +25,7 @@ export interface OptionsByOp {
 
 const encode = { addSpecialTokens: true, parseSpecialTokens: true, parseAddedTokens: true } as const
 
-/** All their names: an object that lacks one, or has another, does not compile. */
+/** All option names. The types require each object to be complete. */
 const names: { readonly [Op in keyof OptionsByOp]: { readonly [Name in keyof OptionsByOp[Op]]-?: true } } = {
   trainBpe: {
     vocabSize: true,
@@ -52,17 +52,17 @@ const names: { readonly [Op in keyof OptionsByOp]: { readonly [Name in keyof Opt
 type Is = (value: unknown) => boolean
 type Rule = readonly [wanted: string, is: Is, needed?: true]
 
-/** What is no input of an op: what it is called, whether something is one, and what to do. */
+/** Validation of inputs: what is expected, how to check it, and how to fix it. */
 const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is: Is, fix: string] } = {
   trainBpe: [
-    'iterable of texts',
+    'an iterable of texts',
     input => input === undefined || Symbol.iterator in Object(input),
     'pass [text] or a generator of texts, and what comes asynchronously to trainBpeAsync',
   ],
-  encodeBatch: ['list of texts', isTexts, 'pass them in an array, and await what is a promise'],
-  decode: ['list of ids', isList, 'pass them in an array, and await what is a promise'],
+  encodeBatch: ['a list of texts', isTexts, 'pass them in an array, and await what is a promise'],
+  decode: ['a list of ids', isList, 'pass them in an array, and await what is a promise'],
   packDocuments: [
-    'iterable of documents',
+    'an iterable of documents',
     input => typeof input === 'object' && Symbol.iterator in Object(input),
     'pass a list of the ids of each: texts.map(text => tokenizer.encode(text))',
   ],
@@ -71,7 +71,7 @@ const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is:
 
 const random: Rule = ['numbers from 0 to below 1: randomNumbers(seed)', value => typeof value === 'function', true]
 
-/** Values that would be taken for others, or fail far from here: what an option has to be. */
+/** Validation of option values that would otherwise be misinterpreted or fail later. */
 const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
   trainBpe: {
     preTokenizer: [
@@ -136,16 +136,16 @@ function isList(input: unknown): boolean {
 }
 
 /**
- * Refuses options that are no object, names that nobody reads, and values of another kind; what is undefined is not given.
- * @throws TokenizerError E_CONFIG, and E_DATA for an input of another kind
+ * Validates the options and the input of a call: options must be an object with known names and valid values. Undefined values count as missing.
+ * @throws TokenizerError E_CONFIG, and E_DATA for an invalid input
  */
 export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {
   const known: object = names[op]
   const refused = (problem: string) =>
-    new TokenizerError({ code: 'E_CONFIG', op, problem, fix: `there are ${Object.keys(known).join(', ')}` })
-  if (typeof options !== 'object' || !options) throw refused(`the options are ${describe(options)}`)
+    new TokenizerError({ code: 'E_CONFIG', op, problem, fix: `the options are ${Object.keys(known).join(', ')}` })
+  if (typeof options !== 'object' || !options) throw refused(`expected an options object, got ${describe(options)}`)
   for (const name in options) {
-    if (!Object.hasOwn(known, name) && options[name] !== undefined) throw refused(`there is no option ${name}`)
+    if (!Object.hasOwn(known, name) && options[name] !== undefined) throw refused(`unknown option ${name}`)
   }
   for (const [name, [wanted, is, needed = false]] of Object.entries<Rule>(values[op] ?? {})) {
     const value = options[name as keyof typeof options]
@@ -155,7 +155,7 @@ export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: Options
   }
   const [wanted, is, fix] = inputs[op] ?? []
   if (is?.(input) === false) {
-    const problem = `got ${describe(input)}, no ${wanted}`
+    const problem = `expected ${wanted}, got ${describe(input)}`
     throw new TokenizerError({ code: 'E_DATA', op, problem, fix })
   }
 }

@@ -51,14 +51,14 @@ test.skipIf(process.platform === 'win32' /* no bash */)('says nothing when its r
 test('exits with 1 for failures and 2 for wrong usage', () => {
   expect(run(['--help'])).toMatchObject({ status: 0 })
   expect(run([])).toMatchObject({ status: 2 })
-  expect(run(['bake'])).toMatchObject({ status: 2, stderr: expect.stringContaining('there is no command bake') })
+  expect(run(['bake'])).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
   expect(run(['train', 'corpus.txt'])).toMatchObject({
     status: 2,
     stderr: expect.stringContaining('--vocab-size is missing'),
   })
   expect(run(['train', '--nope'])).toMatchObject({
     status: 2,
-    stderr: 'moe-tokenizer: there is no option --nope\nSee moe-tokenizer --help.\n',
+    stderr: 'moe-tokenizer: unknown option --nope\nSee moe-tokenizer --help.\n',
   })
   expect(run(['--version'])).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
   const small = run(['train', 'corpus.txt', '--vocab-size', '3', '--json'])

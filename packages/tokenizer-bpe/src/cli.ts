@@ -6,26 +6,26 @@ import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress,
 
 const HELP = `moe-tokenizer COMMAND [options]
 
-  train FILE...    learn a byte-level BPE vocabulary from text files (- is standard input)
-      --vocab-size N         ids wanted, special tokens and the 256 bytes included (required)
-      --out PATH             where to write it (default tokenizer.json)
+  train FILE...    train a byte-level BPE vocabulary on text files (- for standard input)
+      --vocab-size N         number of ids, including special tokens and the 256 bytes (required)
+      --out PATH             output file (default tokenizer.json)
       --pre-tokenizer NAME   deepseek-v3 (default), deepseek-llm, gpt2, cl100k, o200k, qwen2
-      --pattern REGEX        your own instead (Oniguruma syntax)
-      --special TOKEN        a special token; may be repeated
-      --min-frequency N      least occurrences of a pair that is merged (default 2)
-  encode [FILE]    ids of a text (default: standard input)
-      --tokenizer PATH       tokenizer.json (default tokenizer.json)
-      --no-special           neither adds special tokens nor reads them in the text
-  decode [ID...]   text of ids (default: read from standard input)
-      --tokenizer PATH
-      --skip-special         leaves special tokens out
-  inspect [TEXT]   what a tokenizer.json holds, and how it cuts a text
-      --tokenizer PATH
+      --pattern REGEX        custom pre-tokenizer pattern (Oniguruma syntax)
+      --special TOKEN        add a special token; may be repeated
+      --min-frequency N      minimum number of occurrences of a merged pair (default 2)
+  encode [FILE]    print the ids of a text (default: standard input)
+      --tokenizer PATH       tokenizer file (default tokenizer.json)
+      --no-special           neither add special tokens nor recognize them in the text
+  decode [ID...]   print the text of ids (default: from standard input)
+      --tokenizer PATH       tokenizer file (default tokenizer.json)
+      --skip-special         omit special tokens
+  inspect [TEXT]   describe a tokenizer.json, and show how it splits a text
+      --tokenizer PATH       tokenizer file (default tokenizer.json)
 
-  --json     machine-readable output
-  --quiet    no progress
-  --version  of the package
-  --help     this text
+  --json     print machine-readable output
+  --quiet    print no progress
+  --version  print the version
+  --help     print this help
 `
 
 class UsageError extends Error {}
@@ -33,7 +33,7 @@ class UsageError extends Error {}
 const { values, positionals } = readArguments()
 const interrupt = new AbortController()
 
-// Whoever reads the output may have had enough of it, as in `| head`.
+// The reader may close the pipe early, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
 try {
@@ -46,7 +46,7 @@ try {
   else if (command === 'encode') await encode(rest)
   else if (command === 'decode') await decode(rest)
   else if (command === 'inspect') await inspect(rest)
-  else throw new UsageError(`there is no command ${command}`)
+  else throw new UsageError(`unknown command ${command}`)
 } catch (error) {
   fail(error)
 }
@@ -76,8 +76,8 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node goes on about arguments that begin with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    // Node's message adds advice about arguments that start with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
     process.stderr.write(`moe-tokenizer: ${message}\nSee moe-tokenizer --help.\n`)
     process.exit(2)
   }
@@ -102,7 +102,7 @@ function wholeNumber(name: 'vocab-size' | 'min-frequency'): number {
 async function train(files: string[]): Promise<void> {
   if (files.length === 0) throw new UsageError('train needs at least one file')
   if (values.pattern !== undefined && values['pre-tokenizer'] !== undefined) {
-    throw new UsageError('--pattern and --pre-tokenizer exclude each other')
+    throw new UsageError('--pattern and --pre-tokenizer cannot be used together')
   }
   process.once('SIGINT', () => interrupt.abort())
   const started = performance.now()
@@ -139,7 +139,7 @@ function showProgress(progress: TrainProgress): void {
   process.stderr.write(`\r\x1b[K${line}`)
 }
 
-/** Texts of files, large ones in parts that end before a line that starts with a word or a mark. */
+/** Yields the texts of files. Large files are split before a line that starts with a letter or mark. */
 async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
   for (const file of files) {
     const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
@@ -164,7 +164,7 @@ async function readInput(file: string | undefined): Promise<string> {
   return text + decoder.decode()
 }
 
-/** A file in parts; `-` is the standard input. Node tells of a folder without its name. */
+/** Reads a file in parts; `-` is standard input. Adds the path to errors, which Node omits for folders. */
 async function* bytesOf(file: string): AsyncGenerator<Buffer> {
   try {
     yield* file === '-' ? process.stdin : createReadStream(file, { highWaterMark: 1 << 22 })
@@ -174,7 +174,7 @@ async function* bytesOf(file: string): AsyncGenerator<Buffer> {
 }
 
 async function encode(files: string[]): Promise<void> {
-  if (files.length > 1) throw new UsageError('encode takes one file')
+  if (files.length > 1) throw new UsageError('encode expects one file')
   const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
   const special = !values['no-special']
   const ids = tokenizer.encode(await readInput(files[0]), { addSpecialTokens: special, parseSpecialTokens: special })
@@ -215,7 +215,7 @@ async function inspect(args: string[]): Promise<void> {
     process.stdout.write(`${JSON.stringify(report)}\n`)
     return
   }
-  const how = report.preTokenizer === 'steps' ? 'step by step (no scanner of its own)' : report.preTokenizer
+  const how = report.preTokenizer === 'steps' ? 'step by step (no hand-written scanner)' : report.preTokenizer
   process.stdout.write(
     `ids             ${report.vocabSize}\nmerges          ${report.merges}\npre-tokenizer   ${how}\n` +
       `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest.id}, ${longest.bytes} bytes\n`,

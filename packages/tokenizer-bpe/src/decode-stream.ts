@@ -1,10 +1,10 @@
-/** @file Decoding ids as they arrive, a whole character at a time. */
+/** @file Decodes ids as they arrive, one complete character at a time. */
 import { callCheck } from './call-check.ts'
 
-/** Gives the bytes of a token; empty for one that is left out. */
+/** Returns the bytes of a token; empty for one that is omitted. */
 export type TokenBytes = (id: number) => Uint8Array
 
-/** Decodes ids one by one. What it returns never ends inside a UTF-8 sequence: the start of one waits for the rest. */
+/** Decodes ids one at a time. Returned text never ends within a character; an incomplete one is buffered. */
 export class DecodeStream {
   readonly #bytesOf: TokenBytes
   readonly #decoder = new TextDecoder('utf-8', { ignoreBOM: true })
@@ -13,7 +13,7 @@ export class DecodeStream {
     this.#bytesOf = bytesOf
   }
 
-  /** The text that these ids complete; empty when they end inside a character. */
+  /** Adds ids and returns the text that they complete; empty within a character. */
   push(ids: number | Iterable<number>): string {
     if (typeof ids === 'number') return this.#decoder.decode(this.#bytesOf(ids), { stream: true })
     callCheck.of?.('decode', {}, ids)
@@ -22,7 +22,7 @@ export class DecodeStream {
     return text
   }
 
-  /** What is left: empty, or U+FFFD where the ids ended inside a character. The stream can then be used again. */
+  /** Returns the remaining text: empty, or U+FFFD if the ids ended within a character. The stream can then be reused. */
   end(): string {
     return this.#decoder.decode()
   }

@@ -1,14 +1,14 @@
-/** @file A text that arrives in parts, cut where pieces end whatever follows. */
+/** @file Splits a text that arrives in parts at positions where pieces end, whatever follows. */
 import type { AddedToken } from './added-tokens.ts'
 import { TokenizerError } from './errors.ts'
 
 const refused = (given: unknown, wanted: string, fix: string) =>
-  new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `got ${typeof given}, no ${wanted}`, fix })
+  new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `expected ${wanted}, got ${typeof given}`, fix })
 
 /**
- * Gives the text in parts that can be encoded by themselves: each ends before a space between two letters.
- * @param added tokens that no part may end in; without, as where it is not known how pieces end, the text comes whole
- * @throws TokenizerError E_DATA for what gives no texts: bytes would be cut within characters
+ * Yields parts of a text that can be encoded independently: each ends before a space between two letters.
+ * @param added tokens that no part may split. If omitted, because the pre-tokenizer has no scanner, the text is yielded whole.
+ * @throws TokenizerError E_DATA if the parts are not strings; bytes could be split within characters
  */
 export async function* cutStream(
   parts: AsyncIterable<string> | Iterable<string>,
@@ -22,7 +22,7 @@ export async function* cutStream(
   )
   const margin = (added ?? []).reduce((most, token) => Math.max(most, token.content.length), 0) + 2
   let held = ''
-  /** Text without a place to cut is looked through anew only once it is an eighth longer. */
+  /** Length from which buffered text is searched again: an eighth longer than without result. */
   let worthLooking = 0
   for await (const part of parts) {
     if (typeof part !== 'string') {

@@ -1,6 +1,6 @@
-/** @file The one error class of this package, in the shape that every @moe package uses: code, op, problem, fix, details. */
+/** @file The error class of this package. It has the same fields as those of the other @moe packages: code, op, problem, fix, details. */
 
-/** Permanent identities of errors. Test on `code`, never on the text. */
+/** Stable error codes. Test for the code, not the message. */
 export type TokenizerErrorCode =
   | 'E_CONFIG'
   | 'E_DATA'
@@ -10,32 +10,32 @@ export type TokenizerErrorCode =
   | 'E_UNKNOWN_TOKEN'
   | 'E_ABORTED'
 
-/** What a `TokenizerError` is made of. */
+/** The fields of a `TokenizerError`. */
 export interface TokenizerErrorInfo {
-  /** Its permanent identity. */
+  /** Stable error code. */
   readonly code: TokenizerErrorCode
-  /** Function or part of the file that failed; starts the message. */
+  /** Function or part of the file that failed; the message starts with it. */
   readonly op: string
-  /** What is wrong, with the offending values. */
+  /** What is wrong, including the invalid values. */
   readonly problem: string
-  /** What the caller can do about it. */
+  /** How to fix it. */
   readonly fix?: string
-  /** The values themselves, for programs. */
+  /** The invalid values, for programs. */
   readonly details?: Readonly<Record<string, unknown>>
-  /** The error that led to this one. */
+  /** The error that caused this one. */
   readonly cause?: unknown
 }
 
-/** Every failure of this package that a caller can cause: `op: problem; fix`. */
+/** The error of all failures that callers can cause. The message is `op: problem; fix`. */
 export class TokenizerError extends Error {
-  /** Its permanent identity: test on this. */
+  /** Stable error code. */
   readonly code: TokenizerErrorCode
   /** Function or part of the file that failed. */
   readonly op: string
-  /** The offending values, by name; `{}` when there are none beyond the message. */
+  /** The invalid values by name; `{}` if the message contains everything. */
   readonly details: Readonly<Record<string, unknown>>
 
-  /** Writes the message: `op: problem; fix`. */
+  /** Composes the message: `op: problem; fix`. */
   constructor(info: TokenizerErrorInfo) {
     super(
       `${info.op}: ${info.problem}${info.fix ? `; ${info.fix}` : ''}`,

@@ -1,9 +1,9 @@
-/** @file Reading and writing tokenizer.json: browsers have no files. */
+/** @file Reads and writes files, on platforms other than browsers. */
 import { readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
 
-/** @throws TokenizerError E_FORMAT for a file that cannot be read */
+/** Reads a file. @throws TokenizerError E_FORMAT if it cannot be read */
 export async function readText(path: string | URL): Promise<string> {
   try {
     return await readFile(path, 'utf8')
@@ -12,15 +12,15 @@ export async function readText(path: string | URL): Promise<string> {
   }
 }
 
-/** Writes a file, whole or not at all. @throws TokenizerError E_FORMAT for one that cannot be written */
+/** Writes a file, completely or not at all. @throws TokenizerError E_FORMAT if it cannot be written */
 export async function writeText(path: string | URL, text: string): Promise<void> {
   if (typeof path !== 'string' && !(path instanceof URL)) {
-    const problem = `the path is ${describe(path)}`
+    const problem = `expected a path, got ${describe(path)}`
     throw new TokenizerError({
       code: 'E_FORMAT',
       op: 'save',
       problem,
-      fix: "pass a text or a file URL: 'tokenizer.json'",
+      fix: "pass a string or file URL, for example 'tokenizer.json'",
     })
   }
   const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
@@ -34,7 +34,7 @@ export async function writeText(path: string | URL, text: string): Promise<void>
       code: 'E_FORMAT',
       op: `${path}`,
       problem,
-      fix: 'make its folder, or choose another place',
+      fix: 'create its folder, or choose another path',
       cause,
     })
   }

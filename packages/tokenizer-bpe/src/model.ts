@@ -1,32 +1,32 @@
-/** @file A byte-level BPE model: tokens, their bytes, and the merges between them. */
+/** @file A byte-level BPE model: tokens, their bytes, and merges. */
 import { charOfByte, unspellInto } from './byte-alphabet.ts'
 import { TokenizerError } from './errors.ts'
 
-/** Ids above this are refused: tables are indexed by id. */
+/** Maximum id plus one: tables are indexed by id. */
 export const MAX_ID = 1 << 22
 
 export interface ModelOptions {
-  /** Id for bytes without a token, or -1: they are dropped. */
+  /** Id for bytes without a token, or -1 to drop them. */
   readonly unknown: number
   readonly fuseUnknown: boolean
-  /** A piece that is a token as a whole is that token, whatever the merges give. */
+  /** Whether a piece that is a token is encoded as that token without merging. */
   readonly ignoreMerges: boolean
 }
 
 export class BpeModel {
-  /** Token spelled in the byte alphabet, by id; holes where the vocabulary skips ids. */
+  /** Tokens in the byte alphabet, by id; undefined for unused ids. */
   readonly tokens: readonly (string | undefined)[]
   readonly idOf: ReadonlyMap<string, number>
-  /** left, right, product of each merge, in order. */
+  /** Left id, right id and product of each merge, in order. */
   readonly merges: Int32Array
   readonly options: ModelOptions
   /** Token of each byte, or -1. */
   readonly byteToken: Int32Array
-  /** Bytes of all tokens, end to end; token i is `bytes[starts[i]..starts[i] + lengths[i])`. */
+  /** Bytes of all tokens, concatenated; token i is `bytes[starts[i]..starts[i] + lengths[i])`. */
   readonly bytes: Uint8Array
   readonly starts: Int32Array
   readonly lengths: Int32Array
-  /** The same, but 0 for tokens outside the byte alphabet, which no piece can be. */
+  /** The same lengths, but 0 for tokens outside the byte alphabet, which no piece can equal. */
   readonly pieceLengths: Int32Array
 
   constructor(
@@ -56,7 +56,7 @@ export class BpeModel {
       if (token === undefined) continue
       let width = unspellInto(token, arena, at)
       if (width > 0) this.pieceLengths[id] = width
-      // A token outside the byte alphabet stands for its own text, as the ByteLevel decoder has it.
+      // A token outside the byte alphabet represents its own text, as in the ByteLevel decoder.
       if (width < 0) width = new TextEncoder().encodeInto(token, arena.subarray(at)).written
       this.lengths[id] = width
       at += width
@@ -64,13 +64,13 @@ export class BpeModel {
     this.bytes = arena.slice(0, at)
   }
 
-  /** Bytes of a token; empty for an id that the vocabulary skips. */
+  /** Bytes of a token; empty for an unused id. */
   bytesOf(id: number): Uint8Array {
     return this.bytes.subarray(this.starts[id], this.starts[id] + this.lengths[id])
   }
 }
 
-/** Turns a list of tokens into a model; each merge is left, right, product. */
+/** Creates a model from a list of tokens. Each merge is left id, right id and product. */
 export function modelFromTokens(tokens: readonly string[], merges: Int32Array): BpeModel {
   const idOf = new Map<string, number>()
   for (let id = 0; id < tokens.length; id++) idOf.set(tokens[id], id)

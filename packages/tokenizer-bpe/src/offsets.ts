@@ -1,9 +1,9 @@
-/** @file Places of tokens in a text: from bytes to UTF-16 code units. */
+/** @file Positions of tokens in a text: converts bytes to UTF-16 code units. */
 import type { IdBuffer, PieceListener } from './bpe/encoder.ts'
 import type { BpeModel } from './model.ts'
 import { previous } from './unicode/utf8.ts'
 
-/** White space, spelled in the byte alphabet or not. */
+/** White space, in the byte alphabet or plain. */
 const GAP = /[Ġ\p{White_Space}]/u
 
 const isInside = (byte: number) => (byte & 0xc0) === 0x80
@@ -11,7 +11,7 @@ const isInside = (byte: number) => (byte & 0xc0) === 0x80
 export class OffsetCollector {
   readonly #text: string
   readonly #bytes: Uint8Array
-  /** Index in UTF-16 code units of the character that each byte belongs to, and of the end. */
+  /** For each byte and for the end, the index of its character in UTF-16 code units. */
   readonly #unitOf: Uint32Array
   readonly #offsets: number[] = []
   readonly #trim: boolean
@@ -38,16 +38,16 @@ export class OffsetCollector {
   }
 
   /**
-   * A token over the bytes from `start` to `end` of the text; 0 and 0 when it stands for no part of it. White space at its ends is left out as
-   * Hugging Face does: not the one space that `add_prefix_space` may have put at the start.
-   * @param token its spelling; an added token's is the text itself, with the white space that it took
+   * Adds the position of a token at the bytes from `start` to `end`; 0 and 0 if it covers no text. White space at its ends is excluded as in Hugging Face, except for the
+   * space that `add_prefix_space` may have added at the start.
+   * @param token its spelling; for an added token the text itself, with the white space that it includes
    */
   add(start: number, end: number, token?: string): void {
     const bytes = this.#bytes
     const unitOf = this.#unitOf
     let from = start
     let to = end
-    // To the borders of characters.
+    // Extend to whole characters.
     while (isInside(bytes[from])) from--
     while (isInside(bytes[to])) to++
     if (this.#trim) {
@@ -67,9 +67,9 @@ export class OffsetCollector {
   }
 
   /**
-   * Adds the tokens of pieces, which are the last in `out`.
-   * @param bytes what the pieces are cut from
-   * @param origin place in the text of each of them, where they differ
+   * Adds the positions of the tokens of pieces, which are the last ones in `out`.
+   * @param bytes the bytes that the pieces come from
+   * @param origin position of each byte in the text, if it differs
    */
   pieces(
     { tokens, lengths, byteToken, options }: BpeModel,
@@ -84,7 +84,7 @@ export class OffsetCollector {
         let next = at
         for (let rest = lengths[id]; rest > 0; ) {
           const isUnknown = byteToken[bytes[next++]] < 0 && options.unknown >= 0
-          // The unknown token, or that part of a merged one, stands for bytes without a token, however long it is itself.
+          // The unknown token, or each part of a fused one, covers bytes without a token, regardless of its own length.
           while (isUnknown && options.fuseUnknown && byteToken[bytes[next]] < 0) next++
           rest -= isUnknown ? lengths[options.unknown] : 1
         }

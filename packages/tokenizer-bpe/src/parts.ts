@@ -1,6 +1,6 @@
 /**
- * @file Code that only some tokenizers need. A browser fetches a part when a file asks for it; outside of browsers, and where training is
- * imported, all-parts.ts has put all of them in place. The module of a part exports `parts`: what it provides, by name.
+ * @file Code that only some tokenizers need. Browsers fetch such a part when a file requires it; elsewhere, and for training, all-parts.ts provides all of them. The
+ * module of a part exports `parts`: what it provides, by name.
  */
 import type { WholeTable } from './bpe/whole-table.ts'
 import type { readText, writeText } from './files.ts'
@@ -14,7 +14,7 @@ import { isFilled } from './unicode/classes.ts'
 import { askEngine } from './unicode/engine-classes.ts'
 
 export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
-  /** Pre-tokenizers without a scanner of their own. */
+  /** Pre-tokenizers without a hand-written scanner. */
   readonly steps: (json: unknown) => PreTokenizer
   readonly normalizer: (json: unknown) => Normalizer | undefined
   /** For `ignore_merges`. */
@@ -22,11 +22,11 @@ export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
   /** The post-processor TemplateProcessing. */
   readonly template: typeof readTemplate
   readonly tiktoken: typeof readTiktoken
-  /** Not in browsers. */
+  /** Not available in browsers. */
   readonly files: { readonly readText: typeof readText; readonly writeText: typeof writeText }
 }
 
-/** What can be fetched. */
+/** Parts that can be fetched. */
 export type PartName = Exclude<keyof Parts, 'files'>
 
 const cl100k = () => import('./scan/cl100k.ts')
@@ -52,16 +52,16 @@ export function provide(parts: Partial<Parts>): void {
   Object.assign(have, parts)
 }
 
-/** @throws TokenizerError E_UNSUPPORTED where it is not there */
+/** @throws TokenizerError E_UNSUPPORTED if the part has not been fetched */
 export function part<Name extends keyof Parts>(name: Name): Parts[Name] {
   const found = have[name] as Parts[Name] | undefined
   if (found === undefined) {
-    throw unsupported(name, 'in a browser, code that is not fetched yet', 'use fromJSONAsync or fromTiktokenAsync')
+    throw unsupported(name, 'code that has not been fetched in this browser', 'use fromJSONAsync or fromTiktokenAsync')
   }
   return found
 }
 
-/** Puts parts in place, and the classes of code points, which all of them use. */
+/** Registers parts, and the code point classes that all of them use. */
 export async function fetchParts(...names: readonly PartName[]): Promise<void> {
   if (!isFilled() && !askEngine()) (await import('./unicode/pinned-classes.ts')).fillClasses()
   await Promise.all(names.map(async name => have[name] ?? provide((await FILES[name]()).parts)))

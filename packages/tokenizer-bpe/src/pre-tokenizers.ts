@@ -1,4 +1,4 @@
-/** @file The pre-tokenizers with a scanner: how tokenizer.json spells them, and how they are told from others. */
+/** @file The pre-tokenizers with hand-written scanners: how tokenizer.json describes them, and how they are recognized. */
 import type { Scanner } from './scan/scanner.ts'
 
 /** Pre-tokenizers that have a hand-written scanner. */
@@ -13,17 +13,17 @@ export type PreTokenizerName =
 
 export interface KnownPreTokenizer {
   readonly scanner: Scanner
-  /** Regular expressions of the `Split` steps, each isolated; none for a ByteLevel that brings its own. */
+  /** Regular expressions of the isolated `Split` steps; none for a ByteLevel with its own. */
   readonly patterns: readonly string[]
-  /** What ByteLevel brings, for files that spell it out. */
+  /** ByteLevel's own regular expression, for files that spell it out. */
   readonly spelled?: string
-  /** Whether each digit becomes a piece of its own after the splits. */
+  /** Whether each digit becomes a separate piece after the splits. */
   readonly digits?: boolean
 }
 
 /**
- * Names by the length of their signature, which tells them apart before their patterns are there. That of another pre-tokenizer may be as long: `isKnown`
- * has the last word.
+ * Names by the length of their signature, which distinguishes them before their patterns are loaded. Other pre-tokenizers may have signatures of the same length;
+ * `isKnown` decides.
  */
 const NAMES: Record<number, PreTokenizerName> = {
   11: 'gpt2',
@@ -40,11 +40,11 @@ export function preTokenizerNames(): PreTokenizerName[] {
   return [...new Set(Object.values(NAMES))]
 }
 
-/** A regular expression of JavaScript as tokenizer.json writes it (Ruby syntax, where the flag `m` is what `s` is here). */
+/** Returns a JavaScript regular expression in tokenizer.json's syntax (Ruby, whose flag `m` corresponds to `s`). */
 export const patternOf = ({ source, ignoreCase, dotAll }: RegExp): string =>
   `${ignoreCase ? '(?i)' : ''}${dotAll ? '(?m)' : ''}${source}`
 
-/** The `pre_tokenizer` of tokenizer.json for splits by regular expression (none: ByteLevel's own) before ByteLevel. */
+/** Returns the `pre_tokenizer` of tokenizer.json for splits by regular expressions (none: ByteLevel's own) followed by ByteLevel. */
 export function preTokenizerJson(patterns: readonly string[], digits = false): Record<string, unknown> {
   const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: patterns.length === 0 }
   if (patterns.length === 0) return byteLevel
@@ -58,12 +58,12 @@ export function preTokenizerJson(patterns: readonly string[], digits = false): R
   return { type: 'Sequence', pretokenizers: [...splits, byteLevel] }
 }
 
-/** The only name that a `pre_tokenizer` of tokenizer.json may have. */
+/** The only known name that a `pre_tokenizer` of tokenizer.json can have. */
 export function guessName(json: unknown): PreTokenizerName | undefined {
   return NAMES[signature(json)?.length ?? 0]
 }
 
-/** Whether a `pre_tokenizer` of tokenizer.json is this one. */
+/** Whether a `pre_tokenizer` of tokenizer.json is the named one. */
 export function isKnown(json: unknown, { patterns, spelled, digits }: KnownPreTokenizer): boolean {
   const key = signature(json)
   return (
@@ -72,7 +72,7 @@ export function isKnown(json: unknown, { patterns, spelled, digits }: KnownPreTo
   )
 }
 
-/** What matters of a `pre_tokenizer` to the pieces, as text: splits, digits and ByteLevel, or undefined where there is more to it. */
+/** Returns the parts of a `pre_tokenizer` that determine its pieces, as text: splits, digits and ByteLevel. Undefined if it has others. */
 function signature(json: unknown): string | undefined {
   const steps: string[] = []
   const walk = (value: unknown): boolean => {

@@ -44,7 +44,7 @@ test('merges as tiktoken does, tokens out of reach included', () => {
 
 test.each([
   ['YQ== 0 1', 'line 1'],
-  ['YQ== 0\nYg== 0', 'rank 0 is there twice'],
+  ['YQ== 0\nYg== 0', 'duplicate rank 0'],
   ['YQ== 0\nYQ== 1', 'are the same token'],
   ['YQ== 0', 'byte 0 has no token'],
   ['YQ== 99999999', 'is not below'],

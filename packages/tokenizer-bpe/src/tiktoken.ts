@@ -1,4 +1,4 @@
-/** @file Rank files of tiktoken: tokens with their ranks, from which the merges follow. */
+/** @file Reads rank files of tiktoken: tokens and ranks, from which merges are derived. */
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
 import { spellBytes } from './byte-alphabet.ts'
@@ -9,11 +9,11 @@ import { BpeModel, MAX_ID } from './model.ts'
 import type { Parts } from './parts.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson } from './pre-tokenizers.ts'
 
-/** What a rank file does not say. */
+/** Settings that a rank file does not contain. */
 export interface TiktokenOptions {
-  /** How texts are cut into pieces: as one of OpenAI's encodings does, or by a regular expression whose matches are pieces. */
+  /** Pre-tokenizer: the name of one, or a regular expression whose matches are pieces. */
   readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
-  /** Ids of special tokens by their text. Default: none. */
+  /** Ids of special tokens, by text. Default: none. */
   readonly specialTokens?: Readonly<Record<string, number>>
 }
 
@@ -28,7 +28,7 @@ function bad(line: number, problem: string): TokenizerError {
   })
 }
 
-/** Reads the text of a `.tiktoken` file. */
+/** Parses the text of a `.tiktoken` file. */
 function parseRanks(text: string): Map<number, Uint8Array> {
   const ranks = new Map<number, Uint8Array>()
   let line = 0
@@ -36,10 +36,10 @@ function parseRanks(text: string): Map<number, Uint8Array> {
     line++
     if (entry.trim() === '') continue
     const match = /^([A-Za-z0-9+/]*={0,2}) (\d{1,8})\r?$/.exec(entry)
-    if (match === null) throw bad(line, `cannot be read: ${JSON.stringify(entry.slice(0, 40))}`)
+    if (match === null) throw bad(line, `is invalid: ${JSON.stringify(entry.slice(0, 40))}`)
     const rank = Number(match[2])
     if (rank >= MAX_ID) throw bad(line, `rank ${rank} is not below ${MAX_ID}`)
-    if (ranks.has(rank)) throw bad(line, `rank ${rank} is there twice`)
+    if (ranks.has(rank)) throw bad(line, `duplicate rank ${rank}`)
     let decoded: string
     try {
       decoded = atob(match[1])
@@ -60,9 +60,9 @@ function parseRanks(text: string): Map<number, Uint8Array> {
 }
 
 /**
- * The model of a set of ranks. tiktoken merges any two neighbours whose bytes together are a token, lowest rank first; a token can only ever come from
- * the two parts that its own bytes come down to under the ranks before it, so those are its merge. Tokens that come down to more parts are
- * reached only where a piece is the token as a whole, which tiktoken asks first (`ignore_merges`).
+ * Creates the model of a set of ranks. tiktoken merges adjacent parts whose concatenation is a token, lowest rank first. A token therefore always results from
+ * the two parts that its bytes reduce to with the lower ranks; these are its merge. Tokens that reduce to more parts occur only as whole pieces, which tiktoken
+ * checks first (`ignore_merges`).
  */
 function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   const ids = [...ranks.keys()].sort((a, b) => a - b)
@@ -107,8 +107,8 @@ function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
 }
 
 /**
- * What a tokenizer is made of: the model, `added_tokens` and `pre_tokenizer` as in tokenizer.json.
- * @param patternsOf gives the patterns of a pre-tokenizer
+ * Creates the parts of a tokenizer: the model, `added_tokens` and `pre_tokenizer` as in tokenizer.json.
+ * @param patternsOf returns the patterns of a pre-tokenizer
  */
 export function readTiktoken(
   ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
@@ -123,7 +123,7 @@ export function readTiktoken(
     throw new TokenizerError({
       code: 'E_CONFIG',
       op: 'fromTiktoken',
-      problem: `preTokenizer ${describe(choice)} is not known`,
+      problem: `unknown preTokenizer ${describe(choice)}`,
       fix: `use one of ${NAMES.join(', ')}, or a RegExp`,
     })
   }

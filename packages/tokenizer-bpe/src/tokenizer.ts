@@ -1,4 +1,4 @@
-/** @file The tokenizer: text to ids and back, from tokenizer.json, from tiktoken's ranks, or trained here. */
+/** @file The tokenizer: converts text to ids and back. Created from tokenizer.json, from tiktoken ranks, or by training. */
 import { type AddedToken, AddedTokenFinder, type Left } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
 import { CutTable } from './bpe/cut-table.ts'
@@ -21,37 +21,37 @@ import { fetchParts, type PartName, part } from './parts.ts'
 import { preTokenizerJson } from './pre-tokenizers.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 
-/** Which special tokens are added, and which are read in the text. */
+/** Options of `encode`. */
 export interface EncodeOptions {
-  /** Adds the special tokens of the post-processor, e.g. beginning of sentence. Default true, as in Hugging Face tokenizers. */
+  /** Adds the special tokens of the post-processor, for example beginning of sentence. Default true, as in Hugging Face tokenizers. */
   readonly addSpecialTokens?: boolean
   /**
-   * Whether special tokens written out in the text become their ids. Default true, as in Hugging Face tokenizers; pass false for text that you
-   * do not trust (tiktoken's `encode_ordinary`).
+   * Whether special tokens in the text become their ids. Default true, as in Hugging Face tokenizers. Pass false for untrusted text (tiktoken's
+   * `encode_ordinary`).
    */
   readonly parseSpecialTokens?: boolean
   /**
-   * Whether any added tokens do. Default true. False also leaves those in the text that the file does not mark as special: in DeepSeek-V3's these
-   * are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
+   * Whether added tokens in the text become their ids. Default true. With false, tokens that the file does not mark as special are encoded as text, too: in
+   * DeepSeek-V3's, these are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
    */
   readonly parseAddedTokens?: boolean
 }
 
-/** What of the ids becomes text. */
+/** Options of `decode`. */
 export interface DecodeOptions {
-  /** Leaves special tokens out. Default false. */
+  /** Omits special tokens. Default false. */
   readonly skipSpecialTokens?: boolean
 }
 
-/** Ids with the part of the text that each stands for. */
+/** Ids with their positions in the text. */
 export interface EncodingWithOffsets {
-  /** The same as `encode` gives. */
+  /** The ids, as returned by `encode`. */
   readonly ids: Uint32Array
-  /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units of the text; tokens that share a character all cover it. */
+  /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units. Tokens that share a character all cover it. */
   readonly offsets: Uint32Array
 }
 
-/** The parts of tokenizer.json besides the model, kept as they were read. */
+/** The parts of tokenizer.json other than the model, kept as read. */
 export interface TokenizerParts {
   readonly normalizer?: unknown
   readonly pre_tokenizer: unknown
@@ -61,15 +61,15 @@ export interface TokenizerParts {
 
 const utf8 = new TextEncoder()
 
-/** Characters from which a batch is spread over threads, which first have to read the tokenizer. */
+/** Minimum number of characters of a batch that is distributed over threads, since each thread must first load the tokenizer. */
 const WORTH_THREADS = 1 << 23
 
-/** Largest scratch buffer that a tokenizer keeps between calls, in bytes. */
+/** Maximum size in bytes of the scratch buffer that is kept between calls. */
 const KEPT_SCRATCH = 1 << 20
 
 /**
- * A byte-level BPE tokenizer: text to ids and back, the same ids as Hugging Face tokenizers. It is immutable. Made by `trainBpe`, `fromFile`,
- * `fromJSON` or `fromTiktoken`.
+ * A byte-level BPE tokenizer, with the same ids as Hugging Face tokenizers. It is immutable. Create one with `trainBpe`, `fromFile`, `fromJSON` or
+ * `fromTiktoken`.
  */
 export class BpeTokenizer {
   readonly #model: BpeModel
@@ -82,14 +82,14 @@ export class BpeTokenizer {
   readonly #normalizer: Normalizer | undefined
   readonly #preTokenizer: PreTokenizer
   readonly #encoder: Encoder
-  /** Added tokens looked for in the text as it is, and after the normalizer. */
+  /** Find added tokens before and after normalization. */
   readonly #rawFinder: AddedTokenFinder
   readonly #lateFinder: AddedTokenFinder
   readonly #out = new IdBuffer()
   #scratch = new Uint8Array(4096)
   #view = new DataView(this.#scratch.buffer)
 
-  /** Number of ids: one more than the largest, added tokens included. */
+  /** Number of ids: the largest plus one, including added tokens. */
   readonly vocabSize: number
 
   /** Use `trainBpe`, `BpeTokenizer.fromFile`, `fromJSON` or `fromTiktoken`. @internal */
@@ -138,14 +138,14 @@ export class BpeTokenizer {
   }
 
   /**
-   * Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSONAsync`.
-   * @throws TokenizerError as `fromJSON`, and E_FORMAT for a file that cannot be read
+   * Reads a tokenizer.json file. Requires a file system (Node, Deno, Bun); in a browser, fetch the file and use `fromJSONAsync`.
+   * @throws TokenizerError as `fromJSON`, and E_FORMAT if the file cannot be read
    */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
     return BpeTokenizer.fromJSONAsync(await part('files').readText(path))
   }
 
-  /** `fromJSON` that in browsers first fetches the code that the file needs. */
+  /** As `fromJSON`; in browsers, it first fetches the code that the tokenizer needs. */
   static async fromJSONAsync(json: string | object): Promise<BpeTokenizer> {
     const file = parseFile(json)
     const names: PartName[] = []
@@ -157,9 +157,9 @@ export class BpeTokenizer {
   }
 
   /**
-   * Builds a tokenizer from a tokenizer.json, as text or parsed.
-   * @throws TokenizerError E_FORMAT for a damaged file, E_UNSUPPORTED (naming the part) for what this package does not do, or in browsers
-   *   needs `fromJSONAsync` for
+   * Creates a tokenizer from the content of a tokenizer.json, as text or parsed.
+   * @throws TokenizerError E_FORMAT for a corrupt file; E_UNSUPPORTED, naming the part, for features that this package does not support or, in browsers,
+   *   that require `fromJSONAsync`
    */
   static fromJSON(json: string | object): BpeTokenizer {
     const file = parseFile(json)
@@ -179,9 +179,9 @@ export class BpeTokenizer {
   }
 
   /**
-   * Builds a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: a token in base64 and its rank a line).
-   * @param options.preTokenizer the encoding's pattern, by name or as a regular expression in Oniguruma syntax
-   * @param options.specialTokens ids of special tokens by their text
+   * Creates a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: each line is a base64 token and its rank).
+   * @param options.preTokenizer the encoding's pattern, as a name or a regular expression in Oniguruma syntax
+   * @param options.specialTokens ids of special tokens, by text
    */
   static fromTiktoken(
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
@@ -191,7 +191,7 @@ export class BpeTokenizer {
     return new BpeTokenizer(model, readAddedTokens(added, model), { pre_tokenizer: preTokenizer })
   }
 
-  /** `fromTiktoken` that in browsers first fetches the code that it needs. */
+  /** As `fromTiktoken`; in browsers, it first fetches the code that the tokenizer needs. */
   static async fromTiktokenAsync(
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
@@ -208,8 +208,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Ids of a text. Lone surrogates count as U+FFFD. Takes time linear in the text whatever it holds; texts of any size can be passed whole.
-   * @returns a new array of its own
+   * Encodes a text. Lone surrogates are treated as U+FFFD. Takes time linear in the length of any text, so large texts can be passed whole.
+   * @returns the ids, in a new array
    */
   encode(text: string, options: EncodeOptions = {}): Uint32Array {
     callCheck.of?.('encode', options)
@@ -234,10 +234,10 @@ export class BpeTokenizer {
     return ids
   }
 
-  /** @param offsets only for a text that the normalizer leaves as it is */
+  /** @param offsets only for texts that the normalizer does not change */
   #encodeText(text: string, left: Left, out: IdBuffer, offsets?: OffsetCollector): void {
     const end = this.#load(text)
-    // Finders search to the end of the array that they get.
+    // Finders search to the end of their array.
     const bytes = this.#scratch.subarray(0, end)
     const normalizer = this.#normalizer
     const added = (token: AddedToken, from: number, to: number) => {
@@ -274,7 +274,7 @@ export class BpeTokenizer {
     if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
   }
 
-  /** Encodes a part of the scratch buffer that holds no added token. */
+  /** Encodes a part of the scratch buffer without added tokens. */
   #encodeSegment(from: number, to: number, first: boolean, out: IdBuffer, offsets?: OffsetCollector): void {
     const prepared = this.#preTokenizer.prepare?.(this.#scratch, from, to, first)
     const { bytes, length, origin } = prepared ?? { bytes: this.#scratch, length: to }
@@ -290,8 +290,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Ids with the places of their tokens in the text.
-   * @throws TokenizerError E_UNSUPPORTED when the normalizer changes the text, whose places are then lost
+   * Encodes a text and returns the position of each token.
+   * @throws TokenizerError E_UNSUPPORTED if the normalizer changes the text, since positions are then lost
    */
   encodeWithOffsets(text: string, options: EncodeOptions = {}): EncodingWithOffsets {
     callCheck.of?.('encode', options)
@@ -301,7 +301,7 @@ export class BpeTokenizer {
         code: 'E_UNSUPPORTED',
         op: 'encodeWithOffsets',
         problem: 'the normalizer changes this text',
-        fix: 'normalize it first and take offsets into that',
+        fix: 'normalize the text first; offsets then refer to the normalized text',
       })
     }
     const offsets = new OffsetCollector(text, this.#post.trimOffsets, this.#post.prefixSpace)
@@ -309,9 +309,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Ids of one text that arrives in parts, in parts of its own: together they are what `encode` gives for the whole text without special tokens
-   * around it. Text is held back until a word begins after a space, which is a border whatever follows (all of it, where the pre-tokenizer has no
-   * scanner of its own).
+   * Encodes a text that arrives in parts, and yields ids in parts. Together they equal `encode` of the whole text without the special tokens around it. Text is
+   * buffered until a space before a word, where pieces end whatever follows (all of it, if the pre-tokenizer has no hand-written scanner).
    */
   async *encodeStream(
     parts: AsyncIterable<string> | Iterable<string>,
@@ -324,8 +323,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Ids of many texts, over worker threads where there are some and the batch is worth it. The results are those of `encode`.
-   * @param options.threads default: one a core; 0 or 1 stays on this thread
+   * Encodes many texts, using worker threads if they are available and the batch is large enough. Results equal those of `encode`.
+   * @param options.threads number of threads; default one per core; 0 or 1 uses the current thread
    */
   async encodeBatch(
     texts: readonly string[],
@@ -346,7 +345,7 @@ export class BpeTokenizer {
   }
   #pool: Promise<EncodePool | undefined> | undefined
 
-  /** Puts the UTF-8 of a text into the scratch buffer and returns its length. */
+  /** Writes a text as UTF-8 to the scratch buffer and returns its length. */
   #load(text: string): number {
     checkText(text)
     const need = text.length * 3 + PADDING
@@ -360,7 +359,7 @@ export class BpeTokenizer {
   }
 
   /**
-   * Text of ids. Bytes that are no UTF-8 become U+FFFD, as in Hugging Face tokenizers.
+   * Decodes ids. Invalid UTF-8 becomes U+FFFD, as in Hugging Face tokenizers.
    * @throws TokenizerError E_UNKNOWN_TOKEN for an id outside the vocabulary
    */
   decode(ids: Iterable<number>, options: DecodeOptions = {}): string {
@@ -384,7 +383,7 @@ export class BpeTokenizer {
     return new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytes.subarray(0, at))
   }
 
-  /** A decoder for ids that arrive one by one; it never gives half a character. */
+  /** Creates a decoder for ids that arrive one at a time. It only returns complete characters. */
   createDecodeStream(options: DecodeOptions = {}): DecodeStream {
     callCheck.of?.('decode', options, [])
     const skip = options.skipSpecialTokens ?? false
@@ -398,29 +397,29 @@ export class BpeTokenizer {
       throw new TokenizerError({
         code: 'E_UNKNOWN_TOKEN',
         op: 'decode',
-        problem: `${id} is not an id of this vocabulary of ${this.vocabSize}`,
+        problem: `unknown id ${id}, the vocabulary has ${this.vocabSize} ids`,
         details: { id, vocabSize: this.vocabSize },
       })
     }
     return this.#model.bytesOf(id)
   }
 
-  /** The bytes that a token stands for, e.g. to count bits per byte. Do not write to them. */
+  /** Returns the bytes of a token, for example to count bits per byte. Do not modify them. */
   tokenBytes(id: number): Uint8Array {
     return this.#bytesOf(id, false)
   }
 
-  /** Id of a token: an added token by its text, others spelled in the byte alphabet (`Ġthe`). */
+  /** Returns the id of a token: an added token by its text, others in the byte alphabet (`Ġthe`). */
   tokenToId(token: string): number | undefined {
     return this.#idOfAdded.get(token) ?? this.#model.idOf.get(token)
   }
 
-  /** The inverse of `tokenToId`. */
+  /** Returns the token of an id; the inverse of `tokenToId`. */
   idToToken(id: number): string | undefined {
     return this.#addedById.get(id)?.content ?? this.#model.tokens[id]
   }
 
-  /** Added tokens, by id. */
+  /** Added tokens, sorted by id. */
   get addedTokens(): readonly AddedToken[] {
     return this.#added
   }
@@ -430,12 +429,12 @@ export class BpeTokenizer {
     return this.#model.merges.length / 3
   }
 
-  /** How texts are cut into pieces: the name of a hand-written scanner, or what the slower general way does. */
+  /** How texts are split into pieces: the name of a hand-written scanner, or a description of the slower general method. */
   get preTokenizer(): string {
     return this.#preTokenizer.name
   }
 
-  /** The tokenizer.json of this tokenizer, which Hugging Face tokenizers opens. */
+  /** Returns the content of a tokenizer.json, which Hugging Face tokenizers can open. */
   toJSON(): Record<string, unknown> {
     return {
       version: '1.0',
@@ -455,7 +454,7 @@ export class BpeTokenizer {
     }
   }
 
-  /** Writes tokenizer.json, whole or not at all. Needs a file system. @throws TokenizerError E_FORMAT */
+  /** Writes tokenizer.json, completely or not at all. Requires a file system. @throws TokenizerError E_FORMAT */
   async save(path: string | URL): Promise<void> {
     await part('files').writeText(path, `${JSON.stringify(this.toJSON())}\n`)
   }
@@ -465,7 +464,7 @@ const EMPTY = new Uint8Array(0)
 
 function checkText(text: unknown): void {
   if (typeof text !== 'string')
-    throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `${typeof text} is no text` })
+    throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `expected a string, got ${typeof text}` })
 }
 
 const leftBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Left =>

@@ -1,25 +1,25 @@
-/** @file Worker threads that each hold a copy of a tokenizer and encode parts of a batch. */
+/** @file A pool of worker threads, each with a copy of the tokenizer, that encode parts of a batch. */
 import type { Worker } from 'node:worker_threads'
 import { TokenizerError } from '../errors.ts'
 import type { EncodeOptions } from '../tokenizer.ts'
 
-/** Texts encoded by one message. Small, so that the threads end together. */
+/** Texts to encode in one message. Messages are small, so that threads finish at about the same time. */
 export interface BatchRequest {
   readonly texts: readonly string[]
   readonly options: EncodeOptions
 }
 
-/** Ids of the texts, end to end, and how many each has; or what went wrong. */
+/** Concatenated ids of the texts and their counts, or an error message. */
 export type BatchReply = { readonly ids: Uint32Array; readonly lengths: Uint32Array } | { readonly error: string }
 
-/** Characters in one message, about. */
+/** Approximate number of characters per message. */
 const SHARE = 1 << 20
 
 export class EncodePool {
   /** Whether a worker has ended with an error. Such a pool encodes nothing more. */
   failed = false
   readonly #workers: Worker[]
-  /** Requests wait here while the workers are at another batch. */
+  /** Requests that wait until the workers finish another batch. */
   #last: Promise<unknown> = Promise.resolve()
 
   constructor(workers: Worker[]) {
@@ -117,7 +117,7 @@ function workerError(cause: Error): TokenizerError {
   })
 }
 
-/** A module of Node, or undefined elsewhere. The name is a variable so that bundlers for browsers leave it alone. */
+/** Imports a Node module, or returns undefined elsewhere. The name is a variable so that browser bundlers ignore it. */
 async function builtin<Name extends 'node:worker_threads' | 'node:os'>(name: Name) {
   type Module = Name extends 'node:os' ? typeof import('node:os') : typeof import('node:worker_threads')
   try {

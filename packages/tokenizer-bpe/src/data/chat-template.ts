@@ -1,37 +1,37 @@
-/** @file Chat templates of Hugging Face (`tokenizer_config.json`), rendered by @huggingface/jinja, an optional peer. */
+/** @file Renders chat templates of Hugging Face (`tokenizer_config.json`) with @huggingface/jinja, an optional peer dependency. */
 import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
-/** One message of a conversation; what else a template reads of it may stand beside. */
+/** A message of a conversation. Templates may use further fields. */
 export interface ChatMessage {
-  /** `system`, `user`, `assistant`, `tool`: what the template knows. */
+  /** `system`, `user`, `assistant` or `tool`, or any other role that the template supports. */
   readonly role: string
-  /** Its text. */
+  /** Text of the message. */
   readonly content: string
   readonly [key: string]: unknown
 }
 
-/** What a template is given besides the messages. */
+/** Options of `ChatTemplate.render`. */
 export interface ChatOptions {
-  /** Ends the text where the assistant's answer starts. Default true. */
+  /** Whether the text ends with the start of an assistant message. Default true. */
   readonly addGenerationPrompt?: boolean
-  /** More variables for the template, e.g. `tools`. */
+  /** Additional variables for the template, for example `tools`. */
   readonly variables?: Readonly<Record<string, unknown>>
 }
 
-/** The parts of tokenizer_config.json that a template needs. */
+/** The fields of tokenizer_config.json that a template needs. */
 export interface ChatConfig {
-  /** The template's text, or several by name. */
+  /** Text of the template, or several named templates. */
   readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[]
   readonly [key: string]: unknown
 }
 
 /**
- * A template for models without tokens for roles, in the way of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and the end token. It needs `eos_token`; a
- * `bos_token` comes first where it is given. Tools (`variables: { tools }`, as OpenAI describes them) are told of in front, a line each; calls of them are written as
- * Hermes does, results as `Tool: …`.
+ * A template for models without role tokens, in the format of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and the end token. Requires `eos_token`;
+ * starts with `bos_token` if given. Tools (`variables: { tools }`, in OpenAI's format) are listed at the start, one per line. Tool calls are formatted as in
+ * Hermes, results as `Tool: …`.
  */
 export const plainChatTemplate = [
   '{% if bos_token %}{{ bos_token }}{% endif %}',
@@ -49,7 +49,7 @@ export const plainChatTemplate = [
   "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
 ].join('')
 
-/** Renders conversations into text with special tokens written out; encode it with `addSpecialTokens: false`. */
+/** Renders conversations as text with special tokens. Encode the text with `addSpecialTokens: false`. */
 export class ChatTemplate {
   readonly #render: (variables: Record<string, unknown>) => string
   readonly #tokens: Record<string, string>
@@ -57,13 +57,13 @@ export class ChatTemplate {
 
   /**
    * Use `ChatTemplate.from`.
-   * @param source of the template that `render` renders, for `toJSON`
-   * @throws TokenizerError E_CONFIG when `render` is no function
+   * @param source text of the template that `render` renders, for `toJSON`
+   * @throws TokenizerError E_CONFIG if `render` is not a function
    */
   constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>, source?: string) {
     if (typeof render !== 'function') {
-      const problem = `${describe(render)} is no function that renders`
-      const fix = 'await ChatTemplate.from({ chat_template: text }) reads a template'
+      const problem = `expected a render function, got ${describe(render)}`
+      const fix = 'use await ChatTemplate.from({ chat_template: text }) to parse a template'
       throw new TokenizerError({ code: 'E_CONFIG', op: 'ChatTemplate', problem, fix })
     }
     this.#render = render
@@ -72,9 +72,9 @@ export class ChatTemplate {
   }
 
   /**
-   * Reads the template of a parsed tokenizer_config.json.
-   * @param name which one, where there are several
-   * @throws TokenizerError E_FORMAT without a template that can be read, E_UNSUPPORTED when @huggingface/jinja is not installed
+   * Parses the template of a tokenizer_config.json.
+   * @param name name of the template, if there are several
+   * @throws TokenizerError E_FORMAT for a missing or invalid template, E_UNSUPPORTED if @huggingface/jinja is not installed
    */
   static async from(config: ChatConfig, name = 'default'): Promise<ChatTemplate> {
     const found = config?.chat_template
@@ -84,7 +84,7 @@ export class ChatTemplate {
       throw new TokenizerError({
         code: 'E_FORMAT',
         op: 'ChatTemplate.from',
-        problem: `tokenizer_config.json has no chat_template${several ? ` called ${name}` : ''}`,
+        problem: `tokenizer_config.json has no chat_template${several ? ` named ${name}` : ''}`,
         fix: several
           ? `it has ${several.map(item => item.name).join(', ')}: pass the name of one`
           : 'pass the parsed config of a chat model (newer ones have the template in chat_template.jinja: { ...config, chat_template: text })',
@@ -106,7 +106,7 @@ export class ChatTemplate {
     try {
       render = boundedRender(jinja, source)
     } catch (cause) {
-      const problem = `chat_template cannot be read: ${(cause as Error).message}`
+      const problem = `invalid chat_template: ${(cause as Error).message}`
       throw new TokenizerError({ code: 'E_FORMAT', op: 'ChatTemplate.from', problem, cause })
     }
     const tokens: Record<string, string> = {}
@@ -119,8 +119,9 @@ export class ChatTemplate {
   }
 
   /**
-   * @throws TokenizerError E_DATA with the template's own words when it refuses the conversation; when it takes far more steps than a template does,
-   *   as one may that was made to loop for ever
+   * Renders a conversation.
+   * @throws TokenizerError E_DATA with the template's message if it rejects the conversation, or if it takes far more steps than a template needs, for example
+   *   in an endless loop
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
     checkCall('ChatTemplate.render', options)
@@ -128,8 +129,8 @@ export class ChatTemplate {
       throw new TokenizerError({
         code: 'E_DATA',
         op: 'ChatTemplate.render',
-        problem: `the messages are ${describe(messages)}`,
-        fix: "pass a list of them: [{ role: 'user', content: 'Hi' }]",
+        problem: `expected a list of messages, got ${describe(messages)}`,
+        fix: "pass for example [{ role: 'user', content: 'Hi' }]",
       })
     }
     try {
@@ -147,13 +148,13 @@ export class ChatTemplate {
         problem: endless
           ? 'the template takes far more steps than a conversation of this length needs'
           : (cause as Error).message,
-        ...(endless ? { fix: 'do not trust it, or the files that it came with' } : {}),
+        ...(endless ? { fix: 'the template may be malicious; do not use it' } : {}),
         cause,
       })
     }
   }
 
-  /** Content of a tokenizer_config.json from which `from` and transformers make it again; undefined for a template made of a function. */
+  /** Returns the content of a tokenizer_config.json that `from` and transformers can read; undefined for a template created from a function. */
   toJSON(): ChatConfig | undefined {
     if (this.#source === undefined) return undefined
     return { tokenizer_class: 'PreTrainedTokenizerFast', ...this.#tokens, chat_template: this.#source }

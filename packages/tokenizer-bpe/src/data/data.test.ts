@@ -28,7 +28,7 @@ test('fillInTheMiddle puts prefix, suffix and middle in order, at its rate', () 
   }
   expect(changed).toBeGreaterThan(140)
   expect(changed).toBeLessThan(260)
-  expect(() => fillInTheMiddle('a<｜fim▁hole｜>b', { random, rate: 1 })).toThrow('already holds')
+  expect(() => fillInTheMiddle('a<｜fim▁hole｜>b', { random, rate: 1 })).toThrow('contains the sentinel')
   expect([...tokenizer.encode(fillInTheMiddle(document, { random, rate: 1 }))]).toEqual(
     expect.arrayContaining([128800, 128801, 128802]),
   )
@@ -71,14 +71,14 @@ test("ChatTemplate renders DeepSeek-V3's own template", async () => {
   await expect(ChatTemplate.from({})).rejects.toThrow('no chat_template')
   await expect(ChatTemplate.from(undefined as never)).rejects.toThrow('no chat_template')
   const several = ['tool_use', 'rag'].map(name => ({ name, template: name }))
-  await expect(ChatTemplate.from({ chat_template: several })).rejects.toThrow('called default; it has tool_use, rag')
+  await expect(ChatTemplate.from({ chat_template: several })).rejects.toThrow('named default; it has tool_use, rag')
   expect((await ChatTemplate.from({ chat_template: several }, 'rag')).render(conversation)).toBe('rag')
   for (const [none, what] of [
     [undefined, 'undefined'],
     ['Hi', '"Hi"'],
     [conversation[1], 'an object'],
   ])
-    expect(() => template.render(none as never)).toThrow(`the messages are ${what}; pass a list`)
+    expect(() => template.render(none as never)).toThrow(`expected a list of messages, got ${what}; pass for example`)
   await expect(ChatTemplate.from({ chat_template: '{% for %}' })).rejects.toMatchObject({ code: 'E_FORMAT' })
 })
 
@@ -189,12 +189,12 @@ test('what is left out or of another kind is refused, not made up', () => {
   expect(() => pack([[1]], { length: 4 })).toThrow('endOfText is undefined; pass the id of a token')
   expect(() => pack([[1]], { length: 4, endOfText: -1 })).toThrow('endOfText is -1')
   for (const documents of [null, 5, 'text'])
-    expect(() => pack(documents, { length: 4, endOfText: 0 })).toThrow(/no iterable/)
+    expect(() => pack(documents, { length: 4, endOfText: 0 })).toThrow(/expected an iterable/)
   for (const [wrong, problem] of [
-    [['text'], 'document 0 has "t" at 0, which is no id'],
+    [['text'], 'document 0 has "t" at 0, expected an id'],
     [[[1], [2.5]], 'document 1 has 2.5 at 0'],
     [[[-1]], 'has -1 at 0'],
-    [[null], 'document 0 is null, no list of ids'],
+    [[null], 'expected document 0 to be a list of ids, got null'],
   ] as const)
     expect(() => pack(wrong, { length: 4, endOfText: 0 })).toThrow(problem)
   expect(() => fillInTheMiddle('text', {} as never)).toThrow('random is undefined; pass numbers from 0 to below 1')

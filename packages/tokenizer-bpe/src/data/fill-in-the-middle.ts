@@ -1,24 +1,24 @@
-/** @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as DeepSeek-V3 pre-trains with it (report, section 4.1). */
+/** @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as in the pre-training of DeepSeek-V3 (report, section 4.1). */
 import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 
-/** How often, by which numbers and with which sentinels documents are rearranged. */
+/** Options of `fillInTheMiddle`. */
 export interface FillInTheMiddleOptions {
-  /** Fraction of documents that are rearranged. Default 0.1, DeepSeek-V3's. */
+  /** Fraction of documents to rearrange. Default 0.1, as in DeepSeek-V3. */
   readonly rate?: number
-  /** Numbers in [0, 1); `randomNumbers(seed)` makes a reproducible source. */
+  /** Returns numbers in [0, 1); use `randomNumbers(seed)` for a reproducible source. */
   readonly random: () => number
-  /** Sentinels. Default: those of DeepSeek-V3's tokenizer. */
+  /** Sentinel tokens. Default: those of DeepSeek-V3's tokenizer. */
   readonly tokens?: { readonly begin: string; readonly hole: string; readonly end: string }
 }
 
-/** Sentinels as DeepSeek-V3's tokenizer.json spells them. */
+/** The sentinel tokens of DeepSeek-V3's tokenizer.json. */
 export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
 
 /**
- * Rearranges a document, with probability `rate`, as `begin prefix hole suffix end middle`; else returns it as it is. Cuts at two random places, never
- * inside a surrogate pair. Apply it to whole documents, before they are packed; the end-of-text token goes after the result.
- * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that already holds a sentinel
+ * Rearranges a document, with probability `rate`, as `begin prefix hole suffix end middle`; otherwise returns it unchanged. The document is split at two random
+ * positions, never within a surrogate pair. Apply it to whole documents before packing; the end-of-text token follows the result.
+ * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that contains a sentinel
  */
 export function fillInTheMiddle(document: string, options: FillInTheMiddleOptions): string {
   checkCall('fillInTheMiddle', options)
@@ -32,7 +32,7 @@ export function fillInTheMiddle(document: string, options: FillInTheMiddleOption
       throw new TokenizerError({
         code: 'E_DATA',
         op: 'fillInTheMiddle',
-        problem: `the document already holds ${token}`,
+        problem: `the document contains the sentinel ${token}`,
         fix: 'remove the sentinels from the text first',
       })
     }

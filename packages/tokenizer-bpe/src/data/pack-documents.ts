@@ -1,29 +1,28 @@
-/** @file Packing documents into sequences of one length. */
+/** @file Packs documents into sequences of equal length. */
 import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 
-/** Length of the sequences, and what ends a document. */
+/** Options of `packDocuments`. */
 export interface PackOptions {
-  /** Tokens in each sequence. */
+  /** Number of tokens per sequence. */
   readonly length: number
-  /** Id put after each document. */
+  /** Id to add after each document. */
   readonly endOfText: number
 }
 
-/** One sequence. */
+/** A packed sequence. */
 export interface PackedSequence {
   /** `length` ids. */
   readonly ids: Uint32Array
-  /** Number of the document, from 0, that each id belongs to; where it changes a document begins. */
+  /** For each id, the index of its document, from 0. */
   readonly documents: Uint32Array
 }
 
 /**
- * Lays documents end to end, each followed by `endOfText`, and cuts the stream into sequences of `length` ids. A document may go on in the next sequence;
- * what does not fill a last sequence is left out. DeepSeek-V3 packs like this, without masking attention across documents; `documents` is there
- * for those who mask.
- * @throws TokenizerError E_CONFIG, and E_DATA for a document that is no list of ids
+ * Concatenates documents, each followed by `endOfText`, and splits the stream into sequences of `length` ids. A document may continue in the next sequence; an
+ * incomplete last sequence is dropped. DeepSeek-V3 packs this way, without masking attention across documents; use `documents` to mask it.
+ * @throws TokenizerError E_CONFIG, and E_DATA for a document that is not a list of ids
  */
 export function* packDocuments(
   documents: Iterable<ArrayLike<number>>,
@@ -44,14 +43,14 @@ export function* packDocuments(
   let number = 0
   for (const document of documents) {
     if (typeof document?.length !== 'number') {
-      const problem = `document ${number} is ${describe(document)}, no list of ids`
+      const problem = `expected document ${number} to be a list of ids, got ${describe(document)}`
       throw new TokenizerError({ code: 'E_DATA', op: 'packDocuments', problem })
     }
     for (let at = 0; at <= document.length; at++) {
       const id = at < document.length ? document[at] : endOfText
       ids[filled] = id
       if (ids[filled] !== id) {
-        const problem = `document ${number} has ${describe(id)} at ${at}, which is no id`
+        const problem = `document ${number} has ${describe(id)} at ${at}, expected an id`
         throw new TokenizerError({ code: 'E_DATA', op: 'packDocuments', problem, fix: 'encode texts first' })
       }
       owner[filled++] = number

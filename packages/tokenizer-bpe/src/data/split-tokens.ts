@@ -1,23 +1,23 @@
 /**
- * @file Splitting merged punctuation and newlines at random. DeepSeek-V3's vocabulary has tokens that join punctuation with line breaks; prompts
- * that end right at such a border then meet a token the model never saw there. Its training data has a part of these tokens split (report,
- * section 4.1), so that both ways are learned.
+ * @file Randomly splits tokens that merge punctuation and newlines. DeepSeek-V3's vocabulary has such tokens, and a prompt that ends between the two would
+ * otherwise contain a token that the model has never seen there. In its training data, a part of these tokens is split (report, section 4.1), so that the model
+ * learns both forms.
  */
 import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import type { BpeTokenizer } from '../tokenizer.ts'
 
-/** How many tokens are split, by which numbers. */
+/** Options of `MergedTokenSplitter`. */
 export interface SplitTokensOptions {
-  /** Fraction of the eligible tokens that are split. */
+  /** Fraction of the eligible tokens to split. */
   readonly rate: number
-  /** Numbers in [0, 1); `randomNumbers(seed)` makes a reproducible source. */
+  /** Returns numbers in [0, 1); use `randomNumbers(seed)` for a reproducible source. */
   readonly random: () => number
 }
 
-/** Splits tokens that join punctuation and line breaks. Made once for a tokenizer: it looks at the whole vocabulary. */
+/** Splits tokens that merge punctuation and newlines. Create one per tokenizer, since it scans the whole vocabulary. */
 export class MergedTokenSplitter {
-  /** For each eligible token, where its parts' ids are in `#parts`; else 0. */
+  /** For each eligible token, the index of its parts in `#parts`; otherwise 0. */
   readonly #placeOf: Int32Array
   readonly #parts: number[] = [0]
   readonly #options: SplitTokensOptions
@@ -44,7 +44,7 @@ export class MergedTokenSplitter {
       } catch {
         continue
       }
-      // Punctuation (with what may stand before it), then line breaks.
+      // Punctuation, with what may precede it, then newlines.
       const match = /^( ?[\p{P}\p{S}]+)([\r\n]+)$/u.exec(text)
       if (match === null) continue
       const parts = [match[1], match[2]].map(part => [...tokenizer.encode(part, { addSpecialTokens: false })])
@@ -53,12 +53,12 @@ export class MergedTokenSplitter {
     }
   }
 
-  /** Tokens of the vocabulary that can be split. */
+  /** Number of tokens of the vocabulary that can be split. */
   get eligible(): number {
     return this.#placeOf.reduce((sum, place) => sum + (place > 0 ? 1 : 0), 0)
   }
 
-  /** The ids with a random part of the eligible tokens split in two; they stand for the same text. */
+  /** Returns ids with a random part of the eligible tokens split in two. The text stays the same. */
   split(ids: Iterable<number>): Uint32Array {
     const { rate, random } = this.#options
     const out: number[] = []

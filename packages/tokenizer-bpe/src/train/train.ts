@@ -1,4 +1,4 @@
-/** @file Training a tokenizer: pieces counted, merges learned, a tokenizer made of them. */
+/** @file Trains a tokenizer: counts pieces, learns merges, and creates the tokenizer. */
 
 import type { AddedToken } from '../added-tokens.ts'
 import { provideAll } from '../all-parts.ts'
@@ -16,58 +16,58 @@ import { BpeTokenizer } from '../tokenizer.ts'
 import { MergeLearner } from './merge-learner.ts'
 import { PieceCounter } from './piece-counter.ts'
 
-/** How far a training is. */
+/** The progress of training. */
 export interface TrainProgress {
-  /** First all texts are counted, then pairs are merged. */
+  /** First all texts are read and pieces counted, then pairs are merged. */
   readonly phase: 'counting' | 'merging'
   /** UTF-8 bytes read so far. */
   readonly bytes: number
-  /** Distinct pieces so far. */
+  /** Distinct pieces found so far. */
   readonly pieces: number
-  /** Tokens so far, and wanted. */
+  /** Number of tokens so far. */
   readonly tokens: number
-  /** Tokens wanted. */
+  /** Requested number of tokens. */
   readonly vocabSize: number
 }
 
-/** A special token with flags of its own; without, special and not normalized. */
+/** A special token with custom flags. By default it is special and not normalized. */
 export type SpecialToken = { readonly content: string } & Partial<Omit<AddedToken, 'id'>>
 
-/** Size, pieces, alphabet and limits of a training. */
+/** Options of `trainBpe`. */
 export interface TrainBpeOptions {
-  /** Ids wanted, special tokens and alphabet included; fewer come out when the corpus has no more pairs to merge. */
+  /** Number of ids, including special tokens and alphabet. There are fewer if the corpus has no more pairs to merge. */
   readonly vocabSize: number
   /**
-   * How texts are cut into pieces that merges do not cross: a name, a regular expression (Oniguruma syntax, as tokenizer.json has it) whose
-   * matches and the parts between them are pieces, or several of them one inside the other. Default `deepseek-v3`.
+   * How texts are split into pieces, which merges do not cross: a name, a regular expression (Oniguruma syntax, as in tokenizer.json) whose matches and the text
+   * between them are pieces, or several that are applied in turn. Default `deepseek-v3`.
    */
   readonly preTokenizer?: PreTokenizerName | RegExp | { readonly patterns: readonly string[] }
-  /** Unicode normal form that texts are brought to before they are cut. Default: none, texts stay as they are. */
+  /** Unicode normalization that is applied to texts first. Default: none. */
   readonly normalizer?: 'NFC' | 'NFD' | 'NFKC' | 'NFKD'
-  /** Get the first ids, in this order, and are not looked for in the corpus. */
+  /** Special tokens. They get the first ids, in this order, and are not searched for in the corpus. */
   readonly specialTokens?: readonly (string | SpecialToken)[]
-  /** A pair that occurs less often is not merged. Default 2. */
+  /** Minimum number of occurrences of a merged pair. Default 2. */
   readonly minFrequency?: number
   /**
-   * Tokens of single bytes: all 256 (default; then every text can be encoded), only those seen, or those seen and the characters (of the byte
-   * alphabet) of a string.
+   * Tokens of single bytes: all 256 (default; every text can then be encoded), only those in the corpus, or those and the given characters of the byte
+   * alphabet.
    */
   readonly initialAlphabet?: 'bytes' | 'seen' | { readonly characters: string }
-  /** Tokens stay shorter than this, in bytes. Default: no limit. */
+  /** Maximum token length in bytes, exclusive. Default: no limit. */
   readonly maxTokenLength?: number
-  /** Takes a corpus that looks like binary data. Default false: it is refused. */
+  /** Whether to accept a corpus that looks like binary data. Default false. */
   readonly allowBinary?: boolean
-  /** Called every 4 MiB of text, then every 500 merges, and when a phase ends. */
+  /** Called every 4 MiB of text, then every 500 merges, and at the end of each phase. */
   readonly onProgress?: (progress: TrainProgress) => void
-  /** Ends the training with E_ABORTED. With `trainBpe`, which does not give way to other events, abort from the iterable or `onProgress`. */
+  /** Aborts training with E_ABORTED. `trainBpe` does not yield to the event loop; abort from its iterable or `onProgress`. */
   readonly signal?: AbortSignal
 }
 
 /**
- * Trains a byte-level BPE tokenizer. The result depends only on the texts (as a whole, not on their order) and the options, and its merges are those
- * that Hugging Face's `BpeTrainer` finds.
- * @param texts read once, one at a time; a piece never reaches from one text into the next
- * @throws TokenizerError E_CONFIG for impossible options, E_DATA for an empty or binary corpus, E_ABORTED
+ * Trains a byte-level BPE tokenizer. The result depends only on the options and the texts, not on the order of the texts. The merges are the same as those of Hugging
+ * Face's `BpeTrainer`.
+ * @param texts are read once, one at a time; pieces do not cross texts
+ * @throws TokenizerError E_CONFIG for invalid options, E_DATA for an empty or binary corpus, E_ABORTED
  */
 export function trainBpe(texts: Iterable<string>, options: TrainBpeOptions): BpeTokenizer {
   const trainer = new Trainer(options, texts)
@@ -78,7 +78,7 @@ export function trainBpe(texts: Iterable<string>, options: TrainBpeOptions): Bpe
   return trainer.finish()
 }
 
-/** `trainBpe` for texts that come asynchronously; gives way to other events as it works, so that a signal can end it. */
+/** As `trainBpe`, for texts that arrive asynchronously. Yields to the event loop, so that a signal can abort it. */
 export async function trainBpeAsync(
   texts: AsyncIterable<string> | Iterable<string>,
   options: TrainBpeOptions,
@@ -112,7 +112,7 @@ function checkTexts(texts: unknown): void {
   })
 }
 
-/** Bytes between two calls of onProgress while counting. */
+/** Bytes between two calls of `onProgress` while counting. */
 const REPORT_BYTES = 1 << 22
 
 class Trainer {
@@ -152,7 +152,7 @@ class Trainer {
     this.#normalizer = readNormalizer(options.normalizer && { type: options.normalizer })
   }
 
-  /** Counts the pieces of a text, some thousands between two yields. */
+  /** Counts the pieces of a text, yielding every few thousand. */
   *count(text: string): Generator<void> {
     this.#checkSignal()
     if (typeof text !== 'string') {
@@ -295,7 +295,7 @@ class Trainer {
     return new BpeTokenizer(model, this.#special, parts, this.#preTokenizer)
   }
 
-  /** Text has few control characters and few replacement characters, which is what other bytes read as UTF-8 turn into. */
+  /** Text contains few control and replacement characters; binary data read as UTF-8 contains many. */
   #refuseBinary(): void {
     const { bytes, starts, counts, size } = this.#counter
     let odd = 0
@@ -327,7 +327,7 @@ class Trainer {
       throw new TokenizerError({
         code: 'E_ABORTED',
         op: 'trainBpe',
-        problem: 'the training was aborted',
+        problem: 'training was aborted',
         cause: signal.reason,
       })
     }
