@@ -337,5 +337,5 @@ test('an invalid model, schedule, communicator, option or list of micro-batches 
       return String(error)
     }
   })
-  for (const refusal of refusals) expect(refusal).toContain('the schedule is for 2 ranks, there are 3')
+  for (const refusal of refusals) expect(refusal).toContain('the schedule is for 2 ranks, got 3')
 })
