@@ -60,7 +60,7 @@ beforeAll(async () => {
 })
 afterAll(() => model.dispose())
 
-test('shows a table', () => {
+test('prints a table', () => {
   const { status, stdout, stderr } = run(
     'model',
     '--task',
@@ -83,7 +83,7 @@ test('shows a table', () => {
   ])
 })
 
-test('tells all that is needed to repeat it, and what each item came to', async () => {
+test('--json prints everything needed to reproduce the results, --items writes the result of each item', async () => {
   const { status, stdout } = run(
     ...[
       'model',
@@ -122,7 +122,7 @@ test('tells all that is needed to repeat it, and what each item came to', async 
   expect(items).toHaveLength(16)
   expect(items[3]).toMatchObject({ task: 'piqa', item: 3, place: 'piqa.jsonl:4', answer: 1 })
   expect(items[11]).toMatchObject({ task: 'own', item: 3, answer: 'angels' })
-  // As in a program.
+  // The same metrics as evaluateTask.
   const options = { tokenizer, begin, shots: 2, seed: 5, limit: 8 }
   const own = await evaluateTask(model, tasks.piqa, lines, options)
   expect(told.results[0].metrics.acc_norm.value).toBeCloseTo(own.metrics.acc_norm.value, 12)
@@ -141,19 +141,21 @@ test('tells all that is needed to repeat it, and what each item came to', async 
   expect(JSON.parse(without)).toMatchObject({ model: { begin: null }, results: [{ draw: 'once' }] })
 })
 
-test('exits with 1 for failures and 2 for wrong usage', { timeout: 240_000 }, () => {
+test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
   const wrong = (status: number, message: string, ...args: string[]) =>
     expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
   expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringContaining('gsm8k') })
   expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
-  wrong(2, 'which model?')
-  wrong(2, 'which task?', 'model')
-  wrong(2, '--task is "piqa", needs NAME=FILE', 'model', '--task', 'piqa')
-  wrong(2, 'there is no task quiz', 'model', '--task', 'quiz=piqa.jsonl')
-  wrong(2, '--limit is "x", needs a whole number from 1', 'model', '--task', 'piqa=piqa.jsonl', '--limit', 'x')
+  wrong(2, 'missing FOLDER')
+  wrong(2, 'missing --task', 'model')
+  wrong(2, '--task is "piqa", expected NAME=FILE', 'model', '--task', 'piqa')
+  wrong(2, 'unknown task quiz', 'model', '--task', 'quiz=piqa.jsonl')
+  wrong(2, 'unknown option --tasks', 'model', '--tasks', 'piqa=piqa.jsonl')
+  wrong(2, 'expected one FOLDER, got 2', 'model', 'other', '--task', 'piqa=piqa.jsonl')
+  wrong(2, '--limit is "x", expected an integer of at least 1', 'model', '--task', 'piqa=piqa.jsonl', '--limit', 'x')
   wrong(
     2,
-    '--examples own: there is no such --task',
+    '--examples own: no --task has this name',
     'model',
     '--task',
     'piqa=piqa.jsonl',
@@ -161,13 +163,13 @@ test('exits with 1 for failures and 2 for wrong usage', { timeout: 240_000 }, ()
     'own=piqa.jsonl',
   )
   wrong(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
-  wrong(1, 'piqa.jsonl:1: context: it has no text', 'model', '--task', 'lambada=piqa.jsonl')
-  wrong(1, 'there is no token <s> in the tokenizer', 'model', '--task', 'piqa=piqa.jsonl', '--begin', '<s>')
+  wrong(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
+  wrong(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--begin', '<s>')
   const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
   expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'ENOENT' })
 })
 
-test('exits with 130 when it is interrupted', async () => {
+test('exits with 130 if interrupted', async () => {
   writeFileSync(
     join(folder, 'many.jsonl'),
     Array.from({ length: 20_000 }, (_, i) => `${JSON.stringify(lines[i % 12])}\n`).join(''),
@@ -176,7 +178,7 @@ test('exits with 130 when it is interrupted', async () => {
     cwd: folder,
   })
   const code = new Promise(resolve => child.once('exit', resolve))
-  // It is in the middle once the first items are told of.
+  // The evaluation is in progress once the first items are written.
   const started = performance.now()
   const size = () => {
     try {

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** @file The command `moe-evaluate`: what a model is worth. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+/** @file The command `moe-evaluate`. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. */
 import { createHash } from 'node:crypto'
 import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
 import { parseArgs } from 'node:util'
@@ -11,33 +11,36 @@ import type { Task } from './task.ts'
 import { readTask } from './task-file.ts'
 import { tasks } from './tasks.ts'
 
-const HELP = `moe-evaluate FOLDER --task NAME=FILE [options]: what a model is worth.
+const HELP = `Usage: moe-evaluate FOLDER --task NAME=FILE [options]
 
-  FOLDER              a model (config.json, *.safetensors, tokenizer.json), or a run, whose latest checkpoint it takes
+Evaluates a language model on tasks.
 
-  --task NAME=FILE    may be repeated. NAME is one of ${Object.keys(tasks).slice(0, 5).join(', ')},
-                      ${Object.keys(tasks).slice(5).join(', ')}, or the path of a .json file that defines one;
-                      FILE its items: .jsonl, an object a line, or of text any file
-  --examples NAME=FILE  where the examples of a task come from (default: its other items)
-  --shots N           examples in front of each item (default: what the task says)
-  --draw HOW          which ones: each (drawn for each item), once (for all: faster), first
-  --seed N            of the drawing (default 0)
-  --limit N           only the first N items
-  --weights F         store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
-  --precision P       f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
-  --begin TOKEN       the token that texts begin with, or none (default: what the tokenizer's files say)
-  --max-texts N       answers that are written at once (default 8)
-  --threads N         of the CPU (default: one a core)
-  --items FILE        write what each item came to, an object a line
-  --json              results as JSON, with all that is needed to repeat them
-  --quiet             no progress
-  --version           of the package
-  --help              this text
+  FOLDER              a model (config.json, *.safetensors, tokenizer.json), or a training run (uses its latest checkpoint)
+
+  --task NAME=FILE    a task and its items; may be repeated. NAME: ${Object.keys(tasks).slice(0, 5).join(', ')},
+                      ${Object.keys(tasks).slice(5).join(', ')}, or the path of a .json file that defines a task.
+                      FILE: .jsonl with one object per line; for text, any file
+  --examples NAME=FILE  the examples for a task (default: its other items)
+  --shots N           number of examples before each item (default: that of the task)
+  --draw HOW          how examples are chosen: each (drawn for each item), once (drawn once for all items; faster),
+                      or first
+  --seed N            seed for drawing examples (default: 0)
+  --limit N           evaluate only the first N items
+  --weights F         store the weights as bf16, fp8, int8 or int4: faster and smaller, but less exact
+  --precision P       arithmetic of matrix products: f32, bf16 or fp8 (default: bf16 with --weights, else f32)
+  --begin TOKEN       the token at the start of texts, or none (default: from the tokenizer's files)
+  --max-texts N       number of answers generated at the same time (default: 8)
+  --threads N         number of CPU threads (default: one per core)
+  --items FILE        write the result of each item to FILE, one JSON object per line
+  --json              print the results as JSON, with everything needed to reproduce them
+  --quiet             show no progress and no notes
+  --version           print the version
+  -h, --help          print this help
 `
 
 class UsageError extends Error {}
 
-interface Asked {
+interface RequestedTask {
   readonly name: string
   readonly task: Task
   readonly file: string
@@ -71,12 +74,12 @@ function readArguments() {
     if (text === undefined) return undefined
     const value = Number(text)
     if (/^\d+$/.test(text) && value >= least && Number.isSafeInteger(value)) return value
-    throw new UsageError(`--${name} is "${text}", needs a whole number from ${least}`)
+    throw new UsageError(`--${name} is "${text}", expected an integer of at least ${least}`)
   }
   const oneOf = <T extends string>(name: 'weights' | 'precision' | 'draw', known: readonly T[]) => {
     const value = known.find(choice => choice === values[name])
     if (values[name] === undefined || value !== undefined) return value
-    throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
+    throw new UsageError(`--${name} is "${values[name]}", expected one of ${known.join(', ')}`)
   }
   return {
     ...values,
@@ -92,26 +95,26 @@ function readArguments() {
   }
 }
 
-/** `NAME=FILE`, by name. */
+/** Parses `NAME=FILE` arguments. */
 function pairs(option: string, given: readonly string[]): Array<readonly [name: string, file: string]> {
   return given.map(text => {
     const at = text.indexOf('=')
     if (at > 0 && at < text.length - 1) return [text.slice(0, at), text.slice(at + 1)]
-    throw new UsageError(`--${option} is "${text}", needs NAME=FILE`)
+    throw new UsageError(`--${option} is "${text}", expected NAME=FILE`)
   })
 }
 
-async function askedTasks(options: ReturnType<typeof readArguments>): Promise<Asked[]> {
+async function requestedTasks(options: ReturnType<typeof readArguments>): Promise<RequestedTask[]> {
   const given = pairs('task', options.task)
-  if (given.length === 0) throw new UsageError('which task?')
+  if (given.length === 0) throw new UsageError('missing --task NAME=FILE')
   const examples = new Map(pairs('examples', options.examples))
   for (const name of examples.keys()) {
-    if (!given.some(([known]) => known === name)) throw new UsageError(`--examples ${name}: there is no such --task`)
+    if (!given.some(([known]) => known === name)) throw new UsageError(`--examples ${name}: no --task has this name`)
   }
   const taskNamed = async (name: string): Promise<Task> => {
     if (Object.hasOwn(tasks, name)) return tasks[name as keyof typeof tasks]
     if (name.endsWith('.json')) return readTask(name)
-    throw new UsageError(`there is no task ${name}, which is one of ${Object.keys(tasks).join(', ')} or a .json file`)
+    throw new UsageError(`unknown task ${name}, expected one of ${Object.keys(tasks).join(', ')} or a .json file`)
   }
   return Promise.all(
     given.map(async ([name, file]) => ({ name, task: await taskNamed(name), file, examples: examples.get(name) })),
@@ -125,12 +128,12 @@ const packageFile: { name: string; version: string } = JSON.parse(
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const { positionals, json, quiet, threads, shots, draw, seed, limit, maxTexts, weights, precision } = options
   const [folder, ...more] = positionals
-  if (folder === undefined) throw new UsageError('which model?')
-  if (more.length > 0) throw new UsageError('it evaluates one folder')
-  const asked = await askedTasks(options)
-  // What cannot be read is told before a model is opened.
+  if (folder === undefined) throw new UsageError('missing FOLDER')
+  if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
+  const requested = await requestedTasks(options)
+  // Report unreadable files before opening the model.
   const files = new Map(
-    asked.flatMap(({ file, examples }) => [file, examples ?? []].flat()).map(path => [path, digest(path)]),
+    requested.flatMap(({ file, examples }) => [file, examples ?? []].flat()).map(path => [path, digest(path)]),
   )
   const interrupt = new AbortController()
   process.once('SIGINT', () => interrupt.abort())
@@ -147,7 +150,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
-  for (const { name, task, file, examples } of asked) {
+  for (const { name, task, file, examples } of requested) {
     const started = performance.now()
     const result = await evaluateTask(model, task, file, {
       ...{ tokenizer, begin, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
@@ -168,12 +171,13 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     const { elements, bytes } = weightBytes(model)
     const how = { weights: weights ?? 'f32', precision, begin, prefix, backend: backend.name, device: backend.device }
     const { name, version } = packageFile
-    const judged = { folder, path, parameters: elements, bytes, ...how }
-    process.stdout.write(`${JSON.stringify({ package: { name, version }, date, model: judged, results }, null, 2)}\n`)
+    const evaluated = { folder, path, parameters: elements, bytes, ...how }
+    const report = { package: { name, version }, date, model: evaluated, results }
+    process.stdout.write(`${JSON.stringify(report, null, 2)}\n`)
   } else process.stdout.write(resultTable(results))
   for (const { task, cut } of results) {
     if (cut > 0 && !quiet)
-      process.stderr.write(`note: ${cut} items of ${task} are longer than the context, and lost their beginning\n`)
+      process.stderr.write(`note: ${cut} items of ${task} exceed the context and were truncated on the left\n`)
   }
   model.dispose()
 }
@@ -193,7 +197,7 @@ function showProgress(line: string): void {
 function fail(error: unknown, json: boolean): void {
   const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
   const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
-  // Node goes on about arguments that begin with a dash.
+  // Drop Node's advice about arguments that begin with a dash.
   const message =
     error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
   if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
@@ -201,7 +205,7 @@ function fail(error: unknown, json: boolean): void {
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
 }
 
-// Whoever reads the output may have had enough of it, as in `| head`.
+// The reader of the output may close it, as in `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
 try {

@@ -13,32 +13,32 @@ const split = ({ ids, from, cut }: { ids: readonly number[]; from: number; cut: 
   cut,
 ]
 
-describe('a context and what it goes on with', () => {
-  test('white space between them belongs to the latter', () => {
+describe('a context and its continuation', () => {
+  test('white space between them belongs to the continuation', () => {
     expect(split(encoder().pair('a b', ' c', ''))).toEqual(['a b', ' c', false])
     expect(split(encoder().pair('a b \n', 'c', ''))).toEqual(['a b', ' \nc', false])
   })
 
-  test('are encoded as one text, and cut where the context alone ends', () => {
+  test('are encoded as one text, and split after as many tokens as the context alone has', () => {
     const tokenizer = trainBpe(['ab ab ab ab abc abc abc abcd abcd abcd'], { vocabSize: 300, minFrequency: 1 })
     const own = new TextEncoder({ tokenizer, begin: null, prefix: 0, context: 100 })
     const ids = Array.from(tokenizer.encode('ab abcd'))
     const apart = [...tokenizer.encode('ab ab'), ...tokenizer.encode('cd')]
     expect(ids).not.toEqual(apart)
-    // "ab" and " abcd": what the context alone has two tokens of is all of them.
-    expect(() => own.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" has no tokens behind its context')
+    // "ab" and " abcd": the context alone has two tokens, as many as both together.
+    expect(() => own.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" adds no tokens to its context')
     expect(own.pair('ab ab', 'cd ab', '')).toEqual({ ids: [...ids, ...tokenizer.encode(' ab')], from: 2, cut: false })
   })
 
-  test('behind no context stands the prefix, or the token that begins texts', () => {
+  test('without context, the continuation follows the prefix or the token at the start of texts', () => {
     expect(split(encoder().pair('', 'xy', ''))).toEqual(['^', 'xy', false])
     expect(split(encoder().pair('  ', 'xy', ''))).toEqual(['^', '  xy', false])
     expect(split(encoder().pair('', '^xy', ''))).toEqual(['^', 'xy', false])
     expect(split(encoder({ begin: 36 }).pair('', 'xy', ''))).toEqual(['$', 'xy', false])
-    expect(() => encoder({ prefix: undefined }).pair('', 'xy', '')).toThrow('pass prefix: the id of a token')
+    expect(() => encoder({ prefix: undefined }).pair('', 'xy', '')).toThrow('pass prefix, the id of a token')
   })
 
-  test('begin with what begins texts, once', () => {
+  test('start with the begin token once', () => {
     expect(split(encoder({ begin: 36 }).pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
     expect(split(encoder({ begin: 36 }).pair('$ab', ' c', ''))).toEqual(['$ab', ' c', false])
     const tokenizer = {
@@ -52,25 +52,25 @@ describe('a context and what it goes on with', () => {
     expect(own.windows('ab').map(split)).toEqual([['$', 'ab', false]])
   })
 
-  test('lose tokens on the left where they are longer than the context, and the last one is not read', () => {
+  test('are truncated on the left if they exceed the context, not counting the last token', () => {
     expect(split(encoder({ context: 5 }).pair('abcd', 'ef', ''))).toEqual(['abcd', 'ef', false])
     expect(split(encoder({ context: 5 }).pair('abcde', 'fg', ''))).toEqual(['bcde', 'fg', true])
     expect(split(encoder({ context: 2 }).pair('abcde', 'fg', ''))).toEqual(['e', 'fg', true])
     expect(() => encoder({ context: 2 }).pair('a', 'efg', 'here')).toThrow(
-      'here: an answer has 3 tokens, and the context of the model 2',
+      "here: an answer has 3 tokens, but the model's context length is 2",
     )
-    expect(() => encoder().pair('a', '', 'here')).toThrow('here: "" has no tokens behind its context')
+    expect(() => encoder().pair('a', '', 'here')).toThrow('here: "" adds no tokens to its context')
   })
 })
 
-test('a prompt leaves room for what is written behind it', () => {
+test('a prompt leaves room for the generated answer', () => {
   expect(encoder({ context: 5 }).prompt('abc', 2)).toEqual({ ids: [97, 98, 99], cut: false })
   expect(encoder({ context: 5 }).prompt('abcd', 2)).toEqual({ ids: [98, 99, 100], cut: true })
   expect(() => encoder({ context: 5 }).prompt('abcd', 5)).toThrow('leave no room for a prompt in a context of 5')
 })
 
 describe('a whole text', () => {
-  test('goes in pieces that predict each token once', () => {
+  test('is split into windows that predict each token once', () => {
     const pieces = (text: string) => encoder({ context: 4 }).windows(text).map(split)
     expect(pieces('')).toEqual([])
     expect(pieces('abc')).toEqual([['^', 'abc', false]])

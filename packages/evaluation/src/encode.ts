@@ -1,35 +1,34 @@
-/** @file From texts to tokens, where lm-evaluation-harness cuts them (`_encode_pair`, `_loglikelihood_tokens`, `get_rolling_token_windows` there). */
+/** @file Encodes texts and splits them into tokens exactly as lm-evaluation-harness does (`_encode_pair`, `_loglikelihood_tokens`, `get_rolling_token_windows`). */
 import { MoeError } from '@moe/core'
 import { dataError } from './fields.ts'
 
-/** What is needed of a tokenizer. That of `@moe/tokenizer-bpe` is one. */
+/** A tokenizer, such as `BpeTokenizer` of `@moe/tokenizer-bpe`. */
 export interface EvaluationTokenizer {
-  /** Ids of a text. With `addSpecialTokens: false` nothing stands in preamble of it. */
+  /** Encodes a text. With `addSpecialTokens: false`, adds no tokens at the start. */
   encode(text: string, options?: { addSpecialTokens?: boolean }): ArrayLike<number>
-  /** For answers that are written: makes text of ids, with `skipSpecialTokens` without special tokens. */
+  /** Creates an incremental decoder, for generated answers. `skipSpecialTokens` leaves out special tokens. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
-  /** Number of ids. */
+  /** The number of ids. */
   readonly vocabSize?: number
 }
 
-/** A text, and from which token on the model is asked how likely it is. */
+/** An encoded text. The model scores its tokens from number `from` on. */
 export interface Scored {
   readonly ids: readonly number[]
   readonly from: number
-  /** Whether tokens are missing on the left. */
+  /** Whether tokens were truncated on the left. */
   readonly cut: boolean
 }
 
-/** What decides which tokens a text has. */
 export interface EncoderOptions {
   readonly tokenizer: EvaluationTokenizer
-  /** Tokens that the model reads at most. */
+  /** The model's context length in tokens. */
   readonly context: number
   readonly begin: number | null | undefined
   readonly prefix: number | undefined
 }
 
-/** Makes tokens of texts for one model. */
+/** Encodes texts for one model. */
 export class TextEncoder {
   readonly #options: EncoderOptions
 
@@ -37,12 +36,12 @@ export class TextEncoder {
     this.#options = options
   }
 
-  /** Ids of a text with what stands in preamble of it. */
+  /** The ids of a text, including the token at its start. */
   encode(text: string): number[] {
     const { tokenizer, begin } = this.#options
     if (begin === undefined) return Array.from(tokenizer.encode(text))
     const ids = this.#plain(text)
-    // Texts may have it written out.
+    // The text itself may start with the token.
     return begin === null || ids[0] === begin ? ids : [begin, ...ids]
   }
 
@@ -51,21 +50,22 @@ export class TextEncoder {
   }
 
   /**
-   * Context and continuation encoded as one text, whose tokens behind as many as the context alone has are the continuation's. White space at the context's end goes to the
-   * continuation. @throws MoeError E_DATA where that has no tokens, or more than the model reads
+   * Encodes context and continuation as one text. The continuation's tokens are those after as many as the context alone has. White space at the end of the context belongs to the
+   * continuation.
+   * @throws MoeError E_DATA if the continuation has no tokens, or more than fit in the context
    */
   pair(context: string, continuation: string, place: string): Scored {
     const kept = context.trimEnd()
-    if (context === '') return this.#scored(this.#behindNothing(this.#plain(continuation)), place, continuation)
+    if (context === '') return this.#scored(this.#afterPrefix(this.#plain(continuation)), place, continuation)
     const ids = this.encode(context + continuation)
-    // White space alone is encoded as nothing, where no token begins a text.
+    // A context of white space has no tokens if no token is added at the start.
     const from = this.encode(kept).length
-    if (from === 0) return this.#scored(this.#behindNothing(ids), place, continuation)
+    if (from === 0) return this.#scored(this.#afterPrefix(ids), place, continuation)
     return this.#scored({ ids, from }, place, continuation)
   }
 
-  /** A continuation that nothing stands before. Where it begins with the prefix itself, that is what stands before. */
-  #behindNothing(ids: readonly number[]): { ids: readonly number[]; from: number } {
+  /** A continuation without context, after the prefix token. If it starts with that token itself, none is added. */
+  #afterPrefix(ids: readonly number[]): { ids: readonly number[]; from: number } {
     const prefix = this.#prefix
     return { ids: ids[0] === prefix ? ids : [prefix, ...ids], from: 1 }
   }
@@ -78,24 +78,24 @@ export class TextEncoder {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'evaluateTask',
-      problem: 'nothing stands before the first token of a text, so nothing is known of it',
-      fix: 'pass prefix: the id of a token that begins or ends texts',
+      problem: 'no token precedes the first token of a text, so its probability is undefined',
+      fix: 'pass prefix, the id of a token that starts or ends texts',
     })
   }
 
   #scored({ ids, from }: { ids: readonly number[]; from: number }, place: string, continuation: string): Scored {
     const { context } = this.#options
     const count = ids.length - from
-    if (count < 1) throw dataError(place, `${JSON.stringify(continuation)} has no tokens behind its context`)
+    if (count < 1) throw dataError(place, `${JSON.stringify(continuation)} adds no tokens to its context`)
     if (count > context) {
-      throw dataError(place, `an answer has ${count} tokens, and the context of the model ${context}`)
+      throw dataError(place, `an answer has ${count} tokens, but the model's context length is ${context}`)
     }
-    // The last token is not read.
+    // The last token is only predicted, not read.
     const over = Math.max(0, ids.length - context - 1)
     return over === 0 ? { ids, from, cut: false } : { ids: ids.slice(over), from: from - over, cut: true }
   }
 
-  /** A prompt with room for `maxTokens` behind it. @throws MoeError E_CONFIG where there is none */
+  /** Encodes a prompt, truncated on the left to leave room for `maxTokens`. @throws MoeError E_CONFIG if there is no room for a prompt */
   prompt(text: string, maxTokens: number): { readonly ids: readonly number[]; readonly cut: boolean } {
     const { context } = this.#options
     const room = context - maxTokens
@@ -105,7 +105,7 @@ export class TextEncoder {
         code: 'E_CONFIG',
         op: 'evaluateTask',
         problem,
-        fix: 'pass a smaller maxTokens with the task',
+        fix: 'set a smaller maxTokens in the task',
       })
     }
     const ids = this.encode(text)
@@ -113,14 +113,14 @@ export class TextEncoder {
     return { ids: all.slice(-room), cut: all.length > room }
   }
 
-  /** A whole text in pieces as long as the context, each of whose tokens is predicted once: the first behind the prefix, each other piece behind the last token before it. */
+  /** Splits a text into windows of the context length that predict each token once. The first window starts with the prefix token, the others with the last token of the window before. */
   windows(text: string): Scored[] {
     const { context } = this.#options
     const ids = this.#plain(text)
     const all = ids[0] === this.#prefix ? ids : [this.#prefix, ...ids]
     const result: Scored[] = []
     for (let start = 0; start + 1 < all.length; start += context) {
-      // The last piece has as much in preamble of it as there is room for.
+      // The last window is extended to the left to the full context.
       const end = Math.min(all.length, start + context + 1)
       const first = Math.max(0, end - context - 1)
       result.push({ ids: all.slice(first, end), from: start + 1 - first, cut: false })

@@ -23,7 +23,7 @@ const options: EvaluateTaskOptions = { tokenizer: characters, begin: null, prefi
 const byCharacter = (nats: Readonly<Record<string, number>>) =>
   knownModel({ logProb: (_, next) => -(nats[next] ?? 10) })
 
-describe('numbers that are known', () => {
+describe('metrics with known values', () => {
   const choice: ChoiceTask = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
   const { model } = byCharacter({ ' ': 0, a: 1, b: 1.5, é: 0.75 })
 
@@ -56,7 +56,7 @@ describe('numbers that are known', () => {
     expect(result).toMatchObject({ task: 'own', items: 4, shots: 0, cut: 0, metrics: { acc: half, acc_norm: half } })
   })
 
-  test('of what is no number', async () => {
+  test('of log-probabilities that are NaN', async () => {
     const broken = knownModel({ logProb: () => Number.NaN })
     const { metrics } = await evaluateTask(broken.model, choice, [{ q: 'x', c: ['a', 'b'], a: 0 }], options)
     expect(metrics.acc).toEqual({ value: Number.NaN, stderr: null })
@@ -73,7 +73,7 @@ describe('numbers that are known', () => {
     expect(metrics.perplexity).toEqual({ value: Math.exp(1), stderr: 0 })
   })
 
-  test('of texts, which files are', async () => {
+  test('of texts, also of whole files', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
     onTestFinished(() => rm(folder, { recursive: true }))
     await writeFile(join(folder, 'a.txt'), 'aé b')
@@ -84,7 +84,7 @@ describe('numbers that are known', () => {
     expect(metrics.byte_perplexity.value).toBeCloseTo(Math.exp(3.25 / 5), 12)
   })
 
-  test('of answers that are written, to a stop or the end', async () => {
+  test('of generated answers, up to a stop text or end token', async () => {
     const writer = knownModel({
       likeliest: before => (before.includes('?') ? ' 42\nmore'[before.split('?')[1].length] : ''),
       logProb: () => 0,
@@ -107,7 +107,7 @@ describe('numbers that are known', () => {
     expect((await evaluateTask(writer.model, own, lines, options)).metrics.even.value).toBeCloseTo(2 / 3, 12)
   })
 
-  test('of groups, and of some items', async () => {
+  test('of groups, and of a limited number of items', async () => {
     const lines = ['x', 'y', 'x', 'y', 'x'].map((g, i) => ({ q: 'q', c: ['b', 'a'], a: i < 3 ? 1 : 0, g }))
     const result = await evaluateTask(model, { ...choice, group: 'g' }, lines, options)
     expect(result.groups).toMatchObject({
@@ -124,7 +124,7 @@ describe('examples', () => {
   const lines = Array.from({ length: 6 }, (_, i) => ({ q: `q${i}`, c: ['a', 'b'], a: i % 2 }))
   const choice: ChoiceTask = { name: 'own', kind: 'choice', context: '{{q}}:', choices: 'c', answer: 'a' }
 
-  test('stand in front with their answers, behind a description', async () => {
+  test('come before the item with their answers, after the description', async () => {
     const { model, asked } = byCharacter({})
     const task: Task = { ...choice, description: 'Say.\n', draw: 'first', exampleDelimiter: '\n', delimiter: '=' }
     const result = await evaluateTask(model, task, lines, { ...options, shots: 2, limit: 2 })
@@ -134,7 +134,7 @@ describe('examples', () => {
     expect(result).not.toHaveProperty('seed')
   })
 
-  test('are drawn by seed, and come from elsewhere where that is told', async () => {
+  test('are drawn by seed, from another source if one is given', async () => {
     const prompts = async (more: Partial<EvaluateTaskOptions>) => {
       const { model, asked } = byCharacter({})
       await evaluateTask(model, choice, lines, { ...options, shots: 3, ...more })
@@ -152,7 +152,7 @@ describe('examples', () => {
   })
 })
 
-describe('what cannot be', () => {
+describe('invalid input', () => {
   const { model } = byCharacter({ a: 1 })
   const of = (task: unknown, items: unknown, more: object = {}) =>
     evaluateTask(model, task as Task, items as never, { ...options, ...more })
@@ -167,17 +167,20 @@ describe('what cannot be', () => {
   const good = JSON.stringify({ goal: 'g', sol1: 'a', sol2: 'b', label: 0 })
 
   test.each([
-    [`${good}\n\n{"goal": \n`, 'items.jsonl:3: is no JSON'],
-    [`${good}\n[1]`, 'items.jsonl:2: is '],
-    [`${good}\nnull`, 'items.jsonl:2: is null, and no object'],
+    [`${good}\n\n{"goal": \n`, 'items.jsonl:3: invalid JSON'],
+    [`${good}\n[1]`, 'items.jsonl:2: the item is '],
+    [`${good}\nnull`, 'items.jsonl:2: the item is null, expected an object'],
     [
       `${good}\n{"goal":"g","sol1":"a","label":0}`,
-      'items.jsonl:2: has no sol2, which choices of the task needs; it has goal, sol1, label',
+      'items.jsonl:2: the field sol2 is missing, which choices of the task uses; the item has goal, sol1, label',
     ],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"b"}`, 'items.jsonl:2: has no label, which is answer of the task'],
+    [
+      `${good}\n{"goal":"g","sol1":"a","sol2":"b"}`,
+      'items.jsonl:2: the field label is missing, which answer of the task uses',
+    ],
     [
       `${good}\n{"goal":"g","sol1":"a","sol2":"b","label":2}`,
-      'items.jsonl:2: the answer is 2, and there are 2 choices',
+      'items.jsonl:2: the answer is 2, but there are 2 choices',
     ],
     [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":-1}`, 'items.jsonl:2: the answer is -1'],
     [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":0.5}`, 'items.jsonl:2: the answer is 0.5'],
@@ -187,8 +190,8 @@ describe('what cannot be', () => {
     [`${good}\n{"goal":"g","sol1":"a","sol2":"","label":0}`, 'items.jsonl:2: choice 1 is empty'],
     ['', 'items.jsonl: there are no items'],
     ['\n\n', 'items.jsonl: there are no items'],
-    ['\uFFFD', 'items.jsonl:1: is no JSON'],
-  ])('lines that are none: %j', async (text, message) => {
+    ['\uFFFD', 'items.jsonl:1: invalid JSON'],
+  ])('an invalid file is an error: %j', async (text, message) => {
     await expect(of(tasks.piqa, await file(text))).rejects.toMatchObject({ code: 'E_DATA' })
     await expect(of(tasks.piqa, await file(text))).rejects.toThrow(message)
   })
@@ -197,49 +200,59 @@ describe('what cannot be', () => {
     [
       'hellaswag',
       { ctx_a: 'a', ctx_b: 'b', activity_label: 'c', endings: [], label: 0 },
-      'item 0: choices: it has no list endings',
+      'item 0: choices: the list endings is missing',
     ],
-    ['hellaswag', { ctx_a: 'a', activity_label: 'c', endings: ['d'], label: 0 }, 'item 0: context: it has no ctx_b'],
+    [
+      'hellaswag',
+      { ctx_a: 'a', activity_label: 'c', endings: ['d'], label: 0 },
+      'item 0: context: the field ctx_b is missing',
+    ],
     [
       'arc_easy',
       { question: 'q', choices: { text: ['a'] }, answerKey: 'A' },
-      'item 0: context: it has no list choices.label',
+      'item 0: context: the list choices.label is missing',
     ],
     [
       'arc_easy',
       { question: 'q', choices: { text: ['a'], label: ['A'] }, answerKey: 'B' },
-      'the answer is "B", and the labels are A',
+      'the answer is "B", but the labels are A',
     ],
-    ['arc_easy', { question: 7, choices: [{ text: 'a', label: 'A' }], answerKey: 'A' }, 'question is 7, and no text'],
+    [
+      'arc_easy',
+      { question: 7, choices: [{ text: 'a', label: 'A' }], answerKey: 'A' },
+      'question is 7, expected a text',
+    ],
     ['winogrande', { sentence: 'no blank', option1: 'a', option2: 'b', answer: '1' }, 'context: sentence has no blank'],
     [
       'winogrande',
       { sentence: 'a _ b', option1: 'a', option2: 'b', answer: '' },
-      'the answer is "", and the labels are 1, 2',
+      'the answer is "", but the labels are 1, 2',
     ],
-    ['mmlu', { question: 'q', subject: 's', choices: ['a'], answer: 0 }, 'context: it has 1 choices, and not 4'],
+    ['mmlu', { question: 'q', subject: 's', choices: ['a'], answer: 0 }, 'context: expected 4 choices, got 1'],
     [
       'mmlu',
       { question: 'q', choices: ['a', 'b', 'c', 'd'], answer: 0 },
-      'item 0: has no subject, which is group of the task',
+      'item 0: the field subject is missing, which group of the task uses',
     ],
-    ['gsm8k', { question: 'q' }, 'has no answer, which is answer of the task'],
-    ['text', { page: 'p' }, 'has no text, which is text of the task; it has page'],
-  ])('items of %s that are none: %j', async (name, item, message) => {
+    ['gsm8k', { question: 'q' }, 'the field answer is missing, which answer of the task uses'],
+    ['text', { page: 'p' }, 'the field text is missing, which text of the task uses; the item has page'],
+  ])('an invalid item of %s is an error: %j', async (name, item, message) => {
     await expect(of(tasks[name], [item], { shots: 0 })).rejects.toThrow(message)
   })
 
-  test('tasks and options that are none', async () => {
+  test('invalid tasks and options are errors', async () => {
     const item = { q: 'q', c: ['a', 'b'], a: 0 }
     const choice = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
     await expect(of(undefined, [item])).rejects.toThrow(
-      'kind of the task is undefined; it is one of choice, continuation',
+      'kind of the task is undefined; use one of choice, continuation',
     )
     await expect(of({ ...choice, kind: 'quiz' }, [item])).rejects.toMatchObject({ code: 'E_CONFIG' })
     await expect(of({ ...choice, context: 7 }, [item])).rejects.toThrow('context of the task is 7; pass the name')
-    await expect(of({ ...choice, context: '{{ q' }, [item])).rejects.toThrow('context of the task is no template')
-    await expect(of({ ...choice, choices: 'q' }, [item])).rejects.toThrow('needs a context and a list of choices')
-    await expect(of({ ...choice, choices: '{{ c[0] }}' }, [item])).rejects.toThrow('needs a context and a list')
+    await expect(of({ ...choice, context: '{{ q' }, [item])).rejects.toThrow(
+      'context of the task is not a valid template',
+    )
+    await expect(of({ ...choice, choices: 'q' }, [item])).rejects.toThrow('needs one context and a list of choices')
+    await expect(of({ ...choice, choices: '{{ c[0] }}' }, [item])).rejects.toThrow('needs one context and a list')
     await expect(
       of(
         {
@@ -252,20 +265,22 @@ describe('what cannot be', () => {
       ),
     ).rejects.toThrow('item 0: context: ow')
     await expect(of(choice, 7)).rejects.toThrow('the items are 7; pass the path of a .jsonl file')
-    await expect(of(choice, [7])).rejects.toThrow('item 0: is 7, and no object')
-    await expect(of(choice, '/nowhere/items.jsonl')).rejects.toThrow('/nowhere/items.jsonl: cannot be read')
-    await expect(of(choice, [item], { shots: 1 })).rejects.toThrow('1 examples are asked for, and there are 0 others')
+    await expect(of(choice, [7])).rejects.toThrow('item 0: the item is 7, expected an object')
+    await expect(of(choice, '/nowhere/items.jsonl')).rejects.toThrow('/nowhere/items.jsonl: cannot read the file')
+    await expect(of(choice, [item], { shots: 1 })).rejects.toThrow('shots is 1, but there are only 0 other items')
     await expect(of(choice, [item], { shots: -1 })).rejects.toThrow('shots = -1; pass 0 or more')
     await expect(of(choice, [item], { limit: 0 })).rejects.toThrow('limit = 0; pass 1 or more')
-    await expect(of(choice, [item], { draw: 'all' })).rejects.toThrow('draw = "all"; it is one of each, once, first')
+    await expect(of(choice, [item], { draw: 'all' })).rejects.toThrow('draw = "all"; use one of each, once, first')
     await expect(of(choice, [item], { shot: 1 })).rejects.toThrow('did you mean shots?')
-    await expect(of(choice, [item], { tokenizer: undefined })).rejects.toThrow('there is no tokenizer')
-    await expect(of(tasks.text, [{ text: 'a' }], { shots: 1 })).rejects.toThrow('the texts of text have no examples')
-    await expect(evaluateTask({} as never, tasks.text, [{ text: 'a' }], options)).rejects.toThrow('has no score')
+    await expect(of(choice, [item], { tokenizer: undefined })).rejects.toThrow('the tokenizer is missing')
+    await expect(of(tasks.text, [{ text: 'a' }], { shots: 1 })).rejects.toThrow(
+      'text is a text task, which has no examples',
+    )
+    await expect(evaluateTask({} as never, tasks.text, [{ text: 'a' }], options)).rejects.toThrow('has no score()')
   })
 })
 
-test('tasks from files are those of objects', async () => {
+test('readTask reads the same task as an object, and rejects invalid files', async () => {
   const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
   onTestFinished(() => rm(folder, { recursive: true }))
   const path = join(folder, 'task.json')
@@ -299,8 +314,8 @@ test('tasks from files are those of objects', async () => {
   ])
   expect(items[0].answer).toBe(1)
   for (const [broken, message] of [
-    ['{', 'is no task: '],
-    ['[]', 'is no task: '],
+    ['{', 'cannot read the task: '],
+    ['[]', 'invalid task: '],
     [JSON.stringify({ ...task, kind: 'quiz' }), 'kind'],
     [JSON.stringify({ ...task, answer: undefined, shot: 1 }), 'answer'],
     [JSON.stringify({ ...task, answer: undefined, shot: 1 }), 'shot'],
@@ -310,7 +325,7 @@ test('tasks from files are those of objects', async () => {
     await expect(readTask(path)).rejects.toThrow(message)
     await expect(readTask(path)).rejects.toMatchObject({ code: 'E_CONFIG', op: path })
   }
-  await expect(readTask(join(folder, 'none.json'))).rejects.toThrow('is no task: ENOENT')
+  await expect(readTask(join(folder, 'none.json'))).rejects.toThrow('cannot read the task: ENOENT')
 })
 
 describe('a model', () => {
@@ -350,7 +365,7 @@ describe('a model', () => {
     return ids.slice(from).reduce((sum, id, i) => sum + rows[from + i - 1][id], 0)
   }
 
-  test('says of choices what single passes say', async () => {
+  test('scores choices as single forward passes do', async () => {
     const items: ItemResult[] = []
     const lines = [
       'the better',
@@ -375,7 +390,7 @@ describe('a model', () => {
     expect(result.cut).toBe(1)
   })
 
-  test('predicts a whole text in windows, behind its begin token', async () => {
+  test('predicts a whole text in windows, after its begin token', async () => {
     const text = 'the people of the house and the angels of our better nature '.repeat(6)
     const ids = Array.from(tokenizer.encode(text))
     expect(ids.length).toBeGreaterThan(80)
@@ -390,7 +405,7 @@ describe('a model', () => {
     expect(metrics.bits_per_byte.value).toBeCloseTo(nats / text.length / Math.LN2, 4)
   })
 
-  test('writes answers as it generates, and its greedy words are right', async () => {
+  test('answers as generate() does, and its greedy continuations are correct', async () => {
     const context = 'the better angels'
     const made: number[] = []
     for await (const id of model.generate(Array.from(tokenizer.encode(context)), { maxTokens: 6 })) made.push(id)
@@ -408,7 +423,7 @@ describe('a model', () => {
     expect(metrics.exact_match.value).toBe(0.5)
   })
 
-  test('is evaluated again with the same numbers, tells how far it is, and ends with a signal', async () => {
+  test('gets the same metrics again, reports progress, and is aborted by a signal', async () => {
     const { handles } = backend.stats()
     const lines = Array.from({ length: 300 }, (_, i) => ({
       goal: `the ${i % 7}`,

@@ -1,4 +1,4 @@
-/** @file A model and a task: how good the one is at the other. */
+/** @file Evaluates a model on a task. */
 import { checkOptions, MoeError, type OptionNames, type Precision, shown } from '@moe/core'
 import type { EvaluationTokenizer } from './encode.ts'
 import { type PlacedItem, textReader } from './fields.ts'
@@ -9,33 +9,33 @@ import { type Judged, type Scorer, scorerOf } from './scorers.ts'
 import { Shots } from './shots.ts'
 import type { ExampleDraw, Task, TaskTexts } from './task.ts'
 
-/** How a model is judged. */
+/** Options of `evaluateTask`. */
 export interface EvaluateTaskOptions {
-  /** Makes ids of texts, and texts of ids. */
+  /** The model's tokenizer. */
   readonly tokenizer: EvaluationTokenizer
-  /** How many examples stand in preamble of each item. Default: what the task says, or 0. */
+  /** The number of examples before each item (few-shot). Default: that of the task, or 0. */
   readonly shots?: number
-  /** Where examples come from. Default: the other items. */
+  /** The source of the examples. Default: the other items of the task. */
   readonly examples?: ItemSource
-  /** How they are chosen. Default: what the task says, or `each`. */
+  /** How examples are chosen. Default: that of the task, or `each`. */
   readonly draw?: ExampleDraw
-  /** Of the drawing; the same seed draws the same. Default 0. */
+  /** The seed for drawing examples. Default: 0. */
   readonly seed?: number
-  /** Only so many items, the first. Default: all. */
+  /** Evaluate only the first `limit` items. Default: all. */
   readonly limit?: number
-  /** Id that stands in preamble of every text; null for none. Default: what the tokenizer puts there by itself. */
+  /** The id at the start of every text; null for none. Default: what the tokenizer adds. */
   readonly begin?: number | null
-  /** Id that stands in preamble of what has no context, where nothing begins texts. Default: `bos_token_id` or `eos_token_id` of the model. */
+  /** The id before a text without context, if `begin` and the tokenizer add none. Default: `bos_token_id` of the model, or its first end token. */
   readonly prefix?: number
-  /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
+  /** Arithmetic of matrix products. Default: bf16 if the weights are stored as bf16 or quantized, else f32. */
   readonly precision?: Precision
-  /** Answers that are written at a time. Default 8. */
+  /** The number of answers generated at the same time. Default: 8. */
   readonly maxTexts?: number
-  /** Ends it: the promise then rejects with E_ABORTED. */
+  /** Aborts the evaluation: the promise rejects with E_ABORTED. */
   readonly signal?: AbortSignal
-  /** Is told which share is done, as it goes. */
+  /** Called with the fraction of the work done, from 0 to 1. */
   readonly onProgress?: (done: number) => void
-  /** Is given what each item came to, in their order. */
+  /** Called with the result of each item, in the order of the items. */
   readonly onItem?: (item: ItemResult) => void
 }
 
@@ -55,50 +55,50 @@ const names: OptionNames<EvaluateTaskOptions> = {
   onItem: true,
 }
 
-/** What one item came to. */
+/** The result of one item. */
 export interface ItemResult extends Judged {
-  /** Number of the item, from 0. */
+  /** The item's number, from 0. */
   readonly item: number
   /** Its file and line, or `item 0` and so on. */
   readonly place: string
-  /** Which part of the task it belongs to, if it has parts. */
+  /** Its group, if the task has groups. */
   readonly group?: string
 }
 
-/** What some items came to. */
+/** The metrics of a set of items. */
 export interface Summary {
-  /** Numbers by name. */
+  /** Metrics by name. */
   readonly metrics: Readonly<Record<string, Metric>>
-  /** How many items they are of. */
+  /** The number of items. */
   readonly items: number
 }
 
-/** What a task came to. */
+/** The result of a task. */
 export interface TaskResult extends Summary {
-  /** Name of the task. */
+  /** The task's name. */
   readonly task: string
-  /** Each part of the task, if it has parts. */
+  /** The metrics of each group, if the task has groups. */
   readonly groups?: Readonly<Record<string, Summary>>
-  /** Examples in preamble of each item. */
+  /** The number of examples before each item. */
   readonly shots: number
-  /** How they were chosen; left out without any. */
+  /** How the examples were chosen; missing without examples. */
   readonly draw?: ExampleDraw
-  /** Of that drawing. */
+  /** The seed they were drawn with; missing if none were drawn. */
   readonly seed?: number
-  /** Items whose texts lost tokens on the left, as they are longer than the context. */
+  /** The number of items whose texts were truncated on the left because they exceed the context. */
   readonly cut: number
   /** Wall time. */
   readonly seconds: number
 }
 
-/** Items that are asked batchSize: enough for full passes, few enough to be told of soon. */
+/** Items evaluated together: enough for full forward passes, few enough for frequent progress reports. */
 const batchSize = 256
 
 /**
- * Judges a model by a task: reads its items, asks the model, and tells the numbers that lm-evaluation-harness would. Nothing is trained, and the model may be in the middle of
- * its training.
- * @param items the path of a `.jsonl` file, an object a line; or the objects
- * @throws MoeError E_DATA with file and line for items that the task cannot read; E_CONFIG for a task that is none; E_ABORTED
+ * Evaluates a model on a task: reads the items, queries the model, and computes the metrics that lm-evaluation-harness would. The model is not changed, so you can evaluate it
+ * during training.
+ * @param items the path of a `.jsonl` file with one object per line (of any other file, the whole text is one item), or the objects
+ * @throws MoeError E_DATA with file and line for items that the task cannot read, E_CONFIG for an invalid task, E_ATTR for invalid options, E_ABORTED
  */
 export async function evaluateTask(
   model: EvaluatedModel,
@@ -152,14 +152,14 @@ function byGroup(results: readonly ItemResult[], summary: (some: readonly ItemRe
   return Object.fromEntries(Array.from(groups, name => [name, of(name)]))
 }
 
-/** What stands in preamble of items: the task's description, and examples. */
-async function preambleOf(task: Task, judge: Scorer, all: readonly PlacedItem[], options: EvaluateTaskOptions) {
+/** The text before each item: the task's description and examples. */
+async function preambleOf(task: Task, scorer: Scorer, all: readonly PlacedItem[], options: EvaluateTaskOptions) {
   const texts: Partial<TaskTexts> = task.kind === 'text' ? {} : (task as Partial<TaskTexts>)
   const { shots = texts.shots ?? 0, draw = texts.draw ?? 'each', seed = 0 } = options
   const { description = '', exampleDelimiter = '\n\n' } = texts
-  const { solved } = judge
+  const { solved } = scorer
   if (shots > 0 && solved === undefined)
-    throw optionError(`the texts of ${task.name} have no examples`, 'leave shots out')
+    throw optionError(`${task.name} is a text task, which has no examples`, 'leave out shots')
   const groupOf = task.group === undefined ? () => '' : textReader('group', task.group)
   const pool = options.examples === undefined ? all : await readItems(options.examples, 'example')
   const examples = new Shots({ shots, draw, seed, pool, groupOf })
@@ -179,25 +179,25 @@ async function preambleOf(task: Task, judge: Scorer, all: readonly PlacedItem[],
 const kinds = ['choice', 'continuation', 'generation', 'text']
 const draws = ['each', 'once', 'first']
 
-/** @throws MoeError E_CONFIG for what is no task, E_ATTR for options that cannot be */
+/** @throws MoeError E_CONFIG for an invalid task, E_ATTR for invalid options */
 function check(model: EvaluatedModel, task: Task, options: EvaluateTaskOptions): void {
   checkOptions('evaluateTask', options, names)
   const { limit = 1, shots = 0, draw = 'each', tokenizer } = options
   if (!kinds.includes(task?.kind)) {
     const problem = `kind of the task is ${shown(task?.kind)}`
-    throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, fix: `it is one of ${kinds.join(', ')}` })
+    throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, fix: `use one of ${kinds.join(', ')}` })
   }
-  if (typeof model?.score !== 'function') throw optionError('the model has no score', 'pass a DeepSeek')
+  if (typeof model?.score !== 'function') throw optionError('the model has no score()', 'pass a DeepSeek')
   if (typeof tokenizer?.encode !== 'function') {
     throw optionError(
-      'there is no tokenizer',
+      'the tokenizer is missing',
       "pass { tokenizer: await BpeTokenizer.fromFile(path) } of '@moe/tokenizer-bpe'",
     )
   }
   if (!(Number.isInteger(limit) && limit > 0) && limit !== Infinity)
     throw optionError(`limit = ${shown(limit)}`, 'pass 1 or more')
   if (!(Number.isInteger(shots) && shots >= 0)) throw optionError(`shots = ${shown(shots)}`, 'pass 0 or more')
-  if (!draws.includes(draw)) throw optionError(`draw = ${shown(draw)}`, `it is one of ${draws.join(', ')}`)
+  if (!draws.includes(draw)) throw optionError(`draw = ${shown(draw)}`, `use one of ${draws.join(', ')}`)
 }
 
 const optionError = (problem: string, fix: string) => new MoeError({ code: 'E_ATTR', op: 'evaluateTask', problem, fix })

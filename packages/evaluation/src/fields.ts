@@ -1,28 +1,28 @@
-/** @file Fields of items: by name, by template, by function. */
+/** @file Reads fields of items, which a task specifies by name, template or function. */
 import { Template } from '@huggingface/jinja'
 import { isMoeError, MoeError, shown } from '@moe/core'
 import type { Field, Item, ListField } from './task.ts'
 
-/** An item, and where it stands. */
+/** An item, and where it comes from. */
 export interface PlacedItem {
   readonly fields: Item
-  /** File and line. */
+  /** File and line, or `item 0` and so on. */
   readonly place: string
 }
 
 export const dataError = (place: string, problem: string, fix?: string, cause?: unknown): MoeError =>
   new MoeError({ code: 'E_DATA', op: place, problem, fix, cause })
 
-/** Reads a field of items. `name` is that of the field in the task. @throws MoeError E_DATA with the item's place */
+/** Reads a field of an item. `name` below is the name of the field in the task. @throws MoeError E_DATA with the item's place */
 export type Reader<T> = (item: PlacedItem) => T
 
-/** The text that a field says. */
+/** Reads a text. */
 export const textReader = (name: string, field: Field<string>): Reader<string> => {
   const read = reader(name, field)
   return item => asText(name, item, read(item))
 }
 
-/** A text, or a list of them. */
+/** Reads a text or a list of texts. */
 export const textsReader = (
   name: string,
   field: ListField | Field<string | readonly string[]>,
@@ -34,17 +34,17 @@ export const textsReader = (
   }
 }
 
-/** A list of texts. */
+/** Reads a list of texts. */
 export const listReader = (name: string, field: ListField): Reader<readonly string[]> => {
   const read = textsReader(name, field)
   return item => {
     const value = read(item)
     if (typeof value !== 'string') return value
-    throw dataError(item.place, `${name} is ${shown(value)}, and no list`)
+    throw dataError(item.place, `${name} is ${shown(value)}, expected a list`)
   }
 }
 
-/** A text or a number. */
+/** Reads a text or a number. */
 export const answerReader = (name: string, field: Field<string | number>): Reader<string | number> => {
   const read = reader(name, field)
   return item => {
@@ -56,7 +56,7 @@ export const answerReader = (name: string, field: Field<string | number>): Reade
 function asText(name: string, { place }: PlacedItem, value: unknown): string {
   if (typeof value === 'string') return value
   if (typeof value === 'number') return String(value)
-  throw dataError(place, `${name} is ${shown(value)}, and no text`)
+  throw dataError(place, `${name} is ${shown(value)}, expected a text`)
 }
 
 function asList(name: string, item: PlacedItem, value: readonly unknown[]): readonly string[] {
@@ -93,12 +93,12 @@ function pathReader(name: string, path: string): Reader<unknown> {
     let value: unknown = fields
     for (const key of keys) value = Object(value) === value ? (value as Item)[key] : undefined
     if (value !== undefined && value !== null) return value
-    throw dataError(place, `has no ${path}, which is ${name} of the task`, `it has ${Object.keys(fields).join(', ')}`)
+    throw missingField(place, path, name, fields)
   }
 }
 
 function templateReader(name: string, source: string): Reader<unknown> {
-  // An expression alone gives its value; of a text, a line feed at the end is kept.
+  // A template that is one expression returns its value. In other templates, keep a final newline, which Jinja would drop.
   const [, expression] = /^\{\{((?:(?!\}\}|\{\{)[\s\S])*)\}\}$/.exec(source) ?? []
   let template: Template
   let names: ReadonlySet<string>
@@ -106,17 +106,13 @@ function templateReader(name: string, source: string): Reader<unknown> {
     template = new Template(expression === undefined ? source.replace(/\n$/, '\n\n') : `{{ (${expression}) | tojson }}`)
     names = freeNames(template.parsed)
   } catch (cause) {
-    const problem = `${name} of the task is no template: ${(cause as Error).message}`
+    const problem = `${name} of the task is not a valid template: ${(cause as Error).message}`
     throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, cause })
   }
   return ({ fields, place }) => {
     for (const field of names) {
       if (fields[field] !== undefined && fields[field] !== null) continue
-      throw dataError(
-        place,
-        `has no ${field}, which ${name} of the task needs`,
-        `it has ${Object.keys(fields).join(', ')}`,
-      )
+      throw missingField(place, field, name, fields)
     }
     try {
       const text = template.render({ ...fields })
@@ -127,7 +123,12 @@ function templateReader(name: string, source: string): Reader<unknown> {
   }
 }
 
-/** Variables of a template that it does not set itself, but for those that it asks whether they are there. */
+function missingField(place: string, field: string, name: string, fields: Item): MoeError {
+  const problem = `the field ${field} is missing, which ${name} of the task uses`
+  return dataError(place, problem, `the item has ${Object.keys(fields).join(', ')}`)
+}
+
+/** The variables of a template that it does not set itself, except those that it tests for existence. */
 function freeNames(program: unknown): Set<string> {
   const used = new Set<string>()
   const own = new Set(['loop', 'range', 'namespace', 'true', 'false', 'none', 'True', 'False', 'None'])
@@ -151,13 +152,13 @@ function freeNames(program: unknown): Set<string> {
   return new Set([...used].filter(name => !own.has(name)))
 }
 
-/** What an error of `fieldOf` names before its item's place is known. */
+/** The `op` of errors of `fieldOf`, which `reader` replaces by the item's place. */
 const FIELD = 'item'
 
-/** A field of an item that must be a text, for functions of tasks. @throws MoeError E_DATA */
+/** Returns a field of an item that must be a text; for functions in tasks. @throws MoeError E_DATA */
 export function fieldOf(item: Item, name: string): string {
   const value = item[name]
   if (typeof value === 'string') return value
-  const problem = value === undefined ? `it has no ${name}` : `${name} is ${shown(value)}, and no text`
-  throw dataError(FIELD, problem, `it has ${Object.keys(item).join(', ')}`)
+  const problem = value === undefined ? `the field ${name} is missing` : `${name} is ${shown(value)}, expected a text`
+  throw dataError(FIELD, problem, `the item has ${Object.keys(item).join(', ')}`)
 }

@@ -1,12 +1,16 @@
-/** @file Items of a task: lines of JSON, or whole texts. */
+/** @file Reads the items of a task: lines of JSON, or whole texts. */
 import { MoeError, shown } from '@moe/core'
 import { dataError, type PlacedItem } from './fields.ts'
 import type { Item } from './task.ts'
 
-/** Where items come from: a path (of `.jsonl`: a JSON object a line; of any other name: a text, which is `text` of its one item), or the items themselves. */
+/** The source of items: the path of a `.jsonl` or `.ndjson` file with one JSON object per line, the path of any other file, whose content becomes the `text` of one item, or the items themselves. */
 export type ItemSource = string | URL | Iterable<Item>
 
-/** `name` is what one of those is called that were given as they are. @throws MoeError E_DATA for what cannot be read, with file and line */
+/**
+ * Reads items.
+ * @param name what items passed as objects are called in errors
+ * @throws MoeError E_DATA, with file and line, if they cannot be read, or if there are none
+ */
 export async function readItems(source: ItemSource, name: 'item' | 'example'): Promise<PlacedItem[]> {
   const isPath = typeof source === 'string' || source instanceof URL
   const items = isPath ? parseItems(await readText(source), String(source)) : givenItems(source, name)
@@ -20,13 +24,13 @@ async function readText(path: string | URL): Promise<string> {
   try {
     return new TextDecoder('utf-8', { fatal: true }).decode(await readFile(path))
   } catch (cause) {
-    throw dataError(String(path), `cannot be read: ${(cause as Error).message}`, undefined, cause)
+    throw dataError(String(path), `cannot read the file: ${(cause as Error).message}`, undefined, cause)
   }
 }
 
 function parseItems(text: string, path: string): PlacedItem[] {
   if (!/\.(jsonl|ndjson)$/i.test(path)) return text === '' ? [] : [{ fields: { text }, place: path }]
-  // Not all line separators of Unicode end a line of JSON.
+  // Split at newlines only: JSON strings may contain other line separators of Unicode.
   return text.split('\n').flatMap((line, i) => {
     if (line.trim() === '') return []
     const place = `${path}:${i + 1}`
@@ -34,7 +38,7 @@ function parseItems(text: string, path: string): PlacedItem[] {
     try {
       fields = JSON.parse(line)
     } catch (cause) {
-      throw dataError(place, `is no JSON: ${(cause as Error).message}`, undefined, cause)
+      throw dataError(place, `invalid JSON: ${(cause as Error).message}`, undefined, cause)
     }
     return [placed(fields, place)]
   })
@@ -44,11 +48,11 @@ function givenItems(source: Iterable<Item>, name: string): PlacedItem[] {
   if (typeof (source as Iterable<Item> | undefined)?.[Symbol.iterator] === 'function') {
     return Array.from(source, (fields, i) => placed(fields, `${name} ${i}`))
   }
-  const fix = 'pass the path of a .jsonl file, or a list of objects'
+  const fix = 'pass the path of a .jsonl file, or an array of objects'
   throw new MoeError({ code: 'E_DATA', op: 'evaluateTask', problem: `the ${name}s are ${shown(source)}`, fix })
 }
 
 function placed(fields: unknown, place: string): PlacedItem {
   if (typeof fields === 'object' && fields !== null && !Array.isArray(fields)) return { fields: fields as Item, place }
-  throw dataError(place, `is ${shown(fields)}, and no object`)
+  throw dataError(place, `the item is ${shown(fields)}, expected an object`)
 }

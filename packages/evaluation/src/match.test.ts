@@ -21,7 +21,7 @@ test.each([
   expect([gsm8k('strict-match', text, answer), gsm8k('flexible-extract', text, answer)]).toEqual([strict, flexible])
 })
 
-test('a text is an answer but for white space around it, and for what is told', () => {
+test('surrounding white space is ignored, and whatever the match ignores', () => {
   const match = (options: object, text: string, ...answers: string[]) => matcherOf('m', options)(text, answers, {})
   expect(match({}, ' Paris\n', 'Paris')).toBe(1)
   expect(match({}, 'paris', 'Paris')).toBe(0)

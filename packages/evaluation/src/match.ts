@@ -1,10 +1,10 @@
-/** @file Whether a text that was written is the answer. */
+/** @file Compares generated texts with answers. */
 import { MoeError } from '@moe/core'
 import type { Item, Match } from './task.ts'
 
 type Matcher = (text: string, answers: readonly string[], item: Item) => number
 
-/** What a match or a function says of a text: 1 or 0, or a share. @throws MoeError E_CONFIG for what is no regular expression */
+/** Returns a function that scores a text: 1 or 0, or any number that a task's own function returns. @throws MoeError E_CONFIG for an invalid regular expression */
 export function matcherOf(name: string, match: Match | ((text: string, item: Item) => boolean | number)): Matcher {
   if (typeof match === 'function') return (text, _answers, item) => Number(match(text, item))
   const extract = match.extract === undefined ? null : regularExpression(name, match.extract)
@@ -17,10 +17,10 @@ export function matcherOf(name: string, match: Match | ((text: string, item: Ite
     return rest.trim()
   }
   return (text, answers) => {
-    const said = extract === null ? text : extracted(text, extract, match.pick)
-    if (said === undefined) return 0
-    const given = plain(said)
-    return answers.some(answer => plain(answer) === given) ? 1 : 0
+    const found = extract === null ? text : extracted(text, extract, match.pick)
+    if (found === undefined) return 0
+    const normalized = plain(found)
+    return answers.some(answer => plain(answer) === normalized) ? 1 : 0
   }
 }
 

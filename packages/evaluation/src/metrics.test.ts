@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest'
 import { continuationMetrics, largest, means, stderrOfMean, textMetrics } from './metrics.ts'
 
-test('means, and their errors from the deviation of the sample', () => {
+test('means, and their standard errors from the sample standard deviation', () => {
   // Mean 3/4; squares 3/16 + 9/16 = 12/16; over 3 and over 4: 1/16.
   expect(means([{ acc: 1 }, { acc: 0 }, { acc: 1 }, { acc: 1 }])).toEqual({ acc: { value: 0.75, stderr: 0.25 } })
   expect(stderrOfMean([1, 2, 3, 4])).toBeCloseTo(Math.sqrt(5 / 3) / 2, 15)
@@ -10,7 +10,7 @@ test('means, and their errors from the deviation of the sample', () => {
   expect(means([{ acc: 1 }, { acc: Number.NaN }]).acc.value).toBeNaN()
 })
 
-test('the perplexity of answers is exp of their mean nats, each of an answer as a whole', () => {
+test('the perplexity of answers is exp of the mean nats per answer', () => {
   const { acc, perplexity } = continuationMetrics([
     { acc: 1, nats: Math.log(2) },
     { acc: 0, nats: Math.log(8) },
@@ -21,7 +21,7 @@ test('the perplexity of answers is exp of their mean nats, each of an answer as 
   expect(perplexity.stderr).toBeCloseTo(4 * Math.LN2, 12)
 })
 
-test('texts are weighed by their words and bytes', () => {
+test('texts are weighted by their words and bytes', () => {
   const metrics = textMetrics([
     { nats: 3 * Math.LN2, words: 1, bytes: 2, tokens: 1 },
     { nats: 5 * Math.LN2, words: 3, bytes: 14, tokens: 1 },
@@ -31,7 +31,7 @@ test('texts are weighed by their words and bytes', () => {
   expect(metrics.bits_per_byte).toEqual({ value: 0.5, stderr: null })
 })
 
-test('of equals the first is the largest', () => {
+test('of equal values the first is the largest', () => {
   expect(largest([-3, -1, -1])).toBe(1)
   expect(largest([-Infinity, -Infinity])).toBe(0)
   expect(largest([-1, Number.NaN])).toBe(1)

@@ -1,19 +1,19 @@
-/** @file From what items came to, to numbers with standard errors, as lm-evaluation-harness has them. */
+/** @file Computes the metrics of a task from those of its items, with standard errors, as lm-evaluation-harness does. */
 
-/** A number of a task. */
+/** A metric of a task. */
 export interface Metric {
-  /** Its value; NaN where the model's numbers are. */
+  /** The value; NaN if the model's log-probabilities are. */
   readonly value: number
-  /** Standard error of it, were the items drawn from many more; null where there is none (of whole texts, and of one item). */
+  /** The standard error, with the items as a sample of a larger population; null if undefined (for text tasks, and for a single item). */
   readonly stderr: number | null
 }
 
-/** Results of an item, by name: 1 or 0 for right or wrong, nats and counts. */
+/** Metrics of an item by name: correctness as 1 or 0, nats, and counts. */
 export type ItemMetrics = Readonly<Record<string, number>>
 
 export const mean = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0) / values.length
 
-/** The sample's standard deviation over the root of its size. */
+/** The sample standard deviation divided by the square root of the sample size. */
 export function stderrOfMean(values: readonly number[]): number | null {
   if (values.length < 2) return null
   const middle = mean(values)
@@ -23,7 +23,7 @@ export function stderrOfMean(values: readonly number[]): number | null {
 
 const column = (items: readonly ItemMetrics[], name: string) => items.map(item => item[name])
 
-/** Means of all that items have. */
+/** The mean of each metric over the items. */
 export function means(items: readonly ItemMetrics[]): Record<string, Metric> {
   const metric = (name: string): Metric => {
     const values = column(items, name)
@@ -32,14 +32,14 @@ export function means(items: readonly ItemMetrics[]): Record<string, Metric> {
   return Object.fromEntries(Object.keys(items[0]).map(name => [name, metric(name)]))
 }
 
-/** Accuracy, and the perplexity of an answer: exp of the mean of its nats. Its error is that of the mean times its slope, where the harness draws samples. */
+/** Accuracy and perplexity, exp of the mean nats per answer. The standard error of the perplexity is computed by the delta method, not by bootstrapping as in the harness. */
 export function continuationMetrics(items: readonly ItemMetrics[]): Record<string, Metric> {
   const { acc, nats } = means(items)
   const value = Math.exp(nats.value)
   return { acc, perplexity: { value, stderr: nats.stderr === null ? null : value * nats.stderr } }
 }
 
-/** Of all texts as one. */
+/** Metrics over all texts together. */
 export function textMetrics(items: readonly ItemMetrics[]): Record<string, Metric> {
   const total = (name: string) => column(items, name).reduce((sum, x) => sum + x, 0)
   const nats = total('nats')
@@ -51,7 +51,7 @@ export function textMetrics(items: readonly ItemMetrics[]): Record<string, Metri
   }
 }
 
-/** Number of the largest, the first of equals; NaN is larger than all. */
+/** The index of the largest value, the first one if several are equal. NaN is larger than all numbers. */
 export function largest(values: readonly number[]): number {
   const nan = values.findIndex(Number.isNaN)
   return nan >= 0 ? nan : values.indexOf(Math.max(...values))

@@ -1,18 +1,18 @@
-/** @file A model that is asked. */
+/** @file The queries that tasks make to a model. */
 import { MoeError, type Precision } from '@moe/core'
 import type { ContinuousBatch, ContinuousBatchOptions, DeepSeek, Generation, TextTurnOptions } from '@moe/deepseek'
 import { type EvaluationTokenizer, type Scored, TextEncoder } from './encode.ts'
 import type { Likelihood, ModelQueries } from './scorers.ts'
 
-/** What is asked of a model; a `DeepSeek` has it. */
+/** A model that can be evaluated, such as a `DeepSeek`. */
 export interface EvaluatedModel {
-  /** Of its configuration, the tokens that it reads at most, and the token that begins texts. */
+  /** The context length, and the token at the start of texts. */
   readonly config: { readonly max_position_embeddings: number; readonly bos_token_id?: number | null }
-  /** Ids at which a text ends. */
+  /** Ids of the tokens that end a text. */
   readonly endTokens: readonly number[]
-  /** As that of a `DeepSeek`. */
+  /** Returns log-probabilities of texts, as `DeepSeek.score` does. */
   score: DeepSeek['score']
-  /** As that of a `DeepSeek`: for answers that are written. */
+  /** Generates texts, as `DeepSeek.continuousBatch` does. Only generation tasks use it. */
   continuousBatch(options?: ContinuousBatchOptions): Pick<ContinuousBatch, 'generate' | 'dispose'>
 }
 
@@ -26,13 +26,13 @@ interface QueryOptions {
 }
 
 export const abortedBy = (signal: AbortSignal): MoeError =>
-  new MoeError({ code: 'E_ABORTED', op: 'evaluateTask', problem: 'was aborted', cause: signal.reason })
+  new MoeError({ code: 'E_ABORTED', op: 'evaluateTask', problem: 'aborted by its signal', cause: signal.reason })
 
 export class BatchedQueries implements ModelQueries {
   readonly encoder: TextEncoder
   readonly #model: EvaluatedModel
   readonly #options: QueryOptions
-  /** Is told which share of what is asked is done. */
+  /** Called with the fraction of the current queries that is done. */
   onProgress: (done: number) => void = () => undefined
 
   constructor(model: EvaluatedModel, options: QueryOptions) {
@@ -55,8 +55,8 @@ export class BatchedQueries implements ModelQueries {
         onProgress: done => this.onProgress(done),
       },
     )
-    return scores.map((told, i) => {
-      const tokens = told.slice(texts[i].from).flatMap(one => one ?? [])
+    return scores.map((all, i) => {
+      const tokens = all.slice(texts[i].from).flatMap(one => one ?? [])
       return {
         logProb: tokens.reduce((sum, { logProb }) => sum + logProb, 0),
         greedy: greedy && tokens.every(({ token, top }) => top[0].token === token),
@@ -64,7 +64,7 @@ export class BatchedQueries implements ModelQueries {
     })
   }
 
-  async write(
+  async generate(
     prompts: ReadonlyArray<readonly number[]>,
     options: Pick<TextTurnOptions, 'maxTokens' | 'stop'>,
   ): Promise<string[]> {
@@ -74,7 +74,7 @@ export class BatchedQueries implements ModelQueries {
     try {
       return await Promise.all(
         prompts.map(async prompt => {
-          const text = await allOf(batch.generate(prompt, { ...options, tokenizer, signal }))
+          const text = await textOf(batch.generate(prompt, { ...options, tokenizer, signal }))
           this.onProgress(++done / prompts.length)
           return text
         }),
@@ -85,7 +85,7 @@ export class BatchedQueries implements ModelQueries {
   }
 }
 
-async function allOf(generation: Generation<string>): Promise<string> {
+async function textOf(generation: Generation<string>): Promise<string> {
   let text = ''
   for await (const part of generation) text += part
   return text

@@ -1,4 +1,4 @@
-/** @file A model and its tokenizer, from a folder. */
+/** @file Opens a model and its tokenizer from a folder. */
 import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { MoeError, type WeightFormat } from '@moe/core'
@@ -6,21 +6,21 @@ import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { modelFolder } from '@moe/trainer'
 
-/** What is evaluated, and which tokens begin its texts. */
+/** A model, its tokenizer, and the tokens at the start of its texts. */
 export interface OpenedModel {
   readonly path: string
   readonly model: DeepSeek
   readonly tokenizer: BpeTokenizer
-  /** Undefined: what the tokenizer puts there by itself. */
+  /** Undefined: what the tokenizer adds. */
   readonly begin: number | null | undefined
   readonly prefix: number | undefined
 }
 
 /**
- * Opens a model in the Hugging Face layout, or the latest checkpoint of a run of `train`, on the default backend. Where tokenizer_config.json says `add_bos_token`, texts begin
+ * Opens a model in the Hugging Face layout, or the latest checkpoint of a run of `train`, on the default backend. If tokenizer_config.json sets `add_bos_token`, texts start
  * with that token.
- * @param begin the token that texts begin with, or `none`
- * @throws MoeError, TokenizerError for files that are missing or damaged
+ * @param begin the token at the start of texts, or `none`
+ * @throws MoeError, TokenizerError for missing or corrupt files
  */
 export async function openModel(
   folder: string,
@@ -38,8 +38,8 @@ export async function openModel(
   if (begin !== undefined) {
     const given = begin === 'none' ? null : tokenizer.tokenToId(begin)
     if (given === undefined) {
-      const problem = `there is no token ${begin} in the tokenizer`
-      throw new MoeError({ code: 'E_ATTR', op: path, problem, fix: 'pass one that it has, or none' })
+      const problem = `the tokenizer has no token ${begin}`
+      throw new MoeError({ code: 'E_ATTR', op: path, problem, fix: 'pass one of its tokens, or none' })
     }
     Object.assign(tokens, { begin: given })
   }
@@ -52,6 +52,6 @@ function readConfig(path: string): Readonly<Record<string, unknown>> {
   try {
     return Object(JSON.parse(readFileSync(path, 'utf8').replace(/^\uFEFF/, '')))
   } catch (cause) {
-    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `is no JSON: ${(cause as Error).message}`, cause })
+    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `invalid JSON: ${(cause as Error).message}`, cause })
   }
 }

@@ -1,7 +1,7 @@
-/** @file What people see: how far it is, and a table. */
+/** @file The command's output: progress, and a table of results. */
 import type { TaskResult } from './evaluate-task.ts'
 
-/** `12%, 3 min left`, once there is something to go by. */
+/** Formats the progress: `piqa: 12%, 3 min left`. Leaves out the time during the first second. */
 export function progressLine(name: string, done: number, seconds: number): string {
   const left = done > 0 && seconds > 1 ? `, ${duration((seconds * (1 - done)) / done)} left` : ''
   return `${name}: ${Math.floor(100 * done)}%${left}`
@@ -12,7 +12,7 @@ function duration(seconds: number): string {
   return seconds < 5400 ? `${Math.ceil(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`
 }
 
-/** A line for each number of each task. */
+/** Formats results as a table, with one line for each metric of each task. */
 export function resultTable(results: readonly TaskResult[]): string {
   const rows = results.flatMap(({ task, metrics, items, shots, seconds }) =>
     Object.entries(metrics).map(([name, { value, stderr }]) => [

@@ -1,4 +1,4 @@
-/** @file What items of each kind of task come to. */
+/** @file Scores the items of each kind of task. */
 import type { TextTurnOptions } from '@moe/deepseek'
 import type { Scored, TextEncoder } from './encode.ts'
 import { answerReader, dataError, listReader, type PlacedItem, type Reader, textReader, textsReader } from './fields.ts'
@@ -6,57 +6,57 @@ import { matcherOf } from './match.ts'
 import { continuationMetrics, type ItemMetrics, largest, type Metric, means, textMetrics } from './metrics.ts'
 import type { ChoiceTask, ContinuationTask, GenerationTask, Task, TextTask } from './task.ts'
 
-/** What an item came to: numbers, and what they are of. */
+/** The metrics of one item, and what they were computed from. */
 export interface Judged {
-  /** Of the item alone: right or wrong as 1 or 0, nats and counts. */
+  /** The item's metrics: correctness as 1 or 0, nats, and counts. */
   readonly metrics: ItemMetrics
-  /** What the model was asked; of choices with a context each, all of them. */
+  /** The prompt; if each choice has its own context, all of them. */
   readonly prompt?: string | readonly string[]
-  /** Log-probability of each choice. */
+  /** The log-probability of each choice. */
   readonly logProbs?: readonly number[]
-  /** Number of the choice that is right, or the right answers. */
+  /** The number of the correct choice, or the correct answers. */
   readonly answer?: number | string | readonly string[]
-  /** The choice that the model finds likeliest, by its number. */
+  /** The number of the most likely choice. */
   readonly chosen?: number
-  /** What the model wrote. */
+  /** The generated text. */
   readonly text?: string
-  /** Whether tokens are missing on the left, as there was no room for them. */
+  /** Whether texts were truncated on the left because they exceed the context. */
   readonly cut: boolean
 }
 
-/** Of the tokens of a text that are asked about. */
+/** The likelihood of the scored tokens of a text. */
 export interface Likelihood {
-  /** Sum of their log-probabilities. */
+  /** The sum of their log-probabilities. */
   readonly logProb: number
-  /** Whether each is the likeliest, where that is asked, too. */
+  /** Whether each token is the most likely one; false unless requested. */
   readonly greedy: boolean
 }
 
-/** What the model says of texts and writes behind prompts. */
+/** The queries to a model. */
 export interface ModelQueries {
   readonly encoder: TextEncoder
   score(texts: readonly Scored[], greedy: boolean): Promise<Likelihood[]>
-  write(
+  generate(
     prompts: ReadonlyArray<readonly number[]>,
     options: Pick<TextTurnOptions, 'maxTokens' | 'stop'>,
   ): Promise<string[]>
 }
 
-/** An item, and what stands in preamble of it: a description and examples. */
-export interface Asked {
+/** An item, and the text before it: description and examples. */
+export interface Prompted {
   readonly item: PlacedItem
   readonly preamble: string
 }
 
-/** A kind of task. */
+/** Scores the items of a task. */
 export interface Scorer {
-  /** An item with its answer, as an example. Undefined where there can be none. */
+  /** Formats an item with its answer, as an example. Undefined if the kind of task has no examples. */
   readonly solved?: Reader<string>
-  score(items: readonly Asked[], queries: ModelQueries): Promise<Judged[]>
+  score(items: readonly Prompted[], queries: ModelQueries): Promise<Judged[]>
   summarize(items: readonly ItemMetrics[]): Record<string, Metric>
 }
 
-/** The judge of a task. @throws MoeError E_CONFIG */
+/** Creates the scorer of a task. @throws MoeError E_CONFIG if a field of the task is invalid */
 export function scorerOf(task: Task): Scorer {
   switch (task.kind) {
     case 'choice':
@@ -71,9 +71,9 @@ export function scorerOf(task: Task): Scorer {
 }
 
 interface Choices {
-  /** Of each choice, a context and what it goes on with. */
+  /** The context and continuation of each choice. */
   readonly pairs: ReadonlyArray<readonly [context: string, continuation: string]>
-  /** By whose lengths log-probabilities are divided. */
+  /** The texts by whose lengths log-probabilities are divided. */
   readonly texts: readonly string[]
   readonly answer: number
 }
@@ -90,7 +90,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
     if (isOne === (typeof choices === 'string')) {
       throw dataError(
         item.place,
-        'needs a context and a list of choices, or a list of contexts and one that all go on with',
+        'the item needs one context and a list of choices, or a list of contexts and one choice',
       )
     }
     const pairs = isOne
@@ -103,20 +103,20 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
   }
 }
 
-/** Which choice is right: by its label, by its number, by its text. */
+/** The number of the correct choice, which the item gives by label, number or text. */
 function numberOf(
   { place }: PlacedItem,
   answer: string | number,
   choices: readonly string[],
   labels: readonly string[] | undefined,
 ): number {
-  const told = String(answer).trim()
-  const labelled = labels?.indexOf(told) ?? -1
+  const trimmed = String(answer).trim()
+  const labelled = labels?.indexOf(trimmed) ?? -1
   if (labelled >= 0 && labelled < choices.length) return labelled
-  const number = /^\d+$/.test(told) ? Number(told) : choices.indexOf(String(answer))
+  const number = /^\d+$/.test(trimmed) ? Number(trimmed) : choices.indexOf(String(answer))
   if (number >= 0 && number < choices.length) return number
   const known = labels === undefined ? `there are ${choices.length} choices` : `the labels are ${labels.join(', ')}`
-  throw dataError(place, `the answer is ${JSON.stringify(answer)}, and ${known}`)
+  throw dataError(place, `the answer is ${JSON.stringify(answer)}, but ${known}`)
 }
 
 const utf8 = new globalThis.TextEncoder()
@@ -131,22 +131,22 @@ function choiceScorer(task: ChoiceTask): Scorer {
     },
     summarize: means,
     async score(items, queries) {
-      const asked = items.map(({ item, preamble }) => {
+      const prompted = items.map(({ item, preamble }) => {
         const choices = read(item)
         const scored = choices.pairs.map(([context, choice]) =>
           queries.encoder.pair(preamble + context, delimiter + choice, item.place),
         )
         return { ...choices, preamble, scored }
       })
-      const told = await queries.score(
-        asked.flatMap(({ scored }) => scored),
+      const likelihoods = await queries.score(
+        prompted.flatMap(({ scored }) => scored),
         false,
       )
       let at = 0
-      return asked.map(({ pairs, texts, answer, preamble, scored }) => {
-        const logProbs = told.slice(at, at + pairs.length).map(({ logProb }) => logProb)
+      return prompted.map(({ pairs, texts, answer, preamble, scored }) => {
+        const logProbs = likelihoods.slice(at, at + pairs.length).map(({ logProb }) => logProb)
         at += pairs.length
-        // As numpy counts: code points. What is empty is likeliest of all, or would be.
+        // Lengths in code points, as in Python.
         const right = (lengthOf: (text: string) => number) =>
           logProbs.some(Number.isNaN)
             ? Number.NaN
@@ -177,17 +177,17 @@ function continuationScorer(task: ContinuationTask): Scorer {
     solved: item => contextOf(item) + delimiter + answerOf(item),
     summarize: continuationMetrics,
     async score(items, queries) {
-      const asked = items.map(({ item, preamble }) => {
+      const prompted = items.map(({ item, preamble }) => {
         const prompt = preamble + contextOf(item)
         const answer = answerOf(item)
         return { prompt, answer, scored: queries.encoder.pair(prompt, delimiter + answer, item.place) }
       })
-      const told = await queries.score(
-        asked.map(({ scored }) => scored),
+      const likelihoods = await queries.score(
+        prompted.map(({ scored }) => scored),
         true,
       )
-      return asked.map(({ prompt, answer, scored: { cut } }, i) => {
-        const { logProb, greedy } = told[i]
+      return prompted.map(({ prompt, answer, scored: { cut } }, i) => {
+        const { logProb, greedy } = likelihoods[i]
         return { metrics: { acc: Number(greedy), nats: -logProb }, prompt, answer, cut }
       })
     },
@@ -204,19 +204,19 @@ function generationScorer(task: GenerationTask): Scorer {
     solved: item => contextOf(item) + delimiter + [answerOf(item)].flat()[0],
     summarize: means,
     async score(items, queries) {
-      const asked = items.map(({ item, preamble }) => {
+      const prompted = items.map(({ item, preamble }) => {
         const prompt = preamble + contextOf(item)
         return { item, prompt, answers: [answerOf(item)].flat(), ...queries.encoder.prompt(prompt, maxTokens) }
       })
-      const written = await queries.write(
-        asked.map(({ ids }) => ids),
+      const written = await queries.generate(
+        prompted.map(({ ids }) => ids),
         { maxTokens, stop },
       )
-      return asked.map(({ item, prompt, answers, cut }, i) => {
+      return prompted.map(({ item, prompt, answers, cut }, i) => {
         const text = written[i]
-        const judged = matchers.map(([name, matches]) => [name, matches(text, answers, item.fields)] as const)
+        const matched = matchers.map(([name, matches]) => [name, matches(text, answers, item.fields)] as const)
         const answer = answers.length === 1 ? answers[0] : answers
-        return { metrics: Object.fromEntries(judged), prompt, text, answer, cut }
+        return { metrics: Object.fromEntries(matched), prompt, text, answer, cut }
       })
     },
   }
@@ -231,13 +231,13 @@ function textScorer(task: TextTask): Scorer {
         const text = textOf(item)
         return { text, windows: queries.encoder.windows(text) }
       })
-      const told = await queries.score(
+      const likelihoods = await queries.score(
         texts.flatMap(({ windows }) => windows),
         false,
       )
       let at = 0
       return texts.map(({ text, windows }) => {
-        const nats = -told.slice(at, at + windows.length).reduce((sum, { logProb }) => sum + logProb, 0)
+        const nats = -likelihoods.slice(at, at + windows.length).reduce((sum, { logProb }) => sum + logProb, 0)
         at += windows.length
         const tokens = windows.reduce((sum, { ids, from }) => sum + ids.length - from, 0)
         const metrics = { nats, tokens, bytes: utf8.encode(text).length, words: text.split(/\s+/).length }

@@ -9,7 +9,7 @@ const numbers = (shots: Shots, item: number) => shots.of(items[item], item).map(
 const make = (options: Partial<ShotOptions> = {}) =>
   new Shots({ shots: 5, draw: 'each', seed: 0, pool: items, groupOf: () => '', ...options })
 
-test('others are drawn for each item, by seed', () => {
+test('each: examples are drawn for each item, by seed, without the item', () => {
   const shots = make()
   const drawn = items.map((_, i) => numbers(shots, i))
   expect(drawn).toEqual(items.map((_, i) => numbers(make(), i)))
@@ -23,7 +23,7 @@ test('others are drawn for each item, by seed', () => {
   expect(new Set(drawn.flat()).size).toBe(20)
 })
 
-test('or once for all, the item itself left out', () => {
+test('once: the same examples are drawn for all items, without the item', () => {
   const shots = make({ draw: 'once' })
   const drawn = items.map((_, i) => numbers(shots, i))
   const counts = new Map<string, number>()
@@ -33,26 +33,28 @@ test('or once for all, the item itself left out', () => {
   for (const [i, some] of drawn.entries()) expect(some).not.toContain(i)
 })
 
-test('or they are the first', () => {
+test('first: examples are the first of the pool', () => {
   expect(numbers(make({ draw: 'first' }), 9)).toEqual([0, 1, 2, 3, 4])
   expect(numbers(make({ draw: 'first' }), 2)).toEqual([0, 1, 3, 4, 5])
 })
 
-test('of the same group', () => {
+test('examples are of the same group', () => {
   const shots = make({ groupOf: ({ fields }) => fields.group as string })
   for (let i = 0; i < 20; i++) expect(numbers(shots, i).every(one => one % 2 === i % 2)).toBe(true)
 })
 
-test('an item that is read twice is still itself', () => {
+test('an item that is read twice is recognized as itself', () => {
   const pool = items.slice(0, 6).map(({ fields, place }) => ({ fields: { ...fields }, place }))
   for (const draw of ['each', 'once', 'first'] as const)
     for (let i = 0; i < 6; i++) expect(numbers(make({ pool, draw }), i)).not.toContain(i)
 })
 
-test('too few are refused', () => {
+test('too few examples are an error', () => {
   const pool = items.slice(0, 5)
-  expect(() => numbers(make({ pool }), 0)).toThrow('file:0: 5 examples are asked for, and there are 4 others')
+  expect(() => numbers(make({ pool }), 0)).toThrow('file:0: shots is 5, but there are only 4 other items')
   expect(numbers(make({ pool }), 7)).toHaveLength(5)
   const groupOf = () => 'law'
-  expect(() => numbers(make({ pool, groupOf }), 1)).toThrow('there are 4 others of law; pass examples, or fewer shots')
+  expect(() => numbers(make({ pool, groupOf }), 1)).toThrow(
+    'only 4 other items in the group law; pass examples, or fewer shots',
+  )
 })

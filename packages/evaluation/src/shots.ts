@@ -1,9 +1,8 @@
-/** @file Examples in front of an item. */
+/** @file Chooses the examples before an item (few-shot). */
 import { MoeError, Random } from '@moe/core'
 import type { PlacedItem } from './fields.ts'
 import type { ExampleDraw } from './task.ts'
 
-/** What examples are drawn from, and how. */
 export interface ShotOptions {
   readonly shots: number
   readonly draw: ExampleDraw
@@ -12,7 +11,7 @@ export interface ShotOptions {
   readonly groupOf: (item: PlacedItem) => string
 }
 
-/** Which examples stand in front of an item: as many of the pool, of the item's group, and not the item itself. */
+/** Chooses examples from the pool, of the same group as the item and without the item itself. */
 export class Shots {
   readonly #options: ShotOptions
   readonly #groups = new Map<string, PlacedItem[]>()
@@ -27,7 +26,7 @@ export class Shots {
     }
   }
 
-  /** Of the item that is number `number` of the task. @throws MoeError E_DATA where there are too few */
+  /** The examples of an item, number `number` of the task. @throws MoeError E_DATA if there are too few */
   of(item: PlacedItem, number: number): PlacedItem[] {
     const { shots, draw, seed, groupOf } = this.#options
     if (shots === 0) return []
@@ -35,22 +34,22 @@ export class Shots {
     const all = this.#groups.get(group) ?? []
     const others = all.filter(other => !isSame(other, item))
     if (others.length < shots) {
-      const of = group === '' ? '' : ` of ${group}`
-      const problem = `${shots} examples are asked for, and there are ${others.length} others${of}`
+      const inGroup = group === '' ? '' : ` in the group ${group}`
+      const problem = `shots is ${shots}, but there are only ${others.length} other items${inGroup}`
       throw new MoeError({ code: 'E_DATA', op: item.place, problem, fix: 'pass examples, or fewer shots' })
     }
     if (draw === 'first') return others.slice(0, shots)
     const random = new Random(seed).fork(draw === 'once' ? `shots/${group}` : `shots/${group}/${number}`)
-    // One more for all, in case that the item is among them.
+    // One more than needed, in case the item itself is drawn.
     const drawn = sample(all, Math.min(all.length, shots + 1), random)
     return drawn.filter(other => !isSame(other, item)).slice(0, shots)
   }
 }
 
-/** One file may serve for both, and be read twice. */
+/** The same file may be passed as items and as examples, and is read twice then. */
 const isSame = (a: PlacedItem, b: PlacedItem): boolean => a.fields === b.fields || a.place === b.place
 
-/** As many different ones, in random order. */
+/** Draws without replacement. */
 function sample<T>(items: readonly T[], count: number, random: Random): T[] {
   const moved = new Map<number, T>()
   return Array.from({ length: count }, (_, i) => {

@@ -1,4 +1,4 @@
-/** @file Tasks from JSON files. */
+/** @file Reads tasks from JSON files. */
 import { MoeError } from '@moe/core'
 import { z } from 'zod'
 import type { Task } from './task.ts'
@@ -41,21 +41,21 @@ const schema = z.discriminatedUnion('kind', [
 ])
 
 /**
- * Reads a task from a JSON file: the fields of a `Task`, with names of fields and templates in place of functions.
- * @throws MoeError E_CONFIG for what is no task, with every fault in one message
+ * Reads a task from a JSON file, which has the properties of a `Task`, with field names and templates only (no functions).
+ * @throws MoeError E_CONFIG for an invalid task, with all faults in one message
  */
 export async function readTask(path: string | URL): Promise<Task> {
   const { readFile } = await import('node:fs/promises')
-  const refused = (problem: string, cause?: unknown) =>
+  const configError = (problem: string, cause?: unknown) =>
     new MoeError({ code: 'E_CONFIG', op: String(path), problem, cause })
   let json: unknown
   try {
     json = JSON.parse((await readFile(path, 'utf8')).replace(/^\uFEFF/, ''))
   } catch (cause) {
-    throw refused(`is no task: ${(cause as Error).message}`, cause)
+    throw configError(`cannot read the task: ${(cause as Error).message}`, cause)
   }
   const { success, data, error } = schema.safeParse(json)
   if (success) return data
   const faults = error.issues.map(({ path: at, message }) => `${at.join('.') || 'the file'}: ${message}`)
-  throw refused(`is no task: ${faults.join('; ')}`)
+  throw configError(`invalid task: ${faults.join('; ')}`)
 }

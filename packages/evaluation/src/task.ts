@@ -1,104 +1,104 @@
-/** @file What a task is: how items of a file become texts, and what is right. */
+/** @file The definition of a task: how items become prompts, and which answers are correct. */
 
-/** What one line of a task's file says, by the names of its fields. */
+/** An item of a task: one JSON object of its file. */
 export type Item = Readonly<Record<string, unknown>>
 
 /**
- * Something of an item: the name of a field (`question`, or `choices.text` for one within another), a Jinja template (`Question: {{question}}`), or a function. A
- * template that is one expression, such as `{{ [sol1, sol2] }}`, gives its value.
+ * How to read a value from an item: a field name (`question`, or `choices.text` for a nested field), a Jinja template (`Question: {{question}}`), or a function. A
+ * template that consists of one expression, such as `{{ [sol1, sol2] }}`, returns the expression's value.
  */
 export type Field<T> = string | ((item: Item) => T)
 
-/** A list of texts of an item, or the same one for all. */
+/** How to read a list of texts from an item, or a list that is the same for all items. */
 export type ListField = Field<readonly string[]> | readonly string[]
 
-/** What all kinds of tasks have. */
+/** Properties of tasks with prompts. */
 export interface TaskTexts {
-  /** Of results. */
+  /** The task's name in results. */
   readonly name: string
-  /** What the model is asked: the text in front of the answer, without the space between. */
+  /** The prompt, without the delimiter before the answer. */
   readonly context: Field<string>
-  /** Between a context and its answer. Default a space. */
+  /** The text between prompt and answer. Default: a space. */
   readonly delimiter?: string
-  /** Stands in front of everything, a Jinja template. */
+  /** A text before the examples and the prompt. */
   readonly description?: Field<string>
-  /** Examples with their answers in front of each item, unless `evaluateTask` is told otherwise. Default 0. */
+  /** The number of examples, with their answers, before each item; `evaluateTask` can override it. Default: 0. */
   readonly shots?: number
   /**
-   * Which ones: drawn for `each` item, drawn `once` for all (what they share is read once, which is much faster), or the `first` ones, where their order is a part of the
-   * task. Default `each`.
+   * How examples are chosen: drawn for `each` item, drawn `once` for all items (much faster, because the model reads their common part once), or the `first` ones, if their order is part of
+   * the task. Default: `each`.
    */
   readonly draw?: ExampleDraw
-  /** Behind each example. Default an empty line. */
+  /** The text after each example. Default: an empty line. */
   readonly exampleDelimiter?: string
-  /** What tells parts of the task apart, such as subjects: each has results of its own, and examples of its own. */
+  /** The item's group, such as its subject. Each group has its own results and its own examples. Default: no groups. */
   readonly group?: Field<string>
 }
 
-/** How examples are chosen. */
+/** How examples are chosen: see `TaskTexts.draw`. */
 export type ExampleDraw = 'each' | 'once' | 'first'
 
-/** Which of several answers the model finds likeliest. */
+/** A multiple-choice task: the most likely choice is the model's answer. Metrics: `acc`, `acc_norm` (log-probabilities divided by characters), `acc_bytes` (divided by bytes). */
 export interface ChoiceTask extends Omit<TaskTexts, 'context'> {
-  /** Tells the kinds apart. */
+  /** The kind of task. */
   readonly kind: 'choice'
-  /** What the model is asked; or, as WinoGrande has it, a list, one for each choice, that all go on with the same `choices`. */
+  /** The prompt; or a list with one context for each choice, followed by the same text, as in WinoGrande. */
   readonly context: Field<string | readonly string[]>
-  /** The answers to choose from. With a list of contexts, the one text that they go on with. */
+  /** The choices; with a list of contexts, the one text that follows each of them. */
   readonly choices: ListField | Field<string>
-  /** Which one is right: its number from 0, its label or its text. */
+  /** The correct choice: its number from 0, its label or its text. */
   readonly answer: Field<string | number>
-  /** What the choices are called in `answer`. */
+  /** The labels by which `answer` refers to the choices. */
   readonly labels?: ListField
 }
 
-/** Whether the model goes on with exactly this, as LAMBADA asks for the last word of a text, and how likely it finds it. */
+/** A continuation task, such as predicting the last word in LAMBADA. Metrics: `acc` (whether greedy decoding gives exactly the answer) and `perplexity` of the answer. */
 export interface ContinuationTask extends TaskTexts {
-  /** Tells the kinds apart. */
+  /** The kind of task. */
   readonly kind: 'continuation'
-  /** What it is to go on with. */
+  /** The expected continuation. */
   readonly answer: Field<string>
 }
 
-/** Whether an answer that the model writes is right. */
+/** A generation task: the model generates an answer, which is compared with the correct one. */
 export interface GenerationTask extends TaskTexts {
-  /** Tells the kinds apart. */
+  /** The kind of task. */
   readonly kind: 'generation'
-  /** The right answer, or several of which each is. Examples have the first. */
+  /** The correct answer, or several alternatives. Examples use the first one. */
   readonly answer: Field<string | readonly string[]>
-  /** Texts that end an answer, besides the model's end tokens. Default an empty line. */
+  /** Texts that end an answer, besides the model's end tokens. Default: `exampleDelimiter`. */
   readonly stop?: readonly string[]
-  /** Most tokens of an answer. Default 256. */
+  /** The maximum number of tokens of an answer. Default: 256. */
   readonly maxTokens?: number
-  /** Ways to tell whether it is right, by the names of the results. Default `exact_match`: the text is the same. */
+  /** How to compare, by metric name. Default: `exact_match`, which compares the whole text. */
   readonly matches?: Readonly<Record<string, Match | ((text: string, item: Item) => boolean | number)>>
 }
 
-/** When a text that the model wrote is an answer. White space around both counts for nothing. */
+/** How to compare a generated text with an answer. Surrounding white space is always ignored. */
 export interface Match {
-  /** A regular expression; what its first group that has matched says, or all of it, is compared. A text that it does not match is wrong. */
+  /** A regular expression that extracts the answer from the text: its first group that matched, or the whole match if it has no groups. A text that does not match is wrong. */
   readonly extract?: string
-  /** Which of several matches. Default `first`. */
+  /** Which of several matches of `extract` to use. Default: `first`. */
   readonly pick?: 'first' | 'last'
-  /** Regular expressions whose matches are taken out of both, one after the other. */
+  /** Regular expressions whose matches are removed from both texts, one after the other. */
   readonly ignore?: readonly string[]
-  /** Whether upper and lower case are the same. Default false. */
+  /** Whether to ignore case. Default: false. */
   readonly ignoreCase?: boolean
-  /** Whether ASCII punctuation is left out of both. Default false. */
+  /** Whether to ignore ASCII punctuation. Default: false. */
   readonly ignorePunctuation?: boolean
 }
 
-/** How well the model predicts whole texts: perplexities, and bits per byte. */
+/** A language-modelling task on whole texts. Metrics: `word_perplexity`, `byte_perplexity` and `bits_per_byte`. */
 export interface TextTask {
-  /** Tells the kinds apart. */
+  /** The kind of task. */
   readonly kind: 'text'
-  /** Of results. */
+  /** The task's name in results. */
   readonly name: string
   /** The text. */
   readonly text: Field<string>
-  /** What tells parts of the task apart: each has results of its own. */
+  /** The item's group. Each group has its own results. Default: no groups. */
   readonly group?: Field<string>
 }
 
-/** Something that a model can be judged by. */
+/** A task on which a model can be evaluated. */
 export type Task = ChoiceTask | ContinuationTask | GenerationTask | TextTask

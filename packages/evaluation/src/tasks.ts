@@ -1,4 +1,4 @@
-/** @file Ready-made tasks, as lm-evaluation-harness defines them, over the published JSON lines. */
+/** @file Built-in tasks, as lm-evaluation-harness defines them, for the published JSON lines. */
 import { fieldOf } from './fields.ts'
 import type { ChoiceTask, ContinuationTask, GenerationTask, Item, TextTask } from './task.ts'
 
@@ -24,10 +24,10 @@ function arcQuestion(item: Item): { stem: string; texts: string[]; labels: strin
 
 function listOf(value: unknown, name: string): string[] {
   if (Array.isArray(value) && value.length > 0 && value.every(one => typeof one === 'string')) return value
-  throw new Error(`it has no list ${name}`)
+  throw new Error(`the list ${name} is missing`)
 }
 
-/** HellaSwag's texts come from WikiHow, with marks in brackets. */
+/** Removes the bracketed markup of WikiHow from HellaSwag's texts. */
 const withoutMarks = (text: string): string =>
   text
     .trim()
@@ -59,7 +59,7 @@ const piqa: ChoiceTask = {
   answer: 'label',
 }
 
-/** Partial evaluation: the options stand in the context, and what is behind the blank is compared (Trinh and Le 2018). */
+/** Partial evaluation: each option is inserted into the context, and the text after the blank is scored (Trinh and Le 2018). */
 const winogrande: ChoiceTask = {
   name: 'winogrande',
   kind: 'choice',
@@ -72,10 +72,10 @@ const winogrande: ChoiceTask = {
   answer: 'answer',
 }
 
-function aroundBlank(item: Item): [before: string, behind: string] {
+function aroundBlank(item: Item): [before: string, after: string] {
   const sentence = fieldOf(item, 'sentence')
   const at = sentence.indexOf('_')
-  if (at < 0) throw new Error('sentence has no blank, which is _')
+  if (at < 0) throw new Error('sentence has no blank, written as _')
   return [sentence.slice(0, at), sentence.slice(at + 1)]
 }
 
@@ -88,7 +88,7 @@ const mmlu: ChoiceTask = {
     `The following are multiple choice questions (with answers) about ${fieldOf(item, 'subject').replaceAll('_', ' ')}.\n\n`,
   context: item => {
     const choices = listOf(item.choices, 'choices')
-    if (choices.length !== 4) throw new Error(`it has ${choices.length} choices, and not 4`)
+    if (choices.length !== 4) throw new Error(`expected 4 choices, got ${choices.length}`)
     const lines = choices.map((choice, i) => `${letters[i]}. ${choice}`)
     return [fieldOf(item, 'question').trim(), ...lines, 'Answer:'].join('\n')
   },
@@ -127,8 +127,9 @@ const gsm8k: GenerationTask = {
 const text: TextTask = { name: 'text', kind: 'text', text: 'text' }
 
 /**
- * Tasks by name, for files as they are published: `hellaswag` (rowanz/hellaswag), `arc_easy` and `arc_challenge` (AI2, or allenai/ai2_arc), `piqa` (with its labels in the
- * lines), `winogrande`, `mmlu` (cais/mmlu, all subjects in one file; examples are its `dev`), `lambada` (OpenAI's), `gsm8k` (examples are its `train`), and `text` for texts as a whole.
+ * Built-in tasks, for the files as published: `hellaswag` (rowanz/hellaswag), `arc_easy` and `arc_challenge` (AI2, or allenai/ai2_arc), `piqa` (with its labels in the
+ * lines), `winogrande`, `mmlu` (cais/mmlu, all subjects in one file; pass its `dev` split as examples), `lambada` (OpenAI's), `gsm8k` (pass its `train` split as examples), and `text` for
+ * whole texts.
  */
 export const tasks = {
   hellaswag,

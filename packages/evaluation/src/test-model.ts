@@ -1,8 +1,8 @@
-/** @file For tests: a tokenizer of characters, and a model whose probabilities are known. */
+/** @file For tests only: a character tokenizer, and a model with known probabilities. */
 import type { Generation, TextTurnOptions, TokenLogProb } from '@moe/deepseek'
 import type { EvaluatedModel, EvaluationTokenizer } from './index.ts'
 
-/** A token for each character: its code. */
+/** A tokenizer with one token for each character: its code point. */
 export const characters: EvaluationTokenizer = {
   encode: text => Array.from(text, character => character.codePointAt(0) as number),
   createDecodeStream: () => ({ push: id => String.fromCodePoint(id), end: () => '' }),
@@ -10,7 +10,7 @@ export const characters: EvaluationTokenizer = {
 
 export const textOf = (ids: Iterable<number>): string => String.fromCodePoint(...ids)
 
-/** What is known of a model: the log-probability of a character behind a text, and which one is likeliest there. */
+/** The known probabilities: the log-probability of a character after a text, and the most likely one. */
 export interface Known {
   readonly context?: number
   logProb(before: string, next: string): number
@@ -18,7 +18,7 @@ export interface Known {
   likeliest?(before: string): string
 }
 
-/** Tells what is known, and what it was asked for: a text that stands before, and one whose characters it tells of; of what it writes, the latter is empty. */
+/** A model with known probabilities. Records its queries in `asked`: the context and the scored text, which is empty for generation. */
 export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: Known) {
   const asked: Array<[before: string, asked: string]> = []
   const model: EvaluatedModel = {
