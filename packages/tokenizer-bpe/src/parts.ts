@@ -56,7 +56,7 @@ export function provide(parts: Partial<Parts>): void {
 export function part<Name extends keyof Parts>(name: Name): Parts[Name] {
   const found = have[name] as Parts[Name] | undefined
   if (found === undefined) {
-    throw unsupported(name, 'code that has not been fetched in this browser', 'use fromJSONAsync or fromTiktokenAsync')
+    throw unsupported(name, 'code not fetched in this browser', 'use fromJSONAsync or fromTiktokenAsync')
   }
   return found
 }

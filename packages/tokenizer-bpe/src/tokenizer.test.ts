@@ -237,23 +237,25 @@ describe('calls that cannot be meant', () => {
     await expect(trainBpeAsync(CORPUS, null as never)).rejects.toThrow('trainBpe: expected an options object, got null')
     call('encode', 'a', { addSpecialTokns: false }).toThrow('encode: unknown option addSpecialTokns')
     call('encode', 'a', null).toThrow('expected an options object, got null')
-    call('encode', 'a', 'b').toThrow('the options are "b"')
-    call('encodeWithOffsets', 'a', { special: false }).toThrow('no option special')
+    call('encode', 'a', 'b').toThrow('expected an options object, got "b"')
+    call('encodeWithOffsets', 'a', { special: false }).toThrow('unknown option special')
     call('decode', [1], { skipSpecial: true }).toThrow(
-      'decode: unknown option skipSpecial; there are skipSpecialTokens',
+      'decode: unknown option skipSpecial; the options are skipSpecialTokens',
     )
-    call('createDecodeStream', { skip: true }).toThrow('no option skip')
+    call('createDecodeStream', { skip: true }).toThrow('unknown option skip')
     call('encode', 'a', { special: undefined }).not.toThrow()
     const batch = (...given: unknown[]) =>
       (tokenizer.encodeBatch as (...given: unknown[]) => Promise<unknown>)(...given)
-    await expect(batch(['a'], { thread: 2 })).rejects.toThrow('no option thread;')
+    await expect(batch(['a'], { thread: 2 })).rejects.toThrow('unknown option thread;')
     for (const texts of [undefined, 'text', [1], Promise.resolve(['a'])]) {
       await expect(batch(texts)).rejects.toMatchObject({
         code: 'E_DATA',
         message: expect.stringMatching(/expected a list of texts, got/),
       })
     }
-    expect(() => BpeTokenizer.fromTiktoken('', { pretokenizer: 'gpt2' } as never)).toThrow('no option pretokenizer')
+    expect(() => BpeTokenizer.fromTiktoken('', { pretokenizer: 'gpt2' } as never)).toThrow(
+      'unknown option pretokenizer',
+    )
   })
 
   test.each([

@@ -301,7 +301,7 @@ export class BpeTokenizer {
         code: 'E_UNSUPPORTED',
         op: 'encodeWithOffsets',
         problem: 'the normalizer changes this text',
-        fix: 'normalize the text first; offsets then refer to the normalized text',
+        fix: 'normalize the text first',
       })
     }
     const offsets = new OffsetCollector(text, this.#post.trimOffsets, this.#post.prefixSpace)
