@@ -1,21 +1,21 @@
-/** @file `POST /v1/chat/completions`: the next turn of a conversation, which a chat template writes. */
+/** @file `POST /v1/chat/completions`: the next message of a conversation that a chat template formats. */
 import { randomUUID } from 'node:crypto'
 import type { ChatMessage } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
+import { answerForm, formFields, promptedTools } from './answer-form.ts'
 import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
+import { generationRequest, type ServedModel } from './generation-request.ts'
 import { chatLogProbs } from './log-probs.ts'
-import { thinkingBehind } from './reasoning.ts'
+import { thinkingAfter } from './reasoning.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import type { ToolCall } from './tool-calls.ts'
-import { formFields, wantedForm, wantedTools } from './wanted-form.ts'
-import { type Opened, wantedTexts } from './wanted-texts.ts'
 
 const roles = ['system', 'developer', 'user', 'assistant', 'tool'] as const
 
-/** What templates are given of the rest of the request, or know themselves. */
-const ownVariables = ['messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token']
+/** Variables that the server or the template sets. */
+const reservedVariables = ['messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token']
 
 const fields = z.object({
   ...sharedFields,
@@ -24,7 +24,7 @@ const fields = z.object({
   messages: z.array(z.looseObject({ role: z.enum(roles, { error: `expected one of ${roles.join(', ')}` }) })).min(1),
   chat_template_kwargs: z
     .record(z.string(), z.unknown())
-    .refine(given => !ownVariables.some(name => name in given), `${ownVariables.join(', ')} are not to be given`)
+    .refine(given => !reservedVariables.some(name => name in given), `${reservedVariables.join(', ')} cannot be set`)
     .nullish(),
   logprobs: z.boolean().nullish(),
   top_logprobs: z.int().min(0).max(20).nullish(),
@@ -34,25 +34,28 @@ export const chatCompletions = choicesEndpoint({
   prefix: 'chatcmpl-',
   object: 'chat.completion',
   chunkObject: 'chat.completion.chunk',
-  async wanted(body, served, signal) {
+  async parse(body, served, signal) {
     const parsed = parseFields(fields, body)
     const { traits } = served
-    const tools = wantedTools(parsed, traits)
-    const messages = parsed.messages.map((one, i) => message(one, i, traits))
+    const tools = promptedTools(parsed, traits)
+    const messages = parsed.messages.map((one, i) => templateMessage(one, i, traits))
     const text = render(messages, tools, parsed.chat_template_kwargs ?? {}, served)
-    const thinking = thinkingBehind(text, traits.thinks)
-    const made = messages.reduce((sum, { tool_calls: calls }) => sum + (Array.isArray(calls) ? calls.length : 0), 0)
-    const { prefix, form, calls } = wantedForm(parsed, traits, tools, thinking, made)
-    // The template has written the special tokens.
+    const thinking = thinkingAfter(text, traits.hasReasoning)
+    const previousCalls = messages.reduce(
+      (sum, { tool_calls: calls }) => sum + (Array.isArray(calls) ? calls.length : 0),
+      0,
+    )
+    const { prefix, form, calls } = answerForm(parsed, traits, tools, thinking, previousCalls)
+    // The template already contains the special tokens.
     const ids = served.tokenizer.encode(text + prefix, { addSpecialTokens: false })
-    const most = parsed.max_completion_tokens ?? parsed.max_tokens
-    const { logprobs: isTold, top_logprobs: top } = parsed
-    if (top && !isTold) throw new ApiError(400, 'top_logprobs goes with logprobs: true', { param: 'top_logprobs' })
-    const texts = wantedTexts(served, { ...parsed, max_tokens: most }, [{ ids, added: 0 }], 'messages', null)
+    const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens
+    const { logprobs: hasLogProbs, top_logprobs: top } = parsed
+    if (top && !hasLogProbs) throw new ApiError(400, 'top_logprobs requires logprobs: true', { param: 'top_logprobs' })
+    const texts = generationRequest(served, { ...parsed, max_tokens: maxTokens }, [{ ids, added: 0 }], 'messages', null)
     return {
       ...texts,
       echo: false,
-      logProbs: isTold ? (top ?? 0) : undefined,
+      logProbs: hasLogProbs ? (top ?? 0) : undefined,
       thinking,
       calls,
       constraints: form && (await served.grammars.constraints(form.form, texts.choices, form.param, signal)),
@@ -93,7 +96,7 @@ const toolCall = ({ id = `call_${randomUUID().replaceAll('-', '')}`, name, argum
 
 const textPart = z.object({ type: z.literal('text'), text: z.string() })
 
-const madeCalls = z.array(
+const toolCalls = z.array(
   z.looseObject({
     id: z.string().nullish(),
     type: z.literal('function').default('function'),
@@ -101,18 +104,22 @@ const madeCalls = z.array(
   }),
 )
 
-/** Templates know messages without a text, beside calls. */
+/** In templates, a message with tool calls may have no content. */
 type TemplateMessage = Omit<ChatMessage, 'content'> & { readonly content: string | null }
 
-/** A message as templates know them: its content is one text, and OpenAI's newer name of the system is the old one. */
-function message(given: Readonly<Record<string, unknown>>, i: number, template: TemplateTraits): TemplateMessage {
+/** Converts a message for the template: content becomes one string, and the role `developer` becomes `system`. */
+function templateMessage(
+  given: Readonly<Record<string, unknown>>,
+  i: number,
+  template: TemplateTraits,
+): TemplateMessage {
   const { role, content, reasoning_content: reasoning, tool_calls: calls, function_call: call } = given
   const param = `messages[${i}]`
   if (call != null)
     throw new ApiError(400, `${param}.function_call: use tool_calls`, { param: `${param}.function_call` })
   const hasCalls = role === 'assistant' && Array.isArray(calls) && calls.length > 0
-  if ((hasCalls || role === 'tool') && !template.writesCalls) {
-    const message = `${param}: this model's chat template does not write calls of tools: send texts`
+  if ((hasCalls || role === 'tool') && !template.supportsCalls) {
+    const message = `${param}: this model's chat template does not support tool calls: send only text messages`
     throw new ApiError(400, message, { param })
   }
   if (role === 'tool') {
@@ -128,16 +135,18 @@ function message(given: Readonly<Record<string, unknown>>, i: number, template: 
   return hasCalls ? { ...own, tool_calls: callsOf(calls, `${param}.tool_calls`, template) } : own
 }
 
-function callsOf(calls: unknown, param: string, { parsed }: TemplateTraits) {
-  const { data } = madeCalls.safeParse(calls)
+function callsOf(calls: unknown, param: string, { parsesArguments }: TemplateTraits) {
+  const { data } = toolCalls.safeParse(calls)
   const problem = (what: string) => new ApiError(400, `${param}: ${what}`, { param })
   if (data === undefined) throw problem('expected a list of { id, type, function: { name, arguments } }')
-  if (!parsed) return data
+  if (!parsesArguments) return data
   return data.map(call => {
     try {
       return { ...call, function: { ...call.function, arguments: JSON.parse(call.function.arguments) } }
     } catch (cause) {
-      throw problem(`the arguments of ${call.function.name.slice(0, 64)} are no JSON: ${(cause as Error).message}`)
+      throw problem(
+        `the arguments of ${call.function.name.slice(0, 64)} are not valid JSON: ${(cause as Error).message}`,
+      )
     }
   })
 }
@@ -145,7 +154,7 @@ function callsOf(calls: unknown, param: string, { parsed }: TemplateTraits) {
 function textOf(content: unknown, param: string): string {
   if (typeof content === 'string') return content
   if (!Array.isArray(content)) {
-    throw new ApiError(400, `${param}: expected a text, or a list of parts of type text`, { param })
+    throw new ApiError(400, `${param}: expected a string or a list of text parts`, { param })
   }
   return content
     .map((part, i) => {
@@ -159,21 +168,21 @@ function textOf(content: unknown, param: string): string {
     .join('')
 }
 
-/** The prompt, in which a template that tells of no tools has them told of behind what the system says. */
+/** Renders the prompt. If the template does not describe tools, their description is appended to the system message. */
 function render(
   messages: readonly TemplateMessage[],
   tools: readonly object[],
   variables: Readonly<Record<string, unknown>>,
-  { chatTemplate, name, traits: { format, isTold } }: Opened,
+  { chatTemplate, name, traits: { format, describesTools } }: ServedModel,
 ): string {
   if (chatTemplate === undefined) {
-    const problem = `${JSON.stringify(name)} has no chat template, it goes on with texts`
+    const problem = `${JSON.stringify(name)} has no chat template`
     throw new ApiError(400, `${problem}: use /v1/completions, or start the server with a template`, {
       code: 'no_chat_template',
     })
   }
-  const isTelling = tools.length > 0 && !isTold && format.tell
-  const all = isTelling ? withSystem(messages, isTelling(tools)) : messages
+  const describe = tools.length > 0 && !describesTools ? format.describeTools : undefined
+  const all = describe ? withSystem(messages, describe(tools)) : messages
   try {
     return chatTemplate.render(all as readonly ChatMessage[], {
       variables: { ...variables, ...(tools.length > 0 && { tools }) },

@@ -1,23 +1,25 @@
-/** @file Answers of the two older endpoints: lists of choices, whole or in chunks. */
-import type { Endpoint, Made, StreamEvent, Usage } from './endpoint.ts'
+/** @file Response format of completions and chat completions: a list of choices, complete or in chunks. */
+import type { Endpoint, GeneratedPart, StreamEvent, Usage } from './endpoint.ts'
 import type { FinishReason } from './text-engine.ts'
 
-interface Choices extends Pick<Endpoint, 'prefix' | 'wanted' | 'logProbs'> {
+interface Choices extends Pick<Endpoint, 'prefix' | 'parse' | 'logProbs'> {
   readonly object: string
   readonly chunkObject: string
-  /** One of `choices`, whole. */
-  choice(index: number, made: Made, finish: FinishReason): object
-  /** The same in a stream: before any text; a part of it; at its end. */
+  /** A complete element of `choices`. */
+  choice(index: number, part: GeneratedPart, finish: FinishReason): object
+  /** In a stream: the element before any text of the choice. */
   opening(index: number): object | undefined
-  part(index: number, made: Made): object
+  /** In a stream: a part of the text. */
+  part(index: number, part: GeneratedPart): object
+  /** In a stream: the end of the choice. */
   end(index: number, finish: FinishReason): object
 }
 
 export function choicesEndpoint(choices: Choices): Endpoint {
-  const { prefix, wanted, logProbs, object, chunkObject } = choices
+  const { prefix, parse, logProbs, object, chunkObject } = choices
   return {
     prefix,
-    wanted,
+    parse,
     logProbs,
     body: (head, texts, usage) => ({
       ...head,
@@ -35,7 +37,7 @@ export function choicesEndpoint(choices: Choices): Endpoint {
           const opening = choices.opening(index)
           return opening ? chunk([opening]) : []
         },
-        part: (index, made) => chunk([choices.part(index, made)]),
+        part: (index, part) => chunk([choices.part(index, part)]),
         end: (index, finish) => chunk([choices.end(index, finish)]),
         over: usage => (includeUsage ? chunk([], usageOf(usage)) : []),
         failed: error => [{ data: JSON.stringify(error) }],
@@ -45,9 +47,9 @@ export function choicesEndpoint(choices: Choices): Endpoint {
   }
 }
 
-const usageOf = ({ prompt, made, reused }: Usage) => ({
+const usageOf = ({ prompt, generated, reused }: Usage) => ({
   prompt_tokens: prompt,
-  completion_tokens: made,
-  total_tokens: prompt + made,
+  completion_tokens: generated,
+  total_tokens: prompt + generated,
   prompt_tokens_details: { cached_tokens: reused },
 })

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** @file The command `moe-serve`: serves a model's folder. Exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage, 130 or 143 for a second signal. */
+/** @file The command `moe-serve`. Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 130 or 143 on a second signal. */
 import { readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
@@ -8,30 +8,32 @@ import { openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
 import { serve } from './serve.ts'
 
-const HELP = `moe-serve FOLDER [options]: an OpenAI-compatible server of a model.
+const HELP = `Usage: moe-serve FOLDER [options]
 
-  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a run, whose latest checkpoint it takes
+Serves a language model through an OpenAI-compatible HTTP API.
 
-  --host ADDRESS     where to listen (default 127.0.0.1, which only this machine reaches)
-  --port N           default 8000; 0 takes one that is free
-  --api-key KEY      what clients have to send (default: $MOE_API_KEY; nobody is asked without)
-  --cors ORIGIN      web pages that may call, or *; may be repeated
-  --body-limit MIB   largest request (default 4)
-  --name NAME        the model's name (default: that of the folder)
-  --chat-template F  a Jinja file that writes conversations (default: that of the folder)
-  --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
-  --precision P      f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
-  --max-texts N      texts that are made at once; others wait (default 8)
-  --cache-tokens N   tokens that are remembered of all texts (default: a context, or 2048 a text where that is more)
-  --cache FORMAT     f32 (default), or bf16 for half the memory
-  --speculative      let the model's MTP modules draft (default: they do not)
-  --threads N        of the CPU (default: one a core)
-  --json             log lines as JSON, on standard output
-  --quiet            no log lines
-  --version          of the package
-  --help             this text
+  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a training run (uses its latest checkpoint)
 
-Ctrl-C waits for what runs, up to ten seconds; a second one does not.
+  --host ADDRESS     address to listen on (default: 127.0.0.1, which accepts connections from this machine only)
+  --port N           port to listen on; 0 selects a free one (default: 8000)
+  --api-key KEY      key that clients must send (default: $MOE_API_KEY; if neither is set, no key is required)
+  --cors ORIGIN      web origin that may call the server, or *; may be repeated
+  --body-limit MIB   maximum size of a request (default: 4)
+  --name NAME        name of the model for clients (default: the name of the folder)
+  --chat-template F  Jinja file with the chat template (default: that of the folder)
+  --weights F        store the weights as bf16, fp8, int8 or int4: faster and smaller, but less exact
+  --precision P      arithmetic of matrix products: f32, bf16 or fp8 (default: bf16 with --weights, else f32)
+  --max-texts N      number of texts generated at the same time; others wait (default: 8)
+  --cache-tokens N   capacity of the KV cache in tokens (default: the context length, or 2048 per text if that is more)
+  --cache FORMAT     format of the KV cache: f32 (default), or bf16 for half the memory
+  --speculative      use speculative decoding with the model's MTP modules
+  --threads N        number of CPU threads (default: one per core)
+  --json             log to standard output, one JSON object per line
+  --quiet            log nothing to standard error
+  --version          print the version
+  -h, --help         print this help
+
+Ctrl-C waits up to 10 seconds for running requests; press it again to stop immediately.
 `
 
 class UsageError extends Error {}
@@ -67,18 +69,21 @@ function readArguments() {
   const number = (name: Numeric, least: number, most: number, whole = true) => {
     const value = Number(values[name])
     const fits = values[name] !== '' && value >= least && value <= most && (!whole || Number.isInteger(value))
-    if (!fits) throw new UsageError(`--${name} is "${values[name]}", needs a number from ${least} to ${most}`)
+    if (!fits)
+      throw new UsageError(
+        `--${name} is "${values[name]}", expected ${whole ? 'an integer' : 'a number'} from ${least} to ${most}`,
+      )
     return value
   }
   const optional = (name: Numeric, most: number) => (values[name] === undefined ? undefined : number(name, 1, most))
   const oneOf = <T extends string>(name: 'weights' | 'precision' | 'cache', known: readonly T[]) => {
     const value = known.find(choice => choice === values[name])
     if (values[name] !== undefined && value === undefined)
-      throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
+      throw new UsageError(`--${name} is "${values[name]}", expected one of ${known.join(', ')}`)
     return value
   }
   const [folder, ...more] = positionals
-  if (more.length > 0) throw new UsageError('it serves one folder')
+  if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
   return {
     ...values,
     folder,
@@ -94,15 +99,15 @@ function readArguments() {
   }
 }
 
-/** Clients are answered, whoever reads the log. */
+/** Keep serving if the reader of the log closes the pipe. */
 for (const stream of [process.stdout, process.stderr]) stream.on('error', () => undefined)
 
-const say = (text: string) => process.stderr.write(`${text}\n`)
-const tell = (line: string) => process.stdout.write(`${line}\n`)
+const log = (text: string) => process.stderr.write(`${text}\n`)
+const print = (line: string) => process.stdout.write(`${line}\n`)
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const { folder, json, quiet, host, threads, precision, speculative } = options
-  if (folder === undefined) throw new UsageError('which model?')
+  if (folder === undefined) throw new UsageError('missing FOLDER')
   const backend = await firstAvailable([
     () => import('@moe/kernels-cuda'),
     async () => {
@@ -135,22 +140,23 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     cors: options.cors,
     bodyLimit: options.bodyLimit,
     onRequest: record => {
-      if (json) tell(requestJson(record))
-      else if (!quiet) say(requestLine(record, color))
+      if (json) print(requestJson(record))
+      else if (!quiet) log(requestLine(record, color))
     },
   })
   const server = await serve(app, { port: options.port, host })
   stopOnSignals(() => server.close(), quiet)
   const { url } = server
-  if (json) tell(JSON.stringify({ event: 'listening', url, model: name, chat: chatTemplate !== undefined }))
+  if (json) print(JSON.stringify({ event: 'listening', url, model: name, chat: chatTemplate !== undefined }))
   if (quiet) return
   const { elements, bytes } = weightBytes(model)
   const size = `${(elements / 1e6).toFixed(1)}M parameters, ${(bytes / 2 ** 20).toFixed(0)} MiB`
-  say(`${path}: ${size} on ${backend.name} (${backend.device})`)
-  if (chatTemplate === undefined) say('it has no chat template: /v1/chat/completions refuses, /v1/completions works')
+  log(`${path}: ${size} on ${backend.name} (${backend.device})`)
+  if (chatTemplate === undefined)
+    log('no chat template: only /v1/completions is available; set one with --chat-template')
   if (!/^(127\.|localhost$|::1$)/.test(host) && options.apiKey === undefined)
-    say(`whoever reaches ${host} can use it: --api-key asks for a key`)
-  say(`${name} at ${url}/v1`)
+    log(`warning: anyone who can reach ${host} can use this server; require a key with --api-key`)
+  log(`serving ${name} at ${url}/v1`)
 }
 
 function stopOnSignals(close: () => Promise<void>, quiet: boolean): void {
@@ -158,13 +164,13 @@ function stopOnSignals(close: () => Promise<void>, quiet: boolean): void {
   const stop = (signal: NodeJS.Signals) => {
     if (stopping) process.exit(exitCodes[signal as keyof typeof exitCodes])
     stopping = true
-    if (!quiet) say('waiting for what runs, up to 10 s; once more ends at once')
+    if (!quiet) log('waiting up to 10 s for running requests; press Ctrl-C again to stop immediately')
     void close().then(() => process.exit(0))
   }
   for (const signal of Object.keys(exitCodes)) process.on(signal, stop)
 }
 
-/** Failures that say by themselves what to do; a stack would only hide it. */
+/** Errors whose message is sufficient without a stack trace. */
 const isExpected = (error: unknown): error is Error =>
   error instanceof Error && (isMoeError(error) || error.name === 'TokenizerError')
 
@@ -174,12 +180,12 @@ const isUsage = (error: unknown): error is Error =>
 try {
   const options = readArguments()
   if (options.help) process.stdout.write(HELP)
-  else if (options.version) tell(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
+  else if (options.version) print(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
   else await main(options)
 } catch (error) {
   if (!isExpected(error) && !isUsage(error)) throw error
-  // Node goes on about arguments that begin with a dash.
-  say(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')}`)
-  if (isUsage(error)) say('See moe-serve --help.')
+  // Node's message continues with advice about arguments that begin with a dash.
+  log(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')}`)
+  if (isUsage(error)) log('See moe-serve --help.')
   process.exit(isUsage(error) ? 2 : 1)
 }

@@ -1,4 +1,4 @@
-/** @file The server as a Hono application: routes, and what every request goes through. */
+/** @file The server as a Hono application: routes and middleware. */
 import { createHash, timingSafeEqual } from 'node:crypto'
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { Hono } from 'hono'
@@ -10,25 +10,25 @@ import { chatCompletions } from './chat-completions.ts'
 import { completions } from './completions.ts'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError, toApiError } from './errors.ts'
+import { type Served, unknownModel } from './generation-request.ts'
 import { Grammars } from './grammars.ts'
 import { METRICS_TYPE, Metrics } from './metrics.ts'
 import type { RequestRecord } from './request-record.ts'
 import { responses } from './responses.ts'
-import { marksOf, traitsOf } from './template-traits.ts'
+import { controlTokensOf, traitsOf } from './template-traits.ts'
 import type { TextEngine } from './text-engine.ts'
-import { type Served, unknownModel } from './wanted-texts.ts'
 
-/** What is served, by what, and to whom. */
+/** Options of {@link createServer}. */
 export interface ServerOptions extends Served {
-  /** Makes the texts. It is its owner's to dispose, when nothing is served any more. */
+  /** Generates the texts. The caller disposes of it after the server has stopped. */
   readonly engine: TextEngine
-  /** What clients send as `Authorization: Bearer KEY`. Default: nobody is asked. */
+  /** The key that clients must send as `Authorization: Bearer KEY`. Default: no key is required. */
   readonly apiKey?: string
-  /** Origins whose pages may call, or `*`. Default: none but the server's own. */
+  /** Origins that may call the server from a web page, or `*` for any. Default: the server's own origin only. */
   readonly cors?: string | readonly string[]
-  /** Most bytes of a request. Default 4 MiB. */
+  /** Maximum size of a request body in bytes. Default: 4 MiB. */
   readonly bodyLimit?: number
-  /** Is given each request once it is over. */
+  /** Called with a record of each request when it has finished. */
   readonly onRequest?: (record: RequestRecord) => void
 }
 
@@ -45,27 +45,33 @@ const optionNames: OptionNames<ServerOptions> = {
 }
 
 /**
- * An OpenAI-compatible server of one model. `app.fetch` takes a request and gives a response; `serve` has it listen to a port, `app.request` asks it without one.
- * @throws MoeError E_CONFIG for what cannot be
+ * Creates an OpenAI-compatible server for one model. Pass the application to {@link serve} to listen on a port, or call `app.fetch(request)` or
+ * `app.request(path)` directly.
+ * @returns a Hono application
+ * @throws MoeError `E_CONFIG` if an option is missing, unknown or invalid
  */
 export function createServer(options: ServerOptions): Hono<ServerEnv> {
   checkOptions('createServer', options, optionNames)
   const { engine, name, apiKey, bodyLimit: maxSize = 4 * 2 ** 20, onRequest } = options
-  for (const needed of ['model', 'tokenizer', 'name', 'engine'] as const) {
-    if (options[needed]) continue
-    throw new MoeError({ code: 'E_CONFIG', op: 'createServer', problem: `${needed} is missing` })
+  for (const required of ['model', 'tokenizer', 'name', 'engine'] as const) {
+    if (options[required]) continue
+    throw new MoeError({ code: 'E_CONFIG', op: 'createServer', problem: `${required} is missing` })
   }
   if (apiKey === '') {
-    const fix = 'pass one, or leave it out and nobody is asked'
+    const fix = 'pass a key, or omit apiKey to accept requests without one'
     throw new MoeError({ code: 'E_CONFIG', op: 'createServer', problem: 'apiKey is empty', fix })
   }
   if (!(maxSize > 0)) {
-    throw new MoeError({ code: 'E_CONFIG', op: 'createServer', problem: `bodyLimit = ${maxSize} is not above 0` })
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'createServer',
+      problem: `expected a positive bodyLimit, got ${maxSize}`,
+    })
   }
   const metrics = new Metrics(engine)
   const { max_position_embeddings: context, eos_token_id: end } = options.model.config
   const traits = traitsOf(options.chatTemplate)
-  const grammars = new Grammars(options.tokenizer, [end ?? []].flat(), marksOf(traits))
+  const grammars = new Grammars(options.tokenizer, [end ?? []].flat(), controlTokensOf(traits))
   const served = { ...options, grammars, traits }
   const listed = {
     id: name,
@@ -82,21 +88,21 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     c.set('record', record)
     await next()
     record.status ||= c.res.status
-    const over = () => {
+    const finish = () => {
       record.seconds = (performance.now() - started) / 1000
       metrics.add(record)
       onRequest?.(record)
     }
     const streamed = c.get('streamed')
-    if (streamed) void streamed.then(over)
-    else over()
+    if (streamed) void streamed.then(finish)
+    else finish()
   })
   app.onError((error, c) => {
-    const told = toApiError(error)
+    const apiError = toApiError(error)
     c.get('record').error = error
-    return c.json(told.toJSON(), told.status as ContentfulStatusCode)
+    return c.json(apiError.toJSON(), apiError.status as ContentfulStatusCode)
   })
-  app.notFound(c => refuse(404, `there is no ${c.req.path.slice(0, 100)}: the API is below /v1`, 'unknown_url'))
+  app.notFound(c => refuse(404, `unknown path ${c.req.path.slice(0, 100)}: the API is at /v1`, 'unknown_url'))
   if (options.cors !== undefined) {
     const origins = [options.cors].flat()
     app.use(cors({ origin: origins.includes('*') ? '*' : origins }))
@@ -106,7 +112,7 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
       app,
       onMethodNotAllowed: (c, methods) => {
         const allow = methods.join(', ')
-        return refuse(405, `${c.req.path} takes ${allow}`, 'method_not_supported', { Allow: allow })
+        return refuse(405, `${c.req.path} supports only ${allow}`, 'method_not_supported', { Allow: allow })
       },
     }),
   )
@@ -116,7 +122,7 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     app.use(async (c, next) => {
       const [, given] = /^bearer +(.*)$/i.exec(c.req.header('authorization') ?? '') ?? []
       if (given !== undefined && timingSafeEqual(digest(given), key)) return next()
-      const problem = given === undefined ? 'there is no API key' : 'the API key is wrong'
+      const problem = given === undefined ? 'missing API key' : 'invalid API key'
       throw new ApiError(401, `${problem}: send the header Authorization: Bearer KEY`, { code: 'invalid_api_key' })
     })
   }
@@ -129,8 +135,8 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
   })
   const post = (path: string, endpoint: Endpoint) =>
     app.post(path, async c => {
-      const wanted = await endpoint.wanted(await readJson(c.req.raw, maxSize), served, c.req.raw.signal)
-      return answer(c, endpoint, wanted, options, engine)
+      const request = await endpoint.parse(await readJson(c.req.raw, maxSize), served, c.req.raw.signal)
+      return answer(c, endpoint, request, options, engine)
     })
   post('/v1/completions', completions)
   post('/v1/chat/completions', chatCompletions)
@@ -146,42 +152,43 @@ function refuse(status: number, message: string, code: string, headers?: Record<
 
 /** @throws ApiError 400, 413, 415 */
 async function readJson(request: Request, maxSize: number): Promise<unknown> {
-  // Web pages may send text to any server without asking it first, JSON they may not.
+  // Browsers let a page of any origin send text without a CORS preflight request, but not JSON.
   if (!/^application\/(json|[\w.+-]+\+json)\s*(;|$)/i.test(request.headers.get('content-type') ?? '')) {
-    throw new ApiError(415, 'the body is not declared as JSON: send the header Content-Type: application/json')
+    throw new ApiError(415, 'the Content-Type of the body is not JSON: send the header Content-Type: application/json')
   }
   const bytes = await readBytes(request, maxSize)
   let text: string
   try {
     text = new TextDecoder('utf-8', { fatal: true }).decode(bytes)
   } catch (cause) {
-    throw new ApiError(400, 'the body is no UTF-8', { cause })
+    throw new ApiError(400, 'the body is not valid UTF-8', { cause })
   }
   try {
     return JSON.parse(text)
   } catch (cause) {
-    throw new ApiError(400, `the body is no JSON: ${(cause as Error).message}`, { cause })
+    throw new ApiError(400, `the body is not valid JSON: ${(cause as Error).message}`, { cause })
   }
 }
 
 /**
- * The body, whose length need not be declared. It is looked at only once it is to be read: Node's server reads past what nobody looks at, and keeps the connection.
+ * Reads the body, with or without a Content-Length. Access `request.body` only here: as long as it is untouched, Node's server discards an unread body and keeps the
+ * connection open.
  * @throws ApiError 400, 413
  */
 async function readBytes(request: Request, maxSize: number): Promise<Uint8Array> {
   const check = (size: number) => {
     if (size <= maxSize) return
-    const message = `the request has more than ${maxSize} bytes: send less`
+    const message = `the request body is larger than the limit of ${maxSize} bytes: send less`
     throw new ApiError(413, message, { code: 'request_too_large' })
   }
   check(Number(request.headers.get('content-length') ?? 0))
   const parts: Uint8Array[] = []
   let size = 0
-  // Not `for await`: leaving that loop ends the connection before the client has its answer.
+  // Not `for await`: leaving that loop early closes the connection before the client receives the response.
   const reader = request.body?.getReader()
   for (;;) {
     const part = await reader?.read().catch(cause => {
-      throw new ApiError(400, 'the body did not arrive as a whole', { cause })
+      throw new ApiError(400, 'the request body is incomplete', { cause })
     })
     if (part?.value === undefined) return Buffer.concat(parts)
     parts.push(part.value)

@@ -1,75 +1,78 @@
-/** @file What the endpoints that make texts differ in. */
+/** @file The interface of endpoints that generate text. */
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ApiError } from './errors.ts'
+import type { GenerationRequest, ServedModel } from './generation-request.ts'
 import type { FinishReason } from './text-engine.ts'
-import type { ToldToken } from './text-parts.ts'
+import type { ScoredToken } from './text-parts.ts'
 import type { ToolCall } from './tool-calls.ts'
-import type { Opened, WantedTexts } from './wanted-texts.ts'
 
-/** What is made, whole or a part of it. */
-export interface Made {
+/** A part of a generated text, or all of it. */
+export interface GeneratedPart {
   readonly text: string
-  /** What was thought before it; empty where there is none. */
+  /** Reasoning before the text; empty if there is none. */
   readonly reasoning: string
   readonly calls: readonly ToolCall[]
-  /** As `logProbs` writes them; null where nobody asked. */
+  /** Log-probabilities in the format of the endpoint; null if not requested. */
   readonly logProbs: object | null
 }
 
-/** Tokens of a request. */
+/** Token counts of a request. */
 export interface Usage {
-  /** Of all prompts, and how many of these had been read before. */
+  /** Tokens of all prompts. */
   readonly prompt: number
+  /** Prompt tokens that were already in the cache. */
   readonly reused: number
-  readonly made: number
+  readonly generated: number
 }
 
-/** Of an answer. */
+/** Fields at the start of every response. */
 export interface Head {
   readonly id: string
-  /** Seconds since 1970. */
+  /** Unix time in seconds. */
   readonly created: number
   /** Name of the model. */
   readonly model: string
 }
 
-/** Of a stream: data, and what it is called where it has a name. */
+/** A server-sent event. */
 export interface StreamEvent {
   readonly event?: string
   readonly data: string
 }
 
-/** An answer in parts. Texts are known by their numbers. */
+/** The events of a streamed response. Texts are identified by their index. */
 export interface Stream {
   begin(): readonly StreamEvent[]
-  /** Before any part of a text; a part of it; behind the last one. */
+  /** Before the first part of a text. */
   opening(index: number): readonly StreamEvent[]
-  part(index: number, made: Made): readonly StreamEvent[]
+  part(index: number, part: GeneratedPart): readonly StreamEvent[]
+  /** After the last part of a text. */
   end(index: number, finish: FinishReason): readonly StreamEvent[]
-  /** Behind all texts. */
+  /** After all texts. */
   over(usage: Usage): readonly StreamEvent[]
-  /** In place of the rest. */
+  /** Replaces all remaining events after an error. */
   failed(error: ApiError): readonly StreamEvent[]
-  /** Behind everything, also what failed. */
+  /** After all other events, including an error. */
   readonly last: readonly StreamEvent[]
 }
 
 export interface Endpoint {
-  /** Of the answer's id. */
+  /** Prefix of response ids. */
   readonly prefix: string
   /**
-   * @param signal of the request
-   * @throws ApiError for what cannot be
+   * Validates the body of a request.
+   * @param signal aborts when the client disconnects
+   * @throws ApiError if the request is invalid or unsupported
    */
-  wanted(body: unknown, served: Opened, signal: AbortSignal): Promise<WantedTexts>
-  /** An answer as a whole. */
+  parse(body: unknown, served: ServedModel, signal: AbortSignal): Promise<GenerationRequest>
+  /** The body of a response that is not streamed. */
   body(
     head: Head,
-    texts: ReadonlyArray<Made & { readonly finish: FinishReason }>,
+    texts: ReadonlyArray<GeneratedPart & { readonly finish: FinishReason }>,
     usage: Usage,
-    wanted: WantedTexts,
+    request: GenerationRequest,
   ): object
-  stream(head: Head, wanted: WantedTexts): Stream
-  /** What is told of tokens. */
-  logProbs(tokens: readonly ToldToken[], tokenizer: BpeTokenizer): object
+  stream(head: Head, request: GenerationRequest): Stream
+  /** Formats log-probabilities. */
+  logProbs(tokens: readonly ScoredToken[], tokenizer: BpeTokenizer): object
 }

@@ -1,18 +1,18 @@
-/** @file What clients are told when something cannot be: OpenAI's error object, whose status decides which class its libraries throw. */
+/** @file Errors in OpenAI's format. OpenAI's libraries choose the class that they throw by the HTTP status. */
 import { isMoeError } from '@moe/core'
 
-/** Status of a client that went away, as nginx logs it: nobody receives it. */
+/** The status logged if the client disconnected, as in nginx. It is never received by a client. */
 export const CLIENT_GONE = 499
 
 export interface ApiErrorDetails {
-  /** Field of the request that is at fault: `messages[0].content`. */
+  /** The invalid field of the request, for example `messages[0].content`. */
   readonly param?: string
-  /** For programs, where OpenAI has one: `context_length_exceeded`. */
+  /** A code for programs, for example OpenAI's `context_length_exceeded`. */
   readonly code?: string
   readonly cause?: unknown
 }
 
-/** A refusal in words. */
+/** An error that is reported to the client. */
 export class ApiError extends Error {
   readonly status: number
   readonly param: string | null
@@ -26,22 +26,22 @@ export class ApiError extends Error {
     this.code = code ?? null
   }
 
-  /** The body of the response, and the data of an event in a stream that began well. */
+  /** The response body, or the data of an event if the stream has already started. */
   toJSON() {
     const { message, status, param, code } = this
     return { error: { message, type: status >= 500 ? 'server_error' : 'invalid_request_error', param, code } }
   }
 }
 
-/** What a failure is to a client. */
+/** Converts any error to the one that the client receives; details of internal errors are only logged. */
 export function toApiError(cause: unknown): ApiError {
   if (cause instanceof ApiError) return cause
-  if (isMoeError(cause, 'E_ABORTED')) return new ApiError(CLIENT_GONE, 'the client went away', { cause })
+  if (isMoeError(cause, 'E_ABORTED')) return new ApiError(CLIENT_GONE, 'the client disconnected', { cause })
   if (isMoeError(cause, 'E_ATTR')) return new ApiError(400, cause.message, { cause })
   if (isMoeError(cause, 'E_OUT_OF_MEMORY')) {
-    const message = `${cause.message}; ask for less at once, or again when others are done`
+    const message = `${cause.message}; send a smaller request, or retry later`
     return new ApiError(503, message, { code: 'out_of_memory', cause })
   }
   if (isMoeError(cause, 'E_DISPOSED')) return new ApiError(503, 'the server is shutting down', { cause })
-  return new ApiError(500, 'the server failed; its log says more', { code: 'internal_error', cause })
+  return new ApiError(500, 'internal server error; see the log of the server', { code: 'internal_error', cause })
 }

@@ -1,4 +1,4 @@
-/** @file Formats of texts as patterns: fewer texts than JSON Schema and Zod allow, and none that either refuses. */
+/** @file String formats of JSON Schema as regular expressions. They match only strings that both JSON Schema and Zod accept, but not all of these. */
 
 const DAYS = '0[1-9]|[12][0-9]'
 const DATE = `[0-9]{4}-(?:(?:0[13578]|1[02])-(?:${DAYS}|3[01])|(?:0[469]|11)-(?:${DAYS}|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))`
@@ -14,7 +14,7 @@ const LABEL = '[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*'
 const NAME = '[a-z0-9]{1,20}(?:-[a-z0-9]{1,20})?'
 const HOST = `${NAME}(?:\\.${NAME}){0,4}`
 
-/** By their names. */
+/** The patterns, by format name. */
 export const formats: Readonly<Record<string, string>> = {
   date: DATE,
   time: TIME,
@@ -28,7 +28,7 @@ export const formats: Readonly<Record<string, string>> = {
   uri: `https?://${HOST}(?:/[A-Za-z0-9_.~\\-]*)*(?:\\?[A-Za-z0-9_.~=&\\-]+)?`,
 }
 
-/** Names that Zod writes beside patterns which say all of it, and JSON Schema does not know. */
+/** Formats that JSON Schema does not define, and that Zod writes beside an equivalent pattern. */
 export const patternFormats: ReadonlySet<string> = new Set([
   'base64',
   'base64url',

@@ -1,52 +1,57 @@
-/** @file Where grammars are made and texts are held to them: in memory of @mlc-ai/web-xgrammar, on this thread or another. */
+/** @file Compiles grammars and constrains texts to them with an instance of @mlc-ai/web-xgrammar, on the calling thread. */
 import type { SupportedSchema } from './json-schema.ts'
 import { INTEGER, NUMBER } from './number-range.ts'
-import { THINK, THOUGHT } from './reasoning.ts'
+import { THINK_END, THINK_START } from './reasoning.ts'
 import { type Compiler, type Handle, loadXGrammar, type Matcher, type XGrammar } from './xgrammar.ts'
 
-/** A text as it is written, JSON of a schema, reasoning up to its end, which may have to be begun or not be there, or anything. */
+/**
+ * Part of a form: a literal string; JSON that matches a schema; reasoning up to and including its end, either already open or optional; or any text.
+ */
 export type FormPart =
   | string
   | SupportedSchema
-  | { readonly thinking: 'begun' | 'perhaps' }
+  | { readonly thinking: 'open' | 'optional' }
   | { readonly anything: true }
 
-/** One of several sequences. */
+/** Alternatives, each a sequence of parts. */
 export type Form = ReadonlyArray<readonly FormPart[]>
 
-/** Makes grammars, and tells which tokens keep texts within them. Grammars and texts have numbers. */
+/** Compiles grammars and determines which tokens they allow next in a text. Grammars and texts are identified by numbers. */
 export interface GrammarHost {
-  /** @throws Error with what is wrong with the form; nothing more can be made there then, and texts that have begun go on */
+  /** @throws Error if the form is invalid; the host then cannot compile any more, but texts that have started continue */
   compile(form: Form): Promise<number>
   begin(grammar: number): Promise<number>
-  /** What may come next in a text, behind this token: a bit for each, none behind its end. @throws Error for a token that may not */
+  /**
+   * Appends a token to a text (null: none yet) and returns the tokens that may follow, as a bit mask; empty after the end of the text.
+   * @throws Error if the grammar does not allow the token
+   */
   next(text: number, token: number | null): Promise<Int32Array>
-  /** Forgets a text. */
+  /** Frees a text. */
   end(text: number): void
-  /** Forgets all. */
+  /** Frees everything. */
   close(): void
 }
 
-/** What grammars are of. */
+/** The tokens that texts consist of. */
 export interface Vocabulary {
-  /** Of @mlc-ai/web-xgrammar. */
+  /** Path of @mlc-ai/web-xgrammar. */
   readonly library: string
-  /** Of all tokens, end to end. */
+  /** The bytes of all tokens, concatenated. */
   readonly bytes: Uint8Array
-  /** Where each ends. */
+  /** The end of each token in `bytes`. */
   readonly ends: Uint32Array
   /** Ids of the tokens that end a text. */
   readonly stops: readonly number[]
 }
 
-/** White space between two parts of JSON: without a bound, models that are unsure write it for ever. */
-const MOST_WHITESPACE = 1
+/** Maximum white space between two parts of JSON. Without a limit, models may generate it endlessly. */
+const MAX_WHITESPACE = 1
 
-/** Grammars on the thread that calls. */
+/** Runs on the calling thread. */
 export class LocalGrammars implements GrammarHost {
   readonly #library: XGrammar
   readonly #compiler: Compiler
-  /** What the library has said. */
+  /** The last lines that the library wrote to the console, which contain the reasons of errors. */
   readonly #lines: string[]
   readonly #grammars: Handle[] = []
   readonly #texts = new Map<number, Matcher>()
@@ -91,9 +96,9 @@ export class LocalGrammars implements GrammarHost {
 
   async next(text: number, token: number | null): Promise<Int32Array> {
     const matcher = this.#texts.get(text)
-    // Its text has ended meanwhile.
+    // The text was ended in the meantime.
     if (matcher === undefined) return new Int32Array(0)
-    if (token !== null && !matcher.acceptToken(token)) throw new Error(`token ${token} is not of the grammar`)
+    if (token !== null && !matcher.acceptToken(token)) throw new Error(`the grammar does not allow token ${token}`)
     return matcher.isTerminated() ? new Int32Array(0) : matcher.getNextTokenBitmask()
   }
 
@@ -110,13 +115,13 @@ export class LocalGrammars implements GrammarHost {
     if (typeof part === 'string') return { type: 'const_string', value: part }
     if ('anything' in part) return grammar('root ::= [^\\0]*')
     if ('thinking' in part) {
-      const perhaps = part.thinking === 'perhaps'
-      const thought = { type: 'tag', begin: perhaps ? THINK : '', content: { type: 'any_text' }, end: THOUGHT }
+      const optional = part.thinking === 'optional'
+      const thought = { type: 'tag', begin: optional ? THINK_START : '', content: { type: 'any_text' }, end: THINK_END }
       const all = { type: 'sequence', elements: [thought, grammar('root ::= "\\n"{0,2}')] }
-      return perhaps ? { type: 'or', elements: [grammar('root ::= ""'), all] } : all
+      return optional ? { type: 'or', elements: [grammar('root ::= ""'), all] } : all
     }
     const schema = JSON.stringify(part.schema)
-    const made = await this.#library.Grammar.fromJSONSchema(schema, true, undefined, undefined, true, MOST_WHITESPACE)
+    const made = await this.#library.Grammar.fromJSONSchema(schema, true, undefined, undefined, true, MAX_WHITESPACE)
     const text = made.toString()
     made.dispose()
     return grammar(corrected(text, part.rules))
@@ -126,8 +131,8 @@ export class LocalGrammars implements GrammarHost {
 const grammar = (ebnf: string) => ({ type: 'grammar', grammar: ebnf })
 
 /**
- * The grammar of a schema with its own rules, without numbers or white space for ever, and without control characters in strings of some length. It writes "éb" as "\xe9b",
- * and would read that as one character.
+ * Corrects the grammar that the library generates for a schema: inserts our rules, limits numbers and white space, and excludes control characters from strings with length
+ * limits. Also, the library writes "éb" as "\xe9b", which it would read back as one character.
  */
 function corrected(grammar: string, rules: SupportedSchema['rules']): string {
   const named = grammar

@@ -42,7 +42,7 @@ test('a thread says of every token what this one does', async () => {
     }
     for (const [h, host] of hosts.entries()) {
       const other = await host.begin(await host.compile(form(schema)))
-      await expect(host.next(other, end)).rejects.toThrow(`token ${end} is not of the grammar`)
+      await expect(host.next(other, end)).rejects.toThrow(`the grammar does not allow token ${end}`)
       host.end(texts[h])
       expect(await host.next(texts[h], null)).toHaveLength(0)
     }

@@ -1,44 +1,44 @@
-/** @file Log-probabilities as OpenAI's two endpoints write them. */
+/** @file Log-probabilities in the formats of OpenAI's API. */
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
-import type { ToldToken } from './text-parts.ts'
+import type { ScoredToken } from './text-parts.ts'
 
-/** Of a part of a completion: lists of a value for each token. */
-export function completionLogProbs(tokens: readonly ToldToken[], tokenizer: BpeTokenizer): object {
+/** The format of completions: lists with one value per token. */
+export function completionLogProbs(tokens: readonly ScoredToken[], tokenizer: BpeTokenizer): object {
   const named = (id: number) => tokenText(id, bytesOf(id, tokenizer), 'bytes:')
   return {
     tokens: tokens.map(({ id }) => named(id)),
-    token_logprobs: tokens.map(({ likely }) => likely?.logProb ?? null),
-    // The token itself is among them, be it likely or not.
+    token_logprobs: tokens.map(({ score }) => score?.logProb ?? null),
+    // Always includes the token itself.
     top_logprobs: tokens.map(
-      ({ likely }) =>
-        likely && Object.fromEntries([...likely.top, likely].map(({ token, logProb }) => [named(token), logProb])),
+      ({ score }) =>
+        score && Object.fromEntries([...score.top, score].map(({ token, logProb }) => [named(token), logProb])),
     ),
     text_offset: tokens.map(({ offset }) => offset),
   }
 }
 
-/** Of a part of a message. */
-export function chatLogProbs(tokens: readonly ToldToken[], tokenizer: BpeTokenizer): object {
+/** The format of chats: one object per token. */
+export function chatLogProbs(tokens: readonly ScoredToken[], tokenizer: BpeTokenizer): object {
   const entry = ({ token, logProb }: { readonly token: number; readonly logProb: number }) => {
     const bytes = bytesOf(token, tokenizer)
     return { token: tokenText(token, bytes, ''), logprob: logProb, bytes: bytes && Array.from(bytes) }
   }
-  const content = tokens.flatMap(({ likely, isEnd }) =>
-    likely === null || isEnd ? [] : [{ ...entry(likely), top_logprobs: likely.top.map(entry) }],
+  const content = tokens.flatMap(({ score, isEnd }) =>
+    score === null || isEnd ? [] : [{ ...entry(score), top_logprobs: score.top.map(entry) }],
   )
   return { content, refusal: null }
 }
 
-/** Null for an id that the model has beyond those of the tokenizer: vocabularies are filled up. */
+/** Null for ids that the tokenizer does not define: the model's vocabulary may be padded. */
 function bytesOf(id: number, tokenizer: BpeTokenizer): Uint8Array | null {
   return tokenizer.idToToken(id) === undefined ? null : tokenizer.tokenBytes(id)
 }
 
 const utf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
 
-/** Where a token has parts of characters, its bytes in words: `\xf0\x9f`. */
+/** The text of a token; if it is not valid UTF-8 by itself, its escaped bytes, for example `\xf0\x9f`. */
 function tokenText(id: number, bytes: Uint8Array | null, prefix: string): string {
-  // As vLLM names tokens that are to have no text.
+  // vLLM's notation for tokens by id.
   if (bytes === null) return `token_id:${id}`
   try {
     return utf8.decode(bytes)

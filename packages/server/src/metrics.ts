@@ -1,10 +1,10 @@
-/** @file Counters in Prometheus' text format 0.0.4. */
+/** @file Metrics in Prometheus' text format 0.0.4. */
 import type { RequestRecord } from './request-record.ts'
 import type { TextEngine } from './text-engine.ts'
 
 export const METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
-/** Any other path is counted as one, as clients may make up as many as they like. */
+/** All other paths share one label, since clients could create any number of them. */
 const countedPaths = new Set([
   '/v1/models',
   '/v1/completions',
@@ -40,12 +40,12 @@ export class Metrics {
     const { count, seconds } = this.#texts
     const requests = [...this.#requests].map(([labels, n]) => [`{${labels}}`, n] as const)
     return [
-      metric('moe_requests_total', 'counter', 'Requests that are over.', requests),
-      metric('moe_texts_running', 'gauge', 'Texts that are being made.', [['', running]]),
-      metric('moe_texts_waiting', 'gauge', 'Texts that are yet to begin.', [['', waiting]]),
-      metric('moe_prompt_tokens_total', 'counter', 'Tokens of prompts.', [['', this.#promptTokens]]),
-      metric('moe_generated_tokens_total', 'counter', 'Tokens made.', [['', this.#generatedTokens]]),
-      metric('moe_request_seconds', 'summary', 'Time of requests that made texts.', [
+      metric('moe_requests_total', 'counter', 'Finished requests.', requests),
+      metric('moe_texts_running', 'gauge', 'Texts being generated.', [['', running]]),
+      metric('moe_texts_waiting', 'gauge', 'Texts waiting to be started.', [['', waiting]]),
+      metric('moe_prompt_tokens_total', 'counter', 'Prompt tokens.', [['', this.#promptTokens]]),
+      metric('moe_generated_tokens_total', 'counter', 'Generated tokens.', [['', this.#generatedTokens]]),
+      metric('moe_request_seconds', 'summary', 'Duration of requests that generated texts.', [
         ['_sum', seconds],
         ['_count', count],
       ]),

@@ -1,6 +1,6 @@
 /**
- * @file Numbers between bounds as regular expressions. @mlc-ai/web-xgrammar 0.1.27 has rules of its own, which let numbers outside through: 144 to 199 under a maximum of
- * 143, a minus alone over a minimum of -112.
+ * @file Number ranges as regular expressions. The range rules of @mlc-ai/web-xgrammar 0.1.27 are not used because they accept invalid numbers: 144 to 199 for a maximum of
+ * 143, and a lone minus sign for a minimum of -112.
  */
 
 export interface Bounds {
@@ -10,15 +10,16 @@ export interface Bounds {
   readonly exclusiveMaximum?: number
 }
 
-/** Never all zeros: between two whole numbers. */
+/** Never all zeros, so that the number is strictly between two integers. */
 const FRACTION = '\\.[0-9]{0,5}[1-9]'
 
-/** As EBNF. No more than 15 digits, and finite, whatever is written. */
+/** EBNF of unbounded numbers: at most 15 integer digits, and always finite. */
 export const INTEGER = '"0" | "-"? [1-9] [0-9]{0,14}'
 export const NUMBER = '"-"? ("0" | [1-9] [0-9]{0,14}) ("." [0-9]{1,16})? ([eE] [+\\-]? [0-9]{1,2})?'
 
 /**
- * Alternatives: whole numbers and, for `number`, what is between two of them: nothing else where the bounds are not whole. Undefined where there is none that a double holds exactly.
+ * The numbers within bounds, as alternatives of a regular expression: integers and, for `number`, fractions between two integers that are both within the bounds. Returns
+ * undefined if there is no such number that a double represents exactly.
  */
 export function numberRange(type: 'integer' | 'number', bounds: Bounds): string | undefined {
   const bound = (given: number | undefined, none: number) =>
@@ -41,7 +42,7 @@ export function numberRange(type: 'integer' | 'number', bounds: Bounds): string 
 
 const minus = (text: string) => `-${text}`
 
-/** Whole numbers from 0, as they are written. */
+/** Patterns for the integers from `least` to `most`, both at least 0. */
 function digits(least: number, most: number): string[] {
   if (least > most) return []
   const from = BigInt(least).toString()
@@ -56,7 +57,7 @@ function digits(least: number, most: number): string[] {
   return [...digits(least, split - 1), ...digits(split, most)]
 }
 
-/** Of one length. */
+/** Patterns for the integers between two decimal strings of the same length. */
 function sameLength(from: string, to: string): string[] {
   if (from === '') return ['']
   const rest = from.length - 1

@@ -64,7 +64,7 @@ describe('folders that are none', () => {
       '{"chat_template":"{% for %}"}',
     ])
       expect(await wrong(await folderOf({ ...files, 'tokenizer_config.json': text })), text).toMatch(/template/)
-    expect(await wrong(folder, { chatTemplate: folder })).toContain('cannot be read')
+    expect(await wrong(folder, { chatTemplate: folder })).toContain('cannot read the file')
     expect(await wrong(await folderOf({ ...files, 'chat_template.jinja': '{% if %}' }))).toMatch(/template/)
   })
 })

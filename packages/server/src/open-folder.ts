@@ -1,4 +1,4 @@
-/** @file A model and what belongs to it, from a folder. */
+/** @file Opens a model, its tokenizer and its chat template from a folder. */
 import { existsSync, readFileSync } from 'node:fs'
 import { basename, join, resolve } from 'node:path'
 import { MoeError, type WeightFormat } from '@moe/core'
@@ -6,20 +6,20 @@ import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatConfig, ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { modelFolder } from '@moe/trainer'
-import type { Served } from './wanted-texts.ts'
+import type { Served } from './generation-request.ts'
 
 export interface OpenOptions {
   readonly weights?: WeightFormat
-  /** Path of a Jinja file in place of the folder's own template. */
+  /** Path of a Jinja file that replaces the folder's template. */
   readonly chatTemplate?: string
-  /** Default: that of the folder. */
+  /** Name of the model for clients. Default: the name of the folder. */
   readonly name?: string
 }
 
 /**
- * Opens a model in the Hugging Face layout, or the latest checkpoint of a run of `train`, on the default backend. A template is `chat_template.jinja`, or that of
- * tokenizer_config.json.
- * @throws MoeError, TokenizerError for files that are missing or damaged
+ * Opens a model in the Hugging Face layout, or the latest checkpoint of a training run, on the default backend. The chat template is `chat_template.jinja`, or else that
+ * of `tokenizer_config.json`.
+ * @throws MoeError, TokenizerError if a file is missing or corrupt
  */
 export async function openFolder(
   folder: string,
@@ -36,7 +36,7 @@ async function readTemplate(folder: string, given: string | undefined): Promise<
   const own = join(folder, 'chat_template.jinja')
   const file = given ?? (existsSync(own) ? own : undefined)
   const configFile = join(folder, 'tokenizer_config.json')
-  // It also has the tokens that templates write.
+  // Also defines the special tokens that templates use.
   const config: ChatConfig = existsSync(configFile) ? parse(configFile) : {}
   const template = file === undefined ? config.chat_template : read(file)
   return template === undefined ? undefined : ChatTemplate.from({ ...config, chat_template: template })
@@ -49,7 +49,7 @@ function read(path: string): string {
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
-      problem: `cannot be read: ${(cause as Error).message}`,
+      problem: `cannot read the file: ${(cause as Error).message}`,
       cause,
     })
   }
@@ -61,8 +61,13 @@ function parse(path: string): ChatConfig {
   try {
     config = JSON.parse(text)
   } catch (cause) {
-    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `is no JSON: ${(cause as Error).message}`, cause })
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: `the file is not valid JSON: ${(cause as Error).message}`,
+      cause,
+    })
   }
   if (typeof config === 'object' && config !== null && !Array.isArray(config)) return config as ChatConfig
-  throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: 'is no JSON object' })
+  throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: 'the file does not contain a JSON object' })
 }

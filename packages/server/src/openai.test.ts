@@ -79,7 +79,7 @@ test('refusals are the classes that the client has for them', async () => {
   await expect(openai.completions.create({ ...asked, model: 'gpt-4o' })).rejects.toMatchObject({
     constructor: NotFoundError,
     code: 'model_not_found',
-    message: '404 there is no model "gpt-4o": this server has "tiny"',
+    message: '404 unknown model "gpt-4o": this server serves "tiny"',
   })
   const long = openai.completions.create({ ...asked, prompt: 'the people '.repeat(40) })
   const length = tokenizer.encode('the people '.repeat(40)).length
@@ -88,7 +88,7 @@ test('refusals are the classes that the client has for them', async () => {
     code: 'context_length_exceeded',
     param: 'prompt',
     type: 'invalid_request_error',
-    message: `400 the prompt has ${length} tokens, and this model's context 64, of which one is for the answer: shorten it`,
+    message: `400 the prompt has ${length} tokens, but the context length of this model is 64, including at least one for the answer: shorten the prompt`,
   })
   await expect(openai.completions.create({ ...asked, logprobs: 6 })).rejects.toMatchObject({ param: 'logprobs' })
   dispose()

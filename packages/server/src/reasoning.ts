@@ -1,45 +1,48 @@
-/** @file What a model thinks before it answers: `<think>` … `</think>`, which is told apart from the answer. */
+/** @file Separates the reasoning of a model, `<think>` … `</think>`, from its answer. */
 import type { TextPart } from './text-parts.ts'
-import { beginning } from './tool-calls.ts'
+import { partialMatch } from './tool-calls.ts'
 
-/** Whether the prompt has begun it, the model may begin it, or it is over. */
-export type Thinking = 'begun' | 'perhaps' | 'over'
+/** Whether a generated text starts inside reasoning that the prompt opened, may open it itself, or contains none. */
+export type Thinking = 'open' | 'optional' | 'none'
 
-export const THINK = '<think>'
-export const THOUGHT = '</think>'
+export const THINK_START = '<think>'
+export const THINK_END = '</think>'
 
-/** Behind a prompt, by a template that knows of it or not. */
-export function thinkingBehind(prompt: string, thinks: boolean): Thinking {
+/**
+ * How a text after this prompt can start.
+ * @param hasReasoning whether the template mentions reasoning
+ */
+export function thinkingAfter(prompt: string, hasReasoning: boolean): Thinking {
   const end = prompt.trimEnd()
-  if (end.endsWith(THINK)) return 'begun'
-  return thinks && !end.endsWith(THOUGHT) ? 'perhaps' : 'over'
+  if (end.endsWith(THINK_START)) return 'open'
+  return hasReasoning && !end.endsWith(THINK_END) ? 'optional' : 'none'
 }
 
-/** The parts of a text, those of its reasoning as such. White space around it is left out. */
+/** Moves reasoning in the parts of a text to their `reasoning`. White space around it is removed. */
 export async function* withReasoning(parts: AsyncIterable<TextPart>, thinking: Thinking): AsyncGenerator<TextPart> {
-  let state: 'opening' | 'begun' | 'thinking' | 'behind' | 'answer' =
-    thinking === 'perhaps' ? 'opening' : thinking === 'begun' ? 'begun' : 'answer'
+  let state: 'start' | 'opened' | 'thinking' | 'closed' | 'answer' =
+    thinking === 'optional' ? 'start' : thinking === 'open' ? 'opened' : 'answer'
   let held = ''
   for await (const part of parts) {
     held += part.text
     let reasoning = ''
-    if (state === 'opening') {
+    if (state === 'start') {
       const text = held.trimStart()
-      if (text.startsWith(THINK)) [held, state] = [text.slice(THINK.length), 'begun']
-      else if (!THINK.startsWith(text)) state = 'answer'
+      if (text.startsWith(THINK_START)) [held, state] = [text.slice(THINK_START.length), 'opened']
+      else if (!THINK_START.startsWith(text)) state = 'answer'
     }
-    if (state === 'begun') {
+    if (state === 'opened') {
       held = held.trimStart()
       if (held !== '') state = 'thinking'
     }
     if (state === 'thinking') {
-      const at = held.indexOf(THOUGHT)
-      const known = at >= 0 ? held.slice(0, at).trimEnd() : held.slice(0, held.length - beginning(held, THOUGHT))
+      const at = held.indexOf(THINK_END)
+      const known = at >= 0 ? held.slice(0, at).trimEnd() : held.slice(0, held.length - partialMatch(held, THINK_END))
       reasoning = at >= 0 ? known : known.trimEnd()
-      held = held.slice(at >= 0 ? at + THOUGHT.length : reasoning.length)
-      if (at >= 0) state = 'behind'
+      held = held.slice(at >= 0 ? at + THINK_END.length : reasoning.length)
+      if (at >= 0) state = 'closed'
     }
-    if (state === 'behind') {
+    if (state === 'closed') {
       held = held.trimStart()
       if (held !== '') state = 'answer'
     }
@@ -50,5 +53,5 @@ export async function* withReasoning(parts: AsyncIterable<TextPart>, thinking: T
   }
   const rest = held.trimEnd()
   if (state === 'thinking' && rest !== '') yield { text: '', tokens: null, reasoning: rest }
-  else if (state === 'opening' && held !== '') yield { text: held, tokens: null }
+  else if (state === 'start' && held !== '') yield { text: held, tokens: null }
 }

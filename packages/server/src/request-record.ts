@@ -1,22 +1,22 @@
-/** @file What is known of a request once it is over: for log lines and metrics. */
+/** @file The record of a finished request, for logs and metrics. */
 import type { FinishReason } from './text-engine.ts'
 
-/** What is known of a request once it is over. */
+/** A finished request, as passed to `onRequest` of {@link ServerOptions}. */
 export interface RequestRecord {
-  /** Of HTTP: `POST`. */
+  /** HTTP method, for example `POST`. */
   readonly method: string
-  /** Without the query: `/v1/chat/completions`. */
+  /** Path without the query, for example `/v1/chat/completions`. */
   readonly path: string
-  /** 499 for a client that went away. */
+  /** HTTP status; 499 if the client disconnected. If a stream fails, the status of its error. */
   status: number
-  /** Until the last byte of the answer was handed on. */
+  /** Seconds from the start of the request until the response was written. */
   seconds: number
-  /** Of all prompts and texts; missing where the request was refused. */
+  /** Number of tokens of all prompts; undefined if nothing was generated. */
   promptTokens?: number
-  /** Tokens made, of all texts; missing where the request was refused. */
+  /** Number of generated tokens of all texts; undefined if nothing was generated. */
   generatedTokens?: number
-  /** Of each text that ended. */
+  /** Why each finished text ended. */
   finishReasons?: FinishReason[]
-  /** What went wrong in here, or what the client was told. */
+  /** The error, if the request was rejected or failed. */
   error?: unknown
 }

@@ -293,15 +293,15 @@ test('nothing of what is drawn at random is a failure of the server', async () =
 })
 
 test.each<[Ask, string, string]>([
-  [{ previous_response_id: 'resp_1' }, 'previous_response_id', 'nothing is kept here'],
-  [{ conversation: 'conv_1' }, 'conversation', 'nothing is kept here'],
+  [{ previous_response_id: 'resp_1' }, 'previous_response_id', 'this server stores nothing'],
+  [{ conversation: 'conv_1' }, 'conversation', 'this server stores nothing'],
   [{ store: true }, 'store', 'send store: false'],
   [{ background: true }, 'background', 'is not supported'],
   [{ truncation: 'auto' }, 'truncation', 'is not supported'],
   [{ input: [] }, 'input', ''],
-  [{ input: 5 as never }, 'input', 'expected a text, or a list of items'],
-  [{ input: [{ type: 'item_reference', id: 'msg_1' }] }, 'input[0]', 'send the item'],
-  [{ input: [{ type: 'web_search_call' }] as never }, 'input[0]', 'there are only items of type'],
+  [{ input: 5 as never }, 'input', 'expected a string or a list of items'],
+  [{ input: [{ type: 'item_reference', id: 'msg_1' }] }, 'input[0]', 'send the item itself'],
+  [{ input: [{ type: 'web_search_call' }] as never }, 'input[0]', 'unsupported type, expected one of message'],
   [{ input: [{ role: 'root', content: 'a' }] as never }, 'input[0].role', 'expected one of'],
   [
     {
@@ -314,13 +314,17 @@ test.each<[Ask, string, string]>([
     'input[1].content[0]',
     'parts of type input_image are not supported',
   ],
-  [{ input: [{ type: 'function_call', call_id: 'a', name: 'f', arguments: '{' }] }, 'input[0]', 'does not write calls'],
+  [
+    { input: [{ type: 'function_call', call_id: 'a', name: 'f', arguments: '{' }] },
+    'input[0]',
+    'does not support tool calls',
+  ],
   [{ instructions: 'forbidden' }, 'input', 'no such words'],
-  [{ input: 'the people '.repeat(60) }, 'input', 'and this model'],
-  [{ tools: [{ type: 'web_search' }] as never }, 'tools[0].type', 'there are no other tools'],
+  [{ input: 'the people '.repeat(60) }, 'input', 'but the context length of this model'],
+  [{ tools: [{ type: 'web_search' }] as never }, 'tools[0].type', 'the only supported type of tools'],
   [{ tools: [{ ...tool, name: 'a b' }] }, 'tools[0].name', 'expected up to 64'],
-  [{ tools: [tool] }, 'tools', 'does not tell of tools'],
-  [{ tool_choice: 'required' }, 'tool_choice', 'goes with tools'],
+  [{ tools: [tool] }, 'tools', 'does not support tools'],
+  [{ tool_choice: 'required' }, 'tool_choice', 'requires tools'],
   [
     { text: { format: { type: 'json_schema', name: 'a', schema: { not: {} } } } },
     'text.format.schema',
@@ -329,7 +333,7 @@ test.each<[Ask, string, string]>([
   [{ text: { format: { type: 'grammar' } as never } }, 'text.format.type', 'expected text'],
   [{ max_output_tokens: -1 }, 'max_output_tokens', ''],
   [{ presence_penalty: 1 }, 'presence_penalty', 'is not supported'],
-  [{ model: 'gpt-5' }, 'model', 'there is no model'],
+  [{ model: 'gpt-5' }, 'model', 'unknown model'],
 ])('%j is refused by its name', async (ask, param, message) => {
   const { app, dispose } = modelServer()
   const openai = await client(app)

@@ -1,23 +1,23 @@
-/** @file `POST /v1/responses`: the next turn of a conversation that is sent whole, asked for and told of in OpenAI's newer way. Nothing is kept between two of them. */
+/** @file `POST /v1/responses`: OpenAI's newer API for conversations, implemented on top of chat completions. The server stores nothing, so requests contain the whole conversation. */
 import { randomUUID } from 'node:crypto'
 import { z } from 'zod'
 import { chatCompletions } from './chat-completions.ts'
-import type { Endpoint, Head, Made, Stream, StreamEvent, Usage } from './endpoint.ts'
+import type { Endpoint, GeneratedPart, Head, Stream, StreamEvent, Usage } from './endpoint.ts'
 import { ApiError } from './errors.ts'
+import type { GenerationRequest } from './generation-request.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
-import type { WantedTexts } from './wanted-texts.ts'
 
 const { n: _, max_tokens: count, stream_options: __, ...shared } = sharedFields
 
-const refused = (says: string) => z.null(says).optional()
-const nothingKept = refused('nothing is kept here: send the conversation whole, as input')
+const unsupported = (problem: string) => z.null(problem).optional()
+const notStored = unsupported('this server stores nothing: send the whole conversation as input')
 
 const item = z.looseObject({ type: z.string().nullish() })
 
 const fields = z.object({
   ...shared,
-  input: z.union([z.string(), z.array(item).min(1)], { error: 'expected a text, or a list of items' }),
+  input: z.union([z.string(), z.array(item).min(1)], { error: 'expected a string or a list of items' }),
   instructions: z.string().nullish(),
   max_output_tokens: count,
   text: z.looseObject({ format: z.looseObject({ type: z.string() }).nullish() }).nullish(),
@@ -28,17 +28,17 @@ const fields = z.object({
   top_logprobs: z.int().min(0).max(20).nullish(),
   chat_template_kwargs: z.unknown().optional(),
   metadata: z.record(z.string(), z.unknown()).nullish(),
-  store: z.literal(false, 'nothing is kept here: send store: false, or leave it out').nullish(),
-  previous_response_id: nothingKept,
-  conversation: nothingKept,
-  prompt: refused('there are no prompts here: send input'),
-  background: z.literal(false, 'is not supported: leave it out').nullish(),
-  truncation: z.literal('disabled', 'is not supported: leave out of the conversation what is too long').nullish(),
+  store: z.literal(false, 'this server stores nothing: send store: false, or omit it').nullish(),
+  previous_response_id: notStored,
+  conversation: notStored,
+  prompt: unsupported('stored prompts are not supported: send input'),
+  background: z.literal(false, 'is not supported: omit it').nullish(),
+  truncation: z.literal('disabled', 'is not supported: shorten the conversation in the client').nullish(),
 })
 
 type Fields = z.output<typeof fields>
 
-/** A message of a chat, and the place in the request that it is of. */
+/** A chat message, and the part of the request that it was created from. */
 interface Message {
   readonly from: string
   readonly message: Record<string, unknown>
@@ -46,35 +46,43 @@ interface Message {
 
 export const responses: Endpoint = {
   prefix: 'resp_',
-  async wanted(body, served, signal) {
+  async parse(body, served, signal) {
     const parsed = parseFields(fields, body)
     const messages = messagesOf(parsed)
-    const { max_output_tokens: most, input: _, instructions: __, text, tools, tool_choice: choice, ...rest } = parsed
-    const isTold = parsed.include?.includes('message.output_text.logprobs')
+    const {
+      max_output_tokens: maxTokens,
+      input: _,
+      instructions: __,
+      text,
+      tools,
+      tool_choice: choice,
+      ...rest
+    } = parsed
+    const hasLogProbs = parsed.include?.includes('message.output_text.logprobs')
     const chat = {
       ...rest,
       messages: messages.map(({ message }) => message),
-      max_tokens: most,
-      logprobs: isTold,
-      top_logprobs: isTold ? parsed.top_logprobs : undefined,
+      max_tokens: maxTokens,
+      logprobs: hasLogProbs,
+      top_logprobs: hasLogProbs ? parsed.top_logprobs : undefined,
       response_format: formatOf(text?.format),
       tools: tools?.map(({ type, ...own }) => (type === 'function' ? { type, function: own } : { type })),
       tool_choice:
         typeof choice === 'object' && choice ? { type: choice.type, function: { name: choice.name } } : choice,
     }
     try {
-      return { ...(await chatCompletions.wanted(chat, served, signal)), about: aboutOf(parsed) }
+      return { ...(await chatCompletions.parse(chat, served, signal)), echoedFields: echoedFieldsOf(parsed) }
     } catch (cause) {
-      throw cause instanceof ApiError ? inOwnWords(cause, messages) : cause
+      throw cause instanceof ApiError ? withOwnFieldNames(cause, messages) : cause
     }
   },
-  body(head, [{ finish, ...made }], usage, wanted) {
-    const stream = new ResponseStream(head, wanted)
+  body(head, [{ finish, ...made }], usage, request) {
+    const stream = new ResponseStream(head, request)
     stream.part(0, made)
     stream.end(0, finish)
     return stream.response(usage)
   },
-  stream: (head, wanted) => new ResponseStream(head, wanted),
+  stream: (head, request) => new ResponseStream(head, request),
   logProbs: chatCompletions.logProbs,
 }
 
@@ -84,7 +92,7 @@ function formatOf(format: { readonly type: string; readonly [key: string]: unkno
   return { type, json_schema: own }
 }
 
-/** Parts of texts as chats have them; other parts as they are, to be refused. */
+/** Converts text parts to those of chats. Other parts are left as they are, and rejected later. */
 const contentOf = (content: unknown): unknown =>
   Array.isArray(content)
     ? content.map(part =>
@@ -92,23 +100,24 @@ const contentOf = (content: unknown): unknown =>
       )
     : content
 
-/** @throws ApiError 400 for items that cannot be */
+/** Converts input items to chat messages. @throws ApiError 400 if an item is unsupported */
 function messagesOf({ input, instructions }: Fields): Message[] {
   const all: Message[] = []
   if (instructions != null) all.push({ from: 'instructions', message: { role: 'system', content: instructions } })
   if (typeof input === 'string') return [...all, { from: 'input', message: { role: 'user', content: input } }]
-  /** What was thought before the next item, and the message that calls belong to. */
-  let thought: { reasoning_content?: string } = {}
+  /** The reasoning before the next item. */
+  let reasoning: { reasoning_content?: string } = {}
+  /** The assistant message that the next function call belongs to. */
   let caller: Message | undefined
   for (const [i, { type, ...own }] of input.entries()) {
     const from = `input[${i}]`
     if (type == null || type === 'message') {
-      const message = { role: own.role, content: contentOf(own.content), ...(own.role === 'assistant' && thought) }
+      const message = { role: own.role, content: contentOf(own.content), ...(own.role === 'assistant' && reasoning) }
       all.push({ from, message })
       caller = own.role === 'assistant' ? all[all.length - 1] : undefined
     } else if (type === 'function_call') {
       if (caller === undefined) {
-        caller = { from, message: { role: 'assistant', content: null, ...thought } }
+        caller = { from, message: { role: 'assistant', content: null, ...reasoning } }
         all.push(caller)
       }
       const call = { id: own.call_id, type: 'function', function: { name: own.name, arguments: own.arguments } }
@@ -119,22 +128,24 @@ function messagesOf({ input, instructions }: Fields): Message[] {
     } else if (type === 'reasoning') {
       const parts = (own.content ?? []) as ReadonlyArray<{ readonly text?: unknown } | null>
       const text = Array.isArray(parts) ? parts.map(part => part?.text ?? '').join('') : ''
-      thought = text === '' ? {} : { reasoning_content: text }
+      reasoning = text === '' ? {} : { reasoning_content: text }
       caller = undefined
       continue
     } else {
-      const known = 'message, function_call, function_call_output and reasoning'
+      const known = 'message, function_call, function_call_output, reasoning'
       const problem =
-        type === 'item_reference' ? 'nothing is kept here: send the item' : `there are only items of type ${known}`
+        type === 'item_reference'
+          ? 'this server stores nothing: send the item itself'
+          : `unsupported type, expected one of ${known}`
       throw new ApiError(400, `${from}: ${problem}`, { param: from, code: 'unsupported_parameter' })
     }
-    thought = {}
+    reasoning = {}
   }
   return all
 }
 
-/** A refusal of a chat, in the words of the request. */
-function inOwnWords(cause: ApiError, messages: readonly Message[]): ApiError {
+/** Replaces the field names of chat completions in an error with those of this endpoint. */
+function withOwnFieldNames(cause: ApiError, messages: readonly Message[]): ApiError {
   const own = (text: string) =>
     text
       .replaceAll(/\bmessages\[(\d+)\]/g, (_, i) => messages[i]?.from ?? 'input')
@@ -151,8 +162,8 @@ function inOwnWords(cause: ApiError, messages: readonly Message[]): ApiError {
   })
 }
 
-/** What an answer repeats of the request. */
-const aboutOf = (given: Fields) => ({
+/** The request fields that the response repeats. */
+const echoedFieldsOf = (given: Fields) => ({
   instructions: given.instructions ?? null,
   max_output_tokens: given.max_output_tokens ?? null,
   metadata: given.metadata ?? {},
@@ -167,7 +178,7 @@ const aboutOf = (given: Fields) => ({
   truncation: 'disabled',
 })
 
-/** An item of an answer: reasoning, a message, or a call. */
+/** An output item: reasoning, a message or a function call. */
 type Item = Record<string, unknown> & { readonly id: string }
 
 interface OpenItem {
@@ -183,20 +194,20 @@ const part = {
 }
 const names = { message: 'response.output_text', reasoning: 'response.reasoning_text' } as const
 
-/** Writes one answer, as events and, behind them, as a whole. */
+/** Builds one response, as stream events and as a complete object. */
 class ResponseStream implements Stream {
   readonly last = []
   readonly #head: Head
-  readonly #about: object
+  readonly #echoedFields: object
   readonly #items: Item[] = []
-  /** The item that is being written. */
+  /** The current unfinished item. */
   #open: OpenItem | undefined
   #finish: FinishReason | undefined
   #events = 0
 
-  constructor(head: Head, { about = {} }: WantedTexts) {
+  constructor(head: Head, { echoedFields = {} }: GenerationRequest) {
     this.#head = head
-    this.#about = about
+    this.#echoedFields = echoedFields
   }
 
   begin(): StreamEvent[] {
@@ -208,7 +219,7 @@ class ResponseStream implements Stream {
     return []
   }
 
-  part(_: number, { reasoning, text, calls, logProbs }: Made): StreamEvent[] {
+  part(_: number, { reasoning, text, calls, logProbs }: GeneratedPart): StreamEvent[] {
     const { content = [] } = (logProbs ?? {}) as { content?: object[] }
     return [
       ...(reasoning === '' ? [] : this.#delta('reasoning', reasoning, [])),
@@ -229,7 +240,7 @@ class ResponseStream implements Stream {
 
   end(_: number, finish: FinishReason): StreamEvent[] {
     this.#finish = finish
-    // An answer without any text is an empty message.
+    // A response without any text contains an empty message.
     const empty = this.#open === undefined && this.#items.length === 0 ? this.#begin('message') : []
     return [...empty, ...this.#close(finish === 'length' ? 'incomplete' : 'completed')]
   }
@@ -243,7 +254,7 @@ class ResponseStream implements Stream {
     return [this.#event('error', { code, message, param })]
   }
 
-  /** As a whole, as far as it is there. */
+  /** The response object with all items finished so far. */
   response(usage?: Usage): object {
     const isCut = this.#finish === 'length'
     return {
@@ -255,14 +266,14 @@ class ResponseStream implements Stream {
       incomplete_details: isCut ? { reason: 'max_output_tokens' } : null,
       model: this.#head.model,
       output: [...this.#items],
-      ...this.#about,
+      ...this.#echoedFields,
       usage: usage
         ? {
             input_tokens: usage.prompt,
             input_tokens_details: { cached_tokens: usage.reused },
-            output_tokens: usage.made,
+            output_tokens: usage.generated,
             output_tokens_details: { reasoning_tokens: 0 },
-            total_tokens: usage.prompt + usage.made,
+            total_tokens: usage.prompt + usage.generated,
           }
         : null,
     }
@@ -287,15 +298,15 @@ class ResponseStream implements Stream {
     open.text += text
     open.logProbs.push(...logProbs)
     const more = kind === 'message' ? { logprobs: logProbs } : {}
-    return [...before, this.#event(`${names[kind]}.delta`, { ...this.#place(open.id), delta: text, ...more })]
+    return [...before, this.#event(`${names[kind]}.delta`, { ...this.#location(open.id), delta: text, ...more })]
   }
 
   #begin(kind: 'message' | 'reasoning'): StreamEvent[] {
     const id = `${kind === 'message' ? 'msg' : 'rs'}_${randomUUID()}`
     this.#open = { kind, id, text: '', logProbs: [] }
     return [
-      this.#added(written(kind, id, [], 'in_progress')),
-      this.#event('response.content_part.added', { ...this.#place(id), part: part[kind]('', []) }),
+      this.#added(outputItem(kind, id, [], 'in_progress')),
+      this.#event('response.content_part.added', { ...this.#location(id), part: part[kind]('', []) }),
     ]
   }
 
@@ -306,18 +317,18 @@ class ResponseStream implements Stream {
     const whole = part[kind](text, logProbs)
     const more = kind === 'message' ? { logprobs: logProbs } : {}
     return [
-      this.#event(`${names[kind]}.done`, { ...this.#place(id), text, ...more }),
-      this.#event('response.content_part.done', { ...this.#place(id), part: whole }),
-      this.#done(written(kind, id, [whole], status)),
+      this.#event(`${names[kind]}.done`, { ...this.#location(id), text, ...more }),
+      this.#event('response.content_part.done', { ...this.#location(id), part: whole }),
+      this.#done(outputItem(kind, id, [whole], status)),
     ]
   }
 
-  #place(id: string) {
+  #location(id: string) {
     return { item_id: id, output_index: this.#items.length, content_index: 0 }
   }
 }
 
-const written = (kind: 'message' | 'reasoning', id: string, content: readonly object[], status: string): Item =>
+const outputItem = (kind: 'message' | 'reasoning', id: string, content: readonly object[], status: string): Item =>
   kind === 'message'
     ? { id, type: 'message', status, role: 'assistant', content }
     : { id, type: 'reasoning', summary: [], content, status }

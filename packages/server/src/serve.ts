@@ -1,34 +1,35 @@
-/** @file Listening to a port, and ending that without cutting off what runs. */
+/** @file Listens on a port, with graceful shutdown. */
 import { createServer, type Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { getRequestListener } from '@hono/node-server'
 import { checkOptions, MoeError, shown } from '@moe/core'
 import { ApiError } from './errors.ts'
 
-/** Where the server listens. */
+/** Options of {@link serve}. */
 export interface ServeOptions {
-  /** Default 8000; 0 takes one that is free. */
+  /** Port to listen on; 0 selects a free one. Default: 8000. */
   readonly port?: number
-  /** Address to listen at. Default 127.0.0.1, which only this machine reaches; 0.0.0.0 and :: are all there are. */
+  /** Address to listen on. Default: 127.0.0.1, which accepts connections from this machine only; use 0.0.0.0 or :: for all interfaces. */
   readonly host?: string
 }
 
-/** A server that listens. */
+/** A listening server, as returned by {@link serve}. */
 export interface Serving {
-  /** Without the path: `http://127.0.0.1:8000`. */
+  /** The server's URL without a path, for example `http://127.0.0.1:8000`. */
   readonly url: string
-  /** The port that it listens to, also where a free one was taken. */
+  /** The port that the server listens on, including one that was selected for port 0. */
   readonly port: number
   /**
-   * Takes no more connections, waits until those there are have their answers, and cuts off those that take longer than this. Resolves when none is left.
-   * @param options.within milliseconds; default 10,000
+   * Stops accepting connections, waits for running responses to finish, and closes connections that are still open after the time limit. Resolves when all
+   * connections are closed.
+   * @param options.within time limit in milliseconds. Default: 10,000.
    */
   close(options?: { readonly within?: number }): Promise<void>
 }
 
 /**
- * Listens to a port for an application, such as that of `createServer`.
- * @throws MoeError E_ATTR for what is no application, and when the address cannot be had
+ * Serves an application, such as the one that {@link createServer} returns, over HTTP.
+ * @throws MoeError `E_ATTR` if `app` has no `fetch` method, or if the address is in use or not available
  */
 export async function serve(
   app: { fetch(request: Request): Response | Promise<Response> },
@@ -39,7 +40,7 @@ export async function serve(
     throw new MoeError({
       code: 'E_ATTR',
       op: 'serve',
-      problem: `the application is ${shown(app)}, which has no fetch`,
+      problem: `expected an application with a fetch method, got ${shown(app)}`,
       fix,
     })
   }
@@ -61,10 +62,10 @@ export async function serve(
   }
 }
 
-/** What is no request to an application: a host or path that cannot be. */
+/** The response to a request whose host or path is invalid. */
 function malformed(cause: unknown): Response {
   const reason = cause instanceof Error ? cause.message : String(cause)
-  return Response.json(new ApiError(400, `the request cannot be read: ${reason}`).toJSON(), { status: 400 })
+  return Response.json(new ApiError(400, `malformed request: ${reason}`).toJSON(), { status: 400 })
 }
 
 async function listen(server: Server, port: number, host: string): Promise<void> {
@@ -82,8 +83,10 @@ async function listen(server: Server, port: number, host: string): Promise<void>
     throw new MoeError({
       code: 'E_ATTR',
       op: 'serve',
-      problem: taken ? `port ${port} of ${host} is taken` : `cannot listen to ${host}, port ${port}: ${message}`,
-      fix: taken ? 'choose another port; 0 takes one that is free' : 'choose another host or port',
+      problem: taken
+        ? `port ${port} of ${host} is already in use`
+        : `cannot listen on ${host}, port ${port}: ${message}`,
+      fix: taken ? 'choose another port, or 0 for any free port' : 'choose another host or port',
       cause,
     })
   }
@@ -91,7 +94,7 @@ async function listen(server: Server, port: number, host: string): Promise<void>
 
 async function close(server: Server, within: number): Promise<void> {
   const closed = new Promise<void>(resolve => server.close(() => resolve()))
-  // A connection that has its answer would stay open for another request.
+  // After its response, a keep-alive connection would stay open for another request.
   const idle = setInterval(() => server.closeIdleConnections(), 50)
   const limit = setTimeout(() => server.closeAllConnections(), within)
   await closed

@@ -274,12 +274,12 @@ describe('tools', () => {
       await expect(asking).rejects.toThrow(BadRequestError)
       await expect(asking).rejects.toThrow(message)
     }
-    await refused(ask(none, { tools }), 'chat template does not tell of tools')
+    await refused(ask(none, { tools }), 'chat template does not support tools')
     const result = { role: 'tool', tool_call_id: 'a', content: 'the' }
-    await refused(ask(none, { messages: [...messages, result] }), 'does not write calls')
-    await refused(ask(openai, { tool_choice: 'required' }), 'tool_choice goes with tools')
+    await refused(ask(none, { messages: [...messages, result] }), 'does not support tool calls')
+    await refused(ask(openai, { tool_choice: 'required' }), 'tool_choice requires tools')
     const other = { type: 'function', function: { name: 'other' } }
-    await refused(ask(openai, { tools, tool_choice: other }), 'there is no tool "other"')
+    await refused(ask(openai, { tools, tool_choice: other }), 'no tool is named "other"')
     const strange = [{ type: 'function', function: { name: 'f', parameters: { not: {} } } }]
     await refused(
       ask(openai, { tools: strange, tool_choice: 'required' }),

@@ -1,35 +1,37 @@
-/** @file What a chat template does with tools and reasoning, as its text says. */
+/** @file Detects from the source of a chat template how it handles tools and reasoning. */
 import type { ChatTemplate } from '@moe/tokenizer-bpe/data'
-import { THINK, THOUGHT } from './reasoning.ts'
+import { THINK_END, THINK_START } from './reasoning.ts'
 import { type ToolFormat, toolFormatOf } from './tool-calls.ts'
 
 export interface TemplateTraits {
-  /** How its model writes calls. */
+  /** The format in which the model writes tool calls. */
   readonly format: ToolFormat
-  /** Whether it tells the model of `tools`, and whether it writes calls and their results. */
-  readonly isTold: boolean
-  readonly writesCalls: boolean
-  /** Whether it wants arguments as a value, and not as JSON. */
-  readonly parsed: boolean
-  /** Whether it knows of reasoning. */
-  readonly thinks: boolean
+  /** Whether the template describes `tools` to the model. */
+  readonly describesTools: boolean
+  /** Whether the template supports messages with tool calls and their results. */
+  readonly supportsCalls: boolean
+  /** Whether the template expects the arguments of a call as an object instead of JSON text. */
+  readonly parsesArguments: boolean
+  /** Whether the template mentions reasoning. */
+  readonly hasReasoning: boolean
 }
 
 export function traitsOf(template: ChatTemplate | undefined): TemplateTraits {
   const source = template?.toJSON()?.chat_template
-  // One that is made of a function has no source, and knows what it does.
+  // A template created from a function has no source and is assumed to support everything.
   const has = (pattern: RegExp) => typeof source !== 'string' || pattern.test(source)
   const text = String(source)
   return {
     format: toolFormatOf(text),
-    isTold: has(/\btools\b/),
-    writesCalls: has(/\btool_calls\b/),
-    parsed:
+    describesTools: has(/\btools\b/),
+    supportsCalls: has(/\btool_calls\b/),
+    parsesArguments:
       /arguments(['"]\])?\s*\|\s*tojson|arg\w*\.items\(\)|arg\w*\s*\|\s*items/.test(text) &&
       !/arguments(['"]\])? is string/.test(text),
-    thinks: text.includes(THOUGHT),
+    hasReasoning: text.includes(THINK_END),
   }
 }
 
-/** Text of the control tokens that an answer of a form may have in it. */
-export const marksOf = ({ format, thinks }: TemplateTraits): string => format.marks + (thinks ? THINK + THOUGHT : '')
+/** The control tokens that a constrained answer may contain, concatenated. */
+export const controlTokensOf = ({ format, hasReasoning }: TemplateTraits): string =>
+  format.controlTokens + (hasReasoning ? THINK_START + THINK_END : '')

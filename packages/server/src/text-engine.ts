@@ -1,15 +1,17 @@
-/** @file What the server needs of whatever makes the texts. */
+/** @file The interface between the server and a text generator. */
 import type { Generation, TextTurnOptions } from '@moe/deepseek'
 
-/** Makes texts, as many as are asked for at once: `DeepSeek.continuousBatch` does. */
+/** Generates texts, several at the same time. `DeepSeek.continuousBatch` returns one. */
 export interface TextEngine {
-  /** Continues a sequence of token ids, as `DeepSeek.generate` does. */
+  /** Generates text that continues a sequence of token ids, like `DeepSeek.generate`. */
   generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
-  /** Texts that are being made, and texts that are yet to begin. */
+  /** The number of texts that are being generated. */
   readonly running: number
-  /** Texts that are yet to begin. */
+  /** The number of texts that wait to be started. */
   readonly waiting: number
 }
 
-/** Why a text ended: at an end token or a stop, or at its most tokens; or, of those that ended, that it calls tools. */
+/**
+ * Why a text ended: `stop` at an end token or stop string, `length` at the token limit, `tool_calls` if it ended like `stop` and contains tool calls.
+ */
 export type FinishReason = 'stop' | 'length' | 'tool_calls'

@@ -1,67 +1,70 @@
-/** @file A text in parts, each with its tokens and what the model found likely in their places. */
+/** @file A generated text in parts, each with the log-probabilities of its tokens. */
 import type { Generation, TokenLogProb } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
+import type { Prompt } from './generation-request.ts'
 import type { ToolCall } from './tool-calls.ts'
-import type { Prompt } from './wanted-texts.ts'
 
-export interface ToldToken {
+/** A token with its log-probabilities. */
+export interface ScoredToken {
   readonly id: number
-  /** Null for the first of a prompt: nothing stands before it. */
-  readonly likely: TokenLogProb | null
-  /** Characters (code points) of prompt and text before the one that it is of, or begins with. */
+  /** Null for the first token of a prompt, which has no preceding context. */
+  readonly score: TokenLogProb | null
+  /** Position, in code points from the start of the prompt, of the character that the token belongs to or starts with. */
   readonly offset: number
-  /** Whether it is the end token, which is no part of the text. */
+  /** Whether it is the end token, which is not part of the text. */
   readonly isEnd: boolean
 }
 
 export interface TextPart {
   readonly text: string
-  /** What was thought before it. */
+  /** Reasoning before the text. */
   readonly reasoning?: string
-  /** Null where nobody asked. */
-  readonly tokens: readonly ToldToken[] | null
-  /** Calls of tools, behind all text. */
+  /** Null if log-probabilities were not requested. */
+  readonly tokens: readonly ScoredToken[] | null
+  /** Tool calls, after all text. */
   readonly calls?: readonly ToolCall[]
 }
 
-/** What is made behind a prompt, with the prompt in front for `echo`. A token comes with the part that has what it completes. */
+/**
+ * The parts of a generated text, preceded by the prompt if `echo` is set. A token belongs to the part that contains the characters it completes.
+ */
 export async function* textParts(
   prompt: Prompt,
-  made: Generation<string>,
+  generation: Generation<string>,
   tokenizer: BpeTokenizer,
-  { echo, isTold }: { readonly echo: boolean; readonly isTold: boolean },
+  { echo, scored }: { readonly echo: boolean; readonly scored: boolean },
 ): AsyncGenerator<TextPart> {
-  const { text: before, offsets } = echo || isTold ? read(prompt, tokenizer) : { text: '', offsets: [] }
+  const { text: promptText, offsets } = echo || scored ? read(prompt, tokenizer) : { text: '', offsets: [] }
   const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
-  let offset = characters(before)
-  let told = 0
-  const untold = (): ToldToken[] | null => {
-    if (!isTold) return null
-    const all: ToldToken[] = []
-    for (const likely of made.logProbs.slice(told)) {
-      const isEnd = told++ >= made.stats.tokens
-      all.push({ id: likely.token, likely, offset, isEnd })
-      if (!isEnd) offset += characters(stream.push(likely.token))
+  let offset = characters(promptText)
+  let reported = 0
+  const newTokens = (): ScoredToken[] | null => {
+    if (!scored) return null
+    const all: ScoredToken[] = []
+    for (const score of generation.logProbs.slice(reported)) {
+      const isEnd = reported++ >= generation.stats.tokens
+      all.push({ id: score.token, score, offset, isEnd })
+      if (!isEnd) offset += characters(stream.push(score.token))
     }
     return all
   }
-  const ofPrompt = (): TextPart => {
-    const likely = made.promptLogProbs
-    const tokens = offsets.map((offset, i) => ({ id: prompt.ids[i], likely: likely[i] ?? null, offset, isEnd: false }))
-    return { text: before, tokens: isTold ? tokens : null }
+  const promptPart = (): TextPart => {
+    const scores = generation.promptLogProbs
+    const tokens = offsets.map((offset, i) => ({ id: prompt.ids[i], score: scores[i] ?? null, offset, isEnd: false }))
+    return { text: promptText, tokens: scored ? tokens : null }
   }
-  let isBegun = !echo
-  for await (const text of made) {
-    if (!isBegun) yield ofPrompt()
-    isBegun = true
-    yield { text, tokens: untold() }
+  let started = !echo
+  for await (const text of generation) {
+    if (!started) yield promptPart()
+    started = true
+    yield { text, tokens: newTokens() }
   }
-  if (!isBegun) yield ofPrompt()
-  const rest = untold()
+  if (!started) yield promptPart()
+  const rest = newTokens()
   if (rest?.length) yield { text: '', tokens: rest }
 }
 
-/** The text of a prompt as it was given, and where its tokens begin. */
+/** Decodes a prompt: its text, and the position of each token in it. */
 function read({ ids, added }: Prompt, tokenizer: BpeTokenizer): { text: string; offsets: number[] } {
   const stream = tokenizer.createDecodeStream()
   let text = ''

@@ -1,49 +1,49 @@
-/** @file Calls of tools as models write them, and as OpenAI's API has them. */
+/** @file Parses tool calls in the formats that models write them in. */
 import type { TextPart } from './text-parts.ts'
 
 export interface ToolCall {
   readonly name: string
-  /** JSON, as far as the model writes it. */
+  /** The arguments as the model wrote them: usually, but not necessarily, valid JSON. */
   readonly arguments: string
-  /** Where models give one. */
+  /** The id, in formats in which the model writes one. */
   readonly id?: string
 }
 
-/** How a model writes calls. */
+/** A format in which models write tool calls. */
 export interface ToolFormat {
-  /** Begins a text's calls, which end it. */
+  /** Marks the start of the calls, which extend to the end of the text. */
   readonly begin: string
-  /** From there to the name of the first. */
+  /** The text from `begin` up to the name of the first call. */
   readonly opening: string
-  /** From the name to the arguments; calls are counted within a conversation. */
-  between(number: number): string
-  /** What models call the call, where they do. */
+  /** The text between name and arguments of a call. Calls are numbered from 0 within a conversation. */
+  separator(number: number): string
+  /** The id of a call, in formats in which the model writes one. */
   id?(name: string, number: number): string
-  /** Whether arguments are written as JSON. */
+  /** Whether the arguments are JSON. */
   readonly isJson: boolean
-  /** All marks that calls are written with. */
-  readonly marks: string
+  /** All control tokens of the format, concatenated. */
+  readonly controlTokens: string
   /**
-   * The calls of a text from `begin` on; empty where there are none that can be read.
-   * @param isText whether an argument of a tool is a text, where that is not told by how it is written
+   * Parses a text that starts with `begin`. Returns an empty list if it contains no valid calls.
+   * @param isString whether an argument of a tool is a string; needed by formats that write strings without quotes
    */
-  parse(text: string, isText: (tool: string, argument: string) => boolean): ToolCall[]
-  /** Tells of tools in a message, for models whose template does not. */
-  tell?(tools: readonly object[]): string
+  parse(text: string, isString: (tool: string, argument: string) => boolean): ToolCall[]
+  /** Describes tools in a message, for models whose template does not. */
+  describeTools?(tools: readonly object[]): string
 }
 
-/** Of Hermes, Qwen, and `plainChatTemplate`. */
+/** The format of Hermes, Qwen and `plainChatTemplate`. */
 const plain: ToolFormat = {
   begin: '<tool_call>',
   opening: '<tool_call>\n{"name": "',
-  between: () => '", "arguments": ',
+  separator: () => '", "arguments": ',
   isJson: true,
-  marks: '<tool_call></tool_call>',
+  controlTokens: '<tool_call></tool_call>',
   parse(text) {
     try {
       return Array.from(text.matchAll(/<tool_call>([\s\S]*?)(<\/tool_call>|$)/g), ([, json]) => {
         const { name, arguments: given = {} } = JSON.parse(json)
-        if (typeof name !== 'string') throw new TypeError('there is no name')
+        if (typeof name !== 'string') throw new TypeError('missing name')
         return { name, arguments: typeof given === 'string' ? given : JSON.stringify(given) }
       })
     } catch {
@@ -52,17 +52,17 @@ const plain: ToolFormat = {
   },
 }
 
-function deepseek(kind: string, between: string, end: string, call: RegExp): ToolFormat {
+function deepseek(kind: string, separator: string, end: string, call: RegExp): ToolFormat {
   const opening = `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>${kind}`
   return {
     begin: '<｜tool▁calls▁begin｜>',
     opening,
-    between: () => between,
+    separator: () => separator,
     isJson: true,
-    marks: '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜><｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    controlTokens: '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜><｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     parse: text => Array.from(text.matchAll(call), ([, name, json]) => ({ name, arguments: json })),
-    // As https://huggingface.co/deepseek-ai/DeepSeek-V3.1 has it.
-    tell: tools =>
+    // The text of https://huggingface.co/deepseek-ai/DeepSeek-V3.1.
+    describeTools: tools =>
       [
         '## Tools\nYou have access to the following tools:\n',
         ...tools.map(tool => {
@@ -70,7 +70,7 @@ function deepseek(kind: string, between: string, end: string, call: RegExp): Too
           return `### ${name}\nDescription: ${description}\n\nParameters: ${JSON.stringify(parameters)}\n`
         }),
         'IMPORTANT: ALWAYS adhere to this exact format for tool use:',
-        `${opening}tool_call_name${between}tool_call_arguments${end}{additional_tool_calls}<｜tool▁calls▁end｜>\n`,
+        `${opening}tool_call_name${separator}tool_call_arguments${end}{additional_tool_calls}<｜tool▁calls▁end｜>\n`,
         'Where:',
         '- `tool_call_name` must be an exact match to one of the available tools',
         "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema",
@@ -79,7 +79,7 @@ function deepseek(kind: string, between: string, end: string, call: RegExp): Too
   }
 }
 
-/** Of DeepSeek-V3 and R1. */
+/** The format of DeepSeek-V3 and R1. */
 const deepseekV3 = deepseek(
   'function<｜tool▁sep｜>',
   '\n```json\n',
@@ -97,10 +97,10 @@ const deepseekV31 = deepseek(
 const kimi: ToolFormat = {
   begin: '<|tool_calls_section_begin|>',
   opening: '<|tool_calls_section_begin|><|tool_call_begin|>functions.',
-  between: number => `:${number}<|tool_call_argument_begin|>`,
+  separator: number => `:${number}<|tool_call_argument_begin|>`,
   id: (name, number) => `functions.${name}:${number}`,
   isJson: true,
-  marks:
+  controlTokens:
     '<|tool_calls_section_begin|><|tool_call_begin|><|tool_call_argument_begin|><|tool_call_end|><|tool_calls_section_end|>',
   parse: text =>
     Array.from(
@@ -111,20 +111,20 @@ const kimi: ToolFormat = {
     ),
 }
 
-/** Of GLM from 4.5 on; 4.7 leaves out line feeds. */
+/** The format of GLM 4.5 and later. GLM 4.7 omits the line feeds. */
 const glm: ToolFormat = {
   begin: '<tool_call>',
   opening: '<tool_call>',
-  between: () => '',
+  separator: () => '',
   isJson: false,
-  marks: '<tool_call></tool_call><arg_key></arg_key><arg_value></arg_value>',
-  parse(text, isText) {
+  controlTokens: '<tool_call></tool_call><arg_key></arg_key><arg_value></arg_value>',
+  parse(text, isString) {
     const all = Array.from(
       text.matchAll(/<tool_call>([\s\S]*?)(?:<\/tool_call>|$)/g),
       ([, call]): Partial<ToolCall> & { arguments: string } => {
         const [, name] = /^\s*([\w-]+)\s*(?:<arg_key>|$)/.exec(call) ?? []
         const pairs = call.matchAll(/<arg_key>([\s\S]*?)<\/arg_key>\s*<arg_value>([\s\S]*?)<\/arg_value>/g)
-        const values = Array.from(pairs, ([, key, value]) => [key, isText(name, key) ? value : jsonOrText(value)])
+        const values = Array.from(pairs, ([, key, value]) => [key, isString(name, key) ? value : jsonOrText(value)])
         return { name, arguments: JSON.stringify(Object.fromEntries(values)) }
       },
     )
@@ -140,7 +140,7 @@ function jsonOrText(text: string): unknown {
   }
 }
 
-/** Of a template's text. */
+/** Detects the format from the source of a chat template. */
 export function toolFormatOf(source: string): ToolFormat {
   if (source.includes(kimi.begin) || source.includes('tool_declare')) return kimi
   if (source.includes('<arg_key>')) return glm
@@ -148,28 +148,28 @@ export function toolFormatOf(source: string): ToolFormat {
   return source.includes('```json') ? deepseekV3 : deepseekV31
 }
 
-/** Reads the calls out of a text. */
+/** How to extract the calls from a text. */
 export interface CallReader {
-  /** From here on nothing is told until the text has ended. */
+  /** Marks the start of the calls. Text after it is withheld until the whole text has been generated. */
   readonly begin: string
-  /** Whether that is the beginning of the text or nowhere. */
-  readonly atOnce: boolean
+  /** Whether calls can only be at the start of the text. */
+  readonly onlyAtStart: boolean
   read(text: string): ToolCall[]
 }
 
-/** The parts of a text with its calls behind it; a text from `begin` on in which there are none is told as it is. */
+/** Passes the parts of a text on and replaces its calls by a last part with `calls`. If no call can be parsed, the text is passed on unchanged. */
 export async function* withCalls(
   parts: AsyncIterable<TextPart>,
-  { begin, atOnce, read }: CallReader,
+  { begin, onlyAtStart, read }: CallReader,
 ): AsyncGenerator<TextPart> {
   let held = ''
   let isBegun = false
   let isOver = false
   for await (const part of parts) {
     held += part.text
-    isOver ||= atOnce && !isBegun && held !== '' && !held.startsWith(begin) && !begin.startsWith(held)
+    isOver ||= onlyAtStart && !isBegun && held !== '' && !held.startsWith(begin) && !begin.startsWith(held)
     const at: number = isBegun ? 0 : isOver ? -1 : held.indexOf(begin)
-    const safe = at >= 0 ? at : isOver ? held.length : held.length - beginning(held, begin)
+    const safe = at >= 0 ? at : isOver ? held.length : held.length - partialMatch(held, begin)
     isBegun ||= at >= 0
     if (safe > 0 || part.tokens?.length || part.reasoning) yield { ...part, text: held.slice(0, safe) }
     held = held.slice(safe)
@@ -179,8 +179,8 @@ export async function* withCalls(
   else if (held !== '') yield { text: held, tokens: null }
 }
 
-/** Length of the end of a text that may become this one. */
-export function beginning(text: string, of: string): number {
+/** The length of the longest proper prefix of `of` that `text` ends with. */
+export function partialMatch(text: string, of: string): number {
   for (let n = Math.min(of.length - 1, text.length); n > 0; n--) if (text.endsWith(of.slice(0, n))) return n
   return 0
 }

@@ -1,4 +1,4 @@
-/** @file @mlc-ai/web-xgrammar, an optional peer: which tokens keep a text within a grammar. */
+/** @file Loads @mlc-ai/web-xgrammar, an optional peer dependency that computes which tokens a grammar allows next. */
 import { readFileSync } from 'node:fs'
 import { createRequire, Module } from 'node:module'
 import { ApiError } from './errors.ts'
@@ -21,7 +21,7 @@ export interface Compiler extends Handle {
   compileStructuralTag(json: string): Promise<Handle>
 }
 
-/** What is used of it. Its own types are of a library for browsers. */
+/** The part of its API that the server uses. Its own type definitions require the DOM library. */
 export interface XGrammar {
   readonly Grammar: {
     fromJSONSchema(
@@ -46,7 +46,7 @@ export interface XGrammar {
   readonly GrammarMatcher: { createGrammarMatcher(compiled: Handle): Promise<Matcher> }
 }
 
-/** What Node makes of a file. */
+/** A CommonJS module in Node, including internals. */
 interface Script {
   exports: XGrammar
   console: Console
@@ -56,27 +56,27 @@ interface Script {
 const { resolve } = createRequire(import.meta.url)
 
 /**
- * Where it is.
- * @throws ApiError 400 where it is not installed
+ * Returns the path of the library.
+ * @throws ApiError 400 if it is not installed
  */
 export function findXGrammar(): string {
   try {
     return resolve('@mlc-ai/web-xgrammar')
   } catch (cause) {
-    const message = 'this server has no grammars: where it runs, npm i @mlc-ai/web-xgrammar@0.1.27'
+    const message = 'structured output needs an optional package: on the server, run npm i @mlc-ai/web-xgrammar@0.1.27'
     throw new ApiError(400, message, { code: 'unsupported_parameter', cause })
   }
 }
 
 /**
- * Another instance of it, with memory of its own.
- * @param say is given what it would write to the console
+ * Loads a new instance of the library, with its own memory.
+ * @param log called with each line that the library writes to the console
  */
-export function loadXGrammar(path: string, say: (line: string) => void): XGrammar {
-  // It is a script in a package of modules, which neither import nor require reads; its console is another.
+export function loadXGrammar(path: string, log: (line: string) => void): XGrammar {
+  // The file is a CommonJS script in a package of ES modules, so neither import nor require can load it. Its console is replaced.
   const script = new Module(path) as unknown as Script
-  const log = (...words: unknown[]) => say(words.join(' '))
-  script.console = { ...console, log, warn: log, error: log }
+  const write = (...words: unknown[]) => log(words.join(' '))
+  script.console = { ...console, log: write, warn: write, error: write }
   script._compile(`const { console } = module; ${readFileSync(path, 'utf8')}`, path, 'commonjs')
   return script.exports
 }

@@ -1,4 +1,4 @@
-/** @file What a chat wants of the form of its answer: JSON, or calls of tools. */
+/** @file Converts `response_format`, `tools` and `tool_choice` of a chat to a constraint on its answer. */
 import { z } from 'zod'
 import { ApiError } from './errors.ts'
 import type { Form } from './grammar-host.ts'
@@ -8,7 +8,7 @@ import type { TemplateTraits } from './template-traits.ts'
 import type { CallReader, ToolCall, ToolFormat } from './tool-calls.ts'
 
 const tool = z.looseObject({
-  type: z.literal('function', { error: 'expected function: there are no other tools' }),
+  type: z.literal('function', { error: 'expected function, the only supported type of tools' }),
   function: z.looseObject({
     name: z.string().regex(/^[\w-]{1,64}$/, 'expected up to 64 letters, digits, _ and -'),
     description: z.string().nullish(),
@@ -48,59 +48,60 @@ const fields = z.object(formFields)
 
 type FormFields = z.output<typeof fields>
 
-export interface WantedForm {
-  /** Stands behind the prompt: the answer goes on with it. */
+export interface AnswerForm {
+  /** Appended to the prompt; the answer continues it. */
   readonly prefix: string
-  /** What the answer is held to, and by which field. */
+  /** The form that the answer must have, and the request field that requires it. */
   readonly form?: { readonly form: Form; readonly param: string }
-  /** Undefined: there are no calls in the answer. */
+  /** How to extract tool calls from the answer. Undefined: it contains none. */
   readonly calls?: CallReader
 }
 
 /**
- * The tools that the model is told of.
- * @throws ApiError 400 where it cannot be
+ * The tools to describe to the model.
+ * @throws ApiError 400 if the chat template does not support tools
  */
-export function wantedTools(
+export function promptedTools(
   { tools, tool_choice: choice }: FormFields,
-  { isTold, writesCalls, format }: TemplateTraits,
+  { describesTools, supportsCalls, format }: TemplateTraits,
 ): FormFields['tools'] & object {
   if (isForced(choice) && !tools?.length)
-    throw new ApiError(400, 'tool_choice goes with tools', { param: 'tool_choice' })
+    throw new ApiError(400, 'tool_choice requires tools', { param: 'tool_choice' })
   if (!tools?.length || choice === 'none') return []
-  if (isTold || (writesCalls && format.tell)) return tools
+  if (describesTools || (supportsCalls && format.describeTools)) return tools
   const message =
-    "this model's chat template does not tell of tools: describe them in a message, or start the server with a template that does"
+    "this model's chat template does not support tools: describe them in a message, or start the server with a template that supports them"
   throw new ApiError(400, message, { param: 'tools', code: 'unsupported_parameter' })
 }
 
 /**
- * @param tools that the model is told of
- * @param thinking what the answer begins with
- * @param number of calls that were made before
- * @throws ApiError 400 for what cannot be
+ * The form of the answer, and how to extract tool calls from it.
+ * @param tools the tools that are described to the model
+ * @param thinking whether the answer starts with reasoning
+ * @param number number of tool calls so far in the conversation
+ * @throws ApiError 400 if a schema is unsupported or the chosen tool does not exist
  */
-export function wantedForm(
+export function answerForm(
   given: FormFields,
   { format }: TemplateTraits,
   tools: FormFields['tools'] & object,
   thinking: Thinking,
   number: number,
-): WantedForm {
-  const reasoning = thinking === 'over' ? [] : [{ thinking }]
+): AnswerForm {
+  const reasoning = thinking === 'none' ? [] : [{ thinking }]
   const asked = wantedFormat(given.response_format)
   const json = asked && { form: [[...reasoning, asked.schema]], param: asked.param }
   if (tools.length === 0) return { prefix: '', form: json }
-  const isText = (name: string, argument: string) => {
+  const isString = (name: string, argument: string) => {
     const own = tools.find(tool => tool.function.name === name)?.function.parameters?.properties
     return [(own as Record<string, { type?: unknown }> | undefined)?.[argument]?.type].flat().includes('string')
   }
-  const most = given.parallel_tool_calls === false ? 1 : Infinity
-  const parse = (text: string) => format.parse(text, isText).slice(0, most)
+  const maxCalls = given.parallel_tool_calls === false ? 1 : Infinity
+  const parse = (text: string) => format.parse(text, isString).slice(0, maxCalls)
   if (!isForced(given.tool_choice)) {
     const calls = [...reasoning, format.begin, { anything: true as const }]
     const form = json && { ...json, form: [...json.form, calls] }
-    return { prefix: '', form, calls: { begin: format.begin, atOnce: json !== undefined, read: parse } }
+    return { prefix: '', form, calls: { begin: format.begin, onlyAtStart: json !== undefined, read: parse } }
   }
   return forcedCall(given.tool_choice, format, tools, thinking, number, parse)
 }
@@ -108,7 +109,7 @@ export function wantedForm(
 const isForced = (choice: FormFields['tool_choice']) =>
   choice === 'required' || (typeof choice === 'object' && choice !== null)
 
-/** One call, whose name and, where they are JSON, arguments are certain. */
+/** Forces one call with a valid name and, if the format writes them as JSON, valid arguments. */
 function forcedCall(
   choice: FormFields['tool_choice'],
   format: ToolFormat,
@@ -116,22 +117,22 @@ function forcedCall(
   thinking: Thinking,
   number: number,
   parse: (text: string) => ToolCall[],
-): WantedForm {
+): AnswerForm {
   const named = typeof choice === 'object' ? choice?.function.name : undefined
   const callable = tools.filter(({ function: { name } }) => named === undefined || name === named)
   if (callable.length === 0) {
-    throw new ApiError(400, `tool_choice: there is no tool ${JSON.stringify(named)}`, { param: 'tool_choice' })
+    throw new ApiError(400, `tool_choice: no tool is named ${JSON.stringify(named)}`, { param: 'tool_choice' })
   }
   const all = callable.map(({ function: { name, parameters } }, i) => {
     const param = `tools[${i}].function.parameters`
     const rest = format.isJson
       ? supportedSchema(parameters ?? { type: 'object', properties: {} }, param)
       : { anything: true as const }
-    return { name, head: format.opening + name + format.between(number), rest }
+    return { name, head: format.opening + name + format.separator(number), rest }
   })
-  // What is certain the model need not write.
-  const prefix = thinking !== 'over' ? '' : all.length === 1 ? all[0].head : format.opening
-  const reasoning = thinking === 'over' ? [] : [{ thinking }]
+  // Text that is already determined goes into the prompt instead of being generated.
+  const prefix = thinking !== 'none' ? '' : all.length === 1 ? all[0].head : format.opening
+  const reasoning = thinking === 'none' ? [] : [{ thinking }]
   const form = all.map(({ head, rest }) => [...reasoning, head.slice(prefix.length), rest].filter(part => part !== ''))
   const read = (text: string): ToolCall[] => {
     const whole = prefix + text
@@ -140,7 +141,7 @@ function forcedCall(
     if (called === undefined) return []
     return [{ name: called.name, arguments: whole.slice(called.head.length), id: format.id?.(called.name, number) }]
   }
-  return { prefix, form: { form, param: 'tools' }, calls: { begin: '', atOnce: true, read } }
+  return { prefix, form: { form, param: 'tools' }, calls: { begin: '', onlyAtStart: true, read } }
 }
 
 function wantedFormat(format: FormFields['response_format']) {
