@@ -1,4 +1,4 @@
-/** @file Schemas of which all are kept to, beside what ajv says. */
+/** @file Merged schemas compared with ajv. */
 import { Random } from '@moe/core'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import { expect, test } from 'vitest'
@@ -8,9 +8,12 @@ import { supportedSchema } from './json-schema.ts'
 
 const ajv = new Ajv2020({ strict: false })
 const merged = (schema: unknown) =>
-  allOf([schema], { named: () => ({ type: 'object', required: ['a'] }), bare: ({ title: _, ...rest }) => rest })
+  allOf([schema], {
+    resolve: () => ({ type: 'object', required: ['a'] }),
+    withoutAnnotations: ({ title: _, ...rest }) => rest,
+  })
 
-/** `allOf` that is left in parts, too. */
+/** Merges nested `allOf`, too. */
 function settled(value: unknown): unknown {
   if (Array.isArray(value)) return value.map(settled)
   if (typeof value !== 'object' || value === null) return value
@@ -18,7 +21,7 @@ function settled(value: unknown): unknown {
   return Object.fromEntries(Object.entries(own).map(([key, one]) => [key, settled(one)]))
 }
 
-test('what the one schema allows all allow, whatever is drawn', () => {
+test('a merged schema allows only values that all schemas allow, for random schemas', () => {
   const random = new Random(3)
   const pick = <T>(all: readonly T[]): T => all[random.integer(all.length)]
   const some = <T>(all: readonly T[]): T[] => all.filter(() => random.next() < 0.5)
@@ -121,7 +124,7 @@ test.each<[unknown, unknown]>([
   expect(validate[0]).toBe(validate[1])
 })
 
-test("Zod's intersections and several checks of a text are supported", () => {
+test("Zod's intersections and strings with several checks are supported", () => {
   const Named = z.object({ name: z.string().startsWith('a').endsWith('z') })
   const both = z.intersection(Named, z.object({ age: z.int().min(3) }))
   for (const io of ['input', 'output'] as const) {

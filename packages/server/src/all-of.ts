@@ -1,50 +1,50 @@
-/** @file `allOf` as one schema: of what all of its schemas allow, all or less. */
+/** @file Merges the schemas of `allOf` into one that allows only values that all of them allow, but possibly not all such values. */
 
 type JsonSchema = Readonly<Record<string, unknown>>
 
-/** Why there is none. */
+/** Thrown if schemas cannot be merged. */
 export class MergeError extends Error {}
 
-/** How schemas are read. */
-interface Reading {
-  /** The schema of a `$ref`. */
-  named(ref: string): unknown
-  /** A schema without what says nothing. */
-  bare(schema: JsonSchema): JsonSchema
+/** Access to the document that the schemas are part of. */
+interface SchemaContext {
+  /** Returns the schema that a `$ref` refers to. */
+  resolve(ref: string): unknown
+  /** Returns a schema without annotations. */
+  withoutAnnotations(schema: JsonSchema): JsonSchema
 }
 
-/** @throws MergeError for what does not go together */
-export function allOf(schemas: readonly unknown[], reading: Reading): JsonSchema {
-  return schemas.flatMap(schema => flat(schema, reading, 0)).reduce(both, {})
+/** Merges schemas into one. @throws MergeError if they are contradictory or contain keywords that cannot be merged */
+export function allOf(schemas: readonly unknown[], context: SchemaContext): JsonSchema {
+  return schemas.flatMap(schema => flatten(schema, context, 0)).reduce(merge, {})
 }
 
 const isObject = (value: unknown): value is JsonSchema =>
   typeof value === 'object' && value !== null && !Array.isArray(value)
 
-/** Without names and without `allOf`. */
-function flat(schema: unknown, reading: Reading, depth: number): JsonSchema[] {
+/** The schemas that a schema consists of, without `$ref` and `allOf`. */
+function flatten(schema: unknown, context: SchemaContext, depth: number): JsonSchema[] {
   if (schema === true) return []
-  if (!isObject(schema)) throw new MergeError(schema === false ? 'it allows nothing' : 'expected an object')
-  if (depth > 32) throw new MergeError('a schema of allOf has itself in it')
-  const { $ref: ref, allOf: all, ...own } = reading.bare(schema)
-  if (all !== undefined && !Array.isArray(all)) throw new MergeError('allOf is no list of schemas')
-  const others = [...(ref === undefined ? [] : [reading.named(String(ref))]), ...(all ?? [])]
-  return [own, ...others.flatMap(one => flat(one, reading, depth + 1))]
+  if (!isObject(schema)) throw new MergeError(schema === false ? 'the schema allows no value' : 'expected an object')
+  if (depth > 32) throw new MergeError('allOf is recursive')
+  const { $ref: ref, allOf: all, ...own } = context.withoutAnnotations(schema)
+  if (all !== undefined && !Array.isArray(all)) throw new MergeError('allOf is not a list of schemas')
+  const others = [...(ref === undefined ? [] : [context.resolve(String(ref))]), ...(all ?? [])]
+  return [own, ...others.flatMap(one => flatten(one, context, depth + 1))]
 }
 
-const together: Readonly<Record<string, (a: never, b: never) => unknown>> = {
+const mergeKeyword: Readonly<Record<string, (a: never, b: never) => unknown>> = {
   type: (a: string | string[], b: string | string[]) => {
     const [as, bs] = [[a].flat(), [b].flat()]
     const has = (all: readonly string[], type: string) =>
       all.includes(type) || (type === 'integer' && all.includes('number'))
     const types = [...new Set([...as, ...bs])].filter(type => has(as, type) && has(bs, type))
-    if (types.length === 0) throw new MergeError(`nothing is of type ${as} and ${bs}`)
+    if (types.length === 0) throw new MergeError(`no value has both type ${as} and type ${bs}`)
     return types
   },
   enum: (a: readonly unknown[], b: readonly unknown[]) => {
     const texts = new Set(b.map(value => JSON.stringify(value)))
     const values = a.filter(value => texts.has(JSON.stringify(value)))
-    if (values.length === 0) throw new MergeError('no value is of all enums')
+    if (values.length === 0) throw new MergeError('no value is in all enums')
     return values
   },
   pattern: (a: string | string[], b: string | string[]) => [...new Set([a, b].flat())],
@@ -54,7 +54,7 @@ const together: Readonly<Record<string, (a: never, b: never) => unknown>> = {
   ...Object.fromEntries(['maximum', 'exclusiveMaximum', 'maxLength', 'maxItems'].map(key => [key, Math.min])),
 }
 
-function both(a: JsonSchema, b: JsonSchema): JsonSchema {
+function merge(a: JsonSchema, b: JsonSchema): JsonSchema {
   for (const [one, other] of [
     [a, b],
     [b, a],
@@ -62,7 +62,7 @@ function both(a: JsonSchema, b: JsonSchema): JsonSchema {
     const choice = ['anyOf', 'oneOf'].find(key => key in one)
     if (choice === undefined) continue
     const { [choice]: list, ...rest } = one
-    if (!Array.isArray(list)) throw new MergeError(`${choice} is no list of schemas`)
+    if (!Array.isArray(list)) throw new MergeError(`${choice} is not a list of schemas`)
     return { anyOf: list.map(schema => ({ allOf: [schema, rest, other] })) }
   }
   const [x, y] = [a, b].map(({ const: value, ...rest }) => (value === undefined ? rest : { ...rest, enum: [value] }))
@@ -70,23 +70,23 @@ function both(a: JsonSchema, b: JsonSchema): JsonSchema {
   for (const key of Object.keys(x)) {
     if (!(key in y) || JSON.stringify(x[key]) === JSON.stringify(y[key])) continue
     if (key === 'properties' || key === 'additionalProperties') continue
-    if (!Object.hasOwn(together, key)) throw new MergeError(`${key} of several does not go together`)
-    merged[key] = together[key](x[key] as never, y[key] as never)
+    if (!Object.hasOwn(mergeKeyword, key)) throw new MergeError(`several different values of ${key} cannot be merged`)
+    merged[key] = mergeKeyword[key](x[key] as never, y[key] as never)
   }
-  return { ...merged, ...propertiesOf(x, y) }
+  return { ...merged, ...mergeProperties(x, y) }
 }
 
-function propertiesOf(a: JsonSchema, b: JsonSchema): JsonSchema {
+function mergeProperties(a: JsonSchema, b: JsonSchema): JsonSchema {
   const [own, other] = [a, b].map(({ properties = {} }) => {
     if (isObject(properties)) return properties
-    throw new MergeError('properties are no object')
+    throw new MergeError('properties is not an object')
   })
   const schemaOf = (of: JsonSchema, properties: JsonSchema, name: string) =>
     Object.hasOwn(properties, name) ? properties[name] : (of.additionalProperties ?? true)
   const names = [...new Set([...Object.keys(own), ...Object.keys(other)])]
   const properties = names.flatMap(name => {
     const schemas = [schemaOf(a, own, name), schemaOf(b, other, name)].filter(schema => schema !== true)
-    // One that it must not have it need not have.
+    // Omit a property that one of the schemas excludes.
     if (schemas.includes(false)) return []
     return [[name, schemas.length === 1 ? schemas[0] : { allOf: schemas }] as const]
   })

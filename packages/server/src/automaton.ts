@@ -1,57 +1,57 @@
 /**
- * @file Sets of texts as automata that know at each character what may follow, and these as rules of grammars. @mlc-ai/web-xgrammar 0.1.27 reads alternatives that begin
- * alike as more than they are ("acab" or "aaab" as "acaab", too), and characters beyond ASCII in classes by their last bytes: rules here have neither.
+ * @file Converts regular expressions to deterministic automata, and these to grammar rules. The rules avoid two errors of @mlc-ai/web-xgrammar 0.1.27: it accepts wrong
+ * strings for alternatives with a common prefix ("acaab" for "acab" or "aaab"), and it reads non-ASCII characters in classes by their last bytes.
  */
 
-/** What can be written: control characters that JSON has letters for, ASCII, and all beyond it as one. */
+/** The symbols: control characters with a short escape in JSON, printable ASCII, and one symbol for all non-ASCII characters. */
 const CONTROLS = [0x08, 0x09, 0x0a, 0x0c, 0x0d]
-const LETTERS = 'btnfr'
+const ESCAPE_LETTERS = 'btnfr'
 export const ASCII: readonly number[] = [...CONTROLS, ...Array.from({ length: 0x60 }, (_, i) => 0x20 + i)]
-export const BEYOND = ASCII.length
-const SYMBOLS = BEYOND + 1
+export const NON_ASCII = ASCII.length
+const SYMBOL_COUNT = NON_ASCII + 1
 
-/** Each takes part of the time that a grammar takes. */
-const MOST_STATES = 1000
-const MOST_PLACES = 5000
+/** Limits, since each state adds to the time to compile a grammar. */
+const MAX_STATES = 1000
+const MAX_NFA_STATES = 5000
 
-/** Why there is none. */
+/** Thrown if a pattern is unsupported, too large, or matches nothing. */
 export class PatternError extends Error {}
 
 export type Expression =
-  /** A character, by whether it may be each of what can be written. */
+  /** One character: for each symbol, whether it matches. */
   | { readonly kind: 'set'; readonly has: readonly boolean[] }
   | { readonly kind: 'all'; readonly of: readonly Expression[] }
   | { readonly kind: 'either'; readonly of: readonly Expression[] }
   | { readonly kind: 'repeat'; readonly of: Expression; readonly least: number; readonly most: number }
 
-/** State 0 is the first. */
+/** A deterministic finite automaton. State 0 is the start. */
 export interface Automaton {
-  /** The state behind each that can be written; -1 where it may not. */
+  /** For each state and symbol, the next state, or -1 if the symbol is not allowed. */
   readonly next: ReadonlyArray<readonly number[]>
-  /** Whether a text may end there. */
+  /** For each state, whether a text may end there. */
   readonly ends: readonly boolean[]
 }
 
-/** Lengths of a text, in characters. */
+/** Range of text lengths, in characters. */
 export interface Lengths {
   readonly least: number
   readonly most: number
 }
 
-/** @throws PatternError where it is too large, or nothing is left */
+/** Converts an expression to an automaton. @throws PatternError if it is too large or matches nothing */
 export function automatonOf(expression: Expression): Automaton {
-  const places = new Places()
-  const [first, last] = [places.add(), places.add()]
-  places.connect(expression, first, last)
-  const alike = symbolsAlike(expression)
-  return determined(places.behind([first]), set => {
-    const behind = new Map([...new Set(alike)].map(symbol => [symbol, places.step(set, symbol)]))
+  const nfa = new Nfa()
+  const [first, last] = [nfa.addState(), nfa.addState()]
+  nfa.connect(expression, first, last)
+  const alike = equivalentSymbols(expression)
+  return determinize(nfa.closure([first]), set => {
+    const behind = new Map([...new Set(alike)].map(symbol => [symbol, nfa.step(set, symbol)]))
     return { ends: set.includes(last), next: alike.map(symbol => behind.get(symbol) as number[]) }
   })
 }
 
-/** For each that can be written the first that is in the same sets. */
-function symbolsAlike(expression: Expression): number[] {
+/** For each symbol, the first symbol that is in exactly the same sets. */
+function equivalentSymbols(expression: Expression): number[] {
   const sets = new Set<readonly boolean[]>()
   const collect = (one: Expression): void => {
     if (one.kind === 'set') sets.add(one.has)
@@ -59,32 +59,32 @@ function symbolsAlike(expression: Expression): number[] {
     else one.of.forEach(collect)
   }
   collect(expression)
-  const keys = Array.from({ length: SYMBOLS }, (_, symbol) => [...sets].map(has => Number(has[symbol])).join(''))
+  const keys = Array.from({ length: SYMBOL_COUNT }, (_, symbol) => [...sets].map(has => Number(has[symbol])).join(''))
   return keys.map(key => keys.indexOf(key))
 }
 
-/** The texts of both. @throws PatternError where there are none, or too many states */
-export function both(a: Automaton, b: Automaton): Automaton {
-  return determined([0, 0], ([p, q]) => ({
+/** The intersection of two automata. @throws PatternError if it is empty or has too many states */
+export function intersect(a: Automaton, b: Automaton): Automaton {
+  return determinize([0, 0], ([p, q]) => ({
     ends: a.ends[p] && b.ends[q],
     next: a.next[p].map((to, symbol) => (to < 0 || b.next[q][symbol] < 0 ? [] : [to, b.next[q][symbol]])),
   }))
 }
 
-/** All texts of some length. @throws PatternError where it counts too far */
+/** Accepts all texts of certain lengths. @throws PatternError if it needs too many states */
 export function ofLength({ least, most }: Lengths): Automaton {
-  const any: Expression = { kind: 'set', has: new Array<boolean>(SYMBOLS).fill(true) }
+  const any: Expression = { kind: 'set', has: new Array<boolean>(SYMBOL_COUNT).fill(true) }
   return automatonOf({ kind: 'repeat', of: any, least, most })
 }
 
-/** Places between characters, some of which are as good as others. */
-class Places {
+/** A nondeterministic finite automaton with epsilon transitions. */
+class Nfa {
   readonly #steps: Array<Array<{ readonly has: readonly boolean[]; readonly to: number }>> = []
-  readonly #same: number[][] = []
+  readonly #epsilon: number[][] = []
 
-  add(): number {
-    this.#same.push([])
-    if (this.#steps.push([]) > MOST_PLACES) throw new PatternError('it is too large')
+  addState(): number {
+    this.#epsilon.push([])
+    if (this.#steps.push([]) > MAX_NFA_STATES) throw new PatternError('too many states')
     return this.#steps.length - 1
   }
 
@@ -95,47 +95,52 @@ class Places {
       for (const one of expression.of) this.connect(one, from, to)
     } else if (expression.kind === 'all') {
       let at = from
-      for (const one of expression.of) at = this.#behind(one, at)
-      this.#same[at].push(to)
+      for (const one of expression.of) at = this.#append(one, at)
+      this.#epsilon[at].push(to)
     } else {
       const { of, least, most } = expression
       let at = from
-      for (let i = 0; i < least; i++) at = this.#behind(of, at)
+      for (let i = 0; i < least; i++) at = this.#append(of, at)
       if (most === Infinity) {
-        const loop = this.add()
-        this.#same[at].push(loop)
-        this.#same[this.#behind(of, loop)].push(loop)
-        this.#same[loop].push(to)
+        const loop = this.addState()
+        this.#epsilon[at].push(loop)
+        this.#epsilon[this.#append(of, loop)].push(loop)
+        this.#epsilon[loop].push(to)
         return
       }
-      this.#same[at].push(to)
+      this.#epsilon[at].push(to)
       for (let i = least; i < most; i++) {
-        at = this.#behind(of, at)
-        this.#same[at].push(to)
+        at = this.#append(of, at)
+        this.#epsilon[at].push(to)
       }
     }
   }
 
-  #behind(expression: Expression, from: number): number {
-    const to = this.add()
+  #append(expression: Expression, from: number): number {
+    const to = this.addState()
     this.connect(expression, from, to)
     return to
   }
 
-  /** These and all that are as good, in order. */
-  behind(places: readonly number[]): number[] {
-    const found = new Set(places)
-    for (const place of found) for (const same of this.#same[place]) found.add(same)
+  /** The states reachable through epsilon transitions, sorted. */
+  closure(states: readonly number[]): number[] {
+    const found = new Set(states)
+    for (const state of found) for (const next of this.#epsilon[state]) found.add(next)
     return [...found].sort((a, b) => a - b)
   }
 
-  step(places: readonly number[], symbol: number): number[] {
-    return this.behind(places.flatMap(place => this.#steps[place].filter(({ has }) => has[symbol]).map(({ to }) => to)))
+  step(states: readonly number[], symbol: number): number[] {
+    return this.closure(
+      states.flatMap(state => this.#steps[state].filter(({ has }) => has[symbol]).map(({ to }) => to)),
+    )
   }
 }
 
-/** From what states are made of to states, without those from which no text ends. */
-function determined(
+/**
+ * The subset construction, without states from which no end can be reached.
+ * @param follow whether a subset contains an end, and the subset after each symbol
+ */
+function determinize(
   first: number[],
   follow: (part: readonly number[]) => { readonly ends: boolean; readonly next: readonly number[][] },
 ): Automaton {
@@ -162,11 +167,11 @@ function determined(
         return number
       }),
     )
-    if (parts.length > MOST_STATES) throw new PatternError('it is too large')
+    if (parts.length > MAX_STATES) throw new PatternError('too many states')
   }
   const alive = new Set(ends.flatMap((isEnd, state) => (isEnd ? [state] : [])))
   for (const state of alive) for (const one of before[state]) alive.add(one)
-  if (!alive.has(0)) throw new PatternError('there is no text of it')
+  if (!alive.has(0)) throw new PatternError('no text matches')
   const kept = [...alive].sort((a, b) => a - b)
   const renamed = new Map([...kept.entries()].map(([i, state]) => [state, i]))
   return {
@@ -175,15 +180,16 @@ function determined(
   }
 }
 
-/** A rule of a grammar, and those that it needs. */
+/** A grammar rule and the rules that it depends on. */
 export interface Rule {
   readonly name: string
   readonly lines: readonly string[]
 }
 
 /**
- * @param isString whether its texts are those of JSON strings, between quotes and escaped where they have to be
- * @param name of its first rule; others begin with it
+ * Converts an automaton to grammar rules.
+ * @param isString whether to write the texts as JSON strings, quoted and escaped
+ * @param name name of the first rule, and prefix of the names of the others
  */
 export function ruleOf({ next, ends }: Automaton, isString: boolean, name: string): Rule {
   const stateName = (state: number) => `${name}_${state}`
@@ -195,9 +201,9 @@ export function ruleOf({ next, ends }: Automaton, isString: boolean, name: strin
       const points = ASCII.filter((_, symbol) => to[symbol] === target)
       const plain = points.filter(point => point >= 0x20 && !(isString && isEscaped(point)))
       const escaped = isString ? points.filter(point => isEscaped(point)) : []
-      // Only a class that leaves out has characters beyond ASCII.
+      // Only negated classes can contain non-ASCII characters.
       const one =
-        to[BEYOND] === target ? `[^${codes(rest(plain))}]` : plain.length > 0 ? `[${codes(plain)}]` : undefined
+        to[NON_ASCII] === target ? `[^${codes(rest(plain))}]` : plain.length > 0 ? `[${codes(plain)}]` : undefined
       if (one) alternatives.push(`${one} ${stateName(target)}`)
       if (escaped.length > 0) escapes.push(`[${codes(escaped.map(letterOf))}] ${stateName(target)}`)
     }
@@ -211,11 +217,11 @@ export function ruleOf({ next, ends }: Automaton, isString: boolean, name: strin
 }
 
 const isEscaped = (point: number) => point < 0x20 || point === 0x22 || point === 0x5c
-/** That stands behind the backslash. */
-const letterOf = (point: number) => (point < 0x20 ? LETTERS.charCodeAt(CONTROLS.indexOf(point)) : point)
+/** The character after the backslash. */
+const letterOf = (point: number) => (point < 0x20 ? ESCAPE_LETTERS.charCodeAt(CONTROLS.indexOf(point)) : point)
 const rest = (points: readonly number[]) => Array.from({ length: 0x80 }, (_, i) => i).filter(i => !points.includes(i))
 
-/** In a class, in order. */
+/** The ranges of a character class, in order. */
 function codes(points: readonly number[]): string {
   const sorted = [...points].sort((a, b) => a - b)
   const firsts = sorted.filter((point, i) => point - 1 !== sorted[i - 1])
@@ -224,7 +230,7 @@ function codes(points: readonly number[]): string {
   return firsts.map((from, i) => (from === lasts[i] ? code(from) : `${code(from)}-${code(lasts[i])}`)).join('')
 }
 
-/** Some texts as they are. */
+/** Converts a list of literal texts to grammar rules. */
 export function ruleOfTexts(texts: readonly string[], name: string): Rule {
   const lines: string[] = []
   const add = (rests: readonly string[]): string => {
@@ -246,8 +252,8 @@ export function ruleOfTexts(texts: readonly string[], name: string): Rule {
   return { name: add(texts), lines }
 }
 
-/** How much time it takes to make a grammar of it, in characters that may be any. */
-export function weightOf({ next }: Automaton): number {
-  const wide = next.filter(to => to[BEYOND] >= 0).length
+/** Estimated time to compile the rules, as the equivalent number of arbitrary characters. */
+export function compileCost({ next }: Automaton): number {
+  const wide = next.filter(to => to[NON_ASCII] >= 0).length
   return wide + (next.length - wide) / 8
 }

@@ -3,7 +3,7 @@ import { describe, expect, test } from 'vitest'
 import { events, modelServer, post, tokenizer } from './test-server.ts'
 
 describe('POST /v1/completions', () => {
-  test('gives the text that the model makes', async () => {
+  test('returns the text that the model generates', async () => {
     const { app, model, records, dispose } = modelServer()
     const prompt = 'the people'
     const response = await app.request(
@@ -33,7 +33,7 @@ describe('POST /v1/completions', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('streams the same text, its end and its figures', async () => {
+  test('streams the same text, its finish reason and its usage', async () => {
     const { app, dispose } = modelServer()
     const ask = { prompt: 'the people', max_tokens: 12, temperature: 0.9, seed: 5, n: 2 }
     const whole = (await (await app.request('/v1/completions', post(ask))).json()) as Completion

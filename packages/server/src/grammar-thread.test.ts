@@ -23,7 +23,7 @@ function vocabulary(): Vocabulary {
   return { library: findXGrammar(), bytes: Buffer.concat(tokens), ends, stops: [end] }
 }
 
-test('a thread says of every token what this one does', async () => {
+test('a host on a thread returns the same masks as a local one', async () => {
   const hosts = [await openGrammars(vocabulary()), await LocalGrammars.open(vocabulary())]
   expect(hosts[0]).not.toBeInstanceOf(LocalGrammars)
   const random = new Random(3)
@@ -48,10 +48,10 @@ test('a thread says of every token what this one does', async () => {
     }
   }
   for (const host of hosts) host.close()
-  await expect(hosts[0].compile(form({}))).rejects.toThrow('has ended')
+  await expect(hosts[0].compile(form({}))).rejects.toThrow('has exited')
 })
 
-test('where no thread can be started this one makes them', async () => {
+test('without threads, grammars are compiled on the calling thread', async () => {
   const broken = { ...vocabulary(), library: 'no such file' }
   await expect(openGrammars(broken)).rejects.toThrow('ENOENT')
   const unsent = { ...vocabulary(), stops: Object.assign([end], { cannot: () => 'be sent' }) }
@@ -60,8 +60,8 @@ test('where no thread can be started this one makes them', async () => {
   expect((await host.next(await host.begin(await host.compile(form({ type: 'null' }))), null)).some(Boolean)).toBe(true)
 })
 
-describe('while a grammar is made', () => {
-  test('the event loop turns, and other texts get their tokens', async () => {
+describe('while a grammar is compiled', () => {
+  test('the event loop runs, and other texts continue', async () => {
     const grammars = new Grammars(tokenizer, [end])
     const [text] = await grammars.constraints(form({ type: 'array' }), 1, 'schema')
     let made = false
@@ -86,7 +86,7 @@ describe('while a grammar is made', () => {
     for (const one of [text, ...(await making)]) one.dispose()
   })
 
-  test('who leaves is told so at once, who stays gets it', async () => {
+  test('an aborted request is rejected at once, and others receive the grammar', async () => {
     const grammars = new Grammars(tokenizer, [end])
     const [leaves, stays] = [new AbortController(), new AbortController()]
     const gone = { status: 499 }
@@ -101,7 +101,7 @@ describe('while a grammar is made', () => {
     await expect(grammars.constraints(slow(10), 1, 'schema', AbortSignal.abort())).rejects.toMatchObject(gone)
   })
 
-  test('a client that goes away has not waited for nothing', async () => {
+  test('a client that disconnects gets status 499, and nothing is generated', async () => {
     const { app, engine, records } = scriptedServer(async function* () {})
     const leave = new AbortController()
     const [{ schema }] = slow(60)[0] as unknown as [{ schema: object }]
@@ -113,7 +113,7 @@ describe('while a grammar is made', () => {
     expect([records[0].status, engine.asked.length]).toEqual([499, 0])
   })
 
-  test('what nobody waits for any more is not made to its end', async () => {
+  test('a compilation that no request waits for is cancelled', async () => {
     const grammars = new Grammars(tokenizer, [end])
     const [first] = await grammars.constraints(form({ type: 'boolean' }), 1, 'schema')
     first.dispose()

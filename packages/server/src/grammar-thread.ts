@@ -1,20 +1,20 @@
-/** @file Grammars on a thread of their own: one may take seconds to make, in which a server has other texts to go on with. */
+/** @file Runs a grammar host on a worker thread: compiling a grammar may take seconds, during which the server must continue with other texts. */
 import type { Worker } from 'node:worker_threads'
 import { type Form, type GrammarHost, LocalGrammars, type Vocabulary } from './grammar-host.ts'
 
 type Method = Exclude<keyof GrammarHost, 'close'>
 
-/** A call of a host's method. */
+/** A message to the thread: a call of a method of its host. */
 export interface GrammarCall {
   readonly number: number
   readonly method: Method
   readonly values: readonly unknown[]
 }
 
-/** What came of it, and first of all of opening, which is number 0. */
+/** A message from the thread: the result of a call. Number 0 is the result of opening the host. */
 export type GrammarReply = { readonly number: number } & ({ readonly value: unknown } | { readonly error: string })
 
-/** A host on its own thread, or on this one where there are no threads. */
+/** Opens a host on a new thread, or on the calling thread if no thread can be started. */
 export async function openGrammars(vocabulary: Vocabulary): Promise<GrammarHost> {
   const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './worker.js'
   let thread: ThreadedGrammars | undefined
@@ -29,7 +29,7 @@ export async function openGrammars(vocabulary: Vocabulary): Promise<GrammarHost>
   }
 }
 
-interface Waiting {
+interface PendingCall {
   resolve(value: unknown): void
   reject(error: Error): void
 }
@@ -37,7 +37,7 @@ interface Waiting {
 class ThreadedGrammars implements GrammarHost {
   readonly opened: Promise<unknown>
   readonly #worker: Worker
-  readonly #waiting = new Map<number, Waiting>()
+  readonly #pending = new Map<number, PendingCall>()
   #calls = 0
   #failure: Error | undefined
 
@@ -45,14 +45,14 @@ class ThreadedGrammars implements GrammarHost {
     this.#worker = worker
     this.opened = this.#reply(0)
     worker.on('message', ({ number, ...reply }: GrammarReply) => {
-      const waiting = this.#waiting.get(number)
-      this.#waiting.delete(number)
-      if (this.#waiting.size === 0) worker.unref()
-      if ('error' in reply) waiting?.reject(new Error(reply.error))
-      else waiting?.resolve(reply.value)
+      const call = this.#pending.get(number)
+      this.#pending.delete(number)
+      if (this.#pending.size === 0) worker.unref()
+      if ('error' in reply) call?.reject(new Error(reply.error))
+      else call?.resolve(reply.value)
     })
     worker.on('error', error => this.#fail(error))
-    worker.on('exit', () => this.#fail(new Error('the thread of the grammars has ended')))
+    worker.on('exit', () => this.#fail(new Error('the grammar thread has exited')))
   }
 
   compile(form: Form): Promise<number> {
@@ -83,16 +83,16 @@ class ThreadedGrammars implements GrammarHost {
   }
 
   #reply(number: number): Promise<unknown> {
-    // A thread that nobody waits for does not keep the process.
+    // The thread keeps the process alive only while a call is pending.
     this.#worker.ref()
     return new Promise((resolve, reject) => {
-      this.#waiting.set(number, { resolve, reject })
+      this.#pending.set(number, { resolve, reject })
     })
   }
 
   #fail(error: Error): void {
     this.#failure ??= error
-    for (const { reject } of this.#waiting.values()) reject(this.#failure)
-    this.#waiting.clear()
+    for (const { reject } of this.#pending.values()) reject(this.#failure)
+    this.#pending.clear()
   }
 }

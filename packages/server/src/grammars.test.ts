@@ -98,7 +98,7 @@ function isJson(text: string): boolean {
   }
 }
 
-test('random schemas: every text that ends is JSON that validates', async () => {
+test('random schemas: every complete text is JSON that validates', async () => {
   let ended = 0
   for (let seed = 0; seed < 150; seed++) {
     const random = new Random(seed)
@@ -115,7 +115,7 @@ test('random schemas: every text that ends is JSON that validates', async () => 
   expect(ended).toBeGreaterThan(400)
 })
 
-test("Zod's schemas are supported, and its own parsers take the texts", async () => {
+test("Zod's schemas are supported, and its parsers accept the texts", async () => {
   const schema = z.object({
     name: z.string().min(1).max(9).describe('of the speaker'),
     age: z.int().positive(),
@@ -148,7 +148,7 @@ test("Zod's schemas are supported, and its own parsers take the texts", async ()
   }
 })
 
-test('numbers are between their bounds, and all whole ones are there', () => {
+test('numbers are within bounds, and every integer within them is allowed', () => {
   const pattern = (range: string) => new RegExp(`^(?:${range})$`)
   const random = new Random(1)
   const below = (n: number) => Math.floor(random.next() * n)
@@ -203,10 +203,16 @@ test.each([
   ['pattern is not supported', { type: 'integer', pattern: '^a' }],
   ['format "iri" is not supported', { type: 'string', format: 'iri' }],
   ['not is not supported (at #/properties/a)', { type: 'object', properties: { a: { not: {} } } }],
-  ['nothing is of type string and integer', { allOf: [{ type: 'string' }, { type: 'integer' }] }],
-  ['prefixItems of several', { allOf: [{ prefixItems: [{}] }, { prefixItems: [true] }] }],
-  ['format of several', { allOf: [{ type: 'string', format: 'date' }, { format: 'time' }] }],
-  ['has itself in it', { $ref: '#/$defs/a', allOf: [{}], $defs: { a: { allOf: [{ $ref: '#/$defs/a' }] } } }],
+  ['no value has both type string and type integer', { allOf: [{ type: 'string' }, { type: 'integer' }] }],
+  [
+    'several different values of prefixItems cannot be merged',
+    { allOf: [{ prefixItems: [{}] }, { prefixItems: [true] }] },
+  ],
+  [
+    'several different values of format cannot be merged',
+    { allOf: [{ type: 'string', format: 'date' }, { format: 'time' }] },
+  ],
+  ['allOf is recursive', { $ref: '#/$defs/a', allOf: [{}], $defs: { a: { allOf: [{ $ref: '#/$defs/a' }] } } }],
   [
     'more than 300',
     {
@@ -220,31 +226,31 @@ test.each([
     },
   ],
   ['minLength is not supported here', { enum: ['a'], minLength: 3 }],
-  ['anyOf is no list', { anyOf: [] }],
-  ['type "text" is not known', { type: 'text' }],
+  ['anyOf is not a non-empty list', { anyOf: [] }],
+  ['unknown type "text"', { type: 'text' }],
   ['multipleOf is not supported', { type: 'integer', multipleOf: 3 }],
-  ['no whole number', { type: 'integer', minimum: 1.2, maximum: 1.8 }],
-  ['nothing is from 4 to 2', { type: 'string', minLength: 4, maxLength: 2 }],
-  ['minLength is -1', { type: 'string', minLength: -1 }],
-  ['maxItems is 10000000000', { type: 'array', maxItems: 1e10 }],
-  ['required has "a"', { type: 'object', required: ['a'] }],
-  ['has quotes', { type: 'object', properties: { 'a"': {} } }],
+  ['no number is within the bounds', { type: 'integer', minimum: 1.2, maximum: 1.8 }],
+  ['the minimum 4 is greater than the maximum 2', { type: 'string', minLength: 4, maxLength: 2 }],
+  ['minLength is -1, expected an integer from 0 to 1048576', { type: 'string', minLength: -1 }],
+  ['maxItems is 10000000000, expected an integer', { type: 'array', maxItems: 1e10 }],
+  ['required contains "a"', { type: 'object', required: ['a'] }],
+  ['contains quotes', { type: 'object', properties: { 'a"': {} } }],
   ['$ref is "#/$defs/b"', { $ref: '#/$defs/b', $defs: { a: {} } }],
-  ['no value is allowed', { enum: [] }],
-  ['no value is allowed', { type: 'string', enum: [1] }],
+  ['enum and type allow no value', { enum: [] }],
+  ['enum and type allow no value', { type: 'string', enum: [1] }],
   ['uniqueItems is not supported', { items: {}, uniqueItems: true }],
   ['deeper than 32', nested(40)],
   ['more than 300', { anyOf: Array.from({ length: 400 }, () => ({})) }],
   ['longer than 65536', { enum: Array.from({ length: 5000 }, (_, i) => `a long text ${i}`) }],
-  ['allows nothing', false],
+  ['allows no value', false],
   ['expected an object', []],
   ['expected an object', 'text'],
-])('what is not supported is refused by name: %s', (message, schema) => {
+])('unsupported schemas are rejected by name: %s', (message, schema) => {
   expect(() => supportedSchema(schema, 'schema')).toThrow(`schema: `)
   expect(() => supportedSchema(schema, 'schema')).toThrow(message)
 })
 
-test('a schema that no grammar can be made of is refused, and others go on', async () => {
+test('a schema that cannot be compiled is rejected, and other texts continue', async () => {
   const one = [[supportedSchema({ type: 'boolean' }, 'schema')]]
   const [before] = await grammars.constraints(one, 1, 'schema')
   for (let i = 0; i < 3; i++) {
@@ -256,18 +262,18 @@ test('a schema that no grammar can be made of is refused, and others go on', asy
     await expect(broken).rejects.toMatchObject({
       status: 400,
       param: 'response_format',
-      message: 'response_format: no grammar can be made of it: Unsupported type "nonsense"',
+      message: 'response_format: cannot compile a grammar: Unsupported type "nonsense"',
     })
   }
-  // Of memory that the failures have left.
+  // From an instance that is retired after the failures.
   expect(((await before.allowed()) as Int32Array).some(word => word !== 0)).toBe(true)
   before.dispose()
   expect(await drawn(one, new Random(1))).toMatch(/^(true|false)$/)
   const endless = new Grammars(tokenizer, [])
-  await expect(endless.constraints(one, 1, 'schema')).rejects.toThrow('no token that ends a text')
+  await expect(endless.constraints(one, 1, 'schema')).rejects.toThrow('has no end token')
 })
 
-test.each([127, 128, 129, 255, 256, 257, 1000])('a text of %i characters is as long as it may be', async length => {
+test.each([127, 128, 129, 255, 256, 257, 1000])('string limits of %i characters are exact', async length => {
   for (const bounds of [{ maxLength: length }, { minLength: length, maxLength: length }]) {
     const [constraint] = await grammars.constraints(
       [[supportedSchema({ type: 'string', ...bounds }, 'schema')]],
@@ -295,7 +301,7 @@ test.each([127, 128, 129, 255, 256, 257, 1000])('a text of %i characters is as l
   short.dispose()
 })
 
-test('lengths are refused where a grammar would take long to make', async () => {
+test('string lengths that take too long to compile are rejected', async () => {
   const lengths = (...of: object[]) => [
     [supportedSchema({ anyOf: of.map(one => ({ type: 'string', ...one })) }, 'schema')],
   ]
@@ -304,14 +310,14 @@ test('lengths are refused where a grammar would take long to make', async () => 
   const large = new Grammars(vocabulary as unknown as BpeTokenizer, [end])
   const many = lengths({ maxLength: 1e6 }, { minLength: 1e5 }, { minLength: 3, maxLength: 12 })
   await expect(large.constraints(many, 1, 'schema')).rejects.toThrow(
-    "add up to 524, with this model's vocabulary to 520",
+    "add up to 524, but the limit for this model's vocabulary is 520",
   )
-  // Equal ones count once.
+  // Equal lengths count once.
   const equal = lengths(...Array.from({ length: 200 }, () => ({ minLength: 1, maxLength: 100 })))
   for (const constraint of await grammars.constraints(equal, 2, 'schema')) constraint.dispose()
 })
 
-test('control tokens are no JSON, and texts stand around it as they are', async () => {
+test('control tokens are not part of JSON, and literal texts are kept', async () => {
   const form = [
     ['a\n', supportedSchema({ type: 'array', items: { type: 'string' } }, 'schema'), ' end'],
     ['ab"', supportedSchema({ type: 'null' }, 'schema')],
@@ -325,7 +331,7 @@ test('control tokens are no JSON, and texts stand around it as they are', async 
   expect(texts).toContain('ab"null')
   expect([...texts].filter(text => text.startsWith('a\n')).length).toBeGreaterThan(5)
   expect([...texts].some(text => text.includes('<|'))).toBe(false)
-  // But for those that a form is to write, as a token and not letter by letter.
+  // Except control tokens that a form contains, which are allowed as one token.
   const user = tokenizer.tokenToId('<|user|>') as number
   const written = new Grammars(tokenizer, [end], 'a<|user|>')
   const [constraint] = await written.constraints([['<|user|>']], 1, 'schema')

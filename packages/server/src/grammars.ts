@@ -1,4 +1,4 @@
-/** @file Forms that texts can be held to. */
+/** @file Creates constraints that hold generated texts to a form, and caches compiled grammars. */
 import { eventLoopTurn } from '@moe/core'
 import type { TokenConstraint } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
@@ -8,100 +8,98 @@ import { openGrammars } from './grammar-thread.ts'
 import { findXGrammar } from './xgrammar.ts'
 
 /**
- * Characters of texts with lengths times the vocabulary: each takes a fifth to half of a microsecond a token. Fewer where the server does nothing else meanwhile.
+ * Maximum of the string lengths of a form, added up, times the vocabulary size: compilation takes 0.2 to 0.5 µs per character and token. Without threads, compilation blocks
+ * the server, so the limit is lower.
  */
-const MOST_LENGTHS = { apart: 2 ** 26, here: 2 ** 22 }
+const MAX_LENGTHS = { threaded: 2 ** 26, local: 2 ** 22 }
 
-/** Grammars of an instance, whose memory only grows. */
-const MOST_GRAMMARS = 64
+/** Maximum number of grammars per instance, since its memory only grows. */
+const MAX_GRAMMARS = 64
 
-/** What is made in one holds up its texts, and an instance takes memory for the whole vocabulary. */
-const MOST_INSTANCES = 3
+/** Compiling in an instance delays its texts, so there are several; but each needs memory for the whole vocabulary. */
+const MAX_INSTANCES = 3
 
 interface Grammar {
-  readonly made: Promise<number>
-  /** Requests that wait for it. */
+  /** Resolves to its number in the host. */
+  readonly compiled: Promise<number>
+  /** Number of requests that wait for it. */
   waiting: number
 }
 
 interface Instance {
   readonly host: Promise<GrammarHost>
   readonly grammars: Map<string, Grammar>
-  /** Requests that wait for grammars, and texts. */
+  /** Number of requests that wait for grammars, plus number of unfinished texts. */
   users: number
 }
 
-/** Constraints for the texts of one tokenizer, by @mlc-ai/web-xgrammar, which is loaded when the first is asked for. */
+/** Creates constraints for texts of one tokenizer. Loads @mlc-ai/web-xgrammar when the first constraint is requested. */
 export class Grammars {
   readonly #tokenizer: BpeTokenizer
-  readonly #ends: readonly number[]
-  readonly #written: string
+  readonly #endTokens: readonly number[]
+  readonly #allowedControlTokens: string
   #vocabulary: Promise<Vocabulary> | undefined
-  /** Those that take grammars. */
+  /** The instances that accept more grammars. */
   #instances: readonly Instance[] = []
 
   /**
-   * @param ends ids of the tokens that end a text
-   * @param written text of which control tokens may be in a form
+   * @param endTokens ids of the tokens that end a text
+   * @param allowedControlTokens control tokens that forms may contain, concatenated
    */
-  constructor(tokenizer: BpeTokenizer, ends: readonly number[], written = '') {
+  constructor(tokenizer: BpeTokenizer, endTokens: readonly number[], allowedControlTokens = '') {
     this.#tokenizer = tokenizer
-    this.#ends = ends
-    this.#written = written
+    this.#endTokens = endTokens
+    this.#allowedControlTokens = allowedControlTokens
   }
 
   /**
-   * A constraint for each of so many texts.
-   * @param param field of the request that asks for it
-   * @param signal of the request: a grammar that nobody waits for any more is not made
-   * @throws ApiError 400 where there is no grammar of it, or no library; 499 for the signal
+   * Returns one constraint for each of `count` texts.
+   * @param param the request field that requires the form
+   * @param signal aborts when the client disconnects; a compilation that no other request waits for is then cancelled
+   * @throws ApiError 400 if the form cannot be compiled or the library is not installed, 499 if aborted
    */
   async constraints(form: Form, count: number, param: string, signal?: AbortSignal): Promise<FormConstraint[]> {
-    if (this.#ends.length === 0)
-      throw new ApiError(
-        400,
-        `${param}: this model has no token that ends a text: its config.json needs eos_token_id`,
-        { param },
-      )
+    if (this.#endTokens.length === 0)
+      throw new ApiError(400, `${param}: the model has no end token: set eos_token_id in its config.json`, { param })
     const key = JSON.stringify(form)
     const instance = this.#instanceFor(key)
     instance.users++
     try {
       const host = await instance.host
-      if (signal?.aborted) throw gone(signal.reason)
+      if (signal?.aborted) throw disconnected(signal.reason)
       this.#checkLengths(form, param, host instanceof LocalGrammars)
-      const grammar = await this.#made(instance, host, form, key, { param, signal })
+      const grammar = await this.#compiled(instance, host, form, key, { param, signal })
       const all: FormConstraint[] = []
       while (all.length < count) {
         const text = await host.begin(grammar)
         instance.users++
-        all.push(new FormConstraint(host, text, () => this.#leave(instance)))
+        all.push(new FormConstraint(host, text, () => this.#release(instance)))
       }
       return all
     } catch (error) {
-      // Its thread may have ended.
+      // The thread of the instance may have exited.
       if (!(error instanceof ApiError)) this.#retire(instance)
       throw error
     } finally {
-      this.#leave(instance)
+      this.#release(instance)
     }
   }
 
-  /** The one that has the grammar, else one that nobody uses, or another. */
+  /** The instance that has the grammar, or an unused one, or a new one; at the maximum, the least used one. */
   #instanceFor(key: string): Instance {
     const all = this.#instances
     const known = all.find(({ grammars }) => grammars.has(key))
     if (known) return known
     const [least] = [...all].sort((a, b) => a.users - b.users)
-    if (least?.users === 0 || all.length === MOST_INSTANCES) return least
+    if (least?.users === 0 || all.length === MAX_INSTANCES) return least
     const library = findXGrammar()
-    this.#vocabulary ??= vocabularyOf(this.#tokenizer, this.#ends, this.#written, library)
+    this.#vocabulary ??= vocabularyOf(this.#tokenizer, this.#endTokens, this.#allowedControlTokens, library)
     const another: Instance = { host: this.#vocabulary.then(openGrammars), grammars: new Map(), users: 0 }
     this.#instances = [...all, another]
     return another
   }
 
-  async #made(
+  async #compiled(
     instance: Instance,
     host: GrammarHost,
     form: Form,
@@ -109,73 +107,75 @@ export class Grammars {
     { param, signal }: { readonly param: string; readonly signal: AbortSignal | undefined },
   ): Promise<number> {
     const { grammars } = instance
-    const grammar = grammars.get(key) ?? { made: host.compile(form), waiting: 0 }
+    const grammar = grammars.get(key) ?? { compiled: host.compile(form), waiting: 0 }
     grammars.set(key, grammar)
-    if (grammars.size >= MOST_GRAMMARS) this.#retire(instance)
+    if (grammars.size >= MAX_GRAMMARS) this.#retire(instance)
     grammar.waiting++
     try {
-      return await unlessAborted(grammar.made, signal)
+      return await unlessAborted(grammar.compiled, signal)
     } catch (cause) {
       if (signal?.aborted) {
-        // Only the end of its thread ends the making of a grammar.
+        // A running compilation can only be cancelled by terminating its thread.
         if (grammar.waiting === 1 && instance.users === 1) this.#retire(instance)
-        throw gone(cause)
+        throw disconnected(cause)
       }
       this.#retire(instance)
-      const message = `${param}: no grammar can be made of it: ${(cause as Error).message}`
+      const message = `${param}: cannot compile a grammar: ${(cause as Error).message}`
       throw new ApiError(400, message.slice(0, 500), { param, cause })
     } finally {
       grammar.waiting--
     }
   }
 
-  #checkLengths(form: Form, param: string, isHere: boolean): void {
+  #checkLengths(form: Form, param: string, isLocal: boolean): void {
     const characters = form.flat().reduce((sum, part) => sum + (isSchema(part) ? part.characters : 0), 0)
-    const most = Math.floor((isHere ? MOST_LENGTHS.here : MOST_LENGTHS.apart) / this.#tokenizer.vocabSize)
-    if (characters <= most) return
-    const message = `${param}: lengths of strings add up to ${characters}, with this model's vocabulary to ${most} at most`
-    throw new ApiError(400, `${message}: leave them out where they are large`, { param })
+    const limit = Math.floor((isLocal ? MAX_LENGTHS.local : MAX_LENGTHS.threaded) / this.#tokenizer.vocabSize)
+    if (characters <= limit) return
+    const message = `${param}: the string lengths add up to ${characters}, but the limit for this model's vocabulary is ${limit}`
+    throw new ApiError(400, `${message}: omit large length limits`, { param })
   }
 
-  /** It takes no more, and ends with its last text. */
+  /** Stops adding grammars to an instance. It closes after its last text. */
   #retire(instance: Instance): void {
     this.#instances = this.#instances.filter(one => one !== instance)
   }
 
-  #leave(instance: Instance): void {
+  #release(instance: Instance): void {
     if (--instance.users > 0 || this.#instances.includes(instance)) return
     void instance.host.then(host => host.close()).catch(() => {})
   }
 }
 
-const gone = (cause: unknown) => new ApiError(CLIENT_GONE, 'the client went away', { cause })
+const disconnected = (cause: unknown) => new ApiError(CLIENT_GONE, 'the client disconnected', { cause })
 
 const isSchema = (part: Form[number][number]) => typeof part === 'object' && 'schema' in part
 
 async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (signal === undefined) return work
-  let leave = () => {}
-  const left = new Promise<never>((_, reject) => {
-    leave = () => reject(signal.reason)
-    signal.addEventListener('abort', leave)
+  let onAbort = () => {}
+  const aborted = new Promise<never>((_, reject) => {
+    onAbort = () => reject(signal.reason)
+    signal.addEventListener('abort', onAbort)
   })
-  return Promise.race([work, left]).finally(() => signal.removeEventListener('abort', leave))
+  return Promise.race([work, aborted]).finally(() => signal.removeEventListener('abort', onAbort))
 }
 
 async function vocabularyOf(
   tokenizer: BpeTokenizer,
   stops: readonly number[],
-  written: string,
+  allowedControlTokens: string,
   library: string,
 ): Promise<Vocabulary> {
   const none = new Uint8Array(0)
-  const added = new Set(tokenizer.addedTokens.flatMap(({ id, content }) => (written.includes(content) ? [] : id)))
+  const added = new Set(
+    tokenizer.addedTokens.flatMap(({ id, content }) => (allowedControlTokens.includes(content) ? [] : id)),
+  )
   const parts: Uint8Array[] = []
   const ends = new Uint32Array(tokenizer.vocabSize)
   let size = 0
   for (let id = 0; id < ends.length; id++) {
     if (id % 8192 === 8191) await eventLoopTurn()
-    // What is added, such as control tokens, is no part of JSON.
+    // Added tokens, such as control tokens, cannot be part of JSON.
     const isText = !added.has(id) && tokenizer.idToToken(id) !== undefined
     const bytes = isText ? tokenizer.tokenBytes(id) : none
     parts.push(bytes)
@@ -185,19 +185,19 @@ async function vocabularyOf(
   return { library, bytes: Buffer.concat(parts), ends, stops }
 }
 
-/** Holds one text to a form. */
+/** Constrains one text to a form. */
 export class FormConstraint implements TokenConstraint {
   readonly #host: GrammarHost
   readonly #text: number
-  #over: (() => void) | undefined
+  #onDispose: (() => void) | undefined
   #next: Promise<Int32Array>
 
-  /** Use `Grammars.constraints`. */
-  constructor(host: GrammarHost, text: number, over: () => void) {
+  /** Use {@link Grammars.constraints}. */
+  constructor(host: GrammarHost, text: number, onDispose: () => void) {
     this.#host = host
     this.#text = text
-    this.#over = over
-    this.#next = this.#ask(null)
+    this.#onDispose = onDispose
+    this.#next = this.#request(null)
   }
 
   allowed(): Promise<Int32Array> {
@@ -205,18 +205,18 @@ export class FormConstraint implements TokenConstraint {
   }
 
   accept(token: number): void {
-    this.#next = this.#ask(token)
+    this.#next = this.#request(token)
   }
 
-  /** Frees what it holds, when its text is made. */
+  /** Frees the state of the text in the host. Call it when the text is finished. */
   dispose(): void {
-    if (this.#over) this.#host.end(this.#text)
-    this.#over?.()
-    this.#over = undefined
+    if (this.#onDispose) this.#host.end(this.#text)
+    this.#onDispose?.()
+    this.#onDispose = undefined
   }
 
-  /** It is found while the model computes what is likely. */
-  #ask(token: number | null): Promise<Int32Array> {
+  /** Requests the next mask early, so that it is computed while the model runs. */
+  #request(token: number | null): Promise<Int32Array> {
     const next = this.#host.next(this.#text, token)
     next.catch(() => {})
     return next

@@ -17,15 +17,15 @@ const good = {
 
 const shown = (body: unknown) => (typeof body === 'string' ? body : String(JSON.stringify(body))).slice(0, 200)
 
-interface Told {
+interface ReceivedError {
   readonly message: string
   readonly type: string
   readonly param: string | null
   readonly code: string | null
 }
 
-/** The error of a response, whose form is checked. */
-async function errorOf(response: Response, about: string): Promise<Told> {
+/** Returns the error of a response, after checking its format. */
+async function errorOf(response: Response, about: string): Promise<ReceivedError> {
   const text = await response.text()
   expect(response.headers.get('content-type'), about).toMatch(/^application\/json/)
   const { error, ...more } = JSON.parse(text)
@@ -37,8 +37,13 @@ async function errorOf(response: Response, about: string): Promise<Told> {
   return error
 }
 
-/** Posts what is wrong: whatever it is, the answer is a 4xx that says so, and is not as long as what was sent. */
-async function refusal(app: Asked, path: Path, body: unknown, init?: RequestInit): Promise<Told & { status: number }> {
+/** Posts an invalid request and returns its error. The response must be a 4xx with a short message. */
+async function refusal(
+  app: Asked,
+  path: Path,
+  body: unknown,
+  init?: RequestInit,
+): Promise<ReceivedError & { status: number }> {
   const about = `${path} ${shown(body)}`
   const response = await app.request(path, post(body, init))
   expect(`${response.status}`, about).toMatch(/^4\d\d$/)
@@ -61,7 +66,7 @@ function nested(depth: number, open: string, close: string, inside = '1'): strin
   return open.repeat(depth) + inside + close.repeat(depth)
 }
 
-/** JSON, for what JSON.stringify cannot write. */
+/** JSON text that JSON.stringify cannot produce. */
 class Raw {
   readonly json: string
   constructor(json: string) {
@@ -79,7 +84,7 @@ const isList = (value: unknown) => (value instanceof Raw ? value.json.startsWith
 
 const many = (n: number, item: unknown) => new Array(n).fill(item)
 
-/** Of the wrong type or out of range whatever the field. */
+/** Values of the wrong type or out of range for every field. */
 const wrongEverywhere: readonly unknown[] = [
   {},
   [[]],
@@ -240,8 +245,8 @@ const wrongTools = [
   ...[{ name: '' }, { name: 'a b' }, { name: 'a'.repeat(65) }, { parameters: 1 }, { description: 1 }].map(tool),
 ]
 
-describe.each(paths)('what %s refuses', path => {
-  test('bodies that are no JSON object', async () => {
+describe.each(paths)('%s rejects', path => {
+  test('bodies that are not a JSON object', async () => {
     const { app, dispose } = modelServer()
     for (const body of wrongBodies) expect((await refusal(app, path, body)).status, shown(body)).toBe(400)
     await stillServes(app)
@@ -264,7 +269,7 @@ describe.each(paths)('what %s refuses', path => {
     path === '/v1/completions' ? wrongFields : { ...wrongFields, max_completion_tokens: wrongFields.max_tokens }
   test.each(Object.entries({ ...fields, ...own }))('%s of a wrong type or size', async (name, values) => {
     const { app, records, dispose } = modelServer()
-    // Options whose names nobody knows are ignored.
+    // Unknown fields of stream_options are ignored.
     const everywhere = name === 'stream_options' ? wrongEverywhere.filter(value => isList(value)) : wrongEverywhere
     for (const value of [...values, ...everywhere]) {
       const body = withFields(path, { [name]: value })
@@ -278,7 +283,7 @@ describe.each(paths)('what %s refuses', path => {
     expect(dispose()).toBe(0)
   })
 
-  test('nothing of what is drawn at random is a failure of the server', async () => {
+  test('random fields never cause an internal error', async () => {
     const { app, engine, dispose } = modelServer()
     const random = new Random(11)
     const pick = <T>(from: readonly T[]): T => from[random.integer(from.length)]
@@ -323,7 +328,7 @@ describe.each(paths)('what %s refuses', path => {
       await errorOf(response, shown(body))
     }
     expect([engine.running, engine.waiting]).toEqual([0, 0])
-    // Both kinds are among them.
+    // Both outcomes must occur.
     expect(seen.get(200)).toBeGreaterThan(50)
     expect(seen.get(400)).toBeGreaterThan(50)
     await stillServes(app)
@@ -349,7 +354,7 @@ describe.each(paths)('what %s refuses', path => {
     ['repeat_penalty', 1.1, [1]],
     ['best_of', 2, [1]],
     ['suffix', 'end', ['', null]],
-  ])('%s: %j, which would change the answer', async (name, value, idle) => {
+  ])('unsupported %s: %j, which would change the answer', async (name, value, idle) => {
     const { app, dispose } = modelServer()
     const body = { ...good[path], [name]: value }
     expect(await refusal(app, path, body)).toMatchObject({ status: 400, param: name, code: 'unsupported_parameter' })
@@ -360,7 +365,7 @@ describe.each(paths)('what %s refuses', path => {
     expect(dispose()).toBe(0)
   })
 
-  test('another model, too many texts, a prompt as long as the context', async () => {
+  test('unknown models, too many texts, and prompts that fill the context', async () => {
     const { app, dispose } = modelServer()
     for (const model of ['gpt-4o', '', '__proto__', 'TINY', '🙂'.repeat(100)]) {
       const told = await refusal(app, path, { ...good[path], model })
@@ -376,7 +381,7 @@ describe.each(paths)('what %s refuses', path => {
     expect(dispose()).toBe(0)
   })
 
-  test('what is too long, not declared as JSON, or has no key', async () => {
+  test('bodies that are too long or not declared as JSON, and requests without a key', async () => {
     const bodyLimit = 300
     const { app, dispose } = modelServer({ bodyLimit, apiKey: 'open sesame', cors: ['https://moe.example'] })
     const headers = { authorization: 'Bearer open sesame', origin: 'https://moe.example' }
@@ -437,7 +442,7 @@ describe.each(paths)('what %s refuses', path => {
     expect(dispose()).toBe(0)
   })
 
-  test.each([{}, { 'content-length': '50' }])('a body that does not arrive as a whole, with %j', async headers => {
+  test.each([{}, { 'content-length': '50' }])('an incomplete body, with headers %j', async headers => {
     const { app, records, dispose } = modelServer()
     const body = new ReadableStream({
       start: stream => stream.enqueue(new TextEncoder().encode('{"prompt":')),
@@ -460,7 +465,7 @@ describe.each(paths)('what %s refuses', path => {
     expect(dispose()).toBe(0)
   })
 
-  test('pages of other origins', async () => {
+  test('requests from web pages of other origins', async () => {
     const preflight = (app: Asked, origin: string) =>
       app.request(path, {
         method: 'OPTIONS',
@@ -496,7 +501,7 @@ describe.each(paths)('what %s refuses', path => {
   })
 })
 
-test('ids outside the vocabulary are named', async () => {
+test('errors name token ids outside the vocabulary', async () => {
   const { app, dispose } = modelServer()
   const size = tokenizer.vocabSize
   for (const prompt of [[size], [1, size], [[1], [2, size]]]) {
@@ -530,7 +535,7 @@ test.each([
   }
 })
 
-test.each(['other', '%ff', '%E0%A4', 'tiny%2f', '__proto__', 'x'.repeat(5000)])('there is no model %s', async id => {
+test.each(['other', '%ff', '%E0%A4', 'tiny%2f', '__proto__', 'x'.repeat(5000)])('unknown model %s', async id => {
   const { app } = scriptedServer(async function* () {})
   const response = await app.request(`/v1/models/${id}`)
   expect(response.status).toBe(404)
@@ -539,20 +544,23 @@ test.each(['other', '%ff', '%E0%A4', 'tiny%2f', '__proto__', 'x'.repeat(5000)])(
   expect(message.length).toBeLessThan(300)
 })
 
-describe.each([true, false])('over a port, its length declared: %s,', declared => {
+describe.each([true, false])('over a port, with a declared length: %s,', declared => {
   const fetchFrom = (url: string, body: unknown, signal?: AbortSignal) => {
     const text = JSON.stringify(body)
     const sent = declared ? text : new Blob([text]).stream()
     return fetch(url + paths[0], post(body, { body: sent, duplex: 'half', signal } as RequestInit))
   }
 
-  test('what is no application is not listened for', async () => {
-    const refused = { code: 'E_ATTR', message: expect.stringMatching(/expected an application with a fetch method, got .*; pass createServer\(\{/) }
+  test('serve rejects anything that is not an application', async () => {
+    const refused = {
+      code: 'E_ATTR',
+      message: expect.stringMatching(/expected an application with a fetch method, got .*; pass createServer\(\{/),
+    }
     for (const app of [undefined, {}, 'app'])
       await expect(serve(app as never, { port: 0 })).rejects.toMatchObject(refused)
   })
 
-  test('a body is read, and up to the limit', async () => {
+  test('a body is accepted up to the limit', async () => {
     const { app, dispose } = modelServer({ bodyLimit: 2 ** 20 })
     const server = await serve(app, { port: 0 })
     const ask = good[paths[0]]
@@ -566,7 +574,7 @@ describe.each([true, false])('over a port, its length declared: %s,', declared =
     expect(dispose()).toBe(0)
   })
 
-  test.each([true, false])('a client that goes away ends its text, streamed: %s', async stream => {
+  test.each([true, false])('disconnecting stops generation, streamed: %s', async stream => {
     const abort = new AbortController()
     let end = () => {}
     const ended = new Promise<void>(resolve => {
@@ -626,7 +634,7 @@ test.each([
   expect(dispose()).toBe(0)
 })
 
-test('metrics count requests by path and status, and tokens of what was served', async () => {
+test('metrics count requests by path and status, and tokens', async () => {
   const { app, records, dispose } = modelServer()
   const [completions, chat] = paths
   type Usage = NonNullable<Completion['usage']>

@@ -1,10 +1,18 @@
 /**
- * @file The part of JSON Schema that answers can be held to. What is beyond it is refused by name: @mlc-ai/web-xgrammar would leave some of it out without a word, and
- * for some end its process.
+ * @file The supported subset of JSON Schema. Other keywords are rejected by name, because @mlc-ai/web-xgrammar silently ignores some of them, and crashes for others.
  */
 import { randomUUID } from 'node:crypto'
 import { allOf, MergeError } from './all-of.ts'
-import { type Automaton, both, ofLength, PatternError, type Rule, ruleOf, ruleOfTexts, weightOf } from './automaton.ts'
+import {
+  type Automaton,
+  compileCost,
+  intersect,
+  ofLength,
+  PatternError,
+  type Rule,
+  ruleOf,
+  ruleOfTexts,
+} from './automaton.ts'
 import { ApiError } from './errors.ts'
 import { formats, patternFormats } from './formats.ts'
 import { type Bounds, numberRange } from './number-range.ts'
@@ -12,30 +20,33 @@ import { patternAutomaton } from './pattern.ts'
 
 type JsonSchema = { readonly [keyword: string]: unknown }
 
-/** A schema for grammars. */
+/** A schema that can be compiled to a grammar. */
 export interface SupportedSchema {
   readonly schema: JsonSchema
-  /** What @mlc-ai/web-xgrammar gets wrong, by the constant texts that stand for it in the schema. */
+  /** Grammar rules for parts that @mlc-ai/web-xgrammar compiles incorrectly, by the constant string that represents each in the schema. */
   readonly rules: Readonly<Record<string, Rule>>
-  /** Characters of texts of some length, which a grammar counts one by one, equal bounds once and of long texts the last ones. */
+  /**
+   * Compilation cost: the number of characters of strings with length limits, since grammars count them one by one. Equal limits count once, each up to 256 characters.
+   */
   readonly characters: number
 }
 
-const place = randomUUID()
+/** Prefix of the constants that represent rules. */
+const placeholder = randomUUID()
 
-/** Of one schema, and of its JSON: more would hold up the server for seconds. */
-const MOST_SCHEMAS = 300
-const MOST_JSON = 2 ** 16
-const DEEPEST = 32
-const MOST_STATES = 3000
+/** Limits of one schema; larger ones would block the server for seconds. */
+const MAX_SCHEMAS = 300
+const MAX_JSON = 2 ** 16
+const MAX_DEPTH = 32
+const MAX_STATES = 3000
 
-/** Characters of a text that a grammar has one by one; beyond it counts. */
-const MOST_WRITTEN_OUT = 256
+/** Maximum number of characters for which a grammar has a rule each; beyond that, it uses a counter. */
+const MAX_UNROLLED = 256
 
-/** Of characters or items; it counts in 32 bits. */
-const MOST_COUNTED = 2 ** 20
+/** Maximum number of characters or items; the library counts in 32 bits. */
+const MAX_COUNT = 2 ** 20
 const isCountOf = (value: unknown) =>
-  Number.isInteger(value) && (value as number) >= 0 && (value as number) <= MOST_COUNTED
+  Number.isInteger(value) && (value as number) >= 0 && (value as number) <= MAX_COUNT
 
 const annotations = new Set([
   'title',
@@ -62,9 +73,10 @@ const keywordsOf: Readonly<Record<string, readonly string[]>> = {
 }
 
 /**
- * The schema in the form that a grammar is made of. What it allows the given one does; objects have the properties that are named and no others, and of `oneOf` any.
- * @param param field of the request that has it
- * @throws ApiError 400 for what is not supported
+ * Converts a schema for compilation. The result allows only values that the schema allows, with two differences: objects with `properties` have no other properties, and
+ * `oneOf` is treated as `anyOf`.
+ * @param param the request field that contains the schema
+ * @throws ApiError 400 if something in the schema is not supported
  */
 export function supportedSchema(schema: unknown, param: string): SupportedSchema {
   const text = JSON.stringify(schema) ?? ''
@@ -75,23 +87,23 @@ export function supportedSchema(schema: unknown, param: string): SupportedSchema
   const supported = { schema: form, rules: reader.rules, characters: reader.characters }
   latest.set(text, supported)
   const [oldest] = latest.keys()
-  if (latest.size > MOST_LATEST) latest.delete(oldest)
+  if (latest.size > MAX_LATEST) latest.delete(oldest)
   return supported
 }
 
-/** What clients ask for they ask for again: by their JSON. */
+/** The latest schemas by their JSON, since clients often repeat them. */
 const latest = new Map<string, SupportedSchema>()
-const MOST_LATEST = 64
+const MAX_LATEST = 64
 
 class Reader {
   readonly rules: Record<string, Rule> = {}
-  /** By what counts them. */
-  readonly #counted = new Map<string, number>()
-  readonly #made = new Map<string, JsonSchema>()
+  /** Cost in characters, by what causes it. */
+  readonly #costs = new Map<string, number>()
+  readonly #automata = new Map<string, JsonSchema>()
   readonly #param: string
   #count = 0
   #states = 0
-  #named: ReadonlyMap<string, unknown> = new Map()
+  #definitions: ReadonlyMap<string, unknown> = new Map()
 
   constructor(param: string) {
     this.#param = param
@@ -99,13 +111,13 @@ class Reader {
 
   get characters(): number {
     let sum = 0
-    for (const characters of this.#counted.values()) sum += characters
+    for (const characters of this.#costs.values()) sum += characters
     return sum
   }
 
   root(given: unknown): JsonSchema {
     const schema = this.#object(given, '#')
-    if (JSON.stringify(schema).length > MOST_JSON) throw this.#refuse('#', `it is longer than ${MOST_JSON}`)
+    if (JSON.stringify(schema).length > MAX_JSON) throw this.#error('#', `the schema is longer than ${MAX_JSON}`)
     const { $defs, definitions, ...rest } = schema
     const named = { $defs, definitions }
     const all = Object.entries(named).flatMap(([key, of]) =>
@@ -113,7 +125,7 @@ class Reader {
         ? []
         : Object.entries(this.#object(of, `#/${key}`)).map(([name, one]) => [key, name, one] as const),
     )
-    this.#named = new Map([['#', rest], ...all.map(([key, name, one]) => [`#/${key}/${name}`, one] as const)])
+    this.#definitions = new Map([['#', rest], ...all.map(([key, name, one]) => [`#/${key}/${name}`, one] as const)])
     const result: Record<string, unknown> = { ...(this.#schema(rest, '#', 0) as object) }
     for (const [key, name, one] of all) {
       result[key] = { ...(result[key] as object), [name]: this.#schema(one, `#/${key}/${name}`, 0) }
@@ -122,14 +134,14 @@ class Reader {
   }
 
   #schema(given: unknown, at: string, depth: number): JsonSchema {
-    this.#another(at)
-    if (depth > DEEPEST) throw this.#refuse(at, `it is deeper than ${DEEPEST}`)
+    this.#countSchema(at)
+    if (depth > MAX_DEPTH) throw this.#error(at, `the schema is nested deeper than ${MAX_DEPTH} levels`)
     if (given === true) return {}
-    const schema = bare(this.#object(given, at))
+    const schema = withoutAnnotations(this.#object(given, at))
     const keys = Object.keys(schema)
     const only = (...known: readonly string[]) => {
       const other = keys.find(key => !known.includes(key))
-      if (other !== undefined) throw this.#refuse(at, `${other} is not supported${keys.length > 1 ? ' here' : ''}`)
+      if (other !== undefined) throw this.#error(at, `${other} is not supported${keys.length > 1 ? ' here' : ''}`)
     }
     const { $ref: ref, anyOf, oneOf, type } = schema
     const list = anyOf ?? oneOf
@@ -141,13 +153,14 @@ class Reader {
       return { $ref: ref }
     }
     if (list !== undefined) {
-      if (!Array.isArray(list) || list.length === 0) throw this.#refuse(at, `${keys[0]} is no list of schemas`)
+      if (!Array.isArray(list) || list.length === 0)
+        throw this.#error(at, `${keys[0]} is not a non-empty list of schemas`)
       const all = list.map((one, i) => this.#schema(one, `${at}/${keys[0]}/${i}`, depth + 1))
       return all.length === 1 ? all[0] : { anyOf: all }
     }
     const types = type === undefined ? this.#impliedTypes(keys) : [type].flat()
     const unknown = types?.find(name => !Object.hasOwn(keywordsOf, String(name)))
-    if (unknown !== undefined) throw this.#refuse(at, `type ${JSON.stringify(unknown)} is not known`)
+    if (unknown !== undefined) throw this.#error(at, `unknown type ${JSON.stringify(unknown)}`)
     if ('const' in schema || 'enum' in schema) {
       only('const', 'enum', 'type')
       const values = this.#values(schema, types as string[] | undefined, at)
@@ -163,31 +176,31 @@ class Reader {
       return {}
     }
     only('type', ...types.flatMap(name => keywordsOf[String(name)]))
-    const one = types.map(name => this.#typed(String(name), schema, at, depth))
+    const one = types.map(name => this.#ofType(String(name), schema, at, depth))
     return one.length === 1 ? one[0] : { anyOf: one }
   }
 
   #definition(ref: string, at: string): unknown {
-    if (this.#named.has(ref)) return this.#named.get(ref)
-    throw this.#refuse(at, `$ref is ${JSON.stringify(ref)}, expected one of $defs`)
+    if (this.#definitions.has(ref)) return this.#definitions.get(ref)
+    throw this.#error(at, `$ref is ${JSON.stringify(ref)}, expected a schema in $defs`)
   }
 
   #merged(schema: JsonSchema, at: string): JsonSchema {
-    const named = (ref: string) => {
-      this.#another(at)
+    const resolve = (ref: string) => {
+      this.#countSchema(at)
       return this.#definition(ref, at)
     }
     try {
-      return allOf([schema], { named, bare })
+      return allOf([schema], { resolve, withoutAnnotations })
     } catch (cause) {
       if (!(cause instanceof MergeError)) throw cause
-      throw this.#refuse(at, cause.message)
+      throw this.#error(at, cause.message)
     }
   }
 
-  /** @throws ApiError where there are too many */
-  #another(at: string): void {
-    if (++this.#count > MOST_SCHEMAS) throw this.#refuse(at, `there are more than ${MOST_SCHEMAS} schemas in it`)
+  /** Counts a schema. @throws ApiError if there are too many */
+  #countSchema(at: string): void {
+    if (++this.#count > MAX_SCHEMAS) throw this.#error(at, `the schema contains more than ${MAX_SCHEMAS} schemas`)
   }
 
   #impliedTypes(keys: readonly string[]): string[] | undefined {
@@ -197,92 +210,99 @@ class Reader {
 
   #values(schema: Readonly<Record<string, unknown>>, types: readonly string[] | undefined, at: string): unknown[] {
     const given = 'const' in schema ? [schema.const] : schema.enum
-    if (!Array.isArray(given)) throw this.#refuse(at, 'enum is no list')
+    if (!Array.isArray(given)) throw this.#error(at, 'enum is not a list')
     const values = given.filter(value => types === undefined || types.some(type => isOf(type, value)))
-    if (values.length === 0) throw this.#refuse(at, 'no value is allowed')
+    if (values.length === 0) throw this.#error(at, 'enum and type allow no value')
     return values
   }
 
-  #typed(type: string, schema: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
+  #ofType(type: string, schema: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
     const own = Object.fromEntries(keywordsOf[type].flatMap(key => (key in schema ? [[key, schema[key]]] : [])))
     for (const [key, value] of Object.entries(own)) {
       if (!/^(min|max|exclusive)/.test(key)) continue
       const isCount = /(Length|Items)$/.test(key)
       if (isCount ? isCountOf(value) : Number.isFinite(value)) continue
-      throw this.#refuse(at, `${key} is ${JSON.stringify(value)}`)
+      throw this.#error(
+        at,
+        `${key} is ${JSON.stringify(value)}, expected ${isCount ? `an integer from 0 to ${MAX_COUNT}` : 'a number'}`,
+      )
     }
     if (type === 'object') return this.#objects(own, at, depth)
     if (type === 'array') return this.#arrays(own, at, depth)
-    this.#inOrder(own.minLength, own.maxLength, at)
-    if ('format' in own || 'pattern' in own) return this.#text(own, at)
+    this.#checkOrder(own.minLength, own.maxLength, at)
+    if ('format' in own || 'pattern' in own) return this.#string(own, at)
     const { minLength: least = 0, maxLength: most = least } = own
-    if (type === 'string') this.#counted.set(`${least} ${own.maxLength}`, Math.min(most as number, MOST_WRITTEN_OUT))
+    if (type === 'string') this.#costs.set(`${least} ${own.maxLength}`, Math.min(most as number, MAX_UNROLLED))
     if (type === 'string' || Object.keys(own).length === 0) return { type, ...own }
     const range = numberRange(type as 'integer' | 'number', own as Bounds)
-    if (range === undefined) throw this.#refuse(at, 'there is no whole number between its bounds')
-    return this.#automaton([range], 'its bounds', at, () => patternAutomaton(`^(?:${range})$`))
+    if (range === undefined) throw this.#error(at, 'no number is within the bounds')
+    return this.#automaton([range], 'bounds', at, () => patternAutomaton(`^(?:${range})$`))
   }
 
-  /** Of a format, a pattern and lengths what is of all. */
-  #text({ format, pattern, minLength, maxLength }: Readonly<Record<string, unknown>>, at: string): JsonSchema {
+  /** Strings that match a format, patterns and length limits. */
+  #string({ format, pattern, minLength, maxLength }: Readonly<Record<string, unknown>>, at: string): JsonSchema {
     const patterns = [pattern ?? []].flat()
     const name = pattern !== undefined && patternFormats.has(String(format)) ? undefined : format
     if (name !== undefined && !Object.hasOwn(formats, String(name))) {
       const known = Object.keys(formats).join(', ')
-      throw this.#refuse(at, `format ${JSON.stringify(name)} is not supported, expected one of ${known}`)
+      throw this.#error(at, `format ${JSON.stringify(name)} is not supported, expected one of ${known}`)
     }
-    if (!patterns.every(one => typeof one === 'string')) throw this.#refuse(at, 'pattern is no text')
-    const said = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern).slice(0, 100)}`
-    return this.#automaton([name, pattern, minLength, maxLength], said, at, () => {
+    if (!patterns.every(one => typeof one === 'string')) throw this.#error(at, 'pattern is not a string')
+    const subject = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern).slice(0, 100)}`
+    return this.#automaton([name, pattern, minLength, maxLength], subject, at, () => {
       const all: Automaton[] = name === undefined ? [] : [patternAutomaton(`^(?:${formats[String(name)]})$`)]
-      // Zod writes patterns beside formats which say the same or less, also such as are not supported.
+      // Beside a format, Zod writes an equivalent or weaker pattern, which may be unsupported and can then be ignored.
       const kept = name === undefined ? patterns : patterns.filter(isSupported)
       all.push(...kept.map(patternAutomaton))
       if (minLength !== undefined || maxLength !== undefined) {
         all.push(ofLength({ least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }))
       }
-      return all.reduce(both)
+      return all.reduce(intersect)
     })
   }
 
-  /** Of a text, or of a number, by what says all of it. Made once. */
-  #automaton(key: readonly unknown[], said: string, at: string, make: () => Automaton): JsonSchema {
-    const known = this.#made.get(JSON.stringify(key))
+  /** A rule for an automaton over strings, or over numbers if `key` has one element. Built once per key. */
+  #automaton(key: readonly unknown[], subject: string, at: string, make: () => Automaton): JsonSchema {
+    const known = this.#automata.get(JSON.stringify(key))
     if (known) return known
     try {
       const automaton = make()
       this.#states += automaton.next.length
-      if (this.#states > MOST_STATES) throw new PatternError('there is too much of that in the schema')
+      if (this.#states > MAX_STATES)
+        throw new PatternError('the patterns and bounds of the schema need too many states')
       const isString = key.length > 1
       const schema = this.#rule(name => ruleOf(automaton, isString, name))
-      this.#counted.set(JSON.stringify(key), Math.ceil(weightOf(automaton)))
-      this.#made.set(JSON.stringify(key), schema)
+      this.#costs.set(JSON.stringify(key), Math.ceil(compileCost(automaton)))
+      this.#automata.set(JSON.stringify(key), schema)
       return schema
     } catch (cause) {
       if (!(cause instanceof PatternError)) throw cause
-      throw this.#refuse(at, `${said}: ${cause.message}`)
+      throw this.#error(at, `${subject}: ${cause.message}`)
     }
   }
 
   #rule(make: (name: string) => Rule): JsonSchema {
     const number = Object.keys(this.rules).length
-    const name = `${place} ${number}`
+    const name = `${placeholder} ${number}`
     this.rules[name] = make(`own_${number}`)
     return { const: name }
   }
 
   #objects(own: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
     const given = Object.entries(this.#object(own.properties ?? {}, `${at}/properties`))
-    // It would write them as they are.
-    const strange = given.find(([name]) => JSON.stringify(name) !== `"${name}"`)
-    if (strange)
-      throw this.#refuse(at, `the name ${JSON.stringify(strange[0])} has quotes, backslashes or control characters`)
+    // The library does not escape property names.
+    const unescaped = given.find(([name]) => JSON.stringify(name) !== `"${name}"`)
+    if (unescaped)
+      throw this.#error(
+        at,
+        `the property name ${JSON.stringify(unescaped[0])} contains quotes, backslashes or control characters`,
+      )
     const properties = given.map(([name, one]) => [name, this.#schema(one, `${at}/properties/${name}`, depth + 1)])
     const required = own.required ?? []
-    if (!Array.isArray(required)) throw this.#refuse(at, 'required is no list')
+    if (!Array.isArray(required)) throw this.#error(at, 'required is not a list')
     const missing = required.find(name => !given.some(([known]) => known === name))
     if (missing !== undefined)
-      throw this.#refuse(at, `required has ${JSON.stringify(missing)}, which properties has not`)
+      throw this.#error(at, `required contains ${JSON.stringify(missing)}, which is not in properties`)
     if (given.length > 0) {
       return { type: 'object', properties: Object.fromEntries(properties), required, additionalProperties: false }
     }
@@ -294,31 +314,31 @@ class Reader {
   #arrays(own: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
     const { items = true, prefixItems, minItems = 0, maxItems } = own
     if (prefixItems !== undefined) {
-      if (!Array.isArray(prefixItems)) throw this.#refuse(at, 'prefixItems is no list')
+      if (!Array.isArray(prefixItems)) throw this.#error(at, 'prefixItems is not a list')
       const { length } = prefixItems
       if ((minItems as number) > length || ((maxItems ?? length) as number) < length) {
-        throw this.#refuse(at, 'arrays with prefixItems have as many items')
+        throw this.#error(at, 'minItems and maxItems must allow exactly as many items as prefixItems has')
       }
       const all = prefixItems.map((one, i) => this.#schema(one, `${at}/prefixItems/${i}`, depth + 1))
       return { type: 'array', prefixItems: all, items: false }
     }
-    this.#inOrder(minItems, maxItems, at)
+    this.#checkOrder(minItems, maxItems, at)
     const bounds = { ...('minItems' in own && { minItems }), ...('maxItems' in own && { maxItems }) }
     if (items === false) return { enum: [[]] }
     return { type: 'array', items: this.#schema(items, `${at}/items`, depth + 1), ...bounds }
   }
 
-  #inOrder(least: unknown, most: unknown, at: string): void {
+  #checkOrder(least: unknown, most: unknown, at: string): void {
     if (least === undefined || most === undefined || (least as number) <= (most as number)) return
-    throw this.#refuse(at, `nothing is from ${least} to ${most}`)
+    throw this.#error(at, `the minimum ${least} is greater than the maximum ${most}`)
   }
 
   #object(given: unknown, at: string): Readonly<Record<string, unknown>> {
     if (typeof given === 'object' && given !== null && !Array.isArray(given)) return given as Record<string, unknown>
-    throw this.#refuse(at, given === false ? 'it allows nothing' : 'expected an object')
+    throw this.#error(at, given === false ? 'the schema allows no value' : 'expected an object')
   }
 
-  #refuse(at: string, problem: string): ApiError {
+  #error(at: string, problem: string): ApiError {
     return new ApiError(400, `${this.#param}: ${problem} (at ${at.slice(0, 200)})`, { param: this.#param })
   }
 }
@@ -331,11 +351,11 @@ function isSupported(pattern: string): boolean {
   }
 }
 
-/** A schema without what says nothing of what it allows. */
-const bare = (schema: JsonSchema): JsonSchema =>
+/** A schema without keywords that do not affect which values it allows. */
+const withoutAnnotations = (schema: JsonSchema): JsonSchema =>
   Object.fromEntries(Object.entries(schema).filter(([key, value]) => !annotations.has(key) && !isAnyName(key, value)))
 
-/** `propertyNames` as Zod writes it: that they are texts. */
+/** The `propertyNames` that Zod writes, which allows any name. */
 const isAnyName = (key: string, value: unknown) =>
   key === 'propertyNames' && JSON.stringify(value) === '{"type":"string"}'
 

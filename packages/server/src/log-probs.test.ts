@@ -116,7 +116,7 @@ describe('completions', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('give back the prompt, whatever it was given as', async () => {
+  test('echo the prompt, given as text or ids', async () => {
     const { app, dispose } = modelServer()
     const ask = async (prompt: unknown, more: object = {}) => {
       const response = await app.request('/v1/completions', post({ prompt, echo: true, max_tokens: 0, ...more }))
@@ -141,7 +141,7 @@ describe('completions', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('tokens that the tokenizer puts in front are told, and are no part of the text', async () => {
+  test('tokens that the tokenizer adds are included, but not part of the text', async () => {
     const begin = config.bos_token_id as number
     const adding = Object.create(tokenizer, {
       encode: { value: (text: string) => Uint32Array.of(begin, ...tokenizer.encode(text)) },
@@ -182,7 +182,7 @@ function telling(said: readonly number[], { end, likeliest = 77 }: { end?: numbe
 
 describe('tokens that are parts of characters', () => {
   // As OpenAI has them: "bytes:" only in completions, and the place of the character.
-  test('are named by their bytes in completions', async () => {
+  test('are written as bytes in completions', async () => {
     const { app } = telling(bytewise('é🙂!'))
     const tokens = ['\\xc3', '\\xa9', '\\xf0', '\\x9f', '\\x99', '\\x82'].map(name => `bytes:${name}`)
     const ask = { prompt: '🙂🙂', logprobs: 1 }
@@ -203,7 +203,7 @@ describe('tokens that are parts of characters', () => {
     ])
   })
 
-  test('have their bytes in chats', async () => {
+  test('include their bytes in chats', async () => {
     const { app } = telling(bytewise('é'))
     const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, top_logprobs: 1 }
     const response = await app.request('/v1/chat/completions', post(ask))
@@ -219,7 +219,7 @@ describe('tokens that are parts of characters', () => {
   })
 })
 
-test('ids beyond those of the tokenizer have no text', async () => {
+test('ids that the tokenizer does not define have no text', async () => {
   const id = tokenizer.vocabSize + 3
   const { app } = telling(bytewise('a'), { likeliest: id })
   const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, top_logprobs: 1 }
@@ -241,7 +241,7 @@ test('ids beyond those of the tokenizer have no text', async () => {
   expect(backend.stats().handles).toBe(0)
 })
 
-test('the end of a text is told in completions, and is no content of a message', async () => {
+test('completions include the end token, chats do not', async () => {
   const { app } = telling(bytewise('ab'), { end: config.eos_token_id })
   for (const stream of [false, true]) {
     const told: unknown[] = []
@@ -258,7 +258,7 @@ test('the end of a text is told in completions, and is no content of a message',
   }
 })
 
-test('chats tell what the model says, whole and streamed', async () => {
+test('chats return the log-probabilities of the model, streamed or not', async () => {
   const { app, model, dispose } = modelServer()
   const openai = await openaiOf(app)
   const messages = [{ role: 'user' as const, content: 'the people' }]
@@ -376,7 +376,7 @@ describe('an evaluation', () => {
     expect(backend.stats().handles).toBe(0)
   })
 
-  test('has greedy texts up to a stop, of prompts of ids', async () => {
+  test('gets greedy texts up to a stop string for prompts of ids', async () => {
     const { app, model, dispose } = modelServer()
     const prompts = ['the people', 'alle'].map(ids)
     const until = ['\n\n', 'Question:', '</s>', '<|im_end|>', '🙂', '<|end|>']

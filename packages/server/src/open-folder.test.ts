@@ -9,7 +9,7 @@ import { describe, expect, onTestFinished, test } from 'vitest'
 import { openFolder } from './open-folder.ts'
 import { config, tokenizer } from './test-server.ts'
 
-describe('folders that are none', () => {
+describe('invalid folders', () => {
   async function folderOf(files: Readonly<Record<string, string>>): Promise<string> {
     const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
     onTestFinished(() => rm(folder, { recursive: true }))
@@ -26,7 +26,7 @@ describe('folders that are none', () => {
     return error.message
   }
 
-  test('neither a model nor a run', async () => {
+  test('that are neither a model nor a training run', async () => {
     const folder = await folderOf({ 'a.txt': 'text' })
     await mkdir(join(folder, 'checkpoints', 'step-000001'), { recursive: true })
     for (const path of [folder, join(folder, 'missing'), join(folder, 'a.txt'), '']) {
@@ -35,21 +35,21 @@ describe('folders that are none', () => {
     }
   })
 
-  test('without a tokenizer, or with one that is damaged', async () => {
+  test('with a missing or corrupt tokenizer', async () => {
     const model = { 'config.json': JSON.stringify(config) }
     expect(await wrong(await folderOf(model))).toContain('tokenizer.json')
     for (const text of ['', '{', 'null', '[]', '{}', '{"model":{}}'])
       expect(await wrong(await folderOf({ ...model, 'tokenizer.json': text })), text).toMatch(/tokenizer/i)
   })
 
-  test('without weights, or with a config that is damaged', async () => {
+  test('without weights, or with a corrupt config', async () => {
     const files = { 'tokenizer.json': tokenizerFile }
     expect(await wrong(await folderOf({ ...files, 'config.json': JSON.stringify(config) }))).toContain('safetensors')
     for (const text of ['', '{', 'null', '[]', '{}', '"text"', '{"model_type":"llama"}'])
       expect(await wrong(await folderOf({ ...files, 'config.json': text })), text).toMatch(/config/)
   })
 
-  test('with a template that is missing or damaged', async () => {
+  test('with a missing or corrupt template', async () => {
     const files = { 'config.json': JSON.stringify(config), 'tokenizer.json': tokenizerFile }
     const folder = await folderOf(files)
     expect(await wrong(folder, { chatTemplate: join(folder, 'none.jinja') })).toContain('none.jinja')
@@ -69,7 +69,7 @@ describe('folders that are none', () => {
   })
 })
 
-test('a run that trained adapters opens beside its base, also in fewer bits, and answers with what it has learned', async () => {
+test('a training run with adapters opens with its base model, also quantized, and generates what it has learned', async () => {
   setDefaultBackend(referenceBackend())
   const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
   onTestFinished(() => rm(folder, { recursive: true }))

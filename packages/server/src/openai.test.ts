@@ -35,7 +35,7 @@ test('lists and describes the model', async () => {
   dispose()
 })
 
-test('chats, whole and streamed: the text is that of the model behind the template', async () => {
+test('chats, streamed or not, return what the model generates for the rendered template', async () => {
   const { app, model, dispose } = modelServer()
   const openai = await client(app)
   const ask = { model: 'tiny', messages, max_completion_tokens: 14, temperature: 0.8, seed: 7 }
@@ -69,7 +69,7 @@ test('chats, whole and streamed: the text is that of the model behind the templa
   expect(dispose()).toBe(0)
 })
 
-test('refusals are the classes that the client has for them', async () => {
+test('errors have the classes of the client library', async () => {
   const { app, dispose } = modelServer({ apiKey: 'open sesame' })
   const wrong = await client(app)
   const asked = { model: 'tiny', prompt: 'the' }
@@ -94,7 +94,7 @@ test('refusals are the classes that the client has for them', async () => {
   dispose()
 })
 
-test('a failure is a 500, and in a stream an event that the client throws', async () => {
+test('an internal error is a 500, and in a stream an event that the client throws', async () => {
   const failing = scriptedServer(async function* (_, stats) {
     stats.tokens = 1
     yield 'well'
@@ -115,7 +115,7 @@ test('a failure is a 500, and in a stream an event that the client throws', asyn
   ])
 })
 
-test.each([true, false])('a client that goes away ends its text, streamed: %s', async stream => {
+test.each([true, false])('disconnecting stops generation, streamed: %s', async stream => {
   let ended = 0
   const endless = scriptedServer(async function* ({ options }, stats) {
     try {
@@ -145,7 +145,7 @@ test.each([true, false])('a client that goes away ends its text, streamed: %s', 
   expect(endless.records).toMatchObject([{ status: 499 }])
 })
 
-test('two clients at once have the texts that each has alone, and one that leaves does not hold up the other', async () => {
+test('concurrent clients get the same texts as alone, and one that disconnects does not delay the other', async () => {
   const { app, engine, dispose } = modelServer()
   const openai = await client(app)
   const ask = (seed: number) => ({ model: 'tiny', prompt: 'the people', max_tokens: 20, temperature: 1, seed })

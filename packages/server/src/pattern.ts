@@ -1,10 +1,10 @@
 /**
- * @file `pattern` of JSON Schema: regular expressions of ECMA-262 with the flag u, which may match anywhere in a text. What is not regular, or looks around, is refused
- * by name.
+ * @file Converts `pattern` of JSON Schema to an automaton: ECMA-262 regular expressions with the flag u that may match anywhere in a text. Unsupported syntax, such as
+ * lookaround and backreferences, is rejected by name.
  */
 import { ASCII, type Automaton, automatonOf, type Expression, PatternError } from './automaton.ts'
 
-/** Code points from one to another, both of the set, in order and apart. */
+/** Inclusive ranges of code points. */
 type CharacterSet = ReadonlyArray<readonly [number, number]>
 
 type Node =
@@ -12,7 +12,7 @@ type Node =
   | { readonly kind: 'all'; readonly of: readonly Node[] }
   | { readonly kind: 'either'; readonly of: readonly Node[] }
   | { readonly kind: 'repeat'; readonly of: Node; readonly least: number; readonly most: number }
-  | { readonly kind: 'edge'; readonly at: '^' | '$' }
+  | { readonly kind: 'anchor'; readonly at: '^' | '$' }
 
 const LAST = 0x10ffff
 const EVERYTHING: CharacterSet = [[0, LAST]]
@@ -42,8 +42,8 @@ const SPACES: CharacterSet = [
 ]
 
 /**
- * The texts in which a pattern matches.
- * @throws PatternError for what is no regular expression, or not supported
+ * Returns an automaton that accepts the texts in which a pattern matches.
+ * @throws PatternError if the pattern is invalid or not supported
  */
 export function patternAutomaton(source: string): Automaton {
   return automatonOf({ kind: 'either', of: new Parser(source).alternatives().map(anchored) })
@@ -51,37 +51,38 @@ export function patternAutomaton(source: string): Automaton {
 
 const anything: Expression = { kind: 'repeat', of: character(EVERYTHING), least: 0, most: Infinity }
 
-/** An alternative with anything around where it has no edge. */
+/** An alternative, surrounded by arbitrary text on each side without an anchor. */
 function anchored(parts: readonly Node[]): Expression {
-  // A group that is all of it is no part.
+  // Unwrap a group that is the whole alternative.
   if (parts.length === 1 && parts[0].kind === 'all') return anchored(parts[0].of)
-  const isEdge = (part: Node | undefined, at: string) => part?.kind === 'edge' && part.at === at
+  const isAnchor = (part: Node | undefined, at: string) => part?.kind === 'anchor' && part.at === at
   let [from, to] = [0, parts.length]
-  while (isEdge(parts[from], '^')) from++
-  while (to > from && isEdge(parts[to - 1], '$')) to--
-  const of = parts.slice(from, to).map(withoutEdges)
+  while (isAnchor(parts[from], '^')) from++
+  while (to > from && isAnchor(parts[to - 1], '$')) to--
+  const of = parts.slice(from, to).map(withoutAnchors)
   return { kind: 'all', of: [...(from > 0 ? [] : [anything]), ...of, ...(to < parts.length ? [] : [anything])] }
 }
 
-function withoutEdges(node: Node): Expression {
-  if (node.kind === 'edge') throw new PatternError('^ and $ are supported at the ends of its alternatives only')
+function withoutAnchors(node: Node): Expression {
+  if (node.kind === 'anchor') throw new PatternError('^ and $ are supported only at the ends of alternatives')
   if (node.kind === 'set') return node
-  if (node.kind === 'repeat') return { ...node, of: withoutEdges(node.of) }
-  return { ...node, of: node.of.map(withoutEdges) }
+  if (node.kind === 'repeat') return { ...node, of: withoutAnchors(node.of) }
+  return { ...node, of: node.of.map(withoutAnchors) }
 }
 
-/** Beyond ASCII all or none: all but some white space is taken for all. */
+/** A character of a set, which must contain all or none of the non-ASCII characters. Non-ASCII white space may be missing. */
 function character(set: CharacterSet): Expression {
   const holds = (point: number) => set.some(([from, to]) => point >= from && point <= to)
-  const beyond = without([...without(set), [0, 0x7f], [0xd800, 0xdfff]])
-  const missing = without([...set, [0, 0x7f], [0xd800, 0xdfff], ...SPACES])
-  // White space beyond ASCII is not written, where it alone is meant.
-  const isNone = without([...without(beyond), ...SPACES]).length === 0
-  if (!isNone && missing.length > 0) throw new PatternError('of characters beyond ASCII all or none are supported')
+  const beyond = complement([...complement(set), [0, 0x7f], [0xd800, 0xdfff]])
+  const missing = complement([...set, [0, 0x7f], [0xd800, 0xdfff], ...SPACES])
+  // A set whose only non-ASCII characters are white space, such as \s, is treated as ASCII only.
+  const isNone = complement([...complement(beyond), ...SPACES]).length === 0
+  if (!isNone && missing.length > 0)
+    throw new PatternError('a set must contain all or none of the non-ASCII characters')
   return { kind: 'set', has: [...ASCII.map(holds), !isNone] }
 }
 
-function without(set: CharacterSet): CharacterSet {
+function complement(set: CharacterSet): CharacterSet {
   const sorted = [...set].sort(([a], [b]) => a - b)
   const rest: Array<readonly [number, number]> = []
   let next = 0
@@ -94,11 +95,11 @@ function without(set: CharacterSet): CharacterSet {
 
 const letters: Readonly<Record<string, CharacterSet>> = {
   d: DIGITS,
-  D: without(DIGITS),
+  D: complement(DIGITS),
   w: WORDS,
-  W: without(WORDS),
+  W: complement(WORDS),
   s: SPACES,
-  S: without(SPACES),
+  S: complement(SPACES),
 }
 
 const controls: Readonly<Record<string, number>> = { t: 0x09, n: 0x0a, v: 0x0b, f: 0x0c, r: 0x0d, '0': 0 }
@@ -112,7 +113,7 @@ class Parser {
     try {
       new RegExp(source, 'u')
     } catch {
-      // Without the flag more escapes are allowed, which mean the same here.
+      // Without the flag u, more escapes are valid, and have the same meaning here.
       try {
         new RegExp(source)
       } catch (cause) {
@@ -122,7 +123,7 @@ class Parser {
     this.#source = [...source]
   }
 
-  /** All of it. */
+  /** Parses alternatives, up to the end of the pattern or group. */
   alternatives(): Node[][] {
     const all = [this.#sequence()]
     while (this.#take('|')) all.push(this.#sequence())
@@ -135,7 +136,7 @@ class Parser {
     const parts: Node[] = []
     while (this.#at < this.#source.length && !this.#sees('|') && !this.#sees(')')) {
       const one = this.#atom()
-      parts.push(one.kind === 'edge' ? one : this.#repeated(one))
+      parts.push(one.kind === 'anchor' ? one : this.#repeated(one))
     }
     return parts
   }
@@ -159,21 +160,21 @@ class Parser {
   #atom(): Node {
     if (this.#take('(')) return this.#group()
     if (this.#take('[')) return character(this.#class())
-    if (this.#take('.')) return character(without(LINE_ENDS))
-    if (this.#take('^')) return { kind: 'edge', at: '^' }
-    if (this.#take('$')) return { kind: 'edge', at: '$' }
+    if (this.#take('.')) return character(complement(LINE_ENDS))
+    if (this.#take('^')) return { kind: 'anchor', at: '^' }
+    if (this.#take('$')) return { kind: 'anchor', at: '$' }
     if (this.#take('\\')) return character(this.#escape(false))
     return character(single(this.#source[this.#at++]))
   }
 
   #group(): Node {
     if (this.#take('?') && !this.#take(':') && this.#match(/^<[\p{ID_Start}$_][\p{ID_Continue}$]*>/u) === undefined) {
-      throw new PatternError(`(?${this.#source[this.#at]}: it looks around, or has flags, which is not supported`)
+      throw new PatternError(`(?${this.#source[this.#at]}: lookaround and flags are not supported`)
     }
-    if (++this.#depth > 50) throw new PatternError('it is deeper than 50')
+    if (++this.#depth > 50) throw new PatternError('groups are nested deeper than 50 levels')
     const all = this.alternatives()
     this.#depth--
-    if (!this.#take(')')) throw new PatternError('a group has no end')
+    if (!this.#take(')')) throw new PatternError('unterminated group')
     const of = all.map((parts): Node => ({ kind: 'all', of: parts }))
     return of.length === 1 ? of[0] : { kind: 'either', of }
   }
@@ -190,7 +191,7 @@ class Parser {
       bounds = [Number(least), comma === '' ? Number(least) : most === '' ? Infinity : Number(most)]
     }
     if (bounds === undefined) return of
-    // What is taken first does not matter for what can be taken.
+    // Greedy or not, the same texts match.
     this.#take('?')
     return { kind: 'repeat', of, least: bounds[0], most: bounds[1] }
   }
@@ -210,7 +211,7 @@ class Parser {
       if (isSingle(to)) all.push([from[0][0], to[0][0]])
       else all.push(...from, ...single('-'), ...to)
     }
-    return isNegated ? without(all) : all
+    return isNegated ? complement(all) : all
   }
 
   #classAtom(): CharacterSet {
@@ -229,7 +230,8 @@ class Parser {
     const control = this.#match(/^c[a-zA-Z]/)
     if (control !== undefined) return [at((control.codePointAt(1) as number) % 32)]
     const letter = this.#source[this.#at++]
-    if (letter === '0' && /^\d/.test(this.#source[this.#at] ?? '')) throw new PatternError('\\0 with digits')
+    if (letter === '0' && /^\d/.test(this.#source[this.#at] ?? ''))
+      throw new PatternError('\\0 followed by digits is not supported')
     if (Object.hasOwn(letters, letter)) return letters[letter]
     if (Object.hasOwn(controls, letter)) return [at(controls[letter])]
     if (letter === 'b' && isInClass) return [at(0x08)]
@@ -242,7 +244,7 @@ const at = (point: number): readonly [number, number] => [point, point]
 const single = (character: string): CharacterSet => [at(character.codePointAt(0) as number)]
 const isSingle = (set: CharacterSet) => set.length === 1 && set[0][0] === set[0][1]
 
-/** Of `uD83D\uDE42`. */
+/** The code point of an escaped surrogate pair, for example `uD83D\uDE42`. */
 const surrogates = (pair: string): number =>
   String.fromCharCode(Number.parseInt(pair.slice(1, 5), 16), Number.parseInt(pair.slice(7), 16)).codePointAt(
     0,

@@ -81,7 +81,7 @@ async function both(openai: OpenAI, ask: Ask): Promise<Response> {
   return whole
 }
 
-test('the text is that of a chat, whole and streamed', async () => {
+test('the text is that of a chat, streamed or not', async () => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const sampling = { temperature: 0.8, seed: 7, top_p: 0.9 }
@@ -110,7 +110,7 @@ test('the text is that of a chat, whole and streamed', async () => {
   expect(dispose()).toBe(0)
 })
 
-test('a schema is kept to, and parsed by the client', async () => {
+test('the answer matches a schema, and the client parses it', async () => {
   const { app, dispose } = modelServer({}, { context: 300 })
   const openai = await client(app)
   const Speech = z.object({ year: z.int().min(1790).max(1800), kind: z.enum(['speech', 'letter']) })
@@ -136,7 +136,7 @@ const tool = {
 }
 
 describe('tools', () => {
-  test('are called, and a conversation goes on with what came of it', async () => {
+  test('are called, and the conversation continues with their results', async () => {
     const call = '<tool_call>{"name": "look_up", "arguments": {"year": 1865}}</tool_call>'
     const { app, engine } = saying(['I l', 'ook.\n', call.slice(0, 15), call.slice(15), call])
     const openai = await client(app)
@@ -164,7 +164,7 @@ describe('tools', () => {
     )
   })
 
-  test('are called where they must be', async () => {
+  test('are called if required', async () => {
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
     const openai = await client(app)
     const choice = { type: 'function' as const, name: 'look_up' }
@@ -175,7 +175,7 @@ describe('tools', () => {
   })
 })
 
-test('reasoning is an item of its own, and comes back to the template', async () => {
+test('reasoning is a separate item, and can be sent back to the template', async () => {
   const { app, engine } = saying(['<thi', 'nk>\nso', ' it is</think>\n', '\nYes', '.'], thinking)
   const openai = await client(app)
   const { output, output_text: text } = await both(openai, {})
@@ -193,12 +193,12 @@ test('reasoning is an item of its own, and comes back to the template', async ()
   expect(cut).toMatchObject({ status: 'incomplete', output: [{ type: 'reasoning', status: 'incomplete' }] })
 })
 
-test('an answer without a text is an empty message', async () => {
+test('a response without text contains an empty message', async () => {
   const { output, status } = await both(await client(saying([]).app), {})
   expect([status, output]).toMatchObject(['completed', [{ type: 'message', content: [{ text: '' }] }]])
 })
 
-test('log-probabilities are told where they are asked for', async () => {
+test('log-probabilities are included on request', async () => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const include = ['message.output_text.logprobs'] as const
@@ -210,7 +210,7 @@ test('log-probabilities are told where they are asked for', async () => {
   expect(dispose()).toBe(0)
 })
 
-test('a failure in a stream is an event', async () => {
+test('an error in a stream is an event', async () => {
   const failing = scriptedServer(async function* () {
     yield 'well'
     throw new Error('a kernel fell over')
@@ -223,7 +223,7 @@ test('a failure in a stream is an event', async () => {
   expect(failing.records).toMatchObject([{ status: 500 }])
 })
 
-test('nothing of what is drawn at random is a failure of the server', async () => {
+test('random fields never cause an internal error', async () => {
   const { app, engine, dispose } = modelServer()
   const random = new Random(12)
   const pick = <T>(from: readonly T[]): T => from[random.integer(from.length)]
@@ -334,7 +334,7 @@ test.each<[Ask, string, string]>([
   [{ max_output_tokens: -1 }, 'max_output_tokens', ''],
   [{ presence_penalty: 1 }, 'presence_penalty', 'is not supported'],
   [{ model: 'gpt-5' }, 'model', 'unknown model'],
-])('%j is refused by its name', async (ask, param, message) => {
+])('%j is rejected by name', async (ask, param, message) => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const asking = openai.responses.create({ model: 'tiny', input: 'the', ...ask } as ResponseCreateParamsNonStreaming)

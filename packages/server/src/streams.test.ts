@@ -51,8 +51,8 @@ function sayingServer() {
   return { say, dispose }
 }
 
-describe('texts in a stream', () => {
-  test('characters come whole, stops not at all, wherever tokens break', async () => {
+describe('streamed texts', () => {
+  test('contain whole characters and no stop strings, wherever tokens break', async () => {
     const { say, dispose } = sayingServer()
     const random = new Random(5)
     const characters = ['a', 'b', 'ab', 'é', 'ü', '€', '、', '🙂', '👍🏽', ' ']
@@ -95,7 +95,7 @@ describe('texts in a stream', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('a stop that does not come is given in the end, and is not held back for longer than it may come', async () => {
+  test('withhold a partial stop string only as long as it may be completed', async () => {
     const { say, dispose } = sayingServer()
     expect((await say(bytewise('abcabd'), ['abcabc'])).text).toBe('abcabd')
     expect((await say(bytewise('aab'), ['ab'])).parts).toEqual(['a'])
@@ -105,7 +105,7 @@ describe('texts in a stream', () => {
     dispose()
   })
 
-  test('a text that its length cuts within a character ends with one replacement character', async () => {
+  test('end with one replacement character if the token limit cuts a character', async () => {
     const { say, dispose } = sayingServer()
     for (const n of [1, 2, 3]) {
       const made = await say(bytewise('a🙂').slice(0, 1 + n), ['b'])
@@ -114,7 +114,7 @@ describe('texts in a stream', () => {
     dispose()
   })
 
-  test('special tokens are no text, and do not end one', async () => {
+  test('do not contain special tokens, and are not ended by them', async () => {
     const { say, dispose } = sayingServer()
     const special = tokenizer.tokenToId('<|user|>') as number
     const made = await say([...bytewise('a'), special, ...bytewise('b')], ['<|user|>'])
@@ -122,7 +122,7 @@ describe('texts in a stream', () => {
     dispose()
   })
 
-  test('a chat gives its role first and its end last, and nothing but text between', async () => {
+  test('of chats start with the role, end with the finish reason, and contain only text between', async () => {
     const { app, dispose } = modelServer()
     const path = '/v1/chat/completions'
     const response = await app.request(

@@ -65,8 +65,8 @@ async function both(openai: OpenAI, ask: Omit<ChatCompletionCreateParams, 'strea
   return whole.choices
 }
 
-describe.each([false, true])('with drafts: %s', speculative => {
-  test('whatever a random model draws, a text that ends is JSON of the schema, streamed or not', async () => {
+describe.each([false, true])('with speculative decoding: %s', speculative => {
+  test('complete texts of a random model are JSON of the schema, streamed or not', async () => {
     const { app, dispose } = modelServer({}, { context: 250, speculative })
     const openai = await client(app)
     const validate = ajv.compile(schema)
@@ -94,7 +94,7 @@ describe.each([false, true])('with drafts: %s', speculative => {
   })
 })
 
-test('any object, and a text that is cut', async () => {
+test('json_object allows any object, and a text can be cut', async () => {
   const { app, dispose } = modelServer({}, { context: 250 })
   const openai = await client(app)
   let ended = 0
@@ -182,7 +182,7 @@ describe('tools', () => {
       ['{"year":1865}', '{}'],
     ],
   ]
-  describe.each(formats)('written %s', (_, template, text, json) => {
+  describe.each(formats)('in the format of %s', (_, template, text, json) => {
     const scripted = async (parts: readonly string[]) => {
       const from = await ChatTemplate.from({ chat_template: template, eos_token: '<|end|>' })
       const server = scriptedServer(
@@ -205,7 +205,7 @@ describe('tools', () => {
       return parts
     }
 
-    test('are read, wherever parts of the text end', async () => {
+    test('are parsed, wherever parts of the text end', async () => {
       for (let seed = 0; seed < 5; seed++) {
         const { openai } = await scripted(split(text, new Random(seed)))
         const [{ message, finish_reason: end }] = await both(openai, { tools })
@@ -220,7 +220,7 @@ describe('tools', () => {
       }
     })
 
-    test('what is none is told as it is, and nobody who gave no tools gets any', async () => {
+    test('invalid calls stay text, as do all calls if the request has no tools', async () => {
       for (const other of [
         'no <tool',
         'a <tool_call> is no call',
@@ -241,7 +241,7 @@ describe('tools', () => {
     })
   })
 
-  test('the template is given tools, calls and results', async () => {
+  test('the template receives tools, calls and results', async () => {
     const { app, engine } = scriptedServer(async function* () {}, { chatTemplate: plain }, 4096)
     const openai = await client(app)
     const call = { id: 'call_1', type: 'function' as const, function: { name: 'look_up', arguments: '{"year": 1865}' } }
@@ -265,7 +265,7 @@ describe('tools', () => {
     )
   })
 
-  test('are refused where they cannot be', async () => {
+  test('are rejected if the template or the request does not support them', async () => {
     const { app, dispose } = modelServer({ chatTemplate: plain })
     const openai = await client(app)
     const none = await client(modelServer({ chatTemplate }).app)

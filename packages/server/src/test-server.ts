@@ -1,4 +1,4 @@
-/** @file For tests: a server over a model that runs in milliseconds, and one over texts that are made up. */
+/** @file Test servers: one with a model that runs in milliseconds, and one with scripted texts. */
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek, type GenerationStats, presets, type TextTurnOptions, type TokenLogProb } from '@moe/deepseek'
@@ -46,7 +46,7 @@ export const config = {
   eos_token_id: tokenizer.tokenToId('<|end|>'),
 }
 
-/** A server over a random model, on a backend of its own. */
+/** A server with a random model, on its own backend. */
 export function modelServer(
   options: Partial<ServerOptions> = {},
   { context = 64, seed = 3, speculative = false } = {},
@@ -73,13 +73,13 @@ export function modelServer(
   return { app, model, engine, records, dispose }
 }
 
-/** What an engine was asked. */
+/** The arguments of a call of the engine. */
 export interface Asked {
   readonly ids: number[]
   readonly options: TextTurnOptions
 }
 
-/** An engine whose texts come from a function, which gets what was asked and fills in the figures, and what is told of tokens. */
+/** An engine whose texts come from a function, which receives the arguments and may fill in statistics and log-probabilities. */
 export function scriptedEngine(
   script: (asked: Asked, stats: GenerationStats, logProbs: TokenLogProb[]) => AsyncIterable<string>,
 ): TextEngine & { readonly asked: Asked[] } {
@@ -127,7 +127,7 @@ export const post = (body: unknown, init: RequestInit = {}): RequestInit => ({
   headers: { 'content-type': 'application/json', ...init.headers },
 })
 
-/** The events of a stream: objects, and the text that ends it. */
+/** The events of a stream: parsed objects, and `[DONE]`. */
 export async function events(response: Response): Promise<unknown[]> {
   const text = await response.text()
   return text

@@ -14,7 +14,7 @@ const ask = async (app: Pick<ReturnType<typeof modelServer>['app'], 'request'>, 
   return { status: response.status, error: answer.error, ...answer.choices?.[0] }
 }
 
-/** A template that writes messages, one a line, and generation prompts that end with this. */
+/** A template that writes one message per line, and generation prompts that end with this. */
 const template = async (marks: string, end = '') =>
   ChatTemplate.from({
     chat_template: `{# ${marks} #}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.reasoning_content or '' }}{% for call in m.tool_calls or [] %} {{ call.id }}{% endfor %}{{ '\\n' }}{% endfor %}{{ note or '' }}${end}`,
@@ -47,7 +47,7 @@ describe('GLM', () => {
   const pair = (key: string, value: string) => `<arg_key>${key}</arg_key>\n<arg_value>${value}</arg_value>\n`
   const isText = (name: string, key: string) => name === 'look_up' && key === 'who'
 
-  test('texts are what the tool says is text, and what is nothing else', () => {
+  test('strings are the arguments that the schema says are strings, and those that are not JSON', () => {
     const values = [pair('year', '1865'), pair('who', '16'), pair('all', '[true, null]'), pair('any', 'A. "Abe" L.')]
     const [call] = parse(`<tool_call>look_up\n${values.join('')}</tool_call>`, isText)
     expect(call.name).toBe('look_up')
@@ -61,7 +61,7 @@ describe('GLM', () => {
     text => expect(parse(text, isText)).toEqual([]),
   )
 
-  test('the server knows what is text', async () => {
+  test('the server recognizes string arguments', async () => {
     const text = `<tool_call>look_up\n${pair('who', '16')}${pair('all', '17')}${pair('year', '18')}</tool_call>`
     const { app } = await saying(text, await template('tools <arg_key>'))
     const { message } = await ask(app, { tools })
@@ -69,7 +69,7 @@ describe('GLM', () => {
     expect(call.type === 'function' && JSON.parse(call.function.arguments)).toEqual({ who: '16', all: '17', year: 18 })
   })
 
-  test('a call that must be goes on behind its name', async () => {
+  test('a forced call continues after its name', async () => {
     const glm = await template('tools <arg_key>')
     const { app, prompt } = await saying(`\n${pair('year', '1865')}</tool_call>`, glm)
     const named = { type: 'function', function: { name: 'look_up' } }
@@ -86,7 +86,7 @@ describe('Kimi', () => {
   const mark = '<|tool_calls_section_begin|>'
   const made = (id: string) => `${mark}<|tool_call_begin|>${id}<|tool_call_argument_begin|>{}<|tool_call_end|>`
 
-  test('calls keep the names that the model gives them', async () => {
+  test('calls keep the ids that the model writes', async () => {
     const { app, prompt } = await saying(made('functions.look_up:3'), await template(`tools tool_calls ${mark}`))
     const { message } = await ask(app, { tools })
     expect(message.tool_calls).toMatchObject([{ id: 'functions.look_up:3', function: { name: 'look_up' } }])
@@ -98,7 +98,7 @@ describe('Kimi', () => {
     expect(prompt()).toMatch(/functions\.stop:1<\|tool_call_argument_begin\|>$/)
   })
 
-  test('a call without a name is none', () => {
+  test('a call without a name is not parsed', () => {
     expect(toolFormatOf(mark).parse(made('what'), () => false)).toEqual([])
   })
 })
@@ -134,13 +134,13 @@ describe('DeepSeek', () => {
   })
 })
 
-describe('an answer of a form beside tools', () => {
+describe('response_format together with tools', () => {
   const schema = { type: 'object', properties: { year: { type: 'integer' } }, required: ['year'] }
   const format = { type: 'json_schema', json_schema: { name: 'year', schema } }
   const validate = new Ajv2020().compile(schema)
   const asked = { tools, response_format: format }
 
-  test('is of the form, or begins with a call', async () => {
+  test('the answer matches the format or starts with a call', async () => {
     const plain = await template('tools tool_calls')
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 400 })
     const seen = { json: 0, call: 0 }
@@ -157,7 +157,7 @@ describe('an answer of a form beside tools', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('a call is read, and marks within an answer are no call', async () => {
+  test('calls are parsed, but not their markers inside an answer', async () => {
     const plain = await template('tools tool_calls')
     const call = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
     const calling = await ask((await saying(call, plain)).app, asked)
@@ -225,7 +225,7 @@ describe('reasoning', () => {
     for (let seed = 0; seed < 6; seed++) expect(await both(text, end, seed)).toEqual({ content, reasoning })
   })
 
-  test('goes before calls', async () => {
+  test('comes before calls', async () => {
     const text = 'look\n</think>\n\nI look.<tool_call>{"name": "stop"}</tool_call>'
     const calls = [{ function: { name: 'stop', arguments: '{}' } }]
     for (let seed = 0; seed < 6; seed++)
@@ -236,7 +236,7 @@ describe('reasoning', () => {
       })
   })
 
-  test.each(['<think>', ''])('stays free where the answer has a form, behind %j', async end => {
+  test.each(['<think>', ''])('is not constrained if the answer is, with a prompt that ends with %j', async end => {
     const chatTemplate = await template('tools tool_calls </think>', end)
     const { app, dispose } = modelServer({ chatTemplate }, { context: 600 })
     const schema = { type: 'object', properties: { a: { type: 'boolean' } }, required: ['a'] }
@@ -260,7 +260,7 @@ describe('reasoning', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('is given to the template with the message that it is of', async () => {
+  test('is passed to the template with its message', async () => {
     const { app, prompt } = await saying('', await template('</think>'))
     const messages = [
       { role: 'user', content: 'a', reasoning_content: 'no' },
@@ -272,7 +272,7 @@ describe('reasoning', () => {
   })
 })
 
-test('variables are given to the template, but for those that are of the rest of the request', async () => {
+test('variables are passed to the template, except reserved ones', async () => {
   const { app, prompt } = await saying('', await template(''))
   await ask(app, { chat_template_kwargs: { note: 'briefly' } })
   expect(prompt()).toMatch(/\nbriefly$/)
