@@ -89,8 +89,8 @@ export function answerForm(
   number: number,
 ): AnswerForm {
   const reasoning = thinking === 'none' ? [] : [{ thinking }]
-  const asked = wantedFormat(given.response_format)
-  const json = asked && { form: [[...reasoning, asked.schema]], param: asked.param }
+  const required = schemaOfFormat(given.response_format)
+  const json = required && { form: [[...reasoning, required.schema]], param: required.param }
   if (tools.length === 0) return { prefix: '', form: json }
   const isString = (name: string, argument: string) => {
     const own = tools.find(tool => tool.function.name === name)?.function.parameters?.properties
@@ -144,7 +144,7 @@ function forcedCall(
   return { prefix, form: { form, param: 'tools' }, calls: { begin: '', onlyAtStart: true, read } }
 }
 
-function wantedFormat(format: FormFields['response_format']) {
+function schemaOfFormat(format: FormFields['response_format']) {
   if (format == null || format.type === 'text') return undefined
   const param = format.type === 'json_object' ? 'response_format' : 'response_format.json_schema.schema'
   const schema = format.type === 'json_object' ? { type: 'object' } : format.json_schema.schema

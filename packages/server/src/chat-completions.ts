@@ -1,5 +1,4 @@
 /** @file `POST /v1/chat/completions`: the next message of a conversation that a chat template formats. */
-import { randomUUID } from 'node:crypto'
 import type { ChatMessage } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
 import { answerForm, formFields, promptedTools } from './answer-form.ts'
@@ -10,7 +9,7 @@ import { chatLogProbs } from './log-probs.ts'
 import { thinkingAfter } from './reasoning.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
-import type { ToolCall } from './tool-calls.ts'
+import { newCallId, type ToolCall } from './tool-calls.ts'
 
 const roles = ['system', 'developer', 'user', 'assistant', 'tool'] as const
 
@@ -88,7 +87,7 @@ export const chatCompletions = choicesEndpoint({
   logProbs: chatLogProbs,
 })
 
-const toolCall = ({ id = `call_${randomUUID().replaceAll('-', '')}`, name, arguments: json }: ToolCall) => ({
+const toolCall = ({ id = newCallId(), name, arguments: json }: ToolCall) => ({
   id,
   type: 'function',
   function: { name, arguments: json },

@@ -155,7 +155,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   if (chatTemplate === undefined)
     log('no chat template: only /v1/completions is available; set one with --chat-template')
   if (!/^(127\.|localhost$|::1$)/.test(host) && options.apiKey === undefined)
-    log(`warning: anyone who can reach ${host} can use this server; require a key with --api-key`)
+    log(`anyone who can reach ${host} can use this server; require a key with --api-key`)
   log(`serving ${name} at ${url}/v1`)
 }
 

@@ -1,4 +1,7 @@
-/** @file `POST /v1/responses`: OpenAI's newer API for conversations, implemented on top of chat completions. The server stores nothing, so requests contain the whole conversation. */
+/**
+ * @file `POST /v1/responses`: OpenAI's newer API for conversations, implemented on top of chat completions. The server stores nothing, so requests contain the whole
+ * conversation.
+ */
 import { randomUUID } from 'node:crypto'
 import { z } from 'zod'
 import { chatCompletions } from './chat-completions.ts'
@@ -7,6 +10,7 @@ import { ApiError } from './errors.ts'
 import type { GenerationRequest } from './generation-request.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
+import { newCallId } from './tool-calls.ts'
 
 const { n: _, max_tokens: count, stream_options: __, ...shared } = sharedFields
 
@@ -76,9 +80,9 @@ export const responses: Endpoint = {
       throw cause instanceof ApiError ? withOwnFieldNames(cause, messages) : cause
     }
   },
-  body(head, [{ finish, ...made }], usage, request) {
+  body(head, [{ finish, ...part }], usage, request) {
     const stream = new ResponseStream(head, request)
-    stream.part(0, made)
+    stream.part(0, part)
     stream.end(0, finish)
     return stream.response(usage)
   },
@@ -224,7 +228,7 @@ class ResponseStream implements Stream {
     return [
       ...(reasoning === '' ? [] : this.#delta('reasoning', reasoning, [])),
       ...(text === '' ? [] : this.#delta('message', text, content)),
-      ...calls.flatMap(({ id = `call_${randomUUID().replaceAll('-', '')}`, name, arguments: json }) => {
+      ...calls.flatMap(({ id = newCallId(), name, arguments: json }) => {
         const own = { id: `fc_${randomUUID()}`, type: 'function_call', call_id: id, name }
         const at = { item_id: own.id, output_index: this.#items.length + (this.#open ? 1 : 0) }
         return [

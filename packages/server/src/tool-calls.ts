@@ -1,4 +1,5 @@
 /** @file Parses tool calls in the formats that models write them in. */
+import { randomUUID } from 'node:crypto'
 import type { TextPart } from './text-parts.ts'
 
 export interface ToolCall {
@@ -147,6 +148,9 @@ export function toolFormatOf(source: string): ToolFormat {
   if (!source.includes(deepseekV3.begin)) return plain
   return source.includes('```json') ? deepseekV3 : deepseekV31
 }
+
+/** Creates an id for a call without one. */
+export const newCallId = (): string => `call_${randomUUID().replaceAll('-', '')}`
 
 /** How to extract the calls from a text. */
 export interface CallReader {
