@@ -9,11 +9,11 @@ export interface RequestRecord {
   readonly path: string
   /** HTTP status; 499 if the client disconnected. If a stream fails, the status of its error. */
   status: number
-  /** Seconds from the start of the request until the response was written. */
+  /** Seconds from the start of the request until the response was complete. */
   seconds: number
-  /** Number of tokens of all prompts; undefined if nothing was generated. */
+  /** Number of tokens of all prompts; undefined if the request was rejected. */
   promptTokens?: number
-  /** Number of generated tokens of all texts; undefined if nothing was generated. */
+  /** Number of generated tokens of all texts; undefined if the request was rejected. */
   generatedTokens?: number
   /** Why each finished text ended. */
   finishReasons?: FinishReason[]
