@@ -1,8 +1,8 @@
 // Attention on blocks of query rows, with an online softmax (Milakov & Gimelshein 2018) over tiles of keys.
 //
-// Queries lie along the vector lanes and keys along the rows, so maxima, sums and rescaling never cross lanes, keys and values are used in
-// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries. Where the last rows of a block
-// would leave most lanes of a vector empty, their features lie along them instead.
+// Queries run along the vector lanes and keys along the rows. So maxima, sums and rescaling never cross lanes, keys and values are broadcast operands that
+// are read in place (f32), and heads that share a key head fill the lanes if there are few queries. If the last rows of a block would leave most lanes of
+// a vector empty, their features run along the lanes instead.
 #pragma once
 
 #include "block.h"
@@ -11,10 +11,11 @@ namespace moe {
 
 constexpr float log2_e = 1.4426950408889634f;
 constexpr int64_t most_keys = 96;
-// Rows up to which features lie along the lanes, and keys whose scores are computed together: a sum each.
+// The most rows whose features run along the lanes, and the number of keys whose scores are computed together; each row and key has an accumulator.
 constexpr int few_rows = lanes / 4, few_keys = 4;
 
-// Keys and values as the products read them. In f32 they are used in place, as are bf16 keys by the product of pairs, unless they lie in pages.
+// Keys and values in the layout that the products read. F32Product reads f32 in place. Bf16Product reads bf16 keys in place, unless they are paged or Dk is
+// odd. Everything else is converted or packed first.
 struct KeyTiles {
   const float *k, *v;
   int64_t k_stride, v_stride;  // per key; v of bf16: per pair of keys
@@ -37,7 +38,7 @@ struct ForwardMemory {
   }
 };
 
-// Tiles of n bf16 rows.
+// Returns the tiles of n rows stored in bf16.
 template <class Op>
 static KeyTiles stored_tiles(const Attention& a, const KeyRows<uint16_t>& rows, int64_t n, ForwardMemory<Op>& memory) {
   if constexpr (Op::pack == 1) {
@@ -60,7 +61,7 @@ static KeyTiles stored_tiles(const Attention& a, const KeyRows<uint16_t>& rows, 
       }
       keys = memory.k;
     }
-    // Values as pairs of neighbouring keys.
+    // Interleave the values of each two neighbouring keys as pairs.
     auto* values = reinterpret_cast<uint32_t*>(memory.v);
     for (int64_t s = 0; s < n; s += 2, values += a.Dv) {
       const bool both = s + 1 < n;
@@ -77,7 +78,7 @@ static KeyTiles stored_tiles(const Attention& a, const KeyRows<uint16_t>& rows, 
   }
 }
 
-// Keys begin .. end - 1 of head g. Those that are used in place are of one page.
+// Returns the tiles of keys begin .. end - 1 of key head g. Keys that are read in place must all be in one page.
 template <class Op>
 static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begin, int64_t end, ForwardMemory<Op>& memory) {
   const int64_t n = end - begin, k_at = b * a.k_batch + g * a.k_head, v_at = b * a.v_batch + g * a.v_head;
@@ -94,14 +95,14 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   }
 }
 
-// Whether the rows of the block's last vector are few.
+// Whether the block's last vector has so few rows that their features run along the lanes.
 template <class Op>
 static bool is_few(const Attention& a, const Block& block) {
   const int rows = block.rows - block.before();
   return rows > 0 && rows <= few_rows && a.fills_lanes<Op>();
 }
 
-// The block's queries times `sign`, as the products with keys read them.
+// Packs the block's queries, times `sign`, in the layout that the products with keys read.
 template <class Op>
 static void pack_queries(const Attention& a, const Block& block, float sign, ForwardMemory<Op>& memory) {
   const bool few = is_few<Op>(a, block);
@@ -123,7 +124,7 @@ static void pack_queries(const Attention& a, const Block& block, float sign, For
   }
 }
 
-// Scores of n keys with few rows of `depth` elements that fill the lanes, as [n][block_rows].
+// Computes the scores of n keys for `rows` <= few_rows queries, as [n][block_rows]. `depth` is a multiple of `lanes`.
 template <class Op>
 static void few_scores(int64_t n, const float* k, int64_t k_stride, const float* q, int rows, int64_t depth, float* scores) {
   const float* query[few_rows];
@@ -160,9 +161,9 @@ static void few_scores(int64_t n, const float* k, int64_t k_stride, const float*
   }
 }
 
-// The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at `origin`, an even number of keys before begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
-// and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
-// With `Few`, features of the last vector's rows lie along the lanes.
+// Attention of the block's rows to keys begin .. end - 1. If tiles were made in advance (`each_tile` is false), `tiles` starts at key `origin`, an even number
+// of keys before `begin`. Writes sum of exp(score - max) * v to memory.out as [Dv][block_rows], and max and sum of each row to the block. max is in units
+// of q . k, which `unit` converts to those of log2. `Few`: the features of the last vector's rows run along the lanes.
 template <class Op, int Vectors, bool Few>
 static void attend(const Attention& a, Block& block, int64_t origin, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
                    ForwardMemory<Op>& memory) {
@@ -188,7 +189,8 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
     } else if (!by_page) {
       tile = key_tiles<Op>(a, block.b, block.g, at, at + n, memory);
     }
-    // Keys that lie one behind another: how many come before them, how many they are.
+    // Calls product(i, count, run) for runs of consecutive keys: `count` keys from key i of the tile on. If keys are read in place from pages, a run ends
+    // where its page does.
     const auto each_run = [&](auto product) __attribute__((always_inline)) {
       if (!by_page) return product(0, n, tile);
       for (int64_t i = 0, count; i < n; i += count) {
@@ -221,7 +223,7 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
     }
     i32v grew = i32v{};
     for (int j = 0; j < Vectors; j++) {
-      // A row that has seen nothing yet keeps the shift 0, so that no infinity is subtracted from itself.
+      // A row that has not seen any key yet gets shift 0, because -infinity minus itself would be NaN.
       shift[j] = select(top[j] == lowest, zero(), top[j]) * splat(unit);
       const f32v shrink = exp2_small(max[j] * splat(unit) - shift[j]);
       store(block.factor + j * lanes, shrink);
@@ -242,7 +244,7 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
         }
       }
     }
-    // out += weights of `count` elements of keys times their values.
+    // Adds weights times values of `count` keys (of pairs of keys with Bf16Product) to the output.
     const auto add = [&](const float* weights, const float* values, int64_t stride, int64_t count) __attribute__((always_inline)) {
       small_product<Op, true, true>(a.Dv, Full, values, stride, weights, block_rows, count, memory.out, block_rows);
       if (Few) small_product<Op, true, true>(few, a.Dv / lanes, weights + Before, block_rows, values, stride, count, memory.out_rows, a.Dv);
@@ -301,7 +303,7 @@ static void attend_block(const Attention& a, Block& block, int64_t origin, int64
   with(std::false_type());
 }
 
-// Divides and stores the rows of a block.
+// Divides the outputs of a block by the sums of their weights, and stores them and lse.
 static inline void finish_block(const Attention& a, Block& block, float magnitude, const float* out) {
   for (int i = 0; i < block.rows; i++) {
     block.factor[i] = block.visible[i] == 0 ? 0 : 1 / block.sum[i];
@@ -315,17 +317,18 @@ static inline void finish_block(const Attention& a, Block& block, float magnitud
 template <class Op>
 static void attention_forward(Attention a) {
   if (a.B * a.T * a.H == 0) return;
-  // Few rows read a key once: rounding it takes longer than its product.
+  // With few rows each key is used only once, and rounding it to bf16 would take longer than multiplying it in f32.
   if constexpr (Op::pack == 2) {
     if (a.rows() <= few_rows && !a.rows16 && a.fills_lanes<F32Product>()) return attention_forward<F32Product>(a);
   }
-  // The sign of the scale goes into q, so that the largest product is the largest score.
+  // The sign of the scale is applied to q, so that the largest product belongs to the largest score.
   const float magnitude = a.scale == 0 ? 1 : std::fabs(a.scale), sign = a.scale == 0 ? 0 : a.scale < 0 ? -1 : 1;
   const float unit = magnitude * log2_e;
   const int64_t heads = a.B * a.G, blocks = a.blocks();
-  // Few rows and many keys: the keys are cut into chunks of fixed size, whose results are combined in order.
+  // With few rows and many keys, keys are split into chunks of fixed size. Chunks run in parallel; their results are combined in order.
   constexpr int64_t chunk = 384;
-  // Pairs that one block needs stay in its caches. Where bf16 is only widened, reading f32 from memory is hidden better than making it.
+  // Tiles of pairs that only one block needs are made tile by tile, so that they stay in its caches. If bf16 is only widened to f32, tiles are made in advance:
+  // reading f32 from memory overlaps with the products better than widening does.
   a.each_tile = a.in_place<Op>() || (Op::pack == 2 && blocks == 1);
   if (heads * blocks < 8 && a.S >= 2 * chunk) {
     const int64_t chunks = std::max<int64_t>(1, (a.longest() + chunk - 1) / chunk), units = heads * blocks;
@@ -381,9 +384,9 @@ static void attention_forward(Attention a) {
     });
     return;
   }
-  // Tiles of all pages at once would take memory for all that there is room for.
+  // Tiles made in advance take scratch memory for all S keys that the pages have room for, however few are in use.
   if (a.pages) a.each_tile = true;
-  // Rows do not depend on each other, so the cut may follow the number of threads.
+  // Rows are independent, so their division into tasks may depend on the number of threads.
   const int64_t wanted = 4 * int64_t{max_threads()};
   const int64_t parts = max_threads() == 1 || heads >= wanted ? 1 : std::min(blocks, (wanted + heads - 1) / heads);
   Carver sizes(nullptr);

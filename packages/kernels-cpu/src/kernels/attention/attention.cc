@@ -1,5 +1,5 @@
 // moe-isa: baseline avx2 avx512 avx512bf16 bf16
-// Attention without a matrix of scores, and its gradient by recomputation (Dao 2023, FlashAttention-2).
+// Attention that never stores the score matrix; its backward pass recomputes the scores (Dao 2023, FlashAttention-2).
 #include "attend.h"
 
 using namespace moe;
@@ -35,7 +35,7 @@ struct BackwardMemory {
   }
 };
 
-// Rows of D -> [block_rows / pack][padded], pairs along the rows.
+// Packs rows of D elements as [block_rows / pack][padded]. Pairs consist of two neighbouring rows.
 template <class Op>
 void pack_rows(const Block& block, const float* base, int64_t D, int64_t padded, float* to) {
   for (int i = 0; i < block_rows; i += Op::pack, to += padded) {
@@ -51,7 +51,7 @@ void pack_rows(const Block& block, const float* base, int64_t D, int64_t padded,
   }
 }
 
-// Everything of one key head: nobody else adds to its dk and dv.
+// The backward pass of one key head. No other task adds to its dk and dv.
 template <class Op>
 void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int64_t g, BackwardMemory<Op>& memory) {
   constexpr int V = block_vectors;
@@ -107,7 +107,7 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
       first[j] = load(block.first + j * lanes);
       visible[j] = load(block.visible + j * lanes);
     }
-    // Pairs of keys begin at even ones.
+    // Pairs of keys start at even keys.
     for (int64_t at = block.begin & ~int64_t{1}; at < block.keys; at += step) {
       const int64_t n = std::min(step, block.keys - at);
       small_product<Op, false, false>(n, V, k + at * k_stride, k_stride, memory.q_columns, block_rows, Dk_depth, P, block_rows);

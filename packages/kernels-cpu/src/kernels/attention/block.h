@@ -1,5 +1,5 @@
-// Blocks of query rows, and the rows of keys and values: where they are, what they see, and how they are packed for products.
-// Row r of a key head g is query r / (H / G) of head g * (H / G) + r % (H / G).
+// Blocks of query rows, and the rows of keys and values: their addresses, their masks, and how they are packed for the products.
+// Row r of key head g is query r / (H / G) of head g * (H / G) + r % (H / G).
 #pragma once
 
 #include "tile.h"
@@ -11,18 +11,18 @@ constexpr int block_rows = block_vectors * lanes;
 
 struct Attention {
   const float *q, *k, *v;
-  const uint16_t* rows16;  // in place of k and v: keys of one head as bf16 rows of Dk, whose first Dv features are the values; else nullptr
+  const uint16_t* rows16;  // instead of k and v: the keys of one head as bf16 rows of Dk, whose first Dv features are the values; or nullptr
   const int32_t* lengths;  // nullptr: all keys
   const int32_t* starts;   // [B][T]: first key that a query sees; nullptr: 0
-  const int32_t* pages;    // [B][S / page_keys], numbers of pages: key s of batch b is s % page_keys of page pages[b][s / page_keys]; else nullptr
+  const int32_t* pages;    // [B][S / page_keys], page numbers: key s of batch b is key s % page_keys of page pages[b][s / page_keys]; nullptr: not paged
   int64_t page_keys;
-  float *out, *lse;        // lse: nullptr when nobody wants it
+  float *out, *lse;        // lse: nullptr if not wanted
   int64_t B, T, S, H, G, Dk, Dv;
   int64_t k_stride, v_stride;  // floats from key to key of one head
-  int64_t k_batch, v_batch;    // floats from batch to batch, 0 in pages
+  int64_t k_batch, v_batch;    // floats from batch to batch, 0 if paged
   int64_t k_head, v_head;      // floats from head to head
   bool causal;
-  bool each_tile;  // a block makes its tiles of keys as it goes; else they are made before, for all blocks of a head
+  bool each_tile;  // blocks make (convert, pack) each tile of keys when they need it; otherwise tiles are made in advance, for all blocks of a head
   float scale;
 
   int64_t rows() const { return T * (H / G); }
@@ -33,7 +33,7 @@ struct Attention {
     for (int64_t b = 0; b < B; b++) most = std::max(most, limit(b));
     return most;
   }
-  // Keys that query t sees.
+  // Query t sees keys up to this one (exclusive).
   int64_t visible(int64_t limit, int64_t t) const {
     return causal ? std::min(limit, std::max<int64_t>(0, limit - T + t + 1)) : limit;
   }
@@ -41,28 +41,28 @@ struct Attention {
   bool in_place() const {
     return Op::pack == 1 && !rows16;
   }
-  // Features fill the lanes, so that they may lie along them.
+  // Whether features fill whole vectors, so that they can run along the lanes.
   template <class Op>
   bool fills_lanes() const {
     return Dk % (lanes * Op::pack) == 0 && Dv % lanes == 0;
   }
-  // Tiles of keys and what goes with them must fit into the first two caches.
+  // A tile of keys, with its values and scores, must fit into L1 and L2.
   int64_t tile_keys() const { return Dk > 128 ? 48 : 96; }
 };
 
-// The rows of one block: where they are and what they see.
+// The rows of one block: their addresses and the keys that they see.
 struct Block {
-  alignas(64) int32_t first[block_rows], visible[block_rows];  // keys that a row sees: first .. visible - 1; both 0 where there is none
+  alignas(64) int32_t first[block_rows], visible[block_rows];  // keys that a row sees: first .. visible - 1; both 0 if it sees none
   alignas(64) float max[block_rows], sum[block_rows], factor[block_rows];
   int64_t row[block_rows];       // offset in units of heads in [B, T, H, ...]
   int64_t lse_index[block_rows];  // in [B, H, T]
   int64_t b, g;                  // batch, key head
-  int rows;                      // the others repeat the last
+  int rows;                      // in use; the others repeat the last one
   int vectors() const { return rows <= lanes ? 1 : block_vectors; }
-  // Rows in front of the last vector's.
+  // Rows before those of the last vector.
   int before() const { return (vectors() - 1) * lanes; }
-  int64_t begin, keys;           // all keys that any row sees
-  int64_t all_from, all_to;      // keys that all rows see
+  int64_t begin, keys;           // every key that any row sees is in begin .. keys - 1
+  int64_t all_from, all_to;      // all rows see keys all_from .. all_to - 1
 
   void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
     const int64_t group = a.H / a.G, first = block * block_rows;
@@ -90,14 +90,14 @@ struct Block {
   }
 };
 
-// Working memory cut into aligned pieces. A first pass without memory (`Carver(nullptr)`) finds the size.
+// Divides scratch memory into aligned buffers. To find the size, carve once without memory (`Carver(nullptr)`).
 class Carver {
  public:
   explicit Carver(char* memory) : memory_(memory) {}
   float* floats(int64_t count) {
     char* piece = memory_ + used_;
     used_ += round_up(static_cast<size_t>(count) * 4, 64);
-    // Pieces at equal offsets of a page would fight for the same cache lines.
+    // Buffers at the same offset in a page would compete for the same cache sets.
     if (used_ % 4096 == 0) used_ += 128;
     return reinterpret_cast<float*>(piece);
   }
@@ -108,7 +108,7 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Rows of D -> [ceil(D / pack)][block_rows] times `factor`; lanes without a row are zero.
+// Packs rows of D elements, times `factor`, as [ceil(D / pack)][block_rows]; lanes without a row are zero.
 template <class Op>
 static void pack_columns(const Block& block, const float* base, int64_t D, float factor, float* to) {
   const int64_t elements = (D + Op::pack - 1) / Op::pack;
@@ -138,7 +138,7 @@ static void pack_columns(const Block& block, const float* base, int64_t D, float
     }
   }
   if (factor == 1) return;
-  // Only 0 and -1 occur: they commute with rounding to bf16, where the sign is a bit and zero is zero.
+  // Besides 1, only 0 and -1 occur. They commute with rounding to bf16: -1 flips the sign bit, 0 gives zero.
   for (int64_t i = 0; i < elements * block_rows; i += lanes) {
     const f32v x = load(to + i);
     const int32_t signs = Op::pack == 1 ? static_cast<int32_t>(0x80000000) : static_cast<int32_t>(0x80008000);
@@ -146,7 +146,7 @@ static void pack_columns(const Block& block, const float* base, int64_t D, float
   }
 }
 
-// [D][block_rows] times a factor per lane -> rows of D.
+// The inverse of pack_columns for f32: writes [D][block_rows], times a factor for each lane, to rows of D elements.
 static inline void unpack_columns(const Block& block, float* base, int64_t D, const float* from, const float* factor) {
   for (int lane = 0; lane < block.rows; lane += lanes) {
     const f32v f = load(factor + lane);
@@ -167,12 +167,12 @@ static inline void unpack_columns(const Block& block, float* base, int64_t D, co
   }
 }
 
-// Keys, or values, in the order of their positions.
+// The rows of keys, or of values, in the order of their positions, from key `begin` of a batch on if they are paged.
 template <class T>
 struct KeyRows {
   const T* from;
   int64_t stride;
-  const int32_t* pages = nullptr;  // as in Attention, of one batch
+  const int32_t* pages = nullptr;  // as in Attention, for one batch
   int64_t page_keys = 1, begin = 0;
 
   const T* operator[](int64_t i) const {
@@ -189,7 +189,7 @@ static KeyRows<T> rows_from(const Attention& a, int64_t b, int64_t begin, const 
 }
 
 #if defined(MOE_BF16_PRODUCTS)
-// [n][D] f32 -> [n][ceil(D / 2)] pairs along D.
+// Rounds [n][D] f32 to [n][ceil(D / 2)] pairs of bf16 that are adjacent along D.
 static inline void pack_neighbours(const KeyRows<float>& rows, int64_t n, int64_t D, float* to) {
   constexpr int64_t step = 2 * lanes;
   const int64_t pairs = (D + 1) / 2, whole = D / step * step;
@@ -203,7 +203,7 @@ static inline void pack_neighbours(const KeyRows<float>& rows, int64_t n, int64_
     store_partial(to + whole / 2, pair_neighbours(first, second), (left + 1) / 2);
   }
 }
-// [n][D] f32 -> [ceil(n / 2)][ld] pairs along n; D <= ld, written up to a multiple of `lanes` at most ld.
+// Rounds [n][D] f32 to [ceil(n / 2)][ld] pairs of bf16 that are adjacent along n. D <= ld. Rows are padded to whole vectors, but to ld elements at most.
 static inline void pack_pairs(const KeyRows<float>& rows, int64_t n, int64_t D, float* to, int64_t ld) {
   for (int64_t s = 0; s < n; s += 2, to += ld) {
     const float *first = rows[s], *second = s + 1 < n ? rows[s + 1] : nullptr;

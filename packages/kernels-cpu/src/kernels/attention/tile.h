@@ -1,6 +1,6 @@
-// Small matrix products on tiles that lie in the caches: a block of C stays in registers, A is broadcast, B is read as vectors.
+// Small matrix products on tiles that are in the caches: a block of C is accumulated in registers, A is broadcast, B is read as vectors.
 //
-// An element of A and B is 32 bits wide: one f32, or two bf16 that are neighbours along the reduction (`pack` of them).
+// An element of A and B is 32 bits wide: one f32, or two bf16 that are adjacent along the reduction (`pack` values).
 #pragma once
 
 #include "moe.h"
@@ -38,7 +38,7 @@ constexpr int tall = 12, tall_of_three = 8;  // 32 registers
 constexpr int tall = 6, tall_of_three = 4;  // 16 registers
 #endif
 
-// C[i][j] (+)= sum over r of A(i, r) * B[r * ldb + j], `Rows` by `Vectors * lanes`; A(i, r) = Column ? A[r * lda + i] : A[i * lda + r].
+// Micro-kernel: C[i][j] (+)= sum over r of A(i, r) * B[r * ldb + j], `Rows` by `Vectors * lanes`; A(i, r) = Column ? A[r * lda + i] : A[i * lda + r].
 template <class Op, int Rows, int Vectors, bool Column, bool Add>
 static inline __attribute__((always_inline)) void tile(const float* A, int64_t lda, const float* B, int64_t ldb, int64_t R, float* C,
                                                         int64_t ldc) {
@@ -60,7 +60,7 @@ static inline __attribute__((always_inline)) void tile(const float* A, int64_t l
       }
     }
   } else {
-    // One pointer for three rows: x86 addresses p, p + lda and p + 2 lda without arithmetic, so that all fit into registers.
+    // One pointer for three rows: x86 addresses p, p + lda and p + 2 lda without extra instructions, so that all pointers fit into registers.
     constexpr int pointers = (Rows + 2) / 3;
     const float* p[pointers];
 #pragma GCC unroll 16
@@ -105,7 +105,7 @@ __attribute__((noinline)) static void panel(int64_t m, const float* A, int64_t l
 
 }  // namespace detail
 
-// m rows by `vectors` vectors; see detail::tile.
+// The product of m rows of A and `vectors` vectors of columns of B; see detail::tile.
 template <class Op, bool Column, bool Add>
 MOE_INLINE void small_product(int64_t m, int64_t vectors, const float* A, int64_t lda, const float* B, int64_t ldb, int64_t R, float* C,
                               int64_t ldc) {
@@ -156,7 +156,7 @@ MOE_INLINE void exchange(f32v* row) {
 
 }  // namespace detail
 
-// Transposes `lanes` vectors.
+// Transposes `lanes` vectors in place.
 MOE_INLINE void transpose_square(f32v* row) {
   if constexpr (lanes >= 16) detail::exchange<8>(row);
   if constexpr (lanes >= 8) detail::exchange<4>(row);

@@ -1,5 +1,5 @@
-// Products of few rows with bf16 and fp8 weights: every weight is read once, decoded in registers and multiplied with all rows. Memory sets
-// the pace, so decoding must take no more instructions than the memory's pace leaves: see formats.h.
+// Dot products of a few rows of x with bf16 and fp8 weights: each weight is read once, decoded in registers and multiplied with all rows.
+// Memory bandwidth is the limit, so decoding must be cheap enough to keep up with it: see formats.h.
 #pragma once
 
 #include "formats.h"
@@ -7,18 +7,19 @@
 namespace moe {
 namespace {
 
-// Weights of a register, and rows of x that one pass over the weights serves.
+// Weights per register, and the most rows of x that one pass over the weights multiplies.
 template <class W>
 constexpr int64_t group_size = W::per * lanes;
 constexpr int64_t most_rows = 4;
-// Sums of one row of weights that leave room in the registers for those of another.
+// The most accumulators for one row of the weight that leave enough registers for a second row.
 #if defined(__aarch64__)
 constexpr int most_chains = 8;
 #else
 constexpr int most_chains = 4;
 #endif
 
-// x of a row for weights W: groups of `per` vectors, vector j with what multiplies weight j of each lane, zeros behind k.
+// Packs a row of x for weights W: groups of `per` vectors, where vector j contains the elements that multiply weight j of each lane.
+// The last group is padded with zeros.
 template <class W>
 void pack_x(const float* x, int64_t k, float* packed) {
   const int64_t group = group_size<W>, groups = (k + group - 1) / group;
@@ -35,15 +36,15 @@ void pack_x(const float* x, int64_t k, float* packed) {
   }
 }
 
-// Chains of additions for each row of x, so that there are about four at once; or, with the weights that are decoded fastest, sixteen for two rows on Arm, where
-// four units may take four cycles for an addition.
+// Independent accumulators for each row of x, so that about four additions are in flight. For bf16 weights on Arm, the fastest to decode, there are up to
+// sixteen with two rows of the weight: four units with a latency of four cycles.
 template <class W, int M>
 constexpr int chains = M == 1 ? (W::per < 4 ? W::per : 4) : M == 2 ? 2 : 1;
 #if defined(__aarch64__)
 template <int M>
 constexpr int chains<Bf16Weights, M> = M == 1 ? 8 : M == 2 ? 4 : 2;
 #endif
-// Registers of a row that one turn takes: a cache line on Arm, where a request for memory costs as much as a load.
+// Registers of a row of the weight per iteration. On Arm, where a prefetch costs as much as a load, they make up a cache line.
 #if defined(__aarch64__)
 constexpr int at_once = 4;
 #else
@@ -52,7 +53,7 @@ constexpr int at_once = 1;
 
 template <class W, int j = 0, int first = 0>
 struct Decode {
-  // sums += weights j.. of each lane of R rows times x, by the chains from `first` on.
+  // Adds to `sums` the products of x with weights j, j + 1, .. of each lane, for R rows of the weight. Accumulators take turns, starting with `first`.
   template <int R, int M>
   MOE_INLINE void multiply(const i32v (&v)[R], const float* const* x, int64_t at, f32v (&sums)[R][M][chains<W, M>]) {
     f32v w[R];
@@ -79,7 +80,7 @@ MOE_INLINE f32v joined(const f32v (&sums)[n]) {
   return sums[0];
 }
 
-// body(0), body(1), .. of constants.
+// Calls body(0), body(1), .. with compile-time constants.
 template <int count, int first = 0, class F>
 MOE_INLINE void each_turn(F&& body) {
   body(std::integral_constant<int, first>());
@@ -87,21 +88,21 @@ MOE_INLINE void each_turn(F&& body) {
 }
 
 struct Dots {
-  const float* x[most_rows];  // packed
+  const float* x[most_rows];  // packed by pack_x
   float* y[most_rows];
   const uint8_t* q;
   const float* scale;
   int64_t row_bytes;
   int64_t block_rows;
   int64_t scale_columns;
-  int64_t run;  // groups with one scale
+  int64_t run;  // consecutive groups that share a scale
 };
 
-// How far ahead of the weights memory is asked for; and for floats, which AVX-512 multiplies faster than memory brings them.
+// Prefetch distance in bytes; and that for bf16 and fp8, which AVX-512 multiplies faster than memory delivers them.
 constexpr int64_t ahead = 2048, floats_ahead = lanes == 16 ? 8192 : ahead;
 
-// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R. No more rows at once, because memory is
-// fastest when it is read in order.
+// Multiplies R rows of the weight, from `row` on, with M rows of x. Results are the same, bit for bit, for every R. R is at most 2, because
+// memory is fastest when it is read sequentially.
 template <class W, int R, int M>
 MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
   constexpr bool scaled = W::scaled;
@@ -171,14 +172,14 @@ MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
 
 template <class W, int M>
 void dot_range(const Dots& d, int64_t begin, int64_t end) {
-  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  // Two rows of the weight share the loads of x if there are enough registers.
   constexpr int R = M * chains<W, M> <= most_chains ? 2 : 1;
   int64_t row = begin;
   for (; row + R <= end; row += R) dot_rows<W, R, M>(d, row);
   for (; row < end; ++row) dot_rows<W, 1, M>(d, row);
 }
 
-// Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
+// Multiplies rows begin .. end - 1 of the weight with `rows` (1 .. most_rows) rows of x.
 template <class W>
 void dots(const Dots& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {

@@ -1,5 +1,6 @@
-// Stored weights in registers. A register of stored weights is taken as 32-bit lanes with `per` weights each; weight j of every lane
-// comes out with one to four operations and no shuffle, or where NEON widens in order, weights j * lanes on. x is laid out to match.
+// Decodes stored weights, in registers or to memory. A register of stored weights is treated as 32-bit lanes with `per` weights each. Weight j of every
+// lane is extracted with one to four operations and no shuffle. If NEON widens them in order (`in_order`), vector j contains the weights from j * lanes
+// on instead. x is packed to match.
 #pragma once
 
 #include "convert.h"
@@ -8,7 +9,7 @@
 namespace moe {
 namespace {
 
-// For lambdas. GCC inlines them by itself, and then more around them.
+// For lambdas that Clang has to inline. GCC inlines them without the attribute, and then also more of the code around them.
 #if defined(__clang__)
 #define MOE_CLANG_INLINE __attribute__((always_inline))
 #else
@@ -36,7 +37,7 @@ struct Fp8Weights {
   static constexpr int per = 4;
   static constexpr bool scaled = true;
 #if defined(__aarch64__)
-  // Sign, exponent and mantissa one bit further apart are those of f16 but for the bias, which `unit` mends; subnormals are right as well.
+  // Widened, shifted and masked, the bits of fp8 are those of f16 except for the exponent bias, which `unit` corrects. That also holds for subnormals.
   static constexpr bool in_order = true;
   static constexpr float unit = 256;
   template <int j>
@@ -44,7 +45,7 @@ struct Fp8Weights {
     const int16x8_t wide = j < 2 ? vshll_n_s8(vget_low_s8((int8x16_t)v), 7) : vshll_high_n_s8((int8x16_t)v, 7);
     const int16x8_t half = vandq_s16(wide, vdupq_n_s16(static_cast<int16_t>(0xbfff)));
     f32v weights;
-    // By the instruction's name, as Clang takes the upper half out first, and masks each by itself.
+    // Inline assembly, because Clang would extract the upper half first and mask each half separately.
     if constexpr (j % 2 == 0)
       asm("fcvtl %0.4s, %1.4h" : "=w"(weights) : "w"(half));
     else
@@ -54,7 +55,7 @@ struct Fp8Weights {
 #else
   static constexpr bool in_order = false;
   static constexpr float unit = 1;
-  // Sign and exponent of f32 are reached by an arithmetic shift; 2^120 mends the bias, and makes subnormals right as well.
+  // An arithmetic shift aligns sign, exponent and mantissa with those of f32. The factor 2^120 corrects the exponent bias, also for subnormals.
   template <int j>
   MOE_INLINE f32v get(i32v v) {
     const i32v top = j == 3 ? v : v << (24 - 8 * j);
@@ -63,7 +64,7 @@ struct Fp8Weights {
 #endif
 };
 
-// Multiplied as whole numbers: see integer-dots.h and nibble-dots.h.
+// int8 and int4 weights are multiplied as integers: see integer-dots.h and nibble-dots.h.
 struct Int8Weights {
   static constexpr int per = 4;
   static constexpr int zero = 128;
@@ -74,14 +75,14 @@ struct Int4Weights {
   static constexpr int zero = 8;
 };
 
-// Bytes that are NaN in f8e4m3 as nonzero bytes.
+// Returns a nonzero byte for each byte that is NaN in f8e4m3, zero for the others.
 MOE_INLINE i32v fp8_nans(i32v v) {
   typedef uint8_t bytes __attribute__((vector_size(MOE_LANES * 4)));
   return (i32v)(((bytes)v & 0x7f) == 0x7f);
 }
 
-// As many halves of bytes as there are lanes, in order: of eight lanes each has the same word and shifts it by its own place. The words are put together in
-// registers: an array that is written in halves and read as a whole waits for its stores.
+// Expands `lanes` nibbles, in order, to 32-bit lanes: every eight lanes get the same 32-bit word, and each lane shifts its nibble down. The words are
+// combined in registers, because loading a vector right after storing its halves stalls until the stores complete.
 MOE_INLINE i32v nibbles(const uint8_t* from) {
   static_assert(lanes <= 16, "two words");
   uint32_t words[2] = {};
@@ -94,7 +95,7 @@ MOE_INLINE i32v nibbles(const uint8_t* from) {
   return (i32v)(v >> places & 15);
 }
 
-// One weight `[n, k]`, or one for each expert, as it is stored.
+// A stored weight `[n, k]`, or one for each expert.
 struct Stored {
   const uint8_t* q;
   const float* scale;
@@ -106,7 +107,7 @@ struct Stored {
   int64_t scale_columns() const { return block_columns ? (k + block_columns - 1) / block_columns : 0; }
   int64_t scale_rows() const { return (n + block_rows - 1) / block_rows; }
 
-  // Columns `begin` .. `end` of a row as f32; of int4 `begin` is even.
+  // Decodes columns begin .. end - 1 of a row to f32. For int4, `begin` must be even.
   void decode(int64_t expert, int64_t row, int64_t begin, int64_t end, float* to) const {
     const uint8_t* from = q + (expert * n + row) * row_bytes() + bytes_before(begin);
     if (format == Format::bf16) return decode_bf16(reinterpret_cast<const uint16_t*>(from), end - begin, to);
@@ -130,7 +131,7 @@ struct Stored {
     }
   }
 
-  // Numbers with the same scale.
+  // Decodes `count` weights that share a scale.
   void decode_run(const uint8_t* from, float scale, int64_t count, float* to) const {
     int64_t i = 0;
     if (format == Format::int8) {

@@ -1,7 +1,9 @@
-// Products of few rows with int8 weights in whole numbers: per block of the weight's columns x becomes numbers of 31 bits, multiplied as two
-// halves of 16, or of 16 bits where precision allows; with Arm's dot products of bytes each half as two digits of 8 bits. Sums of a block are exact; one conversion and one multiplication with both scales
-// bring it to f32. That takes half of the instructions that decoding each weight to f32 takes. An element of x is as exact as
-// in f32 with two halves; with one, to 2^-16 of the largest of its block, where bf16 has 2^-9 of its own size.
+// Dot products of a few rows of x with int8 weights in integer arithmetic. For each block of the weight's columns, x is quantized to 31-bit integers,
+// multiplied as two 16-bit halves, or to 16-bit integers (one half) if bf16 precision is enough. With Arm's byte dot products, each half is multiplied
+// as two 8-bit digits. The sums of a block are exact; one conversion and one multiplication with both scales turn them into f32. This takes half as many
+// instructions as decoding each weight to f32.
+// Precision: with two halves, an element of x is as precise as in f32. With one, its error is 2^-16 of the largest element of its block, whereas that of
+// bf16 is 2^-9 of the element itself.
 #pragma once
 
 #include <cmath>
@@ -11,7 +13,8 @@
 namespace moe {
 namespace {
 
-// Sums of neighbouring products of 16-bit numbers, added to `sums`. Wraps around, so only the end of a chain of sums has to fit.
+// Multiplies 16-bit integers and adds each pair of neighbouring products to a 32-bit lane of `sums`. Additions wrap around, so only the final sum has to
+// fit into 32 bits.
 MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
 #if defined(__AVX512VNNI__)
   return (i32v)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
@@ -22,20 +25,20 @@ MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
 #elif defined(__x86_64__)
   return sums + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  // Not neighbours, but always the same ones.
+  // These products are not neighbours, but the same two always share a lane.
   const int32x4_t low = vmlal_s16((int32x4_t)sums, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
   return (i32v)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
 #endif
 }
 
 #if defined(__ARM_FEATURE_DOTPROD)
-// A 32-bit lane holds four weights, which are multiplied as they lie, made signed.
+// A 32-bit lane contains four weights, which are multiplied in the order in which they are stored, converted to signed bytes.
 constexpr bool by_bytes = true;
 constexpr int parts = 1;
 MOE_INLINE i32v weight_part(i32v v, int) { return v ^ static_cast<int32_t>(0x80808080); }
 MOE_INLINE i32v add_products(i32v sums, i32v weights, i32v x) { return (i32v)vdotq_s32((int32x4_t)sums, (int8x16_t)weights, (int8x16_t)x); }
 #else
-// A 32-bit lane holds four weights. Part j are weights j and j + 2 as a pair of 16-bit numbers.
+// A 32-bit lane contains four weights. Part j consists of weights j and j + 2 as a pair of 16-bit integers.
 constexpr bool by_bytes = false;
 constexpr int parts = 2;
 MOE_INLINE i32v weight_part(i32v v, int part) {
@@ -44,15 +47,15 @@ MOE_INLINE i32v weight_part(i32v v, int part) {
 }
 MOE_INLINE i32v add_products(i32v sums, i32v weights, i32v x) { return add_products16(sums, weights, x); }
 #endif
-// Vectors of x for a part of a group of weights: of each half, or of its digits, the highest first.
+// Vectors of x for one part of a group of weights: one for each half, or one for each of its digits; the most significant first.
 template <int halves>
 constexpr int vectors = by_bytes ? 2 * halves : halves;
 
 constexpr int64_t byte_group = group_size<Int8Weights>;
-// The longest block, in groups, whose sums stay below 2^30: 2^15 times 2^7 a weight, four weights a lane and group.
+// The longest block, in groups, whose sums stay below 2^30: a product is at most 2^15 * 2^7, and a group adds four products to a lane.
 constexpr int64_t most_run = 64;
 
-// Elements i .. i + lanes of `size`, zeros behind.
+// Loads elements i .. i + lanes - 1 of x; those from `size` on are zero.
 MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
   if (i + lanes <= size) return load(x + i);
   return i < size ? load_partial(x + i, static_cast<int>(size - i)) : zero();
@@ -60,7 +63,8 @@ MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
 
 MOE_INLINE u16v low_halves(i32v x) { return __builtin_convertvector((u32v)x, u16v); }
 
-// One half of a group as pairs of 16-bit numbers, part after part `stride` words apart. Returns what the zero point takes off.
+// Packs one half of a group as pairs of 16-bit integers, with parts `stride` words apart. Returns the zero-point correction of each lane,
+// -zero * (sum of its elements of x).
 MOE_INLINE i32v pack_pairs(const uint16_t* numbers, int32_t* to, int64_t stride) {
   typedef uint64_t quads __attribute__((vector_size(MOE_LANES * 8)));
   quads q;
@@ -74,24 +78,24 @@ MOE_INLINE i32v pack_pairs(const uint16_t* numbers, int32_t* to, int64_t stride)
   return sum * -Int8Weights::zero;
 }
 
-// Whole numbers of a group as digits of 8 bits, the highest first. All but the highest are within -128 .. 127 by themselves.
+// Splits the integers of a group into signed 8-bit digits, the most significant first. All but the most significant are in -128 .. 127 by construction.
 template <int digits>
 MOE_INLINE void pack_digits(i32v (&numbers)[Int8Weights::per], int32_t* to) {
   for (int digit = digits - 1; digit >= 0; --digit) {
     for (int i = 0; i < Int8Weights::per; ++i) {
       const u8v bytes = __builtin_convertvector((u32v)numbers[i], u8v);
       std::memcpy(reinterpret_cast<uint8_t*>(to + digit * lanes) + i * lanes, &bytes, sizeof bytes);
-      // The digit was read as a signed one.
+      // The products read the digit as signed, so 128 or more carries into the next digit.
       numbers[i] = (numbers[i] + 128) >> 8;
     }
   }
 }
 
-// x of one row: per group of 32-bit lanes, and per part of it, `vectors` vectors; zeros behind k. Per block of `run` groups the scale of the
-// lowest half, and per half a vector with what the zero point takes off, where weights have one.
+// Packs a row of x. `packed`: for each part of each group, `vectors` vectors, padded with zeros beyond k. `scales`: for each block of `run` groups, the
+// scale of its least significant half. `starts`: for each half of each block, a vector of zero-point corrections (zeros if weights are made signed).
 template <int halves>
 void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, float* scales, int32_t* starts) {
-  // The digits of the numbers below the latter are all within -128 .. 127.
+  // Up to 32639 = 127 * 256 + 127, both digits are in -128 .. 127.
   constexpr float range = halves == 2 ? 1073741824.0f : by_bytes ? 32639.0f : 32767.0f;
   const int64_t block = run * byte_group;
   for (int64_t b = 0; b * block < k; ++b) {
@@ -105,7 +109,7 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
       most = fast_max(v, most);
     }
     const float largest = max(most);
-    // A block that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
+    // A block whose largest element is too small to divide by is treated as zeros. NaN and infinities make the block's sums NaN.
     const bool usable = largest > 1e-28f;
     const f32v factor = splat(usable ? range / largest : 0.0f);
     scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
@@ -138,7 +142,7 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
   }
 }
 
-// Of up to most_rows rows: packed x, scales and starts as pack_integer_x makes them.
+// Operands of the dot products with up to most_rows rows of x; `x`, `x_scales` and `starts` are made by pack_integer_x.
 struct IntegerDots {
   const int32_t* x[most_rows];
   const float* x_scales[most_rows];
@@ -149,13 +153,13 @@ struct IntegerDots {
   int64_t row_bytes;
   int64_t block_rows;
   int64_t scale_columns;
-  int64_t run;  // groups of a block of x
+  int64_t run;  // groups in a block of x
 };
 
-// Groups of a block of 128 columns, the usual one.
+// Groups in a block of 128 columns, the most common size.
 constexpr int64_t usual_run = 128 / byte_group;
 
-// Group g of R rows of the weight, of which `there` bytes are there, times those of M rows of x.
+// Multiplies group g of R rows of the weight with that of M rows of x. Only `there` bytes of the group are stored (fewer than all at the end of a row).
 template <int halves, int R, int M>
 MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from, int64_t g, int64_t there, i32v (&sums)[R][M][vectors<halves>]) {
   constexpr int64_t bytes = lanes * 4;
@@ -179,7 +183,7 @@ MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from
   }
 }
 
-// A block's sums before and after its groups.
+// begin_block initializes the accumulators of a block; end_block scales them and adds them to `total`.
 template <int halves, int R, int M>
 MOE_INLINE void begin_block(const IntegerDots& d, int64_t block, i32v (&sums)[R][M][vectors<halves>]) {
 #pragma GCC unroll 4
@@ -206,7 +210,7 @@ MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R],
   }
 }
 
-// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R.
+// Multiplies R rows of the weight, from `row` on, with M rows of x. Results are the same, bit for bit, for every R.
 template <int halves, int R, int M>
 MOE_INLINE void integer_dot_rows(const IntegerDots& d, int64_t row) {
   constexpr int64_t bytes = lanes * 4;
@@ -243,14 +247,14 @@ MOE_INLINE void integer_dot_rows(const IntegerDots& d, int64_t row) {
 
 template <int halves, int M>
 void integer_dot_range(const IntegerDots& d, int64_t begin, int64_t end) {
-  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  // Two rows of the weight share the loads of x if there are enough registers.
   constexpr int R = M <= 2 ? 2 : 1;
   int64_t row = begin;
   for (; row + R <= end; row += R) integer_dot_rows<halves, R, M>(d, row);
   for (; row < end; ++row) integer_dot_rows<halves, 1, M>(d, row);
 }
 
-// Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
+// Multiplies rows begin .. end - 1 of the weight with `rows` (1 .. most_rows) rows of x.
 template <int halves>
 void integer_dots(const IntegerDots& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {

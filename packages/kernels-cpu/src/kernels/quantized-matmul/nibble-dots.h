@@ -1,7 +1,8 @@
-// Products of few rows with int4 weights in whole numbers: x becomes numbers of 24 bits, or of 16 where precision allows, written with digits of 8 bits, and
-// each digit is multiplied with the nibbles as they lie, 32 or more products to an instruction. Sums are exact up to one scale's worth of
-// weights; one conversion and one multiplication with both scales bring them to f32. A number of 24 bits is as exact as f32 beside the
-// largest of its group, one of 16 bits to 2^-16 of it, where bf16 has 2^-9 of its own size. Arm's i8mm has a kernel of its own: nibble-matrices.h.
+// Dot products of a few rows of x with int4 weights in integer arithmetic. x is quantized to 24-bit integers, or to 16 bits if bf16 precision is enough, and
+// split into 8-bit digits. Each digit is multiplied with the nibbles in the order in which they are stored, 32 or more products per instruction. A sum
+// covers only weights that share a scale and is exact; one conversion and one multiplication with both scales turn it into f32.
+// Precision: a 24-bit integer is as precise as f32 relative to the largest element of its group. The error of a 16-bit integer is 2^-16 of that element,
+// whereas that of bf16 is 2^-9 of the element itself. Arm's i8mm has its own kernel: nibble-matrices.h.
 #pragma once
 
 #include "integer-dots.h"
@@ -9,7 +10,7 @@
 namespace moe {
 namespace {
 
-// Per lane, `sums` and four nibbles of `low` and `high` each (one to a byte) times the signed bytes of x that belong to them.
+// Returns `sums` plus, for each 32-bit lane, the products of four nibbles of `low` and four of `high` (one per byte) with the matching signed bytes of x.
 MOE_INLINE i32v add_nibble_products(i32v sums, i32v low, i32v high, i32v x_low, i32v x_high) {
 #if defined(__AVX512VNNI__)
   const __m512i of_low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)low, (__m512i)x_low);
@@ -40,10 +41,11 @@ MOE_INLINE i32v add_nibble_products(i32v sums, i32v low, i32v high, i32v x_low, 
 #endif
 }
 
-// Weights of a register: byte i of it holds weights 2 i (low nibble) and 2 i + 1.
+// Weights per register: its byte i contains weights 2 i (low nibble) and 2 i + 1 (high nibble).
 constexpr int64_t nibble_group = Int4Weights::per * lanes;
 
-// x of one group: per digit, the highest first, what belongs to low and to high nibbles; what the zero point takes off; the scale.
+// One packed group of x. `x`: for each digit, the most significant first, the bytes that multiply low and high nibbles. `start`: the zero-point correction
+// of each lane. `scale`: the scale of the group, in every lane.
 template <int digits>
 struct NibbleX {
   int32_t x[digits][2][lanes];
@@ -51,10 +53,10 @@ struct NibbleX {
   float scale[lanes];
 };
 
-// `size` elements of x as whole numbers, zeros behind them. Returns their scale.
+// Quantizes `size` elements of x to integers, padded with zeros. Returns their scale.
 template <int digits>
 MOE_INLINE float whole_numbers(const float* x, int64_t size, int32_t (&numbers)[nibble_group]) {
-  // The digits of such numbers are all within -128 .. 127.
+  // Within this range, all digits are in -128 .. 127.
   constexpr float range = digits == 3 ? 8355000.0f : 32639.0f;
   f32v most = zero();
   i32v odd{};
@@ -64,7 +66,7 @@ MOE_INLINE float whole_numbers(const float* x, int64_t size, int32_t (&numbers)[
     most = fast_max(v, most);
   }
   const float largest = max(most);
-  // A group that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
+  // A group whose largest element is too small to divide by is treated as zeros. NaN and infinities make the group's sums NaN.
   const bool usable = largest > 1e-28f;
   const f32v factor = splat(usable ? range / largest : 0.0f);
   for (int64_t i = 0; i < nibble_group; i += lanes) {
@@ -81,7 +83,7 @@ void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
     store(to->scale, splat(whole_numbers<digits>(x + begin, std::min(nibble_group, k - begin), numbers)));
     for (int l = 0; l < lanes; ++l) {
       int32_t* const own = numbers + l * Int4Weights::per;
-      uint32_t sum = 0;  // wraps around where x has an infinity or NaN, whose scale is NaN
+      uint32_t sum = 0;  // wraps around if x contains an infinity or NaN; the scale is NaN then
       for (int i = 0; i < Int4Weights::per; ++i) sum += static_cast<uint32_t>(own[i]);
       to->start[l] = static_cast<int32_t>(0u - Int4Weights::zero * sum);
       for (int digit = digits - 1; digit >= 0; --digit) {
@@ -90,17 +92,18 @@ void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
           for (int i = 0; i < 4; ++i) bytes |= (static_cast<uint32_t>(own[2 * i + half]) & 255) << (8 * i);
           to->x[digit][half][l] = static_cast<int32_t>(bytes);
         }
-        // The last digit was read as a signed one.
+        // The products read the digit as signed, so 128 or more carries into the next digit.
         for (int i = 0; i < Int4Weights::per; ++i) own[i] = static_cast<int32_t>(static_cast<uint32_t>(own[i]) + 128) >> 8;
       }
     }
   }
 }
 
-// Scales of the weight: one to a whole number of groups; or one to 32 weights, several to a group, so that a lane's is that of its run.
+// How the weight is scaled: `blocks` of one or more whole groups share a scale; or `runs` of 32 weights do, so that a group has a scale for each of its runs
+// (and a lane that of the run it belongs to).
 enum class Scales { blocks, runs };
 
-// The scale of each lane where lanes * 8 weights are runs of 32; `left` of them are there.
+// Returns the scale of each lane for a group whose weights are scaled in runs of 32; `left` of its scales exist.
 MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
 #if defined(__AVX512F__)
   const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
@@ -118,7 +121,7 @@ MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
 #endif
 }
 
-// Of up to most_rows rows.
+// Operands of the dot products with up to most_rows rows of x.
 template <class X>
 struct NibbleDots {
   const X* x[most_rows];
@@ -128,7 +131,7 @@ struct NibbleDots {
   int64_t row_bytes;
   int64_t block_rows;
   int64_t scale_columns;
-  int64_t run;  // groups with one scale
+  int64_t run;  // consecutive groups that share a scale
 };
 
 template <int digits, int R, int M>
@@ -153,7 +156,7 @@ MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R
   }
 }
 
-// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R.
+// Multiplies R rows of the weight, from `row` on, with M rows of x. Results are the same, bit for bit, for every R.
 template <int digits, Scales kind, int R, int M>
 MOE_INLINE void nibble_dot_rows(const NibbleDots<NibbleX<digits>>& d, int64_t row) {
   constexpr int64_t bytes = lanes * 4, runs = nibble_group / 32;
@@ -187,14 +190,14 @@ MOE_INLINE void nibble_dot_rows(const NibbleDots<NibbleX<digits>>& d, int64_t ro
 
 template <int digits, Scales kind, int M>
 void nibble_dot_range(const NibbleDots<NibbleX<digits>>& d, int64_t begin, int64_t end) {
-  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  // Two rows of the weight share the loads of x if there are enough registers.
   constexpr int R = M <= 2 ? 2 : 1;
   int64_t row = begin;
   for (; row + R <= end; row += R) nibble_dot_rows<digits, kind, R, M>(d, row);
   for (; row < end; ++row) nibble_dot_rows<digits, kind, 1, M>(d, row);
 }
 
-// Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
+// Multiplies rows begin .. end - 1 of the weight with `rows` (1 .. most_rows) rows of x.
 template <int digits, Scales kind, class X>
 void nibble_dots(const NibbleDots<X>& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {

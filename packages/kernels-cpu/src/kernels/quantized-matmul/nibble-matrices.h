@@ -1,5 +1,5 @@
-// Products of few rows with int4 weights where Arm multiplies small matrices of bytes: two rows of the weight, eight columns at a time, with two digits
-// of x. As nibble-dots.h, but that each digit has its own sum, and that these come to f32 one by one, each exact.
+// Dot products of a few rows of x with int4 weights, using Arm's products of small byte matrices (i8mm): an instruction multiplies eight columns of two rows
+// of the weight with two digits of x. Like nibble-dots.h, except that each digit has its own sum. Each sum is exact and converted to f32 separately.
 #pragma once
 
 #include "nibble-dots.h"
@@ -7,8 +7,9 @@
 namespace moe {
 namespace {
 
-// x of one group: per pair of digits, the highest first, and per half of a register's bytes, what belongs to low and to high nibbles, eight bytes of
-// either digit; what the zero point takes off, and the scale, of the sums (first row, first digit), (first row, second digit), (second row, ..) ..
+// One packed group of x. `x`: for each pair of digits, the most significant first, and for each half of a register's bytes, the bytes that multiply low and
+// high nibbles, eight of each digit of the pair. `start`: zero-point corrections; `scale`: scales. Both are in the order of an instruction's sums: (first
+// row, first digit), (first row, second digit), (second row, first digit), (second row, second digit).
 template <int digits>
 struct NibbleMatrixX {
   static constexpr int pairs = (digits + 1) / 2;
@@ -40,7 +41,7 @@ void pack_nibble_x(const float* x, int64_t k, NibbleMatrixX<digits>* to) {
   }
 }
 
-// Rows `row` and `row` + 1 of the weight, the latter only if it is `there`, times M rows of x.
+// Multiplies rows `row` and `row` + 1 of the weight with M rows of x. `there`: whether row `row` + 1 exists.
 template <int digits, Scales kind, int M>
 MOE_INLINE void nibble_two_rows(const NibbleDots<NibbleMatrixX<digits>>& d, int64_t row, bool there) {
   constexpr int64_t bytes = lanes * 4;

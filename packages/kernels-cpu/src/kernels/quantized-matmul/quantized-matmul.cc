@@ -1,6 +1,6 @@
 // moe-isa: baseline avx2 avx512 avx512bf16 dotprod bf16
-// Products with weights stored in bf16, fp8, int8 or int4, one weight or one per expert. Few rows: see dots.h. More: a tile of the
-// weight is decoded to f32, unless it is multiplied as it is stored, and multiplied like any other.
+// Matrix products y = x W^T with weights stored in bf16, fp8, int8 or int4; one weight, or one per expert. A few rows of x use dot products: see dots.h. With
+// more rows, tiles of the weight are decoded to f32 and multiplied by the ordinary matrix product, which can also read bf16 weights as they are stored.
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
@@ -14,9 +14,9 @@ using namespace moe;
 
 namespace {
 
-// Up to here weights are read for the dot products of all rows; beyond, decoding them once and blocking pays.
+// Up to this many rows, dot products are used. With more, it is faster to decode the weights once and use the blocked matrix product.
 constexpr int64_t few_rows = 8;
-// Bytes of stored weights in a task, about 2 us of reading (int4: of calculating); and elements of a decoded tile, which stays in L2.
+// Bytes of stored weights per task, about 2 us of reading (for int4: of computation); and elements of a decoded tile, which fits into L2.
 constexpr int64_t task_bytes = 32 << 10, int4_task_bytes = 16 << 10;
 constexpr int64_t tile_elements = 96 << 10;
 
@@ -27,13 +27,13 @@ struct Product : Stored {
   bool bf16;
 };
 
-// A piece of a weight's rows and all that is multiplied with it.
+// Rows begin .. end - 1 of an expert's weight. A task multiplies them with all rows of x of that expert.
 struct Piece {
   const Product* product;
   int64_t expert, begin, end;
 };
 
-// What both kinds of dot products need of a piece of the weight.
+// Fills in the fields that all kinds of dot products have in common.
 template <class D>
 D dots_of(const Product& p, int64_t expert, int64_t run) {
   D d{};
@@ -46,7 +46,8 @@ D dots_of(const Product& p, int64_t expert, int64_t run) {
   return d;
 }
 
-// The dot products of one format: whether they fit the sizes, how x of a row is packed (into `words` of four bytes), and the products.
+// The dot products of a kind of format. `fit`: whether they support these block sizes. `pack`: packs a row of x into `words` 32-bit words. `multiply`:
+// multiplies a piece with up to most_rows packed rows of x.
 template <class W>
 class Floats {
  public:
@@ -74,7 +75,7 @@ class Integers {
   explicit Integers(const Product& p)
       : p_(p), run_(std::max<int64_t>(1, p.block_columns / byte_group)), blocks_((p.k + run_ * byte_group - 1) / (run_ * byte_group)) {}
   bool fit() const { return p_.block_columns % byte_group == 0 && run_ <= most_run; }
-  // Packed numbers, then the starts and the scale of every block.
+  // The packed integers, then the starts and the scale of each block.
   int64_t words() const { return numbers() + blocks_ * (halves * lanes + 1); }
   void pack(const float* x, int32_t* to) const {
     int32_t* const starts = to + numbers();
@@ -128,7 +129,7 @@ class Nibbles {
   const Product& p_;
 };
 
-// The rows of an expert times those `begin` .. `end` of its weight, which `tile` holds in f32.
+// The product of an expert's rows of x with a piece of its weight, decoded to f32 in `tile`.
 Gemm product_of(const Ranges& ranges, const Piece& piece, const float* tile) {
   const Product& p = *piece.product;
   Gemm job{};
@@ -146,7 +147,7 @@ void multiply_piece(const Ranges& ranges, const Piece& piece, float* tile) {
   gemm_here(product_of(ranges, piece, tile), p.bf16);
 }
 
-// Products of the same x with weights that differ in their number of rows only.
+// Multiplies the same x with several weights, which may differ in their number of rows but not in their columns or format.
 template <class Engine>
 void run(const std::vector<Product>& products, const Ranges& ranges) {
   const Product& p = products[0];
@@ -156,7 +157,7 @@ void run(const std::vector<Product>& products, const Ranges& ranges) {
   const int64_t most_bytes = p.format == Format::int4 ? int4_task_bytes : task_bytes;
   const int64_t dot_rows = std::max<int64_t>(8, most_bytes / std::max<int64_t>(1, p.row_bytes()) / 8 * 8);
   const int64_t tile_rows = std::max<int64_t>(16, std::min<int64_t>(512, tile_elements / std::max<int64_t>(1, p.k) / 16 * 16));
-  // bf16 is multiplied as it is stored.
+  // The matrix product reads bf16 weights without decoding if the CPU has bf16 instructions.
   const bool as_stored = p.format == Format::bf16 && p.bf16 && gemm_has_bf16();
   std::vector<Gemm> whole;
   std::vector<Piece> pieces;

@@ -1,6 +1,6 @@
 // moe-isa: baseline avx2 avx512 avx512bf16
-// Products with stored weights as they lie, y = x W, one weight or one per expert: how gradients go back through y = x W^T. A strip of the weight's columns is
-// decoded to f32, unless it is multiplied as it is stored, and multiplied like any other matrix.
+// Matrix products with stored weights that are not transposed, y = x W; one weight, or one per expert. The backward pass of y = x W^T uses them. Strips of the
+// weight's columns are decoded to f32 and multiplied by the ordinary matrix product, which can also read bf16 weights as they are stored.
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
@@ -11,7 +11,7 @@ using namespace moe;
 
 namespace {
 
-// Elements of a decoded strip, which stays in L2; and its width is a multiple of this: a cache line of stored weights, in int4 half of one.
+// Elements of a decoded strip, which fits into L2; and the step of its width: 64 columns are a cache line of 8-bit weights, half a line of int4.
 constexpr int64_t strip_elements = 96 << 10, strip_step = 64;
 
 struct Strip {
