@@ -2,9 +2,9 @@
 //
 // The emulated build (scripts/build-native.mjs --emulated) includes this file in front of every source of the levels avx512 and
 // avx512bf16 and compiles with the flags of avx2. GCC's own headers come first; then every intrinsic that kernels call is redirected to
-// a function here, and the macros that kernels ask are defined. One that is missing here does not compile: GCC refuses to inline
-// its own into code for AVX2. Semantics are those of the Intel SDM, volume 2, bit for bit but for the payloads of NaN. Where an instruction asks for
-// aligned memory, unaligned memory traps; lanes that an instruction leaves undefined are filled with NaN.
+// a function here, and the macros that kernels test are defined. Using an intrinsic that is missing here is a compile error, because GCC
+// refuses to inline its own into code for AVX2. Semantics are those of the Intel SDM, volume 2, bit for bit except for the payloads of NaN. If an
+// instruction requires aligned memory, unaligned memory traps. Lanes that an instruction leaves undefined are filled with NaN.
 #pragma once
 
 #if !defined(__GNUC__) || defined(__clang__) || !defined(__OPTIMIZE__) || !defined(__AVX2__) || !defined(__FMA__)
@@ -28,7 +28,7 @@
 #define __AVX512BF16__ 1
 #endif
 
-// Longer ones are called: kernels unroll their loops, and inlined there they would take minutes to compile.
+// For longer functions, which are not inlined: kernels unroll their loops, so inlining these would take minutes to compile.
 #define MOE_EMULATED_CALLED static __attribute__((noinline, unused))
 
 namespace emulated {
@@ -47,7 +47,7 @@ static inline To as(const From& x) {
   return y;
 }
 
-// A register as two of AVX2, for what these compute just like the wider one.
+// A register as two AVX2 registers, for instructions that work on each half separately.
 template <class V>
 struct Halves {
   V low, high;
@@ -177,7 +177,7 @@ static inline __m512i emulated_set1_epi16(short x) {
 }
 #define _mm512_set1_epi16 emulated_set1_epi16
 
-// Arguments come from the last lane to the first.
+// Arguments are in order from the last lane to the first.
 template <class T, class... X>
 static inline __m512i emulated_set(X... x) {
   static_assert(sizeof...(X) * sizeof(T) == 64, "one argument a lane");
@@ -199,7 +199,7 @@ static inline __m512 emulated_castps128_ps512(__m128 x) {
 
 // --- arithmetic ---
 
-// NAME(x...) by AVX2's instruction of the same name on both halves.
+// Defines an instruction as the AVX2 instruction of the same name on both halves.
 #define MOE_EMULATED_BINARY(NAME, V512, HALVES)                                                             \
   static inline V512 emulated_##NAME(V512 a, V512 b) {                                                      \
     const auto x = emulated::as<emulated::HALVES>(a), y = emulated::as<emulated::HALVES>(b);                \
@@ -240,7 +240,7 @@ static inline __m512 emulated_sqrt_ps(__m512 x) {
 }
 #define _mm512_sqrt_ps emulated_sqrt_ps
 
-// Rounds to integers, as the lower four bits of `control` say for VROUNDPS.
+// Rounds to integers. The lower four bits of `control` mean the same as for VROUNDPS.
 template <int control>
 static inline __m512 emulated_roundscale_ps(__m512 x) {
   static_assert(control >= 0 && control < 16, "fraction bits are not emulated");
@@ -249,7 +249,7 @@ static inline __m512 emulated_roundscale_ps(__m512 x) {
 }
 #define _mm512_roundscale_ps(x, control) emulated_roundscale_ps<(control)>(x)
 
-// What rounding takes away; +0 for infinities.
+// x - round(x); +0 for infinities.
 template <int control>
 MOE_EMULATED_CALLED __m512 emulated_reduce_ps(__m512 x) {
   auto y = emulated::as<emulated::Lanes<float>>(x);
@@ -268,7 +268,7 @@ static inline float emulated_scalef(float x, float power) {
   if (x != x) return power == infinity ? infinity : power == -infinity ? 0.0f : x;
   if (power != power) return power;
   if ((x == 0 && power == infinity) || (__builtin_isinf(x) && power == -infinity)) return __builtin_nanf("");
-  // From 2^-149 to infinity and from the largest number to zero it takes less than 2^300; doubles hold every product until there.
+  // A factor of 2^300 takes even 2^-149 to infinity, and 2^-300 the largest number to zero. Up to these, doubles represent every product exactly.
   const float floor = __builtin_floorf(power), near = floor > 300 ? 300 : floor < -300 ? -300 : floor;
   const auto factor = emulated::as<double>((static_cast<std::uint64_t>(static_cast<int>(near)) + 1023) << 52);
   return static_cast<float>(static_cast<double>(x) * factor);
@@ -290,7 +290,7 @@ static inline __m512 emulated_permute_ps(__m512 x) {
 }
 #define _mm512_permute_ps(x, control) emulated_permute_ps<(control)>(x)
 
-// Two quarters of a, then two of b, two bits of the control for each.
+// Two quarters of a, then two of b; two bits of `control` select each.
 static inline __m512i emulated_shuffle_i32x4(__m512i a, __m512i b, int control) {
   __m128i x[4], y[4];
   std::memcpy(x, &a, 64);
@@ -318,14 +318,14 @@ MOE_EMULATED_CALLED __m512 emulated_permutexvar_ps(__m512i order, __m512 x) {
 }
 #define _mm512_permutexvar_ps emulated_permutexvar_ps
 
-// The sign bits.
+// The sign bits of the lanes.
 static inline __mmask16 emulated_movepi32_mask(__m512i x) {
   const auto h = emulated::as<emulated::Floats>(x);
   return static_cast<__mmask16>(_mm256_movemask_ps(h.low) | _mm256_movemask_ps(h.high) << 8);
 }
 #define _mm512_movepi32_mask emulated_movepi32_mask
 
-// Not instructions but sequences: in GCC's order, halves first.
+// These intrinsics are sequences of instructions. They reduce in GCC's order: halves first.
 static inline __m128 emulated_upper(__m128 x) { return _mm_shuffle_ps(x, x, 0x4e); }
 
 static inline float emulated_reduce_add_ps(__m512 x) {
@@ -362,7 +362,7 @@ static inline __m512i emulated_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) 
 }
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
 
-// Unsigned bytes of a times signed bytes of b, four to a lane: below 2^15 each, so that only the last addition may wrap around.
+// Products of unsigned bytes of a and signed bytes of b, four per lane. Each is below 2^15, so only the last addition can wrap around.
 MOE_EMULATED_CALLED __m512i emulated_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   const auto x = emulated::as<emulated::Lanes<std::uint8_t>>(a);
   const auto y = emulated::as<emulated::Lanes<std::int8_t>>(b);
@@ -379,14 +379,14 @@ MOE_EMULATED_CALLED __m512i emulated_dpbusd_epi32(__m512i sums, __m512i a, __m51
 // --- BF16 ---
 
 #if defined(__AVX512BF16__)
-// To nearest even; denormals become zeros, whatever MXCSR says.
+// Rounds to nearest even and flushes denormals to zero, regardless of MXCSR.
 static inline std::uint16_t emulated_to_bf16(float x) {
   const auto bits = emulated::as<std::uint32_t>(x), magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
   if (magnitude < 0x00800000) return static_cast<std::uint16_t>(bits >> 16 & 0x8000);
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-// The second operand gives the lower half.
+// The second operand is converted to the lower half.
 MOE_EMULATED_CALLED __m512bh emulated_cvtne2ps_pbh(__m512 high, __m512 low) {
   const auto x = emulated::as<emulated::Lanes<float>>(low), y = emulated::as<emulated::Lanes<float>>(high);
   emulated::Lanes<std::uint16_t> z;
@@ -398,8 +398,8 @@ MOE_EMULATED_CALLED __m512bh emulated_cvtne2ps_pbh(__m512 high, __m512 low) {
 }
 #define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 
-// Per lane the odd product is added first, then the even one, each by a fused multiply-add to nearest even with denormals taken as and
-// flushed to zeros, whatever MXCSR says. It is set for that, and then to what every thread starts with.
+// For each lane the odd product is added first, then the even one, each with a fused multiply-add that rounds to nearest even, treats denormal operands as
+// zero and flushes denormal results to zero, regardless of MXCSR. MXCSR is set for that and then reset to its default.
 MOE_EMULATED_CALLED __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
   const auto x = emulated::as<emulated::Integers>(a), y = emulated::as<emulated::Integers>(b);
   auto z = emulated::as<emulated::Floats>(sums);

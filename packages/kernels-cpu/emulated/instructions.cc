@@ -1,9 +1,9 @@
-// Runs every instruction of avx512.h on the same made-up registers and prints a checksum for each, to compare two builds of this file:
+// Runs every instruction of avx512.h on the same generated operands and prints a checksum for each, to compare two builds of this file:
 //
 //   g++ -O2 -w -mavx2 -mfma -DMOE_ISA_AVX512BF16 -include avx512.h instructions.cc -o emulated && ./emulated
-//   g++ -O2 -march=skylake-avx512 -mavx512vnni -mavx512bf16 instructions.cc -o real && ./real     (on a machine that has them)
+//   g++ -O2 -march=skylake-avx512 -mavx512vnni -mavx512bf16 instructions.cc -o real && ./real     (on a machine with these instructions)
 //
-// With the name of an instruction it prints every case: operands, a colon, the result, as 32-bit words.
+// With the name of an instruction as its argument, it prints every case instead: operands, a colon and the result, as 32-bit words.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace {
 
-// 64 bytes as what an instruction takes.
+// 64 bytes that convert to any register type.
 struct alignas(64) Register {
   std::uint32_t words[16];
   template <class V>
@@ -39,7 +39,8 @@ std::uint32_t word_of(float x) {
   return w;
 }
 
-// Any bits, numbers that round or cancel, special values, results near the smallest normal number, halves of 16 bits at their ends.
+// Operands by kind: random bits; numbers that round or cancel; special values, also of 16-bit halves; numbers whose products are near the smallest normal
+// number, as f32 and as pairs of bf16; small integers as f32.
 std::uint32_t operand(int kind) {
   static const std::uint32_t special[] = {0,          0x80000000, 0x7f800000, 0xff800000, 0x7fc00000, 1,          0x80000001, 0x007fffff, 0x00800000,
                                           0x807fffff, 0x7f7fffff, 0x3f800000, 0xbf800000, 0x3f000000, 0x40200000, 0x00400040, 0x80008000, 0x7fff8000};
@@ -60,12 +61,12 @@ Register made_up(int kind) {
   return r;
 }
 
-// What instructions do with the payload of NaN is left out.
+// Makes all NaN equal, because payloads are not compared.
 std::uint32_t plain(std::uint32_t word) { return (word & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : word; }
 
 const char* wanted = nullptr;
 
-// `operation` gives a vector or a number; `floats` says that its words are numbers whose NaN are all alike.
+// Checks one instruction. `operation` returns a vector or a number; with `floats`, its words are floats whose NaN count as equal.
 template <class F>
 void check(const char* name, bool floats, F operation) {
   std::uint64_t sum = 14695981039346656037u;

@@ -1,4 +1,4 @@
-// Vector conversions between f32 and the storage formats f16 and f8e4m3 (the `fn` variant), nearest even. bf16 is in simd.h.
+// Vector conversions between f32 and the storage formats f16 and f8e4m3 (the `fn` variant), rounding to nearest even. bf16 is in simd.h.
 // They only use integer arithmetic, so that every variant gives the same bits.
 #pragma once
 

@@ -122,7 +122,7 @@ MOE_INLINE void multiply_by_twos(std::ptrdiff_t depth, const float* a, const flo
 }
 #endif
 
-/** `kKept`: the panel of A keeps its rows. */
+/** The microkernel: kRows x kVecs vectors of C in registers. `kKept`: the panel of A keeps its rows. */
 template <bool kBf16, bool kKept, int kRows, int kVecs>
 void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c,
            std::ptrdiff_t ldc, Output output, const char* ahead, std::ptrdiff_t ahead_step) {
@@ -131,7 +131,7 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
   }
-  // `asks`: prefetch memory on the way. `packed`: b is a panel.
+  // `asks`: prefetch memory from `ahead` on. `packed`: b is a panel.
   const auto along_k = [&](auto asks, auto packed) {
 #pragma GCC unroll kStepsAtOnce
     for (std::ptrdiff_t p = 0; p < depth; ++p) {

@@ -68,7 +68,7 @@ MOE_INLINE int64_t take_largest(int32_t* keys, int64_t padded) {
     const i32v here = load(keys + i), hit = here == best;
     if (!any(hit)) continue;
     const int lane = first_lane(hit);
-    store(keys + i, without(here, lane));  // whole vectors, because the next load wants them from the store buffer
+    store(keys + i, without(here, lane));  // a whole vector, so that the next load is forwarded from the store buffer
     return i + lane;
   }
   return 0;

@@ -174,7 +174,7 @@ void discard([[maybe_unused]] void* pointer, [[maybe_unused]] size_t bytes) noex
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-// Blocks of the exact size that are filled with huge numbers, so that reads outside or before a write show.
+// In this build, blocks have the exact size and are filled with huge numbers, to reveal reads out of bounds or of memory that was not written.
 Scratch::Scratch(size_t bytes) : pointer_(allocate(bytes)), size_class_(0) {
   if (!pointer_) throw std::bad_alloc();
   std::memset(pointer_, 0xfe, bytes);

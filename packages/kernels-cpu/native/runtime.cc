@@ -1,5 +1,5 @@
 // moe-isa: baseline
-// The C functions other than kernels that the launcher side calls: identity, memory, errors.
+// The C functions, other than kernels, that JavaScript calls: version and CPU, memory, errors.
 #include "runtime.h"
 
 #include <algorithm>

@@ -226,7 +226,7 @@ MOE_INLINE float max(f32v x) {
 
 // --- bf16 ---
 
-// Nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 MOE_INLINE u16v to_bf16(f32v x) {
   const u32v b = (u32v)x;
   const u32v rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
@@ -251,23 +251,23 @@ MOE_INLINE f32v dot_pairs(f32v a, f32v b, f32v c) {
   return (f32v)vbfdotq_f32((float32x4_t)c, vreinterpretq_bf16_f32((float32x4_t)a), vreinterpretq_bf16_f32((float32x4_t)b));
 #endif
 }
-// One pair as the first operand, for all lanes.
+// One pair, broadcast to all lanes, as the first operand of dot_pairs.
 #if defined(__x86_64__)
 MOE_INLINE f32v splat_pair(float pair) {
   f32v x = (f32v)_mm512_set1_ps(pair);
 #if defined(__clang__) && __clang_major__ < 18
-  asm("" : "+v"(x));  // It stops at a product of bf16 with a broadcast in it.
+  asm("" : "+v"(x));  // Older Clang cannot compile a bf16 product with a broadcast operand.
 #endif
   return x;
 }
 #else
 MOE_INLINE float32x2_t splat_pair(float pair) { return float32x2_t{pair, 0}; }
 MOE_INLINE f32v dot_pairs(float32x2_t a, f32v b, f32v c) {
-  asm("bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(c) : "w"(b), "w"(a));  // Clang would spread the pair over a register first.
+  asm("bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(c) : "w"(b), "w"(a));  // Inline assembly, because Clang would broadcast the pair to a register first.
   return c;
 }
 #endif
-// Twice as many adjacent elements as there are lanes.
+// Pairs of adjacent elements: `first` and `second` are 2 * lanes consecutive ones.
 MOE_INLINE f32v pair_neighbours(f32v first, f32v second) {
 #if defined(__x86_64__)
   return (f32v)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);

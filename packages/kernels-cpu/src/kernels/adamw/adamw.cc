@@ -10,7 +10,7 @@ MOE_INLINE f32v widened(u16v x) { return from_bf16(x); }
 MOE_INLINE void store_moment(float* to, f32v x, int count) { store_some(to, x, count); }
 MOE_INLINE void store_moment(uint16_t* to, f32v x, int count) { store_some(to, to_bf16(x), count); }
 
-// param, its copy in bf16 or 0, m, v, grad, gradScale, n, lr, beta1, beta2, eps, weightDecay, step
+// param, its bf16 copy or 0, m, v, grad, gradScale, n, lr, beta1, beta2, eps, weightDecay, step
 template <class Moment>
 void adamw(Args& args) {
   float* param = args.ptr<float>();
@@ -45,6 +45,6 @@ void adamw(Args& args) {
 
 }  // namespace
 
-// Named by what the moments are stored as.
+// Named after the dtype in which the moments are stored.
 MOE_KERNEL(moe_adamw_step_f32) { adamw<float>(args); }
 MOE_KERNEL(moe_adamw_step_bf16) { adamw<uint16_t>(args); }

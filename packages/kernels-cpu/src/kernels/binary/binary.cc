@@ -1,4 +1,4 @@
-// Two arguments, elementwise with broadcasting. All of these: (y, a, b, nest of a and b).
+// Elementwise operations on two operands, with broadcasting. Arguments of all of them: (y, a, b, nest of a and b).
 #include "broadcast.h"
 #include "moe.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t grain = 16384;
 
-// op(f32v, f32v) on every pair; a splat operand is loaded once per row.
+// Applies op(f32v, f32v) to every pair of elements; an operand that is constant along a row is loaded once per row.
 template <class F>
 void each_f32(Args& args, int64_t at_least, F&& op) {
   float* y = args.ptr<float>();
@@ -63,7 +63,7 @@ void each_i32(Args& args, F&& op) {
   });
 }
 
-// As JavaScript's `**`, which unlike C gives NaN for 1 ** NaN and (+-1) ** +-Infinity.
+// Like JavaScript's `**`, which unlike C returns NaN for 1 ** NaN and (+-1) ** +-Infinity.
 float power(float x, float e) {
   if (e != e) return e;
   if (std::isinf(e) && std::fabs(x) == 1) return std::numeric_limits<float>::quiet_NaN();

@@ -1,4 +1,4 @@
-// Conversions between dtypes: (y, x, n). Every pair that is not direct goes through f32, a block at a time.
+// Conversions between dtypes: (y, x, n). Pairs without a direct conversion go through f32, a block at a time.
 #include "convert.h"
 #include "moe.h"
 
@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t block = 512;
 constexpr int64_t grain = 16384;
 
-// --- one block to and from f32 ---
+// --- conversions of a block to and from f32 ---
 
 struct F32 {
   using Type = float;
@@ -17,7 +17,7 @@ struct F32 {
   static void encode(float* y, const float* x, int64_t n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
 };
 
-// A storage format of narrow elements with vector conversions.
+// A storage format with narrow elements and vectorized conversions.
 template <class Element, class Vector, f32v (*Decode)(Vector), Vector (*Encode)(f32v)>
 struct Narrow {
   using Type = Element;
@@ -36,13 +36,13 @@ struct Narrow {
   }
 
  private:
-  // With a constant size where possible, so that it is one move.
+  // With a constant size if possible, so that it compiles to one move.
   static __attribute__((always_inline)) void copy(void* to, const void* from, int count) {
     count == lanes ? std::memcpy(to, from, sizeof(Vector)) : std::memcpy(to, from, sizeof(Element) * static_cast<size_t>(count));
   }
 };
 
-// The inline functions of the headers as functions with an address.
+// Wraps the inline functions of the headers, because template arguments need functions with an address.
 f32v decode_bf16(u16v x) { return from_bf16(x); }
 u16v encode_bf16(f32v x) { return to_bf16(x); }
 f32v decode_f16(u16v x) { return from_f16(x); }
@@ -54,7 +54,7 @@ using Bf16 = Narrow<uint16_t, u16v, decode_bf16, encode_bf16>;
 using F16 = Narrow<uint16_t, u16v, decode_f16, encode_f16>;
 using F8 = Narrow<uint8_t, u8v, decode_f8, encode_f8>;
 
-// Truncation toward zero, saturated, NaN to 0.
+// Truncates toward zero and saturates; NaN becomes 0.
 struct I32 {
   using Type = int32_t;
   static void decode(float* y, const int32_t* x, int64_t n) {
@@ -78,7 +78,7 @@ struct U8 {
   static void encode(uint8_t* y, const float* x, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
       const float v = x[i];
-      const float low = v > 0.0f ? v : 0.0f;  // NaN and negatives to 0
+      const float low = v > 0.0f ? v : 0.0f;  // NaN and negative numbers become 0
       y[i] = static_cast<uint8_t>(static_cast<int32_t>(low < 255.0f ? low : 255.0f));
     }
   }
@@ -104,7 +104,7 @@ void cast(Args& args) {
       64);
 }
 
-// Without the stop at f32.
+// Converts directly, not through f32.
 template <class From, class To, class F>
 void direct(Args& args, F&& convert) {
   To* y = args.ptr<To>();

@@ -1,4 +1,4 @@
-// Comparisons to 0 and 1, with broadcasting. All of these: (y, a, b, nest of a and b).
+// Comparisons with broadcasting, whose results are 0 or 1. Arguments of all of them: (y, a, b, nest of a and b).
 #include "broadcast.h"
 #include "moe.h"
 

@@ -1,4 +1,4 @@
-// Running sums along the middle of [outer, count, inner]: (y, x, outer, count, inner). Sums of f32 run in double.
+// Cumulative sums along the middle axis of [outer, count, inner]: (y, x, outer, count, inner). f32 is summed in double precision.
 #include "moe.h"
 
 using namespace moe;
@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t strip = 64;
 constexpr int64_t together = 8;
 
-// `count` rows of n elements at once, so that their additions overlap.
+// Processes `count` rows of n elements together, so that their chains of additions overlap.
 template <class T, class Total, int64_t count>
 void along_rows(T* y, const T* x, int64_t n) {
   Total total[count] = {};

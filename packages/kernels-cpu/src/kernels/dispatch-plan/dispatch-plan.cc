@@ -13,7 +13,7 @@ MOE_KERNEL(moe_dispatch_plan_i32) {
   const int32_t* indices = args.ptr<const int32_t>();
   const int64_t slots = args.size(), experts = args.size();
   const Chunks chunks(slots, 16384, 32);
-  // next[chunk][expert]: first how many slots, then where the next one goes.
+  // next[chunk][expert]: first the number of slots, then the position of the next slot.
   Scratch scratch(static_cast<size_t>(chunks.count * experts) * 4);
   int32_t* next = scratch.as<int32_t>();
   parallel_tasks(chunks.count, [&](int64_t chunk, int) {

@@ -1,4 +1,4 @@
-// One step of an exponential moving average of one tensor, in place.
+// Updates the exponential moving average of a tensor in place.
 #include "moe.h"
 
 using namespace moe;

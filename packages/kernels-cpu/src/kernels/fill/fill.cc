@@ -1,4 +1,4 @@
-// One value everywhere, by element size: (y, n, bits of the value).
+// Fills a tensor with one value. One kernel per element size: (y, n, bits of the value).
 #include "moe.h"
 
 using namespace moe;

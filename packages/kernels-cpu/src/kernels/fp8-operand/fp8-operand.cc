@@ -1,4 +1,5 @@
-// Operands of products in precision 'fp8': f32 numbers that f8e4m3 has at a power of two for every 128 neighbours along k.
+// Rounds operands of products with precision 'fp8': the results are f32 numbers that are f8e4m3 values times a power of two, which every 128 elements along
+// k share.
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
@@ -10,9 +11,9 @@ using namespace moe;
 namespace {
 
 constexpr int64_t tile = 128;
-constexpr int64_t stripe = 64;  // columns: with a tile of rows as much as the first cache has
+constexpr int64_t stripe = 64;  // columns; with `tile` rows they fill L1
 
-// Magnitudes as integers, which are in the same order; NaN and infinity are above all others.
+// The larger magnitude, as integers, which sort like the floats; NaN and infinity are larger than all others.
 MOE_INLINE i32v larger(i32v top, f32v x) {
   const i32v magnitude = bits(x) & 0x7fffffff;
   return select(magnitude > top, magnitude, top);
@@ -23,7 +24,8 @@ struct Scale {
   f32v up, down;
 };
 MOE_INLINE f32v round(f32v x, const Scale& scale) { return from_f8e4m3(to_f8e4m3(x * scale.down)) * scale.up; }
-// 2^e with the least e >= -100 for which the largest magnitude is at most 448 = 1.75 * 2^8 times as much.
+// Returns 2^e (and its inverse) with the smallest e >= -100 for which the largest magnitude is at most 448 * 2^e; 448 = 1.75 * 2^8 is the largest f8e4m3.
+// NaN and infinity give NaN.
 MOE_INLINE Scale scale_for(i32v largest) {
   const i32v least = ((largest + 0x1fffff) >> 23) - 135;
   const i32v e = select(least < -100, splat(-100), least);
@@ -31,7 +33,7 @@ MOE_INLINE Scale scale_for(i32v largest) {
   return {from_bits(up), from_bits((127 - e) << 23)};
 }
 
-// A tile of columns next to each other, all scales at once.
+// Rounds a tile of `rows` x `columns`; each column has its own scale, and a vector computes `lanes` of them.
 void round_columns(float* y, const float* x, int64_t rows, int64_t columns, int64_t stride) {
   each_vector(columns, [&](int64_t c, int count) {
     i32v top = i32v{};
@@ -43,7 +45,7 @@ void round_columns(float* y, const float* x, int64_t rows, int64_t columns, int6
 
 }  // namespace
 
-// (y [rows, k], x [rows, k], rows, k): k along memory
+// (y [rows, k], x [rows, k], rows, k): k is contiguous
 MOE_KERNEL(moe_fp8_operand_along) {
   float* y = args.ptr<float>();
   const float* x = args.ptr<const float>();
@@ -63,8 +65,8 @@ MOE_KERNEL(moe_fp8_operand_along) {
   });
 }
 
-// (y [rows, columns], x [rows, columns], offsets or null, rows, columns, runs): k across memory, in `runs` runs of rows that are as long as each other, or as
-// offsets [runs + 1] say; rows in none of them are left as they are.
+// (y [rows, columns], x [rows, columns], offsets or null, rows, columns, runs): k runs along the rows, in `runs` runs of equal length, or as given by
+// offsets [runs + 1]. Rows outside of all runs are not written.
 MOE_KERNEL(moe_fp8_operand_across) {
   float* y = args.ptr<float>();
   const float* x = args.ptr<const float>();

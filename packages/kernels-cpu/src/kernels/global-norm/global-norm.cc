@@ -1,11 +1,11 @@
-// Square root of the sum of squares of many tensors, summed in double: a float, or three floats that are the double.
+// Square root of the sum of squares of many tensors, summed in double precision. The result is a float, and optionally three floats whose sum is the double.
 #include "moe.h"
 
 using namespace moe;
 
 namespace {
 
-// A launcher passes long lists in several calls; the sum so far waits here.
+// The launcher passes long lists in several calls; this is the sum between calls.
 thread_local double total_so_far = 0;
 
 constexpr int64_t chunk = 16384;
@@ -41,7 +41,7 @@ MOE_KERNEL(moe_global_norm_f32) {
   const int64_t tasks = starts[count];
   Scratch scratch(static_cast<size_t>(tasks) * 8 + 8);
   double* sums = scratch.as<double>();
-  // A few chunks at a time, so that taking a task costs nothing next to doing it.
+  // A few chunks per task, so that the cost of starting a task is negligible.
   parallel_for(tasks, 4, [&](int64_t begin, int64_t end, int) {
     int i = static_cast<int>(std::upper_bound(starts, starts + count + 1, begin) - starts) - 1;
     for (int64_t task = begin; task < end; task++) {

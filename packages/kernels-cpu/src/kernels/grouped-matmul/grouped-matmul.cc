@@ -48,7 +48,7 @@ MOE_KERNEL(moe_grouped_matmul_bwd_f32) {
   const int64_t rows = args.size(), experts = args.size(), k = args.size(), n = args.size();
   const bool bf16 = args.flag();
   const Ranges ranges(offsets, experts, rows);
-  // Gradients of this size leave the caches before anyone reads them.
+  // Gradients of this size are evicted from the caches before they are read.
   const bool stream = experts * n * k >= large_gradient;
   std::vector<Gemm> jobs(static_cast<size_t>(experts));
   for (int64_t e = 0; e < experts; ++e) {

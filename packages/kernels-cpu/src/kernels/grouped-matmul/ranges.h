@@ -1,4 +1,4 @@
-// Row range of each expert. Whatever the offsets say, ranges follow each other and lie within 0 .. rows.
+// The row range of each expert. Invalid offsets are clamped: ranges are always in order and within 0 .. rows.
 #pragma once
 
 #include <algorithm>

@@ -1,13 +1,13 @@
 // moe-isa: baseline avx2 avx512 avx512bf16 bf16
 // Absorbed multi-head latent attention for decoding (DeepSeek-V2 report 2.1.2): one key head for all heads, values are the first
-// features of the keys. The heads lie along the lanes, so every row of the cache is read once per block of them. The cache is f32 or bf16.
+// features of the keys. Heads run along the lanes, so every row of the cache is read once per block of heads. The cache is f32 or bf16.
 #include "../attention/attend.h"
 
 using namespace moe;
 
 namespace {
 
-// out, q, cache, lengths, B, T, S, H, C, valueDim, scale, 1 for a bf16 cache, pages [B][S / page] or nullptr, keys of a page
+// out, q, cache, lengths, B, T, S, H, C, valueDim, scale, 1 for a bf16 cache, pages [B][S / page] or nullptr, keys per page
 template <class Op>
 void latent(Args& args) {
   Attention a{};

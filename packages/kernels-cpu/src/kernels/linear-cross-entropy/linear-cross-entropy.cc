@@ -1,4 +1,4 @@
-// Cross-entropy of the logits x weight^T, of which only blocks ever exist.
+// Cross-entropy of the logits x weight^T, which are computed block by block and never stored as a whole.
 #include <vector>
 
 #include "../cross-entropy/cross-entropy-rows.h"
@@ -10,7 +10,7 @@ namespace {
 
 // A worker's block of logits stays in its L2 cache.
 constexpr int64_t block_rows = 112, block_classes = 1024;
-// The backward pass keeps dlogits of many rows and some classes: 8 MiB, in the shared cache.
+// The backward pass stores dlogits of many rows and some classes: 8 MiB, in the shared cache.
 constexpr int64_t gradient_elements = int64_t{2} << 20;
 
 Gemm logits_of(const float* x, int64_t rows, int64_t dim, const float* packed, int64_t from, int64_t count, int64_t classes,
@@ -67,8 +67,8 @@ MOE_KERNEL(moe_linear_cross_entropy_fwd_f32) {
 
 // (dx [rows, dim], dweight [classes, dim], x, weight, weight in bf16 or 0, targets, lse, dloss, rows, classes, dim, ignore_index, bf16)
 //
-// Rows whose target does not count are left out from the start. Blocks go over classes outside and rows inside: dweight of a block is
-// finished when it is left, dx collects over the blocks.
+// Rows whose target is ignored are removed first. The outer loop runs over blocks of classes, the inner one over blocks of rows: dweight of a block of
+// classes is complete after one outer iteration, while dx accumulates over all of them.
 MOE_KERNEL(moe_linear_cross_entropy_bwd_f32) {
   float* dx = args.ptr<float>();
   float* dweight = args.ptr<float>();

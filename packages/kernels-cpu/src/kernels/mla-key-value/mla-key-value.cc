@@ -1,4 +1,4 @@
-// Keys and values of latent attention: one pass over what the up-projection gave, and one back.
+// Makes the keys and values of latent attention from the output of the up-projection and the shared rope key, in one pass; and the gradient of that.
 #include "moe.h"
 
 using namespace moe;

@@ -1,4 +1,4 @@
-// Elements to other places, by element size: boxes with strides on both sides, and transposes.
+// Moves elements: copies of boxes with strides on both sides, and transposes. One kernel per element size.
 #include "broadcast.h"
 #include "moe.h"
 
@@ -13,7 +13,7 @@ __attribute__((always_inline)) inline void copy_run(T* to, const T* from, int64_
   if (n < step) {
     for (int64_t i = 0; i < n; i++) to[i] = from[i];
   } else if (n <= 16 * step) {
-    // Whole vectors, the last one ending with the run.
+    // Whole vectors; the last one ends where the run ends and may overlap the one before.
     for (int64_t i = 0; i < n - step; i += step) std::memcpy(to + i, from + i, lanes * 4);
     std::memcpy(to + n - step, from + n - step, lanes * 4);
   } else {
@@ -21,7 +21,7 @@ __attribute__((always_inline)) inline void copy_run(T* to, const T* from, int64_
   }
 }
 
-// Many runs without gaps: two plain loops inside, the other axes outside.
+// Copies contiguous runs: plain loops over the two innermost axes, a loop nest over the others.
 template <class T>
 void copy_runs(T* y, const T* x, const Nest<2>& nest) {
   const int64_t n = nest.inner(), rows = nest.total / n;
@@ -72,8 +72,8 @@ void copy_box(Args& args) {
 
 constexpr int64_t tile = 64;
 
-// A square of 16 x 16 elements goes through `square`: every cache line of x is read at once and every line of y written at once,
-// because with strides of a power of two the lines of a whole tile fall into the same few cache sets.
+// Squares of 16 x 16 elements are copied through `square`, so that every cache line of x is read only once and every line of y written only once. With
+// strides of a power of two, the lines of a whole tile would map to the same few cache sets.
 constexpr int64_t micro = 16;
 
 #if defined(__AVX2__)

@@ -1,5 +1,5 @@
 // moe-isa: baseline avx2 avx512
-// Tokens copied into expert order, and the sum of their gradients.
+// Copies tokens into expert order; the backward pass sums the gradients of a token's copies.
 #include "moe.h"
 
 using namespace moe;

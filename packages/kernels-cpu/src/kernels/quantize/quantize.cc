@@ -1,4 +1,4 @@
-// Block-wise f8e4m3 with one f32 scale per block.
+// Block-wise quantization to f8e4m3 with one f32 scale per block.
 #include "convert.h"
 #include "moe.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr float largest_f8 = 448;
 
-// One block: `rows` x `columns` out of rows of `stride` elements.
+// Quantizes a block of `rows` x `columns`, whose rows are `stride` elements apart, and returns its scale.
 float quantize_block(const float* x, uint8_t* q, int64_t rows, int64_t columns, int64_t stride) {
   f32v top = zero();
   i32v nan = i32v{};

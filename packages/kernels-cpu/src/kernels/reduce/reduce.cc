@@ -1,7 +1,7 @@
-// Sums and maxima over the middle of [outer, count, inner]: (y [outer, inner], x, outer, count, inner).
+// Sums and maxima over the middle axis of [outer, count, inner]: (y [outer, inner], x, outer, count, inner).
 //
-// The order of additions follows from the sizes alone: rows are cut into blocks, a block is summed in vector lanes, and block
-// results are combined in order. It bounds the rounding error as well.
+// The order of additions depends on the sizes only: rows are split into blocks, a block is summed in vector lanes, and block results are combined in order.
+// Summing in blocks also limits the rounding error.
 #include "moe.h"
 
 using namespace moe;
@@ -74,7 +74,7 @@ constexpr int64_t column_rows = 256;
 constexpr int strip_vectors = 4;
 constexpr int64_t strip = strip_vectors * lanes;
 
-// acc[v] over `rows` rows of a strip of `width` columns.
+// Reduces `rows` rows of a strip of `width` columns to acc[v].
 template <class Op>
 void reduce_strip(f32v* acc, const float* x, int64_t rows, int64_t stride, int64_t width) {
   for (int v = 0; v < strip_vectors; v++) acc[v] = splat(Op::start());
@@ -129,7 +129,7 @@ void reduce_columns(float* y, const float* x, int64_t outer, int64_t n, int64_t 
     });
     return;
   }
-  // Few columns and many rows: the chunks are the tasks.
+  // With few columns and many rows, each chunk of rows is a task.
   const int64_t per = strips * strip;
   Scratch memory(static_cast<size_t>(outer * chunks * per) * sizeof(float));
   float* parts = memory.as<float>();

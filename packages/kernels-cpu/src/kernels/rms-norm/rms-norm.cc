@@ -37,7 +37,7 @@ MOE_KERNEL(moe_rms_norm_bwd_f32) {
   const float* rstd = args.ptr<const float>();
   const float* dy = args.ptr<const float>();
   const int64_t rows = args.size(), n = args.size();
-  // dweight is summed per chunk of rows, then over the chunks in order: the same bits for every number of threads.
+  // dweight is summed per chunk of rows, then over the chunks in order, so that its bits do not depend on the number of threads.
   const Chunks chunks(rows, std::max<int64_t>(8, 16384 / std::max<int64_t>(1, n)), 16);
   const int64_t stride = static_cast<int64_t>(round_up(static_cast<size_t>(n), 64));
   Scratch scratch(static_cast<size_t>(chunks.count * stride) * 4);

@@ -5,9 +5,9 @@ using namespace moe;
 
 namespace {
 
-constexpr int64_t piece = 256;  // rotated features whose tables are spread at a time
+constexpr int64_t piece = 256;  // rotated features whose cosines and sines are expanded at a time
 
-// Neighbours change places.
+// Swaps the two lanes of each pair of neighbours.
 MOE_INLINE f32v swap_pairs(f32v x) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_permute_ps((__m512)x, 0xb1);
@@ -27,7 +27,7 @@ MOE_INLINE f32v swap_pairs(f32v x) {
 struct Rope {
   float* y;
   const float *x, *cos, *sin, *plain;
-  int64_t B, T, H, D, F, P, half;  // features of a head: of x, in front of the turned ones, of plain
+  int64_t B, T, H, D, F, P, half;  // D, F, P: features per head of x, of the output before the rotated ones, and of plain
   bool per_batch, interleaved;
   float sign;  // of sin
 

@@ -1,4 +1,4 @@
-// The choice of experts and its gradient.
+// Selects the experts of each token; and the gradient of their weights.
 #include "../softmax/row-sums.h"
 #include "largest.h"
 
@@ -6,7 +6,7 @@ using namespace moe;
 
 namespace {
 
-// The two largest of n >= 1 keys; the second is `excluded` when there is one only.
+// Finds the two largest of n >= 1 keys; the second is `excluded` if there is only one.
 MOE_INLINE void two_largest(const int32_t* keys, int64_t n, int32_t& first, int32_t& second) {
   if (n <= 8) {
     first = keys[0];
@@ -47,7 +47,8 @@ struct Router {
   }
   int64_t padded(int64_t n) const { return static_cast<int64_t>(round_up(static_cast<size_t>(n), 16)); }
 
-  // Rank of a group: by the sum of its two best, or by its best, where NaN among them ranks it last (as a maximum would be NaN).
+  // The key by which a group is ranked: the sum of its two largest biased scores, or its largest one. In the latter case any NaN ranks it last, as the
+  // maximum would be NaN.
   int32_t group_key(const int32_t* keys, const float* choice, int64_t n) const {
     int32_t first, second;
     two_largest(keys, n, first, second);
@@ -74,7 +75,7 @@ struct Router {
     if (top_groups < groups) {
       const int64_t size = E / groups;
       for (int64_t g = 0; g < groups; g++) group_keys[g] = group_key(keys + g * size, choice + g * size, size);
-      // Kept groups get the largest key; nothing else can have it, as that would be a NaN.
+      // Mark selected groups with the largest key. No other group can have it, because as a float it is a NaN.
       constexpr int32_t kept = std::numeric_limits<int32_t>::max();
       int64_t chosen[64];
       if (top_groups <= 64) {

@@ -1,12 +1,12 @@
-// Rows by index: gather, scatter-add, replace. An index outside the range reads zeros or writes nothing.
+// Gather, scatter-add and replace rows by index. An index that is out of range reads zeros or writes nothing.
 #include "moe.h"
 
 using namespace moe;
 
 namespace {
 
-// Cuts the work on an [rows, width] result by columns where rows are wide, otherwise by rows; body(first_row, end_row, first_column, end_column).
-// The order in which a row is written is up to the body, so the cut does not show in the result.
+// Divides the work on a [rows, width] result by columns if rows are wide, otherwise by rows. Calls body(first_row, end_row, first_column, end_column).
+// The body alone determines the order in which a row is written, so the result does not depend on the division.
 template <class F>
 void by_destination(int64_t rows, int64_t width, int64_t work, F&& body) {
   constexpr int64_t least_work = 32768;
@@ -68,7 +68,7 @@ void take(Args& args) {
   });
 }
 
-// Into x itself: (x [rows, width], index [n], source [n, width], n, rows, width). The last of equal indices wins.
+// In place: (x [rows, width], index [n], source [n, width], n, rows, width). The last of equal indices wins.
 template <class T>
 void set(Args& args) {
   T* x = args.ptr<T>();

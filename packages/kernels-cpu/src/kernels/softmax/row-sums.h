@@ -5,7 +5,7 @@
 
 namespace moe {
 
-// Sum of term(i, count) over vectors of 0 .. n; lanes at or after `count` must be zero.
+// Sums term(i, count) over the vectors of 0 .. n. Lanes from `count` on must be zero.
 template <class F>
 __attribute__((always_inline)) inline float row_sum(int64_t n, F&& term) {
   f32v a = zero(), b = zero(), c = zero(), d = zero();
@@ -21,7 +21,7 @@ __attribute__((always_inline)) inline float row_sum(int64_t n, F&& term) {
   return sum((a + b) + (c + d));
 }
 
-// NaN may or may not be ignored; -Infinity of nothing.
+// The largest element; -Infinity if n is 0. NaN may or may not be ignored.
 MOE_INLINE float row_max(int64_t n, const float* x) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   f32v a = splat(lowest), b = a;
@@ -34,7 +34,7 @@ MOE_INLINE float row_max(int64_t n, const float* x) {
   return max(fast_max(a, b));
 }
 
-// y = softmax(x); y may be x. Zeros for a row of only -Infinity, NaN everywhere when there is one or +Infinity.
+// y = softmax(x); y may be x. All zeros if all of x is -Infinity; all NaN if x contains NaN or +Infinity.
 MOE_INLINE void row_softmax(int64_t n, const float* x, float* y) {
   const float top = row_max(n, x);
   const f32v shift = splat(top == -std::numeric_limits<float>::infinity() ? 0 : top);

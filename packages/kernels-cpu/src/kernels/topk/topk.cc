@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t most_selected = 4 * lanes * lanes, most_inserted = 128;
 
-// Of rows that stay in L1, the largest is looked for k times: few vectors are sooner gone through than a branch is foretold wrong.
+// For rows that stay in L1: searches for the largest k times. Scanning a few vectors is faster than a mispredicted branch.
 void by_selection(int32_t* best, const float* x, int64_t n, int64_t k) {
   alignas(64) int32_t keys[most_selected];
   const int64_t whole = n / lanes * lanes, padded = whole < n ? whole + lanes : whole;
@@ -23,7 +23,7 @@ void by_selection(int32_t* best, const float* x, int64_t n, int64_t k) {
 
 float without_nan(float x) { return x != x ? lowest : x; }
 
-// Keeps the best so far sorted; elements that are no better are passed over a vector at a time.
+// Keeps the largest elements so far sorted; elements that are not larger are skipped a vector at a time.
 void by_insertion(int32_t* best, const float* x, int64_t n, int64_t k) {
   float keys[most_inserted];
   int64_t filled = 0;

@@ -1,11 +1,11 @@
-// One argument, elementwise.
+// Elementwise operations on one operand.
 #include "moe.h"
 
 using namespace moe;
 
 namespace {
 
-// About 10 us of work for the cheap ones.
+// About 10 us of work for the cheap operations.
 constexpr int64_t grain = 16384;
 
 template <class F>
@@ -43,7 +43,7 @@ f32v sign(f32v x) {
 
 }  // namespace
 
-// All of these: (y, x, n).
+// Arguments of all kernels: (y, x, n).
 MOE_KERNEL(moe_neg_f32) { each_f32(args, grain, [](f32v x) { return -x; }); }
 MOE_KERNEL(moe_abs_f32) { each_f32(args, grain, [](f32v x) { return abs(x); }); }
 MOE_KERNEL(moe_sign_f32) { each_f32(args, grain, [](f32v x) { return sign(x); }); }

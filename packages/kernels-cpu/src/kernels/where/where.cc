@@ -1,4 +1,4 @@
-// Choice between two tensors of 4-byte elements by a third, with broadcasting: (y, condition, a, b, nest of all three).
+// Selects elements of two tensors of 4-byte elements by a condition, with broadcasting: (y, condition, a, b, nest of all three).
 #include "broadcast.h"
 #include "moe.h"
 
