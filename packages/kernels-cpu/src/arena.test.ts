@@ -63,7 +63,7 @@ describe('arena', () => {
     expect(system.bytes).toBe(0)
   })
 
-  test('freed neighbours are merged and reused for other sizes', () => {
+  test('adjacent freed ranges are merged and reused for other sizes', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const small = Array.from({ length: 60 }, () => arena.take(MiB))
@@ -76,7 +76,7 @@ describe('arena', () => {
     expect(system.bytes).toBe(64 * MiB)
   })
 
-  test('the smallest range that is large enough is taken', () => {
+  test('takes the smallest free range that is large enough', () => {
     const arena = new Arena(new FakeSystem())
     const [large, , small] = [8, 1, 2, 1].map(size => arena.take(size * MiB))
     arena.give(large, 8 * MiB, true)

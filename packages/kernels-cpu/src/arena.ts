@@ -25,7 +25,7 @@ interface Segment {
 
 /** Ranges start at multiples of this. */
 const granule = 4096
-const [leastSegment, mostSegment] = [64 * 2 ** 20, 2 ** 30]
+const [minSegment, maxSegment] = [64 * 2 ** 20, 2 ** 30]
 
 const roundUp = (bytes: number) => Math.ceil(bytes / granule) * granule
 
@@ -125,7 +125,7 @@ export class Arena {
   /** Adds a segment as large as all others together, within limits, or as large as needed. */
   #grow(size: number): Segment | undefined {
     const total = this.#segments.reduce((sum, { start, end }) => sum + end - start, 0)
-    const wanted = Math.max(size, Math.min(mostSegment, Math.max(leastSegment, total)))
+    const wanted = Math.max(size, Math.min(maxSegment, Math.max(minSegment, total)))
     for (const bytes of wanted > size ? [wanted, size] : [size]) {
       const start = this.#system.allocate(bytes)
       if (start === 0) continue

@@ -77,7 +77,7 @@ export function capture<T>(
   const state = options.state ?? []
   const before = state.map(tensor => tensor.handle as CpuBuffer)
   const copy = native.kernel('moe_copy')
-  const giveUp = () => {
+  const releaseAll = () => {
     for (const buffer of buffers) if (buffer.refs > 0) memory.release(buffer)
     recording.arrays.length = 0
     memory.dissolve(pool)
@@ -88,7 +88,7 @@ export function capture<T>(
   try {
     result = memory.within(pool, () => {
       // No kernel has run, so without the copies the state has its old contents.
-      const putBack = (copies: boolean) => {
+      const restoreState = (copies: boolean) => {
         state.forEach((tensor, i) => {
           const now = tensor.handle as CpuBuffer | null
           if (now === before[i]) return
@@ -105,15 +105,15 @@ export function capture<T>(
         const value = fn()
         if (value instanceof Promise) throw asynchronous()
         memory.begin()
-        putBack(true)
+        restoreState(true)
         return value
       } catch (cause) {
-        putBack(false)
+        restoreState(false)
         throw cause
       }
     })
   } catch (cause) {
-    giveUp()
+    releaseAll()
     throw cause
   } finally {
     setRecording(null)
@@ -151,20 +151,20 @@ export function capture<T>(
     replay(updates) {
       if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph has been disposed' })
       if (updates !== undefined) update(updates)
-      if (profiling.on) return replaySlowly(library, calls, starts, slotsAddress)
+      if (profiling.on) return replayProfiled(library, calls, starts, slotsAddress)
       const status = library.replay(library.address(pairs.buffer), calls.length)
       if (status !== 0) throw failure(library, calls[(status >> 2) - 1].name, status & 3)
     },
     dispose() {
       if (!alive) return
       alive = false
-      giveUp()
+      releaseAll()
     },
   }
 }
 
 /** Replays call by call to time each one. */
-function replaySlowly(library: NativeLibrary, calls: readonly Call[], starts: Uint32Array, slots: number): void {
+function replayProfiled(library: NativeLibrary, calls: readonly Call[], starts: Uint32Array, slots: number): void {
   calls.forEach(({ name, entry }, i) => {
     const counter = counterOf(name)
     const started = performance.now()

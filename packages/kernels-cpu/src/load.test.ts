@@ -57,7 +57,7 @@ describe('finding the library', () => {
     expect(error?.message).toContain('failed to load')
   })
 
-  test('a folder with the library of one instruction set, as built for one machine', async () => {
+  test('loads from a folder with only one instruction set, as built for one machine', async () => {
     const { isa } = await createBackend()
     if (isa === 'baseline') return
     const build = join(import.meta.dirname, '..', 'build', platformName(process.platform, process.arch))
@@ -88,7 +88,7 @@ describe('finding the library', () => {
   })
 })
 
-test('several JavaScript threads compute at once and agree', async () => {
+test('several JavaScript threads get equal results at the same time', async () => {
   const source = `
     const { parentPort } = require('node:worker_threads')
     import(${JSON.stringify(new URL('./index.ts', import.meta.url).href)}).then(async ({ createBackend }) => {
@@ -117,7 +117,7 @@ test('several JavaScript threads compute at once and agree', async () => {
   expect(results[0].some(x => x !== 0)).toBe(true)
 })
 
-test('profile counts calls and time per op', async () => {
+test('the profile contains calls and time per op', async () => {
   const backend = await createBackend()
   const spec = { shape: [4], dtype: 'f32' as const }
   const x = { handle: backend.upload(new Float32Array(4), [4], 'f32'), ...spec }

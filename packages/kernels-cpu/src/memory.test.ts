@@ -34,7 +34,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('blocks of every size keep what is written to them, whatever is allocated and freed beside them', async () => {
+  test('blocks of every size keep their contents while others are allocated and freed', async () => {
     const backend = await createBackend()
     const random = new Random(5)
     const living: { buffer: CpuBuffer; mark: number }[] = []
@@ -65,7 +65,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('every size fits its class', async () => {
+  test('a size class is large enough for every size in it', async () => {
     const backend = await testBackend({ guarded: false })
     for (const size of [
       0,
@@ -109,7 +109,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('an impossible size is an error, not a crash', async () => {
+  test('a size that cannot be allocated is an error, not a crash', async () => {
     const backend = await createBackend()
     expect(codeOf(() => backend.primitives.fill([], { value: 0 }, [f32(2 ** 50)]))).toBe('E_OUT_OF_MEMORY')
     expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0 })
@@ -124,7 +124,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('a donated tensor is changed in place only while nobody shares it', async () => {
+  test('a donated tensor is changed in place only while it has no other owner', async () => {
     const backend = await createBackend()
     const x: Value = { handle: backend.upload(Float32Array.of(1, 2, 3), [3], 'f32'), ...f32(3) }
     const index: Value = { handle: backend.upload(Int32Array.of(1), [1], 'i32'), shape: [1], dtype: 'i32' }
@@ -143,7 +143,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('guards notice a write beside a buffer, and outputs start as NaN', async () => {
+  test('guards detect writes outside a buffer, and outputs start as NaN', async () => {
     const backend = await testBackend()
     backend.checkGuards()
     const short = backend.upload(new Float32Array(9), [9], 'f32')
@@ -156,7 +156,7 @@ describe('memory', () => {
     expect(() => backend.checkGuards()).toThrow('wrote after a buffer of 36 bytes')
   })
 
-  test('a disposed backend refuses work', async () => {
+  test('a disposed backend throws', async () => {
     const backend = await createBackend()
     backend.upload(new Float32Array(4), [4], 'f32')
     backend.dispose()

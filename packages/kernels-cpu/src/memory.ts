@@ -48,8 +48,8 @@ export interface MemoryStats {
   readonly cachedBytes: number
 }
 
-/** The cache may grow to this many bytes, or to the peak of live memory if that is larger. */
-const leastCache = 256 * 2 ** 20
+/** The cache may always grow to this many bytes, and up to the peak of live memory if that is larger. */
+const minCacheBytes = 256 * 2 ** 20
 /** Buffers of at least this many bytes are placed in arenas; and the number of size classes for smaller ones. */
 const [large, classes] = [2 ** 20, 57]
 const guardBytes = 64
@@ -65,15 +65,15 @@ export class Memory {
   readonly #shared: Pool
   readonly #live: CpuBuffer[] = []
   readonly #pools = new Set<Pool>()
-  /** Buffers of other pools that were freed during `within`. */
-  readonly #held: CpuBuffer[] = []
+  /** Buffers of other pools that were freed during `within` and are recycled when it ends. */
+  readonly #deferred: CpuBuffer[] = []
   #pool: Pool
   #handles = 0
   #bytes = 0
   #peakBytes = 0
   #cachedBytes = 0
   /** Buffers allocated by the current op, to be released if it fails. */
-  readonly #fresh: CpuBuffer[] = []
+  readonly #allocatedByOp: CpuBuffer[] = []
   #disposed = false
 
   constructor(library: NativeLibrary, options: MemoryOptions = {}) {
@@ -100,7 +100,7 @@ export class Memory {
       roundedWanted: false,
     }
     this.#live.push(buffer)
-    this.#fresh.push(buffer)
+    this.#allocatedByOp.push(buffer)
     this.#handles++
     this.#bytes += bytes
     if (this.#bytes > this.#peakBytes) this.#peakBytes = this.#bytes
@@ -128,12 +128,12 @@ export class Memory {
   share(buffer: CpuBuffer): CpuBuffer {
     buffer.refs++
     this.#handles++
-    this.#fresh.push(buffer)
+    this.#allocatedByOp.push(buffer)
     return buffer
   }
 
   /** Whether a live graph may write to the buffer when it is replayed. */
-  isOfGraph({ pool }: CpuBuffer): boolean {
+  belongsToGraph({ pool }: CpuBuffer): boolean {
     return pool !== this.#shared && !pool.dissolved
   }
 
@@ -155,8 +155,8 @@ export class Memory {
       last.slot = buffer.slot
     }
     this.#bytes -= buffer.bytes
-    if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#held.push(buffer)
-    else this.#giveBack(buffer)
+    if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#deferred.push(buffer)
+    else this.#recycle(buffer)
   }
 
   /**
@@ -170,16 +170,16 @@ export class Memory {
       return fn()
     } finally {
       this.#pool = this.#shared
-      for (const buffer of this.#held) this.#giveBack(buffer)
-      this.#held.length = 0
+      for (const buffer of this.#deferred) this.#recycle(buffer)
+      this.#deferred.length = 0
     }
   }
 
   /** Adds an owner to a buffer that may have been freed during `within`. */
   revive(buffer: CpuBuffer): CpuBuffer {
-    const at = this.#held.indexOf(buffer)
+    const at = this.#deferred.indexOf(buffer)
     if (at < 0) return this.share(buffer)
-    this.#held.splice(at, 1)
+    this.#deferred.splice(at, 1)
     buffer.refs = 1
     buffer.slot = this.#live.length
     this.#live.push(buffer)
@@ -194,18 +194,18 @@ export class Memory {
     pool.dissolved = true
     for (const [index, list] of pool.free.entries()) this.#shared.free[index].push(...list.splice(0))
     this.#shared.large.absorb(pool.large)
-    for (const buffer of pool.dead.splice(0)) this.#giveBack(buffer)
+    for (const buffer of pool.dead.splice(0)) this.#recycle(buffer)
   }
 
   /** Starts an op: later allocations belong to it. */
   begin(): void {
-    this.#fresh.length = 0
+    this.#allocatedByOp.length = 0
   }
 
   /** Releases the outputs of an op that failed. */
   rollBack(): void {
-    for (const buffer of this.#fresh) if (buffer.refs > 0) this.release(buffer)
-    this.#fresh.length = 0
+    for (const buffer of this.#allocatedByOp) if (buffer.refs > 0) this.release(buffer)
+    this.#allocatedByOp.length = 0
   }
 
   stats(): MemoryStats {
@@ -230,7 +230,7 @@ export class Memory {
     for (const buffer of this.#live) {
       buffer.refs = 0
       buffer.rounded = null // In the list of live buffers itself.
-      this.#giveBack(buffer)
+      this.#recycle(buffer)
     }
     this.#live.length = 0
     this.trim()
@@ -269,7 +269,7 @@ export class Memory {
     return pointer
   }
 
-  #giveBack(buffer: CpuBuffer): void {
+  #recycle(buffer: CpuBuffer): void {
     if (buffer.rounded !== null) {
       this.#handles++
       this.release(buffer.rounded)
@@ -286,7 +286,7 @@ export class Memory {
       return
     }
     const keeps = (size: number) =>
-      pool !== this.#shared || this.#cachedBytes + size <= Math.max(leastCache, this.#peakBytes)
+      pool !== this.#shared || this.#cachedBytes + size <= Math.max(minCacheBytes, this.#peakBytes)
     if (buffer.bytes >= large) {
       const kept = pool.large.keptBytes
       pool.large.give(buffer.pointer, buffer.bytes, keeps(buffer.bytes))

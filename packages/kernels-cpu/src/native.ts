@@ -45,7 +45,7 @@ export interface Native {
   round(rounded: number, buffer: CpuBuffer): void
   /** Updates the buffer's bf16 copy, if it has one. */
   roundAgain(buffer: CpuBuffer): void
-  /** A copy of the value's elements. */
+  /** A new buffer with a copy of the elements of the value. */
   copied(value: Value): CpuBuffer
   /** Releases an intermediate result. */
   release(buffer: CpuBuffer): void
@@ -100,7 +100,7 @@ export function createNative(
     const data = new BigInt64Array(new ArrayBuffer(512))
     return { data, address: library.address(data.buffer) }
   })
-  let integerTurn = 0
+  let integerIndex = 0
 
   function kernel(name: string, common?: number): NativeKernel {
     let entry: ((slots: number) => number) | undefined
@@ -140,7 +140,7 @@ export function createNative(
     withRounded(buffer, write) {
       // Not during a recording: the copy would be empty until the first replay, and products outside the graph would read it.
       const begins = buffer.rounded === null && buffer.roundedWanted
-      if (!begins || recording() !== null || memory.isOfGraph(buffer)) return write(buffer.rounded?.pointer ?? 0)
+      if (!begins || recording() !== null || memory.belongsToGraph(buffer)) return write(buffer.rounded?.pointer ?? 0)
       const fresh = memory.allocate(buffer.bytes / 2)
       write(fresh.pointer)
       memory.attachRounded(buffer, fresh)
@@ -167,7 +167,7 @@ export function createNative(
     integers(values) {
       const graph = recording()
       if (graph !== null) return graph.array(BigInt64Array.from(values, BigInt))
-      const { data, address } = integerRing[integerTurn++ % integerRing.length]
+      const { data, address } = integerRing[integerIndex++ % integerRing.length]
       for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i])
       return address
     },

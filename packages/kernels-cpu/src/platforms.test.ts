@@ -29,7 +29,7 @@ test('every platform has a package, which is an optional dependency of this one'
   expect(wanted).toEqual(Object.fromEntries(names.map(name => [`@moe/kernels-cpu-${name}`, 'workspace:*'])))
 })
 
-test.each(known)('%s is installed where it runs, with its libraries, in the same version', (name, platform) => {
+test.each(known)('the package for %s has the right os, cpu, libc, files and version', (name, platform) => {
   const { os, cpu, libc } = platform
   // The name under which it is looked up.
   expect(name).toBe(platformName(os, cpu, libc))
@@ -41,7 +41,7 @@ test.each(known)('%s is installed where it runs, with its libraries, in the same
   expect(manifest.files).toEqual([`*${extname(libraryName('', os))}`])
 })
 
-test('a platform has instruction sets of its architecture, lowest first', () => {
+test('instruction sets of a platform belong to its architecture and are sorted, lowest first', () => {
   for (const [, { cpu, isas }] of known) {
     const all = Object.keys(levels[cpu as keyof typeof levels])
     expect(isas ?? all).toEqual(all.filter(isa => isas?.includes(isa) ?? true))

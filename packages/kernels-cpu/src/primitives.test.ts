@@ -251,7 +251,7 @@ const calls: { readonly [op: string]: (random: Random) => Call } = {
 }
 
 describe.each(await availableIsas())('%s', isa => {
-  test.each(Object.keys(calls))('%s of random shapes', async name => {
+  test.each(Object.keys(calls))('%s matches the reference for random shapes', async name => {
     const [ours, reference] = [await testBackend({ isa, threads: 2 }), referenceBackend()]
     const random = new Random(17).fork(name)
     for (let i = 0; i < 150; i++) {
@@ -304,7 +304,7 @@ const large: readonly Call[] = (() => {
 })()
 
 test.each(large.map(call => [`${call.op} ${JSON.stringify(call.attrs)} of [${call.inputs[0].shape}]`, call] as const))(
-  '%s: 1, 2 and 5 threads give the same bits, near the reference',
+  '%s: results are bitwise equal with 1, 2 and 5 threads and match the reference',
   async (_, { op, inputs, attrs, outputs }) => {
     const results = []
     for (const threads of [1, 2, 5, 2]) {

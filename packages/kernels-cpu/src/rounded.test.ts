@@ -100,7 +100,7 @@ async function fresh(run: (weight: Value) => Value[], weight: Value) {
 }
 
 describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
-  test.each(Object.keys(products))('%s: the same bits, from the copy', async name => {
+  test.each(Object.keys(products))('%s reads the copy and gives the same bits as without it', async name => {
     const { weight: shape, run } = products[name]
     let weight = normal(...shape)
     expect(await bits(run(weight))).toEqual(await fresh(run, weight))
@@ -134,7 +134,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     return step(first)
   }
 
-  test('only weights that such products read have a copy', () => {
+  test('only weights read by bf16 products have a copy', () => {
     const before = backend.stats()
     const [read, unread] = [trained(), step(normal(...shape))]
     expect([read, unread].map(weight => bufferOf(weight).rounded !== null)).toEqual([true, false])
@@ -144,14 +144,14 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     expect(backend.stats()).toMatchObject({ handles: before.handles, bytes: before.bytes })
   })
 
-  test('write', async () => {
+  test('write updates the copy', async () => {
     const weight = trained()
     backend.write(weight, random.normal(48 * 40))
     await same(weight)
     free(weight)
   })
 
-  test('write creates a copy if products want one', async () => {
+  test('write creates a copy of a weight that bf16 products have read', async () => {
     // Like a weight that another rank trains.
     const [read, unread] = [normal(48, 40), normal(48, 40)]
     free(...run(read))
@@ -161,7 +161,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(read, unread)
   })
 
-  test.each([true, false])('rows that are replaced, donated %s', async donate => {
+  test.each([true, false])('setRows updates the copy, donated %s', async donate => {
     const weight = trained()
     const before = await bits(run(weight))
     const [row, index] = [normal(1, 40), upload(Int32Array.of(3), [1])]
@@ -171,7 +171,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(weight, next, row, index)
   })
 
-  test('a step while the weight has another owner', async () => {
+  test('an AdamW step on a shared weight leaves the other owner unchanged', async () => {
     const weight = trained()
     const [alias] = call(backend, 'reshape', [weight], {}, [[1920]])
     const before = await bits(run(weight))
@@ -182,7 +182,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(weight, alias, grad, m, v, scale, next, ...moments)
   })
 
-  test('a moment that was a weight', async () => {
+  test('an AdamW moment whose buffer has a copy updates it', async () => {
     const weights = [trained(), trained(), trained()]
     const [grad, scale] = [normal(...shape), upload(Float32Array.of(1), [])]
     const next = call(backend, 'adamwStep', [weights[0], grad, weights[1], weights[2], scale], adamw, [
@@ -196,20 +196,20 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
 
   // The ways in which a recorded step may update its weight in place.
   const updates: Record<string, (weight: Value, grad: Value) => Value> = {
-    'a step of AdamW': (weight, grad) => {
+    'an AdamW step': (weight, grad) => {
       const [m, v, scale] = [normal(...shape), normal(...shape), upload(Float32Array.of(1), [])]
       const [next, ...moments] = call(backend, 'adamwStep', [weight, grad, m, v, scale], adamw, [shape, shape, shape])
       free(m, v, scale, ...moments)
       return next
     },
-    'a step of AdamW while somebody else holds the weight': (weight, grad) => {
+    'an AdamW step on a shared weight': (weight, grad) => {
       const [alias] = call(backend, 'reshape', [weight], {}, [[1920]])
-      const next = updates['a step of AdamW'](weight, grad)
+      const next = updates['an AdamW step'](weight, grad)
       free(alias)
       return next
     },
     'a subtraction': (weight, grad) => call(backend, 'binary', [weight, grad], { code: 'sub' }, [shape])[0],
-    'rows that are replaced': (weight, grad) => {
+    setRows: (weight, grad) => {
       const index = upload(
         Int32Array.from({ length: 48 }, (_, i) => 47 - i),
         [48],
@@ -219,7 +219,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
       return next
     },
   }
-  test.each(Object.keys(updates))('recorded: %s', async name => {
+  test.each(Object.keys(updates))('%s in a captured graph keeps the copy up to date', async name => {
     const before = backend.stats().handles
     const [state, grad] = [{ ...trained() }, normal(...shape)]
     const pass = backend.capture(() => run(state))
@@ -246,13 +246,13 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     backend.checkGuards()
   })
 
-  test('a step that is recorded before products have a copy creates none', async () => {
+  test('an AdamW step captured before the weight has a copy creates none', async () => {
     const state = { ...normal(...shape) }
     free(...run(state))
     const grad = normal(...shape)
     const update = backend.capture(
       () => {
-        const next = updates['a step of AdamW'](state, grad)
+        const next = updates['an AdamW step'](state, grad)
         backend.free(state.handle)
         state.handle = next.handle
       },
@@ -265,7 +265,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(state, grad)
   })
 
-  test('a result of a graph, which the next replay overwrites, has none', async () => {
+  test('the result of a graph, which the next replay overwrites, gets no copy', async () => {
     const [x, y] = [normal(...shape), normal(...shape)]
     const graph = backend.capture(() => call(backend, 'binary', [x, y], { code: 'sub' }, [shape])[0])
     graph.replay()

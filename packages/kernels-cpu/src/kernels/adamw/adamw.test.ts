@@ -79,7 +79,7 @@ describe.each(await availableIsas())('%s', isa => {
     },
   )
 
-  test('an infinite moment stays one, and NaN stays NaN', async () => {
+  test('an infinite moment stays infinite, and NaN stays NaN', async () => {
     const backend = await testBackend({ isa, threads: 1 })
     const value = (data: number[], dtype: 'f32' | 'bf16', shape = [data.length]): Value => {
       return { handle: backend.upload(encodeHost(dtype, data), shape, dtype), shape, dtype }
@@ -95,7 +95,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('a tensor with another owner is not changed', async () => {
+test('does not change tensors that have another owner', async () => {
   const backend = await testBackend()
   const shape = [2]
   const make = (...data: number[]): Value => {

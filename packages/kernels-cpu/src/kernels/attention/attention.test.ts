@@ -84,7 +84,7 @@ describe.each(await availableIsas())('%s', isa => {
     }
   })
 
-  test('the same bits with one and two threads, and twice', async () => {
+  test('results are bitwise equal in every run and with one and two threads', async () => {
     for (const precision of ['f32', 'bf16'] as const) {
       for (const c of [cases[0], cases[1], cases[8], cases[9], ...cases.slice(-2)]) {
         const { got } = await run(c, precision, { isa, threads: 1 })
@@ -94,7 +94,7 @@ describe.each(await availableIsas())('%s', isa => {
     }
   })
 
-  test('nothing to do', async () => {
+  test('handles empty batches, queries and keys', async () => {
     for (const c of [
       { ...cases[0], B: 0 },
       { ...cases[0], T: 0, S: 0 },
@@ -107,7 +107,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('large scores neither overflow nor lose their order, NaN stays in its row', async () => {
+test('large scores do not overflow, and NaN only affects its own row', async () => {
   const backend = await testBackend()
   const spec = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32' })
   const k = { data: [1000, 999, -1000, 0], shape: [1, 4, 1, 1] }

@@ -68,7 +68,7 @@ function exactLse(row: Float32Array): number {
 }
 
 describe.each(await availableIsas())('cross-entropy on %s', isa => {
-  test('loss, log-sum-exp and gradient', async () => {
+  test('loss, log-sum-exp and gradient are correct', async () => {
     for (const c of cases) {
       const { logits, targets, dloss } = data(c)
       const { loss, lse } = await forward(c, logits, targets, { isa })
@@ -99,7 +99,7 @@ describe.each(await availableIsas())('cross-entropy on %s', isa => {
     expect([...lse]).toEqual([5, Number.NEGATIVE_INFINITY])
   })
 
-  test('NaN stays in its row', async () => {
+  test('NaN only affects its own row', async () => {
     const c = { rows: 3, classes: 40, scale: 1 }
     const logits = new Float32Array(120).fill(0.5)
     logits[77] = Number.NaN
@@ -107,7 +107,7 @@ describe.each(await availableIsas())('cross-entropy on %s', isa => {
     expect([...loss].map(Number.isNaN)).toEqual([false, true, false])
   })
 
-  test('threads do not change bits', async () => {
+  test('results are bitwise equal with any number of threads', async () => {
     const c = { rows: 400, classes: 333, scale: 2 }
     const { logits, targets, dloss } = data(c)
     const one = await forward(c, logits, targets, { isa, threads: 1 })

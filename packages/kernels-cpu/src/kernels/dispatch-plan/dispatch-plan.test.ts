@@ -33,7 +33,7 @@ test.each([
   }
 })
 
-test('an expert that does not exist is an error, and nothing leaks', async () => {
+test('an expert out of range is an error and leaks no memory', async () => {
   const backend = await testBackend()
   const outputs = [2, 2, 4, 3].map(n => ({ shape: [n], dtype: 'i32' as const }))
   for (const bad of [3, -1]) {

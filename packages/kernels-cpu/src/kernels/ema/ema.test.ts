@@ -33,7 +33,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('a tensor with another owner is not changed', async () => {
+test('does not change a tensor that has another owner', async () => {
   const backend = await testBackend()
   const make = (...data: number[]): Value => {
     return { handle: backend.upload(Float32Array.from(data), [2], 'f32'), shape: [2], dtype: 'f32' }

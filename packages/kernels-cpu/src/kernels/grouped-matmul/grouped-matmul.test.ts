@@ -74,33 +74,36 @@ async function weightGrad(
 }
 
 describe.each(await availableIsas())('grouped matmul on %s', isa => {
-  test.each(precisions)('rows of each expert, zeros behind the last, in %s', async precision => {
-    for (const g of cases) {
-      const { x, weight } = data(g)
-      for (const transposeW of [true, false]) {
-        const [a, w] = [small(x), small(weight)]
-        const expected = new Float32Array(g.rows * g.n)
-        for (let e = 0; e + 1 < g.offsets.length; e++) {
-          for (let i = g.offsets[e]; i < g.offsets[e + 1]; i++) {
-            for (let j = 0; j < g.n; j++) {
-              let sum = 0
-              for (let t = 0; t < g.k; t++) {
-                sum += a[i * g.k + t] * w[e * g.n * g.k + (transposeW ? j * g.k + t : t * g.n + j)]
+  test.each(precisions)(
+    'multiplies the rows of each expert and clears those after the last expert, in %s',
+    async precision => {
+      for (const g of cases) {
+        const { x, weight } = data(g)
+        for (const transposeW of [true, false]) {
+          const [a, w] = [small(x), small(weight)]
+          const expected = new Float32Array(g.rows * g.n)
+          for (let e = 0; e + 1 < g.offsets.length; e++) {
+            for (let i = g.offsets[e]; i < g.offsets[e + 1]; i++) {
+              for (let j = 0; j < g.n; j++) {
+                let sum = 0
+                for (let t = 0; t < g.k; t++) {
+                  sum += a[i * g.k + t] * w[e * g.n * g.k + (transposeW ? j * g.k + t : t * g.n + j)]
+                }
+                expected[i * g.n + j] = sum
               }
-              expected[i * g.n + j] = sum
             }
           }
+          const y = await forward(g, a, w, transposeW, precision, { isa })
+          expect(
+            Float32Array.from(y, v => v + 0),
+            JSON.stringify(g),
+          ).toEqual(expected.map(v => v + 0))
         }
-        const y = await forward(g, a, w, transposeW, precision, { isa })
-        expect(
-          Float32Array.from(y, v => v + 0),
-          JSON.stringify(g),
-        ).toEqual(expected.map(v => v + 0))
       }
-    }
-  })
+    },
+  )
 
-  test.each(precisions)('weight gradient, zeros for an expert without rows, in %s', async precision => {
+  test.each(precisions)('weight gradients are correct, and zero for experts without rows, in %s', async precision => {
     for (const g of cases) {
       const { x, dy } = data(g)
       const [a, d] = [small(x), small(dy)]
@@ -120,28 +123,31 @@ describe.each(await availableIsas())('grouped matmul on %s', isa => {
     }
   })
 
-  test.each(precisions)('large weight gradients, which are written past the caches, in %s', async precision => {
-    // More than 2^22 elements. Rows of 1,296 are whole vectors with half a panel at the end; rows of 1,297 are not.
-    for (const k of [1296, 1297]) {
-      const g: Groups = { offsets: [0, 3, 3, 5], rows: 6, k, n: 1081 }
-      const { x, dy } = data(g)
-      const [a, d] = [small(x), small(dy)]
-      const dweight = await weightGrad(g, a, d, precision, { isa })
-      let wrong = 0
-      for (let e = 0; e < 3; e++) {
-        for (let j = 0; j < g.n; j++) {
-          for (let t = 0; t < k; t++) {
-            let sum = 0
-            for (let i = g.offsets[e]; i < g.offsets[e + 1]; i++) sum += d[i * g.n + j] * a[i * k + t]
-            if (dweight[(e * g.n + j) * k + t] !== sum) wrong++
+  test.each(precisions)(
+    'large weight gradients, written with non-temporal stores, are correct in %s',
+    async precision => {
+      // More than 2^22 elements. Rows of 1,296 are whole vectors with half a panel at the end; rows of 1,297 are not.
+      for (const k of [1296, 1297]) {
+        const g: Groups = { offsets: [0, 3, 3, 5], rows: 6, k, n: 1081 }
+        const { x, dy } = data(g)
+        const [a, d] = [small(x), small(dy)]
+        const dweight = await weightGrad(g, a, d, precision, { isa })
+        let wrong = 0
+        for (let e = 0; e < 3; e++) {
+          for (let j = 0; j < g.n; j++) {
+            for (let t = 0; t < k; t++) {
+              let sum = 0
+              for (let i = g.offsets[e]; i < g.offsets[e + 1]; i++) sum += d[i * g.n + j] * a[i * k + t]
+              if (dweight[(e * g.n + j) * k + t] !== sum) wrong++
+            }
           }
         }
+        expect(wrong, `rows of ${k}`).toBe(0)
       }
-      expect(wrong, `rows of ${k}`).toBe(0)
-    }
-  })
+    },
+  )
 
-  test.each(precisions)('the same bits in every run and with 1, 2 and 3 threads in %s', async precision => {
+  test.each(precisions)('results are bitwise equal in every run and with 1, 2 and 3 threads in %s', async precision => {
     const ragged: readonly Groups[] = [
       { offsets: [0, 900, 905, 1000], rows: 1000, k: 200, n: 160 },
       { offsets: Array.from({ length: 41 }, (_, e) => e * 17), rows: 700, k: 96, n: 128 },
@@ -158,7 +164,7 @@ describe.each(await availableIsas())('grouped matmul on %s', isa => {
   })
 })
 
-test('an expert gives the same result as on its own', async () => {
+test('an expert gives the same result with and without the other experts', async () => {
   const g = { offsets: [0, 33, 60, 61], rows: 61, k: 70, n: 50 }
   const { x, weight } = data(g)
   const y = await forward(g, x, weight, true, 'bf16', {})
@@ -171,7 +177,7 @@ test('an expert gives the same result as on its own', async () => {
   }
 })
 
-test('gradients that exceed the caches, with and without whole vectors', async () => {
+test('gradients larger than the caches are correct, with and without whole vectors', async () => {
   for (const k of [512, 520]) {
     const experts = 17
     const offsets = Array.from({ length: experts + 1 }, (_, e) => Math.max(0, e * 3 - 3))

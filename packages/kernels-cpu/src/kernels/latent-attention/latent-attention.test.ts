@@ -80,7 +80,7 @@ describe.each(await availableIsas())('%s', isa => {
     }
   })
 
-  test('the same bits with one and two threads', async () => {
+  test('results are bitwise equal with one and two threads', async () => {
     for (const c of cases) {
       for (const dtype of ['f32', 'bf16'] as const) {
         const { got } = await run(c, 'bf16', { isa, threads: 1 }, dtype)
@@ -130,8 +130,8 @@ function pagedRows({ B, C, page, lengths }: PagedCase, random: Random) {
   return { pages, cache, plain, count, numbers }
 }
 
-describe.each(await availableIsas())('%s, in pages', isa => {
-  test.each(pagedCases)('$B x $T x $H, $C in pages of $page: the bits of the same rows without pages', async c => {
+describe.each(await availableIsas())('paged cache on %s', isa => {
+  test.each(pagedCases)('$B x $T x $H, $C in pages of $page: bitwise equal to a contiguous cache', async c => {
     const { B, T, H, C, valueDim, page, lengths } = c
     const random = new Random(4)
     const { pages, cache, plain, count, numbers } = pagedRows(c, random)
@@ -161,7 +161,7 @@ describe.each(await availableIsas())('%s, in pages', isa => {
   })
 })
 
-test('a recorded graph follows pages and lengths that are overwritten', async () => {
+test('a captured graph uses the pages and lengths written before its replay', async () => {
   const backend = await testBackend()
   const random = new Random(5)
   const q = fromHost(random.normal(2 * 4 * 48), [2, 1, 4, 48], 'f32', backend)

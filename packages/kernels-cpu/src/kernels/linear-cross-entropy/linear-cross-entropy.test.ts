@@ -108,7 +108,7 @@ function distance(x: ArrayLike<number>, y: ArrayLike<number>): number {
 }
 
 describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
-  test.each(precisions)('loss, log-sum-exp and both gradients in %s', async precision => {
+  test.each(precisions)('loss, log-sum-exp and both gradients are correct in %s', async precision => {
     for (const c of cases) {
       const d = data(c)
       const got = await run(c, d, precision, { isa })
@@ -127,7 +127,7 @@ describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
     }
   })
 
-  test.each(precisions)('threads and repetition do not change bits in %s', async precision => {
+  test.each(precisions)('results are bitwise equal in every run and with 1, 2 and 3 threads in %s', async precision => {
     const c = { rows: 500, classes: 1500, dim: 48, skip: 9 }
     const d = data(c)
     const one = await run(c, d, precision, { isa, threads: 1 })
@@ -135,7 +135,7 @@ describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
   })
 })
 
-test('many rows and many classes go through several blocks of dlogits', async () => {
+test('many rows and classes use several blocks of dlogits', async () => {
   // More than 4096 counted rows and more than 512 classes.
   const c = { rows: 4500, classes: 1100, dim: 8, skip: 0 }
   const d = data(c)

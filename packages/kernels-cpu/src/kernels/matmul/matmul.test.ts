@@ -95,7 +95,7 @@ const sizes = [
 ]
 
 describe.each(await availableIsas())('matmul on %s', isa => {
-  test.each(precisions)('values in %s', async precision => {
+  test.each(precisions)('matches exact products in %s', async precision => {
     for (const [index, [m, n, k]] of sizes.entries()) {
       for (const transposeA of flags) {
         for (const transposeB of flags) {
@@ -108,7 +108,7 @@ describe.each(await availableIsas())('matmul on %s', isa => {
     }
   })
 
-  test.each(precisions)('batches in %s', async precision => {
+  test.each(precisions)('batched products match exact ones in %s', async precision => {
     for (const [batch, m, n, k] of [
       [3, 5, 7, 9],
       [2, 70, 33, 34],
@@ -125,7 +125,7 @@ describe.each(await availableIsas())('matmul on %s', isa => {
     }
   })
 
-  test.each(precisions)('the same bits in every run and with 1, 2 and 3 threads in %s', async precision => {
+  test.each(precisions)('results are bitwise equal in every run and with 1, 2 and 3 threads in %s', async precision => {
     for (const [m, n, k] of [
       [300, 700, 500],
       [33, 2000, 900],
@@ -141,7 +141,7 @@ describe.each(await availableIsas())('matmul on %s', isa => {
     }
   })
 
-  test.each(precisions)('sizes of zero in %s', async precision => {
+  test.each(precisions)('handles sizes of zero in %s', async precision => {
     const p = { m: 3, n: 4, k: 5, transposeA: false, transposeB: true, precision }
     expect([...(await multiply({ ...p, k: 0 }, [], [], { isa })).c]).toEqual(Array(12).fill(0))
     expect((await multiply({ ...p, m: 0 }, [], Array(20).fill(1), { isa })).c.length).toBe(0)
@@ -149,7 +149,7 @@ describe.each(await availableIsas())('matmul on %s', isa => {
     expect((await multiply({ ...p, batch: 0 }, [], [], { isa })).c.length).toBe(0)
   })
 
-  test.each(precisions)('NaN and infinity stay in their rows and columns in %s', async precision => {
+  test.each(precisions)('NaN and infinity only affect their own rows and columns in %s', async precision => {
     const p = { m: 20, n: 35, k: 40, transposeA: false, transposeB: true, precision }
     const a = new Float32Array(p.m * p.k).fill(1)
     const b = new Float32Array(p.n * p.k).fill(1)

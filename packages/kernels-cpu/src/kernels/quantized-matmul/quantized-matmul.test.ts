@@ -100,7 +100,7 @@ async function product(
   return y
 }
 
-describe.each(await availableIsas())('stored weights on %s', isa => {
+describe.each(await availableIsas())('x W^T with quantized weights on %s', isa => {
   test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
     for (const size of sizes) {
       const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
@@ -119,7 +119,7 @@ describe.each(await availableIsas())('stored weights on %s', isa => {
   })
 })
 
-describe.each(await availableIsas())('stored weights as they lie, on %s', isa => {
+describe.each(await availableIsas())('x W with quantized weights on %s', isa => {
   test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
     for (const size of sizes) {
       const x = Float32Array.from(new Random(size.n).normal(size.rows * size.n))
@@ -136,27 +136,30 @@ describe.each(await availableIsas())('stored weights as they lie, on %s', isa =>
   })
 })
 
-describe.each(await availableIsas())('x in whole numbers on %s', isa => {
+describe.each(await availableIsas())('x quantized to integers on %s', isa => {
   const size: Size = { offsets: [0, 3], rows: 3, n: 5, k: 256, block: [1, 128] }
 
   describe.each(['f32', 'bf16'] as const)('precision %s', precision => {
     const rounding = precision === 'f32' ? 2 ** -22 : 2 ** -16
 
-    test.each(['int8', 'int4'] as const)('%s: NaN, infinities and tiny numbers stay in their row', async format => {
-      const weight = stored(format, size)
-      const x = Float32Array.from(new Random(1).normal(size.rows * size.k))
-      x[200] = Number.NaN
-      x[size.k + 3] = Number.POSITIVE_INFINITY
-      for (let i = 0; i < 128; i++) x[2 * size.k + i] *= 1e-20
-      const y = await product(format, size, x, weight, { isa }, precision)
-      expect([...y.subarray(0, 2 * size.n)].some(Number.isFinite)).toBe(false)
-      const exact = expected(size, x, weight.value)
-      for (let i = 2 * size.n; i < y.length; i++) {
-        expect(Math.abs(y[i] - exact.y[i])).toBeLessThan(rounding * exact.reach[i])
-      }
-      const zeros = await product(format, size, new Float32Array(x.length), weight, { isa }, precision)
-      expect([...zeros].every(value => value === 0)).toBe(true)
-    })
+    test.each(['int8', 'int4'] as const)(
+      '%s: NaN, infinities and tiny numbers only affect their own row',
+      async format => {
+        const weight = stored(format, size)
+        const x = Float32Array.from(new Random(1).normal(size.rows * size.k))
+        x[200] = Number.NaN
+        x[size.k + 3] = Number.POSITIVE_INFINITY
+        for (let i = 0; i < 128; i++) x[2 * size.k + i] *= 1e-20
+        const y = await product(format, size, x, weight, { isa }, precision)
+        expect([...y.subarray(0, 2 * size.n)].some(Number.isFinite)).toBe(false)
+        const exact = expected(size, x, weight.value)
+        for (let i = 2 * size.n; i < y.length; i++) {
+          expect(Math.abs(y[i] - exact.y[i])).toBeLessThan(rounding * exact.reach[i])
+        }
+        const zeros = await product(format, size, new Float32Array(x.length), weight, { isa }, precision)
+        expect([...zeros].every(value => value === 0)).toBe(true)
+      },
+    )
   })
 
   test('each block of x has its own scale, so small blocks are as accurate as large ones', async () => {

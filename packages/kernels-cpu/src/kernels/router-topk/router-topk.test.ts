@@ -119,7 +119,7 @@ describe.each(await availableIsas())('%s', isa => {
     }
   })
 
-  test('ties go to the lowest index, zeros of both signs are equal', async () => {
+  test('ties go to the lowest index, and -0 equals 0', async () => {
     const c = { N: 1, E: 40, topK: 40 }
     const [, indices] = await route(c, new Float32Array(40), new Float32Array(40), { isa })
     expect([...indices]).toEqual([...Array(40).keys()])
@@ -127,7 +127,7 @@ describe.each(await availableIsas())('%s', isa => {
     expect((await route(c, new Float32Array(40), bias, { isa }))[1]).toEqual(indices)
   })
 
-  test('experts outside the kept groups are never chosen, whatever the signs', async () => {
+  test('experts outside the selected groups are never chosen, whatever the signs of scores', async () => {
     const c = { N: 1, E: 8, topK: 4, groups: 4, topGroups: 2 }
     const logits = new Float32Array(8)
     const bias = Float32Array.of(-9, -9, -3, -3, -5, -5, -2, -7)
@@ -137,7 +137,7 @@ describe.each(await availableIsas())('%s', isa => {
     expect([...indices]).toEqual([4, 3, 2, 5])
   })
 
-  test('NaN is chosen last and reaches only its own token', async () => {
+  test('NaN is chosen last and only affects its own token', async () => {
     const c = { N: 2, E: 6, topK: 6, normalize: false, scale: 1 }
     const logits = Float32Array.of(1, Number.NaN, 3, 2, Number.NaN, 0, 0, 1, 2, 3, 4, 5)
     const [weights, indices] = await route(c, logits, new Float32Array(6), { isa })

@@ -59,7 +59,7 @@ describe.each(await availableIsas())('%s', isa => {
     expect(bits[1]).toEqual(bits[0])
   })
 
-  test('infinities and NaN', async () => {
+  test('handles infinities and NaN', async () => {
     const backend = await testBackend({ isa })
     const rows = [
       [low, low, low, low, low],
