@@ -55,7 +55,7 @@ inline void transpose(__m512i (&r)[16]) {
 
 inline __mmask16 first(std::ptrdiff_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 
-/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16, rounded to nearest even if necessary; zeros past `left`. */
+/** Loads 16 panel elements of a row, from `p` on: 16 floats, or 16 pairs of bf16, rounded to nearest even if necessary; zeros past `left`. */
 template <bool kBf16, bool kMasked>
 inline __m512i load_row(const float* p, std::ptrdiff_t left) {
 #if defined(__AVX512BF16__)
@@ -77,7 +77,7 @@ inline __m512i load_row(const Bf16* p, std::ptrdiff_t left) {
 }
 #endif
 
-/** The cache lines of the `elements` elements from `p` on. */
+/** Prefetches the cache lines of the `elements` elements from `p` on. */
 template <class T>
 inline void ask_for(const T* p, int elements) {
   for (int i = 0; i < elements; i += int(64 / sizeof(T))) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
@@ -317,7 +317,7 @@ std::enable_if_t<!kBf16> pack_straight(const float* src, std::ptrdiff_t stride, 
 }
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-/** Four elements from `a` on and four from `b` on in bf16; zeros if fewer than four of them exist. */
+/** Loads four elements from `a` on and four from `b` on, rounded to bf16. Only the first `of_a` and `of_b` exist; the others are zero. */
 inline f32v load_two(const float* a, const float* b, std::ptrdiff_t of_a = lanes, std::ptrdiff_t of_b = lanes) {
   return pair_neighbours(load_first(first(of_a), a), load_first(first(of_b), b));
 }

@@ -4,7 +4,7 @@
 // columns of B into panels (which stay in L2), then A a few panels at a time, and a microkernel keeps a kMr x kNr block of C in registers
 // over the whole pass. Packing transposes, pads and rounds to bf16. It costs 2 to 8% of the time at the shapes of experts, which is why
 // tiles pack for themselves instead of waiting for each other. The microkernels prefetch what comes next: the rest of B, the next pass
-// or the next tile, because with many small experts the time is that of reading memory.
+// or the next tile, because products with many small experts are limited by memory bandwidth.
 // The layout follows BLIS (Van Zee and van de Geijn 2015).
 #include "gemm.h"
 
@@ -68,7 +68,7 @@ struct Region {
   Region(const T* begin, const T* end) : from(reinterpret_cast<const char*>(begin)), to(reinterpret_cast<const char*>(end)) {}
 };
 
-// B as it is read: in f32, or in bf16 if there is a bf16 copy and products are in bf16.
+// The operand that is read as B: f32, or the bf16 copy if there is one and products are in bf16.
 template <class T>
 Operand<T> b_of(const Gemm& g);
 template <>
@@ -80,7 +80,7 @@ Operand<Bf16> b_of(const Gemm& g) {
   return {g.rounded_b, g.b.lane_stride, g.b.k_stride};
 }
 
-// The memory that a pass reads of an operand, lanes `lanes0` .. `lanes1` of `all`, if it is contiguous.
+// The memory that a pass reads of lanes `lanes0` .. `lanes1` of an operand with `all` lanes, if it is contiguous.
 template <class T>
 Region region_of(const Operand<T>& operand, int64_t lanes0, int64_t lanes1, int64_t all, int64_t k, const Passes& passes, int64_t pass) {
   if (pass >= passes.count) return {};
@@ -187,7 +187,7 @@ void pack_columns(const Operand<T>& b, int64_t n0, int64_t columns, int64_t k0, 
     pack<kBf16, kNr>(b, n0, column_panels(columns, j, depth), k0, kc, to + j * depth);
 }
 
-// C with few rows: every piece of k as dot products.
+// Computes a tile with few rows of C by dot products, one piece of k after another.
 template <bool kBf16, class T>
 void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   for (int64_t k0 = 0; k0 < g.k; k0 += kDotLength) {
@@ -218,7 +218,7 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
     const int64_t depth = depth_of(kc, kBf16);
-    // Prefetched meanwhile: the rest of B if it is packed panel by panel, then the operands of the next pass or tile.
+    // Prefetched during this pass: the rest of B if it is packed panel by panel, then the operands of the next pass or tile.
     Ahead ahead;
     const Region own = region_of_b(g, t, passes, pass, kBf16);
     const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
@@ -316,7 +316,7 @@ void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double
     const int64_t most_down = std::min<int64_t>(wanted, ceil_div(panels, 4)), most_across = std::min(wanted, ceil_div(blocks, 2));
     for (int64_t i = 1; i <= most_down; ++i) {
       const int64_t j = std::max(least_across, std::min(most_across, ceil_div(wanted, i)));
-      // The thread with the most work: whole tiles, of whole panels.
+      // The work of the busiest thread, counted in whole tiles of whole panels.
       const double rows = double(ceil_div(panels, i) * kMr), columns = double(ceil_div(blocks, j) * kNr);
       const double turns = double(ceil_div(i * j, ways));
       const double cost = turns * (rows * columns + kPackCost[bf16] * (rows + columns));
