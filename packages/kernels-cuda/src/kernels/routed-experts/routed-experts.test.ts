@@ -370,7 +370,9 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     const backend = await testBackend({ wgmma, guarded: false, memoryLimit: 120_000 })
     const parameters = parametersOf(numbers, backend)
     const before = backend.stats().handles
-    expect(() => scope(() => forward(numbers, { backend, precision }, parameters))).toThrow(/routedExperts: cannot allocate/)
+    expect(() => scope(() => forward(numbers, { backend, precision }, parameters))).toThrow(
+      /routedExperts: cannot allocate/,
+    )
     expect(backend.stats().handles).toBe(before)
     backend.dispose()
   })
