@@ -8,7 +8,14 @@ function packageProjects(): TestProjectConfiguration[] {
     .filter(name => existsSync(`packages/${name}/src`))
     .map(name => ({
       extends: true as const,
-      test: { name, root: `packages/${name}`, include: ['src/**/*.test.ts', 'scripts/**/*.test.ts'] },
+      test: {
+        name,
+        root: `packages/${name}`,
+        include: ['src/**/*.test.ts', 'scripts/**/*.test.ts'],
+        setupFiles: existsSync(`packages/${name}/node_modules/fast-check`)
+          ? [`${import.meta.dirname}/scripts/test-properties.ts`]
+          : [],
+      },
     }))
 }
 

@@ -196,20 +196,19 @@ describe('moments in bf16', () => {
     return { m, v }
   }
 
-  // A moment rests where what a step moves it by is less than half of its last bit: 2^-8 of it over what a step takes.
+  // A moment stays where the change of a step is less than half of its last bit: at an error of 2^-8 / (1 - beta).
   test('converge to a constant within the precision of bf16, from above and below', async () => {
     const rates = fc.double({ min: 0.5, max: 1 - 2 ** -6, noNaN: true })
-    const sizes = fc.double({ min: -12, max: 12, noNaN: true }).map(power => 2 ** power)
+    const sizes = fc.double({ min: -6, max: 6, noNaN: true }).map(power => 2 ** power)
     await fc.assert(
       fc.asyncProperty(sizes, sizes, rates, rates, async (before, size, beta1, beta2) => {
-        const steady = (gradient: number) => new Array<number>(600).fill(gradient)
-        const { m, v } = await momentsAfter([...steady(before).slice(500), ...steady(size)], [beta1, beta2])
-        // What is left of the gradients before, 600 steps later at the slowest rate, is below 1e-4 of them.
-        const left = (beta: number, times: number) => beta ** 600 * times + 2 ** -8 / (1 - beta)
-        expect(Math.abs(m - size) / Math.min(m, size)).toBeLessThanOrEqual(left(beta1, before / size) * 1.01)
-        expect(Math.abs(v - size ** 2) / Math.min(v, size ** 2)).toBeLessThanOrEqual(
-          left(beta2, (before / size) ** 2) * 1.01,
-        )
+        // At the slowest rate a step takes at least 3/4 of 2^-6, the rest is lost by rounding: in 2300 steps a moment that
+        // starts at 2^24 times its limit comes within e^-10 of it.
+        const gradients = [...new Array<number>(100).fill(before), ...new Array<number>(2300).fill(size)]
+        const { m, v } = await momentsAfter(gradients, [beta1, beta2])
+        const bound = (beta: number) => Math.exp(-10) + 2 ** -8 / (1 - beta)
+        expect(Math.abs(m - size) / Math.min(m, size)).toBeLessThanOrEqual(bound(beta1))
+        expect(Math.abs(v - size ** 2) / Math.min(v, size ** 2)).toBeLessThanOrEqual(bound(beta2))
       }),
       { numRuns: 20 },
     )
