@@ -33,7 +33,7 @@ const packages = [
   'trainer',
   'parallel',
 ]
-/** CPU libraries that are not packed: machines with such a card have at least AVX2, which replaces AVX-512 without bf16. */
+/** CPU libraries that are not packed: machines with such a card have at least AVX2, which replaces AVX-512 without VNNI. */
 const unusedLibrary = process.arch === 'x64' ? /-(baseline|avx512)\.so$/ : /(?!)/
 /** Packages whose tests are run there (run.mjs). */
 const tested = ['kernels-cuda', 'attention-mla', 'router', 'mtp', 'deepseek']

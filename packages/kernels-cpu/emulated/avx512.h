@@ -1,7 +1,7 @@
 // The AVX-512 instructions that our kernels use, computed with AVX2, so that their AVX-512 paths run on machines without it.
 //
-// The emulated build (scripts/build-native.mjs --emulated) includes this file in front of every source of the levels avx512 and
-// avx512bf16 and compiles with the flags of avx2. GCC's own headers come first; then every intrinsic that kernels call is redirected to
+// The emulated build (scripts/build-native.mjs --emulated) includes this file in front of every source of the levels avx512,
+// avx512vnni and avx512bf16 and compiles with the flags of avx2. GCC's own headers come first; then every intrinsic that kernels call is redirected to
 // a function here, and the macros that kernels test are defined. Using an intrinsic that is missing here is a compile error, because GCC
 // refuses to inline its own into code for AVX2. Semantics are those of the Intel SDM, volume 2, bit for bit except for the payloads of NaN. If an
 // instruction requires aligned memory, unaligned memory traps. Lanes that an instruction leaves undefined are filled with NaN.
@@ -23,8 +23,10 @@
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
-#if defined(MOE_ISA_AVX512BF16)
+#if defined(MOE_ISA_AVX512VNNI) || defined(MOE_ISA_AVX512BF16)
 #define __AVX512VNNI__ 1
+#endif
+#if defined(MOE_ISA_AVX512BF16)
 #define __AVX512BF16__ 1
 #endif
 

@@ -14,6 +14,7 @@
 // than one for all, because the linker would merge inline functions of different variants.
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
+import { cpus } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { levels, libraryName, platforms } from '../src/platforms.mjs'
@@ -159,15 +160,17 @@ function platformNamed(name) {
   process.exit(2)
 }
 
-/** The highest instruction set that this machine supports, as moe_cpu_isa() determines it; the lowest if the system does not report features. */
+/** The fastest instruction set of this machine, as moe_fastest_isa() determines it; the lowest if the system does not report features. */
 function ofThisMachine(ladder) {
   const features = featuresOfThisMachine()
   const has = (...names) => names.every(name => features.has(name))
+  const avx512 = has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl')
   const runs = {
     baseline: true,
     avx2: has('avx2', 'fma', 'bmi2'),
-    avx512: has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl'),
-    avx512bf16: has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'avx512_vnni'),
+    avx512,
+    avx512vnni: avx512 && has('avx512_vnni'),
+    avx512bf16: avx512 && has('avx512_vnni', 'avx512_bf16') && !cpus()[0]?.model.startsWith('Intel'),
     dotprod: has('asimddp'),
     bf16: has('asimddp', 'bf16', 'i8mm'),
   }

@@ -57,7 +57,7 @@ function parseArguments(args) {
     )
     process.exit(2)
   }
-  return { ...parsed, levels: parsed.levels ?? (parsed.emulated ? ['avx512', 'avx512bf16'] : ['']) }
+  return { ...parsed, levels: parsed.levels ?? (parsed.emulated ? ['avx512', 'avx512vnni', 'avx512bf16'] : ['']) }
 }
 
 /** The sanitizers' libraries must be loaded first, because Node is not linked against them. */

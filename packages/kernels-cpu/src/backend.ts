@@ -23,7 +23,7 @@ import { counterOf, profiling } from './profile.ts'
 export interface CpuOptions {
   /** Number of threads that kernels use, including the calling thread. Default: MOE_NUM_THREADS, or the CPUs available to this process. */
   readonly threads?: number
-  /** Highest instruction set to use. Default: MOE_CPU_ISA, or the best that the CPU supports. */
+  /** Highest instruction set to use. Default: MOE_CPU_ISA, or the fastest that the CPU supports. */
   readonly isa?: Isa
   /** Maximum total size of all tensors in bytes; an op that would exceed it throws E_OUT_OF_MEMORY. Default: no limit. */
   readonly memoryLimit?: number
@@ -110,13 +110,15 @@ const isaLabels: Readonly<Record<Isa, string>> = {
   baseline: process.arch === 'arm64' ? 'NEON' : 'SSE2',
   avx2: 'AVX2',
   avx512: 'AVX-512',
+  avx512vnni: 'AVX-512 VNNI',
   avx512bf16: 'AVX-512 BF16',
   dotprod: 'NEON DotProd',
   bf16: 'NEON BF16',
 }
 
-function chosenIsa({ isa }: CpuOptions): Isa {
-  const named = isa ?? (process.env['MOE_CPU_ISA'] || isas[isas.length - 1])
+function chosenIsa({ isa }: CpuOptions): Isa | undefined {
+  const named = isa ?? (process.env['MOE_CPU_ISA'] || undefined)
+  if (named === undefined) return undefined
   if ((isas as readonly string[]).includes(named)) return named as Isa
   throw invalid(isa === undefined ? 'MOE_CPU_ISA' : 'isa', named, isas.join(', '))
 }

@@ -6,6 +6,7 @@ import { firstAvailable, isMoeError, type MoeError } from '@moe/core'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend, profile, startProfile, stopProfile } from './index.ts'
 import { libraryName, platformName } from './platforms.mjs'
+import { highestIsa } from './test-backend.ts'
 
 const variables = ['MOE_CPU_LIBRARY', 'MOE_CPU_ISA', 'MOE_NUM_THREADS'] as const
 const saved = new Map(variables.map(name => [name, process.env[name]]))
@@ -86,6 +87,13 @@ describe('finding the library', () => {
     process.env['MOE_NUM_THREADS'] = '0'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
   })
+})
+
+test('Intel CPUs multiply in f32 by default, because their bf16 vector instructions are slower', async () => {
+  const [fastest, highest] = [await createBackend(), await createBackend({ isa: await highestIsa() })]
+  const slow = highest.isa === 'avx512bf16' && fastest.device.includes('Intel')
+  expect([fastest.isa, fastest.bf16Matmul]).toEqual(slow ? ['avx512vnni', false] : [highest.isa, highest.bf16Matmul])
+  for (const backend of [fastest, highest]) backend.dispose()
 })
 
 test('several JavaScript threads get equal results at the same time', async () => {

@@ -8,13 +8,13 @@ import { familySync } from 'detect-libc'
 import { levels, libraryName, platformName } from './platforms.mjs'
 
 /** An instruction set. `baseline` is SSE2 on x86-64 and NEON on arm64; `avx*` are x86-64, `dotprod` and `bf16` arm64. Each has its own library. */
-export type Isa = 'baseline' | 'avx2' | 'avx512' | 'avx512bf16' | 'dotprod' | 'bf16'
+export type Isa = 'baseline' | 'avx2' | 'avx512' | 'avx512vnni' | 'avx512bf16' | 'dotprod' | 'bf16'
 /** The instruction sets of this machine's architecture, lowest first. */
 export const isas = Object.keys(levels[process.arch as keyof typeof levels] ?? { baseline: {} }) as readonly Isa[]
 /** Instruction sets with bf16 matrix products. */
 export const bf16Isas: ReadonlySet<Isa> = new Set(['avx512bf16', 'bf16'])
 
-const abiVersion = 4
+const abiVersion = 5
 
 /** The C functions of native/abi.h, with addresses and sizes as numbers. */
 export interface NativeLibrary {
@@ -42,22 +42,22 @@ export interface NativeLibrary {
 
 /**
  * Loads the native library.
- * @param most highest instruction set to use; lower ones are used if the CPU does not support it
+ * @param most highest instruction set to use; lower ones are used if the CPU does not support it. Default: the fastest one of this CPU
  * @throws MoeError E_NO_BACKEND if there is no library for this machine, listing the places that were tried
  */
-export async function loadLibrary(most: Isa): Promise<NativeLibrary> {
+export async function loadLibrary(most?: Isa): Promise<NativeLibrary> {
   const koffi = await importKoffi()
   const folder = findFolder()
   const present = isas.filter(isa => existsSync(join(folder, fileName(isa))))
   // The lowest one reports what the CPU supports. If it is the only one, it was built for this machine.
   const probe = open(koffi, folder, present[0])
-  const limit = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most))
+  const limit = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most ?? probe.fastestIsa))
   const best = present.findLast(isa => isas.indexOf(isa) <= limit)
   if (best === undefined) {
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
-      problem: `${folder} has no library for ${most} or a lower instruction set`,
+      problem: `${folder} has no library for ${most ?? probe.fastestIsa} or a lower instruction set`,
       fix: 'build all libraries with `node scripts/build-native.mjs`',
     })
   }
@@ -119,7 +119,11 @@ function fromPackage(): string {
   }
 }
 
-function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonly isaOfCpu: Isa } {
+function open(
+  koffi: Koffi,
+  folder: string,
+  isa: Isa,
+): NativeLibrary & { readonly isaOfCpu: Isa; readonly fastestIsa: Isa } {
   const path = join(folder, fileName(isa))
   let library: ReturnType<Koffi['load']>
   try {
@@ -146,6 +150,7 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
     isa,
     path,
     isaOfCpu: library.func('const char* moe_cpu_isa()')() as Isa,
+    fastestIsa: library.func('const char* moe_fastest_isa()')() as Isa,
     defaultThreads: library.func('int moe_default_threads()')() as number,
     entry(name) {
       try {

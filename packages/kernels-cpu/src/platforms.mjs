@@ -15,6 +15,10 @@ export const levels = {
       flags: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512'],
       zig: 'skylake_avx512-prefer_256_bit',
     },
+    avx512vnni: {
+      flags: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512', '-mavx512vnni'],
+      zig: 'skylake_avx512+avx512vnni-prefer_256_bit',
+    },
     avx512bf16: {
       flags: [
         '-march=skylake-avx512',

@@ -3,9 +3,9 @@ import { type OpAttrs, type OpName, Random, type Shape, type Value } from '@moe/
 import { describe, expect, test } from 'vitest'
 import type { CpuBackend } from './backend.ts'
 import type { CpuBuffer } from './memory.ts'
-import { testBackend } from './test-backend.ts'
+import { highestIsa, testBackend } from './test-backend.ts'
 
-const backend = await testBackend()
+const backend = await testBackend({ isa: await highestIsa() })
 const random = new Random(5)
 const adamw = { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 }
 

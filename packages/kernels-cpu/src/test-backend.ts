@@ -10,10 +10,14 @@ export function testBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   return createBackend({ guarded: true, ...options })
 }
 
+/** The highest instruction set that this machine supports and MOE_CPU_ISA allows. It need not be the fastest, which is the default. */
+export async function highestIsa(): Promise<Isa> {
+  return (await createBackend(process.env['MOE_CPU_ISA'] ? {} : { isa: isas.at(-1) })).isa
+}
+
 /** Every instruction set that this machine supports and MOE_CPU_ISA allows, lowest first. */
 export async function availableIsas(): Promise<Isa[]> {
-  const best = (await createBackend()).isa
-  return isas.slice(0, isas.indexOf(best) + 1)
+  return isas.slice(0, isas.indexOf(await highestIsa()) + 1)
 }
 
 /** Runs an op on host arrays and checks the guards. */

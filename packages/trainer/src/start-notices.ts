@@ -46,7 +46,7 @@ function unsupportedPrecision(backend: Backend, precision: Precision): string | 
     precision === 'fp8' && !backend.fp8Matmul
       ? 'does not support fp8'
       : precision === 'bf16' && !backend.bf16Matmul
-        ? 'has no bf16 arithmetic on this machine'
+        ? 'has no bf16 arithmetic that is faster than f32 on this machine'
         : undefined
   if (unsupported === undefined) return undefined
   const used = precision === 'fp8' && backend.bf16Matmul ? 'bf16' : 'f32'

@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16 dotprod bf16
+// moe-isa: baseline avx2 avx512 avx512vnni avx512bf16 dotprod bf16
 // Matrix products y = x W^T with weights stored in bf16, fp8, int8 or int4; one weight, or one per expert. A few rows of x use dot products: see dots.h. With
 // more rows, tiles of the weight are decoded to f32 and multiplied by the ordinary matrix product, which can also read bf16 weights as they are stored.
 #include <vector>
