@@ -268,12 +268,12 @@ async function routed(): Promise<void> {
   const saved = [0, 1].map(() => bf16Matrix([rows, inner]))
   const results = [f32([tokens, d]), ...saved.map(({ shape, dtype }) => ({ shape, dtype }))]
   const flops = 6 * rows * d * inner
-  const wanted = shapes.map(() => true)
+  const needs = shapes.map(() => true)
   for (const precision of ['bf16', 'fp8'] as const) {
     const forward = await time(() => runOp('routedExperts', inputs, { precision, saves: true }, results))
     report(`routed experts ${precision}: 64 x 768 forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
     const back = await time(() =>
-      runOp('routedExpertsBackward', [...inputs, ...saved, dout], { precision, wanted }, shapes.map(f32)),
+      runOp('routedExpertsBackward', [...inputs, ...saved, dout], { precision, needs }, shapes.map(f32)),
     )
     report(`routed experts ${precision}: 64 x 768 backward`, (2 * flops) / back / 1e9, 'TFLOP/s', matmulPeak)
   }

@@ -58,7 +58,7 @@ class GatedBlock extends Module {
 }
 
 const random = new Random(1)
-const block = new GatedBlock({ random, deviation: 0.1 })
+const block = new GatedBlock({ random, std: 0.1 })
 const [batch, time] = [2, 24]
 const x = randn([batch, time, config.hidden_size], random)
 

@@ -71,7 +71,7 @@ class PlainTransformer extends Module {
 
   constructor(depth: number) {
     super()
-    const init: InitOptions = { random: new Random(1), deviation: 0.05 }
+    const init: InitOptions = { random: new Random(1), std: 0.05 }
     this.embedding = new Embedding(vocabulary, hidden, forkInit(init, 'embedding'))
     this.positions = new Embedding(time, hidden, forkInit(init, 'positions'))
     this.blocks = [0, 1].map(i => new PlainBlock(forkInit(init, `blocks.${i}`)))

@@ -25,7 +25,7 @@ const layer = () =>
       num_experts_per_tok: 2,
       n_shared_experts: 1,
     },
-    { random: new Random(1), deviation: 0.3 },
+    { random: new Random(1), std: 0.3 },
   )
 
 // Tokens come from 40 topics with frequencies 1 / (k + 1), so a few directions of the hidden space dominate.

@@ -54,7 +54,7 @@ const handlers = {
     } else if (event.type === 'step') step(event)
     else if (event.type === 'loads') drawLoads(experts, event.layers)
     else if (event.type === 'evaluation') chart.addHeldOut(event.step, event.loss)
-    else if (event.type === 'measuring') say(`evaluating on held-out text, ${Math.floor(100 * event.done)} %`)
+    else if (event.type === 'evaluating') say(`evaluating on held-out text, ${Math.floor(100 * event.done)} %`)
     else if (event.type === 'checkpoint') kept = { ...kept, step: event.step }
   },
   trained({ interrupted, bitsPerByte }) {

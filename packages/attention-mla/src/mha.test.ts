@@ -11,7 +11,7 @@ test('query heads share the keys and values of their group', async () => {
   const random = new Random(2)
   const layer = new MultiHeadAttention(
     { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups, head_dim: features },
-    { random, deviation: 0.4 },
+    { random, std: 0.4 },
   )
   const x = randn([1, time, hidden], random)
   const out = await layer.forward(x).values()

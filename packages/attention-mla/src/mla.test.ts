@@ -167,7 +167,7 @@ describe('decoding over the latent cache', () => {
         test(`equals the full forward at every position: ${label}`, async () => {
           const config = { ...base, q_lora_rank, rope_scaling }
           const random = new Random(4)
-          const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+          const mla = new MultiHeadLatentAttention(config, { random, std: 0.3 })
           const x = randn([2, 11, 24], random)
           const whole = await mla.forward(x).values()
           // A small capacity, so that the cache has to grow.
@@ -201,7 +201,7 @@ describe('decoding over the latent cache', () => {
 
   test('a bf16 cache stores the rows of an f32 cache rounded, and both forms read them alike', async () => {
     const random = new Random(9)
-    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
+    const mla = new MultiHeadLatentAttention(base, { random, std: 0.3 })
     const x = randn([2, 9, 24], random)
     const whole = await mla.forward(x).values()
     const decode = async (dtype: CacheDType, absorbUpTo: number) => {
@@ -230,7 +230,7 @@ describe('decoding over the latent cache', () => {
 
   test('a batch may contain sequences of different lengths', async () => {
     const random = new Random(5)
-    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
+    const mla = new MultiHeadLatentAttention(base, { random, std: 0.3 })
     const a = randn([1, 6, 24], random)
     const b = randn([1, 3, 24], random)
     const lone = async (x: Tensor) => (await mla.forward(x).values()).slice(-24)
@@ -261,7 +261,7 @@ describe('decoding over the latent cache', () => {
 
   test('absorbed weights follow a change of kv_b_proj', async () => {
     const random = new Random(6)
-    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3, rotary: new RotaryEmbedding(base) })
+    const mla = new MultiHeadLatentAttention(base, { random, std: 0.3, rotary: new RotaryEmbedding(base) })
     const x = randn([1, 2, 24], random)
     const run = async () => {
       const cache = new LatentCache(base, { layers: 1 })

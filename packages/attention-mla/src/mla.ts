@@ -10,6 +10,7 @@ import {
   checkOptions,
   checkShared,
   denseWeight,
+  disposeAfterUse,
   forkInit,
   fromHost,
   type InitOptions,
@@ -30,7 +31,6 @@ import {
   rope,
   scope,
   type Tensor,
-  usedUp,
   weightVersion,
   withKept,
   withRecomputed,
@@ -174,7 +174,7 @@ export class MultiHeadLatentAttention extends Module {
           const flat = this.#queries(queryInput)
           const q = this.#rotate(flat, tables)
           // No gradient rule reads it, nor `kv` below.
-          usedUp(flat)
+          disposeAfterUse(flat)
           return [q, ...this.#keyValue(this.#latent(keyInput), this.#rotate(this.#ropeKey(keyInput), tables))]
         },
         (q, k, v) => this.#attend(q, k, v, { starts }),
@@ -235,7 +235,7 @@ export class MultiHeadLatentAttention extends Module {
     const [batch, keys] = latent_BSC.shape
     const kv = this.kv_b_proj.forward(latent_BSC).reshape([batch, keys, heads, nope + value])
     const { k, v } = mlaKeyValue(kv, ropeKey_BS1R, nope)
-    if (v !== kv) usedUp(kv)
+    if (v !== kv) disposeAfterUse(kv)
     return [k, v]
   }
 

@@ -177,10 +177,10 @@ describe('a matrix product', () => {
 /** Classifies tokens by the sum of two: an embedding that is looked up twice, a hidden layer, cross-entropy, AdamW. */
 async function train(on: Backend, steps: number): Promise<number[]> {
   const random = new Random(5)
-  const embedding = new Embedding(8, 12, { random, deviation: 0.4, backend: on })
+  const embedding = new Embedding(8, 12, { random, std: 0.4, backend: on })
   const layers = [
-    new Linear(24, 32, { random, deviation: 0.4, backend: on }),
-    new Linear(32, 8, { random, deviation: 0.4, backend: on }),
+    new Linear(24, 32, { random, std: 0.4, backend: on }),
+    new Linear(32, 8, { random, std: 0.4, backend: on }),
   ]
   const parameters: Parameter[] = [embedding.weight, layers[0].weight, layers[1].weight]
   const pairs = Array.from({ length: 64 }, (_, i) => [i >> 3, i & 7])

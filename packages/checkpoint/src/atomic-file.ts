@@ -4,7 +4,7 @@ import { randomBytes } from 'node:crypto'
 import { type FileHandle, open, rm } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { fileError } from './checkpoint-error.ts'
-import { renamePatiently } from './rename-patiently.ts'
+import { renameWithRetry } from './rename-with-retry.ts'
 
 /** Appends bytes to the file that is being written. */
 export type Append = (bytes: Uint8Array) => Promise<void>
@@ -29,7 +29,7 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
       await handle.sync()
       await handle.close()
       handle = undefined
-      await renamePatiently(temporary, path)
+      await renameWithRetry(temporary, path)
     } catch (cause) {
       throw writeError(path, cause)
     }

@@ -61,7 +61,7 @@ describe('convertCheckpoint', () => {
     const folder = await temporaryFolder()
     const elements = 2 ** 19
     const keys = Array.from({ length: 9 }, (_, i) => `layers.${i}.weight`)
-    const onDisk = async () => {
+    const isDiskPath = async () => {
       const files = await readdir(folder, { recursive: true, withFileTypes: true })
       const sizes = files.filter(file => file.isFile()).map(file => stat(join(file.parentPath, file.name)))
       return (await Promise.all(sizes)).reduce((sum, { size }) => sum + size, 0)
@@ -79,7 +79,7 @@ describe('convertCheckpoint', () => {
       async read(key) {
         reading++
         // Of bf16 tensors before this one, what is not written yet.
-        waiting.push(keys.indexOf(key) * elements * 2 - (await onDisk()))
+        waiting.push(keys.indexOf(key) * elements * 2 - (await isDiskPath()))
         const data = new Float32Array(elements).fill(keys.indexOf(key))
         expect(reading--).toBe(1)
         return { dtype: 'f32', shape: [elements], data }

@@ -48,8 +48,8 @@ export interface WritableFile {
 }
 
 /** @internal */
-export const isDirectoryHandle = (place: unknown): place is DirectoryHandle =>
-  typeof place === 'object' && place !== null && 'getFileHandle' in place
+export const isDirectoryHandle = (location: unknown): location is DirectoryHandle =>
+  typeof location === 'object' && location !== null && 'getFileHandle' in location
 
 const shownName = (handle: DirectoryHandle) => handle.name || "the origin's private storage"
 const pathIn = (handle: DirectoryHandle) => (name: string) => (handle.name ? `${handle.name}/${name}` : name)

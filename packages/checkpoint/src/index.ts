@@ -23,10 +23,10 @@ export {
   type WriteGgufOptions,
   writeGguf,
 } from './gguf/write-gguf.ts'
+export { type CheckpointLocation, isDiskPath, openFolder } from './locations.ts'
 export type { NamedBlob, SlicedBytes } from './named-blobs.ts'
 export { type OpenOptions, openCheckpoint, openInFolder } from './open-checkpoint.ts'
 export { pathOf } from './path-of.ts'
-export { type CheckpointPlace, onDisk, openFolder } from './places.ts'
 export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 export {
   type ReadOptions,
@@ -38,10 +38,10 @@ export {
   type TensorInfo,
   type TensorSource,
 } from './read-safetensors.ts'
-export { patiently, renamePatiently } from './rename-patiently.ts'
+export { renameWithRetry, retryWhileBusy } from './rename-with-retry.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'
-export { type FolderPlace, folderIn, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
+export { type FolderLocation, subfolder, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 export { fromF32, toF32 } from './to-f32.ts'
 export { type TensorEntry, type WriteOptions, writeInFolder, writeSafetensors } from './write-safetensors.ts'

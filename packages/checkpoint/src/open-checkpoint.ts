@@ -3,7 +3,7 @@
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
 import { type Folder, type FolderOptions, folderOptionNames, type OpenFile } from './folder.ts'
-import { type CheckpointPlace, locate, openFile } from './places.ts'
+import { type CheckpointLocation, locate, openFile } from './locations.ts'
 import {
   missingTensor,
   readAll,
@@ -33,7 +33,7 @@ export interface OpenOptions extends FolderOptions {
  * shards. If a folder contains both, the single file is used, as in transformers. All headers are read and validated; tensors are read
  * later. One file descriptor per shard stays open until you close the checkpoint.
  *
- * The place can be a path, a URL, `File` objects, or a folder handle of a browser. A URL that ends in `.safetensors` or `.json` refers to
+ * The location can be a path, a URL, `File` objects, or a folder handle of a browser. A URL that ends in `.safetensors` or `.json` refers to
  * a file, any other to a folder. From the web, data is requested in blocks, and up to 64 MiB of them are cached.
  *
  * @throws {MoeError} `E_CHECKPOINT`, naming the file and the problem, as {@link readSafetensors}. Also for an index that names files
@@ -45,12 +45,12 @@ export interface OpenOptions extends FolderOptions {
  * const checkpoint = await openCheckpoint('https://huggingface.co/ORG/MODEL/resolve/main/')
  * ```
  */
-export async function openCheckpoint(place: CheckpointPlace, options: OpenOptions = {}): Promise<TensorSource> {
+export async function openCheckpoint(location: CheckpointLocation, options: OpenOptions = {}): Promise<TensorSource> {
   checkOptions('openCheckpoint', options, { ...folderOptionNames, maxHeaderBytes: true })
-  const { folder, file } = await locate('openCheckpoint', place, options)
+  const { folder, file } = await locate('openCheckpoint', location, options)
   if (file === undefined) return openInFolder(folder, options.maxHeaderBytes)
   if (file.endsWith('.json')) return openSharded(folder, file, options.maxHeaderBytes)
-  return readFrom(await openFile('openCheckpoint', place as string | URL, options), options.maxHeaderBytes)
+  return readFrom(await openFile('openCheckpoint', location as string | URL, options), options.maxHeaderBytes)
 }
 
 /** Opens the checkpoint in a folder. @internal */

@@ -54,7 +54,7 @@ describe('what is no path is refused', () => {
   })
 
   it('a folder of the disk that an address or files would have to lie in', async () => {
-    for (const place of ['https://example.org/model', []])
-      await expect(openCheckpoint(place, { root: 'models' })).rejects.toMatchObject({ code: 'E_ATTR' })
+    for (const location of ['https://example.org/model', []])
+      await expect(openCheckpoint(location, { root: 'models' })).rejects.toMatchObject({ code: 'E_ATTR' })
   })
 })

@@ -37,14 +37,19 @@ const WEB = /^https?:\/\//i
  * @param op the calling function, for error messages
  * @throws {MoeError} `E_ATTR` for an invalid address, or one with a user name or password
  */
-export function webAddress(op: string, place: unknown): URL | undefined {
-  if (!(place instanceof URL ? /^https?:$/.test(place.protocol) : typeof place === 'string' && WEB.test(place))) return
+export function webAddress(op: string, location: unknown): URL | undefined {
+  if (
+    !(location instanceof URL
+      ? /^https?:$/.test(location.protocol)
+      : typeof location === 'string' && WEB.test(location))
+  )
+    return
   const refuse = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op, problem, fix })
   let address: URL
   try {
-    address = new URL(place as string | URL)
+    address = new URL(location as string | URL)
   } catch {
-    throw refuse(`invalid URL ${JSON.stringify(place)}`)
+    throw refuse(`invalid URL ${JSON.stringify(location)}`)
   }
   if (address.username || address.password) {
     throw refuse(`the URL of ${address.host} contains a user name or password`, 'send them in your own { fetch }')

@@ -4,7 +4,7 @@ import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
 import { type FolderOptions, folderOptionNames, type OpenFile } from './folder.ts'
 import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, parseHeader } from './header.ts'
-import { openFile } from './places.ts'
+import { openFile } from './locations.ts'
 import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.ts'
 
 /** Describes a stored tensor without reading it. */

@@ -3,9 +3,9 @@
 import { randomBytes } from 'node:crypto'
 import { checkOptions } from '@moe/core'
 import { checkpointError, fileError } from './checkpoint-error.ts'
+import { openFolder } from './locations.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
-import { openFolder } from './places.ts'
-import { type FolderPlace, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
+import { type FolderLocation, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 import {
   type PlannedTensor,
   planEntries,
@@ -39,12 +39,12 @@ export interface SavedCheckpoint {
  * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}. The previous checkpoint then stays intact, and no new files remain
  */
 export async function saveCheckpoint(
-  place: FolderPlace,
+  location: FolderLocation,
   entries: Iterable<TensorEntry>,
   options: SaveOptions = {},
 ): Promise<SavedCheckpoint> {
   checkOptions('saveCheckpoint', options, { metadata: true, maxShardBytes: true })
-  const folder = targetFolder('saveCheckpoint', place)
+  const folder = targetFolder('saveCheckpoint', location)
   const maxShardBytes = options.maxShardBytes ?? 5e9
   if (!(maxShardBytes > 0)) {
     throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'pass a positive number')
@@ -52,7 +52,7 @@ export async function saveCheckpoint(
   const planned = planEntries(folder.path, entries)
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
   const present = await folder.names()
-  const previous = present.has(INDEX_FILE) ? await previousShards(place) : []
+  const previous = present.has(INDEX_FILE) ? await previousShards(location) : []
   const written =
     dataBytes <= maxShardBytes
       ? await saveSingle(folder, planned, options)
@@ -67,9 +67,9 @@ export async function saveCheckpoint(
 }
 
 /** Returns the shards of the checkpoint that is replaced. If its index is invalid, nothing is removed: better a stray file than a lost one. */
-async function previousShards(place: FolderPlace): Promise<string[]> {
+async function previousShards(location: FolderLocation): Promise<string[]> {
   try {
-    const index = await openFolder('saveCheckpoint', place).open(INDEX_FILE)
+    const index = await openFolder('saveCheckpoint', location).open(INDEX_FILE)
     const { weightMap } = await readIndex(index!)
     return [...new Set(weightMap.values())].filter(name => name.endsWith('.safetensors'))
   } catch {

@@ -8,7 +8,7 @@ import { type DirectoryHandle, handleTarget, isDirectoryHandle } from './directo
 import { pathOf } from './path-of.ts'
 
 /** A folder to write to: a path, a file URL, or a folder handle of a browser. */
-export type FolderPlace = string | URL | DirectoryHandle
+export type FolderLocation = string | URL | DirectoryHandle
 
 /** A folder to write to. @internal */
 export interface TargetFolder {
@@ -27,13 +27,13 @@ export interface TargetFolder {
 }
 
 /**
- * Returns a place as a folder to write to, without accessing it yet.
+ * Returns a location as a folder to write to, without accessing it yet.
  * @param op the calling function, for error messages
- * @throws MoeError E_ATTR for an invalid place
+ * @throws MoeError E_ATTR for an invalid location
  * @internal
  */
-export function targetFolder(op: string, place: FolderPlace): TargetFolder {
-  return isDirectoryHandle(place) ? handleTarget(place) : diskTarget(pathOf(op, place))
+export function targetFolder(op: string, location: FolderLocation): TargetFolder {
+  return isDirectoryHandle(location) ? handleTarget(location) : diskTarget(pathOf(op, location))
 }
 
 /**
@@ -42,15 +42,15 @@ export function targetFolder(op: string, place: FolderPlace): TargetFolder {
  * @throws MoeError E_ATTR, E_CHECKPOINT
  * @internal
  */
-export async function folderIn(
+export async function subfolder(
   op: string,
-  place: FolderPlace,
+  location: FolderLocation,
   name: string,
   { create = false } = {},
-): Promise<FolderPlace> {
-  const { pathOf } = targetFolder(op, place)
+): Promise<FolderLocation> {
+  const { pathOf } = targetFolder(op, location)
   try {
-    if (isDirectoryHandle(place)) return await place.getDirectoryHandle(name, { create })
+    if (isDirectoryHandle(location)) return await location.getDirectoryHandle(name, { create })
     if (create) await mkdir(pathOf(name), { recursive: true })
     return pathOf(name)
   } catch (cause) {

@@ -363,9 +363,9 @@ describe('a signal ends', () => {
 
   it('what would be read later, on the web and on the disk', async () => {
     const { address } = await site({ '/model.safetensors': large })
-    for (const place of [address, fixture('sharded')]) {
+    for (const location of [address, fixture('sharded')]) {
       const stop = new AbortController()
-      await using checkpoint = await openCheckpoint(place, { signal: stop.signal })
+      await using checkpoint = await openCheckpoint(location, { signal: stop.signal })
       stop.abort(reason)
       await expect(checkpoint.read(checkpoint.keys()[0])).rejects.toMatchObject(aborted)
     }

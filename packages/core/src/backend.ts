@@ -362,10 +362,10 @@ export interface FusedAttrs {
   routedExperts: RoutedExpertsAttrs
   /**
    * `[x, gate, up, down, weights, order, positions, offsets, gateRows [M, I], upRows [M, I], dout [N, D]] -> [dx,
-   * dgate, dup, ddown, dweights]`, reduced to those that are `wanted`. The experts' outputs are not needed: dweights is
+   * dgate, dup, ddown, dweights]`, reduced to those for which `needs` is true. The experts' outputs are not needed: dweights is
    * the product of down^T dout and the input of down.
    */
-  routedExpertsBackward: { readonly precision: Precision; readonly wanted: readonly boolean[] }
+  routedExpertsBackward: { readonly precision: Precision; readonly needs: readonly boolean[] }
   /**
    * `[x, q [N, K], scale (not for bf16)] -> [y]`: x `[M, K]` times the transposed weight, giving `[M, N]`, or x `[M,
    * N]` times the weight, giving `[M, K]`; for the storage, see `WeightFormat`.

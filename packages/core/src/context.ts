@@ -8,12 +8,12 @@ interface Context {
   backend: Backend | null
   recording: boolean
   recomputing: boolean
-  /** Values that `remember` returned in the running `checkpoint`, for its second run. */
-  remembered: unknown[] | null
-  /** During that second run: the values still to be returned. */
-  recalled: Iterator<unknown> | null
+  /** Values that `cacheForRecompute` returned in the running `checkpoint`, for its second run. */
+  cachedValues: unknown[] | null
+  /** In that second run: the values of the first run that are still to be returned. */
+  replayedValues: Iterator<unknown> | null
   /** Tensors that `withRecomputed` will free, and reshapes of them. */
-  lent: Set<Tensor> | null
+  discardable: Set<Tensor> | null
   precision: Precision
   /** How often a fused op ran as its decomposition, by `backend:op`. */
   fallbacks: Map<string, number>
@@ -24,9 +24,9 @@ export const context: Context = {
   backend: null,
   recording: true,
   recomputing: false,
-  remembered: null,
-  recalled: null,
-  lent: null,
+  cachedValues: null,
+  replayedValues: null,
+  discardable: null,
   precision: 'f32',
   fallbacks: new Map(),
 }
@@ -146,10 +146,10 @@ export const isRecomputing = (): boolean => context.recomputing
  * Returns `make()`, and the same value again when `checkpoint` repeats the forward pass. For values that depend on
  * state other than tensors, for example numbers from a random stream that advances.
  */
-export function remember<T>(make: () => T): T {
-  const recalled = context.recalled?.next()
-  const value = recalled === undefined || recalled.done ? make() : (recalled.value as T)
-  context.remembered?.push(value)
+export function cacheForRecompute<T>(make: () => T): T {
+  const replayed = context.replayedValues?.next()
+  const value = replayed === undefined || replayed.done ? make() : (replayed.value as T)
+  context.cachedValues?.push(value)
   return value
 }
 

@@ -66,7 +66,7 @@ test('dtype names of other libraries are rejected with a list of ours', () => {
 })
 
 test('random tensors contain the numbers of the stream', async () => {
-  const normal = randn([2, 3], new Random(8), { deviation: 0.5 })
+  const normal = randn([2, 3], new Random(8), { std: 0.5 })
   expect(await normal.values()).toEqual(new Random(8).normal(6, 0.5))
   const uniform = await rand([50], new Random(9), { low: -2, high: 3 }).values()
   expect(Math.min(...uniform)).toBeLessThan(-1)

@@ -100,14 +100,14 @@ function needRandom(op: string, random: Random | undefined): void {
 }
 
 /**
- * Returns an f32 tensor of normally distributed numbers with mean 0 and the given standard `deviation` (default 1), on
+ * Returns an f32 tensor of normally distributed numbers with mean 0 and the given standard deviation `std` (default 1), on
  * `backend` (default: the one set by `setDefaultBackend`).
  * @throws MoeError E_ATTR if no generator is passed
  */
-export function randn(shape: Shape, random: Random, options: { deviation?: number; backend?: Backend } = {}): Tensor {
+export function randn(shape: Shape, random: Random, options: { std?: number; backend?: Backend } = {}): Tensor {
   needRandom('randn', random)
-  checkOptions('randn', options, { deviation: true, backend: true })
-  return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
+  checkOptions('randn', options, { std: true, backend: true })
+  return fromHost(random.normal(sizeOf(shape), options.std), shape, 'f32', options.backend)
 }
 
 /**

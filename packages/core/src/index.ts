@@ -39,6 +39,7 @@ export type {
 } from './backend.ts'
 export {
   type BackendModule,
+  cacheForRecompute,
   checkPrecision,
   currentPrecision,
   defaultBackend,
@@ -49,7 +50,6 @@ export {
   isRecording,
   noGrad,
   precisions,
-  remember,
   setDefaultBackend,
   widePrecision,
   withPrecision,
@@ -133,7 +133,13 @@ export {
   zeroGrad,
 } from './nn/module.ts'
 export { type Adapter, Parameter } from './nn/parameter.ts'
-export { isTokenTable, type OwnParameter, ParameterShare, type Rows, type SharingRanks } from './nn/parameter-share.ts'
+export {
+  isTokenTable,
+  type LocalParameter,
+  ParameterShard,
+  type Rows,
+  type ShardCommunicator,
+} from './nn/parameter-shard.ts'
 export {
   denseWeight,
   groupedLinear,
@@ -156,7 +162,7 @@ export {
 } from './nn/state-dict.ts'
 export { checkOptions, checkShared, type OptionNames } from './options.ts'
 export { philox4x32, Random } from './random.ts'
-export { allOrNothing, keep, Lifetime, scope } from './scope.ts'
+export { disposeOnError, keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
-export { concat, scatterAddRows, setRows, Tensor, usedUp, where } from './tensor.ts'
-export { eventLoopTurn } from './turns.ts'
+export { concat, disposeAfterUse, scatterAddRows, setRows, Tensor, where } from './tensor.ts'
+export { yieldToEventLoop } from './turns.ts'

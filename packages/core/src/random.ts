@@ -119,13 +119,13 @@ export class Random {
   }
 
   /** Returns `length` normal f32 numbers with mean 0 and the given standard deviation (Box-Muller in f64). */
-  normal(length: number, deviation = 1): Float32Array {
+  normal(length: number, std = 1): Float32Array {
     const out = new Float32Array(length)
     for (let i = 0; i < length; i += batch) {
       const count = Math.min(batch, length - i)
       const words = this.#draw(count)
       for (let j = 0; j < count; j += 2) {
-        const radius = deviation * Math.sqrt(-2 * logFraction(words[j]))
+        const radius = std * Math.sqrt(-2 * logFraction(words[j]))
         turn(words[j + 1], onCircle)
         out[i + j] = radius * onCircle[0]
         if (j + 1 < count) out[i + j + 1] = radius * onCircle[1]

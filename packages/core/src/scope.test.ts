@@ -3,7 +3,7 @@ import type { Backend } from './backend.ts'
 import { tensor } from './create.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { allOrNothing, keep, Lifetime, scope } from './scope.ts'
+import { disposeOnError, keep, Lifetime, scope } from './scope.ts'
 import type { Tensor } from './tensor.ts'
 
 let backend: Backend
@@ -179,13 +179,13 @@ describe('a lifetime', () => {
   })
 })
 
-describe('allOrNothing', () => {
+describe('disposeOnError', () => {
   test('frees what a failed function created, kept or not, and nothing else', () => {
     const failure = new Error('no')
     let before!: Tensor
     expect(() =>
-      allOrNothing(() => {
-        before = allOrNothing(() => x.mul(2))
+      disposeOnError(() => {
+        before = disposeOnError(() => x.mul(2))
         new Parameter(x.mul(3))
         scope(() => keep(x.mul(4)))
         throw failure
@@ -196,10 +196,10 @@ describe('allOrNothing', () => {
   })
 
   test('a failed inner call does not free the rest', () => {
-    const made = allOrNothing(() => {
+    const made = disposeOnError(() => {
       const first = x.mul(2)
       expect(() =>
-        allOrNothing(() => {
+        disposeOnError(() => {
           x.mul(3)
           throw new Error('no')
         }),

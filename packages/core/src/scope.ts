@@ -25,7 +25,7 @@ export interface Scope {
 }
 
 let current: Scope | null = null
-/** Everything that the running `allOrNothing` has created so far. */
+/** Everything that the running `disposeOnError` has created so far. */
 let created: Scoped[] | null = null
 
 /**
@@ -114,7 +114,7 @@ export function leaveScope(own: Scope, outer: Scope | null): void {
  * Runs a synchronous function that creates persistent tensors, for example a constructor. If it throws, for lack of
  * memory or any other reason, everything it created is freed, including parameters and kept tensors.
  */
-export function allOrNothing<T>(fn: () => T): T {
+export function disposeOnError<T>(fn: () => T): T {
   const outer = created
   const own = outer ?? []
   const before = own.length

@@ -140,7 +140,7 @@ export class Tensor extends Scoped implements Value {
   }
 
   /** The fix to suggest when a freed tensor is used. @internal */
-  get whenFreed(): string {
+  get fixIfDisposed(): string {
     return 'return it from its scope, keep() it, or detach() it before backward'
   }
 
@@ -432,7 +432,7 @@ function alive(op: string, tensor: Tensor): void {
     code: 'E_DISPOSED',
     op,
     problem: `an input of shape ${showShape(tensor.shape)} was already freed`,
-    fix: tensor.whenFreed,
+    fix: tensor.fixIfDisposed,
   })
 }
 
@@ -492,7 +492,7 @@ export function record(
       output.outputIndex = j
       output.tracked = isFloat(output.dtype)
     }
-    if (op === 'reshape' && context.lent?.has(inputs[0])) context.lent.add(outputs[0])
+    if (op === 'reshape' && context.discardable?.has(inputs[0])) context.discardable.add(outputs[0])
     return
   }
 }
@@ -521,7 +521,7 @@ export function disposeRecorded(tensor: Tensor): void {
  * from another and reads only once.
  * @internal
  */
-export function usedUp(tensor: Tensor): void {
+export function disposeAfterUse(tensor: Tensor): void {
   let last: Tensor | undefined = tensor
   while (last !== undefined) {
     const node: TapeNode | null = last.node

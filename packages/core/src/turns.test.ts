@@ -1,12 +1,12 @@
 import { afterEach, expect, test } from 'vitest'
-import { eventLoopTurn } from './turns.ts'
+import { yieldToEventLoop } from './turns.ts'
 
 const { setImmediate } = globalThis
 afterEach(() => {
   globalThis.setImmediate = setImmediate
 })
 
-test.each([true, false])('eventLoopTurn lets timers run, setImmediate %s', async there => {
+test.each([true, false])('yieldToEventLoop lets timers run, setImmediate %s', async there => {
   if (!there) Reflect.deleteProperty(globalThis, 'setImmediate')
   let fired = false
   setTimeout(() => {
@@ -14,7 +14,7 @@ test.each([true, false])('eventLoopTurn lets timers run, setImmediate %s', async
   })
   for (let turns = 0; !fired; turns++) {
     if (turns === 1e6) break
-    await eventLoopTurn()
+    await yieldToEventLoop()
   }
   expect(fired).toBe(true)
 })

@@ -4,7 +4,7 @@
  */
 
 /** Yields to the event loop once. @internal */
-export function eventLoopTurn(): Promise<void> {
+export function yieldToEventLoop(): Promise<void> {
   if (typeof setImmediate === 'function') return new Promise(resolve => setImmediate(resolve))
   // Browsers have no setImmediate, and nested timers wait at least 4 ms there.
   return new Promise(resolve => {
@@ -26,7 +26,7 @@ export function pacer(): () => Promise<void> {
   let began = performance.now()
   return async () => {
     if (performance.now() - began < WORK_MS) return
-    await eventLoopTurn()
+    await yieldToEventLoop()
     began = performance.now()
   }
 }

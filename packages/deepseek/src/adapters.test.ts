@@ -147,7 +147,7 @@ describe('a model of every part', () => {
   function learn(model: DeepSeek): void {
     addAdapters(model, { rank: 4 })
     for (const [i, { adapter }] of namedAdapters(model).entries()) {
-      adapter.up.assign(randn(adapter.up.shape, new Random(9).fork(`${i}`), { deviation: 0.1 }))
+      adapter.up.assign(randn(adapter.up.shape, new Random(9).fork(`${i}`), { std: 0.1 }))
     }
   }
 

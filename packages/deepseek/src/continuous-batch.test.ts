@@ -45,7 +45,7 @@ function requests(count: number): ReadonlyArray<readonly [ids: number[], options
 
 const arms: ReadonlyArray<readonly [name: string, options: ContinuousBatchOptions]> = [
   ['all at once', { maxTexts: 32 }],
-  ['three at a time, prompts in small pieces', { maxTexts: 3, promptPiece: 7 }],
+  ['three at a time, prompts in small pieces', { maxTexts: 3, prefillChunkSize: 7 }],
   ['one at a time', { maxTexts: 1 }],
   ['with hardly any room, so that texts are sent back', { maxTexts: 8, cacheTokens: 320 }],
 ]
@@ -104,7 +104,7 @@ test('texts of dense models, whose caches hold keys and values', async () => {
   const { num_nextn_predict_layers: _, ...rest } = tiny
   const dense = { ...rest, model_type: 'llama', num_key_value_heads: 1, head_dim: 12, max_position_embeddings: 256 }
   const model = new DeepSeek(dense as never, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 4, promptPiece: 9, cacheDtype: 'bf16' })
+  const batch = model.continuousBatch({ maxTexts: 4, prefillChunkSize: 9, cacheDtype: 'bf16' })
   const asked = requests(8)
   const made = await Promise.all(asked.map(([ids, turn]) => read(batch.generate(ids, turn))))
   for (const [i, [ids, turn]] of asked.entries()) {
@@ -158,7 +158,7 @@ test.each([false, true])(
     const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
     const turn = async (ids: number[]) => {
       const text = batch.generate(ids, { maxTokens: 50 })
-      return { answer: await read(text), reused: text.stats.reused }
+      return { answer: await read(text), reused: text.stats.cachedTokens }
     }
     const first = await turn(prompt)
     expect(first.reused).toBe(0)
@@ -302,7 +302,7 @@ test('when memory runs out, texts wait, and one that does not fit alone fails', 
   const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, { maxTokens: 4 }))))
   const large = new Array(1100).fill(7)
   expect(() => batch.generate(large)).toThrow('the prompt has 1100 tokens, but the cache has room for only 1024')
-  const other = model.continuousBatch({ promptPiece: 2048 })
+  const other = model.continuousBatch({ prefillChunkSize: 2048 })
   await expect(read(other.generate(large))).rejects.toThrow('there is memory for 1024 tokens, but the text has 1100')
   other.dispose()
   full = false

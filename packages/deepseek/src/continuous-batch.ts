@@ -6,7 +6,6 @@ import type { PagedCache, PagedSequence } from '@moe/attention-mla'
 import {
   checkOptions,
   checkPrecision,
-  eventLoopTurn,
   MoeError,
   namedParameters,
   type OptionNames,
@@ -14,6 +13,7 @@ import {
   type Precision,
   Random,
   type Tensor,
+  yieldToEventLoop,
 } from '@moe/core'
 import { BatchStep } from './batch-step.ts'
 import { endTokens } from './config.ts'
@@ -45,14 +45,14 @@ export interface ContinuousBatchOptions extends SessionOptions {
    */
   readonly cacheTokens?: number
   /** Maximum number of prompt tokens per pass. Between these passes, the other texts get their tokens. Default 512. */
-  readonly promptPiece?: number
+  readonly prefillChunkSize?: number
 }
 
 const names: OptionNames<ContinuousBatchOptions> = {
   ...sessionNames,
   maxTexts: true,
   cacheTokens: true,
-  promptPiece: true,
+  prefillChunkSize: true,
 }
 
 const refused = (code: 'E_ATTR' | 'E_DISPOSED' | 'E_OUT_OF_MEMORY', problem: string, fix?: string) =>
@@ -144,7 +144,7 @@ export class ContinuousBatch {
   readonly #step: BatchStep
   readonly #drafter: Drafter
   readonly #maxTexts: number
-  readonly #promptPiece: number
+  readonly #prefillChunkSize: number
   readonly #precision: Precision
   readonly #parameters: readonly Parameter[]
   /** Versions of the weights that the cache was computed with. */
@@ -160,9 +160,9 @@ export class ContinuousBatch {
   /** Internal: see `DeepSeek.continuousBatch`. */
   constructor(model: DeepSeek, options: ContinuousBatchOptions) {
     checkOptions('continuousBatch', options, names)
-    const { maxTexts = 8, promptPiece = 512, precision = defaultPrecision(model), cacheDtype: dtype } = options
+    const { maxTexts = 8, prefillChunkSize = 512, precision = defaultPrecision(model), cacheDtype: dtype } = options
     const { cacheTokens: tokens = Math.max(model.config.max_position_embeddings, 2048 * maxTexts) } = options
-    for (const [name, value] of Object.entries({ maxTexts, promptPiece, cacheTokens: tokens })) {
+    for (const [name, value] of Object.entries({ maxTexts, prefillChunkSize, cacheTokens: tokens })) {
       if (!Number.isInteger(value) || value < 1) {
         throw new MoeError({
           code: 'E_ATTR',
@@ -174,7 +174,7 @@ export class ContinuousBatch {
     checkPrecision('continuousBatch', precision)
     this.#model = model
     this.#maxTexts = maxTexts
-    this.#promptPiece = promptPiece
+    this.#prefillChunkSize = prefillChunkSize
     this.#precision = precision
     const depth = options.speculative ? model.mtp.length : 0
     this.#cache = model.makePagedCache({ tokens, dtype, depth })
@@ -194,7 +194,7 @@ export class ContinuousBatch {
   }
 
   /**
-   * Continues a sequence of token ids, as `DeepSeek.generate`, together with the other texts. `stats.reused` counts the tokens that were cached, from texts with the same beginning. Results equal those of a single text up to
+   * Continues a sequence of token ids, as `DeepSeek.generate`, together with the other texts. `stats.cachedTokens` counts the tokens that were cached, from texts with the same beginning. Results equal those of a single text up to
    * rounding. Tokens are generated whether they are read or not; leave the loop that reads them to stop.
    * @throws MoeError E_ATTR for invalid arguments; E_DISPOSED; E_OUT_OF_MEMORY if one text does not fit in memory
    */
@@ -289,7 +289,7 @@ export class ContinuousBatch {
     try {
       for (;;) {
         // Let signals, timers and readers run.
-        await eventLoopTurn()
+        await yieldToEventLoop()
         if (this.#disposed || this.#running.length + this.#waiting.length === 0) return
         this.#followWeights()
         this.#admit()
@@ -310,7 +310,7 @@ export class ContinuousBatch {
   #followWeights(): void {
     if (this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
     this.#versions = this.#parameters.map(({ version }) => version)
-    this.#cache.forget()
+    this.#cache.clearPrefixes()
   }
 
   #admit(): void {
@@ -334,7 +334,7 @@ export class ContinuousBatch {
     const sequence = this.#started(text)
     const start = sequence.length
     // The last token of a preempted text is processed together with its drafts.
-    const count = Math.min(this.#promptPiece, text.pending - (text.drafts.length > 0 ? 1 : 0))
+    const count = Math.min(this.#prefillChunkSize, text.pending - (text.drafts.length > 0 ? 1 : 0))
     if (!this.#reserve(text, start + count)) return
     const scored = start + count === text.tokens.length && text.most > 0
     await this.#pass([text], text.tokens.slice(start, start + count), scored ? 1 : 0)
@@ -362,7 +362,7 @@ export class ContinuousBatch {
   #started(text: Text): PagedSequence {
     if (text.sequence === null) {
       text.sequence = this.#cache.start(text.shareable)
-      if (text.made === 0) text.report.stats.reused = text.sequence.length
+      if (text.made === 0) text.report.stats.cachedTokens = text.sequence.length
     }
     return text.sequence
   }

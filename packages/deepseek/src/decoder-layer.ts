@@ -8,6 +8,7 @@ import {
 import {
   checkpoint,
   checkShared,
+  disposeAfterUse,
   forkInit,
   type InitOptions,
   isRecording,
@@ -17,7 +18,6 @@ import {
   SwigluMlp,
   scope,
   type Tensor,
-  usedUp,
   withKept,
   withRecomputed,
 } from '@moe/core'
@@ -159,7 +159,7 @@ export class DecoderLayer extends Module {
 /** x + y, where no backward pass needs y. */
 function plus(x: Tensor, y: Tensor): Tensor {
   const sum = x.add(y)
-  usedUp(y)
+  disposeAfterUse(y)
   return sum
 }
 

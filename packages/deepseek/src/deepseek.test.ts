@@ -122,17 +122,17 @@ describe('generation', () => {
     ]
     const whole = await all()
     expect(whole[1].drafted[0]).toBeGreaterThan(0)
-    const usual = limits.promptPiece
+    const usual = limits.prefillChunkSize
     try {
-      for (limits.promptPiece of [1, 7, 29, 30]) {
+      for (limits.prefillChunkSize of [1, 7, 29, 30]) {
         expect(await all()).toEqual(whole)
       }
-      limits.promptPiece = 5
+      limits.prefillChunkSize = 5
       const abort = new AbortController()
       setImmediate(() => abort.abort())
       await expect(text({ speculative: true, signal: abort.signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
     } finally {
-      limits.promptPiece = usual
+      limits.prefillChunkSize = usual
     }
     model.dispose()
     expect(defaultBackend().stats().handles).toBe(handles)
@@ -405,16 +405,16 @@ describe('training', () => {
     )
     const batch = { ...rows(), rows: 1, length: 20 }
     const { metrics } = scope(() => model.loss(batch))
-    const { alone, chained } = model.mtpAcceptance(batch)
-    for (const [k, rate] of chained.entries()) {
+    const { individual, cumulative } = model.mtpAcceptance(batch)
+    for (const [k, rate] of cumulative.entries()) {
       expect(await metrics[`acceptance${k + 1}`].item()).toBe(await rate.item())
-      expect(await alone[k].item()).toBeGreaterThanOrEqual(await rate.item())
+      expect(await individual[k].item()).toBeGreaterThanOrEqual(await rate.item())
     }
     // Evaluation counts nothing: the loads are those of the one training pass.
     expect(await total(model.moeLayers[0].load)).toBe(17 * 2)
     // A head without preference: all depths say token 0.
     model.lm_head.weight.assign(tensor(new Float32Array(40 * 24), [40, 24]))
-    for (const rate of model.mtpAcceptance(batch).chained) expect(await rate.item()).toBe(1)
+    for (const rate of model.mtpAcceptance(batch).cumulative) expect(await rate.item()).toBe(1)
     model.dispose()
   })
 

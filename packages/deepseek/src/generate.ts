@@ -83,7 +83,7 @@ export const turnNames: OptionNames<TextTurnOptions> = {
 /** Statistics of a generated text, updated while it is generated. */
 export interface GenerationStats {
   /** Tokens of the prompt that were cached. */
-  reused: number
+  cachedTokens: number
   /** Generated tokens. */
   tokens: number
   /** Passes through the main model, including the one over the prompt. */
@@ -137,7 +137,7 @@ export function generation(
   const { tokenizer, maxTokens = 128 } = options
   const stops = checkTurn(model, prompt, options)
   const stats: GenerationStats = {
-    reused: 0,
+    cachedTokens: 0,
     tokens: 0,
     steps: 0,
     drafted: new Array<number>(depth).fill(0),

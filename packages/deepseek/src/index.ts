@@ -27,7 +27,7 @@ export {
   type DeepSeekLoss,
 } from './model.ts'
 export type { DeepSeekOptions, FromPretrainedOptions, Objective, Recompute } from './options.ts'
-export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
+export type { PieceRunner, PiecewiseLoss, RouteTokens } from './piecewise-loss.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'
 export type { AllowedTokens, SamplingOptions, TokenConstraint } from './sampling.ts'

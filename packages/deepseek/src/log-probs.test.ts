@@ -123,7 +123,7 @@ async function expectAllTold(model: DeepSeek, text: Generation<number>, ids: num
   if (promptLogProbs === undefined) expect(text.promptLogProbs).toEqual([])
   else {
     await expectTold(model, ids, 0, text.promptLogProbs, promptLogProbs)
-    expect(text.stats.reused).toBe(0)
+    expect(text.stats.cachedTokens).toBe(0)
   }
   expect(text.stats.finishReason).toBe('length')
   expect(text.stats.drafted).toHaveLength(options.speculative ? model.mtp.length : 0)
@@ -146,7 +146,7 @@ describe.each([
     const model = make(mtp)
     const speculative = mtp > 0
     const session = model.session({ speculative })
-    sessionLimits.promptPiece = piece
+    sessionLimits.prefillChunkSize = piece
     limits.logits = 40 * 3
     try {
       for (const [ids, options] of ways) {
@@ -154,7 +154,7 @@ describe.each([
         await expectAllTold(model, session.generate(ids, turn), ids, { ...turn, speculative })
       }
     } finally {
-      sessionLimits.promptPiece = 2048
+      sessionLimits.prefillChunkSize = 2048
       limits.logits = 2 ** 24
     }
     session.dispose()
@@ -164,9 +164,9 @@ describe.each([
 
   test.each<[string, ContinuousBatchOptions]>([
     ['all at once', { maxTexts: 16 }],
-    ['in small pieces', { maxTexts: 3, promptPiece: 7 }],
-    ['with texts that are sent back', { maxTexts: 8, promptPiece: 40, cacheTokens: 256 }],
-    ['with drafts', { maxTexts: 4, promptPiece: 40, cacheTokens: 320, speculative: true }],
+    ['in small pieces', { maxTexts: 3, prefillChunkSize: 7 }],
+    ['with texts that are sent back', { maxTexts: 8, prefillChunkSize: 40, cacheTokens: 256 }],
+    ['with drafts', { maxTexts: 4, prefillChunkSize: 40, cacheTokens: 320, speculative: true }],
   ])('a batch returns log-probabilities: %s', async (_name, options) => {
     const { handles } = of().stats()
     const { speculative = false } = options
@@ -206,14 +206,14 @@ describe.each([
   test('prompt log-probabilities continue after preemption', async () => {
     const model = make()
     // Five pages of 64: both others take a second one while this prompt is at its second.
-    const batch = model.continuousBatch({ cacheTokens: 320, promptPiece: 31 })
+    const batch = model.continuousBatch({ cacheTokens: 320, prefillChunkSize: 31 })
     const others = [1, 2].map(id => read(batch.generate([id, ...prompt.slice(0, 60)], { maxTokens: 12 })))
     const ids = [...prompt, ...prompt.slice(0, 10)]
     const text = batch.generate(ids, { promptLogProbs: 1, maxTokens: 1 })
     await read(text)
     await Promise.all(others)
     await expectTold(model, ids, 0, text.promptLogProbs, 1)
-    expect(text.stats.reused).toBe(64)
+    expect(text.stats.cachedTokens).toBe(64)
     batch.dispose()
     model.dispose()
   })

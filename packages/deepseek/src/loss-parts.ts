@@ -5,7 +5,7 @@
  * Legend: B batch, T time, D hidden size.
  */
 import { denseWeight, linearCrossEntropy, type Tensor } from '@moe/core'
-import { averageAt, idsAhead, type MtpModule, mtpDepthLoss, type TokenRows, targetsAt } from '@moe/mtp'
+import { idsAhead, inverseCountAt, type MtpModule, mtpDepthLoss, type TokenRows, targetsAt } from '@moe/mtp'
 import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
 import type { DeepSeek } from './model.ts'
 import { factorAt, type HostInputs, type LossTensors, maskAt } from './training-loss.ts'
@@ -81,7 +81,7 @@ export class LossParts {
     const flat = hidden.reshape([hidden.size / config.hidden_size, config.hidden_size])
     const nlls = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(this.#inputs, 0))
     const { weights } = this.#inputs
-    const mean = (each: Tensor) => each.sum().mul(averageAt(this.#inputs, 0))
+    const mean = (each: Tensor) => each.sum().mul(inverseCountAt(this.#inputs, 0))
     const nll = mean(nlls)
     this.#add('nll', weights ? mean(nlls.mul(weights)) : nll, nll, 1)
     return hidden

@@ -11,9 +11,8 @@ import {
   type PagedCacheOptions,
   RotaryEmbedding,
 } from '@moe/attention-mla'
-import { type CheckpointPlace, type FolderPlace, folderOptionNames } from '@moe/checkpoint'
+import { type CheckpointLocation, type FolderLocation, folderOptionNames } from '@moe/checkpoint'
 import {
-  allOrNothing,
   type Backend,
   checkOptions,
   checkShared,
@@ -22,6 +21,7 @@ import {
   defaultBackend,
   denseWeight,
   disposeModule,
+  disposeOnError,
   fromHost,
   type InitOptions,
   isFrozen,
@@ -37,8 +37,8 @@ import {
   withPrecision,
 } from '@moe/core'
 import {
-  averageAt,
   idsAhead,
+  inverseCountAt,
   type MtpAcceptance,
   MtpModule,
   mtpAcceptance,
@@ -71,7 +71,7 @@ import {
   type Objective,
   optionNames,
 } from './options.ts'
-import { DeepSeekPieces } from './pieces.ts'
+import { PiecewiseLoss } from './piecewise-loss.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 import { type ScoreOptions, score } from './score.ts'
 import { generate, Session } from './session.ts'
@@ -158,11 +158,11 @@ export class DeepSeek extends Module {
     const draw = ({ tokens, rows }: TokenRows) =>
       new Random(seed ?? 0).fork(`undropped/${this.step}/${digestOf([tokens])}`).uniform(rows)
     this.#undropped = dropping ? rows => draw(rows).map(x => (x < share ? 1 : 0)) : null
-    const deviation = seed === null ? 0 : this.#config.initializer_range
-    const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
+    const std = seed === null ? 0 : this.#config.initializer_range
+    const init: InitOptions = { random: new Random(seed ?? 0), std, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
     const parts = { balancer, dropping, recompute: options.recompute }
-    const { model, head } = allOrNothing(() => makeTrunk(this.#config, this.#rotary, { ...init, ...parts }))
+    const { model, head } = disposeOnError(() => makeTrunk(this.#config, this.#rotary, { ...init, ...parts }))
     this.model = model
     this.lm_head = head
   }
@@ -170,18 +170,18 @@ export class DeepSeek extends Module {
   /**
    * Opens a checkpoint in the Hugging Face layout (config.json and safetensors) of a supported `model_type`. For a multimodal model, only the text model is read.
    *
-   * The place can be a folder on disk, an `http(s):` URL of a folder, `File` objects, or a folder handle of a browser. In a browser, use `new URL('model/', document.baseURI)` for a folder next to the page. A folder on disk can also contain
+   * The location can be a folder on disk, an `http(s):` URL of a folder, `File` objects, or a folder handle of a browser. In a browser, use `new URL('model/', document.baseURI)` for a folder next to the page. A folder on disk can also contain
    * adapters written by `saveAdapters` or PEFT; then the base model that they name is opened, which must be a local folder.
    * @throws MoeError E_CHECKPOINT for missing, corrupt or unexpected files, E_CONFIG, E_STATE_DICT for weights of another model, E_ABORTED
    */
-  static async fromPretrained(place: CheckpointPlace, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
+  static async fromPretrained(location: CheckpointLocation, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
     checkOptions('DeepSeek.fromPretrained', options, { ...names, ...folderOptionNames, config: true })
     const { root, fetch, signal, onProgress, config: changes, ...rest } = options
     const reading = { root, fetch, signal, onProgress }
     const make = (config: DeepSeekConfigInput) =>
       new DeepSeek(changes ? changedConfig(config, changes) : config, { ...rest, seed: null })
-    return loadPretrained(place, reading, make)
+    return loadPretrained(location, reading, make)
   }
 
   /** The validated configuration, with defaults filled in. */
@@ -352,8 +352,8 @@ export class DeepSeek extends Module {
    * Returns the training loss of rows, as `loss`, in pieces between which a rank can wait for others: for expert parallelism. `ExpertParallel` of `@moe/parallel` runs it. The metrics of `mtpAcceptance` are not
    * computed.
    */
-  inPieces(rows: TokenRows): DeepSeekPieces {
-    return new DeepSeekPieces(this, rows, this.#lossSource())
+  inPieces(rows: TokenRows): PiecewiseLoss {
+    return new PiecewiseLoss(this, rows, this.#lossSource())
   }
 
   #lossSource(): LossSource {
@@ -397,7 +397,7 @@ export class DeepSeek extends Module {
     const flat = hidden.reshape([batch * time, this.#config.hidden_size])
     const nlls = linearCrossEntropy(flat, head, targetsAt(inputs, 0))
     const nll = nlls.sum()
-    let loss = (weights ? nlls.mul(weights).sum() : nll).mul(averageAt(inputs, 0))
+    let loss = (weights ? nlls.mul(weights).sum() : nll).mul(inverseCountAt(inputs, 0))
     const metrics: Record<string, Tensor> = {}
     const { mtpDetached, mtpAcceptance: measured } = this.#objective
     // Weights apply to the main model; MTP modules learn from the texts alone.
@@ -407,8 +407,8 @@ export class DeepSeek extends Module {
       metrics.mtp = mtp.loss.detach()
       loss = loss.add(mtp.loss.mul(factorAt(inputs, 'mtp')))
       if (measured) {
-        const { chained } = mtpAcceptance(this.mtp, hidden, inputs, head, { starts })
-        for (const [k, rate] of chained.entries()) metrics[`acceptance${k + 1}`] = rate
+        const { cumulative } = mtpAcceptance(this.mtp, hidden, inputs, head, { starts })
+        for (const [k, rate] of cumulative.entries()) metrics[`acceptance${k + 1}`] = rate
       }
     }
     if (balance.length > 0) {
@@ -524,7 +524,7 @@ export class DeepSeek extends Module {
    * Writes config.json and model.safetensors in the Hugging Face layout. In a browser, `folder` is a handle, for example `await navigator.storage.getDirectory()`.
    * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser; E_CHECKPOINT if writing fails
    */
-  async save(folder: FolderPlace): Promise<void> {
+  async save(folder: FolderLocation): Promise<void> {
     await savePretrained(this, folder)
   }
 

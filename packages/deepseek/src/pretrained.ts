@@ -2,14 +2,14 @@
 import { resolve } from 'node:path'
 import {
   adapterBase,
-  type CheckpointPlace,
+  type CheckpointLocation,
   type Folder,
+  type FolderLocation,
   type FolderOptions,
-  type FolderPlace,
   folderOptionNames,
+  isDiskPath,
   isScaleKey,
   loadAdapters,
-  onDisk,
   openFolder,
   readF32,
   saveCheckpoint,
@@ -67,31 +67,31 @@ export function refuseAdapters(op: string, model: DeepSeek): void {
 }
 
 /** Internal: see `DeepSeek.save`. */
-export async function savePretrained(model: DeepSeek, place: FolderPlace): Promise<void> {
-  const folder = targetFolder('save', place)
+export async function savePretrained(model: DeepSeek, location: FolderLocation): Promise<void> {
+  const folder = targetFolder('save', location)
   refuseAdapters('save', model)
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
   for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
   entries.push(...emptySharedExperts(model))
-  await saveCheckpoint(place, entries, { metadata: { format: 'pt' } })
+  await saveCheckpoint(location, entries, { metadata: { format: 'pt' } })
   await writeText(folder, 'config.json', configJson(model.config))
 }
 
 /** Internal: see `DeepSeek.fromPretrained`. */
 export async function loadPretrained(
-  place: CheckpointPlace,
+  location: CheckpointLocation,
   options: FolderOptions,
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
-  const folder = openFolder('fromPretrained', place, options)
-  if (!onDisk('fromPretrained', place)) return openModel(folder, make)
-  const base = await adapterBase(place)
+  const folder = openFolder('fromPretrained', location, options)
+  if (!isDiskPath('fromPretrained', location)) return openModel(folder, make)
+  const base = await adapterBase(location)
   const model = await openModel(base === undefined ? folder : openFolder('fromPretrained', base, options), make)
   model.source = resolve(base ?? folder.path)
   if (base === undefined) return model
   try {
-    await loadAdapters(model, place)
+    await loadAdapters(model, location)
   } catch (error) {
     model.dispose()
     throw error
@@ -117,9 +117,13 @@ async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => 
  * Loads the weights of a checkpoint folder, on disk or from the web, into a model. bf16, f16 and fp8 weights become f32; config.json gives the size of fp8 blocks.
  * @throws MoeError E_STATE_DICT if keys or shapes do not match; the model then stays unchanged
  */
-export async function loadWeights(model: DeepSeek, place: CheckpointPlace, options: FolderOptions = {}): Promise<void> {
+export async function loadWeights(
+  model: DeepSeek,
+  location: CheckpointLocation,
+  options: FolderOptions = {},
+): Promise<void> {
   checkOptions('loadWeights', options, folderOptionNames)
-  await using weights = await openWeights(openFolder('loadWeights', place, options))
+  await using weights = await openWeights(openFolder('loadWeights', location, options))
   await fill(model, weights)
 }
 

@@ -229,8 +229,7 @@ test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters beside %s open there 
   addAdapters(model, { rank: 2, targets: ['q_b_proj', 'kv_b_proj', 'up_proj'] })
   const random = new Random(5)
   scope(() => {
-    for (const { adapter } of namedAdapters(model))
-      adapter.up.assign(randn(adapter.up.shape, random, { deviation: 0.3 }))
+    for (const { adapter } of namedAdapters(model)) adapter.up.assign(randn(adapter.up.shape, random, { std: 0.3 }))
   })
   const folder = join(root, `${name}-adapters`)
   await saveAdapters(folder, model, { base: fixture(name) })

@@ -3,13 +3,13 @@ import type { PagedCache, PagedSequence, SequenceCache } from '@moe/attention-ml
 import {
   checkOptions,
   checkPrecision,
-  eventLoopTurn,
   fromHost,
   keep,
   MoeError,
   type OptionNames,
   type Precision,
   type Tensor,
+  yieldToEventLoop,
 } from '@moe/core'
 import { defaultPrecision } from './default-precision.ts'
 import { checkIds } from './generate.ts'
@@ -70,7 +70,7 @@ export async function score(
     top,
     turn: async done => {
       onProgress?.(done)
-      await eventLoopTurn()
+      await yieldToEventLoop()
       if (!signal?.aborted) return
       throw new MoeError({ code: 'E_ABORTED', op: 'score', problem: 'scoring was aborted', cause: signal.reason })
     },

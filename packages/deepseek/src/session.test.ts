@@ -40,7 +40,7 @@ async function converse(model: DeepSeek, options: SessionOptions = {}) {
     const text = session.generate(ids, turn)
     const answer = await read(text)
     expect(answer).toEqual(await read(model.generate(ids, { ...options, ...turn })))
-    reused.push(text.stats.reused)
+    reused.push(text.stats.cachedTokens)
     ids.push(...answer)
   }
   session.dispose()
@@ -89,7 +89,7 @@ describe('a session', () => {
     expect(await read(text)).toEqual(await read(anew))
     expect(text.stats.accepted).toEqual(anew.stats.accepted)
     expect(text.stats.drafted).toEqual(anew.stats.drafted)
-    return text.stats.reused
+    return text.stats.cachedTokens
   }
 
   test('keeps what two prompts share, whatever follows', async () => {
@@ -130,12 +130,12 @@ describe('a session', () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const long = Array.from({ length: 45 }, (_, i) => (i * 7) % 40)
-    limits.promptPiece = 10
+    limits.prefillChunkSize = 10
     try {
       expect(await expectAsAnew(model, session, long)).toBe(0)
       expect(await expectAsAnew(model, session, [...long, ...long])).toBe(43)
     } finally {
-      limits.promptPiece = 2048
+      limits.prefillChunkSize = 2048
     }
     const onToken = () => {
       throw new Error('the reader fails')

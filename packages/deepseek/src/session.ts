@@ -3,7 +3,6 @@ import type { KvCache } from '@moe/attention-mla'
 import {
   checkOptions,
   checkPrecision,
-  eventLoopTurn,
   isMoeError,
   MoeError,
   namedParameters,
@@ -11,6 +10,7 @@ import {
   type Precision,
   Random,
   type Tensor,
+  yieldToEventLoop,
 } from '@moe/core'
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
@@ -32,7 +32,7 @@ import type { DeepSeek } from './model.ts'
 import { nextTokens } from './sampling.ts'
 
 /** Maximum number of prompt tokens per pass. Tests reduce it. */
-export const limits = { promptPiece: 2048 }
+export const limits = { prefillChunkSize: 2048 }
 
 type LimitedTurn = TurnOptions & TextLimits
 
@@ -74,7 +74,7 @@ export class Session {
   }
 
   /**
-   * Continues a sequence of token ids, as `DeepSeek.generate`; `stats.reused` counts the tokens that were cached. Results equal those of processing all tokens again up to rounding, since the order of summation may
+   * Continues a sequence of token ids, as `DeepSeek.generate`; `stats.cachedTokens` counts the tokens that were cached. Results equal those of processing all tokens again up to rounding, since the order of summation may
    * depend on the length of a pass. Only one text can be generated at a time, until it ends or its reader stops.
    * @throws MoeError E_ATTR for invalid arguments, and while another text is being generated; E_DISPOSED
    */
@@ -112,7 +112,7 @@ export class Session {
     let unseen = 0
     /** Lets signals, timers and readers run, since a backend that computes on this thread never waits. */
     const turn = async () => {
-      await eventLoopTurn()
+      await yieldToEventLoop()
       this.#needAlive()
       if (!signal?.aborted) return
       throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'generation was aborted', cause: signal.reason })
@@ -130,14 +130,14 @@ export class Session {
       const parts = this.#ready(tokens, options)
       const { cache, step } = parts
       step.scoring = options
-      stats.reused = cache.lengths[0]
-      let pending = tokens.slice(stats.reused)
+      stats.cachedTokens = cache.lengths[0]
+      let pending = tokens.slice(stats.cachedTokens)
       let drafts: number[] = []
       // The memory of a pass grows with its tokens, so long prompts are split. With maxTokens 0, the prompt is only processed if its log-probabilities are requested.
-      const least = maxTokens > 0 ? limits.promptPiece : promptLogProbs === undefined ? Infinity : 0
+      const least = maxTokens > 0 ? limits.prefillChunkSize : promptLogProbs === undefined ? Infinity : 0
       while (pending.length > least) {
         await turn()
-        const piece = pending.splice(0, limits.promptPiece)
+        const piece = pending.splice(0, limits.prefillChunkSize)
         this.#hidden = (await step.run(piece, 1)).hidden
         await reportPrompt(this.#hidden)
         await this.#draft(parts, this.#hidden, piece.length, tokens)

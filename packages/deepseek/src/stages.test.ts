@@ -11,7 +11,7 @@ import {
   type PieceRunner,
   parseConfig,
   presets,
-  type RouteElsewhere,
+  type RouteTokens,
 } from './index.ts'
 import type { StageResult } from './stages.ts'
 import { tiny } from './test-tiny.ts'
@@ -79,7 +79,7 @@ test.each(
     const metrics: Record<string, number> = {}
     const asked: number[] = []
     for (const [n, stage] of cut.step([rows]).stages.entries()) {
-      const route: RouteElsewhere = async (layer, { x, weights, indices }) => {
+      const route: RouteTokens = async (layer, { x, weights, indices }) => {
         asked.push(layer)
         return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
       }

@@ -18,7 +18,7 @@ import { type DeepSeekConfig, isMoELayer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
-import { PartsInPieces, type PieceRunner, type RouteElsewhere } from './pieces.ts'
+import { PartsInPieces, type PieceRunner, type RouteTokens } from './piecewise-loss.ts'
 import { digestOf, type HostInputs, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. Implements `PipelineStage` of `@moe/parallel`. */
@@ -30,7 +30,7 @@ export interface DeepSeekStage {
    */
   forward(input: Tensor | null, microBatch: number): StageResult
   /** The same in pieces, for expert parallelism. The input, the output and the losses are leaves. */
-  inPieces(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageResult>
+  inPieces(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteTokens): Promise<StageResult>
 }
 
 /** The result of a stage for one micro-batch. */
@@ -99,12 +99,12 @@ export class DeepSeekStages {
   /**
    * Returns the stages with the micro-batches of one step, which must have the same size. Micro-batches are weighted by their loss-carrying positions, so that the sum of all losses is the loss of one batch with all
    * rows (except MTP and balance losses, which are means over micro-batches).
-   * @returns `between`, the tensor that is passed between stages; `count`, the number of loss-carrying positions; `digest`, a 32-bit digest to check that all ranks have the same micro-batches
+   * @returns `activations`, the spec of the tensor that is passed between stages; `count`, the number of loss-carrying positions; `digest`, a 32-bit digest to check that all ranks have the same micro-batches
    * @throws MoeError E_SHAPE
    */
   step(batches: readonly TokenRows[]): {
     readonly stages: readonly DeepSeekStage[]
-    readonly between: { readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }
+    readonly activations: { readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }
     readonly count: number
     readonly digest: number
   } {
@@ -126,7 +126,7 @@ export class DeepSeekStages {
         forward: (input, m) => this.#forward(n, input, micro[m]),
         inPieces: (input, m, pass, route) => this.#inPieces(n, input, micro[m], pass, route),
       })),
-      between: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
+      activations: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
       count: total,
       digest: digestOf(batches.flatMap(({ tokens, documents }) => [tokens, documents])),
     }
@@ -144,7 +144,7 @@ export class DeepSeekStages {
     input: Tensor | null,
     microBatch: MicroBatch,
     pass: PieceRunner,
-    route: RouteElsewhere,
+    route: RouteTokens,
   ): Promise<StageResult> {
     const parts = pass.run(() => this.#partsOf(microBatch))
     const inPieces = new PartsInPieces(this.#model, parts, pass, route)

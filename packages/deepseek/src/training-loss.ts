@@ -1,6 +1,6 @@
 /** @file The host inputs of the training loss. They are separate from its ops, which are the same for every batch of the same shape. */
 import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
-import { averagesOf, type DepthTensors, depthTargets, type TokenRows } from '@moe/mtp'
+import { type DepthTensors, depthTargets, inverseCountsOf, type TokenRows } from '@moe/mtp'
 
 /** Arrays to upload, by name. */
 export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
@@ -31,7 +31,7 @@ export function lossInputs(
   const arrays: Record<string, HostInputs[string]> = {
     tokens: { data: host.tokens, shape: [batch, length] },
     targets: { data: host.targets, shape: [depths + 1, batch * time] },
-    averages: { data: averagesOf(host), shape: [depths + 1] },
+    inverseCounts: { data: inverseCountsOf(host), shape: [depths + 1] },
   }
   if (starts) {
     const data = new Int32Array(batch * time)

@@ -21,9 +21,9 @@ export class Trunk extends Module {
   constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: TrunkInit) {
     super()
     const { balancer, dropping, recompute, ...init } = options
-    const { embedding_initializer_range: ownRange = init.deviation } = config
-    const deviation = init.deviation === 0 ? 0 : ownRange
-    const embedding = { ...forkInit(init, 'embed_tokens'), deviation }
+    const { embedding_initializer_range: ownRange = init.std } = config
+    const std = init.std === 0 ? 0 : ownRange
+    const embedding = { ...forkInit(init, 'embed_tokens'), std }
     this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, embedding)
     this.layers = Array.from({ length: config.num_hidden_layers }, (_, i) => {
       const own = { ...forkInit(init, `layers.${i}`), balancer, dropping, recompute: ofLayer(recompute, i) }

@@ -27,7 +27,7 @@ const tokenizer = trainBpe(['the better angels of our nature'], {
   specialTokens: ['<|end|>', '<|begin|>'],
   minFrequency: 1,
 })
-const begin = tokenizer.tokenToId('<|begin|>') as number
+const bos = tokenizer.tokenToId('<|begin|>') as number
 const lines = Array.from({ length: 12 }, (_, i) => ({
   goal: `the ${i}`,
   sol1: 'angels',
@@ -108,7 +108,7 @@ test('--json prints everything needed to reproduce the results, --items writes t
     .digest('hex')
   expect(told).toMatchObject({
     package: { name: '@moe/evaluation' },
-    model: { folder: 'model', weights: 'bf16', precision: 'f32', begin, prefix: begin },
+    model: { folder: 'model', weights: 'bf16', precision: 'f32', bos, prefix: bos },
     results: [
       { task: 'piqa', items: 8, limit: 8, shots: 2, draw: 'each', seed: 5, file: { path: 'piqa.jsonl', sha256 } },
       { task: 'own', items: 8, definition: { kind: 'continuation' } },
@@ -120,17 +120,17 @@ test('--json prints everything needed to reproduce the results, --items writes t
     .split('\n')
     .map(line => JSON.parse(line))
   expect(items).toHaveLength(16)
-  expect(items[3]).toMatchObject({ task: 'piqa', item: 3, place: 'piqa.jsonl:4', answer: 1 })
+  expect(items[3]).toMatchObject({ task: 'piqa', item: 3, location: 'piqa.jsonl:4', answer: 1 })
   expect(items[11]).toMatchObject({ task: 'own', item: 3, answer: 'angels' })
   // The same metrics as evaluateTask.
-  const options = { tokenizer, begin, shots: 2, seed: 5, limit: 8 }
+  const options = { tokenizer, bos, shots: 2, seed: 5, limit: 8 }
   const own = await evaluateTask(model, tasks.piqa, lines, options)
   expect(told.results[0].metrics.acc_norm.value).toBeCloseTo(own.metrics.acc_norm.value, 12)
   const { stdout: without } = run(
     'model',
     '--task',
     'own.json=piqa.jsonl',
-    '--begin',
+    '--bos',
     'none',
     '--json',
     '--draw',
@@ -138,7 +138,7 @@ test('--json prints everything needed to reproduce the results, --items writes t
     '--shots',
     '1',
   )
-  expect(JSON.parse(without)).toMatchObject({ model: { begin: null }, results: [{ draw: 'once' }] })
+  expect(JSON.parse(without)).toMatchObject({ model: { bos: null }, results: [{ draw: 'once' }] })
 })
 
 test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
@@ -164,7 +164,7 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
   )
   wrong(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
   wrong(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
-  wrong(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--begin', '<s>')
+  wrong(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
   const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
   expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'ENOENT' })
 })

@@ -28,7 +28,7 @@ Evaluates a language model on tasks.
   --limit N           evaluate only the first N items
   --weights F         store the weights as bf16, fp8, int8 or int4: faster and smaller, but less exact
   --precision P       arithmetic of matrix products: f32, bf16 or fp8 (default: bf16 with --weights, else f32)
-  --begin TOKEN       the token at the start of texts, or none (default: from the tokenizer's files)
+  --bos TOKEN         the token at the start of texts, or none (default: from the tokenizer's files)
   --max-texts N       number of answers generated at the same time (default: 8)
   --threads N         number of CPU threads (default: one per core)
   --items FILE        write the result of each item to FILE, one JSON object per line
@@ -59,7 +59,7 @@ function readArguments() {
       limit: { type: 'string' },
       weights: { type: 'string' },
       precision: { type: 'string' },
-      begin: { type: 'string' },
+      bos: { type: 'string' },
       'max-texts': { type: 'string' },
       threads: { type: 'string' },
       items: { type: 'string' },
@@ -146,14 +146,14 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     () => import('@moe/backend-tfjs'),
   ])
   setDefaultBackend(backend)
-  const { path, model, tokenizer, begin, prefix } = await openModel(folder, { weights, begin: options.begin })
+  const { path, model, tokenizer, bos, prefix } = await openModel(folder, { weights, bos: options.bos })
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
   for (const { name, task, file, examples } of requested) {
     const started = performance.now()
     const result = await evaluateTask(model, task, file, {
-      ...{ tokenizer, begin, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
+      ...{ tokenizer, bos, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
       signal: interrupt.signal,
       onProgress: done => {
         if (!quiet) showProgress(progressLine(task.name, done, (performance.now() - started) / 1000))
@@ -169,15 +169,15 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   if (!quiet) showProgress('')
   if (json) {
     const { elements, bytes } = weightBytes(model)
-    const how = { weights: weights ?? 'f32', precision, begin, prefix, backend: backend.name, device: backend.device }
+    const how = { weights: weights ?? 'f32', precision, bos, prefix, backend: backend.name, device: backend.device }
     const { name, version } = packageFile
     const evaluated = { folder, path, parameters: elements, bytes, ...how }
     const report = { package: { name, version }, date, model: evaluated, results }
     process.stdout.write(`${JSON.stringify(report, null, 2)}\n`)
   } else process.stdout.write(resultTable(results))
-  for (const { task, cut } of results) {
-    if (cut > 0 && !quiet)
-      process.stderr.write(`note: ${cut} items of ${task} exceed the context and were truncated on the left\n`)
+  for (const { task, truncated } of results) {
+    if (truncated > 0 && !quiet)
+      process.stderr.write(`note: ${truncated} items of ${task} exceed the context and were truncated on the left\n`)
   }
   model.dispose()
 }

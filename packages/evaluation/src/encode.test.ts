@@ -4,13 +4,13 @@ import { TextEncoder } from './encode.ts'
 import { characters, textOf } from './test-model.ts'
 
 const BEGIN = '^'.codePointAt(0) as number
-const encoder = (options: { begin?: number | null; prefix?: number; context?: number } = {}) =>
-  new TextEncoder({ tokenizer: characters, begin: null, prefix: BEGIN, context: 100, ...options })
+const encoder = (options: { bos?: number | null; prefix?: number; context?: number } = {}) =>
+  new TextEncoder({ tokenizer: characters, bos: null, prefix: BEGIN, context: 100, ...options })
 
-const split = ({ ids, from, cut }: { ids: readonly number[]; from: number; cut: boolean }) => [
+const split = ({ ids, from, truncated }: { ids: readonly number[]; from: number; truncated: boolean }) => [
   textOf(ids.slice(0, from)),
   textOf(ids.slice(from)),
-  cut,
+  truncated,
 ]
 
 describe('a context and its continuation', () => {
@@ -21,32 +21,36 @@ describe('a context and its continuation', () => {
 
   test('are encoded as one text, and split after as many tokens as the context alone has', () => {
     const tokenizer = trainBpe(['ab ab ab ab abc abc abc abcd abcd abcd'], { vocabSize: 300, minFrequency: 1 })
-    const own = new TextEncoder({ tokenizer, begin: null, prefix: 0, context: 100 })
+    const own = new TextEncoder({ tokenizer, bos: null, prefix: 0, context: 100 })
     const ids = Array.from(tokenizer.encode('ab abcd'))
     const apart = [...tokenizer.encode('ab ab'), ...tokenizer.encode('cd')]
     expect(ids).not.toEqual(apart)
     // "ab" and " abcd": the context alone has two tokens, as many as both together.
     expect(() => own.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" adds no tokens to its context')
-    expect(own.pair('ab ab', 'cd ab', '')).toEqual({ ids: [...ids, ...tokenizer.encode(' ab')], from: 2, cut: false })
+    expect(own.pair('ab ab', 'cd ab', '')).toEqual({
+      ids: [...ids, ...tokenizer.encode(' ab')],
+      from: 2,
+      truncated: false,
+    })
   })
 
   test('without context, the continuation follows the prefix or the token at the start of texts', () => {
     expect(split(encoder().pair('', 'xy', ''))).toEqual(['^', 'xy', false])
     expect(split(encoder().pair('  ', 'xy', ''))).toEqual(['^', '  xy', false])
     expect(split(encoder().pair('', '^xy', ''))).toEqual(['^', 'xy', false])
-    expect(split(encoder({ begin: 36 }).pair('', 'xy', ''))).toEqual(['$', 'xy', false])
+    expect(split(encoder({ bos: 36 }).pair('', 'xy', ''))).toEqual(['$', 'xy', false])
     expect(() => encoder({ prefix: undefined }).pair('', 'xy', '')).toThrow('pass prefix, the id of a token')
   })
 
   test('start with the begin token once', () => {
-    expect(split(encoder({ begin: 36 }).pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
-    expect(split(encoder({ begin: 36 }).pair('$ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    expect(split(encoder({ bos: 36 }).pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    expect(split(encoder({ bos: 36 }).pair('$ab', ' c', ''))).toEqual(['$ab', ' c', false])
     const tokenizer = {
       ...characters,
       encode: (text: string, options?: { addSpecialTokens?: boolean }) =>
         characters.encode(options?.addSpecialTokens === false ? text : `$${text}`),
     }
-    const own = new TextEncoder({ tokenizer, begin: undefined, prefix: BEGIN, context: 100 })
+    const own = new TextEncoder({ tokenizer, bos: undefined, prefix: BEGIN, context: 100 })
     expect(split(own.pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
     expect(split(own.pair('', 'c', ''))).toEqual(['$', 'c', false])
     expect(own.windows('ab').map(split)).toEqual([['$', 'ab', false]])
@@ -64,8 +68,8 @@ describe('a context and its continuation', () => {
 })
 
 test('a prompt leaves room for the generated answer', () => {
-  expect(encoder({ context: 5 }).prompt('abc', 2)).toEqual({ ids: [97, 98, 99], cut: false })
-  expect(encoder({ context: 5 }).prompt('abcd', 2)).toEqual({ ids: [98, 99, 100], cut: true })
+  expect(encoder({ context: 5 }).prompt('abc', 2)).toEqual({ ids: [97, 98, 99], truncated: false })
+  expect(encoder({ context: 5 }).prompt('abcd', 2)).toEqual({ ids: [98, 99, 100], truncated: true })
   expect(() => encoder({ context: 5 }).prompt('abcd', 5)).toThrow('leave no room for a prompt in a context of 5')
 })
 

@@ -17,14 +17,14 @@ export interface Scored {
   readonly ids: readonly number[]
   readonly from: number
   /** Whether tokens were truncated on the left. */
-  readonly cut: boolean
+  readonly truncated: boolean
 }
 
 export interface EncoderOptions {
   readonly tokenizer: EvaluationTokenizer
   /** The model's context length in tokens. */
   readonly context: number
-  readonly begin: number | null | undefined
+  readonly bos: number | null | undefined
   readonly prefix: number | undefined
 }
 
@@ -38,11 +38,11 @@ export class TextEncoder {
 
   /** The ids of a text, including the token at its start. */
   encode(text: string): number[] {
-    const { tokenizer, begin } = this.#options
-    if (begin === undefined) return Array.from(tokenizer.encode(text))
+    const { tokenizer, bos } = this.#options
+    if (bos === undefined) return Array.from(tokenizer.encode(text))
     const ids = this.#plain(text)
     // The text itself may start with the token.
-    return begin === null || ids[0] === begin ? ids : [begin, ...ids]
+    return bos === null || ids[0] === bos ? ids : [bos, ...ids]
   }
 
   #plain(text: string): number[] {
@@ -54,14 +54,14 @@ export class TextEncoder {
    * continuation.
    * @throws MoeError E_DATA if the continuation has no tokens, or more than fit in the context
    */
-  pair(context: string, continuation: string, place: string): Scored {
+  pair(context: string, continuation: string, location: string): Scored {
     const kept = context.trimEnd()
-    if (context === '') return this.#scored(this.#afterPrefix(this.#plain(continuation)), place, continuation)
+    if (context === '') return this.#scored(this.#afterPrefix(this.#plain(continuation)), location, continuation)
     const ids = this.encode(context + continuation)
     // A context of white space has no tokens if no token is added at the start.
     const from = this.encode(kept).length
-    if (from === 0) return this.#scored(this.#afterPrefix(ids), place, continuation)
-    return this.#scored({ ids, from }, place, continuation)
+    if (from === 0) return this.#scored(this.#afterPrefix(ids), location, continuation)
+    return this.#scored({ ids, from }, location, continuation)
   }
 
   /** A continuation without context, after the prefix token. If it starts with that token itself, none is added. */
@@ -71,8 +71,8 @@ export class TextEncoder {
   }
 
   get #prefix(): number {
-    const { begin, prefix } = this.#options
-    const own = begin === undefined ? this.encode('')[0] : begin
+    const { bos, prefix } = this.#options
+    const own = bos === undefined ? this.encode('')[0] : bos
     const found = own ?? prefix
     if (found !== undefined) return found
     throw new MoeError({
@@ -83,20 +83,20 @@ export class TextEncoder {
     })
   }
 
-  #scored({ ids, from }: { ids: readonly number[]; from: number }, place: string, continuation: string): Scored {
+  #scored({ ids, from }: { ids: readonly number[]; from: number }, location: string, continuation: string): Scored {
     const { context } = this.#options
     const count = ids.length - from
-    if (count < 1) throw dataError(place, `${JSON.stringify(continuation)} adds no tokens to its context`)
+    if (count < 1) throw dataError(location, `${JSON.stringify(continuation)} adds no tokens to its context`)
     if (count > context) {
-      throw dataError(place, `an answer has ${count} tokens, but the model's context length is ${context}`)
+      throw dataError(location, `an answer has ${count} tokens, but the model's context length is ${context}`)
     }
     // The last token is only predicted, not read.
     const over = Math.max(0, ids.length - context - 1)
-    return over === 0 ? { ids, from, cut: false } : { ids: ids.slice(over), from: from - over, cut: true }
+    return over === 0 ? { ids, from, truncated: false } : { ids: ids.slice(over), from: from - over, truncated: true }
   }
 
   /** Encodes a prompt, truncated on the left to leave room for `maxTokens`. @throws MoeError E_CONFIG if there is no room for a prompt */
-  prompt(text: string, maxTokens: number): { readonly ids: readonly number[]; readonly cut: boolean } {
+  prompt(text: string, maxTokens: number): { readonly ids: readonly number[]; readonly truncated: boolean } {
     const { context } = this.#options
     const room = context - maxTokens
     if (room < 1) {
@@ -110,7 +110,7 @@ export class TextEncoder {
     }
     const ids = this.encode(text)
     const all = ids.length === 0 ? [this.#prefix] : ids
-    return { ids: all.slice(-room), cut: all.length > room }
+    return { ids: all.slice(-room), truncated: all.length > room }
   }
 
   /** Splits a text into windows of the context length that predict each token once. The first window starts with the prefix token, the others with the last token of the window before. */
@@ -123,7 +123,7 @@ export class TextEncoder {
       // The last window is extended to the left to the full context.
       const end = Math.min(all.length, start + context + 1)
       const first = Math.max(0, end - context - 1)
-      result.push({ ids: all.slice(first, end), from: start + 1 - first, cut: false })
+      result.push({ ids: all.slice(first, end), from: start + 1 - first, truncated: false })
     }
     return result
   }

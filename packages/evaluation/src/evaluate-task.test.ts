@@ -17,7 +17,7 @@ import {
 } from './index.ts'
 import { characters, knownModel } from './test-model.ts'
 
-const options: EvaluateTaskOptions = { tokenizer: characters, begin: null, prefix: 94 }
+const options: EvaluateTaskOptions = { tokenizer: characters, bos: null, prefix: 94 }
 
 /** How likely a character is depends on itself alone. */
 const byCharacter = (nats: Readonly<Record<string, number>>) =>
@@ -46,14 +46,20 @@ describe('metrics with known values', () => {
     ])
     expect(items[0]).toMatchObject({
       item: 0,
-      place: 'item 0',
+      location: 'item 0',
       prompt: 'x',
       logProbs: [-4, -1.5],
       chosen: 1,
       answer: 0,
     })
     const half = { value: 0.5, stderr: Math.sqrt(1 / 3) / 2 }
-    expect(result).toMatchObject({ task: 'own', items: 4, shots: 0, cut: 0, metrics: { acc: half, acc_norm: half } })
+    expect(result).toMatchObject({
+      task: 'own',
+      items: 4,
+      shots: 0,
+      truncated: 0,
+      metrics: { acc: half, acc_norm: half },
+    })
   })
 
   test('of log-probabilities that are NaN', async () => {
@@ -386,8 +392,8 @@ describe('a model', () => {
       for (const [c, logProb] of (items[i].logProbs ?? []).entries()) expect(logProb).toBeCloseTo(sums[c], 3)
       expect(items[i].chosen).toBe(sums[0] >= sums[1] ? 0 : 1)
     }
-    expect(items.map(({ cut }) => cut)).toEqual([false, true])
-    expect(result.cut).toBe(1)
+    expect(items.map(({ truncated }) => truncated)).toEqual([false, true])
+    expect(result.truncated).toBe(1)
   })
 
   test('predicts a whole text in windows, after its begin token', async () => {

@@ -5,7 +5,7 @@ import { type PlacedItem, textReader } from './fields.ts'
 import { type ItemSource, readItems } from './items.ts'
 import type { Metric } from './metrics.ts'
 import { abortedBy, BatchedQueries, type EvaluatedModel } from './model-queries.ts'
-import { type Judged, type Scorer, scorerOf } from './scorers.ts'
+import { type ItemScore, type Scorer, scorerOf } from './scorers.ts'
 import { Shots } from './shots.ts'
 import type { ExampleDraw, Task, TaskTexts } from './task.ts'
 
@@ -24,8 +24,8 @@ export interface EvaluateTaskOptions {
   /** Evaluate only the first `limit` items. Default: all. */
   readonly limit?: number
   /** The id at the start of every text; null for none. Default: what the tokenizer adds. */
-  readonly begin?: number | null
-  /** The id before a text without context, if `begin` and the tokenizer add none. Default: `bos_token_id` of the model, or its first end token. */
+  readonly bos?: number | null
+  /** The id before a text without context, if `bos` and the tokenizer add none. Default: `bos_token_id` of the model, or its first end token. */
   readonly prefix?: number
   /** Arithmetic of matrix products. Default: bf16 if the weights are stored as bf16 or quantized, else f32. */
   readonly precision?: Precision
@@ -46,7 +46,7 @@ const names: OptionNames<EvaluateTaskOptions> = {
   draw: true,
   seed: true,
   limit: true,
-  begin: true,
+  bos: true,
   prefix: true,
   precision: true,
   maxTexts: true,
@@ -56,11 +56,11 @@ const names: OptionNames<EvaluateTaskOptions> = {
 }
 
 /** The result of one item. */
-export interface ItemResult extends Judged {
+export interface ItemResult extends ItemScore {
   /** The item's number, from 0. */
   readonly item: number
   /** Its file and line, or `item 0` and so on. */
-  readonly place: string
+  readonly location: string
   /** Its group, if the task has groups. */
   readonly group?: string
 }
@@ -86,7 +86,7 @@ export interface TaskResult extends Summary {
   /** The seed they were drawn with; missing if none were drawn. */
   readonly seed?: number
   /** The number of items whose texts were truncated on the left because they exceed the context. */
-  readonly cut: number
+  readonly truncated: number
   /** Wall time. */
   readonly seconds: number
 }
@@ -124,7 +124,12 @@ export async function evaluateTask(
       queries,
     )
     for (const [i, one] of scored.entries()) {
-      const result = { item: start + i, place: some[i].place, ...(groupOf && { group: groupOf(some[i]) }), ...one }
+      const result = {
+        item: start + i,
+        location: some[i].location,
+        ...(groupOf && { group: groupOf(some[i]) }),
+        ...one,
+      }
       results.push(result)
       onItem?.(result)
     }
@@ -141,7 +146,7 @@ export async function evaluateTask(
     ...(groupOf && { groups: byGroup(results, summary) }),
     shots,
     ...(shots > 0 && { draw, ...(draw !== 'first' && { seed }) }),
-    cut: results.filter(({ cut }) => cut).length,
+    truncated: results.filter(({ truncated }) => truncated).length,
     seconds: (performance.now() - started) / 1000,
   }
 }

@@ -7,13 +7,13 @@ import type { Field, Item, ListField } from './task.ts'
 export interface PlacedItem {
   readonly fields: Item
   /** File and line, or `item 0` and so on. */
-  readonly place: string
+  readonly location: string
 }
 
-export const dataError = (place: string, problem: string, fix?: string, cause?: unknown): MoeError =>
-  new MoeError({ code: 'E_DATA', op: place, problem, fix, cause })
+export const dataError = (location: string, problem: string, fix?: string, cause?: unknown): MoeError =>
+  new MoeError({ code: 'E_DATA', op: location, problem, fix, cause })
 
-/** Reads a field of an item. `name` below is the name of the field in the task. @throws MoeError E_DATA with the item's place */
+/** Reads a field of an item. `name` below is the name of the field in the task. @throws MoeError E_DATA with the item's location */
 export type Reader<T> = (item: PlacedItem) => T
 
 /** Reads a text. */
@@ -40,7 +40,7 @@ export const listReader = (name: string, field: ListField): Reader<readonly stri
   return item => {
     const value = read(item)
     if (typeof value !== 'string') return value
-    throw dataError(item.place, `${name} is ${shown(value)}, expected a list`)
+    throw dataError(item.location, `${name} is ${shown(value)}, expected a list`)
   }
 }
 
@@ -53,26 +53,26 @@ export const answerReader = (name: string, field: Field<string | number>): Reade
   }
 }
 
-function asText(name: string, { place }: PlacedItem, value: unknown): string {
+function asText(name: string, { location }: PlacedItem, value: unknown): string {
   if (typeof value === 'string') return value
   if (typeof value === 'number') return String(value)
-  throw dataError(place, `${name} is ${shown(value)}, expected a text`)
+  throw dataError(location, `${name} is ${shown(value)}, expected a text`)
 }
 
 function asList(name: string, item: PlacedItem, value: readonly unknown[]): readonly string[] {
-  if (value.length === 0) throw dataError(item.place, `${name} is an empty list`)
+  if (value.length === 0) throw dataError(item.location, `${name} is an empty list`)
   return value.map((one, i) => asText(`${name}[${i}]`, item, one))
 }
 
 function reader(name: string, field: Field<unknown>): Reader<unknown> {
   if (typeof field === 'function') {
-    return ({ fields, place }) => {
+    return ({ fields, location }) => {
       try {
         return field(fields)
       } catch (error) {
         if (isMoeError(error) && error.op !== FIELD) throw error
         const problem = isMoeError(error) ? error.problem : (error as Error).message
-        throw dataError(place, `${name}: ${problem}`, undefined, error)
+        throw dataError(location, `${name}: ${problem}`, undefined, error)
       }
     }
   }
@@ -89,11 +89,11 @@ function reader(name: string, field: Field<unknown>): Reader<unknown> {
 
 function pathReader(name: string, path: string): Reader<unknown> {
   const keys = path.split('.')
-  return ({ fields, place }) => {
+  return ({ fields, location }) => {
     let value: unknown = fields
     for (const key of keys) value = Object(value) === value ? (value as Item)[key] : undefined
     if (value !== undefined && value !== null) return value
-    throw missingField(place, path, name, fields)
+    throw missingField(location, path, name, fields)
   }
 }
 
@@ -109,23 +109,23 @@ function templateReader(name: string, source: string): Reader<unknown> {
     const problem = `${name} of the task is not a valid template: ${(cause as Error).message}`
     throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, cause })
   }
-  return ({ fields, place }) => {
+  return ({ fields, location }) => {
     for (const field of names) {
       if (fields[field] !== undefined && fields[field] !== null) continue
-      throw missingField(place, field, name, fields)
+      throw missingField(location, field, name, fields)
     }
     try {
       const text = template.render({ ...fields })
       return expression === undefined ? text : JSON.parse(text)
     } catch (cause) {
-      throw dataError(place, `${name}: ${(cause as Error).message}`, undefined, cause)
+      throw dataError(location, `${name}: ${(cause as Error).message}`, undefined, cause)
     }
   }
 }
 
-function missingField(place: string, field: string, name: string, fields: Item): MoeError {
+function missingField(location: string, field: string, name: string, fields: Item): MoeError {
   const problem = `the field ${field} is missing, which ${name} of the task uses`
-  return dataError(place, problem, `the item has ${Object.keys(fields).join(', ')}`)
+  return dataError(location, problem, `the item has ${Object.keys(fields).join(', ')}`)
 }
 
 /** The variables of a template that it does not set itself, except those that it tests for existence. */
@@ -152,7 +152,7 @@ function freeNames(program: unknown): Set<string> {
   return new Set([...used].filter(name => !own.has(name)))
 }
 
-/** The `op` of errors of `fieldOf`, which `reader` replaces by the item's place. */
+/** The `op` of errors of `fieldOf`, which `reader` replaces by the item's location. */
 const FIELD = 'item'
 
 /** Returns a field of an item that must be a text; for functions in tasks. @throws MoeError E_DATA */

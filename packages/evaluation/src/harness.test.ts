@@ -49,7 +49,7 @@ test.each(harness.cases.map((one, i) => ({ ...one, i })))(
     // The fixture's model writes behind prompts of any length.
     const { model, asked } = known(isWriting ? 10_000 : harness.context)
     const result = await evaluateTask(model, task, items, {
-      ...{ tokenizer: characters, begin: null, prefix: harness.prefix, shots },
+      ...{ tokenizer: characters, bos: null, prefix: harness.prefix, shots },
       examples: shots > 0 ? examples : undefined,
     })
     expect(asked).toEqual(one.asked)

@@ -11,7 +11,7 @@ export {
 export type { ItemSource } from './items.ts'
 export type { ItemMetrics, Metric } from './metrics.ts'
 export type { EvaluatedModel } from './model-queries.ts'
-export type { Judged } from './scorers.ts'
+export type { ItemScore } from './scorers.ts'
 export type {
   ChoiceTask,
   ContinuationTask,

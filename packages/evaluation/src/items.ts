@@ -29,18 +29,18 @@ async function readText(path: string | URL): Promise<string> {
 }
 
 function parseItems(text: string, path: string): PlacedItem[] {
-  if (!/\.(jsonl|ndjson)$/i.test(path)) return text === '' ? [] : [{ fields: { text }, place: path }]
+  if (!/\.(jsonl|ndjson)$/i.test(path)) return text === '' ? [] : [{ fields: { text }, location: path }]
   // Split at newlines only: JSON strings may contain other line separators of Unicode.
   return text.split('\n').flatMap((line, i) => {
     if (line.trim() === '') return []
-    const place = `${path}:${i + 1}`
+    const location = `${path}:${i + 1}`
     let fields: unknown
     try {
       fields = JSON.parse(line)
     } catch (cause) {
-      throw dataError(place, `invalid JSON: ${(cause as Error).message}`, undefined, cause)
+      throw dataError(location, `invalid JSON: ${(cause as Error).message}`, undefined, cause)
     }
-    return [placed(fields, place)]
+    return [placed(fields, location)]
   })
 }
 
@@ -52,7 +52,8 @@ function givenItems(source: Iterable<Item>, name: string): PlacedItem[] {
   throw new MoeError({ code: 'E_DATA', op: 'evaluateTask', problem: `the ${name}s are ${shown(source)}`, fix })
 }
 
-function placed(fields: unknown, place: string): PlacedItem {
-  if (typeof fields === 'object' && fields !== null && !Array.isArray(fields)) return { fields: fields as Item, place }
-  throw dataError(place, `the item is ${shown(fields)}, expected an object`)
+function placed(fields: unknown, location: string): PlacedItem {
+  if (typeof fields === 'object' && fields !== null && !Array.isArray(fields))
+    return { fields: fields as Item, location }
+  throw dataError(location, `the item is ${shown(fields)}, expected an object`)
 }

@@ -18,7 +18,7 @@ export interface EvaluatedModel {
 
 interface QueryOptions {
   readonly tokenizer: EvaluationTokenizer
-  readonly begin?: number | null
+  readonly bos?: number | null
   readonly prefix?: number
   readonly precision?: Precision
   readonly maxTexts?: number
@@ -38,9 +38,9 @@ export class BatchedQueries implements ModelQueries {
   constructor(model: EvaluatedModel, options: QueryOptions) {
     this.#model = model
     this.#options = options
-    const { max_position_embeddings: context, bos_token_id: bos } = model.config
-    const { tokenizer, begin, prefix = bos ?? model.endTokens[0] } = options
-    this.encoder = new TextEncoder({ tokenizer, context, begin, prefix })
+    const { max_position_embeddings: context, bos_token_id: configured } = model.config
+    const { tokenizer, bos, prefix = configured ?? model.endTokens[0] } = options
+    this.encoder = new TextEncoder({ tokenizer, context, bos, prefix })
   }
 
   async score(texts: readonly Scored[], greedy: boolean): Promise<Likelihood[]> {

@@ -12,19 +12,19 @@ export interface OpenedModel {
   readonly model: DeepSeek
   readonly tokenizer: BpeTokenizer
   /** Undefined: what the tokenizer adds. */
-  readonly begin: number | null | undefined
+  readonly bos: number | null | undefined
   readonly prefix: number | undefined
 }
 
 /**
  * Opens a model in the Hugging Face layout, or the latest checkpoint of a run of `train`, on the default backend. If tokenizer_config.json sets `add_bos_token`, texts start
  * with that token.
- * @param begin the token at the start of texts, or `none`
+ * @param bos the token at the start of texts, or `none`
  * @throws MoeError, TokenizerError for missing or corrupt files
  */
 export async function openModel(
   folder: string,
-  { weights, begin }: { readonly weights?: WeightFormat; readonly begin?: string },
+  { weights, bos }: { readonly weights?: WeightFormat; readonly bos?: string },
 ): Promise<OpenedModel> {
   const path = modelFolder(folder)
   const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
@@ -33,15 +33,18 @@ export async function openModel(
     const text = (token as { content?: unknown } | null | undefined)?.content ?? token
     return typeof text === 'string' ? tokenizer.tokenToId(text) : undefined
   }
-  const bos = idOf(config.bos_token)
-  const tokens = { begin: config.add_bos_token === true ? bos : undefined, prefix: bos ?? idOf(config.eos_token) }
-  if (begin !== undefined) {
-    const given = begin === 'none' ? null : tokenizer.tokenToId(begin)
+  const configured = idOf(config.bos_token)
+  const tokens = {
+    bos: config.add_bos_token === true ? configured : undefined,
+    prefix: configured ?? idOf(config.eos_token),
+  }
+  if (bos !== undefined) {
+    const given = bos === 'none' ? null : tokenizer.tokenToId(bos)
     if (given === undefined) {
-      const problem = `the tokenizer has no token ${begin}`
+      const problem = `the tokenizer has no token ${bos}`
       throw new MoeError({ code: 'E_ATTR', op: path, problem, fix: 'pass one of its tokens, or none' })
     }
-    Object.assign(tokens, { begin: given })
+    Object.assign(tokens, { bos: given })
   }
   const model = await DeepSeek.fromPretrained(path, { weights })
   return { path, model, tokenizer, ...tokens }

@@ -7,7 +7,7 @@ import { continuationMetrics, type ItemMetrics, largest, type Metric, means, tex
 import type { ChoiceTask, ContinuationTask, GenerationTask, Task, TextTask } from './task.ts'
 
 /** The metrics of one item, and what they were computed from. */
-export interface Judged {
+export interface ItemScore {
   /** The item's metrics: correctness as 1 or 0, nats, and counts. */
   readonly metrics: ItemMetrics
   /** The prompt; if each choice has its own context, all of them. */
@@ -21,7 +21,7 @@ export interface Judged {
   /** The generated text. */
   readonly text?: string
   /** Whether texts were truncated on the left because they exceed the context. */
-  readonly cut: boolean
+  readonly truncated: boolean
 }
 
 /** The likelihood of the scored tokens of a text. */
@@ -52,7 +52,7 @@ export interface Prompted {
 export interface Scorer {
   /** Formats an item with its answer, as an example. Undefined if the kind of task has no examples. */
   readonly solved?: Reader<string>
-  score(items: readonly Prompted[], queries: ModelQueries): Promise<Judged[]>
+  score(items: readonly Prompted[], queries: ModelQueries): Promise<ItemScore[]>
   summarize(items: readonly ItemMetrics[]): Record<string, Metric>
 }
 
@@ -89,7 +89,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
     const isOne = typeof context === 'string'
     if (isOne === (typeof choices === 'string')) {
       throw dataError(
-        item.place,
+        item.location,
         'the item needs one context and a list of choices, or a list of contexts and one choice',
       )
     }
@@ -97,7 +97,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
       ? (choices as readonly string[]).map(choice => [context, choice] as const)
       : context.map(one => [one, choices as string] as const)
     const empty = pairs.findIndex(([, choice]) => choice === '')
-    if (empty >= 0) throw dataError(item.place, `choice ${empty} is empty`)
+    if (empty >= 0) throw dataError(item.location, `choice ${empty} is empty`)
     const texts = isOne ? (choices as readonly string[]) : context
     return { pairs, texts, answer: numberOf(item, answerOf(item), texts, labelsOf?.(item)) }
   }
@@ -105,7 +105,7 @@ function choicesReader(task: ChoiceTask): Reader<Choices> {
 
 /** The number of the correct choice, which the item gives by label, number or text. */
 function numberOf(
-  { place }: PlacedItem,
+  { location }: PlacedItem,
   answer: string | number,
   choices: readonly string[],
   labels: readonly string[] | undefined,
@@ -116,7 +116,7 @@ function numberOf(
   const number = /^\d+$/.test(trimmed) ? Number(trimmed) : choices.indexOf(String(answer))
   if (number >= 0 && number < choices.length) return number
   const known = labels === undefined ? `there are ${choices.length} choices` : `the labels are ${labels.join(', ')}`
-  throw dataError(place, `the answer is ${JSON.stringify(answer)}, but ${known}`)
+  throw dataError(location, `the answer is ${JSON.stringify(answer)}, but ${known}`)
 }
 
 const utf8 = new globalThis.TextEncoder()
@@ -134,7 +134,7 @@ function choiceScorer(task: ChoiceTask): Scorer {
       const prompted = items.map(({ item, preamble }) => {
         const choices = read(item)
         const scored = choices.pairs.map(([context, choice]) =>
-          queries.encoder.pair(preamble + context, delimiter + choice, item.place),
+          queries.encoder.pair(preamble + context, delimiter + choice, item.location),
         )
         return { ...choices, preamble, scored }
       })
@@ -162,7 +162,7 @@ function choiceScorer(task: ChoiceTask): Scorer {
           logProbs,
           answer,
           chosen: largest(logProbs),
-          cut: scored.some(({ cut }) => cut),
+          truncated: scored.some(({ truncated }) => truncated),
         }
       })
     },
@@ -180,15 +180,15 @@ function continuationScorer(task: ContinuationTask): Scorer {
       const prompted = items.map(({ item, preamble }) => {
         const prompt = preamble + contextOf(item)
         const answer = answerOf(item)
-        return { prompt, answer, scored: queries.encoder.pair(prompt, delimiter + answer, item.place) }
+        return { prompt, answer, scored: queries.encoder.pair(prompt, delimiter + answer, item.location) }
       })
       const likelihoods = await queries.score(
         prompted.map(({ scored }) => scored),
         true,
       )
-      return prompted.map(({ prompt, answer, scored: { cut } }, i) => {
+      return prompted.map(({ prompt, answer, scored: { truncated } }, i) => {
         const { logProb, greedy } = likelihoods[i]
-        return { metrics: { acc: Number(greedy), nats: -logProb }, prompt, answer, cut }
+        return { metrics: { acc: Number(greedy), nats: -logProb }, prompt, answer, truncated }
       })
     },
   }
@@ -212,11 +212,11 @@ function generationScorer(task: GenerationTask): Scorer {
         prompted.map(({ ids }) => ids),
         { maxTokens, stop },
       )
-      return prompted.map(({ item, prompt, answers, cut }, i) => {
+      return prompted.map(({ item, prompt, answers, truncated }, i) => {
         const text = written[i]
         const matched = matchers.map(([name, matches]) => [name, matches(text, answers, item.fields)] as const)
         const answer = answers.length === 1 ? answers[0] : answers
-        return { metrics: Object.fromEntries(matched), prompt, text, answer, cut }
+        return { metrics: Object.fromEntries(matched), prompt, text, answer, truncated }
       })
     },
   }
@@ -241,7 +241,7 @@ function textScorer(task: TextTask): Scorer {
         at += windows.length
         const tokens = windows.reduce((sum, { ids, from }) => sum + ids.length - from, 0)
         const metrics = { nats, tokens, bytes: utf8.encode(text).length, words: text.split(/\s+/).length }
-        return { metrics, cut: false }
+        return { metrics, truncated: false }
       })
     },
   }

@@ -3,7 +3,7 @@ import { type ShotOptions, Shots } from './shots.ts'
 
 const items = Array.from({ length: 20 }, (_, i) => ({
   fields: { i, group: i % 2 ? 'odd' : 'even' },
-  place: `file:${i}`,
+  location: `file:${i}`,
 }))
 const numbers = (shots: Shots, item: number) => shots.of(items[item], item).map(({ fields }) => fields.i as number)
 const make = (options: Partial<ShotOptions> = {}) =>
@@ -44,7 +44,7 @@ test('examples are of the same group', () => {
 })
 
 test('an item that is read twice is recognized as itself', () => {
-  const pool = items.slice(0, 6).map(({ fields, place }) => ({ fields: { ...fields }, place }))
+  const pool = items.slice(0, 6).map(({ fields, location }) => ({ fields: { ...fields }, location }))
   for (const draw of ['each', 'once', 'first'] as const)
     for (let i = 0; i < 6; i++) expect(numbers(make({ pool, draw }), i)).not.toContain(i)
 })

@@ -36,7 +36,7 @@ export class Shots {
     if (others.length < shots) {
       const inGroup = group === '' ? '' : ` in the group ${group}`
       const problem = `shots is ${shots}, but there are only ${others.length} other items${inGroup}`
-      throw new MoeError({ code: 'E_DATA', op: item.place, problem, fix: 'pass examples, or fewer shots' })
+      throw new MoeError({ code: 'E_DATA', op: item.location, problem, fix: 'pass examples, or fewer shots' })
     }
     if (draw === 'first') return others.slice(0, shots)
     const random = new Random(seed).fork(draw === 'once' ? `shots/${group}` : `shots/${group}/${number}`)
@@ -47,7 +47,7 @@ export class Shots {
 }
 
 /** The same file may be passed as items and as examples, and is read twice then. */
-const isSame = (a: PlacedItem, b: PlacedItem): boolean => a.fields === b.fields || a.place === b.place
+const isSame = (a: PlacedItem, b: PlacedItem): boolean => a.fields === b.fields || a.location === b.location
 
 /** Draws without replacement. */
 function sample<T>(items: readonly T[], count: number, random: Random): T[] {

@@ -95,7 +95,7 @@ export function capture<T>(
           // Null if `fn` freed the value and failed before replacing it.
           if (copies && now) {
             copy(before[i].pointer, now.pointer, now.bytes)
-            native.roundAgain(before[i])
+            native.updateRoundedCopy(before[i])
           }
           if (now) memory.release(now)
           tensor.handle = memory.revive(before[i])

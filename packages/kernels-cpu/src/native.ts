@@ -44,7 +44,7 @@ export interface Native {
   /** Rounds a buffer's elements to bf16, into the copy at this address. */
   round(rounded: number, buffer: CpuBuffer): void
   /** Updates the buffer's bf16 copy, if it has one. */
-  roundAgain(buffer: CpuBuffer): void
+  updateRoundedCopy(buffer: CpuBuffer): void
   /** A new buffer with a copy of the elements of the value. */
   copied(value: Value): CpuBuffer
   /** Releases an intermediate result. */
@@ -146,7 +146,7 @@ export function createNative(
       memory.attachRounded(buffer, fresh)
     },
     round,
-    roundAgain(buffer) {
+    updateRoundedCopy(buffer) {
       if (buffer.rounded !== null) round(buffer.rounded.pointer, buffer)
     },
     copied: value => copyOf(value.handle as CpuBuffer),

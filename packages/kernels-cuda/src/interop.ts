@@ -20,12 +20,12 @@ export interface DeviceQueue {
   /** The `CUstream` as a number. */
   readonly handle: number
   /** Makes work that is added from now on wait for everything that the backend has launched. */
-  follow(): void
+  waitForBackend(): void
   /**
    * Resolves when all work added so far is finished.
    * @param look called before each query of the device; if it throws, waiting ends with that error
    */
-  done(look?: () => void): Promise<void>
+  synchronize(look?: () => void): Promise<void>
   /** Waits for the queue's work and frees the queue. */
   dispose(): void
 }
@@ -36,7 +36,7 @@ export interface DeviceQueue {
  */
 export interface CudaInterop {
   /** Makes the device's context current in this thread. Call it before every call of another library, as another backend's may be current. */
-  use(): void
+  makeCurrent(): void
   /** Address of a tensor's first element. Accesses to it are ordered by the backend's own queue. */
   pointerOf(value: Value): number
   /** Uninitialized memory. @throws MoeError E_OUT_OF_MEMORY */
@@ -46,7 +46,7 @@ export interface CudaInterop {
   /** Copies device memory to device memory, in the backend's queue. */
   copy(to: number, from: number, bytes: number): void
   /** Call this after writing to a tensor's elements: it discards the backend's cached copies of them. */
-  changed(value: Value): void
+  markModified(value: Value): void
   /** Reduces the elements at `parts`, one address per rank, to `to`, in the backend's queue: in f64 and in the order of `parts`, rounded once (for bf16 via f32). `to` may be one of them. */
   reduceRanks(
     to: number,
@@ -76,7 +76,7 @@ export function createInterop(
     })
   }
   return {
-    use: () => context.use(),
+    makeCurrent: () => context.use(),
     pointerOf,
     allocate: bytes =>
       direct('allocate', () => {
@@ -91,18 +91,18 @@ export function createInterop(
     tensor: (shape, dtype) =>
       direct('tensor', () => new Tensor(backend(), cuda.output({ shape, dtype }), shape, dtype)),
     copy: (to, from, bytes) => direct('copy', () => stream.copy(to, from, bytes)),
-    changed: value => memory.changed(value.handle as CudaBuffer),
+    markModified: value => memory.changed(value.handle as CudaBuffer),
     reduceRanks: (...args) => direct('reduceRanks', () => reduce(...args)),
     queue() {
       context.use()
       const queue = new Stream(driver, device)
       return {
         handle: queue.handle,
-        follow() {
+        waitForBackend() {
           context.use()
           queue.follow(stream)
         },
-        done(look) {
+        synchronize(look) {
           context.use()
           return queue.sync(() => {
             look?.()

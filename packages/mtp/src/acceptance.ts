@@ -10,12 +10,12 @@ import { type DepthTensors, type TokenRows, targetsAt } from './targets.ts'
 /** Detached scalars per depth, shallowest first; 0 if a batch contains no such position. */
 export interface MtpAcceptance {
   /** Share of positions at which the most likely token of the depth equals that of the main model. */
-  readonly alone: readonly Tensor[]
+  readonly individual: readonly Tensor[]
   /**
    * Share of positions at which this holds for the depth and all shallower ones: the drafts that greedy speculative
    * decoding would accept.
    */
-  readonly chained: readonly Tensor[]
+  readonly cumulative: readonly Tensor[]
 }
 
 /** Number of rows whose logits are in memory at a time, because each has a whole vocabulary of them. */
@@ -54,8 +54,8 @@ export function mtpAcceptance<Options>(
       const main = argmax(flat(hidden.detach()), headWeight.detach()).reshape([batch, time])
       const uploaded = onDevice(rows, hidden, modules.length)
       const states = chain(modules, hidden.detach(), uploaded, options)
-      const alone: Tensor[] = []
-      const chained: Tensor[] = []
+      const individual: Tensor[] = []
+      const cumulative: Tensor[] = []
       let agreed = full([batch, time], 1, { backend })
       states.forEach((state, k) => {
         const depth = k + 1
@@ -77,10 +77,10 @@ export function mtpAcceptance<Options>(
         const same = draft.eq(expected).cast('f32')
         agreed = agreed.mul(same)
         const rate = (hits: Tensor) => hits.mul(counts).sum().div(count)
-        alone.push(rate(same))
-        chained.push(rate(agreed))
+        individual.push(rate(same))
+        cumulative.push(rate(agreed))
       })
-      return { alone, chained }
+      return { individual, cumulative }
     }),
   )
 }

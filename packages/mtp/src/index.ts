@@ -3,12 +3,12 @@ export { type MtpAcceptance, mtpAcceptance } from './acceptance.ts'
 export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpDepthLoss, mtpLoss } from './loss.ts'
 export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions, type SharedHead } from './mtp.ts'
 export {
-  averageAt,
-  averagesOf,
   type DepthTargets,
   type DepthTensors,
   depthTargets,
   idsAhead,
+  inverseCountAt,
+  inverseCountsOf,
   type ShiftedTokens,
   shiftTokens,
   type TokenRows,

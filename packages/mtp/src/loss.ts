@@ -2,10 +2,10 @@
 import { checkOptions, linearCrossEntropy, MoeError, needAxes, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
 import {
-  averageAt,
   type DepthTensors,
   depthTargets,
   idsAhead,
+  inverseCountAt,
   type TokenRows,
   targetsAt,
   uploadTargets,
@@ -77,7 +77,7 @@ export function mtpDepthLoss<Options>(
   const [batch, time, features] = hidden_BTD.shape
   const weight = module.ownHead ?? (detached ? headWeight.detach() : headWeight)
   const losses = linearCrossEntropy(hidden_BTD.reshape([batch * time, features]), weight, targetsAt(rows, depth))
-  return losses.sum().mul(averageAt(rows, depth))
+  return losses.sum().mul(inverseCountAt(rows, depth))
 }
 
 /**

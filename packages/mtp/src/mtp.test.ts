@@ -39,14 +39,14 @@ class Identity extends Module {
 
 function make(depth: number, separate = false) {
   const random = new Random(1)
-  const embedding = new Embedding(9, 4, { random: random.fork('e'), deviation: 0.5 })
-  const head = new Linear(4, 9, { random: random.fork('h'), deviation: 0.5 })
+  const embedding = new Embedding(9, 4, { random: random.fork('e'), std: 0.5 })
+  const head = new Linear(4, 9, { random: random.fork('h'), std: 0.5 })
   const modules = Array.from(
     { length: depth },
     (_, k) =>
       new MtpModule(
         { hidden_size: 4 },
-        { embedding, head, random: random.fork(k), deviation: 0.5, separate, makeBlock: () => new Identity() },
+        { embedding, head, random: random.fork(k), std: 0.5, separate, makeBlock: () => new Identity() },
       ),
   )
   return { embedding, head, modules, random }
@@ -161,7 +161,7 @@ test('embedding and head accumulate the gradients of all uses', async () => {
   const hidden = randn([1, 4, 4], random)
   const { loss, perDepth } = mtpLoss(modules, hidden, rows([1, 2, 3, 4, 5, 6, 7]), head.weight, {})
   expect(await loss.detach().item()).toBeCloseTo(((await perDepth[0].item()) + (await perDepth[1].item())) / 2, 6)
-  const [byHead, byEmbedding] = gradients(loss, [head.weight, embedding.weight], { retain: true })
+  const [byHead, byEmbedding] = gradients(loss, [head.weight, embedding.weight], { retainGraph: true })
   backward(loss)
   assertClose(
     'head',
@@ -266,32 +266,38 @@ test('acceptance: the draft of depth k at position i against the main model at p
     drafts.push(await best(module.score(state)))
   }
   const expected = [1, 2].map(depth => {
-    let [positions, alone, chained] = [0, 0, 0]
+    let [positions, individual, cumulative] = [0, 0, 0]
     for (let row = 0; row < 2; row++) {
       for (let i = 0; i + depth < time; i++) {
         if (documents[row * length + i] !== documents[row * length + i + depth + 1]) continue
         const agrees = (d: number) => i + d < time && drafts[d - 1][row * time + i] === main[row * time + i + d]
         positions++
-        if (agrees(depth)) alone++
-        if (Array.from({ length: depth }, (_, d) => agrees(d + 1)).every(Boolean)) chained++
+        if (agrees(depth)) individual++
+        if (Array.from({ length: depth }, (_, d) => agrees(d + 1)).every(Boolean)) cumulative++
       }
     }
-    return { alone: alone / positions, chained: chained / positions }
+    return { individual: individual / positions, cumulative: cumulative / positions }
   })
   const found = mtpAcceptance(modules, hidden, given, head.weight, {})
-  for (const [k, { alone, chained }] of expected.entries()) {
-    expect(await found.alone[k].item()).toBeCloseTo(alone, 6)
-    expect(await found.chained[k].item()).toBeCloseTo(chained, 6)
+  for (const [k, { individual, cumulative }] of expected.entries()) {
+    expect(await found.individual[k].item()).toBeCloseTo(individual, 6)
+    expect(await found.cumulative[k].item()).toBeCloseTo(cumulative, 6)
   }
-  expect(expected[0].alone).toBeGreaterThan(0)
+  expect(expected[0].individual).toBeGreaterThan(0)
 })
 
 test('drafts of a module that repeats the main model are always accepted', async () => {
   const { modules, head } = make(1)
   // A head of zeros: every argmax is token 0.
-  head.weight.assign(randn([9, 4], new Random(0), { deviation: 0 }))
-  const { alone } = mtpAcceptance(modules, randn([1, 4, 4], new Random(1)), rows([1, 2, 3, 4, 5, 6]), head.weight, {})
-  expect(await alone[0].item()).toBe(1)
+  head.weight.assign(randn([9, 4], new Random(0), { std: 0 }))
+  const { individual } = mtpAcceptance(
+    modules,
+    randn([1, 4, 4], new Random(1)),
+    rows([1, 2, 3, 4, 5, 6]),
+    head.weight,
+    {},
+  )
+  expect(await individual[0].item()).toBe(1)
 })
 
 test('acceptance does not keep the logits of all positions in memory at once', async () => {
@@ -300,7 +306,7 @@ test('acceptance does not keep the logits of all positions in memory at once', a
   const weight = randn([vocabulary, 4], random)
   const hidden = randn([1, time, 4], random)
   const tokens = rows(Array.from({ length: time + 2 }, (_, i) => i % 9))
-  const { alone } = mtpAcceptance(modules, hidden, tokens, weight, {})
-  expect(Number.isFinite(await alone[0].item())).toBe(true)
+  const { individual } = mtpAcceptance(modules, hidden, tokens, weight, {})
+  expect(Number.isFinite(await individual[0].item())).toBe(true)
   expect(weight.backend.stats().peakBytes).toBeLessThan(time * vocabulary * 8)
 })

@@ -109,7 +109,7 @@ export interface DepthTensors {
   /** `i32 [depths + 1, B T]`. */
   readonly targets: Tensor
   /** `f32 [depths + 1]`: 1 / number of positions with a loss, or 1 if there are none. */
-  readonly averages: Tensor
+  readonly inverseCounts: Tensor
 }
 
 /**
@@ -136,7 +136,7 @@ export function depthTargets(
 }
 
 /** 1 / number of positions with a loss for each depth, or 1 if there are none. @internal */
-export function averagesOf({ counts }: DepthTargets): Float32Array<ArrayBuffer> {
+export function inverseCountsOf({ counts }: DepthTargets): Float32Array<ArrayBuffer> {
   return Float32Array.from(counts, count => 1 / Math.max(1, count))
 }
 
@@ -147,7 +147,7 @@ export function uploadTargets(host: DepthTargets, rows: number, backend: Backend
   return {
     tokens: fromHost(tokens, [rows, tokens.length / rows], 'i32', backend),
     targets: fromHost(targets, [depths, targets.length / depths], 'i32', backend),
-    averages: fromHost(averagesOf(host), [depths], 'f32', backend),
+    inverseCounts: fromHost(inverseCountsOf(host), [depths], 'f32', backend),
   }
 }
 
@@ -160,5 +160,5 @@ export const targetsAt = ({ targets }: DepthTensors, depth: number): Tensor =>
   targets.narrow(0, depth, depth + 1).reshape([targets.shape[1]])
 
 /** 1 / number of positions with a loss at a depth, a scalar. @internal */
-export const averageAt = ({ averages }: DepthTensors, depth: number): Tensor =>
-  averages.narrow(0, depth, depth + 1).reshape([])
+export const inverseCountAt = ({ inverseCounts }: DepthTensors, depth: number): Tensor =>
+  inverseCounts.narrow(0, depth, depth + 1).reshape([])

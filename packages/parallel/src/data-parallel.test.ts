@@ -101,7 +101,7 @@ describe('ranks of B rows', () => {
           if (typeof value !== 'function') return value
           return (...given: unknown[]) => {
             // Steps op by op take new tensors.
-            if (name === 'reduceShares' && given[1] !== undefined) replayed[ranks.rank]++
+            if (name === 'reduceScatterRows' && given[1] !== undefined) replayed[ranks.rank]++
             return value.apply(target, given)
           }
         },

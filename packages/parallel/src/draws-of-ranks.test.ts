@@ -25,7 +25,7 @@ const training = TokenDataset.fromTokens([Int32Array.from({ length: 200 }, () =>
 class Gshard extends DeepSeek {
   moe = new CapacityMoE(
     { hidden_size: 24, moe_intermediate_size: 8, n_routed_experts: 4, router: 'gshard' },
-    { random: new Random(5), deviation: 1, backend },
+    { random: new Random(5), std: 1, backend },
   )
   /** Where the stream was after each step. */
   readonly drawn: Array<{ stream: number; position: number }> = []

@@ -115,7 +115,7 @@ export async function spreadPairsStep(ranks: Communicator): Promise<ParallelStep
   const model = newModel()
   const schedule = dualPipeV(ranks.size / 2, ranks.size)
   const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
-  const { rank, world } = pipeline.dataShare
+  const { rank, world } = pipeline.dataShard
   const batches = batchesOf(world * schedule.microBatches, model).filter((_, m) => m % world === rank)
   return { ...(await pipeline.step(batches)), gradients: digestOfGradients(pipeline) }
 }

@@ -27,10 +27,10 @@ export interface BiasUpdateOptions {
    * Subtracts the mean from the update, so that a common offset cannot drift (torchtitan's variant, not in the paper).
    * Default false.
    */
-  readonly recentre?: boolean
+  readonly center?: boolean
 }
 
-export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, recentre: true }
+export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, center: true }
 
 /**
  * Performs one step of auxiliary-loss-free balancing: bias += γ sign(mean load - load). Call it once per optimizer step
@@ -39,7 +39,7 @@ export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, re
  */
 export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOptions = {}): void {
   checkOptions('updateBias', options, biasUpdateNames)
-  const { speed = 0.001, recentre = false } = options
+  const { speed = 0.001, center = false } = options
   if (speed === 0) return
   if (typeof speed === 'number' && !Number.isFinite(speed)) {
     const problem = `speed = ${speed} is not a finite number`
@@ -49,7 +49,7 @@ export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOpt
     noGrad(() => {
       const loads = load.cast('f32')
       const direction = loads.mean().sub(loads).sign()
-      const change = recentre ? direction.sub(direction.mean()) : direction
+      const change = center ? direction.sub(direction.mean()) : direction
       return bias.add(change.mul(speed))
     }),
   )

@@ -130,7 +130,7 @@ const config: RouterConfig = {
 describe('balancers', () => {
   /** Runs one training pass and returns the balancer's loss, or null. */
   async function lossOf(balancer: Balancer): Promise<number | null> {
-    const layer = new MoELayer(config, { random: new Random(4), deviation: 0.5, balancer })
+    const layer = new MoELayer(config, { random: new Random(4), std: 0.5, balancer })
     let found: Tensor | null = null
     const x = randn([2, 6, 8], new Random(5))
     layer.forward(x, {
@@ -233,7 +233,7 @@ describe('balancers', () => {
   test('γ follows its schedule, plain and recentred', async () => {
     const layer = new MoELayer(config, {
       random: new Random(4),
-      deviation: 0.5,
+      std: 0.5,
       balancer: auxFree({ speed: step => (step < 2 ? 0.5 : 0) }),
     })
     const biases = async () => Array.from(await (layer.gate.e_score_correction_bias as Tensor).values())
@@ -255,8 +255,8 @@ describe('balancers', () => {
 
     const recentred = new MoELayer(config, {
       random: new Random(4),
-      deviation: 0.5,
-      balancer: auxFree({ recentre: true, speed: 1 }),
+      std: 0.5,
+      balancer: auxFree({ center: true, speed: 1 }),
     })
     recentred.forward(x, { training: true })
     recentred.rebalance()
@@ -266,7 +266,7 @@ describe('balancers', () => {
   })
 
   test('padding is computed but not counted', async () => {
-    const layer = new MoELayer(config, { random: new Random(4), deviation: 0.5 })
+    const layer = new MoELayer(config, { random: new Random(4), std: 0.5 })
     const x = randn([2, 6, 8], new Random(5))
     const mask = tensor([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0], [2, 6])
     const plain = layer.forward(x, { training: true, mask })
@@ -287,7 +287,7 @@ describe('balancers', () => {
   })
 
   test('onLoad reports loads in evaluation without counting them', async () => {
-    const layer = new MoELayer(config, { random: new Random(4), deviation: 0.5 })
+    const layer = new MoELayer(config, { random: new Random(4), std: 0.5 })
     const seen: Tensor[] = []
     layer.forward(randn([1, 6, 8], new Random(5)), { onLoad: load => seen.push(load) })
     expect(seen).toHaveLength(1)

@@ -52,12 +52,12 @@ export const noBalance = (): Balancer => ({})
 
 /**
  * Creates V3's auxiliary-loss-free balancer. γ, the `speed`, may follow a schedule; default 0.001. V3 uses 0.001, and 0
- * for the last 3% of training. For `recentre`, see `BiasUpdateOptions`.
+ * for the last 3% of training. For `center`, see `BiasUpdateOptions`.
  */
-export function auxFree(options: { speed?: Scheduled; recentre?: boolean } = {}): Balancer {
-  checkOptions('auxFree', options, { speed: true, recentre: true })
-  const { speed = 0.001, recentre } = options
-  return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), recentre }) }
+export function auxFree(options: { speed?: Scheduled; center?: boolean } = {}): Balancer {
+  checkOptions('auxFree', options, { speed: true, center: true })
+  const { speed = 0.001, center } = options
+  return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), center }) }
 }
 
 /** A balance loss whose factor may follow a schedule. Nothing is computed while the factor is 0. */

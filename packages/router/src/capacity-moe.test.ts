@@ -25,7 +25,7 @@ const config: CapacityMoEConfig = {
   capacity_factor: 1,
 }
 const make = (changes: Partial<CapacityMoEConfig>) =>
-  new CapacityMoE({ ...config, ...changes }, { random: new Random(3), deviation: 1 })
+  new CapacityMoE({ ...config, ...changes }, { random: new Random(3), std: 1 })
 
 describe('capacity', () => {
   const fits = async (indices: number[][], capacity: number, mask?: number[]) => {

@@ -6,6 +6,7 @@
  * Legend: N tokens, E experts, K chosen.
  */
 import {
+  cacheForRecompute,
   checkOptions,
   checkShared,
   concat,
@@ -24,7 +25,6 @@ import {
   ones,
   type Parameter,
   Random,
-  remember,
   routerTopk,
   scope,
   shown,
@@ -200,7 +200,7 @@ export class CapacityMoE extends Module {
     const [tokens] = weights.shape
     const { backend } = weights
     const drawn = fromHost(
-      remember(() => this.random.uniform(tokens)),
+      cacheForRecompute(() => this.random.uniform(tokens)),
       [tokens, 1],
       'f32',
       backend,

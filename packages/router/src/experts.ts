@@ -67,7 +67,7 @@ export class Experts extends Module {
       throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix })
     }
     const [, inner, hidden] = this.gate_proj.shape
-    const copy = new Experts(to - from, hidden, inner, { deviation: 0, backend: this.gate_proj.backend })
+    const copy = new Experts(to - from, hidden, inner, { std: 0, backend: this.gate_proj.backend })
     for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
       copy[name].assign(noGrad(() => this[name].narrow(0, from, to)))
       copy[name].trainable = this[name].trainable

@@ -7,6 +7,7 @@ import {
   checkShared,
   type DispatchPlan,
   dispatchPlan,
+  disposeAfterUse,
   forkInit,
   type InitOptions,
   initNames,
@@ -20,7 +21,6 @@ import {
   scope,
   shown,
   type Tensor,
-  usedUp,
 } from '@moe/core'
 import { type BiasUpdateOptions, biasUpdateNames, sequenceBalanceLoss, updateBias } from './balance.ts'
 import { type Balancer, needBalancer } from './balancer.ts'
@@ -146,7 +146,7 @@ export class MoELayer extends Module {
     const shared_ND = this.shared_experts.forward(x)
     const out_ND = routed_ND.add(shared_ND)
     // No gradient rule reads the summands.
-    for (const part of [routed_ND, shared_ND]) usedUp(part)
+    for (const part of [routed_ND, shared_ND]) disposeAfterUse(part)
     return out_ND.reshape(x_BTD.shape)
   }
 

@@ -154,7 +154,7 @@ describe('balance', () => {
     expect(Array.from(await bias.values())).toEqual([-0.5, 0.5, 0, 0.5])
     updateBias(bias, load, { speed: 0 })
     expect(Array.from(await bias.values())).toEqual([-0.5, 0.5, 0, 0.5])
-    updateBias(bias, load, { speed: 1, recentre: true })
+    updateBias(bias, load, { speed: 1, center: true })
     const values = Array.from(await bias.values())
     expect(values.reduce((a, b) => a + b, 0)).toBeCloseTo(0.5, 6)
   })
@@ -162,7 +162,7 @@ describe('balance', () => {
   test('auxiliary-loss-free balancing evens out a skewed gate', async () => {
     const random = new Random(2)
     const x = randn([1, 256, 8], random)
-    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    const layer = new MoELayer(config8, { random, std: 0.5 })
     let vio = Number.POSITIVE_INFINITY
     for (let step = 0; step < 200; step++) {
       layer.forward(x, { training: true })
@@ -196,7 +196,7 @@ const config8: RouterConfig = {
 describe('counters', () => {
   test('tokens times K are counted once in training, not in evaluation, once under recomputation', async () => {
     const random = new Random(8)
-    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    const layer = new MoELayer(config8, { random, std: 0.5 })
     const x = randn([2, 5, 8], random)
     const total = async () => Array.from(await (layer.load as Tensor).values()).reduce((a, b) => a + b, 0)
     layer.forward(x)
@@ -215,7 +215,7 @@ describe('counters', () => {
 
   test('recomputation gives the same gradients', async () => {
     const random = new Random(9)
-    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    const layer = new MoELayer(config8, { random, std: 0.5 })
     const x = randn([1, 6, 8], random)
     backward(layer.forward(x).mul(2).sum())
     const plain = await (layer.gate.weight.grad as Tensor).values()
@@ -306,7 +306,7 @@ test('missing configurations and options, and unknown names, are rejected', () =
   make(config, { dropping: { device: 2 } }).toThrow('MoELayer dropping: unknown option device; did you mean devices?')
   make(config, null).toThrow('MoELayer: expected an options object, got null')
   expect(() => auxFree({ sped: 1 } as never)).toThrow('did you mean speed?')
-  const layer = new MoELayer({ ...config, num_key_value_heads: 3 } as RouterConfig, { deviation: 0 })
+  const layer = new MoELayer({ ...config, num_key_value_heads: 3 } as RouterConfig, { std: 0 })
   expect(() => layer.forward(zeros([1, 1, 4]), { trainig: true } as never)).toThrow('did you mean training?')
   disposeModule(layer)
 })

@@ -102,7 +102,7 @@ describe('in the layer', () => {
   const make = (factor?: number) =>
     new MoELayer(config, {
       random: new Random(5),
-      deviation: 0.5,
+      std: 0.5,
       dropping: factor === undefined ? undefined : { devices: 4, capacity_factor: factor },
     })
   const x = randn([5, 6, 8], new Random(6))

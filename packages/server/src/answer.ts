@@ -5,7 +5,7 @@ import type { Context } from 'hono'
 import { streamSSE } from 'hono/streaming'
 import type { Endpoint, GeneratedPart, StreamEvent } from './endpoint.ts'
 import { toApiError } from './errors.ts'
-import type { GenerationRequest, Served } from './generation-request.ts'
+import type { GenerationRequest, ServedModel } from './generation-request.ts'
 import { withReasoning } from './reasoning.ts'
 import type { RequestRecord } from './request-record.ts'
 import type { FinishReason, TextEngine } from './text-engine.ts'
@@ -35,7 +35,7 @@ export async function answer(
   c: Context<ServerEnv>,
   endpoint: Endpoint,
   request: GenerationRequest,
-  served: Served,
+  served: ServedModel,
   engine: TextEngine,
 ): Promise<Response> {
   const { prompts, choices } = request
@@ -54,9 +54,9 @@ export async function answer(
   const usage = () => {
     const prompt = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
     const generated = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
-    const reused = prompts.reduce((sum, _, i) => sum + texts[i * choices].stats.reused, 0)
+    const cachedTokens = prompts.reduce((sum, _, i) => sum + texts[i * choices].stats.cachedTokens, 0)
     Object.assign(record, { promptTokens: prompt, generatedTokens: generated })
-    return { prompt, reused, generated }
+    return { prompt, cachedTokens, generated }
   }
   const generatedPart = ({ text, reasoning = '', calls = [], tokens }: TextPart): GeneratedPart => {
     return { text, reasoning, calls, logProbs: tokens && endpoint.logProbs(tokens, served.tokenizer) }
@@ -136,7 +136,12 @@ export async function answer(
 }
 
 /** Starts all texts of a request. Choice i of a prompt uses the seed plus i. @throws MoeError `E_ATTR` if the engine rejects an option */
-function begin(request: GenerationRequest, { tokenizer }: Served, engine: TextEngine, signal: AbortSignal): Text[] {
+function begin(
+  request: GenerationRequest,
+  { tokenizer }: ServedModel,
+  engine: TextEngine,
+  signal: AbortSignal,
+): Text[] {
   const { prompts, choices, sampling, echo, logProbs, constraints, thinking, calls } = request
   const scored = logProbs !== undefined
   const texts: Text[] = []

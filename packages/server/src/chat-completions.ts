@@ -4,7 +4,7 @@ import { z } from 'zod'
 import { answerForm, formFields, promptedTools } from './answer-form.ts'
 import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
-import { generationRequest, type ServedModel } from './generation-request.ts'
+import { generationRequest, type PreparedModel } from './generation-request.ts'
 import { chatLogProbs } from './log-probs.ts'
 import { thinkingAfter } from './reasoning.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
@@ -172,7 +172,7 @@ function render(
   messages: readonly TemplateMessage[],
   tools: readonly object[],
   variables: Readonly<Record<string, unknown>>,
-  { chatTemplate, name, traits: { format, describesTools } }: ServedModel,
+  { chatTemplate, name, traits: { format, describesTools } }: PreparedModel,
 ): string {
   if (chatTemplate === undefined) {
     const problem = `${JSON.stringify(name)} has no chat template`

@@ -47,9 +47,9 @@ export function choicesEndpoint(choices: Choices): Endpoint {
   }
 }
 
-const usageOf = ({ prompt, generated, reused }: Usage) => ({
+const usageOf = ({ prompt, generated, cachedTokens }: Usage) => ({
   prompt_tokens: prompt,
   completion_tokens: generated,
   total_tokens: prompt + generated,
-  prompt_tokens_details: { cached_tokens: reused },
+  prompt_tokens_details: { cached_tokens: cachedTokens },
 })

@@ -2,7 +2,7 @@
 import { z } from 'zod'
 import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
-import { generationRequest, type Prompt, type Served } from './generation-request.ts'
+import { generationRequest, type Prompt, type ServedModel } from './generation-request.ts'
 import { completionLogProbs } from './log-probs.ts'
 import { MAX_TEXTS, parseFields, sharedFields } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
@@ -62,14 +62,14 @@ export const completions = choicesEndpoint({
 const isIds = (prompt: string[] | number[] | number[][]): prompt is number[] => typeof prompt[0] === 'number'
 
 /** An empty prompt starts a document: with the begin token or, if there is none, after an end token. */
-function encode(text: string, { model, tokenizer }: Served): Prompt {
+function encode(text: string, { model, tokenizer }: ServedModel): Prompt {
   const ids = tokenizer.encode(text)
   const { bos_token_id: begin, eos_token_id: end } = model.config
   const first = begin ?? (Array.isArray(end) ? end[0] : end)
   return ids.length > 0 || first == null ? { ids, added: tokenizer.encode('').length } : { ids: [first], added: 1 }
 }
 
-function checkIds(ids: number[], { model }: Served): Prompt {
+function checkIds(ids: number[], { model }: ServedModel): Prompt {
   const unknown = ids.find(id => id >= model.config.vocab_size)
   if (unknown === undefined) return { ids, added: 0 }
   const message = `prompt: token id ${unknown} is out of range, the vocabulary of this model has ${model.config.vocab_size} tokens`

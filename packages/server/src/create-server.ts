@@ -10,7 +10,7 @@ import { chatCompletions } from './chat-completions.ts'
 import { completions } from './completions.ts'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError, toApiError } from './errors.ts'
-import { type Served, unknownModel } from './generation-request.ts'
+import { type ServedModel, unknownModel } from './generation-request.ts'
 import { Grammars } from './grammars.ts'
 import { METRICS_TYPE, Metrics } from './metrics.ts'
 import type { RequestRecord } from './request-record.ts'
@@ -19,7 +19,7 @@ import { controlTokensOf, traitsOf } from './template-traits.ts'
 import type { TextEngine } from './text-engine.ts'
 
 /** Options of {@link createServer}. */
-export interface ServerOptions extends Served {
+export interface ServerOptions extends ServedModel {
   /** Generates the texts. The caller disposes of it after the server has stopped. */
   readonly engine: TextEngine
   /** The key that clients must send as `Authorization: Bearer KEY`. Default: no key is required. */

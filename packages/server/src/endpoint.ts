@@ -1,7 +1,7 @@
 /** @file The interface of endpoints that generate text. */
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ApiError } from './errors.ts'
-import type { GenerationRequest, ServedModel } from './generation-request.ts'
+import type { GenerationRequest, PreparedModel } from './generation-request.ts'
 import type { FinishReason } from './text-engine.ts'
 import type { ScoredToken } from './text-parts.ts'
 import type { ToolCall } from './tool-calls.ts'
@@ -21,7 +21,7 @@ export interface Usage {
   /** Tokens of all prompts. */
   readonly prompt: number
   /** Prompt tokens that were already in the cache. */
-  readonly reused: number
+  readonly cachedTokens: number
   readonly generated: number
 }
 
@@ -64,7 +64,7 @@ export interface Endpoint {
    * @param signal aborts when the client disconnects
    * @throws ApiError if the request is invalid or unsupported
    */
-  parse(body: unknown, served: ServedModel, signal: AbortSignal): Promise<GenerationRequest>
+  parse(body: unknown, served: PreparedModel, signal: AbortSignal): Promise<GenerationRequest>
   /** The body of a response that is not streamed. */
   body(
     head: Head,

@@ -10,7 +10,7 @@ import type { TemplateTraits } from './template-traits.ts'
 import type { CallReader } from './tool-calls.ts'
 
 /** The model that a server serves. */
-export interface Served {
+export interface ServedModel {
   /** Provides the configuration: context length, vocabulary size and end tokens. The weights are used by the engine. */
   readonly model: Pick<DeepSeek, 'config'>
   /** Encodes prompts and decodes generated tokens. */
@@ -22,7 +22,7 @@ export interface Served {
 }
 
 /** The served model with everything that is derived from it. */
-export interface ServedModel extends Served {
+export interface PreparedModel extends ServedModel {
   readonly grammars: Grammars
   readonly traits: TemplateTraits
 }
@@ -64,7 +64,7 @@ export interface GenerationRequest {
  * @throws ApiError 400 if fields are invalid together or a prompt does not fit the context, 404 if another model is requested
  */
 export function generationRequest(
-  served: Served,
+  served: ServedModel,
   fields: SharedFields,
   prompts: readonly Prompt[],
   field: 'prompt' | 'messages',

@@ -1,5 +1,5 @@
 /** @file Creates constraints that hold generated texts to a form, and caches compiled grammars. */
-import { eventLoopTurn } from '@moe/core'
+import { yieldToEventLoop } from '@moe/core'
 import type { TokenConstraint } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { ApiError, CLIENT_GONE } from './errors.ts'
@@ -174,7 +174,7 @@ async function vocabularyOf(
   const ends = new Uint32Array(tokenizer.vocabSize)
   let size = 0
   for (let id = 0; id < ends.length; id++) {
-    if (id % 8192 === 8191) await eventLoopTurn()
+    if (id % 8192 === 8191) await yieldToEventLoop()
     // Added tokens, such as control tokens, cannot be part of JSON.
     const isText = !added.has(id) && tokenizer.idToToken(id) !== undefined
     const bytes = isText ? tokenizer.tokenBytes(id) : none

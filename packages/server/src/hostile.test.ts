@@ -570,7 +570,7 @@ describe.each([true, false])('over a port, with a declared length: %s,', declare
       if (response.status === 200) expect(((await response.json()) as Completion).choices).toHaveLength(1)
       else expect((await errorOf(response, `${padding}`)).code).toBe('request_too_large')
     }
-    await server.close({ within: 0 })
+    await server.close({ timeout: 0 })
     expect(dispose()).toBe(0)
   })
 
@@ -596,7 +596,7 @@ describe.each([true, false])('over a port, with a declared length: %s,', declare
     const response = fetchFrom(server.url, { prompt: 'the', stream }, abort.signal)
     await response.then(({ text }) => text()).catch(() => {})
     await ended
-    await server.close({ within: 0 })
+    await server.close({ timeout: 0 })
     expect(records).toMatchObject([{ status: 499 }])
   })
 })
@@ -629,7 +629,7 @@ test.each([
   const response = await fetch(`${server.url}/v1/completions`, post(good['/v1/completions']))
   expect(response.status).toBe(200)
   await response.text()
-  await server.close({ within: 0 })
+  await server.close({ timeout: 0 })
   expect(records.every(({ status }) => status < 500)).toBe(true)
   expect(dispose()).toBe(0)
 })

@@ -49,7 +49,7 @@ function expectForm(
 
 async function openaiOf(app: Parameters<typeof serve>[0]) {
   const server = await serve(app, { port: 0 })
-  onTestFinished(() => server.close({ within: 0 }))
+  onTestFinished(() => server.close({ timeout: 0 }))
   return new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'any', maxRetries: 0 })
 }
 

@@ -6,7 +6,7 @@ import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatConfig, ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { modelFolder } from '@moe/trainer'
-import type { Served } from './generation-request.ts'
+import type { ServedModel } from './generation-request.ts'
 
 export interface OpenOptions {
   readonly weights?: WeightFormat
@@ -24,7 +24,7 @@ export interface OpenOptions {
 export async function openFolder(
   folder: string,
   options: OpenOptions = {},
-): Promise<Served & { readonly model: DeepSeek; readonly path: string }> {
+): Promise<ServedModel & { readonly model: DeepSeek; readonly path: string }> {
   const path = modelFolder(folder)
   const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
   const chatTemplate = await readTemplate(path, options.chatTemplate)

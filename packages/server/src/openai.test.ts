@@ -6,7 +6,7 @@ import { modelServer, scriptedServer, tokenizer } from './test-server.ts'
 
 async function client(app: Parameters<typeof serve>[0], apiKey = 'any') {
   const server = await serve(app, { port: 0 })
-  onTestFinished(() => server.close({ within: 0 }))
+  onTestFinished(() => server.close({ timeout: 0 }))
   return new OpenAI({ baseURL: `${server.url}/v1`, apiKey, maxRetries: 0 })
 }
 

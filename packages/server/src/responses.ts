@@ -274,7 +274,7 @@ class ResponseStream implements Stream {
       usage: usage
         ? {
             input_tokens: usage.prompt,
-            input_tokens_details: { cached_tokens: usage.reused },
+            input_tokens_details: { cached_tokens: usage.cachedTokens },
             output_tokens: usage.generated,
             output_tokens_details: { reasoning_tokens: 0 },
             total_tokens: usage.prompt + usage.generated,

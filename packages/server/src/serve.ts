@@ -14,7 +14,7 @@ export interface ServeOptions {
 }
 
 /** A listening server, as returned by {@link serve}. */
-export interface Serving {
+export interface RunningServer {
   /** The server's URL without a path, for example `http://127.0.0.1:8000`. */
   readonly url: string
   /** The port that the server listens on, including one that was selected for port 0. */
@@ -22,9 +22,9 @@ export interface Serving {
   /**
    * Stops accepting connections, waits for running responses to finish, and closes connections that are still open after the time limit. Resolves when all
    * connections are closed.
-   * @param options.within time limit in milliseconds. Default: 10,000.
+   * @param options.timeout time limit in milliseconds. Default: 10,000.
    */
-  close(options?: { readonly within?: number }): Promise<void>
+  close(options?: { readonly timeout?: number }): Promise<void>
 }
 
 /**
@@ -34,7 +34,7 @@ export interface Serving {
 export async function serve(
   app: { fetch(request: Request): Response | Promise<Response> },
   options: ServeOptions = {},
-): Promise<Serving> {
+): Promise<RunningServer> {
   if (typeof app?.fetch !== 'function') {
     const fix = 'pass createServer({ model, engine, tokenizer, name })'
     throw new MoeError({
@@ -58,7 +58,7 @@ export async function serve(
   return {
     url: `http://${name}:${address.port}`,
     port: address.port,
-    close: ({ within = 10_000 } = {}) => close(server, within),
+    close: ({ timeout = 10_000 } = {}) => close(server, timeout),
   }
 }
 
@@ -92,11 +92,11 @@ async function listen(server: Server, port: number, host: string): Promise<void>
   }
 }
 
-async function close(server: Server, within: number): Promise<void> {
+async function close(server: Server, timeout: number): Promise<void> {
   const closed = new Promise<void>(resolve => server.close(() => resolve()))
   // After its response, a keep-alive connection would stay open for another request.
   const idle = setInterval(() => server.closeIdleConnections(), 50)
-  const limit = setTimeout(() => server.closeAllConnections(), within)
+  const limit = setTimeout(() => server.closeAllConnections(), timeout)
   await closed
   clearInterval(idle)
   clearTimeout(limit)

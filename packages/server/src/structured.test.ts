@@ -17,7 +17,7 @@ const ajv = new Ajv2020({ strict: false })
 
 async function client(app: Parameters<typeof serve>[0]) {
   const server = await serve(app, { port: 0 })
-  onTestFinished(() => server.close({ within: 0 }))
+  onTestFinished(() => server.close({ timeout: 0 }))
   return new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'any', maxRetries: 0 })
 }
 

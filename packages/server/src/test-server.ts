@@ -90,7 +90,7 @@ export function scriptedEngine(
     waiting: 0,
     generate(ids, options) {
       const stats: GenerationStats = {
-        reused: 0,
+        cachedTokens: 0,
         tokens: 0,
         steps: 0,
         drafted: [],

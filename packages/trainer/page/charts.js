@@ -7,7 +7,7 @@ const reach = 40
 
 /** Titles and units of known metrics, in display order. Other metrics follow. */
 export const known = [
-  { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean over texts', heldOut: 'reward' },
+  { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean over texts', validation: 'reward' },
   { group: 'Rewards', name: 'preference', title: 'Preference loss', unit: 'nats per pair' },
   { group: 'Rewards', name: 'preferred', title: 'Pairs with the chosen text preferred', unit: 'fraction' },
   { group: 'Rewards', name: 'rewardStd', title: 'Reward spread', unit: 'standard deviation within groups' },
@@ -18,8 +18,8 @@ export const known = [
   { group: 'Rewards', name: 'kl', title: 'KL divergence from the reference', unit: 'nats per token' },
   { group: 'Rewards', name: 'clipped', title: 'Clipped tokens', unit: 'fraction' },
   { group: 'Rewards', name: 'samplerKl', title: 'KL divergence of sampler and training pass', unit: 'nats per token' },
-  { group: 'Loss', name: 'nll', title: 'Training loss', unit: 'nats per token', heldOut: 'loss' },
-  { group: 'Loss', name: 'bitsPerByte', title: 'Held-out data', unit: 'bits per byte', heldOut: 'bitsPerByte' },
+  { group: 'Loss', name: 'nll', title: 'Training loss', unit: 'nats per token', validation: 'loss' },
+  { group: 'Loss', name: 'bitsPerByte', title: 'Held-out data', unit: 'bits per byte', validation: 'bitsPerByte' },
   { group: 'Loss', name: 'loss', title: 'Objective', unit: 'minimized loss' },
   { group: 'Loss', name: 'mtp', title: 'Multi-token prediction', unit: 'nats per token' },
   { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'busiest expert over mean, minus 1' },
@@ -105,10 +105,10 @@ export class Chart {
         series.push({ stroke, width: 2, dash: run.dash, points: { show: x.length === 1, size: 6, fill: stroke } })
         table(x, visible(smoothed(column.mean, view.smoothing)))
       }
-      for (const averaged of what.logged ? [false] : what.heldOut ? [false, true] : []) {
+      for (const averaged of what.logged ? [false] : what.validation ? [false, true] : []) {
         const points = what.logged
           ? logged(run, what.logged, view.across)
-          : heldOut(run, what.heldOut, view.across, averaged)
+          : validation(run, what.validation, view.across, averaged)
         if (points.length === 0) continue
         // A chart without a training curve.
         const own = what.logged !== undefined || what.name === 'bitsPerByte'
@@ -244,8 +244,8 @@ function logged({ state, series }, name, across) {
 }
 
 /** Held-out points as `[x, y]`, of the weights or of the EMA. */
-function heldOut({ state, series }, name, across, averaged) {
-  return state.heldOut.flatMap(({ step, ema, ...weights }) => {
+function validation({ state, series }, name, across, averaged) {
+  return state.validation.flatMap(({ step, ema, ...weights }) => {
     const value = (averaged ? (ema ?? {}) : weights)[name]
     if (typeof value !== 'number') return []
     const x = across === 'step' ? step : tokensAt(series, step)

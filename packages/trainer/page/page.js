@@ -169,10 +169,10 @@ function row(run) {
     bar,
   )
   const last = name => series.columns.get(name)?.mean.findLast(value => value !== null)
-  const heldOut = state.heldOut[state.heldOut.length - 1]
+  const validation = state.validation[state.validation.length - 1]
   const numbers = [
     ['loss', last('nll')],
-    ['bits per byte', heldOut?.bitsPerByte],
+    ['bits per byte', validation?.bitsPerByte],
     ['MaxVio', last('maxVio')],
     ['dead experts', last('deadExperts')],
     ['tokens/s', status === 'training' ? state.tokensPerSecond : last('tokensPerSecond')],

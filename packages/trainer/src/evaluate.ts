@@ -1,13 +1,13 @@
 /** @file Loss and bits per byte on held-out text. */
 import {
   checkOptions,
-  eventLoopTurn,
   MoeError,
   noGrad,
   type OptionNames,
   type Precision,
   scope,
   withPrecision,
+  yieldToEventLoop,
 } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
@@ -139,7 +139,7 @@ async function evaluateStream(
     nll.dispose()
     tokens += count
     onProgress?.(done)
-    await eventLoopTurn()
+    await yieldToEventLoop()
   }
   const share = data.predictable === 0 ? 0 : tokens / data.predictable
   const charged = nats + share * data.unpredictable * Math.log(data.vocabSize)

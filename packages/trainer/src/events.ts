@@ -105,9 +105,9 @@ export interface LayerLoads {
 }
 
 /** Progress of an evaluation on held-out data. */
-export interface MeasuringEvent {
+export interface EvaluatingEvent {
   /** Discriminates the event types. */
-  readonly type: 'measuring'
+  readonly type: 'evaluating'
   /** Steps done. */
   readonly step: number
   /** Fraction of the evaluation that is done, up to 1. */
@@ -191,7 +191,7 @@ export type TrainEvent =
   | StartEvent
   | StepEvent
   | LoadsEvent
-  | MeasuringEvent
+  | EvaluatingEvent
   | EvaluationEvent
   | CheckpointEvent
   | NoticeEvent

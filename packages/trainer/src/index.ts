@@ -23,12 +23,12 @@ export { type EvaluateOptions, type Evaluation, evaluate, type SourceEvaluation 
 export type {
   CheckpointEvent,
   EndEvent,
+  EvaluatingEvent,
   EvaluationEvent,
   FailEvent,
   LayerLoads,
   LoadsEvent,
   LogEvent,
-  MeasuringEvent,
   NoticeEvent,
   StartEvent,
   StepEvent,

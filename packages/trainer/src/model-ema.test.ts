@@ -121,10 +121,10 @@ describe('Ema', () => {
           for (let i = 0; i < 3; i++) sums[i] = decay * sums[i] + own[i]
         }
         expect(ema.steps).toBe(steps)
-        ema.exchange()
+        ema.swap()
         const average = await parameter.values()
         for (let i = 0; i < 3; i++) expect(average[i]).toBeCloseTo(sums[i] / total, 5)
-        ema.exchange()
+        ema.swap()
         expect(await parameter.values()).toEqual(own)
         ema.dispose()
         for (const each of [parameter, buffer]) each.dispose()
@@ -178,7 +178,7 @@ describe('a run with ema', () => {
     const written = lines.map(line => JSON.parse(line) as EvaluationEvent).filter(({ type }) => type === 'evaluation')
     expect(written.map(({ ema }) => ema?.loss)).toEqual(all.map(({ ema }) => ema?.loss))
     // One measurement after the other.
-    const shares = events.flatMap(event => (event.type === 'measuring' && event.step === 12 ? [event.done] : []))
+    const shares = events.flatMap(event => (event.type === 'evaluating' && event.step === 12 ? [event.done] : []))
     expect(shares).toEqual([...shares].sort((a, b) => a - b))
     expect(shares).toContain(0.5)
     expect(shares.at(-1)).toBe(1)
@@ -190,7 +190,7 @@ describe('a run with ema', () => {
     let last: Weights = {}
     const onEvent = async (event: TrainEvent) => {
       if (event.type === 'step') last = await weightsOf(model)
-      if (event.type === 'measuring' && event.done > 0.6) controller.abort()
+      if (event.type === 'evaluating' && event.done > 0.6) controller.abort()
     }
     const result = await train(model, { ...settings, ema: 0.9, signal: controller.signal, onEvent })
     expect(result).toMatchObject({ stopped: 'interrupted', steps: 12 })

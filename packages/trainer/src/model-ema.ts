@@ -29,12 +29,12 @@ export class ModelEma {
    * `fn` and afterwards.
    */
   async withAverages<T>(fn: () => Promise<T>): Promise<T> {
-    this.#exchange()
+    this.#swap()
     try {
       await this.#onRanks?.gather()
       return await fn()
     } finally {
-      this.#exchange()
+      this.#swap()
       await this.#onRanks?.gather()
     }
   }
@@ -44,14 +44,14 @@ export class ModelEma {
    * be filled with its own weights afterwards.
    */
   async restore(steps: number): Promise<void> {
-    this.#exchange()
+    this.#swap()
     this.#ema.steps = steps
     await this.#onRanks?.gather()
   }
 
-  #exchange(): void {
+  #swap(): void {
     this.#onRanks?.release()
-    this.#ema.exchange()
+    this.#ema.swap()
   }
 
   dispose(): void {

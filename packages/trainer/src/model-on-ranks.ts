@@ -2,11 +2,11 @@
 import {
   full,
   isMoeError,
+  type LocalParameter,
   MoeError,
   namedAdapters,
   namedParameters,
   namedStreams,
-  type OwnParameter,
   type Precision,
   type Shape,
   scope,
@@ -26,11 +26,11 @@ export interface ModelOnRanks {
   /** All ranks of the training, with point-to-point messages. */
   readonly ranks: Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
   /** The parameters that this rank trains. Parameters of the model that this rank does not need are freed. */
-  readonly parameters: readonly OwnParameter[]
+  readonly parameters: readonly LocalParameter[]
   /**
    * This rank's share of every step's rows, as in `TrainingOrder`. Ranks with equal numbers get the same micro-batches.
    */
-  readonly dataShare: { readonly rank: number; readonly world: number }
+  readonly dataShard: { readonly rank: number; readonly world: number }
   /** Required number of micro-batches per step. Default: any number. */
   readonly microBatches?: number
   /**
@@ -56,7 +56,7 @@ export interface ModelOnRanks {
    * Shards the optimizer state of parameters that several ranks replicate. Changes `parameters`. Called before the
    * optimizer is created.
    */
-  shareOptimizer?(): void
+  shardOptimizer?(): void
   /** Gathers all weights into the model on every rank, until the next step. */
   gather(): Promise<void>
   /**
@@ -69,7 +69,7 @@ export interface ModelOnRanks {
 /** @throws MoeError E_CONFIG if it was created from another model, or the model has adapters or draws random numbers */
 export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel): void {
   const whole = new Map(namedParameters(model).map(({ name, parameter }) => [name, parameter]))
-  const fits = ({ name, parameter, firstRow }: OwnParameter) => {
+  const fits = ({ name, parameter, firstRow }: LocalParameter) => {
     const of = whole.get(name)
     return firstRow === undefined ? of === parameter : of !== undefined && isRows(parameter.shape, of.shape)
   }

@@ -1,5 +1,5 @@
 /** @file The interfaces of a trainable model and of a tokenizer. */
-import type { FolderPlace } from '@moe/checkpoint'
+import type { FolderLocation } from '@moe/checkpoint'
 import type { Module, Shape, Tensor } from '@moe/core'
 
 /** A micro-batch: rows of consecutive tokens, on the host. */
@@ -146,7 +146,7 @@ export interface TrainableModel extends Module {
    * `stateDict` key, in its in-memory dtype. Without this method, the trainer writes the state dict. The folder is a
    * directory handle if `out` is one.
    */
-  save?(folder: FolderPlace): Promise<void>
+  save?(folder: FolderLocation): Promise<void>
 }
 
 /** The tokenizer methods that the trainer uses. `BpeTokenizer` of `@moe/tokenizer-bpe` implements them. */

@@ -9,7 +9,7 @@ import {
   type Tensor,
 } from '@moe/core'
 import { gatherValues } from './ranks.ts'
-import type { SharedUpdate } from './shared-update.ts'
+import type { ShardedUpdate } from './sharded-update.ts'
 
 export interface NonFinite {
   /** Key of the parameter (of the slice, if it is stacked). */
@@ -77,14 +77,14 @@ export async function nonFiniteStep(
 /** The same if each rank has only the gradients of its share. All ranks report the same cause. */
 export async function nonFiniteStepOnRanks(
   model: Module,
-  { ranks, share }: SharedUpdate,
+  { ranks, shard }: ShardedUpdate,
   step: number,
   seen: { readonly loss: number; readonly gradNorm: number },
   gradientOf: GradientOf = parameter => parameter.grad,
 ): Promise<MoeError> {
   const named = namedParameters(model)
   const value = await findIn('value', named, parameter => parameter)
-  const gradient = await findIn('gradient', share.parameters, gradientOf)
+  const gradient = await findIn('gradient', shard.parameters, gradientOf)
   const found = await gatherValues(ranks, gradient, named[0].parameter)
   return stepError(value ?? found.find(where => where !== null) ?? null, step, seen)
 }

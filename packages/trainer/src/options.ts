@@ -341,7 +341,7 @@ function resolveRanks(given: TrainOptions['ranks'], problems: string[]): Partial
   return {
     ranks,
     onRanks,
-    ...(onRanks?.dataShare ?? { rank: ranks.rank, world: ranks.size }),
+    ...(onRanks?.dataShard ?? { rank: ranks.rank, world: ranks.size }),
     ...(microBatches !== undefined && { accumulate: microBatches }),
   }
 }

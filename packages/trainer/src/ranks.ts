@@ -5,7 +5,7 @@ import {
   MoeError,
   type NamedParameter,
   noGrad,
-  type SharingRanks,
+  type ShardCommunicator,
   scope,
   type Tensor,
   tensor,
@@ -32,12 +32,12 @@ export interface Ranks {
   /** Concatenates `[n]` of every rank to `[size n]`, which belongs to the caller. */
   allGather(tensor: Tensor): Promise<Tensor>
   /**
-   * As in `SharingRanks`. With this, `gatherShares`, `send` and `receive`, the optimizer is sharded: each rank keeps
+   * As in `ShardCommunicator`. With this, `allGatherRows`, `send` and `receive`, the optimizer is sharded: each rank keeps
    * the state of its share of the parameters and updates it for all. Otherwise every rank keeps all of the state.
    */
-  reduceShares?: SharingRanks['reduceShares']
-  /** As in `SharingRanks`. */
-  gatherShares?: SharingRanks['gatherShares']
+  reduceScatterRows?: ShardCommunicator['reduceScatterRows']
+  /** As in `ShardCommunicator`. */
+  allGatherRows?: ShardCommunicator['allGatherRows']
   /** Sends a tensor to one rank, which receives messages in the order of sending. */
   send?(tensor: Tensor, to: number): Promise<void>
   /** Receives the next tensor from rank `from`, which must have this shape and dtype. It belongs to the caller. */
@@ -48,10 +48,12 @@ export interface Ranks {
 export type SendingRanks = Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
 
 /** Ranks that can shard an optimizer. */
-export type OptimizerRanks = SendingRanks & SharingRanks
+export type OptimizerRanks = SendingRanks & ShardCommunicator
 
-export const canShare = (ranks: Ranks): ranks is OptimizerRanks =>
-  [ranks.reduceShares, ranks.gatherShares, ranks.send, ranks.receive].every(member => typeof member === 'function')
+export const canShard = (ranks: Ranks): ranks is OptimizerRanks =>
+  [ranks.reduceScatterRows, ranks.allGatherRows, ranks.send, ranks.receive].every(
+    member => typeof member === 'function',
+  )
 
 /** Ranks that support recorded steps. */
 export type RecordableRanks = Ranks & Required<Pick<Ranks, 'allReduceInPlace'>>

@@ -25,7 +25,7 @@ import type { DeviceInputs, HostInputs, StagedStep, TokenBatch } from './model.t
 import { clipScale, gradientNorm, gradientNormParts } from './optim/clip.ts'
 import { type StagedOptimizer, zeroState } from './optim/optimizer.ts'
 import { gatherPasses, normOverRanks, type RecordableRanks } from './ranks.ts'
-import type { SharedUpdate } from './shared-update.ts'
+import type { ShardedUpdate } from './sharded-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** A backend that supports recording. */
@@ -42,8 +42,8 @@ export interface StepParts {
   readonly precision: Precision
   /** Ranks that take every step together. Other ranks may run a step op by op while this one replays it. */
   readonly ranks: RecordableRanks | null
-  /** This rank's share of the update, if the optimizer is sharded. */
-  readonly shared: SharedUpdate | null
+  /** This rank's shard of the update, if the optimizer is sharded. */
+  readonly sharded: ShardedUpdate | null
 }
 
 /** The inputs of a micro-batch, ready for upload. */
@@ -92,7 +92,7 @@ export class RecordedStep {
   readonly #factor: Tensor
   readonly #sums: readonly Parameter[]
   readonly #pass: Graph<PassResult>
-  /** The parameters that this rank's optimizer updates: all trained ones, or a share. */
+  /** The parameters that this rank's optimizer updates: all trained ones, or a shard. */
   readonly #updated: readonly Parameter[]
   /** Gradients of the updated parameters, as the update reads them. */
   readonly #gradients: ReadonlyArray<Tensor | null>
@@ -105,14 +105,14 @@ export class RecordedStep {
 
   /** Records the passes for batches like `batch`. @param several whether steps have more than one micro-batch */
   constructor(parts: StepParts, batch: StagedBatch, several: boolean) {
-    const { backend, parameters, optimizer, shared } = parts
+    const { backend, parameters, optimizer, sharded } = parts
     this.#parts = parts
     this.#several = several
     this.#trained = parameters.filter(parameter => parameter.trainable)
-    this.#updated = shared === null ? this.#trained : shared.share.parameters.map(({ parameter }) => parameter)
+    this.#updated = sharded === null ? this.#trained : sharded.shard.parameters.map(({ parameter }) => parameter)
     try {
-      // The shares of parameters keep memory of their own as long as the graphs exist.
-      shared?.share.takeRows()
+      // The shards of parameters keep memory of their own as long as the graphs exist.
+      sharded?.shard.takeRows()
       this.#state = [...new Set([...parameters, ...this.#updated, ...optimizer.state])]
       this.#handles = this.#state.map(({ handle }) => handle)
       this.#inputs = keep(this.#upload(batch.arrays))
@@ -122,7 +122,7 @@ export class RecordedStep {
       this.#sums = several ? zeroState(this.#trained) : []
       this.#pass = this.#recordPass()
       const { gradients } = this.#pass.result
-      this.#gradients = shared === null ? gradients : keep(shared.share.places(this.#ownGradient))
+      this.#gradients = sharded === null ? gradients : keep(sharded.shard.places(this.#ownGradient))
       this.#norm = this.#recordNorm()
     } catch (error) {
       this.dispose()
@@ -172,18 +172,18 @@ export class RecordedStep {
   }
 
   async #readNorm(): Promise<number> {
-    const { backend, shared } = this.#parts
-    if (shared === null) return (await values(this.#norm.result.norm))[0]
-    const norm = await normOverRanks(shared.ranks, this.#norm.result.norm)
+    const { backend, sharded } = this.#parts
+    if (sharded === null) return (await values(this.#norm.result.norm))[0]
+    const norm = await normOverRanks(sharded.ranks, this.#norm.result.norm)
     backend.write(this.#wholeNorm, Float32Array.of(norm))
     return norm
   }
 
   /**
-   * Sums the gradients over all ranks (or those of this rank's share), and gathers the numbers of all micro-batches.
+   * Sums the gradients over all ranks (or those of this rank's shard), and gathers the numbers of all micro-batches.
    */
   async #reduceOverRanks(ranks: RecordableRanks, batches: readonly StagedBatch[], read: readonly HostValues[]) {
-    const { backend, shared } = this.#parts
+    const { backend, sharded } = this.#parts
     const { metrics, gradients } = this.#pass.result
     const own = read.map(([numbers], i) => {
       const { count } = batches[i]
@@ -191,8 +191,8 @@ export class RecordedStep {
     })
     try {
       const all = await gatherPasses(ranks, own)
-      if (shared !== null) {
-        await shared.share.sums(this.#ownGradient, this.#gradients)
+      if (sharded !== null) {
+        await sharded.shard.sums(this.#ownGradient, this.#gradients)
         return all
       }
       for (const [i, parameter] of this.#trained.entries()) parameter.grad = gradients[i]
@@ -235,13 +235,13 @@ export class RecordedStep {
    *   run op by op, after freeing those graphs, and this recording can no longer be used
    */
   async apply({ carried }: MeasuredStep, lr: number): Promise<boolean> {
-    const { backend, staged, optimizer, parameters, shared } = this.#parts
+    const { backend, staged, optimizer, parameters, sharded } = this.#parts
     const { numbers, updates } = optimizer.begin(lr)
     const inputs = staged.afterInputs()
     if (this.#update === null) {
       this.#update = this.#recordUpdate(numbers, inputs, carried)
       if (this.#update === null) {
-        await shared?.share.gather()
+        await sharded?.shard.gather()
         return false
       }
     } else {
@@ -252,7 +252,7 @@ export class RecordedStep {
     }
     this.#update.graph.replay(updates)
     for (const parameter of parameters) parameter.version++
-    await shared?.share.gather()
+    await sharded?.shard.gather()
     return true
   }
 
@@ -318,9 +318,9 @@ export class RecordedStep {
    * combines the parts, and the update computes the scale.
    */
   #recordNorm() {
-    const { backend, clip, shared } = this.#parts
+    const { backend, clip, sharded } = this.#parts
     const record = () => {
-      if (shared !== null) return { norm: gradientNormParts(this.#gradients, backend), gradScale: null }
+      if (sharded !== null) return { norm: gradientNormParts(this.#gradients, backend), gradScale: null }
       const norm = gradientNorm(this.#trained)
       return { norm: norm.reshape([1]), gradScale: clipScale(norm, clip, this.#factor) }
     }
@@ -328,7 +328,7 @@ export class RecordedStep {
   }
 
   #recordUpdate(numbersNow: Float32Array, inputsNow: HostInputs, carriedNow: HostValues) {
-    const { backend, staged, optimizer, clip, shared } = this.#parts
+    const { backend, staged, optimizer, clip, sharded } = this.#parts
     const left = this.#pass.result.carried
     const { numbers, inputs, carried } = keep(
       scope(() => ({
@@ -338,7 +338,7 @@ export class RecordedStep {
       })),
     )
     const update = () => {
-      shared?.share.takeRows()
+      sharded?.shard.takeRows()
       optimizer.update(numbers, this.#norm.result.gradScale ?? clipScale(this.#wholeNorm, clip, this.#factor))
       staged.after(inputs, carried)
       for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
@@ -369,7 +369,7 @@ export class RecordedStep {
     const inputs = [...Object.values(this.#inputs ?? {}), this.#seed, this.#factor, this.#wholeNorm, ...updating]
     const left = new Set([...gradients, ...(this.#gradients ?? []), ...(this.#sums ?? [])])
     for (const tensor of [scalars, ...carried, norm, gradScale, ...inputs, ...left]) tensor?.dispose()
-    this.#parts.shared?.share.freeRows()
+    this.#parts.sharded?.shard.freeRows()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
   }
 }

@@ -26,7 +26,7 @@ class Gshard extends BigramModel {
   constructor(init: InitOptions = {}) {
     super(init)
     const config = { hidden_size: 6, moe_intermediate_size: 4, n_routed_experts: 4, router: 'gshard' } as const
-    this.moe = new CapacityMoE({ ...config, capacity_factor: 4 }, { random: new Random(5), deviation: 1, ...init })
+    this.moe = new CapacityMoE({ ...config, capacity_factor: 4 }, { random: new Random(5), std: 1, ...init })
   }
 
   protected override hidden(embedded: Tensor, training: boolean): Tensor {
@@ -58,7 +58,7 @@ describe('resuming', () => {
     expect(first.result.trainingLoss).toBeCloseTo(mean(last.map(({ nll }) => nll)), 10)
     expect(first.result.balance.maxVio).toBeCloseTo(mean(last.map(({ maxVio }) => maxVio)), 10)
     // Other initial weights: all must come from the checkpoint.
-    const model = new BigramModel({ deviation: 0.1 })
+    const model = new BigramModel({ std: 0.1 })
     const second = await run({ out: cut, accumulate: 2, resume: true, model })
     expect(second.result).toMatchObject({ interrupted: false, steps: 12 })
     expect(numbersOf(cut)).toEqual(numbersOf(whole))
@@ -81,7 +81,7 @@ describe('resuming', () => {
     expect(straight.events[0]).toMatchObject({ type: 'start', tokensPerStep: 24, tokens: sums.at(-1) })
     expect(straight.result.tokens).toBe(sums.at(-1))
     await run({ out: cut, ...growing, ...stopAfter(5) })
-    const second = await run({ out: cut, ...growing, resume: true, model: new BigramModel({ deviation: 0.1 }) })
+    const second = await run({ out: cut, ...growing, resume: true, model: new BigramModel({ std: 0.1 }) })
     expect(second.events[0]).toMatchObject({ type: 'start', tokensPerStep: 2 * 24, tokens: sums.at(-1) })
     expect(second.weights).toEqual(straight.weights)
     await run({ out: cut, ...growing, overwrite: true, ...stopAfter(5) })
@@ -93,7 +93,7 @@ describe('resuming', () => {
   test('holds for Muon', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     const optimizer = (parameters: readonly NamedParameter[]) =>
-      new Muon(parameters, { takes: ({ name }) => name === 'lm_head.weight' })
+      new Muon(parameters, { filter: ({ name }) => name === 'lm_head.weight' })
     await run({ out: whole, optimizer })
     await run({ out: cut, optimizer, ...stopAfter(5) })
     await run({ out: cut, optimizer, resume: true })
@@ -206,7 +206,7 @@ describe('resuming', () => {
     const second = await run({ out, resume: 'auto' })
     expect(second.events[0]).toMatchObject({ type: 'start', fromStep: 3 })
     const third = await run({ out, resume: 'auto' })
-    expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'measuring', 'evaluation', 'end'])
+    expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'evaluating', 'evaluation', 'end'])
   })
 
   test('of a finished run evaluates again, and its summary stays complete', async () => {

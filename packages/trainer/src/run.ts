@@ -1,12 +1,12 @@
 /** @file One call of `train`: the loop over its steps, with checkpoints, evaluations, events and the result. */
 import {
-  eventLoopTurn,
   globalNorm,
   MoeError,
   type NamedParameter,
   namedStreams,
   noGrad,
   parameterCount,
+  yieldToEventLoop,
 } from '@moe/core'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
 import { type RunFolder, runFolder } from './checkpoints/run-folder.ts'
@@ -42,7 +42,7 @@ import type { TrainResult } from './result.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { TextRanks } from './rewards/text-ranks.ts'
-import type { SharedUpdate } from './shared-update.ts'
+import type { ShardedUpdate } from './sharded-update.ts'
 import { startNotices } from './start-notices.ts'
 import type { Steps } from './step-numbers.ts'
 import { TrainingSteps } from './training-steps.ts'
@@ -63,7 +63,7 @@ export class Run {
   readonly optimizer: Optimizer
   readonly ema: ModelEma | undefined
   /** If each rank updates its share of the parameters. */
-  readonly shared: SharedUpdate | undefined
+  readonly sharded: ShardedUpdate | undefined
   readonly steps: Steps
   readonly interrupts: Interrupts
   readonly record: RunRecord
@@ -101,7 +101,7 @@ export class Run {
     settings: ResolvedOptions,
     data: TokenData | Rollouts | Preferences,
     parameters: readonly NamedParameter[],
-    { optimizer, shared }: { readonly optimizer: Optimizer; readonly shared?: SharedUpdate },
+    { optimizer, sharded }: { readonly optimizer: Optimizer; readonly sharded?: ShardedUpdate },
     ema: ModelEma | undefined,
     interrupts: Interrupts,
   ) {
@@ -110,11 +110,11 @@ export class Run {
     this.parameters = parameters
     this.optimizer = optimizer
     this.ema = ema
-    this.shared = shared
+    this.sharded = sharded
     const { clip, precision, record, ranks, onRanks, rank } = settings
     this.steps =
       onRanks === undefined
-        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks, share: shared?.share })
+        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks, shard: sharded?.shard })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
     const textRanks = new TextRanks({ ranks, like: parameters[0].parameter, save: () => this.save() })
@@ -165,7 +165,7 @@ export class Run {
   async execute(): Promise<TrainResult> {
     const { settings, source } = this
     const { ranks, onRanks } = settings
-    const parts = onRanks ?? (this.shared && { ranks: this.shared.ranks, parameters: this.shared.share.parameters })
+    const parts = onRanks ?? (this.sharded && { ranks: this.sharded.ranks, parameters: this.sharded.shard.parameters })
     if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
     await this.prepareFolder()
     if (ranks !== undefined) await this.checkRanksAgree(ranks)
@@ -296,7 +296,7 @@ export class Run {
     const numbers = await done
     this.ema?.update()
     // Yields to the event loop, so that Ctrl-C is seen even if no download waits.
-    await eventLoopTurn()
+    await yieldToEventLoop()
     const seconds = (performance.now() - started) / 1000
     const tokens = source.tokensInStep(this.step) * this.size
     this.step++
@@ -341,7 +341,7 @@ export class Run {
     const parts = this.ema === undefined ? 1 : 2
     const evaluatePart = (part: number) => {
       const onProgress = (done: number) =>
-        this.events.emit({ type: 'measuring', step: this.step, done: (part + done) / parts })
+        this.events.emit({ type: 'evaluating', step: this.step, done: (part + done) / parts })
       return source.evaluate({ limit, signal, onProgress })
     }
     const ofWeights = await evaluatePart(0)

@@ -62,7 +62,7 @@ export class BigramModel extends Module implements TrainableModel {
 
   constructor(init: InitOptions = {}) {
     super()
-    const own = { deviation: 0.5, random: new Random(3), ...init }
+    const own = { std: 0.5, random: new Random(3), ...init }
     this.embed_tokens = new Embedding(testVocabulary, 6, forkInit(own, 'embed_tokens'))
     this.lm_head = new Linear(6, testVocabulary, forkInit(own, 'lm_head'))
     this.offset = new Parameter(zeros([testVocabulary], { backend: init.backend }), { trainable: false })

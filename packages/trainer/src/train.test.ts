@@ -23,7 +23,7 @@ describe('a run', () => {
     const out = join(await temporaryFolder(), 'slow')
     await run({ steps: 3, out, evalEvery: 1, checkpointEvery: 1, onEvent })
     // Progress of a measurement is told from within it; all else is heard before anything else happens.
-    const told = order.filter(line => !line.startsWith('measuring'))
+    const told = order.filter(line => !line.startsWith('evaluating'))
     expect(told.length).toBeGreaterThan(20)
     for (let i = 0; i < told.length; i += 2)
       expect(told.slice(i, i + 2)).toEqual([told[i], told[i].replace('begins', 'ends')])
@@ -51,7 +51,7 @@ describe('a run', () => {
         /have no end token, but generation stops at token 1: train the tokenizer with an end token/,
       ),
     ])
-    const answer = { tokens: [5, 6, 7, 11, 3], learned: [false, false, true, true, false] }
+    const answer = { tokens: [5, 6, 7, 11, 3], lossMask: [false, false, true, true, false] }
     const answers = TokenDataset.fromExamples([answer, answer])
     expect(await noticesOf(ending(11), answers)).toEqual([])
     expect(await noticesOf(ending(3), answers)).toEqual([expect.stringContaining('eos_token_id: 11')])
@@ -106,7 +106,7 @@ describe('a run', () => {
       backend: 'reference',
     })
     const others = events.flatMap(event =>
-      event.type === 'step' || event.type === 'measuring'
+      event.type === 'step' || event.type === 'evaluating'
         ? []
         : `${event.type} ${'step' in event ? event.step : ''}`.trim(),
     )
@@ -209,7 +209,7 @@ describe('a run', () => {
   test('reports the progress of an evaluation', async () => {
     const { events } = await run({ steps: 4, evalEvery: 3, evalTokens: 40 })
     const shares = (at: number) =>
-      events.flatMap(event => (event.type === 'measuring' && event.step === at ? [event.done] : []))
+      events.flatMap(event => (event.type === 'evaluating' && event.step === at ? [event.done] : []))
     for (const at of [3, 4]) {
       expect(shares(at).length).toBeGreaterThan(2)
       expect(shares(at)).toEqual([...shares(at)].sort((a, b) => a - b))

@@ -24,7 +24,7 @@ import type { TrainResult } from './result.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { Run } from './run.ts'
-import { shareOptimizer } from './shared-update.ts'
+import { shardOptimizer } from './sharded-update.ts'
 
 /**
  * Trains a model and returns the result of the run.
@@ -54,12 +54,12 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const { onRanks } = settings
   if (onRanks !== undefined) {
     checkOnRanks(onRanks, model)
-    onRanks.shareOptimizer?.()
+    onRanks.shardOptimizer?.()
   }
   const make = (of: readonly NamedParameter[]) => makeOptimizer(settings, of)
   const updating =
     onRanks === undefined
-      ? await shareOptimizer(settings.ranks, parameters, make)
+      ? await shardOptimizer(settings.ranks, parameters, make)
       : { optimizer: make(onRanks.parameters) }
   // Without a progress line, Ctrl-C would seem to have no effect.
   const report = settings.progress === false ? (text: string) => standardError().write(text) : undefined

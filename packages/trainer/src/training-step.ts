@@ -9,7 +9,7 @@ import {
   noGrad,
   type OptionNames,
   type Parameter,
-  type ParameterShare,
+  type ParameterShard,
   type Precision,
   reduceGradients,
   scope,
@@ -22,7 +22,7 @@ import { nonFiniteStep, nonFiniteStepOnRanks } from './non-finite.ts'
 import { clipScale, gradientNorm, gradientNormParts } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { gatherPasses, normOverRanks, type Ranks } from './ranks.ts'
-import { type SharedUpdate, sharedAmong } from './shared-update.ts'
+import { type ShardedUpdate, shardedAmong } from './sharded-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** Options of `trainingStep`. */
@@ -41,10 +41,10 @@ export interface TrainingStepOptions {
    */
   readonly ranks?: Ranks
   /**
-   * The share of the parameters that this rank updates for all ranks. The optimizer must be created from its
+   * The shard of the parameters that this rank updates for all ranks. The optimizer must be created from its
    * `parameters`. Default: every rank updates all parameters.
    */
-  readonly share?: ParameterShare
+  readonly shard?: ParameterShard
 }
 
 const names: OptionNames<TrainingStepOptions> = {
@@ -53,7 +53,7 @@ const names: OptionNames<TrainingStepOptions> = {
   precision: true,
   step: true,
   ranks: true,
-  share: true,
+  shard: true,
 }
 
 /**
@@ -75,8 +75,8 @@ export async function trainingStep(
   options: TrainingStepOptions,
 ): Promise<StepNumbers> {
   checkOptions('trainingStep', options, names)
-  const { lr, clip = 1, precision = 'f32', step = 0, ranks, share } = options
-  const shared = sharedAmong('trainingStep', ranks, share)
+  const { lr, clip = 1, precision = 'f32', step = 0, ranks, shard } = options
+  const sharded = shardedAmong('trainingStep', ranks, shard)
   const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
   const held: Tensor[] = []
   try {
@@ -86,19 +86,19 @@ export async function trainingStep(
       held.push(...scalarsOf(part))
       return part
     })
-    const all = ranks === undefined ? null : await reduceOverRanks(ranks, parts, batches, trained, share)
+    const all = ranks === undefined ? null : await reduceOverRanks(ranks, parts, batches, trained, shard)
     const factor = factorOf((all ?? parts).map(({ weight }) => weight))
     const { passes, norm, gradScale } =
-      all !== null && shared !== undefined
-        ? { passes: all, ...(await sharedNorm(shared, trained[0].backend, clip, factor)) }
+      all !== null && sharded !== undefined
+        ? { passes: all, ...(await shardedNorm(sharded, trained[0].backend, clip, factor)) }
         : await ownNumbers(parts, trained, clip, factor)
     held.push(gradScale)
     const numbers = average(all ?? passes, norm, factor)
     const finite = Number.isFinite(numbers.loss) && Number.isFinite(numbers.gradNorm)
     if (!finite)
-      throw shared === undefined
+      throw sharded === undefined
         ? await nonFiniteStep(model, step, numbers)
-        : await nonFiniteStepOnRanks(model, shared, step, numbers)
+        : await nonFiniteStepOnRanks(model, sharded, step, numbers)
     const update = () => {
       optimizer.step(lr, gradScale)
       zeroGradients(trained)
@@ -108,16 +108,16 @@ export async function trainingStep(
       update()
       return afterwards()
     }
-    if (share === undefined) return { ...numbers, after: await both() }
+    if (shard === undefined) return { ...numbers, after: await both() }
     // A recorded step runs both before the weights are exchanged. Other ranks may replay such a step in this round, so
     // the order must be the same here.
-    if (model.staged !== undefined) return { ...numbers, after: await share.update(both) }
-    await share.update(update)
+    if (model.staged !== undefined) return { ...numbers, after: await shard.update(both) }
+    await shard.update(update)
     return { ...numbers, after: await afterwards() }
   } finally {
     for (const tensor of held) tensor.dispose()
     zeroGradients(trained)
-    zeroGradients(share?.parameters.map(({ parameter }) => parameter) ?? [])
+    zeroGradients(shard?.parameters.map(({ parameter }) => parameter) ?? [])
   }
 }
 
@@ -133,13 +133,13 @@ interface Pass {
 
 const scalarsOf = ({ loss, nll, metrics }: Pass): Tensor[] => [loss, nll, ...metrics.map(([, tensor]) => tensor)]
 
-/** Sums the gradients over all ranks (or those of this rank's share), and gathers the numbers of all micro-batches. */
+/** Sums the gradients over all ranks (or those of this rank's shard), and gathers the numbers of all micro-batches. */
 async function reduceOverRanks(
   ranks: Ranks,
   parts: readonly Pass[],
   batches: readonly TokenBatch[],
   trained: readonly Parameter[],
-  share: ParameterShare | undefined,
+  shard: ParameterShard | undefined,
 ) {
   const own = parts.map((part, i) => ({
     count: part.count,
@@ -149,7 +149,7 @@ async function reduceOverRanks(
   }))
   try {
     const all = await gatherPasses(ranks, own)
-    if (share !== undefined) await share.sumGradients()
+    if (shard !== undefined) await shard.sumGradients()
     else await reduceGradients(trained, gradients => ranks.allReduce(gradients))
     return all
   } finally {
@@ -193,10 +193,10 @@ async function ownNumbers(parts: readonly Pass[], trained: readonly Parameter[],
   return { passes, norm: values[at], gradScale }
 }
 
-/** The gradient norm over the shares of all ranks. */
-async function sharedNorm({ ranks, share }: SharedUpdate, backend: Backend, clip: number, factor: number) {
+/** The gradient norm over the shards of all ranks. */
+async function shardedNorm({ ranks, shard }: ShardedUpdate, backend: Backend, clip: number, factor: number) {
   using parts = gradientNormParts(
-    share.parameters.map(({ parameter }) => parameter.grad),
+    shard.parameters.map(({ parameter }) => parameter.grad),
     backend,
   )
   const norm = await normOverRanks(ranks, parts)

@@ -8,7 +8,7 @@ import {
   type NamedParameter,
   namedStreams,
   type Parameter,
-  type ParameterShare,
+  type ParameterShard,
   type Precision,
 } from '@moe/core'
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
@@ -23,7 +23,7 @@ import {
   type StagedBatch,
   type StepParts,
 } from './recorded-step.ts'
-import { type SharedUpdate, sharedAmong } from './shared-update.ts'
+import { type ShardedUpdate, shardedAmong } from './sharded-update.ts'
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
@@ -43,8 +43,8 @@ export interface TrainingStepsOptions {
    * `allReduceInPlace`.
    */
   readonly ranks?: Ranks
-  /** The share of the parameters that this rank updates: see `trainingStep`. */
-  readonly share?: ParameterShare
+  /** The shard of the parameters that this rank updates: see `trainingStep`. */
+  readonly shard?: ParameterShard
 }
 
 /** Runs the training steps of one model with one optimizer, recorded if possible. */
@@ -55,7 +55,7 @@ export class TrainingSteps {
   readonly #clip: number
   readonly #precision: Precision
   readonly #ranks: Ranks | undefined
-  readonly #shared: SharedUpdate | undefined
+  readonly #sharded: ShardedUpdate | undefined
   /** What a recording needs; null if steps run op by op. */
   #parts: StepParts | null
   #recorded: RecordedStep | null = null
@@ -70,8 +70,8 @@ export class TrainingSteps {
     optimizer: Optimizer,
     options: TrainingStepsOptions = {},
   ) {
-    checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true, share: true })
-    const { clip = 1, precision = 'f32', record = true, ranks, share } = options
+    checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true, shard: true })
+    const { clip = 1, precision = 'f32', record = true, ranks, shard } = options
     checkPrecision('TrainingSteps', precision)
     this.#model = model
     this.#parameters = parameters
@@ -79,7 +79,7 @@ export class TrainingSteps {
     this.#clip = clip
     this.#precision = precision
     this.#ranks = ranks
-    this.#shared = sharedAmong('TrainingSteps', ranks, share)
+    this.#sharded = shardedAmong('TrainingSteps', ranks, shard)
     const { staged } = model
     const backend = parameters.at(0)?.parameter.backend
     this.#parts =
@@ -91,7 +91,7 @@ export class TrainingSteps {
             clip,
             precision,
             ranks: ranks ?? null,
-            shared: this.#shared ?? null,
+            sharded: this.#sharded ?? null,
             parameters: parameters.map(({ parameter }) => parameter),
           }
         : null
@@ -121,8 +121,8 @@ export class TrainingSteps {
       // Without awaiting anything, so that the replay has been launched when this returns its promise.
       if (this.#recorded !== null) return this.#replay(parts.staged, this.#recorded, staged, lr, step)
     }
-    const { share } = this.#shared ?? {}
-    const settings = { lr, step, clip: this.#clip, precision: this.#precision, ranks: this.#ranks, share }
+    const { shard } = this.#sharded ?? {}
+    const settings = { lr, step, clip: this.#clip, precision: this.#precision, ranks: this.#ranks, shard }
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
   }
 
@@ -198,8 +198,8 @@ export class TrainingSteps {
 
   #nonFinite(recorded: RecordedStep, step: number, numbers: { loss: number; gradNorm: number }): Promise<MoeError> {
     const gradientOf = (parameter: Parameter) => recorded.gradientOf(parameter)
-    if (this.#shared === undefined) return nonFiniteStep(this.#model, step, numbers, gradientOf)
-    return nonFiniteStepOnRanks(this.#model, this.#shared, step, numbers, gradientOf)
+    if (this.#sharded === undefined) return nonFiniteStep(this.#model, step, numbers, gradientOf)
+    return nonFiniteStepOnRanks(this.#model, this.#sharded, step, numbers, gradientOf)
   }
 
   /** Frees the recording. Later steps record again. */

@@ -19,7 +19,7 @@ const config: MlaConfig = {
 describe('sequences of a cache', () => {
   test('start and end at any time and are replaced by others, each computed as if alone', async () => {
     const random = new Random(1)
-    const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+    const mla = new MultiHeadLatentAttention(config, { random, std: 0.3 })
     const texts = [randn([1, 9, 24], random), randn([1, 4, 24], random), randn([1, 6, 24], random)]
     const alone = await Promise.all(texts.map(x => mla.forward(x).values()))
     const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })

@@ -25,7 +25,7 @@ const dice = (seed: number) => {
 test.each([1, 2, 3])('sequences that start, share, grow and end compute the same as alone (%i)', async seed => {
   const below = dice(seed)
   const random = new Random(seed + 10)
-  const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+  const mla = new MultiHeadLatentAttention(config, { random, std: 0.3 })
   // Few token values, so that sequences share prefixes by chance. A token determines its input.
   const vocabulary = Array.from({ length: 2 }, () => randn([1, 1, 24], random))
   const inputs = (tokens: readonly number[]): Tensor =>
@@ -141,7 +141,7 @@ test('pages from before forget() are not shared', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4 })
   const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
   const before = holding(cache, tokens)
-  cache.forget()
+  cache.clearPrefixes()
   cache.share(before, tokens)
   expect(cache.start(tokens).pages).toEqual([])
   cache.release(before)

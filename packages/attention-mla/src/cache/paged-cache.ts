@@ -40,11 +40,11 @@ export class PagedSequence {
   /** How many of its pages other sequences may share. */
   shared = 0
   /** Identifies the contents of these pages: equal for equal tokens. */
-  chain: number
+  prefixId: number
 
   /** Use `PagedCache.start`. @internal */
   constructor(chain: number) {
-    this.chain = chain
+    this.prefixId = chain
   }
 }
 
@@ -124,7 +124,7 @@ export class PagedCache {
       sequence.pages.push(page)
       sequence.length += this.pageSize
       sequence.shared++
-      sequence.chain = (this.#sharedPages.get(page) as SharedPage).chain
+      sequence.prefixId = (this.#sharedPages.get(page) as SharedPage).chain
     }
     return sequence
   }
@@ -159,7 +159,7 @@ export class PagedCache {
         this.#byKey.set(key, page)
         this.#sharedPages.set(page, { key, chain: ++this.#chains })
       }
-      sequence.chain = (this.#sharedPages.get(other ?? page) as SharedPage).chain
+      sequence.prefixId = (this.#sharedPages.get(other ?? page) as SharedPage).chain
       sequence.shared++
     }
   }
@@ -174,14 +174,14 @@ export class PagedCache {
     }
     sequence.length = 0
     sequence.shared = 0
-    sequence.chain = this.#root
+    sequence.prefixId = this.#root
   }
 
   /**
    * Discards all shareable prefixes, so that sequences started from now on share nothing with earlier ones. Call it
    * when weights have changed.
    */
-  forget(): void {
+  clearPrefixes(): void {
     this.#root = ++this.#chains
     for (const page of this.#idle) this.#free.push(page)
     this.#idle.clear()
@@ -211,7 +211,7 @@ export class PagedCache {
    * Returns the lookup key of the next page that the sequence would share: the pages before it, and the tokens that
    * determine it.
    */
-  #keyOf({ chain, shared }: PagedSequence, tokens: readonly number[]): string {
+  #keyOf({ prefixId: chain, shared }: PagedSequence, tokens: readonly number[]): string {
     const start = shared * this.pageSize
     return `${chain}:${tokens.slice(start, start + this.pageSize + this.#lookahead)}`
   }

@@ -3,7 +3,7 @@
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from '../checkpoint-error.ts'
 import { type FolderOptions, folderOptionNames, type OpenFile } from '../folder.ts'
-import { openFile } from '../places.ts'
+import { openFile } from '../locations.ts'
 import { missingTensor, readRange } from '../read-safetensors.ts'
 import { decodeGguf } from './blocks.ts'
 import { ByteReader, NeedsMoreBytes } from './byte-reader.ts'

@@ -109,21 +109,21 @@ describe('options', () => {
     )
   })
 
-  test('retain allows a second backward pass, with the same numbers', () => {
+  test('retainGraph allows a second backward pass, with the same numbers', () => {
     const w = parameter(2, 3)
     const loss = w.mul(w).mul(w).sum()
-    backward(loss, { retain: true })
+    backward(loss, { retainGraph: true })
     expect(grad(w)).toEqual([12, 27])
     backward(loss)
     expect(grad(w)).toEqual([24, 54])
   })
 
-  test('without retain, a second backward pass throws', () => {
+  test('without retainGraph, a second backward pass throws', () => {
     const w = parameter(2, 3)
     const twice = w.mul(w).sum()
     backward(twice)
     expect(() => backward(twice)).toThrow(
-      expect.objectContaining({ code: 'E_NO_GRADIENT', message: expect.stringMatching(/retain: true/) }),
+      expect.objectContaining({ code: 'E_NO_GRADIENT', message: expect.stringMatching(/retainGraph: true/) }),
     )
     const other = w.mul(w).sum()
     gradients(other, [w])
@@ -228,7 +228,7 @@ describe('no gradient', () => {
       const loss = setRows(w, tensor(Int32Array.of(1)), source)
         .mul(2)
         .sum()
-      const attempt = () => backward(loss, { retain: true })
+      const attempt = () => backward(loss, { retainGraph: true })
       expect(attempt).toThrow(expect.objectContaining({ code: 'E_NO_GRADIENT', op: 'setRows' }))
       expect(isRecording()).toBe(true)
       // What was sent before the failure must not be counted by the next walk.

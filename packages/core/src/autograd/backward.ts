@@ -18,10 +18,10 @@ export interface BackwardOptions {
   /** Gradient of the loss with respect to itself, in the shape of the loss. Required if the loss is not a scalar. */
   readonly gradient?: Tensor
   /** Keeps the recorded ops and their intermediate results for another backward pass. Default false. */
-  readonly retain?: boolean
+  readonly retainGraph?: boolean
 }
 
-const names: OptionNames<BackwardOptions> = { gradient: true, retain: true }
+const names: OptionNames<BackwardOptions> = { gradient: true, retainGraph: true }
 
 /**
  * Runs the backward pass: adds d loss / d p to `p.grad` of every trainable parameter p that the loss depends on.
@@ -34,7 +34,7 @@ const names: OptionNames<BackwardOptions> = { gradient: true, retain: true }
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
   checkOptions('backward', options, names)
   checkSeed(loss, options.gradient)
-  walk([loss], [options.gradient ?? null], options.retain === true, accumulate)
+  walk([loss], [options.gradient ?? null], options.retainGraph === true, accumulate)
 }
 
 /**
@@ -52,7 +52,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
     else gradient.dispose()
   }
   checkSeed(loss, options.gradient)
-  walk([loss], [options.gradient ?? null], options.retain === true, collect, wanted)
+  walk([loss], [options.gradient ?? null], options.retainGraph === true, collect, wanted)
   return of.map(tensor => found.get(tensor) ?? null)
 }
 
@@ -237,7 +237,7 @@ export function reachable(outputs: readonly Tensor[]): TapeNode[] {
       code: 'E_NO_GRADIENT',
       op: 'backward',
       problem: 'the loss depends on no recorded trainable parameter',
-      fix: 'run the forward pass outside noGrad(), do not detach() tensors that lead to the loss, and pass { retain: true } for a second backward pass',
+      fix: 'run the forward pass outside noGrad(), do not detach() tensors that lead to the loss, and pass { retainGraph: true } for a second backward pass',
     })
   }
   return found.sort((a, b) => b.id - a.id)
@@ -249,7 +249,7 @@ function freed(tensor: Tensor): MoeError {
     code: 'E_DISPOSED',
     op: 'backward',
     problem: `a tensor of shape ${showShape(tensor.shape)} that leads to the loss was already freed`,
-    fix: 'call backward inside the scope() of the forward pass, do not dispose of tensors before it, and pass { retain: true } to the first of two calls',
+    fix: 'call backward inside the scope() of the forward pass, do not dispose of tensors before it, and pass { retainGraph: true } to the first of two calls',
   })
 }
 

@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { isRecomputing, isRecording, noGrad, remember, setDefaultBackend } from '../context.ts'
+import { cacheForRecompute, isRecomputing, isRecording, noGrad, setDefaultBackend } from '../context.ts'
 import { ones, randn, tensor } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { swiglu } from '../fused/swiglu.ts'
@@ -41,7 +41,7 @@ describe('checkpoint', () => {
 
   const make = () => {
     const random = new Random(3)
-    return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }
+    return { mlp: new SwigluMlp(8, 32, { random, std: 0.5 }), x: randn([16, 8], random) }
   }
 
   test('gives the same values and gradients as without checkpointing', () => {
@@ -101,12 +101,12 @@ describe('checkpoint', () => {
     expect(seen).toHaveLength(2)
   })
 
-  test('remember returns the same values in the second run, also in nested checkpoints', async () => {
+  test('cacheForRecompute returns the same values in the second run, also in nested checkpoints', async () => {
     const w = parameter(2)
     let state = 0
     const seen: number[] = []
     const next = () => {
-      const value = remember(() => ++state)
+      const value = cacheForRecompute(() => ++state)
       seen.push(value)
       return w.mul(value)
     }
@@ -190,7 +190,7 @@ class Net extends Module {
   constructor(lean: boolean) {
     super()
     this.lean = lean
-    const [a, b, c] = ['a', 'b', 'c'].map(name => ({ random: new Random(1).fork(name), deviation: 0.7 }))
+    const [a, b, c] = ['a', 'b', 'c'].map(name => ({ random: new Random(1).fork(name), std: 0.7 }))
     this.gate = new Linear(6, 10, a)
     this.up = new Linear(6, 10, b)
     this.down = new Linear(10, 6, c)
@@ -198,7 +198,7 @@ class Net extends Module {
 
   forward(x: Tensor): Tensor {
     const { lean, norm } = this
-    // The products fold the leading axes, which creates reshapes of the lent tensors.
+    // The products fold the leading axes, which creates reshapes of these tensors.
     const inner = (n: Tensor) => {
       const [g, u] = [this.gate.forward(n), this.up.forward(n)]
       return lean
@@ -231,7 +231,7 @@ describe('withRecomputed', () => {
         const before = backend.stats().bytes
         const y = net.forward(net.forward(x))
         const held = backend.stats().bytes - before
-        const [dx] = gradients(y, [x], { gradient: dy(), retain: true })
+        const [dx] = gradients(y, [x], { gradient: dy(), retainGraph: true })
         const out = readF64(y)
         backward(y, { gradient: dy() })
         return { out, dx: readF64(dx as Tensor), of: gradientsOf(net), held }
@@ -255,7 +255,7 @@ describe('withRecomputed', () => {
     run(() => undefined)
     run(y => backward(y, { gradient: dy() }))
     run(y => {
-      backward(y, { gradient: dy(), retain: true })
+      backward(y, { gradient: dy(), retainGraph: true })
       backward(y, { gradient: dy() })
     })
     noGrad(() => run(() => undefined))
@@ -274,7 +274,7 @@ describe('withRecomputed', () => {
   test('supports backwardInput, which defers the weight gradients of products', () => {
     const whole = new Net(false)
     const at = input()
-    const [expected] = gradients(whole.forward(at), [at], { gradient: dy(), retain: true })
+    const [expected] = gradients(whole.forward(at), [at], { gradient: dy(), retainGraph: true })
     backward(whole.forward(input()), { gradient: dy() })
     const net = new Net(true)
     const x = input()
@@ -283,7 +283,7 @@ describe('withRecomputed', () => {
     const split = scope(() => backwardInput([y], [x], [dy()]))
     expect(readF64(split.gradients[0] as Tensor)).toEqual(readF64(expected as Tensor))
     expect(net.down.weight.grad).toBeNull()
-    split.weights()
+    split.backwardWeight()
     expect(gradientsOf(net)).toEqual(gradientsOf(whole))
   })
 

@@ -6,7 +6,7 @@ import { full } from '../create.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Lifetime, scope } from '../scope.ts'
 import { record, type Tensor } from '../tensor.ts'
-import { lend, restore } from './discarded.ts'
+import { restore, useAndDiscard } from './discarded.ts'
 
 /** Where a backward walk continues inside a second run. */
 interface InnerWalk {
@@ -78,7 +78,7 @@ const listed = (outputs: Outputs): readonly Tensor[] => (Array.isArray(outputs) 
 /**
  * Runs `fn` without recording its ops, and runs it again during `backward`: gradient checkpointing, which saves the
  * memory of intermediate results at the cost of a second forward pass. Parameters used inside `fn` get their gradients.
- * During the second run `isRecomputing()` is true, and `remember` returns the values of the first run.
+ * During the second run `isRecomputing()` is true, and `cacheForRecompute` returns the values of the first run.
  * @param fn returns one tensor or several, and the same in the second run (except for integer tensors at the end, which
  * have no gradient)
  */
@@ -103,7 +103,7 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
 ): T {
   if (!context.recording) return use(...make(...inputs))
   const { result, secondRun } = recordAsOneOp(make, inputs)
-  return lend(
+  return useAndDiscard(
     result,
     () => secondRun.outputs,
     () => use(...result),
@@ -118,9 +118,9 @@ export const withKept: typeof withRecomputed = (make, use, ...inputs) => use(...
 
 /** Runs `fn` and records its outputs as those of a single op. */
 function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {
-  const { precision, remembered: outer } = context
-  const remembered: unknown[] = []
-  context.remembered = remembered
+  const { precision, cachedValues: outer } = context
+  const values: unknown[] = []
+  context.cachedValues = values
   let result: T
   try {
     result = scope(() => {
@@ -129,17 +129,19 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
       return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
     })
   } finally {
-    context.remembered = outer
+    context.cachedValues = outer
   }
   const secondRun = new SecondRun(inputs, leaves => {
     const before = { ...context }
-    Object.assign(context, { recomputing: true, remembered: null, recalled: remembered.values() })
+    context.recomputing = true
+    context.cachedValues = null
+    context.replayedValues = values.values()
     try {
       return listed(withPrecision(precision, () => fn(...leaves)))
     } finally {
       context.recomputing = before.recomputing
-      context.remembered = before.remembered
-      context.recalled = before.recalled
+      context.cachedValues = before.cachedValues
+      context.replayedValues = before.replayedValues
     }
   })
   const outputs = listed(result)

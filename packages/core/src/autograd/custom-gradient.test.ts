@@ -53,7 +53,7 @@ describe('customGradient', () => {
   test('gives the gradients of the built-in op: recorded, in a checkpoint, and with backwardInput', () => {
     const random = new Random(3)
     const [x, y] = [new Parameter(randn([4, 3], random)), new Parameter(randn([4, 3], random))]
-    const linear = new Linear(3, 2, { random, deviation: 1 })
+    const linear = new Linear(3, 2, { random, std: 1 })
     const both = (multiply: (a: Tensor, b: Tensor) => Tensor) =>
       scope(() => {
         const [dx, dy] = gradients(linear.forward(multiply(x, y).mul(x)).sum(), [x, y])
@@ -66,7 +66,7 @@ describe('customGradient', () => {
     input.tracked = true
     const split = backwardInput([linear.forward(product(input, y).mul(input)).sum()], [input])
     expect(numbers(split.gradients[0])).toEqual(expected[0])
-    split.weights()
+    split.backwardWeight()
     expect(numbers(y.grad)).toEqual(expected[1])
   })
 

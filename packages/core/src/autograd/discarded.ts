@@ -10,17 +10,17 @@ export function restore(tensor: Tensor): void {
 }
 
 /**
- * Runs `use`, then frees the `lent` tensors and all their reshapes, except those in the result. `restore` recomputes
+ * Runs `use`, then frees the tensors in `discardable` and all their reshapes, except those in the result. `restore` recomputes
  * them.
- * @param again recomputes the lent tensors
+ * @param again recomputes these tensors
  */
-export function lend<T>(lent: readonly Tensor[], again: () => readonly Tensor[], use: () => T): T {
-  const outer = context.lent
+export function useAndDiscard<T>(discardable: readonly Tensor[], again: () => readonly Tensor[], use: () => T): T {
+  const outer = context.discardable
   const watched = outer ?? new Set<Tensor>()
-  for (const tensor of lent) watched.add(tensor)
-  context.lent = watched
+  for (const tensor of discardable) watched.add(tensor)
+  context.discardable = watched
   let result: T
-  const own = new Set(lent)
+  const own = new Set(discardable)
   try {
     result = use()
   } finally {
@@ -29,14 +29,14 @@ export function lend<T>(lent: readonly Tensor[], again: () => readonly Tensor[],
       if (node?.op === 'reshape' && own.has(node.inputs[0])) own.add(tensor)
     }
     for (const tensor of own) watched.delete(tensor)
-    context.lent = outer
+    context.discardable = outer
   }
   const returned: readonly unknown[] = Array.isArray(result) ? result : [result]
   for (const [i, tensor] of [...own].entries()) {
     const { node } = tensor
     if (node === null || tensor.handle === null || returned.includes(tensor)) continue
     const [base] = node.inputs
-    makers.set(tensor, () => take(tensor, i < lent.length ? again()[i] : restored(base)))
+    makers.set(tensor, () => take(tensor, i < discardable.length ? again()[i] : restored(base)))
     disposeRecorded(tensor)
   }
   return result

@@ -31,7 +31,7 @@ export interface SplitBackward {
    * Runs the second part: adds the deferred gradients to `.grad` of the parameters and frees everything kept for it.
    * Call it once.
    */
-  weights(): void
+  backwardWeight(): void
   /** Cancels the second part and frees everything kept for it. */
   dispose(): void
 }
@@ -70,15 +70,15 @@ export function backwardInput(
   const disposeFound = () => {
     for (const gradient of found.values()) gradient.dispose()
   }
-  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, onFailure: disposeFound })
+  const { backwardWeight, dispose } = split(outputs, wanted, gradients, { onLeaf, onFailure: disposeFound })
   let done = false
   return {
     gradients: inputs.map(input => found.get(input) ?? null),
-    weights() {
+    backwardWeight() {
       if (done) throw finished()
       done = true
       try {
-        noGrad(weights)
+        noGrad(backwardWeight)
       } finally {
         dispose()
       }
@@ -92,7 +92,7 @@ export function backwardInput(
 
 interface Split {
   /** Runs the second part. */
-  weights(): void
+  backwardWeight(): void
   /** Frees everything that is left, whether or not the second part ran. */
   dispose(): void
 }
@@ -146,9 +146,9 @@ function split(
   const kept = freeAllBut(left, nodes, outputs)
   const isLeft = new Set(left)
   return {
-    weights() {
+    backwardWeight() {
       for (const node of nodes) {
-        inside.get(node)?.weights()
+        inside.get(node)?.backwardWeight()
         if (!isLeft.has(node) || !hasGradient(node.outputGradients)) continue
         const needed = deferred.get(node) ?? node.inputs.map(input => input.tracked)
         propagate(node, i => needed[i], accumulate)
@@ -222,6 +222,6 @@ function finished(): MoeError {
     code: 'E_DISPOSED',
     op: 'backwardInput',
     problem: 'the gradients of the weights were already computed or cancelled',
-    fix: 'call weights() once',
+    fix: 'call backwardWeight() once',
   })
 }

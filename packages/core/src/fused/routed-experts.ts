@@ -43,10 +43,10 @@ export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
     const none = inputs.map(() => null)
     if (dout === null) return none
     if (saved.length === 0) throw new Error('routedExperts saved nothing for its gradient')
-    const wanted = none.slice(0, 5).map((_, i) => needs(i))
-    const found = runFused(routedExpertsBackwardDefinition, [...inputs, ...saved, dout], { precision, wanted })
+    const needed = none.slice(0, 5).map((_, i) => needs(i))
+    const found = runFused(routedExpertsBackwardDefinition, [...inputs, ...saved, dout], { precision, needs: needed })
     let next = 0
-    return none.map((_, i) => (wanted[i] ? found[next++] : null))
+    return none.map((_, i) => (needed[i] ? found[next++] : null))
   },
 }
 
@@ -72,9 +72,9 @@ function compose(inputs: readonly Tensor[], precision: Precision, through: typeo
 
 export const routedExpertsBackwardDefinition: FusedDefinition<'routedExpertsBackward'> = {
   name: 'routedExpertsBackward',
-  infer: (inputs, { wanted }) =>
-    wanted.flatMap((isWanted, i) => (isWanted ? [{ shape: inputs[i].shape, dtype: 'f32' }] : [])),
-  decompose(inputs, { precision, wanted }) {
+  infer: (inputs, { needs }) =>
+    needs.flatMap((isNeeded, i) => (isNeeded ? [{ shape: inputs[i].shape, dtype: 'f32' }] : [])),
+  decompose(inputs, { precision, needs }) {
     const [x, gate, up, down, weights, order, positions, offsets, gateSaved, upSaved, dout] = inputs
     const [topK, rows] = [weights.shape[1], weights.size]
     const toExperts = (of: Tensor) => runFused(permuteTokensDefinition, [of, order, positions], { topK })[0]
@@ -99,7 +99,7 @@ export const routedExpertsBackwardDefinition: FusedDefinition<'routedExpertsBack
       () => weightGradient(inner_MI.mul(weights_M1), dout_MD),
       () => dinner_MI.mul(inner_MI).sum(1).takeRows(positions).reshape(weights.shape),
     ]
-    return gradients.filter((_, i) => wanted[i]).map(gradient => gradient())
+    return gradients.filter((_, i) => needs[i]).map(gradient => gradient())
   },
   vjp: null,
 }

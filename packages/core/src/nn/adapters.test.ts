@@ -37,7 +37,7 @@ class Experts extends Module {
   }
   constructor(random: Random) {
     super()
-    const init = { random, deviation: 0.5 }
+    const init = { random, std: 0.5 }
     this.up_proj = weightParameter([3, inner, hidden], 'up_proj', init)
     this.down_proj = weightParameter([3, hidden, inner], 'down_proj', init)
   }
@@ -56,7 +56,7 @@ class Block extends Module {
   head: OutputHead
   constructor() {
     super()
-    const init = { random: new Random(1), deviation: 0.5 }
+    const init = { random: new Random(1), std: 0.5 }
     this.embed = new Embedding(9, hidden, init)
     this.mix = new Linear(hidden, hidden, init)
     this.experts = new Experts(new Random(2))
@@ -84,7 +84,7 @@ class Block extends Module {
 function adapted(options: AdapterOptions = {}, block = new Block()): Block {
   addAdapters(block, { rank: 2, alpha: 3, ...options })
   for (const [i, { adapter }] of namedAdapters(block).entries())
-    adapter.up.assign(randn(adapter.up.shape, new Random(50 + i), { deviation: 0.3 }))
+    adapter.up.assign(randn(adapter.up.shape, new Random(50 + i), { std: 0.3 }))
   return block
 }
 

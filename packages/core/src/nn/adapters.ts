@@ -5,7 +5,7 @@ import { MoeError } from '../errors.ts'
 import { dequantizeWeight } from '../fused/quantized-matmul.ts'
 import { checkOptions } from '../options.ts'
 import { Random } from '../random.ts'
-import { allOrNothing, keep, scope } from '../scope.ts'
+import { disposeOnError, keep, scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { pacer } from '../turns.ts'
 import { Embedding, OutputHead } from './layers.ts'
@@ -68,7 +68,7 @@ export function addAdapters(module: Module, options: AdapterOptions = {}): void 
     parameter,
     adapter: makeAdapter(name, parameter, rank, alpha, random),
   })
-  const made = allOrNothing(() => chosen.map(make))
+  const made = disposeOnError(() => chosen.map(make))
   for (const { parameter } of namedParameters(module)) {
     frozen.set(parameter, parameter.trainable)
     parameter.trainable = false

@@ -24,7 +24,7 @@ class Model extends Module {
   constructor(init: InitOptions = {}, rows = 300) {
     super()
     this.embed = new Embedding(rows, 48, init)
-    this.layer = new Linear(48, 5, { ...init, deviation: 1 })
+    this.layer = new Linear(48, 5, { ...init, std: 1 })
     this.head = new Linear(48, rows, init)
     this.head.weight.dispose()
     this.head.weight = this.embed.weight

@@ -3,7 +3,7 @@
 import { fromHost } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import type { Random } from '../random.ts'
-import { allOrNothing } from '../scope.ts'
+import { disposeOnError } from '../scope.ts'
 import { sizeOf } from '../shape.ts'
 import { pacer } from '../turns.ts'
 import { disposeModule, type Module } from './module.ts'
@@ -14,7 +14,7 @@ import { QuantizedParameter, weightShape } from './quantized.ts'
 interface Draw {
   readonly parameter: Parameter
   readonly random: Random
-  readonly deviation: number
+  readonly std: number
 }
 
 let pending: Draw[] | null = null
@@ -31,7 +31,7 @@ export const pendingDraws = (): Draw[] | null => pending
  */
 export async function createModule<M extends Module>(make: () => M): Promise<M> {
   const draws: Draw[] = []
-  const module = allOrNothing(() => {
+  const module = disposeOnError(() => {
     const outer = pending
     pending = draws
     try {
@@ -64,12 +64,12 @@ function synchronous<M>(made: M): M {
 /** Numbers drawn at a time: whole batches of the generator. */
 const CHUNK = 2 ** 16
 
-async function fill({ parameter, random, deviation }: Draw): Promise<void> {
+async function fill({ parameter, random, std }: Draw): Promise<void> {
   const paced = pacer()
   const shape = weightShape(parameter)
   const values = new Float32Array(sizeOf(shape))
   for (let at = 0; at < values.length; at += CHUNK) {
-    values.set(random.normal(Math.min(CHUNK, values.length - at), deviation), at)
+    values.set(random.normal(Math.min(CHUNK, values.length - at), std), at)
     await paced()
   }
   if (parameter instanceof QuantizedParameter) await parameter.assignValues(values)

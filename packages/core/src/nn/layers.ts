@@ -30,7 +30,7 @@ export interface InitOptions {
    * Standard deviation of the normally distributed initial weights. Default 0.02 (`initializer_range`); 0 creates zeros
    * without drawing numbers.
    */
-  readonly deviation?: number
+  readonly std?: number
   /** Where the parameters are stored. Default: the backend set by `setDefaultBackend`. */
   readonly backend?: Backend
   /** Quantizes the weights of linear layers, embeddings and experts from the start, for inference. Default: f32. */
@@ -38,7 +38,7 @@ export interface InitOptions {
 }
 
 /** The names of `InitOptions`, for options that extend them. @internal */
-export const initNames: OptionNames<InitOptions> = { random: true, deviation: true, backend: true, weights: true }
+export const initNames: OptionNames<InitOptions> = { random: true, std: true, backend: true, weights: true }
 
 let defaultSeed = 0
 let defaultStreams = 0
@@ -78,19 +78,19 @@ export function normalParameter(shape: readonly number[], name: string, init: In
  */
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
   checkOptions('weightParameter', init, initNames)
-  const { weights, deviation = 0.02, backend } = init
+  const { weights, std = 0.02, backend } = init
   const random = nextFork(init, name)
   const draws = pendingDraws()
   // Weights that a checkpoint will replace are not worth drawing, at 0.1 µs each.
-  if (deviation === 0 || draws !== null) {
+  if (std === 0 || draws !== null) {
     const parameter =
       weights === undefined
         ? new Parameter(zeros(shape, { backend }))
         : new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, weights, backend)))))
-    if (deviation !== 0) draws?.push({ parameter, random, deviation })
+    if (std !== 0) draws?.push({ parameter, random, std })
     return parameter
   }
-  const dense = new Parameter(randn(shape, random, { deviation, backend }))
+  const dense = new Parameter(randn(shape, random, { std, backend }))
   if (weights === undefined) return dense
   try {
     return quantizedParameter(dense, weights)

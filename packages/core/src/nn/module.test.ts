@@ -176,7 +176,7 @@ describe('initialization', () => {
   })
 
   test('weights are normal with the given deviation; norms start at one', async () => {
-    const layer = new Linear(100, 100, { random: new Random(1), deviation: 0.5 })
+    const layer = new Linear(100, 100, { random: new Random(1), std: 0.5 })
     const weights = await values(layer)
     const deviation = Math.sqrt(weights.reduce((sum, x) => sum + x * x, 0) / weights.length)
     expect(deviation).toBeCloseTo(0.5, 1)
@@ -188,12 +188,12 @@ describe('Parameter', () => {
   test('exchange swaps memory and changes both versions', async () => {
     const [one, other] = [new Parameter(tensor([1, 2])), new Parameter(tensor([3, 4]), { trainable: false })]
     const before = [one.handle, other.handle]
-    one.exchange(other)
+    one.swap(other)
     expect([one.handle, other.handle]).toEqual([before[1], before[0]])
     expect(await one.values()).toEqual(Float32Array.of(3, 4))
     expect([one.trainable, other.trainable, one.version, other.version]).toEqual([true, false, 1, 1])
     const longer = new Parameter(tensor([1, 2, 3]))
-    expect(() => one.exchange(longer)).toThrow('exchange: a parameter f32 [2] on reference cannot take f32 [3]')
+    expect(() => one.swap(longer)).toThrow('exchange: a parameter f32 [2] on reference cannot take f32 [3]')
     expect(await other.values()).toEqual(Float32Array.of(1, 2))
     for (const parameter of [one, other, longer]) parameter.dispose()
   })

@@ -72,7 +72,7 @@ export class Parameter extends Tensor {
   }
 
   /** Swaps memory with another parameter. @throws MoeError E_SHAPE if shape, dtype or backend differ */
-  exchange(other: Parameter): void {
+  swap(other: Parameter): void {
     const { handle } = this
     if (!sameShape(other.shape, this.shape) || other.dtype !== this.dtype || other.backend !== this.backend)
       throw unlike('exchange', this, other)
@@ -88,7 +88,7 @@ export class Parameter extends Tensor {
     this.grad = null
   }
 
-  override get whenFreed(): string {
+  override get fixIfDisposed(): string {
     return 'the parameter was freed with its model: create the model again, or dispose of it later; weights that another rank trains arrive with gather()'
   }
 

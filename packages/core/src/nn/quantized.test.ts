@@ -40,7 +40,7 @@ class Experts extends Module {
 }
 
 class Model extends Module {
-  embed = new Embedding(20, 24, { random: new Random(1), deviation: 1 })
+  embed = new Embedding(20, 24, { random: new Random(1), std: 1 })
   norm = new RmsNorm(24)
   experts = new Experts(4)
   head = new Linear(24, 20, { random: new Random(2) })
@@ -161,7 +161,7 @@ test('an unknown format is rejected with a list of formats', async () => {
     message: expect.stringMatching(/unknown weight format "int6"; choose one of .*int8/),
   })
   expect(() => new Linear(4, 4, { weights: wrong })).toThrow(refused)
-  expect(() => new Linear(4, 4, { weights: wrong, deviation: 0 })).toThrow(refused)
+  expect(() => new Linear(4, 4, { weights: wrong, std: 0 })).toThrow(refused)
   await expect(quantizeWeights(new Linear(4, 4), wrong)).rejects.toThrow(refused)
 })
 
@@ -219,7 +219,7 @@ test.each(formats)('a weight in %s with deviation 0 equals quantized zeros', asy
     [2, 3, 130],
     [2, 128, 64],
   ]) {
-    const made = weightParameter(shape, 'w', { deviation: 0, weights: format }) as QuantizedParameter
+    const made = weightParameter(shape, 'w', { std: 0, weights: format }) as QuantizedParameter
     const expected = quantizeWeight(zeros(shape), format)
     expect(made.weight).toMatchObject({ shape, format, block: expected.block })
     expect(await made.data()).toEqual(await expected.q.data())

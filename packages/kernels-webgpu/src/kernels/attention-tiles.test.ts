@@ -1,5 +1,5 @@
 import { attention, type Backend, Random } from '@moe/core'
-import { likeReference, runOp } from '@moe/core/testing'
+import { compareWithReference, runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -45,7 +45,7 @@ const backend = (await testBackend()) as Backend
 describe.skipIf(backend === null)('attention by tiles', () => {
   test.each(cases)('$T queries, $S keys, features $Dk and $Dv, $H heads, $G of keys', async sizes => {
     const { causal = true } = sizes
-    await likeReference(backend, inputsOf(sizes), (q, k, v) => [attention(q, k, v, { causal })])
+    await compareWithReference(backend, inputsOf(sizes), (q, k, v) => [attention(q, k, v, { causal })])
   })
 
   test.each([0, 1, 2, 3])('any lengths and starts, draw %i', async seed => {
@@ -56,7 +56,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     starts[0] = -(2 ** 31)
     starts[1] = 2 ** 31 - 1
     const inputs = [...inputsOf({ B, T, S, H: 2, G: 1, Dk: 12, Dv: 4 }), integers(lengths), integers(starts, [B, T])]
-    await likeReference(backend, inputs, (q, k, v, l, s) => {
+    await compareWithReference(backend, inputs, (q, k, v, l, s) => {
       return [attention(q, k, v, { lengths: l, starts: s, causal: seed % 2 === 0 })]
     })
   })

@@ -1,5 +1,5 @@
 import { attention, type Backend, latentAttention, Random } from '@moe/core'
-import { likeReference, runOp } from '@moe/core/testing'
+import { compareWithReference, runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -17,10 +17,10 @@ describe.skipIf(backend === null)('attention of few queries', () => {
     { T: 2, S: 1031, H: 3, G: 1, Dk: 3, Dv: 5 },
   ])('$T queries, $S keys, $H heads, $G of keys, features $Dk and $Dv', async ({ T, S, H, G, Dk, Dv }) => {
     const inputs = [normal([2, T, H, Dk]), normal([2, S, G, Dk], 0.9), normal([2, S, G, Dv])]
-    await likeReference(backend, inputs, (q, k, v) => [attention(q, k, v).detach()])
+    await compareWithReference(backend, inputs, (q, k, v) => [attention(q, k, v).detach()])
     const starts = Array.from({ length: 2 * T }, (_, n) => Math.floor((S * n) / (2 * T)) - 1)
     const seen = [integers([S, Math.min(S, T + 1)]), integers(starts, [2, T])]
-    await likeReference(backend, [...inputs, ...seen], (q, k, v, lengths, starts) => [
+    await compareWithReference(backend, [...inputs, ...seen], (q, k, v, lengths, starts) => [
       attention(q, k, v, { lengths, starts, causal: T % 2 === 1 }).detach(),
     ])
   })
@@ -44,7 +44,7 @@ describe.skipIf(backend === null)('attention of few queries', () => {
       [B, M],
     )
     const inPages = (dtype: 'f32' | 'bf16') =>
-      likeReference(
+      compareWithReference(
         backend,
         [q, { data, shape: [B * M, P, C], dtype }, integers(lengths), pages],
         (x, cache, rows, pages) => [latentAttention(x.detach(), cache.detach(), rows, { ...options, pages })],
@@ -64,7 +64,7 @@ describe.skipIf(backend === null)('topk', () => {
     const data = Float32Array.from({ length: 3 * size }, () => random.integer(20))
     data.fill(Number.NaN, size, size + 10)
     data.fill(Number.NEGATIVE_INFINITY, 2 * size + 1)
-    await likeReference(backend, [{ data, shape: [3, size] }], x => {
+    await compareWithReference(backend, [{ data, shape: [3, size] }], x => {
       const { values, indices } = x.detach().topk(40)
       return [values, indices]
     })

@@ -1,5 +1,5 @@
 import { type Backend, groupedMatmul, linearCrossEntropy } from '@moe/core'
-import { likeReference } from '@moe/core/testing'
+import { compareWithReference } from '@moe/core/testing'
 import { afterEach, describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -32,7 +32,7 @@ describe.skipIf(backend === null)('matmul', () => {
           const a = normal([...lead, ...(transposeA ? [k, m] : [m, k])])
           const b = normal([...lead, ...(transposeB ? [n, k] : [k, n])], 0.5)
           const tolerance = { relative: 5e-5, absolute: 2e-6 * Math.max(k, 10) }
-          await likeReference(backend, [a, b], (x, y) => [x.matmul(y, { transposeA, transposeB })], tolerance)
+          await compareWithReference(backend, [a, b], (x, y) => [x.matmul(y, { transposeA, transposeB })], tolerance)
         }
       }
     }
@@ -48,7 +48,7 @@ describe.skipIf(backend === null)('more matrices than a device counts along an a
   test.each([1, 5])('of %i rows', async rows => {
     productLimits.matrices = 3
     const [a, b] = [normal([7, rows, 20]), normal([7, 20, 9])]
-    await likeReference(backend, [a, b], (x, y) => [x.matmul(y)])
+    await compareWithReference(backend, [a, b], (x, y) => [x.matmul(y)])
   })
 })
 
@@ -73,7 +73,7 @@ describe.skipIf(backend === null)('groupedMatmul', () => {
     const experts = offsets.length - 1
     for (const transposeW of flags) {
       const weight = normal(transposeW ? [experts, n, k] : [experts, k, n], 0.5)
-      await likeReference(backend, [normal([rows, k]), weight, ends], (x, w, o) => [
+      await compareWithReference(backend, [normal([rows, k]), weight, ends], (x, w, o) => [
         groupedMatmul(x, w, o, { transposeW }),
       ])
     }
@@ -97,7 +97,7 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     limits.elements = most
     const targets = Array.from({ length: N }, (_, i) => [(i * 37) % V, V - 1, -100, V, -1][i % 5])
     const inputs = [normal([N, D]), normal([V, D], 0.4), integers(targets)]
-    await likeReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)])
+    await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)])
   })
 
   test('logits far below zero, where a class that there is not would have an infinite share', async () => {
@@ -105,12 +105,12 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     const w = normal([5, 4])
     const inputs = [x, { ...w, data: Array.from(w.data, value => value - 6) }, integers([4, 0])]
     const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 250, times 10
-    await likeReference(backend, inputs, (a, b, t) => [linearCrossEntropy(a, b, t)], tolerance)
+    await compareWithReference(backend, inputs, (a, b, t) => [linearCrossEntropy(a, b, t)], tolerance)
   })
 
   test('logits that are large', async () => {
     const inputs = [normal([5, 8], 30), normal([140, 8], 10), integers([0, 64, 139, 7, 100])]
     const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 1,000, times weights of the gradient
-    await likeReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)], tolerance)
+    await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)], tolerance)
   })
 })

@@ -1,5 +1,5 @@
 import { type Backend, concat, type DType, fromF8e4m3, setRows, type Tensor } from '@moe/core'
-import { type HostInput, likeReference, tolerances } from '@moe/core/testing'
+import { compareWithReference, type HostInput, tolerances } from '@moe/core/testing'
 import { describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -12,7 +12,7 @@ const some = (dtype: DType, shape: readonly number[]): HostInput => {
   return { data: Array.from(data, x => (dtype === 'u8' ? Math.round(Math.abs(100 * x)) % 256 : x)), shape, dtype }
 }
 const exactly = (inputs: readonly HostInput[], op: (...inputs: Tensor[]) => Tensor[]) =>
-  likeReference(backend, inputs, op, tolerances.exact)
+  compareWithReference(backend, inputs, op, tolerances.exact)
 
 describe.skipIf(backend === null).each(small)('%s: elements whose neighbours in a word are of others', dtype => {
   test.each([

@@ -9,7 +9,7 @@ import {
   type RouterAttrs,
   routerTopk,
 } from '@moe/core'
-import { likeReference, runOp, tolerances } from '@moe/core/testing'
+import { compareWithReference, runOp, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -34,7 +34,7 @@ describe.skipIf(backend === null)('routerTopk', () => {
   ]
   test.each(cases)('$N tokens, $topK of $E, $topGroups of $groups groups, $scoring', async ({ N, E, ...attrs }) => {
     const inputs = [normal([N, E], 2), normal([E], attrs.scoring === 'softmax' ? 0.001 : 0.3)]
-    await likeReference(backend, inputs, (logits, bias) => {
+    await compareWithReference(backend, inputs, (logits, bias) => {
       const { weights, indices, scores } = routerTopk(logits, bias, attrs)
       return [weights, indices, scores]
     })
@@ -82,7 +82,7 @@ describe.skipIf(backend === null)('tokens to their experts and back', () => {
     const random = new Random(N)
     const indices = Array.from({ length: N * K }, () => random.integer(E))
     const inputs = [normal([N, D]), normal([N, K]), integers(indices, [N, K])]
-    await likeReference(backend, inputs, (x, weights, chosen) => {
+    await compareWithReference(backend, inputs, (x, weights, chosen) => {
       const plan = dispatchPlan(chosen, E)
       const rows = permuteTokens(x, plan)
       const { order, positions, offsets, counts } = plan
@@ -97,7 +97,7 @@ describe.skipIf(backend === null)('mlaKeyValue', () => {
     { B: 1, S: 3, H: 1, N: 0, R: 4, V: 1 },
     { B: 1, S: 2, H: 2, N: 5, R: 0, V: 3 },
   ])('$H heads, $N + $R features of a key, $V of a value', async ({ B, S, H, N, R, V }) => {
-    await likeReference(backend, [normal([B, S, H, N + V]), normal([B, S, 1, R])], (kv, ropeKey) => {
+    await compareWithReference(backend, [normal([B, S, H, N + V]), normal([B, S, 1, R])], (kv, ropeKey) => {
       const { k, v } = mlaKeyValue(kv, ropeKey, N)
       return [k, v]
     })
@@ -107,6 +107,6 @@ describe.skipIf(backend === null)('mlaKeyValue', () => {
 describe.skipIf(backend === null)('globalNorm', () => {
   test.each([1, 7, 8, 15])('%i tensors', async count => {
     const inputs = Array.from({ length: count }, (_, n) => normal([[1, 0, 5000, 129][n % 4], 1 + n]))
-    await likeReference(backend, inputs, (...tensors) => [globalNorm(tensors)], tolerances.elementwise)
+    await compareWithReference(backend, inputs, (...tensors) => [globalNorm(tensors)], tolerances.elementwise)
   })
 })

@@ -13,7 +13,7 @@ import {
   weightBytes,
 } from '@moe/core'
 import type { HostInput } from '@moe/core/testing'
-import { likeReference } from '@moe/core/testing'
+import { compareWithReference } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, normal } from '../test-inputs.ts'
@@ -72,7 +72,7 @@ describe.skipIf(backend === null)('quantizedMatmul, and back by the untransposed
     for (const format of formats) {
       const { parts, weight } = storedWeight(format, block, [n, k])
       const op = (x: Tensor, q: Tensor, scale?: Tensor) => [quantizedMatmul(x, weight(q, scale))]
-      await likeReference(backend, [normal([m, k]), ...parts], op, tolerance(Math.max(n, k)))
+      await compareWithReference(backend, [normal([m, k]), ...parts], op, tolerance(Math.max(n, k)))
     }
   })
 
@@ -87,7 +87,7 @@ describe.skipIf(backend === null)('quantizedMatmul, and back by the untransposed
         data[2 * k] = Number.NaN
         data[4 * k - 1] = Number.NaN
         const inputs = [normal([2, k]), { data, shape: [5, k], dtype }, ...parts.slice(1)]
-        const { outputs } = await likeReference(backend, inputs, (x, q, scale) => [
+        const { outputs } = await compareWithReference(backend, inputs, (x, q, scale) => [
           quantizedMatmul(x, weight(q, scale)),
         ])
         expect(Array.from(outputs[0], Number.isNaN)).toEqual([0, 1].flatMap(() => [false, false, true, true, false]))
@@ -113,7 +113,9 @@ describe.skipIf(backend === null)('quantizedGroupedMatmul, and back', () => {
     for (const format of formats) {
       const { parts, weight } = storedWeight(format, block, [offsets.length - 1, n, k])
       const inputs = [normal([rows, k]), integers([...offsets]), ...parts]
-      await likeReference(backend, inputs, (x, ends, q, scale) => [quantizedGroupedMatmul(x, weight(q, scale), ends)])
+      await compareWithReference(backend, inputs, (x, ends, q, scale) => [
+        quantizedGroupedMatmul(x, weight(q, scale), ends),
+      ])
     }
   })
 })

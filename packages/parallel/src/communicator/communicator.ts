@@ -43,19 +43,19 @@ export interface Communicator {
   reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
   /**
    * Sums tensors over all ranks, each row for one rank only: a reduce-scatter with any assignment of rows to ranks. Rank r receives the sums of the rows in
-   * `shares[r]`. This is the first half of an `allReduce`; `gatherShares` is the second. All tensors have the same dtype.
-   * @param into where the sums are written, at the same addresses: one tensor for each entry of this rank's share, which may be the tensor whose rows they
+   * `shards[r]`. This is the first half of an `allReduce`; `allGatherRows` is the second. All tensors have the same dtype.
+   * @param into where the sums are written, at the same addresses: one tensor for each entry of this rank's shard, which may be the tensor whose rows they
    * are. Needs a backend with `Backend.write`. Default: new tensors
    * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
    */
-  reduceShares(shares: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
+  reduceScatterRows(shards: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
   /**
-   * Sends each rank's rows to all ranks: an all-gather with any assignment of rows to ranks. Overwrites the tensors in `shares` at the same addresses; on
-   * backends that cannot write, each must be a `Parameter`, which is assigned a new value. Together the shares must cover each tensor.
-   * @param own one tensor for each entry of this rank's share; if the entry is all of a tensor, it may be that tensor
+   * Sends each rank's rows to all ranks: an all-gather with any assignment of rows to ranks. Overwrites the tensors in `shards` at the same addresses; on
+   * backends that cannot write, each must be a `Parameter`, which is assigned a new value. Together the shards must cover each tensor.
+   * @param own one tensor for each entry of this rank's shard; if the entry is all of a tensor, it may be that tensor
    * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
    */
-  gatherShares(shares: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
+  allGatherRows(shards: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
   /** Concatenates `[n, ...]` of every rank along the first axis, in the order of ranks: `[size * n, ...]`. */
   allGather(tensor: Tensor): Promise<Tensor>
   /**

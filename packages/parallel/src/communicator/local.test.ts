@@ -28,7 +28,7 @@ test('large tensors are sent in several parts, with the same results', async () 
   }
 })
 
-test('large shares are sent in several parts, and every tensor is complete at the end', async () => {
+test('large shards are sent in several parts, and every tensor is complete at the end', async () => {
   const [rows, width] = [5, 2 ** 20 + 3]
   const handles = backend.stats().handles
   const told = await local(2, async ranks => {
@@ -47,10 +47,10 @@ test('large shares are sent in several parts, and every tensor is complete at th
         { tensor: small, from: 0, to: 7 },
       ],
     ]
-    const sums = await ranks.reduceShares(cut(large))
+    const sums = await ranks.reduceScatterRows(cut(large))
     const parameter = new Parameter(from(0))
     const whole = new Parameter(small)
-    await ranks.gatherShares(
+    await ranks.allGatherRows(
       [cut(parameter)[0], [cut(parameter)[1][0], { tensor: whole, from: 0, to: 7 }]],
       ranks.rank === 0 ? sums : [sums[0], whole],
     )
@@ -67,35 +67,35 @@ test('large shares are sent in several parts, and every tensor is complete at th
   expect(backend.stats().handles).toBe(handles)
 })
 
-test('invalid shares are rejected before anything is sent', async () => {
+test('invalid shards are rejected before anything is sent', async () => {
   await local(2, async ranks => {
     const [three, whole] = [vector(1, 2, 3), tensor(new Int32Array(2), [2], { backend })]
     const rows = (from: number, to: number, of = three) => ({ tensor: of, from, to })
     const two = ranks.rank === 0 ? [vector(1, 2)] : [vector(3)]
     const faults: Array<Promise<unknown>> = [
-      ranks.reduceShares([[rows(0, 3)]]),
-      ranks.reduceShares([[rows(0, 2)], [rows(2, 4)]]),
-      ranks.reduceShares([[rows(1, 1)], []]),
-      ranks.reduceShares([[rows(0, 3)], [rows(0, 2, whole)]]),
-      ranks.reduceShares([[rows(0, 2)], [rows(2, 3)]], []),
-      ranks.reduceShares([[rows(0, 2)], [rows(2, 3)]], two),
-      ranks.gatherShares([[rows(0, 2)], [rows(2, 3)]], two),
-      ranks.gatherShares([[rows(0, 2)], [rows(1, 2)]], two),
-      ranks.gatherShares([[rows(0, 2)], []], ranks.rank === 0 ? two : []),
+      ranks.reduceScatterRows([[rows(0, 3)]]),
+      ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 4)]]),
+      ranks.reduceScatterRows([[rows(1, 1)], []]),
+      ranks.reduceScatterRows([[rows(0, 3)], [rows(0, 2, whole)]]),
+      ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 3)]], []),
+      ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 3)]], two),
+      ranks.allGatherRows([[rows(0, 2)], [rows(2, 3)]], two),
+      ranks.allGatherRows([[rows(0, 2)], [rows(1, 2)]], two),
+      ranks.allGatherRows([[rows(0, 2)], []], ranks.rank === 0 ? two : []),
     ]
     const messages = await Promise.all(faults.map(fault => fault.catch((e: MoeError) => `${e.code} ${e.message}`)))
     expect(messages).toEqual([
-      expect.stringMatching(/^E_SHAPE reduceShares: got 1 shares for 2 ranks/),
+      expect.stringMatching(/^E_SHAPE reduceScatterRows: got 1 shards for 2 ranks/),
       expect.stringMatching(
-        /^E_SHAPE reduceShares: row range 2 to 4 is invalid for \[3\]; pass a non-empty range within 0 to 3/,
+        /^E_SHAPE reduceScatterRows: row range 2 to 4 is invalid for \[3\]; pass a non-empty range within 0 to 3/,
       ),
-      expect.stringMatching(/^E_SHAPE reduceShares: row range 1 to 1 is invalid for \[3\]/),
-      expect.stringMatching(/^E_DTYPE reduceShares: the shares mix f32 and i32 tensors/),
-      expect.stringMatching(/^E_SHAPE reduceShares: expected \[\d\] for this rank's share, got nothing/),
+      expect.stringMatching(/^E_SHAPE reduceScatterRows: row range 1 to 1 is invalid for \[3\]/),
+      expect.stringMatching(/^E_DTYPE reduceScatterRows: the shards mix f32 and i32 tensors/),
+      expect.stringMatching(/^E_SHAPE reduceScatterRows: expected \[\d\] for this rank's shard, got nothing/),
       expect.stringMatching(/^E_BACKEND /),
       expect.stringMatching(/^E_BACKEND /),
-      expect.stringMatching(/^E_SHAPE gatherShares: the shares do not cover each row of \[3\] once; assign each row/),
-      expect.stringMatching(/^E_SHAPE gatherShares: the shares do not cover each row of \[3\] once/),
+      expect.stringMatching(/^E_SHAPE allGatherRows: the shards do not cover each row of \[3\] once; assign each row/),
+      expect.stringMatching(/^E_SHAPE allGatherRows: the shards do not cover each row of \[3\] once/),
     ])
   })
 })

@@ -6,31 +6,31 @@ import { checkReduction } from './reduce.ts'
 import {
   Assembly,
   checkOwn,
-  checkShares,
+  checkShards,
   elementsOf,
   lengthOf,
   type Part,
   partsInBuckets,
-  type Shares,
+  type Shards,
   Sources,
   shapeOf,
   type Target,
   wholeTensors,
-} from './shares.ts'
+} from './row-shards.ts'
 
 /** The largest number of elements that are sent together: 16 MiB of f32. */
 const bucketElements = 1 << 22
 
 /** The elements for, or from, each rank. */
-type Share<E> = (rank: number) => E
+type Shard<E> = (rank: number) => E
 
-/** How shares are exchanged, bucket by bucket. */
-interface ShareExchange<E> {
+/** How shards are exchanged, bucket by bucket. */
+interface ShardExchange<E> {
   readonly dtype: DType
   /** The rows that fill each rank's section of a bucket before the exchange; empty for sections that are not filled. */
-  readonly inputs: Shares
+  readonly inputs: Shards
   /** Exchanges a bucket, filling the sections that are read. */
-  readonly exchange: (space: Workspace<E>, section: Share<E>, bucket: ReadonlyArray<readonly Part[]>) => Promise<void>
+  readonly exchange: (space: Workspace<E>, section: Shard<E>, bucket: ReadonlyArray<readonly Part[]>) => Promise<void>
   /** Where each rank's section goes after the exchange, from element `at` on; empty for sections that are not read. */
   readonly outputs: ReadonlyArray<ReadonlyArray<{ readonly target: Target<E>; readonly at: number }>>
 }
@@ -84,17 +84,17 @@ export class MessageCommunicator<E> implements Communicator {
       })
     }
     return this.#inTurn(async space => {
-      const share = placesOf(space, await this.#memory.of(tensor), evenStarts(size, this.size))
+      const shard = placesOf(space, await this.#memory.of(tensor), evenStarts(size, this.size))
       const own = space.make(dtype, size / this.size)
-      await this.#reduceShare(space, own, size / this.size, share, { dtype, reduction })
+      await this.#reduceShard(space, own, size / this.size, shard, { dtype, reduction })
       return space.tensor(own, { shape: [shape[0] / this.size, ...shape.slice(1)], dtype, backend })
     })
   }
 
-  async reduceShares(shares: Shares, into?: readonly Tensor[]): Promise<readonly Tensor[]> {
-    const dtype = checkShares('reduceShares', shares, this.size)
-    const mine = shares[this.rank]
-    if (into !== undefined) checkOwn('reduceShares', mine, into)
+  async reduceScatterRows(shards: Shards, into?: readonly Tensor[]): Promise<readonly Tensor[]> {
+    const dtype = checkShards('reduceScatterRows', shards, this.size)
+    const mine = shards[this.rank]
+    if (into !== undefined) checkOwn('reduceScatterRows', mine, into)
     if (dtype === null) return []
     const made = await this.#makeInTurn((_, results) => {
       const own = mine.map((rows, i) => {
@@ -104,23 +104,23 @@ export class MessageCommunicator<E> implements Communicator {
         }
         return { target: { length: lengthOf([elementsOf(rows)]), finish }, at: 0 }
       })
-      return this.#bucketByBucket(shares, {
+      return this.#bucketByBucket(shards, {
         dtype,
-        inputs: shares,
+        inputs: shards,
         exchange: (space, section, bucket) => {
           const length = lengthOf(bucket[this.rank])
-          return this.#reduceShare(space, section(this.rank), length, section, { dtype, reduction: 'sum' })
+          return this.#reduceShard(space, section(this.rank), length, section, { dtype, reduction: 'sum' })
         },
-        outputs: shares.map((_, rank) => (rank === this.rank ? own : [])),
+        outputs: shards.map((_, rank) => (rank === this.rank ? own : [])),
       })
     })
     return into ?? made
   }
 
-  async gatherShares(shares: Shares, own: readonly Tensor[]): Promise<void> {
-    const dtype = checkShares('gatherShares', shares, this.size)
-    checkOwn('gatherShares', shares[this.rank], own)
-    const tensors = wholeTensors('gatherShares', shares)
+  async allGatherRows(shards: Shards, own: readonly Tensor[]): Promise<void> {
+    const dtype = checkShards('allGatherRows', shards, this.size)
+    checkOwn('allGatherRows', shards[this.rank], own)
+    const tensors = wholeTensors('allGatherRows', shards)
     if (dtype === null) return
     const targetOf = (tensor: Tensor): [Tensor, Target<E>] => {
       // A tensor that is in `own` belongs to this rank alone and already has its value.
@@ -130,12 +130,12 @@ export class MessageCommunicator<E> implements Communicator {
     const targets = new Map(tensors.map(targetOf))
     const given = own.map(tensor => ({ tensor, from: 0, to: tensor.shape[0] ?? 1 }))
     return this.#inTurn(() =>
-      this.#bucketByBucket(shares, {
+      this.#bucketByBucket(shards, {
         dtype,
-        inputs: shares.map((_, rank) => (rank === this.rank ? given : [])),
+        inputs: shards.map((_, rank) => (rank === this.rank ? given : [])),
         exchange: (_, section) => this.#exchange(() => section(this.rank), section),
-        outputs: shares.map(share =>
-          share.map(rows => ({ target: targets.get(rows.tensor) as Target<E>, at: elementsOf(rows).from })),
+        outputs: shards.map(shard =>
+          shard.map(rows => ({ target: targets.get(rows.tensor) as Target<E>, at: elementsOf(rows).from })),
         ),
       }),
     )
@@ -262,7 +262,7 @@ export class MessageCommunicator<E> implements Communicator {
     })
   }
 
-  async #bucketByBucket(shares: Shares, { dtype, inputs, exchange, outputs }: ShareExchange<E>): Promise<void> {
+  async #bucketByBucket(shards: Shards, { dtype, inputs, exchange, outputs }: ShardExchange<E>): Promise<void> {
     const sources = new Sources(this.#memory, inputs.flat())
     const assembly = new Assembly(this.#memory, dtype)
     const exchangeBucket = (bucket: ReadonlyArray<readonly Part[]>) =>
@@ -291,7 +291,7 @@ export class MessageCommunicator<E> implements Communicator {
         }
       })
     try {
-      for (const bucket of partsInBuckets(shares, Math.ceil(bucketElements / this.size))) await exchangeBucket(bucket)
+      for (const bucket of partsInBuckets(shards, Math.ceil(bucketElements / this.size))) await exchangeBucket(bucket)
     } finally {
       assembly.close()
     }
@@ -312,32 +312,32 @@ export class MessageCommunicator<E> implements Communicator {
         const elements = await Promise.all(bucket.map(tensor => this.#memory.of(tensor)))
         for (const [i, from] of elements.entries()) space.copy(place(i), from)
         const even = evenStarts(starts[bucket.length], this.size)
-        const share = placesOf(space, flat, even)
-        const own = share(this.rank)
-        await this.#reduceShare(space, own, even[this.rank + 1] - even[this.rank], share, { dtype, reduction })
-        await this.#exchange(() => own, share)
+        const shard = placesOf(space, flat, even)
+        const own = shard(this.rank)
+        await this.#reduceShard(space, own, even[this.rank + 1] - even[this.rank], shard, { dtype, reduction })
+        await this.#exchange(() => own, shard)
         for (const [i, tensor] of bucket.entries()) finish(space, place(i), tensor)
       })
     for (const bucket of bucketsOf(tensors)) await reduceBucket(bucket)
   }
 
-  /** Sets `to` to this rank's share, `length` elements, reduced over all ranks. `to` may be `share(this.rank)`. */
-  async #reduceShare(
+  /** Sets `to` to this rank's shard, `length` elements, reduced over all ranks. `to` may be `shard(this.rank)`. */
+  async #reduceShard(
     space: Workspace<E>,
     to: E,
     length: number,
-    share: Share<E>,
+    shard: Shard<E>,
     { dtype, reduction }: { readonly dtype: DType; readonly reduction: Reduction },
   ): Promise<void> {
     const parts = Array.from({ length: this.size }, (_, rank) =>
-      rank === this.rank ? share(rank) : space.make(dtype, length),
+      rank === this.rank ? shard(rank) : space.make(dtype, length),
     )
-    await this.#exchange(share, rank => parts[rank])
+    await this.#exchange(shard, rank => parts[rank])
     space.reduce(to, parts, dtype, reduction)
   }
 
   /** Sends each other rank its elements, and receives elements from each. */
-  async #exchange(give: Share<E>, take: Share<E>): Promise<void> {
+  async #exchange(give: Shard<E>, take: Shard<E>): Promise<void> {
     const messages: Array<Message<E>> = []
     for (let distance = 1; distance < this.size; distance++) {
       // Each rank starts with a different peer.
@@ -397,7 +397,7 @@ const evenStarts = (length: number, ranks: number) =>
   Array.from({ length: ranks + 1 }, (_, rank) => Math.floor((rank * length) / ranks))
 
 const placesOf =
-  <E>(space: Workspace<E>, of: E, starts: readonly number[]): Share<E> =>
+  <E>(space: Workspace<E>, of: E, starts: readonly number[]): Shard<E> =>
   rank =>
     space.part(of, starts[rank], starts[rank + 1])
 

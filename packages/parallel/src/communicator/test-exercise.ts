@@ -62,7 +62,7 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
   const inPlace = [bits(own(23), 'f32'), bits(own(1), 'i32')]
   if (backend.write) await ranks.allReduceInPlace(inPlace)
   results.inPlace = await plain(backend.write ? inPlace : await ranks.allReduce(inPlace))
-  results.shares = await exerciseShares(ranks, backend)
+  results.shards = await exerciseShards(ranks, backend)
   results.reduceScatter = await plain([await ranks.reduceScatter(f32(own(3 * size * 2), [3 * size, 2]))])
   results.allGather = await plain([await ranks.allGather(f32(own(6), [2, 3])), await ranks.allGather(f32(own(1), []))])
   const counts = Array.from({ length: size }, (_, to) => rowsFor(rank, to))
@@ -105,17 +105,17 @@ const rowsIn = (numbers: readonly number[], shape: readonly number[], from: numb
 const shapeOfRows = (shape: readonly number[], rows: number) => (shape.length === 0 ? [] : [rows, ...shape.slice(1)])
 
 /** Sums of this rank's rows, as new tensors and in place, and the tensors gathered from all ranks' rows. */
-async function exerciseShares(ranks: Communicator, backend: Backend) {
+async function exerciseShards(ranks: Communicator, backend: Backend) {
   const { rank, size } = ranks
   const tensors = shapesOf(size).map(shape => tensor(numbersOf(rank, sizeOf(shape)), shape, { backend }))
   const dealt = (of: readonly Tensor[]) =>
     Array.from({ length: size }, (_, r) => runsOf(r, size).map(({ of: i, from, to }) => ({ tensor: of[i], from, to })))
-  const sums = await plain(await ranks.reduceShares(dealt(tensors)))
+  const sums = await plain(await ranks.reduceScatterRows(dealt(tensors)))
   const places = runsOf(rank, size).map(({ of, from, to }) => {
     const shape = shapesOf(size)[of]
     return to - from === (shape[0] ?? 1) ? tensors[of] : zeros(shapeOfRows(shape, to - from), { backend })
   })
-  const inPlace = backend.write ? await plain(await ranks.reduceShares(dealt(tensors), places)) : sums
+  const inPlace = backend.write ? await plain(await ranks.reduceScatterRows(dealt(tensors), places)) : sums
   const parameters = shapesOf(size).map(shape => new Parameter(zeros(shape, { backend })))
   const own = runsOf(rank, size).map(({ of, from, to }) => {
     const shape = shapesOf(size)[of]
@@ -125,7 +125,7 @@ async function exerciseShares(ranks: Communicator, backend: Backend) {
     parameters[of].assign(mine)
     return parameters[of]
   })
-  await ranks.gatherShares(dealt(parameters), own)
+  await ranks.allGatherRows(dealt(parameters), own)
   return [sums, inPlace, await plain(parameters)]
 }
 
@@ -169,7 +169,7 @@ function expectedOfAll(rank: number, size: number): Record<string, unknown> {
     const data = ofTensor.flatMap(({ r, from, to }) => rowsIn([...numbersOf(r, sizeOf(shape))], shape, from, to))
     return { shape, dtype: 'f32', data }
   })
-  results.shares = [sums, sums, gathered]
+  results.shards = [sums, sums, gathered]
   const joined = (length: number) => of(length).flatMap(numbers => [...numbers])
   results.allGather = [
     { shape: [2 * size, 3], dtype: 'f32', data: joined(6) },

@@ -1,22 +1,22 @@
 /** @file Expert parallelism: training steps of a model whose routed experts are sharded over ranks. */
-import { checkOptions, fromHost, full, type Module, namedParameters, type OwnParameter, type Tensor } from '@moe/core'
+import { checkOptions, fromHost, full, type LocalParameter, type Module, namedParameters, type Tensor } from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import { Replicated } from '../replicated.ts'
 import {
-  ExpertShares,
+  type ExpertParallelLayer,
+  ExpertShards,
   expertRanks,
   type PieceRunner,
-  type RouteElsewhere,
-  type SpreadableLayer,
-} from './expert-shares.ts'
+  type RouteTokens,
+} from './expert-shards.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 
 /** A model that supports expert parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
-export interface SpreadableModel<Batch> extends Module {
+export interface ExpertParallelModel<Batch> extends Module {
   /** The layers with routed experts. */
-  readonly moeLayers: readonly SpreadableLayer[]
+  readonly moeLayers: readonly ExpertParallelLayer[]
   /**
    * Prepares the forward pass of a micro-batch in pieces. `forward` returns the loss, a mean over the `count` positions that carry loss; `route` sends tokens
    * to the experts of a layer, which may be on other ranks.
@@ -25,7 +25,7 @@ export interface SpreadableModel<Batch> extends Module {
     readonly count: number
     forward(
       pass: PieceRunner,
-      route: RouteElsewhere,
+      route: RouteTokens,
     ): Promise<{ readonly loss: Tensor; readonly metrics?: Readonly<Record<string, Tensor>> }>
   }
 }
@@ -46,13 +46,13 @@ export class ExpertParallel<Batch> {
    * The parameters of this rank; create its optimizer from them. Experts keep their names in the model and hold rows of the model's stacked parameters
    * from `firstRow` on.
    */
-  parameters: readonly OwnParameter[]
+  parameters: readonly LocalParameter[]
   /** All ranks of the training. */
   readonly ranks: Communicator
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
-  readonly dataShare: { readonly rank: number; readonly world: number }
-  readonly #model: SpreadableModel<Batch>
-  readonly #shares: ExpertShares
+  readonly dataShard: { readonly rank: number; readonly world: number }
+  readonly #model: ExpertParallelModel<Batch>
+  readonly #shards: ExpertShards
   readonly #replicated: Replicated
 
   /**
@@ -60,7 +60,7 @@ export class ExpertParallel<Batch> {
    * @throws MoeError E_CONFIG if it does not divide the number of ranks and the number of experts
    */
   constructor(
-    model: SpreadableModel<Batch>,
+    model: ExpertParallelModel<Batch>,
     ranks: Communicator,
     options: { readonly expertParallelSize?: number } = {},
   ) {
@@ -70,18 +70,18 @@ export class ExpertParallel<Batch> {
       throw configError(
         op,
         'the model has no inPieces()',
-        'pass a DeepSeek, or a model that implements SpreadableModel',
+        'pass a DeepSeek, or a model that implements ExpertParallelModel',
       )
     checkRanks(op, ranks)
     this.#model = model
     this.ranks = ranks
-    this.dataShare = { rank: ranks.rank, world: ranks.size }
+    this.dataShard = { rank: ranks.rank, world: ranks.size }
     const { expertParallelSize = ranks.size } = options
-    this.#shares = new ExpertShares(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
-    this.parameters = namedParameters(model).map(named => this.#shares.own(named))
+    this.#shards = new ExpertShards(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
+    this.parameters = namedParameters(model).map(named => this.#shards.own(named))
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
-      { parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined), ranks: this.#shares.ranks.same },
+      { parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined), ranks: this.#shards.ranks.same },
     ])
   }
 
@@ -90,7 +90,7 @@ export class ExpertParallel<Batch> {
    * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
    * `train` does.
    */
-  shareOptimizer(): void {
+  shardOptimizer(): void {
     this.parameters = this.#replicated.shard()
   }
 
@@ -108,28 +108,28 @@ export class ExpertParallel<Batch> {
       throw configError('ExpertParallel', 'all parameters are frozen', 'set trainable on the parameters to train')
     const { precision } = options
     await this.#replicated.gather()
-    this.#shares.takeOwn()
+    this.#shards.takeOwn()
     this.#replicated.zeroGradients()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
     const positions = await this.#positions(passes.map(({ count }) => count))
     const sums: Record<string, number> = {}
     for (const part of passes) {
-      const share = part.count / Math.max(1, positions)
+      const weight = part.count / Math.max(1, positions)
       const pass = new PiecewisePass({ precision })
       try {
-        const { loss, metrics = {} } = await part.forward(pass, this.#shares.routeIn(pass))
+        const { loss, metrics = {} } = await part.forward(pass, this.#shards.routeIn(pass))
         await pass.backward(
           loss,
-          pass.run(() => full([], share, { backend })),
+          pass.run(() => full([], weight, { backend })),
         )
         for (const [name, value] of Object.entries({ loss, ...metrics }))
-          sums[name] = (sums[name] ?? 0) + share * (await value.item())
+          sums[name] = (sums[name] ?? 0) + weight * (await value.item())
       } finally {
         pass.dispose()
       }
     }
-    this.#shares.completeGradients()
+    this.#shards.completeGradients()
     await this.#replicated.sumGradients()
     const gradNorm = await gradientNorm(this.ranks, this.#replicated.counted(), backend)
     const [loss, ...metrics] = await this.#sum(Object.values(sums))
@@ -144,7 +144,7 @@ export class ExpertParallel<Batch> {
    */
   async gather(): Promise<void> {
     await this.#replicated.gather()
-    await this.#shares.gather()
+    await this.#shards.gather()
   }
 
   /**
@@ -152,14 +152,14 @@ export class ExpertParallel<Batch> {
    * `gather` sends the changes to all ranks.
    */
   release(): void {
-    this.#shares.takeOwn()
+    this.#shards.takeOwn()
     this.#replicated.takeBack()
   }
 
   /** Frees this rank's experts, but not the model. */
   dispose(): void {
     this.#replicated.dispose()
-    this.#shares.dispose()
+    this.#shards.dispose()
   }
 
   /** The number of positions that carry loss, over all ranks. Checks that all ranks have the same number of micro-batches. */

@@ -13,7 +13,7 @@ test.each([
   ['put off', true],
 ])(
   'a pass in pieces has the gradients of the whole one: residuals, exchanges, leaves that go to several pieces; those of weights are %s',
-  async (_, putOff) => {
+  async (_, deferWeightGradients) => {
     const layers = [1, 2, 5].map(seed => new Linear(4, 4, { random: new Random(seed) }))
     const [first, second, third] = layers
     const dy = randn([3, 4], new Random(4))
@@ -43,15 +43,15 @@ test.each([
       return doubled(gradient)
     })
     const [y] = pass.piece([leaf, sent, h], (a, b, c) => [third.forward(a.add(b.mul(c)))])
-    await pass.backwardInput([y], [dy], { putOff })
+    await pass.backwardInput([y], [dy], { deferWeightGradients })
     look()
     expect(seen).toEqual([
       [false, false, false],
-      [false, false, !putOff],
-      [false, false, !putOff],
+      [false, false, !deferWeightGradients],
+      [false, false, !deferWeightGradients],
     ])
     const back = numbers(pass.gradient(leaf))
-    pass.weights()
+    pass.backwardWeight()
     expect([numbers(y), back, ...weights().map(numbers)]).toEqual(
       expected.map(values => values?.map(value => expect.closeTo(value, 12))),
     )

@@ -96,21 +96,21 @@ export class PiecewisePass {
    */
   async backward(from: Tensor, gradient: Tensor): Promise<void> {
     await this.backwardInput([from], [gradient])
-    this.weights()
+    this.backwardWeight()
   }
 
   /**
-   * Runs the part of the backward pass that computes the gradients of the inputs. `weights()` then computes the remaining weight gradients.
+   * Runs the part of the backward pass that computes the gradients of the inputs. `backwardWeight()` then computes the remaining weight gradients.
    * @param gradients one for each leaf
-   * @param options.putOff whether to defer all weight gradients to `weights()`. Default: false, they are computed while exchanges are in progress
+   * @param options.deferWeightGradients whether to defer all weight gradients to `backwardWeight()`. Default: false, they are computed while exchanges are in progress
    * @throws MoeError E_SHAPE if a gradient has another shape than its leaf
    */
   async backwardInput(
     from: readonly Tensor[],
     gradients: readonly Tensor[],
-    options: { readonly putOff?: boolean } = {},
+    options: { readonly deferWeightGradients?: boolean } = {},
   ): Promise<void> {
-    checkOptions('PiecewisePass.backwardInput', options, { putOff: true })
+    checkOptions('PiecewisePass.backwardInput', options, { deferWeightGradients: true })
     for (const [i, { shape }] of from.entries()) checkShape(gradients[i].shape, shape)
     for (const [i, leaf] of from.entries()) this.#add(leaf, gradients[i].detach())
     for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {
@@ -119,10 +119,10 @@ export class PiecewisePass {
         const { input, leaf, backward } = step
         const gradient = this.#take(leaf) ?? this.#life.run(() => zeros(leaf.shape, { backend: leaf.backend }))
         const exchanged = backward(gradient)
-        if (!options.putOff && this.#splits.length > 0) {
+        if (!options.deferWeightGradients && this.#splits.length > 0) {
           // Let the messages leave before computing.
           await new Promise(setImmediate)
-          this.weights()
+          this.backwardWeight()
         }
         const received = await exchanged
         gradient.dispose()
@@ -133,8 +133,8 @@ export class PiecewisePass {
   }
 
   /** Computes the deferred weight gradients. */
-  weights(): void {
-    for (const split of this.#splits) this.#life.run(() => split.weights())
+  backwardWeight(): void {
+    for (const split of this.#splits) this.#life.run(() => split.backwardWeight())
     this.#splits = []
   }
 

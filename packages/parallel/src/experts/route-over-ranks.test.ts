@@ -5,7 +5,7 @@ import { beforeEach, describe, expect, test } from 'vitest'
 import { local } from '../communicator/local.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { routeOverRanks } from './route-over-ranks.ts'
-import { config, experts, newLayer, numbers, seedOf, shareOf, split, tokensOf } from './test-layer.ts'
+import { config, experts, newLayer, numbers, seedOf, shardOf, split, tokensOf } from './test-layer.ts'
 
 beforeEach(() => setDefaultBackend(referenceBackend()))
 
@@ -70,9 +70,9 @@ describe('experts on several ranks', () => {
   test('no tensor is leaked', async () => {
     const layer = newLayer()
     await local(1, async ranks => {
-      const share = shareOf(layer, ranks)
+      const shard = shardOf(layer, ranks)
       const before = layer.gate.weight.backend.stats().handles
-      await split(ranks, layer, share)
+      await split(ranks, layer, shard)
       expect(layer.gate.weight.backend.stats().handles).toBe(before)
     })
   })

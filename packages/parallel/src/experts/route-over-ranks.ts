@@ -14,7 +14,7 @@ import type { Communicator } from '../communicator/communicator.ts'
 import type { PiecewisePass } from './piecewise-pass.ts'
 
 /** The experts of this rank, such as `Experts` of `@moe/router`. */
-export interface ExpertsShare {
+export interface ExpertsShard {
   /** Applies the experts in the plan to tokens `[N, D]` and returns the sum of their outputs weighted by `[N, K]`: `[N, D]`. */
   route(x: Tensor, weights: Tensor, plan: DispatchPlan): Tensor
 }
@@ -35,7 +35,7 @@ export interface RoutedTokens {
  * none. With one rank for each expert group, group-limited routing bounds the number of ranks that a token is sent to.
  *
  * The row counts are read back to the host, to size the messages.
- * @param share this rank's experts
+ * @param shard this rank's experts
  * @param experts E, the number of experts over all ranks
  * @param options.back a separate group of the same ranks for messages of the backward pass; needed if passes overlap. Default: `ranks`
  * @returns `[N, D]`, a leaf of the pass
@@ -44,7 +44,7 @@ export interface RoutedTokens {
 export async function routeOverRanks(
   pass: PiecewisePass,
   ranks: Communicator,
-  share: ExpertsShare,
+  shard: ExpertsShard,
   { x, weights, indices }: RoutedTokens,
   experts: number,
   options: { readonly back?: Communicator } = {},
@@ -78,7 +78,7 @@ export async function routeOverRanks(
       ? arrived
       : pass.piece([arrived], rows => {
           const local = dispatchPlan(fromHost(chosen, [chosen.length, 1], 'i32', backend), own)
-          return [share.route(rows, ones([chosen.length, 1], { backend }), local)]
+          return [shard.route(rows, ones([chosen.length, 1], { backend }), local)]
         })[0]
   const returned = await pass.exchange(computed, allToAll(ranks, received, sent), allToAll(back, sent, received))
   return pass.piece([returned, weights], (rows, gates) => [combineTokens(rows, gates, plan)])[0]

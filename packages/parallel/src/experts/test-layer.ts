@@ -23,13 +23,13 @@ export const config: RouterConfig = {
 }
 /** A layer with the same weights on every rank. `bias` changes the choice of experts. */
 export function newLayer(bias?: readonly number[]): MoELayer {
-  const layer = new MoELayer(config, { random: new Random(1), deviation: 0.5 })
+  const layer = new MoELayer(config, { random: new Random(1), std: 0.5 })
   if (bias) layer.gate.e_score_correction_bias?.assign(tensor(bias))
   return layer
 }
 
 /** This rank's experts of a complete layer. */
-export function shareOf(layer: MoELayer, { rank, size }: Communicator): Experts {
+export function shardOf(layer: MoELayer, { rank, size }: Communicator): Experts {
   const own = experts / size
   return layer.experts.copyOf(rank * own, (rank + 1) * own)
 }
@@ -40,7 +40,7 @@ export const seedOf = (rank: number) => randn([rowsOf(rank), features], new Rand
 export const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : null)
 
 /** Forward and backward pass of the layer on this rank's tokens, with its shard of the experts. */
-export async function split(ranks: Communicator, layer = newLayer(), share = shareOf(layer, ranks)) {
+export async function split(ranks: Communicator, layer = newLayer(), shard = shardOf(layer, ranks)) {
   const { gate, shared_experts } = layer
   const [tokens, seed] = [tokensOf(ranks.rank), seedOf(ranks.rank)]
   const pass = new PiecewisePass()
@@ -51,7 +51,7 @@ export async function split(ranks: Communicator, layer = newLayer(), share = sha
     indices = routing.indices
     return [routing.weights, (shared_experts as SwigluMlp).forward(own)]
   })
-  const routed = await routeOverRanks(pass, ranks, share, { x, weights, indices }, experts)
+  const routed = await routeOverRanks(pass, ranks, shard, { x, weights, indices }, experts)
   const [y] = pass.piece([routed, shared], (a, b) => [a.add(b)])
   const out = numbers(y)
   await pass.backward(y, seed)
@@ -61,12 +61,12 @@ export async function split(ranks: Communicator, layer = newLayer(), share = sha
     dx: numbers(pass.gradient(x)),
     router: gradients(gate),
     shared: gradients(shared_experts as Module),
-    routed: gradients(share),
+    routed: gradients(shard),
     chosen: Array.from(await indices.values()),
   }
   pass.dispose()
   for (const tensor of [tokens, seed]) tensor.dispose()
-  for (const module of [gate, shared_experts as Module, share])
+  for (const module of [gate, shared_experts as Module, shard])
     for (const parameter of trainable(module)) parameter.zeroGrad()
   return found
 }

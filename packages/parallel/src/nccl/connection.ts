@@ -30,7 +30,7 @@ export class Connection {
 
   /** Resolves when all ranks have called it. */
   static async open(nccl: NcclLibrary, access: CudaAccess, { ranks, rank, id }: Place): Promise<Connection> {
-    access.use()
+    access.makeCurrent()
     const connection = new Connection(nccl, access, nccl.begin(ranks, rank, id))
     await connection.#ready('begin')
     return connection
@@ -46,7 +46,7 @@ export class Connection {
     await launched
     if (messages.length === 0) return
     try {
-      await this.#queue.done(() => this.#checkState('messages'))
+      await this.#queue.synchronize(() => this.#checkState('messages'))
     } catch (error) {
       this.#abort()
       throw error
@@ -58,7 +58,7 @@ export class Connection {
     if (this.#ended) return
     this.#ended = true
     const { call, check } = this.#nccl
-    this.#access.use()
+    this.#access.makeCurrent()
     check(call.ncclCommFinalize(this.#comm), 'close', this.#comm)
     await this.#ready('close')
     check(call.ncclCommDestroy(this.#comm), 'close', this.#comm)
@@ -77,8 +77,8 @@ export class Connection {
     }
     if (messages.length === 0) return
     const { call, check } = this.#nccl
-    this.#access.use()
-    this.#queue.follow()
+    this.#access.makeCurrent()
+    this.#queue.waitForBackend()
     try {
       check(call.ncclGroupStart(), 'messages')
       try {
@@ -103,7 +103,7 @@ export class Connection {
     while (this.#checkState(op) === numbers.inProgress) {
       await new Promise(resolve => setImmediate(resolve))
       // Another backend on this thread may have made its context current.
-      this.#access.use()
+      this.#access.makeCurrent()
     }
   }
 

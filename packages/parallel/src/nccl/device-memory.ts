@@ -5,12 +5,12 @@ import type { Reduction, TensorLike } from '../communicator/communicator.ts'
 
 /** The interface to a CUDA backend: `interop` of `@moe/kernels-cuda` implements it. Addresses and handles are numbers. */
 export interface CudaAccess {
-  use(): void
+  makeCurrent(): void
   pointerOf(value: Value): number
   allocate(bytes: number): { readonly pointer: number; free(): void }
   tensor(shape: Shape, dtype: DType): Tensor
   copy(to: number, from: number, bytes: number): void
-  changed(value: Value): void
+  markModified(value: Value): void
   reduceRanks(
     to: number,
     parts: readonly number[],
@@ -24,8 +24,8 @@ export interface CudaAccess {
 /** A CUDA stream besides the backend's own. */
 export interface DeviceQueue {
   readonly handle: number
-  follow(): void
-  done(look?: () => void): Promise<void>
+  waitForBackend(): void
+  synchronize(look?: () => void): Promise<void>
   dispose(): void
 }
 
@@ -101,7 +101,7 @@ class DeviceWorkspace implements Workspace<DeviceElements> {
 
   write(tensor: Tensor, elements: DeviceElements): void {
     this.#access.copy(this.#access.pointerOf(tensor), elements.pointer, bytesOf(elements))
-    this.#access.changed(tensor)
+    this.#access.markModified(tensor)
   }
 
   close(): void {

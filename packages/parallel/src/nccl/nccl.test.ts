@@ -97,9 +97,9 @@ describe.skipIf(unavailable)('NCCL', () => {
   })
 
   ofTwo.each(['rows', 'stages', 'experts'] as const)(
-    'a training that shares %s out has the weights of one over hosts',
-    async share => {
-      const { accumulate, onRanks } = arrangements[share]
+    'a training that shards %s out has the weights of one over hosts',
+    async shard => {
+      const { accumulate, onRanks } = arrangements[shard]
       const trained = async (ranks: Communicator, backend: CudaBackend) => {
         const result = await trainSmall(backend, { accumulate, steps: 2 }, { onRanks: model => onRanks(model, ranks) })
         return { digest: digestOf(result), losses: result.steps.map(({ loss }) => loss) }

@@ -155,7 +155,7 @@ class NcclCarrier implements Carrier<DeviceElements> {
   #newId(): Uint8Array {
     const id = new Uint8Array(numbers.uniqueIdBytes)
     const { nccl, access } = this.#common
-    access.use()
+    access.makeCurrent()
     nccl.check(nccl.call.ncclGetUniqueId(id), 'begin')
     return id
   }

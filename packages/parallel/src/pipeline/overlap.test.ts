@@ -17,7 +17,7 @@ afterAll(() => cpu.dispose())
 async function step(schedule: PipelineSchedule, ranks: Communicator): Promise<unknown> {
   const model = newModel({ num_hidden_layers: 4, first_k_dense_replace: 1, num_nextn_predict_layers: 1 })
   const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
-  const { rank, world } = pipeline.dataShare
+  const { rank, world } = pipeline.dataShard
   const batches = batchesOf(world * schedule.microBatches, model).filter((_, m) => m % world === rank)
   const { loss, gradNorm } = await pipeline.step(batches)
   const gradients = pipeline.parameters.map(async ({ name, parameter }) => [name, await parameter.grad?.values()])

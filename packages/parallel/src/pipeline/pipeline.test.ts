@@ -74,7 +74,7 @@ async function expectWhole(
   await local(replicas * schedule.ranks.length, async ranks => {
     const model = make()
     const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize })
-    const { rank, world } = pipeline.dataShare
+    const { rank, world } = pipeline.dataShard
     expect(world).toBe(replicas)
     const batches = batchesOf(microBatches, model).filter((_, m) => m % world === rank)
     for (let round = 0; round < rounds; round++) {
@@ -213,7 +213,7 @@ test.each([
       const model = newModel()
       const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize })
       const optimizer = new AdamW(pipeline.parameters)
-      const batches = batchesOf(microBatches, model).filter((_, m) => m % world === pipeline.dataShare.rank)
+      const batches = batchesOf(microBatches, model).filter((_, m) => m % world === pipeline.dataShard.rank)
       for (let step = 0; step < steps; step++) {
         take(optimizer, (await pipeline.step(batches)).gradNorm)
         expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])

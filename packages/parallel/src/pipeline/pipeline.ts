@@ -4,15 +4,15 @@ import {
   checkOptions,
   defaultBackend,
   fromHost,
+  type LocalParameter,
   type NamedParameter,
   namedParameters,
-  type OwnParameter,
   type Parameter,
   type Tensor,
 } from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import { ExpertShares, expertRanks, type SpreadableLayer } from '../experts/expert-shares.ts'
+import { type ExpertParallelLayer, ExpertShards, expertRanks } from '../experts/expert-shards.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import { Replicated } from '../replicated.ts'
 import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
@@ -20,15 +20,15 @@ import { holdersOf, sumReplicas } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
 /** A model that supports pipeline parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
-export interface StageableModel<Batch> {
+export interface PipelineModel<Batch> {
   /** Splits the model into the given number of stages. @throws MoeError E_CONFIG if the model cannot be split into so many */
-  inStages(stages: number): ModelInStages<Batch>
+  inStages(stages: number): PipelineStages<Batch>
   /** The layers with routed experts, if the model also supports expert parallelism; its stages then implement `inPieces`. */
-  readonly moeLayers?: readonly SpreadableLayer[]
+  readonly moeLayers?: readonly ExpertParallelLayer[]
 }
 
 /** A model that is split into stages. */
-export interface ModelInStages<Batch> {
+export interface PipelineStages<Batch> {
   /** The parameters of each stage, the same in the same order on every rank. A parameter that several stages use is listed in each of them. */
   readonly parameters: ReadonlyArray<readonly NamedParameter[]>
   /** Names of the metrics that the stages return. */
@@ -38,7 +38,7 @@ export interface ModelInStages<Batch> {
     /** One for each stage. */
     readonly stages: readonly PipelineStage[]
     /** Shape and dtype of the activations between stages. */
-    readonly between: TensorLike
+    readonly activations: TensorLike
     /** The number of positions that carry loss in all micro-batches: the weight of this pipeline among its replicas. Default: equal weights. */
     readonly count?: number
     /** A 32-bit integer hash of the micro-batches. If it differs between the ranks of a pipeline, the step is rejected. */
@@ -58,21 +58,21 @@ export interface ModelInStages<Batch> {
  */
 export class Pipeline<Batch> {
   /** The parameters of this rank's stages; create its optimizer from them. Frozen and quantized weights are included and do not change. */
-  parameters: readonly OwnParameter[]
+  parameters: readonly LocalParameter[]
   /** The ranks of all pipelines. */
   readonly ranks: Communicator
   /** The number of micro-batches of a step in each pipeline. */
   readonly microBatches: number
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`: all rows, or those of its pipeline. */
-  readonly dataShare: { readonly rank: number; readonly world: number }
+  readonly dataShard: { readonly rank: number; readonly world: number }
   /** The ranks of this pipeline. */
   readonly #line: Communicator
   /** The ranks that have the same stages in the other pipelines, and this one; null if there is only one pipeline. */
   readonly #replicas: Communicator | null
   readonly #schedule: PipelineSchedule
-  readonly #model: ModelInStages<Batch>
+  readonly #model: PipelineStages<Batch>
   /** This rank's shard of the experts of its stages; null if each pipeline has all experts. */
-  readonly #shares: ExpertShares | null
+  readonly #shards: ExpertShards | null
   readonly #replicated: Replicated
 
   /**
@@ -81,7 +81,7 @@ export class Pipeline<Batch> {
    * does not divide the number of pipelines and the number of experts
    */
   constructor(
-    model: StageableModel<Batch>,
+    model: PipelineModel<Batch>,
     schedule: PipelineSchedule,
     ranks: Communicator,
     options: { readonly expertParallelSize?: number } = {},
@@ -92,7 +92,7 @@ export class Pipeline<Batch> {
       throw configError(
         'Pipeline',
         'the model has no inStages()',
-        'pass a DeepSeek, or a model that implements StageableModel',
+        'pass a DeepSeek, or a model that implements PipelineModel',
       )
     checkRanks('Pipeline', ranks)
     checkSchedule(schedule)
@@ -109,25 +109,25 @@ export class Pipeline<Batch> {
       this.#line = ranks.group(Array.from({ length }, (_, at) => ranks.rank - place + at))
       this.#replicas = ranks.group(Array.from({ length: world }, (_, replica) => replica * length + place))
     }
-    this.dataShare = { rank: Math.floor(ranks.rank / length), world }
+    this.dataShard = { rank: Math.floor(ranks.rank / length), world }
     this.#schedule = schedule
     this.#model = model.inStages(schedule.stages)
     const own = stagesOf(schedule, this.#line.rank).flatMap(stage => this.#model.parameters[stage])
     const named = new Map(own.map(named => [named.parameter, named]))
-    this.#shares =
+    this.#shards =
       expertParallelSize === 1
         ? null
-        : new ExpertShares(
+        : new ExpertShards(
             'Pipeline',
             layersWith(model, named),
             expertRanks('Pipeline', ranks, expertParallelSize, { stride: length, overlapping: true }),
           )
-    this.parameters = Array.from(named.values(), each => this.#shares?.own(each) ?? each)
+    this.parameters = Array.from(named.values(), each => this.#shards?.own(each) ?? each)
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks: this.#replicas },
       {
         parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined),
-        ranks: this.#shares?.ranks.same ?? null,
+        ranks: this.#shards?.ranks.same ?? null,
       },
     ])
     this.#freeOthers()
@@ -138,7 +138,7 @@ export class Pipeline<Batch> {
    * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
    * `train` does.
    */
-  shareOptimizer(): void {
+  shardOptimizer(): void {
     this.parameters = this.#replicated.shard()
   }
 
@@ -159,26 +159,26 @@ export class Pipeline<Batch> {
     await this.#replicated.gather()
     this.#takeOwn()
     this.#replicated.zeroGradients()
-    const { stages, between, count, digest } = this.#model.step(batches)
-    if (digest !== undefined) await this.#checkSameBatches(digest, between.backend)
-    const weight = await this.#weightOf(count ?? 1, between.backend)
-    const shares = this.#shares
+    const { stages, activations, count, digest } = this.#model.step(batches)
+    if (digest !== undefined) await this.#checkSameBatches(digest, activations.backend)
+    const weight = await this.#weightOf(count ?? 1, activations.backend)
+    const shards = this.#shards
     const sums = await runSchedule(this.#schedule, this.#line, new Map(stages.entries()), {
-      between,
+      activations,
       metrics: this.#model.metrics,
       precision: options.precision,
       weight,
-      ...(shares && { route: pass => shares.routeIn(pass) }),
+      ...(shards && { route: pass => shards.routeIn(pass) }),
     })
     const numbers = await this.#overReplicas([sums.loss, ...Object.values(sums.metrics)])
-    const rowsOf = (parameter: Parameter) => shares?.rows.get(parameter) ?? parameter
+    const rowsOf = (parameter: Parameter) => shards?.rows.get(parameter) ?? parameter
     await sumReplicas(this.#schedule, this.#line, stage => this.#parametersOf(stage).map(rowsOf))
-    shares?.completeGradients()
+    shards?.completeGradients()
     await this.#replicated.sumGradients()
     // Count parameters that several ranks of a pipeline hold once.
     const first = this.#firstHere()
     const counted = this.#replicated.counted(({ name }) => first.has(name))
-    const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
+    const gradNorm = await gradientNorm(this.ranks, counted, activations.backend ?? defaultBackend())
     const [loss, ...metrics] = numbers
     const names = Object.keys(sums.metrics)
     return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
@@ -190,7 +190,7 @@ export class Pipeline<Batch> {
    */
   async gather(): Promise<void> {
     await this.#replicated.gather()
-    await this.#shares?.gather()
+    await this.#shards?.gather()
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
       // Receivers pass their freed parameter: only its shape is used.
@@ -212,11 +212,11 @@ export class Pipeline<Batch> {
   /** Frees this rank's shard of the experts, but not the model. */
   dispose(): void {
     this.#replicated.dispose()
-    this.#shares?.dispose()
+    this.#shards?.dispose()
   }
 
   #takeOwn(): void {
-    this.#shares?.takeOwn()
+    this.#shards?.takeOwn()
     this.#freeOthers()
   }
 
@@ -229,7 +229,7 @@ export class Pipeline<Batch> {
     const different = fromHost(Float32Array.of(Number(most !== ~complement)), [], 'f32', backend)
     const [pipelines] = await this.#overReplicas([different])
     if (pipelines === 0) return
-    const fix = 'use the same seed on every rank, and pass ...pipeline.dataShare to TrainingOrder'
+    const fix = 'use the same seed on every rank, and pass ...pipeline.dataShard to TrainingOrder'
     throw configError(this.#schedule.name, 'the ranks of a pipeline have different micro-batches', fix)
   }
 
@@ -272,12 +272,12 @@ export class Pipeline<Batch> {
 
 /** The layers with routed experts that contain any of the parameters, by number. @throws MoeError E_CONFIG if the model does not support expert parallelism */
 function layersWith<Batch>(
-  { moeLayers }: StageableModel<Batch>,
+  { moeLayers }: PipelineModel<Batch>,
   parameters: ReadonlyMap<Parameter, NamedParameter>,
-): Map<number, SpreadableLayer> {
+): Map<number, ExpertParallelLayer> {
   if (moeLayers === undefined)
     throw configError('Pipeline', 'the model has no moeLayers', 'leave out expertParallelSize, or pass a DeepSeek')
-  const isHere = ({ experts }: SpreadableLayer) =>
+  const isHere = ({ experts }: ExpertParallelLayer) =>
     namedParameters(experts).some(({ parameter }) => parameters.has(parameter))
   return new Map([...moeLayers.entries()].filter(([, layer]) => isHere(layer)))
 }

@@ -18,10 +18,12 @@ beforeEach(() => {
 describe('a schedule that cannot be run', () => {
   test('needs its number of ranks, and on each rank the stages that it assigns', async () => {
     const schedule = oneForwardOneBackward(2, 2)
-    const between = { shape: [1], dtype: 'f32' } as const
+    const activations = { shape: [1], dtype: 'f32' } as const
     const stage = { forward: () => ({}) }
     const message = (size: number, stages: Map<number, PipelineStage>) =>
-      local(size, ranks => runSchedule(schedule, ranks, stages, { between })).catch((error: MoeError) => error.message)
+      local(size, ranks => runSchedule(schedule, ranks, stages, { activations })).catch(
+        (error: MoeError) => error.message,
+      )
     expect(await message(3, new Map())).toMatch(/for 2 ranks, got 3/)
     expect(await message(2, new Map([[1, stage]]))).toMatch(/rank 0 is missing stage 0/)
     expect(
@@ -60,7 +62,7 @@ describe('a schedule that cannot be run', () => {
     })
     const step = local(2, ranks => {
       const stages = stagesOf(schedule, ranks.rank).map(stage => [stage, stageOf(ranks.rank, stage)] as const)
-      return runSchedule(schedule, ranks, new Map(stages), { between: { shape: [1], dtype: 'f32' } })
+      return runSchedule(schedule, ranks, new Map(stages), { activations: { shape: [1], dtype: 'f32' } })
     })
     await expect(step).rejects.toThrow('the last straw')
     // Micro-batches in flight are freed once their messages have been sent.

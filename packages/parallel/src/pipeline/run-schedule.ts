@@ -12,7 +12,7 @@ import {
 } from '@moe/core'
 import { configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import type { PieceRunner, RouteElsewhere } from '../experts/expert-shares.ts'
+import type { PieceRunner, RouteTokens } from '../experts/expert-shards.ts'
 import { PiecewisePass } from '../experts/piecewise-pass.ts'
 import { type Action, checkSchedule, type PipelineSchedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
 import { StageMessages } from './stage-messages.ts'
@@ -27,7 +27,7 @@ export interface PipelineStage {
    */
   forward(input: Tensor | null, microBatch: number): StageOutput
   /** `forward` in pieces of `pass`, used with `RunOptions.route`. `route` applies routed experts; input, output and losses are leaves of the pass. */
-  inPieces?(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageOutput>
+  inPieces?(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteTokens): Promise<StageOutput>
 }
 
 /** The result of a stage's forward pass. */
@@ -43,7 +43,7 @@ export interface StageOutput {
 /** Options of `runSchedule`. */
 export interface RunOptions {
   /** Shape and dtype of the activations between stages. */
-  readonly between: TensorLike
+  readonly activations: TensorLike
   /** Names of the metrics of all stages, the same on every rank. Default: none. */
   readonly metrics?: readonly string[]
   /** Arithmetic of matrix products. Default: f32. */
@@ -51,13 +51,13 @@ export interface RunOptions {
   /** Factor for losses and metrics. Default: 1. */
   readonly weight?: number
   /** Creates the function by which a pass reaches routed experts on other ranks. If given, stages with `inPieces` run it instead of `forward`. */
-  readonly route?: (pass: PiecewisePass) => RouteElsewhere
+  readonly route?: (pass: PiecewisePass) => RouteTokens
   /** Called after each action of this rank. */
   readonly onAction?: (action: Action) => void
 }
 
 const names: OptionNames<RunOptions> = {
-  between: true,
+  activations: true,
   metrics: true,
   precision: true,
   weight: true,
@@ -93,10 +93,10 @@ export async function runSchedule(
   options: RunOptions,
 ): Promise<{ loss: Tensor; metrics: Record<string, Tensor> }> {
   checkOptions('runSchedule', options, names)
-  const { between, metrics = [], precision, weight = 1, route, onAction } = options
+  const { activations, metrics = [], precision, weight = 1, route, onAction } = options
   checkSchedule(schedule)
   checkRank(schedule, ranks, stages)
-  const messages = new StageMessages(schedule, ranks, between)
+  const messages = new StageMessages(schedule, ranks, activations)
   const received = messages.end()
   // A failure rejects `messages.take`, and is thrown again when `received` is awaited.
   received.catch(() => {})
@@ -106,7 +106,7 @@ export async function runSchedule(
   const keyOf = ({ stage, microBatch }: StagePass) => `${stage} ${microBatch}`
   /** The passes of the current action. */
   let current: ReadonlyArray<Promise<void>> = []
-  const zero = () => keep(zeros([], { backend: between.backend }))
+  const zero = () => keep(zeros([], { backend: activations.backend }))
   let total = zero()
   const totals = new Map(metrics.map(name => [name, zero()]))
 
@@ -138,15 +138,15 @@ export async function runSchedule(
   }
 
   /** @param sent resolves when the messages have been sent that the schedule has before this one */
-  const backwardToInput = async (part: StagePass, putOff: boolean, sent?: Promise<void>) => {
+  const backwardToInput = async (part: StagePass, deferWeightGradients: boolean, sent?: Promise<void>) => {
     const { stage, microBatch } = part
     const { pass, input, outputs, sending } = inFlight.get(keyOf(part)) as InFlight
     const gradient = stage === last ? null : await messages.take({ kind: 'gradient', stage, microBatch })
-    const ofLoss = () => pass.run(() => full([], weight, { backend: between.backend }))
+    const ofLoss = () => pass.run(() => full([], weight, { backend: activations.backend }))
     await pass.backwardInput(
       outputs,
       outputs.map((_, i) => (i === 0 && gradient !== null ? gradient : ofLoss())),
-      { putOff },
+      { deferWeightGradients },
     )
     gradient?.dispose()
     if (input === null) return
@@ -159,7 +159,7 @@ export async function runSchedule(
 
   const backwardToWeights = (part: StagePass) => {
     const { pass, sending } = inFlight.get(keyOf(part)) as InFlight
-    pass.weights()
+    pass.backwardWeight()
     inFlight.delete(keyOf(part))
     freeing.push(Promise.all(sending).then(() => pass.dispose()))
   }

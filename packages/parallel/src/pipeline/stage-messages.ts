@@ -23,12 +23,12 @@ export class StageMessages {
   #discarded = false
   readonly #receiving: Array<Promise<void>> = []
 
-  /** @param between shape and dtype of the tensors between stages */
-  constructor(schedule: PipelineSchedule, ranks: Communicator, between: TensorLike) {
+  /** @param activations shape and dtype of the tensors between stages */
+  constructor(schedule: PipelineSchedule, ranks: Communicator, activations: TensorLike) {
     this.#ranks = ranks
     this.#homes = homesOf(schedule)
     for (const from of schedule.ranks.keys()) {
-      if (from !== ranks.rank) this.#receiving.push(this.#receive(from, this.#sentBy(schedule, from), between))
+      if (from !== ranks.rank) this.#receiving.push(this.#receive(from, this.#sentBy(schedule, from), activations))
     }
   }
 
@@ -81,10 +81,10 @@ export class StageMessages {
   }
 
   /** Receives one message after the other, so that memory is allocated only for the next one. */
-  async #receive(from: number, messages: readonly Message[], between: TensorLike): Promise<void> {
+  async #receive(from: number, messages: readonly Message[], activations: TensorLike): Promise<void> {
     for (const [i, message] of messages.entries()) {
       try {
-        const tensor = keep(await this.#ranks.receive(between, from))
+        const tensor = keep(await this.#ranks.receive(activations, from))
         if (this.#discarded) tensor.dispose()
         else this.#slot(message).resolve(tensor)
       } catch (error) {

@@ -91,15 +91,15 @@ export function simulate(schedule: PipelineSchedule, durations: Durations = {}):
 
 /** Activations are allocated at the start of an action and freed at its end. */
 function peaksOf(timeline: readonly TimedAction[]): { activations: number; held: number } {
-  let [alive, putOff, activations, held] = [0, 0, 0, 0]
+  let [alive, deferred, activations, held] = [0, 0, 0, 0]
   for (const { action } of timeline) {
     const kinds = partsOf(action).map(({ kind }) => kind)
     if (kinds.includes('forward')) alive++
     activations = Math.max(activations, alive)
-    held = Math.max(held, alive + putOff)
+    held = Math.max(held, alive + deferred)
     if (kinds.includes('backward') || kinds.includes('backwardInput')) alive--
-    if (kinds.includes('backwardInput')) putOff++
-    if (kinds.includes('backwardWeight')) putOff--
+    if (kinds.includes('backwardInput')) deferred++
+    if (kinds.includes('backwardWeight')) deferred--
   }
   return { activations, held }
 }

@@ -12,7 +12,7 @@ import { checkSizes } from './sizes.ts'
  */
 export function zeroBubbleH1(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-H1', { ranks, microBatches })
-  return splitBackward('ZB-H1', ranks, microBatches, rank => ({ ahead: ranks - 1 - rank, putOff: rank }))
+  return splitBackward('ZB-H1', ranks, microBatches, rank => ({ ahead: ranks - 1 - rank, deferred: rank }))
 }
 
 /**
@@ -24,23 +24,23 @@ export function zeroBubbleH2(ranks: number, microBatches: number): PipelineSched
   checkSizes('ZB-H2', { ranks, microBatches }, [
     [`microBatches is ${microBatches}, needs at least 2 * ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
   ])
-  return splitBackward('ZB-H2', ranks, microBatches, rank => ({ ahead: 2 * (ranks - 1 - rank), putOff: 2 * rank }))
+  return splitBackward('ZB-H2', ranks, microBatches, rank => ({ ahead: 2 * (ranks - 1 - rank), deferred: 2 * rank }))
 }
 
-/** `ahead` forward passes, then F, I and W alternating, with W `putOff` micro-batches behind I. */
+/** `ahead` forward passes, then F, I and W alternating, with W `deferred` micro-batches behind I. */
 function splitBackward(
   name: string,
   ranks: number,
   microBatches: number,
-  amounts: (rank: number) => { ahead: number; putOff: number },
+  amounts: (rank: number) => { ahead: number; deferred: number },
 ): PipelineSchedule {
   const actionsOf = (rank: number) => {
-    const { ahead, putOff } = amounts(rank)
+    const { ahead, deferred } = amounts(rank)
     const pass = (kind: 'forward' | 'backwardInput' | 'backwardWeight', microBatch: number): Action[] =>
       microBatch >= 0 && microBatch < microBatches ? [{ kind, stage: rank, microBatch }] : []
     const actions = Array.from({ length: ahead }, (_, k) => pass('forward', k)).flat()
-    for (let k = 0; k < microBatches + putOff; k++) {
-      actions.push(...pass('forward', ahead + k), ...pass('backwardInput', k), ...pass('backwardWeight', k - putOff))
+    for (let k = 0; k < microBatches + deferred; k++) {
+      actions.push(...pass('forward', ahead + k), ...pass('backwardInput', k), ...pass('backwardWeight', k - deferred))
     }
     return actions
   }

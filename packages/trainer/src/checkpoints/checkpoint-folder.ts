@@ -6,7 +6,7 @@ import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
-import { pathOf, renamePatiently } from '@moe/checkpoint'
+import { pathOf, renameWithRetry } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
@@ -85,12 +85,12 @@ export async function publishCheckpoint(
     await mkdir(temporary)
     await write(temporary)
     await syncPath(temporary)
-    if (existsSync(path)) await renamePatiently(path, replaced)
-    await renamePatiently(temporary, path)
+    if (existsSync(path)) await renameWithRetry(path, replaced)
+    await renameWithRetry(temporary, path)
     await pointLatest(folder, name)
   } catch (cause) {
     await removeIfPossible(temporary)
-    if (existsSync(replaced) && !existsSync(path)) await renamePatiently(replaced, path).catch(() => {})
+    if (existsSync(replaced) && !existsSync(path)) await renameWithRetry(replaced, path).catch(() => {})
     throw saveError(latestCheckpoint(out), path, step, cause)
   }
   await removeIfPossible(replaced)
@@ -123,7 +123,7 @@ async function removeIfPossible(path: string): Promise<void> {
 async function pointLatest(folder: string, name: string): Promise<void> {
   const temporary = join(folder, `.${LATEST_FILE}.tmp`)
   await writeFile(temporary, `${name}\n`)
-  await renamePatiently(temporary, join(folder, LATEST_FILE))
+  await renameWithRetry(temporary, join(folder, LATEST_FILE))
   await syncPath(folder)
 }
 

@@ -1,7 +1,7 @@
 /** @file A run in a folder on disk. */
 import { rmSync } from 'node:fs'
 import { join } from 'node:path'
-import { type FolderPlace, pathOf } from '@moe/checkpoint'
+import { type FolderLocation, pathOf } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { TrainListener } from '../events.ts'
 import { eventsLog } from '../report/events-log.ts'
@@ -14,7 +14,7 @@ import { latestCheckpoint, otherCheckpoints, publishCheckpoint } from './checkpo
 import { lockFolder } from './folder-lock.ts'
 import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
 
-const stored = (path: string): StoredCheckpoint => ({ path, place: path })
+const stored = (path: string): StoredCheckpoint => ({ path, location: path })
 
 export class DiskRun implements RunFolder {
   readonly path: string
@@ -69,7 +69,7 @@ export class DiskRun implements RunFolder {
     return lines
   }
 
-  async publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>) {
+  async publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>) {
     return stored(await publishCheckpoint(this.path, step, keep, write))
   }
 

@@ -2,7 +2,14 @@
  * @file A run in a browser's directory handle. Step logs are not written there, because browsers copy a file whenever
  *   something is appended.
  */
-import { type DirectoryHandle, type FolderPlace, openFolder, readAll, targetFolder, writeText } from '@moe/checkpoint'
+import {
+  type DirectoryHandle,
+  type FolderLocation,
+  openFolder,
+  readAll,
+  targetFolder,
+  writeText,
+} from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { TrainResult } from '../result.ts'
 import { CHECKPOINTS_FOLDER, checkpointName, LATEST_FILE, STATE_FILE, saveError, stepOf } from './checkpoint-folder.ts'
@@ -13,7 +20,7 @@ const MAX_STATE_BYTES = 2 ** 26
 
 /** A complete checkpoint in a directory handle. */
 interface CheckpointByHandle extends StoredCheckpoint {
-  readonly place: DirectoryHandle
+  readonly location: DirectoryHandle
 }
 
 export class HandleRun implements RunFolder {
@@ -65,18 +72,18 @@ export class HandleRun implements RunFolder {
     return []
   }
 
-  async publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>) {
+  async publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>) {
     const name = checkpointName(step)
     const path = this.#pathOf(name)
     let checkpoints: DirectoryHandle | undefined
     try {
       checkpoints = await this.#handle.getDirectoryHandle(CHECKPOINTS_FOLDER, { create: true })
       await remove(checkpoints, name)
-      const place = await checkpoints.getDirectoryHandle(name, { create: true })
-      await write(place)
+      const location = await checkpoints.getDirectoryHandle(name, { create: true })
+      await write(location)
       await writeText(targetFolder('train', checkpoints), LATEST_FILE, `${name}\n`)
       await this.#removeOld(checkpoints, step, keep)
-      return { path, place }
+      return { path, location }
     } catch (cause) {
       if (checkpoints !== undefined) await remove(checkpoints, name).catch(() => {})
       throw saveError((await this.latest())?.path, path, step, cause)
@@ -95,9 +102,9 @@ export class HandleRun implements RunFolder {
   async #complete(checkpoints: DirectoryHandle): Promise<CheckpointByHandle[]> {
     const found: CheckpointByHandle[] = []
     for (const name of await namesOfSteps(checkpoints)) {
-      const place = await checkpoints.getDirectoryHandle(name)
+      const location = await checkpoints.getDirectoryHandle(name)
       // A file exists, but is empty, while it is being written.
-      if (await textOf(place, STATE_FILE)) found.push({ path: this.#pathOf(name), place })
+      if (await textOf(location, STATE_FILE)) found.push({ path: this.#pathOf(name), location })
     }
     return found
   }

@@ -45,9 +45,9 @@ async function inHandle(folder: DirectoryHandle, ema: boolean): Promise<Director
   if (!ema) for (const name of CONFIG_FILES) if (await open(name)) return folder
   const checkpoint = await new HandleRun(folder).latest()
   if (checkpoint === undefined) throw neither(path)
-  const { place } = checkpoint
-  if (!ema) return await place.getDirectoryHandle(MODEL_FOLDER)
-  return await place.getDirectoryHandle(EMA_FOLDER).catch(() => {
+  const { location } = checkpoint
+  if (!ema) return await location.getDirectoryHandle(MODEL_FOLDER)
+  return await location.getDirectoryHandle(EMA_FOLDER).catch(() => {
     throw notAveraged(checkpoint.path)
   })
 }

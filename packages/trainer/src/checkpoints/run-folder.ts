@@ -1,5 +1,5 @@
 /** @file The storage of a run: a folder on disk, or a browser's directory handle. */
-import { type DirectoryHandle, type FolderPlace, isDirectoryHandle } from '@moe/checkpoint'
+import { type DirectoryHandle, type FolderLocation, isDirectoryHandle } from '@moe/checkpoint'
 import type { TrainListener } from '../events.ts'
 import type { MetricsLine } from '../report/metrics-log.ts'
 import type { TrainResult } from '../result.ts'
@@ -10,7 +10,7 @@ import { HandleRun } from './handle-run.ts'
 export interface StoredCheckpoint {
   /** Its name in events, results and errors. */
   readonly path: string
-  readonly place: FolderPlace
+  readonly location: FolderLocation
 }
 
 /** Log of the run's steps. `LogFile` implements it. */
@@ -46,7 +46,7 @@ export interface RunFolder {
    * @param write fills a folder; the file that makes the checkpoint complete must come last
    * @throws MoeError E_CHECKPOINT; all earlier checkpoints then stay intact
    */
-  publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>): Promise<StoredCheckpoint>
+  publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>): Promise<StoredCheckpoint>
   /** Writes `summary.json`. */
   writeSummary(result: TrainResult): Promise<void>
 }

@@ -4,8 +4,7 @@
  */
 import {
   type Folder,
-  type FolderPlace,
-  folderIn,
+  type FolderLocation,
   loadAdapters,
   openFolder,
   openInFolder,
@@ -14,6 +13,7 @@ import {
   saveAdapters,
   saveCheckpoint,
   stateSource,
+  subfolder,
   type TensorSource,
   targetFolder,
   writeInFolder,
@@ -65,10 +65,12 @@ export async function saveTraining(
   keep: number,
 ): Promise<StoredCheckpoint> {
   const { optimizer, ema } = parts
-  return folder.publish(state.step, keep, async place => {
-    await saveModel(await folderIn('train', place, MODEL_FOLDER, { create: true }), parts)
-    await ema?.withAverages(async () => saveModel(await folderIn('train', place, EMA_FOLDER, { create: true }), parts))
-    const target = targetFolder('train', place)
+  return folder.publish(state.step, keep, async location => {
+    await saveModel(await subfolder('train', location, MODEL_FOLDER, { create: true }), parts)
+    await ema?.withAverages(async () =>
+      saveModel(await subfolder('train', location, EMA_FOLDER, { create: true }), parts),
+    )
+    const target = targetFolder('train', location)
     await writeInFolder(target, OPTIMIZER_FILE, optimizer.entries(), { metadata: { optimizer: optimizer.name } })
     // Last, because its presence makes the checkpoint complete.
     await writeText(target, STATE_FILE, encodeTrainerState(state))
@@ -76,17 +78,17 @@ export async function saveTraining(
 }
 
 /** Saves the model with its current weights, and the tokenizer. */
-async function saveModel(place: FolderPlace, parts: CheckpointParts): Promise<void> {
+async function saveModel(location: FolderLocation, parts: CheckpointParts): Promise<void> {
   const { model, tokenizer, template, documentIds = {} } = parts
-  if (isAdapted(model)) await saveAdapters(place as string, model, { base: model.source })
-  else if (model.save === undefined) await saveCheckpoint(place, stateDict(model))
-  else await model.save(place)
+  if (isAdapted(model)) await saveAdapters(location as string, model, { base: model.source })
+  else if (model.save === undefined) await saveCheckpoint(location, stateDict(model))
+  else await model.save(location)
   const tokenizerFile = tokenizer?.toJSON?.()
   const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, documentIds))
   const files = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
   for (const [name, content] of Object.entries(files)) {
     if (content === undefined) continue
-    await writeText(targetFolder('train', place), name, `${JSON.stringify(content, null, 2)}\n`)
+    await writeText(targetFolder('train', location), name, `${JSON.stringify(content, null, 2)}\n`)
   }
 }
 
@@ -103,7 +105,7 @@ interface OpenedModel {
   /** The model's tensors, or only its adapters. */
   readonly tensors: TensorSource
   /** Folder of the adapters, if it contains only adapters. */
-  readonly adapters: FolderPlace | null
+  readonly adapters: FolderLocation | null
   /** Its folder, for error messages. */
   readonly path: string
 }
@@ -120,8 +122,8 @@ interface OpenedTraining {
 
 const MAX_STATE_BYTES = 2 ** 26
 
-async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTraining> {
-  const folder = openFolder('train', place)
+async function openTraining({ path, location }: StoredCheckpoint): Promise<OpenedTraining> {
+  const folder = openFolder('train', location)
   const stateFile = await folder.open(STATE_FILE)
   if (stateFile === undefined) {
     throw new MoeError({
@@ -138,7 +140,7 @@ async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTr
     for (const source of opened) await source.close()
   }
   const model = async (name: string) => {
-    const found = await openModel(await folderIn('train', place, name))
+    const found = await openModel(await subfolder('train', location, name))
     opened.push(found.tensors)
     return found
   }
@@ -154,11 +156,11 @@ async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTr
   }
 }
 
-async function openModel(place: FolderPlace): Promise<OpenedModel> {
-  const folder = openFolder('train', place)
+async function openModel(location: FolderLocation): Promise<OpenedModel> {
+  const folder = openFolder('train', location)
   const adapterFile = await folder.open(ADAPTER_FILE)
   const tensors = adapterFile === undefined ? await openInFolder(folder) : await readFrom(adapterFile)
-  return { tensors, adapters: adapterFile === undefined ? null : place, path: folder.path }
+  return { tensors, adapters: adapterFile === undefined ? null : location, path: folder.path }
 }
 
 async function openTensors(folder: Folder, name: string): Promise<TensorSource> {

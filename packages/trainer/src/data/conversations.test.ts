@@ -129,7 +129,7 @@ describe('examples', () => {
   })
   const datasetOf = (examples: [number, boolean][][]) =>
     TokenDataset.fromExamples(
-      examples.map(example => ({ tokens: example.map(([id]) => id), learned: example.map(([, is]) => is) })),
+      examples.map(example => ({ tokens: example.map(([id]) => id), lossMask: example.map(([, is]) => is) })),
     )
   const wanted = (examples: [number, boolean][][], sequenceLength: number) =>
     examples.flatMap(example =>
@@ -220,12 +220,12 @@ describe('examples', () => {
     const refuses = (make: () => unknown, message: RegExp) =>
       expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }))
     refuses(
-      () => TokenDataset.fromExamples([{ tokens: [1, 2], learned: [1] }]),
+      () => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1] }]),
       /example 0 has 2 tokens, but 1 entries/,
     )
-    refuses(() => TokenDataset.fromExamples([{ tokens: [1, 2], learned: [1, 0] }]), /none of the 2 tokens is learned/)
+    refuses(() => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1, 0] }]), /none of the 2 tokens is learned/)
     refuses(() => TokenDataset.fromExamples([]), /0 tokens/)
-    const late = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], learned: [0, 0, 0, 1] }])
+    const late = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], lossMask: [0, 0, 0, 1] }])
     refuses(
       () => new TrainingOrder(late, { sequenceLength: 2, lookahead: 1, batchSize: 1 }),
       /none of 1 examples .* first 2 positions; .* longest example has 3/,
@@ -444,7 +444,7 @@ test('train learns answers, warns about truncation, and saves the template with 
 })
 
 test('a row of a bigram has its targets where they were', () => {
-  const data = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], learned: [0, 0, 1, 1] }])
+  const data = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], lossMask: [0, 0, 1, 1] }])
   const [batch] = new TrainingOrder(data, { sequenceLength: 5, lookahead: 1, batchSize: 1 }).step(0)
   expect([...nextTokens(batch, 0).targets]).toEqual([-100, 3, 4, -100, -100])
 })

@@ -183,7 +183,7 @@ function tokenized(parts: readonly Part[], tokenizer: TextTokenizer): Example {
   const encoded = parts.map(({ text }) => tokenizer.encode(text, { addSpecialTokens: false, parseSpecialTokens: true }))
   return {
     tokens: encoded.flatMap(ids => Array.from(ids)),
-    learned: parts.flatMap(({ learned }, i) => Array.from(encoded[i], () => learned)),
+    lossMask: parts.flatMap(({ learned }, i) => Array.from(encoded[i], () => learned)),
   }
 }
 

@@ -47,7 +47,7 @@ export interface Example {
    * For each token, whether it is learned. The entry of the first token has no effect, because nothing precedes it.
    * Default: all tokens are learned.
    */
-  readonly learned?: ArrayLike<boolean | number>
+  readonly lossMask?: ArrayLike<boolean | number>
 }
 
 interface DatasetParts {
@@ -166,7 +166,7 @@ export class TokenDataset implements TokenStream {
    *
    * @param options `textBytes`, of the learned parts, is needed for bits per byte. Ids must be below `vocabSize`
    *   (default: the highest id plus one). `padding` (default 0) fills rows
-   * @throws MoeError E_DATA if `tokens` and `learned` of an example differ in length, or if there is nothing to learn
+   * @throws MoeError E_DATA if `tokens` and `lossMask` of an example differ in length, or if there is nothing to learn
    */
   static fromExamples(
     examples: Iterable<Example>,
@@ -177,22 +177,22 @@ export class TokenDataset implements TokenStream {
     const starts: number[] = []
     const begins: number[] = []
     const ends = new Set<number>()
-    for (const { tokens, learned } of examples) {
-      if (learned !== undefined && learned.length !== tokens.length) {
+    for (const { tokens, lossMask } of examples) {
+      if (lossMask !== undefined && lossMask.length !== tokens.length) {
         throw new MoeError({
           code: 'E_DATA',
           op: 'TokenDataset.fromExamples',
-          problem: `example ${begins.length} has ${tokens.length} tokens, but ${learned.length} entries in learned`,
-          fix: 'pass one entry per token, or omit learned to learn all tokens',
+          problem: `example ${begins.length} has ${tokens.length} tokens, but ${lossMask.length} entries in lossMask`,
+          fix: 'pass one entry per token, or omit lossMask to learn all tokens',
         })
       }
       if (tokens.length === 0) continue
       begins.push(stream.length)
       for (let i = 0; i < tokens.length; i++)
-        if (i === 0 || learned?.[i] === 0 || learned?.[i] === false) starts.push(stream.length + i)
+        if (i === 0 || lossMask?.[i] === 0 || lossMask?.[i] === false) starts.push(stream.length + i)
       stream.append(tokens)
       let last = tokens.length - 1
-      while (last > 0 && !(learned?.[last] ?? true)) last--
+      while (last > 0 && !(lossMask?.[last] ?? true)) last--
       ends.add(tokens[last])
     }
     if (begins.length > 0 && starts.length === stream.length) {
@@ -200,7 +200,7 @@ export class TokenDataset implements TokenStream {
         code: 'E_DATA',
         op: 'TokenDataset.fromExamples',
         problem: `none of the ${stream.length} tokens is learned`,
-        fix: 'mark the tokens of answers in learned; the first token of an example cannot be learned',
+        fix: 'mark the tokens of answers in lossMask; the first token of an example cannot be learned',
       })
     }
     const end = ends.size === 1 ? [...ends][0] : undefined

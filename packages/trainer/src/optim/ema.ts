@@ -54,8 +54,8 @@ export class Ema {
   }
 
   /** Swaps weights and averages: the model contains the averages until this is called again. Nothing is copied. */
-  exchange(): void {
-    for (const { parameter, average } of this.#slots) parameter.exchange(average)
+  swap(): void {
+    for (const { parameter, average } of this.#slots) parameter.swap(average)
   }
 
   /** Frees the averages. */

@@ -160,7 +160,7 @@ describe('Muon', () => {
   test('refuses state that does not fit before it changes anything', async () => {
     const model = new BigramModel()
     const parameters = namedParameters(model)
-    const muon = new Muon(parameters, { takes: ({ name }) => name === 'lm_head.weight' })
+    const muon = new Muon(parameters, { filter: ({ name }) => name === 'lm_head.weight' })
     const entries = new Map(muon.entries().map(entry => [entry.name, entry]))
     const source = (names: string[]) => ({
       keys: () => names,

@@ -6,11 +6,11 @@ import {
   checkOptions,
   checkPrecision,
   isTokenTable,
+  type LocalParameter,
   MoeError,
   type NamedParameter,
   noGrad,
   type OptionNames,
-  type OwnParameter,
   type Parameter,
   type Precision,
   type StateSource,
@@ -40,7 +40,7 @@ export interface MuonOptions extends AdamWOptions {
   /** Precision of these iterations. Default bf16, as usual for Muon. */
   readonly precision?: Precision
   /** Selects the parameters that Muon updates; AdamW updates the others. Default `hiddenMatrices`. */
-  readonly takes?: (named: NamedParameter) => boolean
+  readonly filter?: (named: NamedParameter) => boolean
 }
 
 const names: OptionNames<MuonOptions> = {
@@ -48,7 +48,7 @@ const names: OptionNames<MuonOptions> = {
   momentum: true,
   iterations: true,
   precision: true,
-  takes: true,
+  filter: true,
 }
 
 /** Selects matrices and stacks of matrices, except embedding table and head. */
@@ -83,12 +83,12 @@ export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 
 }
 
 /** Muon orthogonalizes complete matrices, so it cannot update a shard of one. @throws MoeError E_CONFIG */
-function checkComplete({ name, parameter, firstRow }: OwnParameter): void {
+function checkComplete({ name, parameter, firstRow }: LocalParameter): void {
   if (firstRow === undefined || parameter.rank > 2) return
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'Muon',
-    problem: `takes selects ${name}, but this rank has only some of its rows`,
+    problem: `filter selects ${name}, but this rank has only some of its rows`,
     fix: 'exclude embedding tables and heads, as hiddenMatrices does',
   })
 }
@@ -113,17 +113,17 @@ export class Muon implements StagedOptimizer {
 
   /**
    * @param parameters of the model, as `namedParameters` returns them, or those of this rank
-   * @throws MoeError E_CONFIG for invalid settings, and if `takes` selects a matrix of which this rank has only some
+   * @throws MoeError E_CONFIG for invalid settings, and if `filter` selects a matrix of which this rank has only some
    *   rows
    */
-  constructor(parameters: readonly OwnParameter[], options: MuonOptions = {}) {
+  constructor(parameters: readonly LocalParameter[], options: MuonOptions = {}) {
     checkParameters('Muon', parameters)
     checkOptions('Muon', options, names)
-    const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
+    const { momentum = 0.95, iterations = 5, precision = 'bf16', filter = hiddenMatrices, ...others } = options
     checkPrecision('Muon', precision)
     const { weightDecay = 0.1, moments = 'f32' } = others
     checkMoments('Muon', moments, [momentum])
-    this.#takes = named => named.parameter.trainable && takes(named)
+    this.#takes = named => named.parameter.trainable && filter(named)
     const own = parameters.filter(this.#takes)
     for (const named of own) checkComplete(named)
     const momenta = zeroState(

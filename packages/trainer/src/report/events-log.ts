@@ -23,7 +23,7 @@ export function eventsLog(path: string): (event: TrainEvent) => void {
   }
 }
 
-const notWritten: ReadonlySet<TrainEvent['type']> = new Set(['step', 'loads', 'measuring'])
+const notWritten: ReadonlySet<TrainEvent['type']> = new Set(['step', 'loads', 'evaluating'])
 
 const describe = (error: unknown) =>
   error instanceof Error ? { name: error.name, message: error.message } : `${error}`

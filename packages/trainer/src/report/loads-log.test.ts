@@ -97,7 +97,7 @@ class Switch extends BigramModel {
     super(init)
     this.#own = own
     const sizes = { hidden_size: 6, moe_intermediate_size: 4, n_routed_experts: 4 }
-    this.moe = new CapacityMoE({ ...sizes, router: 'switch', capacity_factor: 1 }, { deviation: 1, ...init })
+    this.moe = new CapacityMoE({ ...sizes, router: 'switch', capacity_factor: 1 }, { std: 1, ...init })
   }
 
   protected override hidden(embedded: Tensor, training: boolean): Tensor {

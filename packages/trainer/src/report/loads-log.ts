@@ -1,7 +1,7 @@
 /** @file `loads.jsonl`: the expert loads of each layer, one line every few steps. */
 import { createReadStream, createWriteStream, existsSync } from 'node:fs'
 import { pipeline } from 'node:stream/promises'
-import { renamePatiently } from '@moe/checkpoint'
+import { renameWithRetry } from '@moe/checkpoint'
 import type { LayerLoads, LoadsEvent, TrainListener } from '../events.ts'
 import type { LayerLoad } from '../model.ts'
 import { eachLine } from './line-splitter.ts'
@@ -105,7 +105,7 @@ export async function cutLoads(path: string, upToStep: number): Promise<void> {
       if (at === kept && stepOf(text) <= upToStep) kept = end
     })
     await pipeline(kept === 0 ? [] : createReadStream(path, { end: kept - 1 }), createWriteStream(temporary))
-    await renamePatiently(temporary, path)
+    await renameWithRetry(temporary, path)
   } catch (cause) {
     throw writingFailed(path, cause)
   }

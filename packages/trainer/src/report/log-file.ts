@@ -1,6 +1,6 @@
 /** @file A file to which complete entries are appended. It never ends with a partial entry. */
 import { closeSync, fstatSync, openSync, truncateSync, writeSync } from 'node:fs'
-import { patiently } from '@moe/checkpoint'
+import { retryWhileBusy } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 const flushBytes = 1 << 16
@@ -56,7 +56,7 @@ export class LogFile {
    */
   async close(): Promise<void> {
     try {
-      await patiently(() => this.#write())
+      await retryWhileBusy(() => this.#write())
     } catch (cause) {
       throw writingFailed(this.path, cause)
     }

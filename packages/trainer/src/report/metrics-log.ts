@@ -1,7 +1,7 @@
 /** @file `metrics.jsonl`: one JSON object per step. */
 import { existsSync, readFileSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
-import { pathOf, renamePatiently } from '@moe/checkpoint'
+import { pathOf, renameWithRetry } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { StepEvent } from '../events.ts'
 import { writingFailed } from './log-file.ts'
@@ -89,7 +89,7 @@ export async function cutMetrics(path: string, upToStep: number): Promise<Metric
     const temporary = `${path}.tmp`
     try {
       await writeFile(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
-      await renamePatiently(temporary, path)
+      await renameWithRetry(temporary, path)
     } catch (cause) {
       throw writingFailed(path, cause)
     }

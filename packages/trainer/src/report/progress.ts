@@ -100,7 +100,7 @@ export function progress(options: ProgressOptions = {}): (event: TrainEvent) => 
         }
         break
       }
-      case 'measuring':
+      case 'evaluating':
         if (terminal ? now() - drawnAt >= redrawMs : now() - printedAt >= patienceMs) {
           const text = `step ${event.step}: evaluating, ${Math.floor(100 * event.done)} %`
           clear()

@@ -87,7 +87,7 @@ describe('progress', () => {
       const { all, listen } = shown({ isTTY, columns: 120, color: false, now: () => clock }, [])
       for (let i = 1; i <= 100; i++) {
         clock += 250
-        listen({ type: 'measuring', step: 40, done: i / 100 })
+        listen({ type: 'evaluating', step: 40, done: i / 100 })
       }
       return all()
         .split(/[\r\n]/)
@@ -282,7 +282,7 @@ describe('events.jsonl', () => {
     const listen = eventsLog(path)
     listen(start)
     listen(step(1))
-    listen({ type: 'measuring', step: 1, done: 0.5 })
+    listen({ type: 'evaluating', step: 1, done: 0.5 })
     const evaluation = { type: 'evaluation', step: 1, final: false, loss: 4, bitsPerByte: Number.NaN } as const
     listen({ ...evaluation, tokens: 9, seconds: 1 })
     expect((await lines(path)).map(({ type }) => type)).toEqual(['start', 'evaluation'])

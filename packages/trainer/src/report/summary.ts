@@ -2,7 +2,7 @@
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { pathOf, renamePatiently } from '@moe/checkpoint'
+import { pathOf, renameWithRetry } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 /**
@@ -19,7 +19,7 @@ export async function writeSummary(out: string | URL, values: object): Promise<v
     await mkdir(folder, { recursive: true })
     const before: unknown = existsSync(path) ? JSON.parse(await readFile(path, 'utf8')) : {}
     await writeFile(temporary, `${JSON.stringify({ ...(before as object), ...values }, null, 2)}\n`)
-    await renamePatiently(temporary, path)
+    await renameWithRetry(temporary, path)
   } catch (cause) {
     await rm(temporary, { force: true })
     throw new MoeError({

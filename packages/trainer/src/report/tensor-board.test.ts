@@ -125,7 +125,7 @@ describe('the listener', () => {
       { name: 'layers.2', load: [1, 1, 1, 1], stepMaxVio: 0, dropped: 1 },
     ]
     listen({ type: 'loads', step: 10, steps: 10, layers })
-    listen({ type: 'measuring', step: 10, done: 0 })
+    listen({ type: 'evaluating', step: 10, done: 0 })
     const [bytes] = await eventFiles(folder)
     const values = [
       scalar('experts/layers.1/maxVio', 1),
@@ -190,12 +190,12 @@ describe('the listener', () => {
       throw new Error('ENOSPC: no space left on device')
     })
     for (let i = 1; i <= 1000; i++) listen(step(i), reporter)
-    listen({ type: 'measuring', step: 1, done: 0 }, reporter)
+    listen({ type: 'evaluating', step: 1, done: 0 }, reporter)
     vi.mocked(writeSync).mockReset()
     expect(told).toEqual([
       'TensorBoard files cannot be written; records are buffered and training continues: writing failed: ENOSPC: no space left on device',
     ])
-    listen({ type: 'measuring', step: 1, done: 1 }, reporter)
+    listen({ type: 'evaluating', step: 1, done: 1 }, reporter)
     expect(recordsOf((await eventFiles(folder))[0])).toHaveLength(1003)
     expect(told).toHaveLength(1)
   })

@@ -1,6 +1,6 @@
 /** @file Packs prompts with their completions into batches, to read log-probabilities and to assign weights. */
 import { createHash } from 'node:crypto'
-import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { MoeError, noGrad, type Precision, scope, withPrecision, yieldToEventLoop } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
 import { endFrom } from '../data/examples.ts'
 import { batchOf, paddingBatch, type Row, rowsOf } from '../data/rows.ts'
@@ -44,7 +44,7 @@ export class PackedTexts {
     const data = TokenDataset.fromExamples(
       texts.map(({ ids, tokens }) => ({
         tokens: [...ids, ...tokens],
-        learned: [...ids.map(() => false), ...tokens.map(() => true)],
+        lossMask: [...ids.map(() => false), ...tokens.map(() => true)],
       })),
     )
     const examples = data.examples as Int32Array
@@ -92,7 +92,7 @@ export class PackedTexts {
       } finally {
         nlls.dispose()
       }
-      await eventLoopTurn()
+      await yieldToEventLoop()
     }
     return this.#places.map(({ batch, at, length: count }) => {
       const { rows, length } = this.batches[batch]

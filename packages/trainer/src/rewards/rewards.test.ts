@@ -307,7 +307,7 @@ describe('a run', () => {
       ...usual,
       data,
       steps: 30,
-      onEvent: event => event.type === 'measuring' && done.push(event.done),
+      onEvent: event => event.type === 'evaluating' && done.push(event.done),
     })
     const after = await evaluateRewards(model, data, { seed: usual.seed })
     expect(result.validation.reward).toBe(after.reward)

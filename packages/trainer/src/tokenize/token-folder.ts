@@ -2,7 +2,7 @@
 import { existsSync, readFileSync } from 'node:fs'
 import { open, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
-import { renamePatiently } from '@moe/checkpoint'
+import { renameWithRetry } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { decodeManifest, encodeManifest, MANIFEST_FILE, type TokenManifest } from '../data/token-manifest.ts'
 import type { Batch, Place } from './batches.ts'
@@ -169,7 +169,7 @@ async function writeWhole(path: string, text: string): Promise<void> {
   } finally {
     await handle.close()
   }
-  await renamePatiently(`${path}.tmp`, path)
+  await renameWithRetry(`${path}.tmp`, path)
 }
 
 function checkSameRecord(folder: string, stored: TokenizeRecord, own: TokenizeRecord): void {

@@ -66,11 +66,11 @@ test('a training, while it runs and when it is finished', async () => {
     problem: null,
     badLines: 0,
   })
-  expect(done.heldOut.map(({ step, final }) => [step, final])).toEqual([
+  expect(done.validation.map(({ step, final }) => [step, final])).toEqual([
     [3, false],
     [6, true],
   ])
-  expect(done.heldOut[1].bitsPerByte).toBe(result.validation.bitsPerByte)
+  expect(done.validation[1].bitsPerByte).toBe(result.validation.bitsPerByte)
   expect(run.series.patch().steps).toEqual([1, 2, 3, 4, 5, 6])
 })
 
@@ -81,7 +81,7 @@ describe('lines', () => {
     const bad = ['{"step":', 'null', '[1]', '{"nll":1}', ...steps]
     await write('metrics.jsonl', `${metrics(1, 1)}${bad.join('\n')}\n${metrics(2, 2)}`)
     await write('events.jsonl', `${jsonl([start])}oops\n{"type":7}\n[]\n{"type":"evaluation","step":null}\n`)
-    expect(await state()).toMatchObject({ step: 2, steps: 10, badLines: bad.length, heldOut: [] })
+    expect(await state()).toMatchObject({ step: 2, steps: 10, badLines: bad.length, validation: [] })
     expect(nll()).toEqual([2, 2])
   })
 
@@ -100,7 +100,7 @@ test('a run that learns from rewards has the rewards of held-out prompts', async
   const { write, state } = await watched()
   const measured = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
   await write('events.jsonl', jsonl([start, { type: 'evaluation', ...measured }]))
-  expect((await state()).heldOut).toEqual([measured])
+  expect((await state()).validation).toEqual([measured])
 })
 
 test('a run with ema has the evaluations of both', async () => {
@@ -108,7 +108,7 @@ test('a run with ema has the evaluations of both', async () => {
   const measured = { step: 4, loss: 1, bitsPerByte: 2, final: false, ema: { loss: 0.5, bitsPerByte: 1 } }
   const told = { ...measured, ema: { ...measured.ema, tokens: 9, seconds: 1 } }
   await write('events.jsonl', jsonl([start, { type: 'evaluation', ...told }]))
-  expect((await state()).heldOut).toEqual([measured])
+  expect((await state()).validation).toEqual([measured])
 })
 
 describe('a resumed run', () => {
@@ -141,9 +141,9 @@ describe('a resumed run', () => {
     await write('events.jsonl', jsonl([{ type: 'fail', error: { code: 'E_NAN', message: 'not finite' } }]))
     expect(await state()).toMatchObject({ status: 'failed', problem: 'not finite' })
     await write('events.jsonl', jsonl([{ ...start, fromStep: 4 }]))
-    expect(await state()).toMatchObject({ heldOut: [{ loss: 3 }] })
+    expect(await state()).toMatchObject({ validation: [{ loss: 3 }] })
     await write('events.jsonl', jsonl([evaluation(6, 1)]))
-    expect(await state()).toMatchObject({ problem: null, heldOut: [{ loss: 3 }, { loss: 1 }] })
+    expect(await state()).toMatchObject({ problem: null, validation: [{ loss: 3 }, { loss: 1 }] })
   })
 })
 
@@ -224,7 +224,7 @@ describe('status', () => {
       status: 'finished',
       steps: 4,
       about: { backend: 'kernels-cpu' },
-      heldOut: [{ step: 4, loss: null, bitsPerByte: 1.5, final: true, ema: { loss: 1, bitsPerByte: null } }],
+      validation: [{ step: 4, loss: null, bitsPerByte: 1.5, final: true, ema: { loss: 1, bitsPerByte: null } }],
     })
   })
 })

@@ -10,7 +10,7 @@ import { WatchedLoads } from './watched-loads.ts'
 import { type StepLine, WatchedLog } from './watched-log.ts'
 
 /** An evaluation on held-out data. */
-export interface HeldOutPoint {
+export interface ValidationPoint {
   /** Steps done. */
   readonly step: number
   /** Nats per token. */
@@ -20,7 +20,7 @@ export interface HeldOutPoint {
   /** Mean reward of the sampled texts, in a run that learns from rewards. */
   readonly reward?: number
   /** The same numbers for the EMA weights, if the run keeps them. */
-  readonly ema?: Omit<HeldOutPoint, 'step' | 'ema' | 'final'>
+  readonly ema?: Omit<ValidationPoint, 'step' | 'ema' | 'final'>
   /** Whether this is the final evaluation, on all of the data. */
   readonly final: boolean
 }
@@ -54,7 +54,7 @@ export interface RunState {
   /** Settings that determine its numbers: steps, batch size, learning rate, optimizer, data. */
   readonly settings: Readonly<Record<string, unknown>>
   /** Evaluations on held-out data, oldest first. */
-  readonly heldOut: readonly HeldOutPoint[]
+  readonly validation: readonly ValidationPoint[]
   /** Numbers that listeners logged, and those of each source of held-out data (`validation/web/bitsPerByte`). */
   readonly logged: Readonly<Record<string, LoggedCurve>>
   /** Notices of the run, oldest first. */
@@ -87,7 +87,7 @@ export class WatchedRun {
   #status: RunStatus = 'unknown'
   /** Status according to the last event that reported one. */
   #reportedStatus: RunStatus | undefined
-  #heldOut: HeldOutPoint[] = []
+  #validation: ValidationPoint[] = []
   readonly #logged = new LoggedNumbers()
   #notices: string[] = []
   #error: string | undefined
@@ -150,7 +150,7 @@ export class WatchedRun {
       changed: Math.max(this.metrics.file.changed, this.events.changed),
       about: { ...about, began: time },
       settings: isFields(settings) ? settings : {},
-      heldOut: this.#heldOut,
+      validation: this.#validation,
       logged: this.#logged.curves,
       notices: this.#notices,
       problem: this.#error ?? this.metrics.file.problem ?? this.events.problem ?? null,
@@ -186,7 +186,7 @@ export class WatchedRun {
         this.#error = undefined
         // Evaluations after the step of the resume will be repeated.
         if (isNumber(fromStep)) {
-          this.#heldOut = this.#heldOut.filter(({ step }) => step <= fromStep)
+          this.#validation = this.#validation.filter(({ step }) => step <= fromStep)
           this.#logged.cutBack(fromStep)
         }
         break
@@ -211,7 +211,7 @@ export class WatchedRun {
   }
 
   #measured({ step, final, ema, ...measured }: Fields): void {
-    if (!isStep(step) || this.#heldOut.length >= most) return
+    if (!isStep(step) || this.#validation.length >= most) return
     for (const [source, numbers] of Object.entries(isFields(measured['sources']) ? measured['sources'] : {})) {
       if (!isFields(numbers)) continue
       const { loss, bitsPerByte } = numbers
@@ -223,7 +223,7 @@ export class WatchedRun {
     const averaged = isFields(ema) && { ema: measurement(ema) }
     const point = { step, ...measurement(measured), ...averaged, final: final === true }
     // A run that is resumed after its last step evaluates once more.
-    this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
+    this.#validation = [...this.#validation.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
   }
 
   #ended(result: unknown): void {
@@ -234,7 +234,7 @@ export class WatchedRun {
   #forgetEvents(): void {
     this.#start = {}
     this.#reportedStatus = undefined
-    this.#heldOut = []
+    this.#validation = []
     this.#logged.clear()
     this.#notices = []
     this.#error = undefined

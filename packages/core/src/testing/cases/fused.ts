@@ -346,15 +346,15 @@ const expertsCases = [
         },
       ),
       ...[
-        { name: 'all gradients', wanted: [true, true, true, true, true] },
-        { name: 'frozen experts', wanted: [true, false, false, false, true] },
-        { name: 'down alone', wanted: [false, false, false, true, false] },
-      ].map(({ name, wanted }) =>
+        { name: 'all gradients', needs: [true, true, true, true, true] },
+        { name: 'frozen experts', needs: [true, false, false, false, true] },
+        { name: 'down alone', needs: [false, false, false, true, false] },
+      ].map(({ name, needs }) =>
         opCase(
           'routedExpertsBackward',
           `${name}, ${precision}`,
           backward,
-          { precision, wanted },
+          { precision, needs },
           {
             ...tolerance,
             gradient: false,

@@ -2,7 +2,7 @@ import { crossEntropy } from '@moe/core'
 import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 const ignoreIndex = -100
 const spec = (...shape: number[]) => ({ shape, dtype: 'f32' as const })
@@ -20,7 +20,7 @@ describe.skipIf(unavailable)('crossEntropy', () => {
       i % 5 === 4 ? unusual[((i / 5) | 0) % 4] : (i * 4999) % classes,
     )
     const targets = { data, shape: [rows], dtype: 'i32' as const }
-    await likeReference([normal([rows, classes], 5), targets], (x, t) => [crossEntropy(x, t, { ignoreIndex })])
+    await compareWithReference([normal([rows, classes], 5), targets], (x, t) => [crossEntropy(x, t, { ignoreIndex })])
   })
 
   test('-Infinity is a class that cannot be, and NaN stays in its row', async () => {

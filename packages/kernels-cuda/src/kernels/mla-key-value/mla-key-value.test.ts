@@ -1,7 +1,7 @@
 import { mlaKeyValue } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 // Four features at a time and one; more than the grid's threads have at a time.
 const shapes = [
@@ -15,7 +15,7 @@ const shapes = [
 
 describe.skipIf(unavailable)('mlaKeyValue', () => {
   test.each(shapes)('$P positions, $H heads of $N + $R and $V', async ({ P, H, N, R, V }) => {
-    await likeReference([normal([1, P, H, N + V]), normal([1, P, 1, R])], (kv, ropeKey) =>
+    await compareWithReference([normal([1, P, H, N + V]), normal([1, P, 1, R])], (kv, ropeKey) =>
       Object.values(mlaKeyValue(kv, ropeKey, N)),
     )
   })

@@ -1,7 +1,7 @@
 import { combineTokens, dispatchPlan, permuteTokens, Random } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 describe.skipIf(unavailable)('permuteTokens and combineTokens', () => {
   test.each([
@@ -15,9 +15,12 @@ describe.skipIf(unavailable)('permuteTokens and combineTokens', () => {
   ])('$N tokens of $D, $K copies', async ({ N, K, D }) => {
     const experts = Int32Array.from(new Random(4).uniform(N * K), u => Math.floor(u * 8))
     const indices = { data: experts, shape: [N, K], dtype: 'i32' as const }
-    await likeReference([normal([N, D]), normal([N * K, D]), normal([N, K]), indices], (x, y, weights, chosen) => {
-      const plan = dispatchPlan(chosen, 8)
-      return [permuteTokens(x, plan), combineTokens(y, weights, plan)]
-    })
+    await compareWithReference(
+      [normal([N, D]), normal([N * K, D]), normal([N, K]), indices],
+      (x, y, weights, chosen) => {
+        const plan = dispatchPlan(chosen, 8)
+        return [permuteTokens(x, plan), combineTokens(y, weights, plan)]
+      },
+    )
   })
 })

@@ -11,7 +11,7 @@ import { type HostInput, tolerances } from '@moe/core/testing'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { integers, onCuda, output } from '../../test-against-cpu.ts'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 import { limits } from './quantized-matmul.ts'
 
 interface Size {
@@ -127,7 +127,7 @@ async function check(format: WeightFormat, precision: WidePrecision, size: Size,
     const weight = { format, block, shape, q, scale }
     return offsets === undefined ? quantizedMatmul(x, weight) : quantizedGroupedMatmul(x, weight, rest[rest.length - 1])
   }
-  await likeReference(
+  await compareWithReference(
     inputs,
     (x, q, ...rest) => [withPrecision(precision, () => product(x, q, ...rest)).mul(0.1)],
     precision === 'f32' ? tolerances.sum : { relative: 1e-2, absolute: 0.03 },

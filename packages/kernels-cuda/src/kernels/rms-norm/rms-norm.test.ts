@@ -1,7 +1,7 @@
 import { rmsNorm } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 // Rows that a warp has, several to each of its turns, and rows that a block has, beyond what it holds in registers.
 describe.skipIf(unavailable)('rmsNorm', () => {
@@ -16,7 +16,7 @@ describe.skipIf(unavailable)('rmsNorm', () => {
     [0, 8],
   ])('%i rows of %i', async (rows, length) => {
     const tolerance = { relative: 2e-4, absolute: 1e-4 } // dweight sums all rows
-    await likeReference(
+    await compareWithReference(
       [normal([rows, length]), normal([length])],
       (x, weight) => [rmsNorm(x, weight, 1e-5)],
       tolerance,

@@ -1,7 +1,7 @@
 import { rope } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 // Positions that share a block, that fill one, and that take several; four features at a time and one. F features are put in front.
 const shapes: ReadonlyArray<Record<'B' | 'T' | 'H' | 'D' | 'R', number> & { readonly F?: number }> = [
@@ -29,7 +29,7 @@ describe.skipIf(unavailable)('rope', () => {
       ]) {
         const inputs = [normal([B, T, H, D]), normal(table), normal(table, 0.5)]
         if (F !== undefined) inputs.push(normal([B, T, H, F]))
-        await likeReference(inputs, (x, cos, sin, plain) => [
+        await compareWithReference(inputs, (x, cos, sin, plain) => [
           rope(x, cos.detach(), sin.detach(), { interleaved, plain }),
         ])
       }

@@ -64,7 +64,7 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
   const swiglu = rowKernel(cuda, 'swiglu_bwd', 'p p p p p p p p p p l i i i')
   const combine = combineOf(cuda)
   const inFp8 = fp8Experts(cuda)
-  return (inputs, { precision, wanted }, specs) => {
+  return (inputs, { precision, needs }, specs) => {
     const sizes = sizesOf(inputs)
     if (isDeclined(sizes, precision)) return undefined
     const { N, D, E, I, K, M } = sizes
@@ -72,7 +72,7 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
     const offsets = pointerOf(inputs[7])
     const outputs = specs.map(spec => cuda.output(spec))
     let next = 0
-    const gradients = wanted.map(isWanted => (isWanted ? outputs[next++].pointer : 0))
+    const gradients = needs.map(needed => (needed ? outputs[next++].pointer : 0))
     if (precision === 'fp8') {
       inFp8.backward(inputs, gradients)
       return outputs

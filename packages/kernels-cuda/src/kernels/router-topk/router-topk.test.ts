@@ -2,7 +2,7 @@ import { type RouterAttrs, routerTopk } from '@moe/core'
 import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 interface Case extends Partial<RouterAttrs> {
   readonly N: number
@@ -50,7 +50,7 @@ describe.skipIf(unavailable)('routerTopk', () => {
     '$N tokens, $topK of $E, $topGroups of $groups groups, $scoring',
     async c => {
       const bias = normal([c.E], c.scoring === 'softmax' ? 0.001 : 0.3)
-      await likeReference([normal([c.N, c.E], 2), bias], (logits, b) => {
+      await compareWithReference([normal([c.N, c.E], 2), bias], (logits, b) => {
         const { weights, indices, scores } = routerTopk(logits, b, attrsOf(c))
         return [weights, indices, scores]
       })

@@ -2,7 +2,7 @@ import { softmax } from '@moe/core'
 import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 const { NaN: nan, NEGATIVE_INFINITY: low, POSITIVE_INFINITY: high } = Number
 
@@ -18,7 +18,7 @@ describe.skipIf(unavailable)('softmax', () => {
     [0, 4],
     [4, 0],
   ])('%i rows of %i', async (rows, length) => {
-    await likeReference([normal([rows, length], 3)], x => [softmax(x)])
+    await compareWithReference([normal([rows, length], 3)], x => [softmax(x)])
   })
 
   test.each([5, 1100])('infinities and NaN in rows of %i', async length => {

@@ -1,12 +1,12 @@
 import { swiglu } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../../test-like-reference.ts'
+import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 describe.skipIf(unavailable)('swiglu', () => {
   // More than the grid's threads have at a time.
   test.each([0, 3, 70_001])('%i elements', async n => {
-    await likeReference(
+    await compareWithReference(
       [normal([n], 4), normal([1, n])].map(x => ({ ...x, shape: [n] })),
       (gate, up) => [swiglu(gate, up)],
     )

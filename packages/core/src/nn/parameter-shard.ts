@@ -1,5 +1,5 @@
 /**
- * @file Optimizer state sharding: parameters that are replicated on several ranks, each of which updates a share
+ * @file Optimizer state sharding: parameters that are replicated on several ranks, each of which updates a shard
  * ("ZeRO" stage 1, Rajbhandari et al. 2020).
  */
 import { noGrad } from '../context.ts'
@@ -19,26 +19,26 @@ export interface Rows {
   readonly to: number
 }
 
-/** The communication that `ParameterShare` needs. A `Communicator` of `@moe/parallel` implements it. */
-export interface SharingRanks {
+/** The communication that `ParameterShard` needs. A `Communicator` of `@moe/parallel` implements it. */
+export interface ShardCommunicator {
   /** Number of this rank, from 0. */
   readonly rank: number
   /** Number of ranks. */
   readonly size: number
   /**
-   * Reduce-scatter: sums tensors that all ranks have, and returns to rank r the sums of the rows in `shares[r]`. If
+   * Reduce-scatter: sums tensors that all ranks have, and returns to rank r the sums of the rows in `shards[r]`. If
    * `into` is given, the sums are written to those tensors.
    */
-  reduceShares(shares: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
+  reduceScatterRows(shards: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
   /**
    * All-gather: sends `own`, this rank's rows, to all ranks, and replaces the elements of the tensors by what each rank
    * sent.
    */
-  gatherShares(shares: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
+  allGatherRows(shards: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
 }
 
 /** A parameter that a rank owns, under its name in the model. */
-export interface OwnParameter extends NamedParameter {
+export interface LocalParameter extends NamedParameter {
   /**
    * If it is a range of rows of the model's parameter, for example of stacked experts: the first row. Together, the
    * ranks own all rows.
@@ -55,7 +55,7 @@ export const isTokenTable = ({ name }: NamedParameter): boolean =>
 
 /** A range of rows of a parameter. */
 interface NamedRows {
-  readonly named: OwnParameter
+  readonly named: LocalParameter
   readonly from: number
   readonly to: number
 }
@@ -66,9 +66,9 @@ const widthOf = ({ parameter }: NamedParameter) => sizeOf(parameter.shape.slice(
 /**
  * Partitions parameters over ranks in order, so that every rank gets a contiguous range with about the same number of
  * elements. Stacked matrices are split between matrices and token tables between rows. Other parameters are not split,
- * because optimizers may need whole matrices. No share exceeds the mean by more than the largest unsplit piece.
+ * because optimizers may need whole matrices. No shard exceeds the mean by more than the largest unsplit piece.
  */
-export function partition(parameters: readonly OwnParameter[], ranks: number): NamedRows[][] {
+export function partition(parameters: readonly LocalParameter[], ranks: number): NamedRows[][] {
   const starts = [0]
   for (const { parameter } of parameters) starts.push((starts.at(-1) as number) + parameter.size)
   const total = starts[parameters.length]
@@ -93,17 +93,17 @@ export function partition(parameters: readonly OwnParameter[], ranks: number): N
 const isCut = (named: NamedParameter) => named.parameter.rank > 2 || (named.parameter.rank === 2 && isTokenTable(named))
 
 /**
- * The share of replicated parameters that one rank updates. Each rank keeps optimizer state only for its share,
- * receives the summed gradients of the share, and sends the updated weights to the others. All ranks must make the same
+ * The shard of replicated parameters that one rank updates. Each rank keeps optimizer state only for its shard,
+ * receives the summed gradients of the shard, and sends the updated weights to the others. All ranks must make the same
  * calls in the same order, with gradients of the same parameters.
  *
  * Create the optimizer for `parameters`. A step is `sumGradients`, then `update`.
  */
-export class ParameterShare {
-  /** The parameters of this rank's share. Those that are row ranges of a parameter are freed between updates. */
-  readonly parameters: readonly OwnParameter[]
-  readonly #ranks: SharingRanks
-  readonly #shares: ReadonlyArray<readonly NamedRows[]>
+export class ParameterShard {
+  /** The parameters of this rank's shard. Those that are row ranges of a parameter are freed between updates. */
+  readonly parameters: readonly LocalParameter[]
+  readonly #ranks: ShardCommunicator
+  readonly #shards: ReadonlyArray<readonly NamedRows[]>
   /** Parameters that have a gradient in this step, on all ranks. */
   #changing: ReadonlySet<Parameter> = new Set()
 
@@ -111,19 +111,19 @@ export class ParameterShare {
    * @param parameters of the model, or row ranges of them, that all these ranks have; those that are not trainable are
    * left out
    */
-  constructor(parameters: readonly OwnParameter[], ranks: SharingRanks) {
+  constructor(parameters: readonly LocalParameter[], ranks: ShardCommunicator) {
     this.#ranks = ranks
-    this.#shares = partition(
+    this.#shards = partition(
       parameters.filter(({ parameter }) => parameter.trainable),
       ranks.size,
     )
-    this.parameters = this.#shares[ranks.rank].map(own)
+    this.parameters = this.#shards[ranks.rank].map(own)
   }
 
   /** Replaces the gradients of this rank's parameters by the sums over the ranks, and frees all others. */
   async sumGradients(): Promise<void> {
     const sums = await this.sums(({ grad }) => grad)
-    for (const { named } of this.#shares.flat()) named.parameter.zeroGrad()
+    for (const { named } of this.#shards.flat()) named.parameter.zeroGrad()
     for (const [i, { parameter }] of this.parameters.entries()) parameter.grad = sums[i]
   }
 
@@ -137,19 +137,19 @@ export class ParameterShare {
     into?: ReadonlyArray<Tensor | null>,
   ): Promise<Array<Tensor | null>> {
     const gradients = new Map<Parameter, Tensor>()
-    for (const { named } of this.#shares.flat()) {
+    for (const { named } of this.#shards.flat()) {
       const gradient = gradientOf(named.parameter)
       if (gradient !== null) gradients.set(named.parameter, gradient)
     }
     this.#changing = new Set(gradients.keys())
-    const shares = this.#rows(parameter => gradients.get(parameter) as Tensor)
+    const shards = this.#rows(parameter => gradients.get(parameter) as Tensor)
     const sums = [
-      ...(await this.#ranks.reduceShares(
-        shares,
+      ...(await this.#ranks.reduceScatterRows(
+        shards,
         into?.flatMap(tensor => tensor ?? []),
       )),
     ]
-    return this.#shares[this.#ranks.rank].map(({ named }) =>
+    return this.#shards[this.#ranks.rank].map(({ named }) =>
       this.#changing.has(named.parameter) ? (sums.shift() as Tensor) : null,
     )
   }
@@ -159,7 +159,7 @@ export class ParameterShare {
    * tensors that belong to the caller.
    */
   places(gradientOf: (parameter: Parameter) => Tensor | null): Array<Tensor | null> {
-    return this.#shares[this.#ranks.rank].map(({ named }, i) => {
+    return this.#shards[this.#ranks.rank].map(({ named }, i) => {
       const gradient = gradientOf(named.parameter)
       const { parameter } = this.parameters[i]
       return gradient === null || parameter === named.parameter ? gradient : zeros(parameter.shape, gradient)
@@ -186,13 +186,13 @@ export class ParameterShare {
    * parameters to all ranks, and `freeRows` ends the update.
    */
   takeAll(): void {
-    this.#changing = new Set(this.#shares.flat().map(({ named }) => named.parameter))
+    this.#changing = new Set(this.#shards.flat().map(({ named }) => named.parameter))
     this.takeRows()
   }
 
   /** Copies the current weights into the parameters that are row ranges. */
   takeRows(): void {
-    for (const [i, { named, from, to }] of this.#shares[this.#ranks.rank].entries()) {
+    for (const [i, { named, from, to }] of this.#shards[this.#ranks.rank].entries()) {
       const { parameter } = this.parameters[i]
       if (parameter !== named.parameter) parameter.assign(noGrad(() => named.parameter.narrow(0, from, to)))
     }
@@ -200,11 +200,11 @@ export class ParameterShare {
 
   /** Sends the weights that each rank has updated to all ranks. */
   async gather(): Promise<void> {
-    const mine = this.#shares[this.#ranks.rank]
+    const mine = this.#shards[this.#ranks.rank]
     const updated = this.parameters.flatMap(({ parameter }, i) =>
       this.#changing.has(mine[i].named.parameter) ? [parameter] : [],
     )
-    await this.#ranks.gatherShares(
+    await this.#ranks.allGatherRows(
       this.#rows(parameter => parameter),
       updated,
     )
@@ -213,7 +213,7 @@ export class ParameterShare {
 
   /** Frees the parameters that are row ranges. */
   freeRows(): void {
-    for (const [i, { named }] of this.#shares[this.#ranks.rank].entries()) {
+    for (const [i, { named }] of this.#shards[this.#ranks.rank].entries()) {
       const { parameter } = this.parameters[i]
       if (parameter !== named.parameter) parameter.dispose()
     }
@@ -221,8 +221,8 @@ export class ParameterShare {
 
   /** Every rank's rows of the parameters that change in this step. */
   #rows(tensorOf: (parameter: Parameter) => Tensor): Rows[][] {
-    return this.#shares.map(share =>
-      share.flatMap(({ named: { parameter }, from, to }) =>
+    return this.#shards.map(shard =>
+      shard.flatMap(({ named: { parameter }, from, to }) =>
         this.#changing.has(parameter) ? [{ tensor: tensorOf(parameter), from, to }] : [],
       ),
     )
@@ -230,7 +230,7 @@ export class ParameterShare {
 }
 
 /** Returns the model's parameter itself, or a range of its rows, which has no memory yet. */
-function own({ named, from, to }: NamedRows): OwnParameter {
+function own({ named, from, to }: NamedRows): LocalParameter {
   const { parameter, slices, firstRow = 0 } = named
   if (to - from === (parameter.shape[0] ?? 1)) return named
   const rows = new Parameter(noGrad(() => parameter.narrow(0, from, to)))

@@ -4,12 +4,12 @@ import { readF64, referenceBackend } from '../reference/index.ts'
 import { keep } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { Parameter } from './parameter.ts'
-import { ParameterShare, partition, type SharingRanks } from './parameter-share.ts'
+import { ParameterShard, partition, type ShardCommunicator } from './parameter-shard.ts'
 
 const backend = referenceBackend()
 const named = (name: string, ...shape: number[]) => ({ name, parameter: new Parameter(zeros(shape, { backend })) })
 const dealt = (parameters: ReturnType<typeof named>[], ranks: number) =>
-  partition(parameters, ranks).map(share => share.map(({ named: { name }, from, to }) => `${name} ${from}-${to}`))
+  partition(parameters, ranks).map(shard => shard.map(({ named: { name }, from, to }) => `${name} ${from}-${to}`))
 
 describe('partitioning', () => {
   test('token tables are split between rows, stacks between matrices, others not', () => {
@@ -43,7 +43,7 @@ describe('partitioning', () => {
     expect(dealt([], 2)).toEqual([[], []])
   })
 
-  test.each([2, 3, 7, 16, 64])('every row belongs to one of %i ranks, and shares are close to the mean', ranks => {
+  test.each([2, 3, 7, 16, 64])('every row belongs to one of %i ranks, and shards are close to the mean', ranks => {
     const layer = (i: number) => [
       named(`${i}.norm`, 64),
       named(`${i}.q_proj`, 48, 64),
@@ -51,9 +51,9 @@ describe('partitioning', () => {
       named(`${i}.down_proj`, 16, 64, 24),
     ]
     const parameters = [named('embed_tokens', 5000, 64), ...[0, 1, 2, 3].flatMap(layer), named('lm_head', 5000, 64)]
-    const shares = partition(parameters, ranks)
-    const sizes = shares.map(share =>
-      share.reduce(
+    const shards = partition(parameters, ranks)
+    const sizes = shards.map(shard =>
+      shard.reduce(
         (sum, { named: { parameter }, from, to }) => sum + ((to - from) * parameter.size) / parameter.shape[0],
         0,
       ),
@@ -62,7 +62,7 @@ describe('partitioning', () => {
     expect(sizes.reduce((sum, size) => sum + size)).toBe(total)
     expect(Math.max(...sizes)).toBeLessThanOrEqual(total / ranks + 48 * 64)
     for (const each of parameters) {
-      const ends = shares.flat().filter(rows => rows.named === each)
+      const ends = shards.flat().filter(rows => rows.named === each)
       expect(ends.reduce((end, { from, to }) => (from === end ? to : Number.NaN), 0)).toBe(each.parameter.shape[0])
     }
   })
@@ -79,38 +79,38 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
   const [{ parameter: table }, { parameter: weight }, { parameter: unused }] = parameters
   const given: unknown[] = []
   const numbers = (tensors: readonly Tensor[]) => tensors.map(each => [...readF64(each)])
-  const rankStub: SharingRanks = {
+  const rankStub: ShardCommunicator = {
     rank: 1,
     size: 2,
-    async reduceShares(shares, into) {
-      given.push(shares.map(share => share.map(({ tensor, from, to }) => [...tensor.shape, from, to])))
+    async reduceScatterRows(shards, into) {
+      given.push(shards.map(shard => shard.map(({ tensor, from, to }) => [...tensor.shape, from, to])))
       return (
-        into ?? shares[1].map(({ tensor: { shape }, from, to }) => full([to - from, ...shape.slice(1)], 7, { backend }))
+        into ?? shards[1].map(({ tensor: { shape }, from, to }) => full([to - from, ...shape.slice(1)], 7, { backend }))
       )
     },
-    async gatherShares(shares, own) {
+    async allGatherRows(shards, own) {
       given.push(
-        shares.map(share => share.map(({ tensor }) => tensor === table)),
+        shards.map(shard => shard.map(({ tensor }) => tensor === table)),
         numbers(own),
       )
       table.assign(full([4, 2], 5, { backend }))
     },
   }
-  const share = new ParameterShare(parameters, rankStub)
+  const shard = new ParameterShard(parameters, rankStub)
   expect(
-    share.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight]),
+    shard.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight]),
   ).toEqual([
     ['embed_tokens', 3, ['d'], false],
     ['weight', undefined, undefined, true],
     ['unused', undefined, undefined, false],
   ])
   for (const each of [table, weight]) each.grad = keep(full(each.shape, 2, { backend }))
-  await share.sumGradients()
-  const [rows, whole] = share.parameters.map(({ parameter }) => parameter)
+  await shard.sumGradients()
+  const [rows, whole] = shard.parameters.map(({ parameter }) => parameter)
   expect(numbers([rows.grad as Tensor, whole.grad as Tensor])).toEqual([[7, 7], [7]])
   expect([table.grad, unused.grad, rows.handle]).toEqual([null, null, null])
   const versions = [table, weight, unused].map(({ version }) => version)
-  await share.update(() => {
+  await shard.update(() => {
     expect(numbers([rows])).toEqual([[1, 1]])
     rows.assign(tensor([3, 4], [1, 2], { backend }))
     weight.assign(tensor([6], [1], { backend }))

@@ -70,7 +70,7 @@ function poison(backend: Backend, all: ReadonlyArray<ArrayLike<number> | null>):
  * @throws Error if the results differ, if a second run has different bits or unwritten elements, if the backend
  * declined, or if handles leaked
  */
-export async function likeReference(
+export async function compareWithReference(
   backend: Backend,
   inputs: readonly HostInput[],
   op: (...inputs: Tensor[]) => Tensor[],

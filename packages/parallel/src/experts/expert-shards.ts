@@ -1,10 +1,10 @@
 /** @file Experts sharded over ranks: the groups of ranks that share them, and the shard of this rank. */
 import {
+  type LocalParameter,
   type Module,
   type NamedParameter,
   namedParameters,
   noGrad,
-  type OwnParameter,
   type Parameter,
   type Tensor,
   zeros,
@@ -12,12 +12,12 @@ import {
 import { configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import type { PiecewisePass } from './piecewise-pass.ts'
-import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
+import { type ExpertsShard, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
 
 /** A layer whose routed experts can be sharded. Expert parameters are stacked: `[E, ...]`. */
-export interface SpreadableLayer {
+export interface ExpertParallelLayer {
   /** The experts. `copyOf` returns experts `from` to `to` (exclusive) as a separate module. */
-  readonly experts: Module & { copyOf(from: number, to: number): Module & ExpertsShare }
+  readonly experts: Module & { copyOf(from: number, to: number): Module & ExpertsShard }
 }
 
 /** Runs a forward pass in pieces. `PiecewisePass` implements it. */
@@ -27,7 +27,7 @@ export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
 }
 
 /** Applies the routed experts of a layer to tokens, `[N, D]`, wherever the experts are. Takes leaves of a pass and returns a leaf. */
-export type RouteElsewhere = (layer: number, tokens: RoutedTokens) => Promise<Tensor>
+export type RouteTokens = (layer: number, tokens: RoutedTokens) => Promise<Tensor>
 
 /** The groups that this rank belongs to, among the ranks that have the same layers. */
 export interface ExpertRanks {
@@ -66,29 +66,29 @@ export function expertRanks(
 }
 
 /** This rank's experts of a layer, and the model's parameters whose rows they are. */
-interface Share {
-  readonly share: Module & ExpertsShare
+interface Shard {
+  readonly shard: Module & ExpertsShard
   readonly rows: ReadonlyArray<readonly [whole: Parameter, own: Parameter]>
   readonly experts: number
 }
 
 /** This rank's shard of the experts of its layers: copies of rows of the model's parameters, which are freed until `gather`. */
-export class ExpertShares {
+export class ExpertShards {
   /** Maps a parameter of the model to this rank's rows of it. */
   readonly rows: ReadonlyMap<Parameter, Parameter>
   readonly ranks: ExpertRanks
-  readonly #layers: ReadonlyMap<number, Share>
+  readonly #layers: ReadonlyMap<number, Shard>
 
   /** @param layers of this rank, by their number in the model. @throws MoeError E_CONFIG if the ranks do not divide the experts */
-  constructor(op: string, layers: ReadonlyMap<number, SpreadableLayer>, ranks: ExpertRanks) {
+  constructor(op: string, layers: ReadonlyMap<number, ExpertParallelLayer>, ranks: ExpertRanks) {
     this.ranks = ranks
-    this.#layers = new Map(Array.from(layers, ([layer, { experts }]) => [layer, shareOf(op, experts, ranks.sharing)]))
+    this.#layers = new Map(Array.from(layers, ([layer, { experts }]) => [layer, shardOf(op, experts, ranks.sharing)]))
     this.rows = new Map([...this.#layers.values()].flatMap(({ rows }) => rows))
     this.takeOwn()
   }
 
   /** The parameter that this rank trains in place of one of the model. */
-  own(named: NamedParameter): OwnParameter {
+  own(named: NamedParameter): LocalParameter {
     const parameter = this.rows.get(named.parameter)
     if (parameter === undefined) return named
     const [from, to] = runOf(named.parameter.shape[0], this.ranks.sharing)
@@ -114,11 +114,11 @@ export class ExpertShares {
   }
 
   /** The routing function for pieces of this pass. */
-  routeIn(pass: PiecewisePass): RouteElsewhere {
+  routeIn(pass: PiecewisePass): RouteTokens {
     return (layer, tokens) => {
-      const { share, experts } = this.#layers.get(layer) as Share
+      const { shard, experts } = this.#layers.get(layer) as Shard
       const { sharing, back } = this.ranks
-      return routeOverRanks(pass, sharing, share, tokens, experts, { back })
+      return routeOverRanks(pass, sharing, shard, tokens, experts, { back })
     }
   }
 
@@ -140,14 +140,14 @@ const runOf = (experts: number, { rank, size }: Communicator): [number, number] 
   ((rank + 1) * experts) / size,
 ]
 
-function shareOf(op: string, whole: SpreadableLayer['experts'], ranks: Communicator): Share {
+function shardOf(op: string, whole: ExpertParallelLayer['experts'], ranks: Communicator): Shard {
   const stacked = namedParameters(whole)
   const [experts] = stacked[0].parameter.shape
   if (experts % ranks.size !== 0) {
     const problem = `${experts} experts cannot be divided among ${ranks.size} ranks`
     throw configError(op, problem, `use a number of ranks that divides ${experts}`)
   }
-  const share = whole.copyOf(...runOf(experts, ranks))
-  const own = namedParameters(share)
-  return { share, experts, rows: stacked.map(({ parameter }, i) => [parameter, own[i].parameter] as const) }
+  const shard = whole.copyOf(...runOf(experts, ranks))
+  const own = namedParameters(shard)
+  return { shard, experts, rows: stacked.map(({ parameter }, i) => [parameter, own[i].parameter] as const) }
 }

@@ -16,8 +16,8 @@ const pauses = [10, 30, 100, 300, 600]
  * @throws the error of the last attempt, as `rename` of `node:fs`
  * @internal
  */
-export async function renamePatiently(from: string, to: string): Promise<void> {
-  await patiently(() => rename(from, to))
+export async function renameWithRetry(from: string, to: string): Promise<void> {
+  await retryWhileBusy(() => rename(from, to))
 }
 
 /**
@@ -25,7 +25,7 @@ export async function renamePatiently(from: string, to: string): Promise<void> {
  * @throws the error of the last attempt; other errors immediately
  * @internal
  */
-export async function patiently<T>(attempt: () => T | Promise<T>): Promise<T> {
+export async function retryWhileBusy<T>(attempt: () => T | Promise<T>): Promise<T> {
   for (const pause of pauses) {
     try {
       return await attempt()

@@ -1,4 +1,4 @@
-/** @file Resolves the places a checkpoint can be read from: disk, web, folder handles, and `File` objects. */
+/** @file Resolves the locations a checkpoint can be read from: disk, web, folder handles, and `File` objects. */
 
 import { MoeError } from '@moe/core'
 import { type DirectoryHandle, handleFolder, isDirectoryHandle } from './directory-handle.ts'
@@ -12,33 +12,33 @@ import { webFile, webFolder } from './web-folder.ts'
  * Where a checkpoint is: a path, a file URL, an `http(s):` address as a string or URL, a folder handle of a browser, or its files, for
  * example of `<input type="file" multiple>`.
  */
-export type CheckpointPlace = string | URL | DirectoryHandle | Iterable<NamedBlob>
+export type CheckpointLocation = string | URL | DirectoryHandle | Iterable<NamedBlob>
 
 /**
- * Returns the folder of a place, without accessing it yet.
+ * Returns the folder of a location, without accessing it yet.
  * @param op the calling function, for error messages
- * @throws MoeError E_ATTR for an invalid place
+ * @throws MoeError E_ATTR for an invalid location
  * @internal
  */
-export function openFolder(op: string, place: CheckpointPlace, options: FolderOptions = {}): Folder {
-  const address = webAddress(op, place)
-  if (onDisk(op, place)) return diskFolder(pathOf(op, place), options.root, new Watch(options))
+export function openFolder(op: string, location: CheckpointLocation, options: FolderOptions = {}): Folder {
+  const address = webAddress(op, location)
+  if (isDiskPath(op, location)) return diskFolder(pathOf(op, location), options.root, new Watch(options))
   refuseRoot(op, options)
   if (address) return webFolder(address, options.fetch, new Watch(options))
-  if (isDirectoryHandle(place)) return handleFolder(place, new Watch(options))
-  return blobFolder(place as Iterable<NamedBlob>, new Watch(options))
+  if (isDirectoryHandle(location)) return handleFolder(location, new Watch(options))
+  return blobFolder(location as Iterable<NamedBlob>, new Watch(options))
 }
 
 /**
- * Returns the folder of a place and, if the place names a file, the file name.
+ * Returns the folder of a location and, if the location names a file, the file name.
  * @throws MoeError E_CHECKPOINT if a path does not exist
  */
 export async function locate(
   op: string,
-  place: CheckpointPlace,
+  location: CheckpointLocation,
   options: FolderOptions,
 ): Promise<{ readonly folder: Folder; readonly file?: string }> {
-  const address = webAddress(op, place)
+  const address = webAddress(op, location)
   if (address) {
     const [, above, file] = /^(.*\/)([^/]+\.(?:safetensors|json))$/.exec(address.pathname) ?? []
     if (file === undefined) return { folder: openFolder(op, address, options) }
@@ -46,27 +46,27 @@ export async function locate(
     parent.pathname = above
     return { folder: openFolder(op, parent, options), file: decoded(file) }
   }
-  if (!onDisk(op, place)) return { folder: openFolder(op, place, options) }
-  const path = pathOf(op, place)
+  if (!isDiskPath(op, location)) return { folder: openFolder(op, location, options) }
+  const path = pathOf(op, location)
   const [, above, file] = (await namesFolder(path)) ? [] : (/^(.*[/\\])?([^/\\]+)$/.exec(path) ?? [])
   if (file === undefined) return { folder: openFolder(op, path, options) }
   return { folder: openFolder(op, above ?? '.', options), file }
 }
 
-/** Opens the file that a place names. On disk it may be a symbolic link to any location. */
-export async function openFile(op: string, place: string | URL, options: FolderOptions): Promise<OpenFile> {
-  const address = webAddress(op, place)
-  if (!address) return new Watch(options).over(await openOnDisk(pathOf(op, place)))
+/** Opens the file that a location names. On disk it may be a symbolic link to any location. */
+export async function openFile(op: string, location: string | URL, options: FolderOptions): Promise<OpenFile> {
+  const address = webAddress(op, location)
+  if (!address) return new Watch(options).over(await openOnDisk(pathOf(op, location)))
   refuseRoot(op, options)
   return await webFile(address, options.fetch, new Watch(options))
 }
 
-/** Whether the place is a path or a file URL. @internal */
-export const onDisk = (op: string, place: CheckpointPlace): place is string | URL =>
-  !isBlobs(place) && !isDirectoryHandle(place) && webAddress(op, place) === undefined
+/** Whether the location is a path or a file URL. @internal */
+export const isDiskPath = (op: string, location: CheckpointLocation): location is string | URL =>
+  !isBlobs(location) && !isDirectoryHandle(location) && webAddress(op, location) === undefined
 
-const isBlobs = (place: CheckpointPlace): place is Iterable<NamedBlob> =>
-  typeof place === 'object' && place !== null && Symbol.iterator in place
+const isBlobs = (location: CheckpointLocation): location is Iterable<NamedBlob> =>
+  typeof location === 'object' && location !== null && Symbol.iterator in location
 
 function refuseRoot(op: string, { root }: FolderOptions): void {
   if (root === undefined) return

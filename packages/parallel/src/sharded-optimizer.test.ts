@@ -69,26 +69,26 @@ test('rewards are learned with the same bits', async () => {
 })
 
 describe('each rank', () => {
-  test.each([2, 3, 4])('of %i has the state of its share, and these are about as large', async size => {
-    const shares: number[] = []
+  test.each([2, 3, 4])('of %i has the state of its shard, and these are about as large', async size => {
+    const shards: number[] = []
     await sharing(size, rank => ({
       steps: 2,
       optimizer(of) {
-        shares[rank] = sizeOf(of)
+        shards[rank] = sizeOf(of)
         return new AdamW(of)
       },
     }))
     const whole = trained()
-    expect(shares.reduce((sum, share) => sum + share)).toBe(whole)
+    expect(shards.reduce((sum, shard) => sum + shard)).toBe(whole)
     // The largest matrix that is not cut is one of 32 by 24.
-    expect(Math.max(...shares)).toBeLessThanOrEqual(whole / size + 32 * 24)
+    expect(Math.max(...shards)).toBeLessThanOrEqual(whole / size + 32 * 24)
   })
 
   test.each([false, true])('has less memory taken, by just that: recorded %s', async record => {
     const bytes = async (of: (ranks: Communicator) => Ranks) =>
       local(2, async ranks => {
         const own = await createBackend({ threads: 1 })
-        let share = 0
+        let shard = 0
         let [after, peak] = [0, 0]
         const onEvent: TrainOptions['onEvent'] = event => {
           if (event.type !== 'step' || event.step !== 4) return
@@ -97,17 +97,17 @@ describe('each rank', () => {
           peak = peakBytes
         }
         const optimizer = (parameters: readonly NamedParameter[]) => {
-          share = sizeOf(parameters)
+          shard = sizeOf(parameters)
           return new AdamW(parameters)
         }
         // Without padding: all steps are of one kind.
         await trainSmall(own, { ranks: of(ranks), record, steps: 4, onEvent, optimizer, batchSize: 1 }, { mtp: 0 })
         own.dispose()
-        return { share, after, peak }
+        return { shard, after, peak }
       })
     const [shared, all] = [await bytes(ranks => ranks), await bytes(apart)]
-    for (const [rank, { share, after, peak }] of shared.entries()) {
-      const saved = 2 * 4 * (all[rank].share - share)
+    for (const [rank, { shard, after, peak }] of shared.entries()) {
+      const saved = 2 * 4 * (all[rank].shard - shard)
       expect(saved).toBeGreaterThan(0)
       if (!record) expect(all[rank].after - after).toBe(saved)
       expect(all[rank].peak - peak).toBeGreaterThan(0.5 * saved)
@@ -165,7 +165,7 @@ describe.each<
           ...model,
           onRanks(made) {
             const parts = make(made, ranks)
-            return shared ? parts : Object.assign(parts, { shareOptimizer: undefined })
+            return shared ? parts : Object.assign(parts, { shardOptimizer: undefined })
           },
         },
       ),
@@ -247,7 +247,7 @@ describe('a checkpoint', () => {
     }
   })
 
-  test('with a share of two micro-batches is that of one rank, bit for bit', async () => {
+  test('with a shard of two micro-batches is that of one rank, bit for bit', async () => {
     const options = { schedule: () => 1 }
     const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
     const [first] = await sharing(2, { ...options, out }, model)
@@ -290,9 +290,9 @@ test('an optimizer that does not say whose state it has is kept whole by every r
 })
 
 test('Muon refuses rows of a matrix', async () => {
-  const all = (of: readonly NamedParameter[]) => new Muon(of, { takes: ({ parameter }) => parameter.rank === 2 })
+  const all = (of: readonly NamedParameter[]) => new Muon(of, { filter: ({ parameter }) => parameter.rank === 2 })
   await expect(sharing(40, { optimizer: all }, { mtp: 0 })).rejects.toThrow(
-    /Muon: takes selects (model\.embed_tokens|lm_head)\.weight, but this rank has only some of its rows; exclude embedding tables/,
+    /Muon: filter selects (model\.embed_tokens|lm_head)\.weight, but this rank has only some of its rows; exclude embedding tables/,
   )
 })
 

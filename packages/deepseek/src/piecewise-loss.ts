@@ -20,7 +20,7 @@ export interface PieceRunner {
 }
 
 /** Computes the routed experts of `model.moeLayers[layer]` for tokens, `[N, D]`: from leaves to a leaf. */
-export type RouteElsewhere = (layer: number, tokens: Pick<Choice, 'x' | 'weights' | 'indices'>) => Promise<Tensor>
+export type RouteTokens = (layer: number, tokens: Pick<Choice, 'x' | 'weights' | 'indices'>) => Promise<Tensor>
 
 /** Runs the parts of a loss in pieces. */
 export class PartsInPieces {
@@ -29,9 +29,9 @@ export class PartsInPieces {
   readonly #model: DeepSeek
   readonly #parts: LossParts
   readonly #pass: PieceRunner
-  readonly #route: RouteElsewhere
+  readonly #route: RouteTokens
 
-  constructor(model: DeepSeek, parts: LossParts, pass: PieceRunner, route: RouteElsewhere) {
+  constructor(model: DeepSeek, parts: LossParts, pass: PieceRunner, route: RouteTokens) {
     this.#model = model
     this.#parts = parts
     this.#pass = pass
@@ -86,7 +86,7 @@ export class PartsInPieces {
 }
 
 /** The training loss of a micro-batch in pieces, returned by `DeepSeek.inPieces`. */
-export class DeepSeekPieces {
+export class PiecewiseLoss {
   /** Number of positions that carry loss. */
   readonly count: number
   readonly #model: DeepSeek
@@ -104,7 +104,7 @@ export class DeepSeekPieces {
   /** Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp` and `balance`. All are scalars, means over the micro-batch. */
   async forward(
     pass: PieceRunner,
-    route: RouteElsewhere,
+    route: RouteTokens,
   ): Promise<{ loss: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
     const { backend, decoder, mtp } = this.#model
     const inputs = pass.run(() => uploadInputs(this.#arrays, backend))

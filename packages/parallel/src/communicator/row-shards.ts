@@ -1,14 +1,14 @@
-/** @file Shares: rows assigned to ranks. They are exchanged in buckets with an equal amount of every rank's share, so that all ranks send and receive all the time. */
+/** @file Shards: rows assigned to ranks. They are exchanged in buckets with an equal amount of every rank's shard, so that all ranks send and receive all the time. */
 import { type DType, MoeError, type Rows, type Shape, sameShape, sizeOf, type Tensor } from '@moe/core'
 import type { Memory, Workspace } from './carrier.ts'
 import { checkReduction } from './reduce.ts'
 
 /** The rows assigned to each rank. */
-export type Shares = ReadonlyArray<readonly Rows[]>
+export type Shards = ReadonlyArray<readonly Rows[]>
 
-/** A range of elements of one entry of a share, counted from the entry's first element. */
+/** A range of elements of one entry of a shard, counted from the entry's first element. */
 export interface Part {
-  /** The entry's index in the share. */
+  /** The entry's index in the shard. */
   readonly index: number
   readonly from: number
   readonly to: number
@@ -27,10 +27,10 @@ export const lengthOf = (parts: ReadonlyArray<Omit<Part, 'index'>>): number =>
 export const shapeOf = ({ tensor: { shape }, from, to }: Rows): Shape =>
   shape.length === 0 ? shape : [to - from, ...shape.slice(1)]
 
-/** Yields buckets with up to `most` elements of each rank's share, until all are taken. */
-export function* partsInBuckets(shares: Shares, most: number): Generator<Part[][]> {
-  const left = shares.map(share =>
-    share.map((rows, index): Part => ({ index, from: 0, to: lengthOf([elementsOf(rows)]) })),
+/** Yields buckets with up to `most` elements of each rank's shard, until all are taken. */
+export function* partsInBuckets(shards: Shards, most: number): Generator<Part[][]> {
+  const left = shards.map(shard =>
+    shard.map((rows, index): Part => ({ index, from: 0, to: lengthOf([elementsOf(rows)]) })),
   )
   while (left.some(parts => parts.length > 0)) yield left.map(parts => takeFrom(parts, most))
 }
@@ -119,15 +119,15 @@ export class Assembly<E> {
   }
 }
 
-/** @returns the common dtype; null if all shares are empty. @throws MoeError E_SHAPE, E_DTYPE if the shares are invalid */
-export function checkShares(op: string, shares: Shares, size: number): DType | null {
-  if (shares.length !== size)
+/** @returns the common dtype; null if all shards are empty. @throws MoeError E_SHAPE, E_DTYPE if the shards are invalid */
+export function checkShards(op: string, shards: Shards, size: number): DType | null {
+  if (shards.length !== size)
     throw shapeError(
       op,
-      `got ${shares.length} shares for ${size} ranks`,
-      'pass one share for each rank; it may be empty',
+      `got ${shards.length} shards for ${size} ranks`,
+      'pass one shard for each rank; it may be empty',
     )
-  const all = shares.flat()
+  const all = shards.flat()
   if (all.length === 0) return null
   const [{ tensor: first }] = all
   checkReduction(op, first.dtype, 'sum')
@@ -140,28 +140,28 @@ export function checkShares(op: string, shares: Shares, size: number): DType | n
         `pass a non-empty range within 0 to ${rows}`,
       )
     if (tensor.dtype === first.dtype) continue
-    const problem = `the shares mix ${first.dtype} and ${tensor.dtype} tensors`
+    const problem = `the shards mix ${first.dtype} and ${tensor.dtype} tensors`
     throw new MoeError({ code: 'E_DTYPE', op, problem, fix: 'make one call for each dtype' })
   }
   return first.dtype
 }
 
-/** @throws MoeError E_SHAPE unless there is a tensor of matching shape for each entry of the share */
-export function checkOwn(op: string, share: readonly Rows[], own: readonly Tensor[]): void {
-  if (own.length === share.length && own.every(({ shape }, i) => sameShape(shape, shapeOf(share[i])))) return
+/** @throws MoeError E_SHAPE unless there is a tensor of matching shape for each entry of the shard */
+export function checkOwn(op: string, shard: readonly Rows[], own: readonly Tensor[]): void {
+  if (own.length === shard.length && own.every(({ shape }, i) => sameShape(shape, shapeOf(shard[i])))) return
   const show = (shapes: readonly Shape[]) => shapes.map(shape => `[${shape}]`).join(', ') || 'nothing'
-  const problem = `expected ${show(share.map(shapeOf))} for this rank's share, got ${show(own.map(({ shape }) => shape))}`
-  throw shapeError(op, problem, "pass one tensor for each entry of this rank's share")
+  const problem = `expected ${show(shard.map(shapeOf))} for this rank's shard, got ${show(own.map(({ shape }) => shape))}`
+  throw shapeError(op, problem, "pass one tensor for each entry of this rank's shard")
 }
 
-/** The tensors that the shares consist of. @throws MoeError E_SHAPE if a row is in no share, or in several */
-export function wholeTensors(op: string, shares: Shares): Tensor[] {
+/** The tensors that the shards consist of. @throws MoeError E_SHAPE if a row is in no shard, or in several */
+export function wholeTensors(op: string, shards: Shards): Tensor[] {
   const runs = new Map<Tensor, Rows[]>()
-  for (const rows of shares.flat()) runs.set(rows.tensor, [...(runs.get(rows.tensor) ?? []), rows])
+  for (const rows of shards.flat()) runs.set(rows.tensor, [...(runs.get(rows.tensor) ?? []), rows])
   for (const [{ shape }, of] of runs) {
     const end = of.sort((a, b) => a.from - b.from).reduce((end, { from, to }) => (from === end ? to : Number.NaN), 0)
     if (end !== (shape[0] ?? 1))
-      throw shapeError(op, `the shares do not cover each row of [${shape}] once`, 'assign each row to exactly one rank')
+      throw shapeError(op, `the shards do not cover each row of [${shape}] once`, 'assign each row to exactly one rank')
   }
   return [...runs.keys()]
 }

@@ -1,10 +1,10 @@
 /** @file For tests: compares ops on the device with their decompositions on the reference backend, values and gradients. */
 import { Random, type Tensor } from '@moe/core'
-import { type HostInput, type OpResult, likeReference as onBackend, type Tolerance } from '@moe/core/testing'
+import { type HostInput, type OpResult, compareWithReference as onBackend, type Tolerance } from '@moe/core/testing'
 import { testBackend } from './test-backend.ts'
 
-/** `likeReference` of `@moe/core/testing` on a new device. */
-export async function likeReference(
+/** `compareWithReference` of `@moe/core/testing` on a new device. */
+export async function compareWithReference(
   inputs: readonly HostInput[],
   op: (...inputs: Tensor[]) => Tensor[],
   tolerance?: Tolerance,

@@ -1,7 +1,7 @@
 /**
  * Measures what sharding the optimizer state (ZeRO-1) changes: seconds per step and memory per rank, compared to ranks that each hold all of it. The two alternate.
  *
- *     mpirun -np 2 node packages/parallel/src/shared-optimizer.bench.ts [--rounds 3] [--precision bf16] [--vocabulary 4096]
+ *     mpirun -np 2 node packages/parallel/src/sharded-optimizer.bench.ts [--rounds 3] [--precision bf16] [--vocabulary 4096]
  */
 import { parseArgs } from 'node:util'
 import { type Precision, parameterCount, Random } from '@moe/core'

@@ -2,7 +2,7 @@ import { readFile, rename, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterEach, describe, expect, it, vi } from 'vitest'
 import { readSafetensors } from './read-safetensors.ts'
-import { renamePatiently } from './rename-patiently.ts'
+import { renameWithRetry } from './rename-with-retry.ts'
 import { temporaryFolder } from './test-files.ts'
 import { writeSafetensors } from './write-safetensors.ts'
 
@@ -15,22 +15,22 @@ function refuse(times: number, code: string): void {
   for (let i = 0; i < times; i++) vi.mocked(rename).mockRejectedValueOnce(error)
 }
 
-describe('renamePatiently', () => {
+describe('renameWithRetry', () => {
   it.each(['EPERM', 'EACCES', 'EBUSY'])('tries again after %s', async code => {
     const folder = await temporaryFolder()
     await writeFile(join(folder, 'new'), 'new')
     await writeFile(join(folder, 'old'), 'old')
     refuse(3, code)
-    await renamePatiently(join(folder, 'new'), join(folder, 'old'))
+    await renameWithRetry(join(folder, 'new'), join(folder, 'old'))
     expect(await readFile(join(folder, 'old'), 'utf8')).toBe('new')
   })
 
   it('gives up after a second, and at once on other errors', async () => {
     refuse(9, 'EPERM')
-    await expect(renamePatiently('a', 'b')).rejects.toThrow('EPERM')
+    await expect(renameWithRetry('a', 'b')).rejects.toThrow('EPERM')
     expect(rename).toHaveBeenCalledTimes(6)
     vi.mocked(rename).mockReset()
-    await expect(renamePatiently('missing', 'b')).rejects.toThrow('ENOENT')
+    await expect(renameWithRetry('missing', 'b')).rejects.toThrow('ENOENT')
     expect(rename).toHaveBeenCalledTimes(1)
   })
 
