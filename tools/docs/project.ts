@@ -67,7 +67,7 @@ const order = [
 
 const documentGroups: [group: string, files: string[]][] = [
   ['Guides', inOrderOf('docs/README.md', 'docs/guides/*.md')],
-  ['Studies', ['docs/studies/README.md', 'docs/log.md']],
+  ['Studies', ['docs/studies/README.md', 'docs/log.md', ...all('docs/log/*.md')]],
   ['Contributing', ['CONTRIBUTING.md', ...all('docs/contributing/*.md'), 'packages/kernels-cuda/device/README.md']],
   ['Decision records', ['docs/adr/README.md', ...all('docs/adr/0*.md')]],
 ]
