@@ -6,7 +6,8 @@
 #include "abi.h"
 
 extern "C" int moe_emulator_enter(const char* call, int* wanted);
-extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), const void* arguments, size_t bytes, void* stream);
+extern "C" int moe_emulator_device();
+extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), const void* arguments, size_t bytes, void* stream, int ofRanks);
 extern "C" int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes);
 extern "C" void moe_emulator_refuse(const char* reason);
 

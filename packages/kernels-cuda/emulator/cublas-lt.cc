@@ -319,5 +319,5 @@ EMU_EXPORT int cublasLtMatmul(int* handle, Description* op, const float* alpha, 
   calls++;
   const Product product{*a,     *b,   *d,         pointerA,   pointerB, pointerC, pointerD, workspace, op->transA ? a->rows : a->columns,
                         *alpha, *beta, op->transA, op->transB, algorithm.parts};
-  return moe_emulator_work(callName, multiply, &product, sizeof product, stream) == 0 ? success : executionFailed;
+  return moe_emulator_work(callName, multiply, &product, sizeof product, stream, 0) == 0 ? success : executionFailed;
 }

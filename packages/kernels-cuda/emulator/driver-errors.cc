@@ -30,6 +30,7 @@ constexpr Name names[] = {
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {905, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "operation would have made the capture depend on work outside of it"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 }  // namespace

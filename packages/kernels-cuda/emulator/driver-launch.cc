@@ -14,6 +14,7 @@ using namespace emu;
 namespace {
 
 struct Module {
+  Primary* owner = current;
   std::string name;
   std::map<std::string, std::unique_ptr<Function>> functions;
 };
@@ -96,11 +97,20 @@ Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t sha
 
 Function* functionOf(void* handle) { return functions.count((Function*)handle) ? (Function*)handle : nullptr; }
 
-void unloadModules() {
-  for (Module* module : modules) delete module;
-  modules.clear();
-  functions.clear();
+static void unload(Module* module) {
+  for (auto& [_, function] : module->functions) functions.erase(function.get());
+  modules.erase(module);
+  delete module;
 }
+
+void unloadModules(const Primary* owner) {
+  const std::set<Module*> all = modules;
+  for (Module* module : all)
+    if (module->owner == owner) unload(module);
+}
+
+/// Loading code may wait for all of the context's work ("Lazy Loading", in the CUDA programming guide), and does where that waits for other ranks.
+static Status waitToLoad() { return waitsForRanks() ? waitForEverything() : ok; }
 
 }  // namespace emu
 
@@ -134,7 +144,7 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   if (module->name.size() > only.size() && module->name.compare(module->name.size() - only.size(), only.size(), only) == 0 && capability() != 90) return noBinary;
   for (Kernel* k = kernels; k; k = k->next) {
     if (module->name != k->module) continue;
-    auto function = std::make_unique<Function>(Function{k, 0});
+    auto function = std::make_unique<Function>(Function{k, 0, current});
     functions.insert(function.get());
     module->functions[k->name] = std::move(function);
   }
@@ -144,15 +154,13 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   }
   modules.insert(module.get());
   *handle = module.release();
-  return ok;
+  return waitToLoad();
 }
 EMU_EXPORT int cuModuleUnload(void* handle) {
   ENTER("cuModuleUnload");
   if (!modules.count((Module*)handle)) return invalidHandle;
   const Status status = waitForEverything();
-  for (auto& [_, function] : ((Module*)handle)->functions) functions.erase(function.get());
-  modules.erase((Module*)handle);
-  delete (Module*)handle;
+  unload((Module*)handle);
   return status;
 }
 EMU_EXPORT int cuModuleGetFunction(void** handle, void* module, const char* name) {
@@ -161,7 +169,7 @@ EMU_EXPORT int cuModuleGetFunction(void** handle, void* module, const char* name
   const auto found = ((Module*)module)->functions.find(name);
   if (found == ((Module*)module)->functions.end()) return notFound;
   *handle = found->second.get();
-  return ok;
+  return waitToLoad();
 }
 EMU_EXPORT int cuFuncSetAttribute(void* handle, int attribute, int value) {
   ENTER("cuFuncSetAttribute");
@@ -191,6 +199,11 @@ EMU_EXPORT int cuLaunchKernel(void* handle, unsigned gridX, unsigned gridY, unsi
   Function* function = functionOf(handle);
   Stream* stream = streamOf(streamHandle);
   if (!function || !stream) return invalidHandle;
+  if (function->owner != current || (stream->owner && stream->owner != current)) {
+    recordRefusal("%s: of device %d, on a stream of device %d, while the context of device %d is current", function->kernel->name, deviceOf(function->owner),
+                  deviceOf(stream->owner ? stream->owner : current), deviceOf(current));
+    return invalidHandle;
+  }
   Operation op = operation(Operation::launch, "cuLaunchKernel");
   const void* buffer = nullptr;
   size_t bytes = packedBytes(*function->kernel);

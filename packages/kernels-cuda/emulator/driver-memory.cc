@@ -24,6 +24,7 @@ static Status allocateBytes(uintptr_t* address, size_t bytes) {
     if (const Status status = waitForEverything(); status != ok) return status;
     *address = reserveAllocation(bytes);
   }
+  if (*address) context().owners[*address] = current;
   return *address ? ok : outOfMemory;
 }
 
@@ -45,6 +46,7 @@ EMU_EXPORT int cuMemFree_v2(uintptr_t address) {
   // A device waits for its work before it frees.
   const Status status = waitForEverything();
   closeAllocation(address);
+  context().owners.erase(address);
   return status;
 }
 EMU_EXPORT int cuMemAllocAsync(uintptr_t* address, size_t bytes, void* handle) {
@@ -67,6 +69,7 @@ EMU_EXPORT int cuMemFreeAsync(uintptr_t address, void* handle) {
     recordRefusal("cuMemFreeAsync of 0x%zx, which is no allocation", (size_t)address);
     return invalidValue;
   }
+  context().owners.erase(address);
   Operation op = operation(Operation::release, "cuMemFreeAsync");
   op.to = address;
   return enqueue(*stream, std::move(op));
@@ -76,6 +79,7 @@ EMU_EXPORT int cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
   *pointer = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
   if (!*pointer) return outOfMemory;
   context().pinned[(uintptr_t)*pointer] = bytes;
+  context().owners[(uintptr_t)*pointer] = current;
   return ok;
 }
 EMU_EXPORT int cuMemFreeHost(void* pointer) {
@@ -83,6 +87,7 @@ EMU_EXPORT int cuMemFreeHost(void* pointer) {
   if (!context().pinned.count((uintptr_t)pointer)) return invalidValue;
   const Status status = waitForEverything();
   context().pinned.erase((uintptr_t)pointer);
+  context().owners.erase((uintptr_t)pointer);
   free(pointer);
   return status;
 }
@@ -136,6 +141,10 @@ EMU_EXPORT int cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, 
   Stream* stream = streamOf(handle);
   if (!stream) return invalidHandle;
   if (bytes == 0) return ok;
+  if (to < from + bytes && from < to + bytes) {
+    recordRefusal("cuMemcpyDtoDAsync: %zu bytes from 0x%zx to 0x%zx, which overlap", bytes, (size_t)from, (size_t)to);
+    return invalidValue;
+  }
   Operation op = operation(Operation::copyWithin, "cuMemcpyDtoDAsync");
   op.to = to;
   op.from = from;

@@ -16,16 +16,7 @@ EMU_EXPORT int cuStreamDestroy_v2(void* handle) {
   Stream* stream = streamOf(handle);
   if (!stream || stream == &context().null) return invalidHandle;
   const Status found = runAll(*stream), status = found == notReady ? ok : found;
-  for (auto& [_, event] : context().events)
-    if (event->stream == stream) event->stream = nullptr;
-  const auto forget = [&](Stream& other) {
-    for (Operation& op : other.queue)
-      if (op.kind == Operation::wait && op.stream == stream) op.stream = nullptr;
-  };
-  forget(context().null);
-  for (Stream* other : context().streams) forget(*other);
-  context().streams.erase(stream);
-  delete stream;
+  removeStream(stream);
   return status;
 }
 EMU_EXPORT int cuStreamSynchronize(void* handle) {
@@ -52,7 +43,13 @@ EMU_EXPORT int cuStreamWaitEvent(void* handle, void* eventHandle, unsigned) {
   Stream* stream = streamOf(handle);
   const auto event = context().events.find((Event*)eventHandle);
   if (!stream || event == context().events.end()) return invalidHandle;
-  if (event->second->captured || stream->capture) return stream->capture ? ok : captureUnsupported;
+  if (stream->capture) {
+    if (event->second->captured) return ok;
+    recordRefusal("cuStreamWaitEvent: a stream that is being captured would wait for an event that was recorded outside of the capture");
+    stream->captureBroken = true;
+    return captureIsolation;
+  }
+  if (event->second->captured) return captureUnsupported;
   if (event->second->recorded == 0) return ok;
   Operation op = operation(Operation::wait, "cuStreamWaitEvent");
   op.stream = event->second->stream;
@@ -76,6 +73,10 @@ EMU_EXPORT int cuEventRecord(void* handle, void* streamHandle) {
   Stream* stream = streamOf(streamHandle);
   const auto event = context().events.find((Event*)handle);
   if (!stream || event == context().events.end()) return invalidHandle;
+  if (stream->owner && stream->owner != event->second->owner) {
+    recordRefusal("cuEventRecord: an event of device %d on a stream of device %d", deviceOf(event->second->owner), deviceOf(stream->owner));
+    return invalidHandle;
+  }
   if (stream->capture) {
     event->second->captured = true;
     return ok;

@@ -13,7 +13,7 @@ using namespace emu;
 namespace {
 
 bool initialized;
-int retained;  // owners of the primary context
+int devices = 1;
 std::map<std::string, std::pair<int, int>> injected;  // by call: which following one fails, and how
 
 int capabilityNow;
@@ -30,19 +30,28 @@ void startOver() {
   }
   all.failLaunchAfter = 0;
   injected.clear();
+  for (const auto& [address, _] : std::map<uintptr_t, Primary*>(all.owners))
+    if (!all.pinned.count(address)) all.owners.erase(address);
   freeEverything();
 }
 
-/// With its last owner the context goes, and all that was made in it. Whoever uses a handle of it afterwards is told so, where a driver may crash.
-void closeContext() {
+/// With its last owner a context goes, and all that was made in it. Whoever uses a handle of it afterwards is told so, where a driver may crash.
+void closeContext(Primary* owner) {
   Context& all = context();
+  for (Stream* stream : std::set<Stream*>(all.streams))
+    if (stream->owner == owner) removeStream(stream);
+  for (const auto& [handle, event] : std::map<Event*, std::shared_ptr<Event>>(all.events))
+    if (event->owner == owner) all.events.erase(handle);
+  for (const auto& [address, of] : std::map<uintptr_t, Primary*>(all.owners)) {
+    if (of != owner) continue;
+    if (all.pinned.erase(address)) free((void*)address);
+    else closeAllocation(address);
+    all.owners.erase(address);
+  }
+  unloadModules(owner);
+  for (const Primary& other : primaries)
+    if (other.retained > 0) return;
   all.null.queue.clear();
-  for (Stream* stream : all.streams) delete stream;
-  all.streams.clear();
-  all.events.clear();
-  for (const auto& [address, _] : all.pinned) free((void*)address);
-  all.pinned.clear();
-  unloadModules();
   freeEverything();
 }
 
@@ -74,9 +83,9 @@ bool captureForbids() {
 
 Entry::Entry(const char* call, bool needsContext, const char* group) {
   if (!initialized) status = notInitialized;
-  else if (needsContext && retained == 0) {
+  else if (needsContext && (!current || current->retained == 0)) {
     status = invalidContext;
-    recordRefusal("%s without a context", call);
+    recordRefusal("%s without a context that is current on this thread", call);
   }
   else if (needsContext) status = context().error;
   if (status == ok) status = (Status)injectedFailure(call);
@@ -127,7 +136,7 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, status};
   }
 }
-/// "readsHost", "idle", and "checks", "lazy", "reversed", "fp8Bits", "approximate" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
+/// "readsHost", "idle", "devices" (one by default), and "checks", "lazy", "reversed", "fp8Bits", "approximate" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
 /// them left no marks.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
@@ -139,6 +148,7 @@ EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   if (strcmp(name, "fp8Bits") == 0) fp8Bits = value;
   if (strcmp(name, "approximate") == 0) approximate = value;
   if (strcmp(name, "capability") == 0) capabilityNow = value;
+  if (strcmp(name, "devices") == 0) devices = value < mostDevices ? value : mostDevices;
   if (strcmp(name, "checks") == 0) {
     checksOn = value != 0;
     reserveMemory();
@@ -185,13 +195,13 @@ EMU_EXPORT int cuDriverGetVersion(int* version) {
 }
 EMU_EXPORT int cuDeviceGetCount(int* count) {
   ENTER("cuDeviceGetCount", false);
-  *count = 1;
+  *count = devices;
   return ok;
 }
 EMU_EXPORT int cuDeviceGet(int* device, int ordinal) {
   ENTER("cuDeviceGet", false);
-  *device = 0;
-  return ordinal == 0 ? ok : 101;
+  *device = ordinal;
+  return ordinal >= 0 && ordinal < devices ? ok : invalidDevice;
 }
 EMU_EXPORT int cuDeviceGetName(char* name, int length, int) {
   ENTER("cuDeviceGetName", false);
@@ -235,25 +245,31 @@ EMU_EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   }
   return attribute > 0 && attribute < 200 ? ok : invalidValue;
 }
-EMU_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int) {
+EMU_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int device) {
   ENTER("cuDevicePrimaryCtxRetain", false);
-  retained++;
-  *handle = &context();
+  if (device < 0 || device >= devices) return invalidDevice;
+  primaries[device].retained++;
+  *handle = &primaries[device];
   return ok;
 }
-EMU_EXPORT int cuDevicePrimaryCtxRelease_v2(int) {
+EMU_EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
   ENTER("cuDevicePrimaryCtxRelease_v2", false);
-  if (retained == 0) return invalidContext;
-  if (--retained == 0) closeContext();
+  if (device < 0 || device >= mostDevices) return invalidDevice;
+  Primary& owner = primaries[device];
+  if (owner.retained == 0) return invalidContext;
+  if (--owner.retained == 0) closeContext(&owner);
   return ok;
 }
-EMU_EXPORT int cuCtxSetCurrent(void*) {
+EMU_EXPORT int cuCtxSetCurrent(void* handle) {
   ENTER("cuCtxSetCurrent", false);
+  Primary* const wanted = (Primary*)handle;
+  if (wanted && (wanted < primaries || wanted >= primaries + mostDevices || wanted->retained == 0)) return invalidContext;
+  current = wanted;
   return ok;
 }
 EMU_EXPORT int cuCtxGetCurrent(void** handle) {
   ENTER("cuCtxGetCurrent", false);
-  *handle = retained ? &context() : nullptr;
+  *handle = current;
   return ok;
 }
 EMU_EXPORT int cuCtxSynchronize() {

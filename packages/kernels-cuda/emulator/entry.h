@@ -32,8 +32,8 @@ bool captureForbids();
 
 // Kernels and their arguments.
 
-/// With the context all modules go.
-void unloadModules();
+/// With a context all of its modules go.
+void unloadModules(const Primary* owner);
 Function* functionOf(void* handle);
 Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t shared, size_t bytes);
 Status unpackExtra(void** extra, const void** buffer, size_t* bytes);

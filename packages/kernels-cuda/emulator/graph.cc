@@ -50,6 +50,7 @@ EMU_EXPORT int cuGraphInstantiateWithFlags(void** handle, void* graph, unsigned 
   ENTER("cuGraphInstantiateWithFlags");
   if (!graphs.count((Graph*)graph)) return invalidValue;
   auto exec = std::make_unique<GraphExec>();
+  exec->owner = ((Graph*)graph)->owner;
   for (const auto& node : ((Graph*)graph)->nodes) {
     exec->indexOf[node.get()] = exec->operations.size();
     exec->operations.push_back(*node);
@@ -62,6 +63,11 @@ EMU_EXPORT int cuGraphLaunch(void* handle, void* streamHandle) {
   ENTER("cuGraphLaunch");
   Stream* stream = streamOf(streamHandle);
   if (!execs.count((GraphExec*)handle) || !stream) return invalidHandle;
+  const Primary* const owner = ((GraphExec*)handle)->owner;
+  if (stream->owner && stream->owner != owner) {
+    recordRefusal("cuGraphLaunch: a graph of device %d on a stream of device %d", deviceOf(owner), deviceOf(stream->owner));
+    return invalidHandle;
+  }
   for (const Operation& op : ((GraphExec*)handle)->operations)
     if (const Status status = enqueue(*stream, op); status != ok) return status;
   return ok;

@@ -10,13 +10,18 @@ EMU_EXPORT int moe_emulator_enter(const char* call, int* wanted) {
   return Entry("").status;
 }
 
-/// Queues `work` with a copy of its arguments; in a capture it becomes a node. What it returns is a status of the driver.
-EMU_EXPORT int moe_emulator_work(const char* call, int (*work)(const void* arguments), const void* arguments, size_t bytes, void* handle) {
+/// The device whose context is current, or -1.
+EMU_EXPORT int moe_emulator_device() { return current ? deviceOf(current) : -1; }
+
+/// Queues `work` with a copy of its arguments; in a capture it becomes a node. What it returns is a status of the driver; `ofRanks` if that may be that it
+/// waits for another rank.
+EMU_EXPORT int moe_emulator_work(const char* call, int (*work)(const void* arguments), const void* arguments, size_t bytes, void* handle, int ofRanks) {
   ENTER("moe_emulator_work");
   Stream* stream = streamOf(handle);
   if (!stream) return invalidHandle;
   Operation op = operation(Operation::work, call);
   op.perform = work;
+  op.ofRanks = ofRanks != 0;
   op.data.assign((const char*)arguments, (const char*)arguments + bytes);
   return enqueue(*stream, std::move(op));
 }

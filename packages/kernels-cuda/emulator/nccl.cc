@@ -71,6 +71,11 @@ std::string placeOf(const Comm& comm, int from, int to, uint64_t number) {
   return comm.folder + "/" + std::to_string(from) + "-" + std::to_string(to) + "-" + std::to_string(number);
 }
 std::string arrivalOf(const Comm& comm, int rank) { return comm.folder + "/came-" + std::to_string(rank); }
+/// Where a rank is, in the file of its arrival.
+struct Place {
+  int process, device;
+  bool operator==(const Place& other) const { return process == other.process && device == other.device; }
+};
 std::string departureOf(const Comm& comm, int rank) { return comm.folder + "/left-" + std::to_string(rank); }
 
 bool write(const std::string& place, const void* data, size_t bytes) {
@@ -94,6 +99,20 @@ bool take(const Comm& comm, const Message& message, int* status) {
   if (file) fclose(file);
   unlink(place.c_str());
   return true;
+}
+
+/// Devices of one process are told apart; other processes have emulated devices of their own.
+int checkPlaces(const Comm& comm) {
+  std::vector<Place> places((size_t)comm.ranks);
+  for (int rank = 0; rank < comm.ranks; rank++) {
+    FILE* file = fopen(arrivalOf(comm, rank).c_str(), "rb");
+    if (!file || fread(&places[(size_t)rank], 1, sizeof(Place), file) != sizeof(Place)) places[(size_t)rank] = {-1, rank};
+    if (file) fclose(file);
+    for (int other = 0; other < rank; other++)
+      if (places[(size_t)other] == places[(size_t)rank])
+        return refuse(invalidUsage, "ncclCommInitRankConfig: ranks %d and %d are on one device", other, rank);
+  }
+  return success;
 }
 
 void release(Comm* comm) {
@@ -207,7 +226,8 @@ EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const
   fresh->rank = rank;
   fresh->sent.resize((size_t)ranks);
   fresh->received.resize((size_t)ranks);
-  if (access(arrivalOf(*fresh, rank).c_str(), F_OK) == 0 || !write(arrivalOf(*fresh, rank), "", 0)) {
+  const Place place{(int)getpid(), moe_emulator_device()};
+  if (access(arrivalOf(*fresh, rank).c_str(), F_OK) == 0 || !write(arrivalOf(*fresh, rank), &place, sizeof place)) {
     delete fresh;
     return refuse(invalidArgument, "ncclCommInitRankConfig: rank %d is there already, or %s is not", rank, id.folder);
   }
@@ -224,13 +244,13 @@ EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
   if (!comm->met) {
     comm->met = true;
     for (int rank = 0; rank < comm->ranks; rank++) comm->met &= access(arrivalOf(*comm, rank).c_str(), F_OK) == 0;
-    if (comm->met) comm->state = success;
+    if (comm->met) comm->state = checkPlaces(*comm);
   } else if (comm->state == inProgress) {
     // What was asked for comes into the streams now.
     comm->state = success;
     for (Batch* batch : comm->waiting) {
       comm->queued++;
-      if (moe_emulator_work("NCCL", carry, &batch, sizeof batch, batch->stream) != 0) comm->state = unhandledCudaError;
+      if (moe_emulator_work("NCCL", carry, &batch, sizeof batch, batch->stream, 1) != 0) comm->state = unhandledCudaError;
     }
     comm->waiting.clear();
   }

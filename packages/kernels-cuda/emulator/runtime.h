@@ -22,6 +22,7 @@ enum Status : int {
   invalidValue = 1,
   outOfMemory = 2,
   notInitialized = 3,
+  invalidDevice = 101,
   invalidContext = 201,
   invalidImage = 200,
   noBinary = 209,
@@ -34,6 +35,7 @@ enum Status : int {
   launchFailed = 719,
   captureUnsupported = 900,
   captureInvalidated = 901,
+  captureIsolation = 905,
 };
 
 // --- the launch in progress (block.cc) ---

@@ -10,6 +10,9 @@ Context& context() {
   return *all;
 }
 
+Primary primaries[mostDevices];
+thread_local Primary* current;
+
 Stream* streamOf(void* handle) {
   // 1 and 2 name the legacy and the per-thread default stream.
   if ((uintptr_t)handle <= 2) return &context().null;
@@ -95,7 +98,8 @@ Status runAll(Stream& stream) { return runThrough(stream, ~(uint64_t)0); }
 
 Status runEverything() {
   bool waits = runAll(context().null) == notReady;
-  for (Stream* stream : context().streams) waits |= runAll(*stream) == notReady;
+  for (Stream* stream : context().streams)
+    if (stream->owner == current) waits |= runAll(*stream) == notReady;
   return context().error != ok ? context().error : waits ? notReady : ok;
 }
 
@@ -107,6 +111,28 @@ Status waitFor(const std::function<Status()>& run) {
   recordRefusal("a wait for work that waits for another rank did not end in 20 s");
   fail(launchFailed);
   return launchFailed;
+}
+
+void removeStream(Stream* stream) {
+  for (auto& [_, event] : context().events)
+    if (event->stream == stream) event->stream = nullptr;
+  const auto forget = [&](Stream& other) {
+    for (Operation& op : other.queue)
+      if (op.kind == Operation::wait && op.stream == stream) op.stream = nullptr;
+  };
+  forget(context().null);
+  for (Stream* other : context().streams) forget(*other);
+  context().streams.erase(stream);
+  delete stream;
+}
+
+bool waitsForRanks() {
+  for (const Stream* stream : context().streams) {
+    if (stream->owner != current) continue;
+    for (const Operation& op : stream->queue)
+      if (op.kind == Operation::work && op.ofRanks) return true;
+  }
+  return false;
 }
 
 Status waitForEverything() { return waitFor(runEverything); }

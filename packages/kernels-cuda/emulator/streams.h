@@ -11,12 +11,24 @@
 
 namespace emu {
 
+/// A device's primary context, whose handle is its address.
+struct Primary {
+  int retained = 0;
+};
+constexpr int mostDevices = 8;
+extern Primary primaries[mostDevices];
+/// The context that is current on the calling thread, or null. What a thread creates belongs to it.
+extern thread_local Primary* current;
+inline int deviceOf(const Primary* owner) { return (int)(owner - primaries); }
+
 struct Function {
   Kernel* kernel;
   uint32_t maxDynamicShared;  // as asked for, or 0
+  Primary* owner = current;
 };
 
 struct Event {
+  Primary* owner = current;
   uint64_t recorded = 0, done = 0;  // sequence numbers of the latest record, asked for and run
   struct Stream* stream = nullptr;
   double seconds = 0;
@@ -35,6 +47,7 @@ struct Operation {
   std::vector<char> data;  // packed arguments, or what a pageable upload held when it was asked for
   // work of another library, with a copy of its arguments in `data`
   int (*perform)(const void* arguments) = nullptr;
+  bool ofRanks = false;  // it may wait for another rank
   // copies, fills, allocations
   uintptr_t to = 0, from = 0;
   size_t bytes = 0, capacity = 0;
@@ -51,15 +64,18 @@ struct Operation {
 };
 
 struct Graph {
+  Primary* owner = current;
   std::vector<std::unique_ptr<Operation>> nodes;
 };
 
 struct GraphExec {
+  Primary* owner;
   std::vector<Operation> operations;
   std::map<const Operation*, size_t> indexOf;
 };
 
 struct Stream {
+  Primary* owner = current;
   std::deque<Operation> queue;
   bool blocking = true;  // ordered with the null stream
   bool asked = false;
@@ -68,7 +84,7 @@ struct Stream {
   bool captureRelaxed = false;
 };
 
-/// All that a process has of the device. Never destroyed: kernels may run until the end.
+/// All that a process has of its devices. Never destroyed: kernels may run until the end.
 struct Context {
   Status error = ok;  // sticky
   bool lazy = true;
@@ -78,6 +94,7 @@ struct Context {
   std::set<Stream*> streams;
   std::map<Event*, std::shared_ptr<Event>> events;
   std::map<uintptr_t, size_t> pinned;
+  std::map<uintptr_t, Primary*> owners;  // of pinned and device memory
   uint64_t sequence = 0;
   int failLaunchAfter = 0;
   Status failLaunch = ok;
@@ -89,10 +106,15 @@ Status enqueue(Stream& stream, Operation operation);
 /// Runs what a stream holds, through a sequence number. `notReady` where work of another library waits for another process.
 Status runThrough(Stream& stream, uint64_t sequence);
 Status runAll(Stream& stream);
+/// Runs what the streams of the current context hold.
 Status runEverything();
 /// The same until it is done, for calls that wait.
 Status waitFor(const std::function<Status()>& run);
 Status waitForEverything();
 Stream* streamOf(void* handle);
+/// Destroys a stream that holds nothing. Other streams no longer wait for it.
+void removeStream(Stream* stream);
+/// Whether work that waits for other ranks is in a stream of the current context.
+bool waitsForRanks();
 
 }  // namespace emu

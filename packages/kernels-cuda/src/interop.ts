@@ -55,7 +55,7 @@ export interface CudaInterop {
     dtype: 'f32' | 'bf16' | 'i32',
     reduction: 'sum' | 'mean' | 'max',
   ): void
-  /** Creates a queue. Dispose of it before the backend. */
+  /** Creates a queue. Dispose of it before the backend. The first one loads all kernels, because loading one may wait for the work of all queues. */
   queue(): DeviceQueue
 }
 
@@ -64,7 +64,7 @@ export function createInterop(
   run: <T>(op: string, fn: () => T) => T,
   backend: () => CudaBackend,
 ): CudaInterop {
-  const { context, cuda, device, driver, memory, stream } = opened
+  const { context, cuda, device, driver, memory, modules, stream } = opened
   const reduce = reduceRanks(cuda)
   const direct = <T>(op: string, fn: () => T): T => {
     if (opened.recording === null) return run(op, fn)
@@ -95,19 +95,14 @@ export function createInterop(
     reduceRanks: (...args) => direct('reduceRanks', () => reduce(...args)),
     queue() {
       context.use()
-      const queue = new Stream(driver, device)
+      modules.loadAll()
+      const queue = new Stream(driver, context, device)
       return {
         handle: queue.handle,
-        waitForBackend() {
-          context.use()
-          queue.follow(stream)
-        },
+        waitForBackend: () => direct('waitForBackend', () => queue.follow(stream)),
         synchronize(look) {
           context.use()
-          return queue.sync(() => {
-            look?.()
-            context.use()
-          })
+          return queue.sync(look)
         },
         dispose() {
           if (!context.open) return

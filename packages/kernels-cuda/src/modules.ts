@@ -45,6 +45,8 @@ export class Modules {
   readonly #folder: string
   readonly #device: Device
   readonly #loaded = new Map<string, number>()
+  /** Loads each kernel that has not been loaded yet; undefined after `loadAll`. */
+  #loads: Array<() => void> | undefined = []
   /** The addresses of each kernel's arguments. The driver reads them, so they are kept alive. */
   readonly #lists: BigUint64Array[] = []
   readonly #arguments: Packed
@@ -96,12 +98,17 @@ export class Modules {
     this.#lists.push(addresses)
     const list = this.#driver.address(addresses.buffer)
     let entry = 0
+    const load = () => {
+      if (entry === 0) entry = this.#find(module, name)
+    }
+    if (this.#loads === undefined) load()
+    else this.#loads.push(load)
     let shared = 0
     return (shape, ...args) => {
       const { grid, block, shared: sharedBytes = 0 } = shape
       const [x, y, z] = typeof grid === 'number' ? [grid, 1, 1] : [grid[0], grid[1] ?? 1, grid[2] ?? 1]
       if (x === 0 || y === 0 || z === 0) return
-      if (entry === 0) entry = this.#find(module, name)
+      load()
       if (sharedBytes > shared) {
         const context = `asking for ${sharedBytes} bytes of shared memory`
         this.#driver.check(
@@ -123,6 +130,16 @@ export class Modules {
         arguments: list,
       })
     }
+  }
+
+  /**
+   * Loads all kernels, and later ones when they are created. Loading a kernel may wait until the device has finished all work of the context, which never
+   * happens if a message on another stream waits for a rank that needs the results of this kernel (CUDA programming guide, "Lazy Loading").
+   */
+  loadAll(): void {
+    const loads = this.#loads ?? []
+    this.#loads = undefined
+    for (const load of loads) load()
   }
 
   /** Whether this module exists: those for one architecture (`<op>-sm90a`) may not have been built. */

@@ -73,7 +73,7 @@ export async function openCuda(options: CudaOptions): Promise<Opened> {
   const context = new Context(driver, device.ordinal)
   const modules = new Modules(driver, device, options.kernels)
   modules.probe()
-  const stream = new Stream(driver, device)
+  const stream = new Stream(driver, context, device)
   const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
   const wgmma =
     (options.wgmma ?? asked.length > 0) &&

@@ -1,5 +1,6 @@
 /** @file The stream on which everything runs: launches, copies, and waiting without blocking the event loop. */
 import { type HostArray, MoeError } from '@moe/core'
+import type { Context } from './driver/context.ts'
 import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
@@ -16,6 +17,7 @@ export const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
 export class Stream {
   readonly handle: number
   readonly #driver: Driver
+  readonly #context: Context
   readonly #readsHostMemory: boolean
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
@@ -26,8 +28,9 @@ export class Stream {
   /** Milliseconds of the latest long wait, by what it waited for. */
   readonly #waits = new Map<string, number>()
 
-  constructor(driver: Driver, { readsHostMemory }: Pick<Device, 'readsHostMemory'>) {
+  constructor(driver: Driver, context: Context, { readsHostMemory }: Pick<Device, 'readsHostMemory'>) {
     this.#driver = driver
+    this.#context = context
     this.#readsHostMemory = readsHostMemory
     this.handle = driver.out(word => driver.call.cuStreamCreate(word, flags.streamNonBlocking), 'kernels-cuda')
     this.#pinned = new PinnedPool(driver)
@@ -114,7 +117,10 @@ export class Stream {
       await this.#settled('download')
       new Uint8Array(data.buffer, data.byteOffset, bytes).set(pinned.bytes.subarray(0, bytes))
     } finally {
-      if (!this.#disposed) this.#pinned.giveBack(pinned)
+      if (!this.#disposed) {
+        this.#context.use()
+        this.#pinned.giveBack(pinned)
+      }
     }
   }
 
@@ -137,6 +143,7 @@ export class Stream {
       fn()
       this.#driver.check(call.cuEventRecord(events[1], this.handle), 'elapsed')
       await this.#settled('elapsed')
+      this.#context.use()
       const milliseconds = new Float32Array(1)
       this.#driver.check(call.cuEventElapsedTime(milliseconds, events[0], events[1]), 'elapsed')
       return milliseconds[0]
@@ -219,6 +226,8 @@ export class Stream {
         if (this.#disposed)
           throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed while waiting' })
         look?.()
+        // Another backend on this thread may have made its context current, or have been disposed while it was.
+        this.#context.use()
         code = call.cuEventQuery(event)
       }
       const waited = performance.now() - started

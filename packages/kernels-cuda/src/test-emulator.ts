@@ -58,7 +58,14 @@ export function openEmulator() {
   const loadModule = (image: Uint8Array) => call('cuModuleLoadData', at(word), at(image))
 
   check(call('cuInit', 0), 'cuInit')
-  out('cuDevicePrimaryCtxRetain', 0)
+  const contexts = new Map<number, number>()
+  /** Makes a device's context current. */
+  const use = (ordinal: number) => {
+    const context = contexts.get(ordinal) ?? out('cuDevicePrimaryCtxRetain', ordinal)
+    contexts.set(ordinal, context)
+    check(call('cuCtxSetCurrent', context), 'cuCtxSetCurrent')
+  }
+  use(0)
   check(loadModule(Buffer.from('moe-emulated-module emulator-tests\n\0')), 'module')
   const module = Number(word[0])
   const functionOf = (name: string) => {
@@ -69,6 +76,7 @@ export function openEmulator() {
 
   return {
     call,
+    use,
     loadModule,
     report: library.func('const char* moe_emulator_report()') as unknown as () => string,
     reset: library.func('void moe_emulator_reset()') as unknown as () => void,

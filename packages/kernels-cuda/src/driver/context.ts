@@ -7,16 +7,15 @@ import { status } from './status.ts'
 export class Context {
   static #current = 0
   readonly #driver: Driver
-  readonly #ordinal: number
+  readonly #device: number
   readonly #handle: number
   #retained = true
 
   constructor(driver: Driver, ordinal: number) {
     this.#driver = driver
-    this.#ordinal = ordinal
-    const device = driver.out(word => driver.call.cuDeviceGet(word, ordinal), 'kernels-cuda')
+    this.#device = driver.out(word => driver.call.cuDeviceGet(word, ordinal), 'kernels-cuda')
     const word = new BigUint64Array(1)
-    const code = driver.call.cuDevicePrimaryCtxRetain(word, device)
+    const code = driver.call.cuDevicePrimaryCtxRetain(word, this.#device)
     // Another process has exclusive use of the device, or its memory is full: another backend may work.
     if (code !== status.success) throw unusable(driver, code, ordinal)
     this.#handle = Number(word[0])
@@ -42,7 +41,7 @@ export class Context {
   release(): void {
     if (!this.#retained) return
     this.#retained = false
-    this.#driver.call.cuDevicePrimaryCtxRelease(this.#ordinal)
+    this.#driver.call.cuDevicePrimaryCtxRelease(this.#device)
   }
 }
 

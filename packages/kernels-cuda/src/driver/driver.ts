@@ -49,8 +49,6 @@ export const prototypes = {
     'int cuTensorMapEncodeTiled(void* map, int type, unsigned int rank, uint64_t address, const void* sizes, const void* strides, const void* box, const void* elementStrides, int interleave, int swizzle, int promotion, int fill)',
   cuGraphInstantiate: 'int cuGraphInstantiateWithFlags(void* exec, uint64_t graph, unsigned long long flags)',
   cuGraphGetNodes: 'int cuGraphGetNodes(uint64_t graph, void* nodes, void* count)',
-  cuGraphExecKernelNodeSetParams:
-    'int cuGraphExecKernelNodeSetParams_v2(uint64_t exec, uint64_t node, const void* parameters)',
   cuGraphLaunch: 'int cuGraphLaunch(uint64_t exec, uint64_t stream)',
   cuGraphExecDestroy: 'int cuGraphExecDestroy(uint64_t exec)',
   cuGraphDestroy: 'int cuGraphDestroy(uint64_t graph)',

@@ -26,7 +26,7 @@ export const unavailable =
     ? undefined
     : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
 
-/** NCCL accepts one rank per device. The emulator has any number of devices. */
+/** NCCL accepts one rank per device. An emulated process can have up to eight. */
 export const mostRanks = onDevice ? countDevices() : 4
 
 function countDevices(): number {
@@ -37,9 +37,11 @@ function countDevices(): number {
   return count[0]
 }
 
-/** The backend of a rank. `guarded` detects out-of-bounds access. */
-export const backendOf = (rank: number, guarded = true): Promise<CudaBackend> =>
-  createBackend({ guarded, ...(onDevice ? { device: rank } : { driver, kernels: folder }) })
+/** The backend of a rank, on a device of its own. `guarded` detects out-of-bounds access. */
+export function backendOf(rank: number, guarded = true): Promise<CudaBackend> {
+  if (!onDevice) koffi.load(driver).func('void moe_emulator_set(const char* name, int value)')('devices', mostRanks)
+  return createBackend({ guarded, device: rank, ...(onDevice ? {} : { driver, kernels: folder }) })
+}
 
 /** Connects ranks, each with its own backend, by NCCL. */
 export const connect = (host: Communicator, backend: CudaBackend): Promise<Communicator> =>
