@@ -1,9 +1,9 @@
-// Elementwise kernels of several operands with numpy broadcasting.
+// Elementwise kernels with several operands and NumPy-style broadcasting.
 #pragma once
 #include "each.cuh"
 #include "nest.cuh"
 
-/// The k-th operand of a nest. Along the innermost axis its stride is 1 or 0.
+/// The k-th operand of a nest. Its stride along the innermost axis is 1, or 0 if it is broadcast there.
 template <class T, int k>
 struct Operand {
   const T* data;
@@ -20,11 +20,11 @@ MOE_DEVICE Pack<T> four(Operand<T, k> x, const int64_t (&at)[K], const Nest<K>& 
   return Pack<T>{{same, same, same, same}};
 }
 
-/// y[i] = fn of what the operands have at place i of the nest.
+/// y[i] = fn(operands at element i of the nest).
 template <class Y, class F, class... X, int... k>
 MOE_DEVICE void broadcast(Y* y, int64_t n, int rank, const Nest<sizeof...(X)>& nest, F fn, Operand<X, k>... x) {
   int64_t at[sizeof...(X)];
-  // An operand that moves along the innermost axis has whole rows of it, so all of its rows are aligned if one is.
+  // An operand that is contiguous along the innermost axis has complete rows, so if one row is aligned, all are.
   const bool aligned = rank == 1 || nest[0] % 4 == 0;
   for (int64_t i = 4 * gridThread(); i < n; i += 4 * gridThreads()) {
     if (aligned && i + 4 <= n) {

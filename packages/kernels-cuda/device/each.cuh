@@ -1,14 +1,14 @@
-// Elementwise kernels, four elements to a thread at a time.
+// Elementwise kernels. Each thread processes packs of four elements in a grid-stride loop.
 #pragma once
 #include "moe.cuh"
 
-/// Elements that are read or written at once.
+/// N elements that are loaded or stored with one access.
 template <class T, int N = 4>
 struct alignas(N * sizeof(T)) Pack {
   T v[N];
 };
 
-// By value: through a reference the compiler would read one element at a time.
+// Returned by value: through a reference, the compiler would load one element at a time.
 template <int N = 4, class T>
 MOE_DEVICE Pack<T, N> loadPack(const T* x) {
   return *(const Pack<T, N>*)x;
@@ -25,7 +25,7 @@ MOE_DEVICE Pack<Y> mapPack(F fn, const Pack<X>&... x) {
   return y;
 }
 
-/// y[i] = fn(x[i]); both start at a multiple of 16 bytes.
+/// y[i] = fn(x[i]). Both pointers are aligned to 16 bytes.
 template <class Y, class X, class F>
 MOE_DEVICE void each(Y* y, const X* x, int64_t n, F fn) {
   for (int64_t i = 4 * gridThread(); i < n; i += 4 * gridThreads()) {

@@ -1,26 +1,29 @@
-// What becomes of a tile of logits x weight^T in cross-entropy: it is reduced to what is needed of it, or to its gradient.
-// Legend: N rows of x, V rows of weight (here: a chunk of them, `first` .. `first` + V - 1 of all), D features.
+// Epilogues of the product x weight^T in linear cross-entropy. A tile of logits is never stored: it is reduced to what
+// the loss needs of it (forward), or turned into its gradient (backward).
+// Legend: N rows of x, V rows of weight (here: one chunk of the vocabulary, rows `first` .. `first` + V - 1), D
+// features.
 #pragma once
 #include "four.cuh"
 #include "rounded-tile.cuh"
 
-/// e^(x - base), quicker where operands are rounded anyway.
+/// e^(x - base). Uses a fast approximation if the operands are bf16.
 template <class Tile>
 MOE_DEVICE float exponential(float x, float base) {
   return sizeof(typename Tile::Element) == 2 ? expFast(x, base) : expf(x - base);
 }
 
-/// Of logits in a row: the largest, and the sum of exponentials over it.
+/// Partial softmax statistics of a row: the maximum, and the sum of exp(logit - maximum).
 struct RowEntropy {
   float highest, total;
 };
-/// What is taken off logits before their exponentials: -inf - -inf would be no number.
+/// What is subtracted from logits before the exponential. Avoids -inf - -inf, which would be NaN.
 MOE_DEVICE float exponentialBase(float highest) { return highest == -infinity() ? 0.f : highest; }
 
-/// Row i of this warp's part of a tile, of whose columns those count for which exists(j), j as in column(j). The logit of the tile's own column `target`, which exists or
-/// lies outside of the tile, goes to *targetLogit where this thread has it.
+/// Softmax statistics of row i of this warp's part of a tile, over the columns for which exists(j) is true (j as in
+/// column(j)). `target` is the target's column within the tile; it exists or lies outside of the tile. The thread that
+/// holds the target's logit writes it to *targetLogit.
 template <class Tile, class Exists>
-MOE_DEVICE RowEntropy rowEntropy(typename Tile::Sums& logits, int i, Exists exists, int target, float* targetLogit) {
+MOE_DEVICE RowEntropy rowEntropy(typename Tile::Accumulator& logits, int i, Exists exists, int target, float* targetLogit) {
   const int own = target - Tile::column(0);
   float highest = -infinity();
 #pragma unroll
@@ -45,16 +48,16 @@ MOE_DEVICE RowEntropy rowEntropy(typename Tile::Sums& logits, int i, Exists exis
   return {highest, total};
 }
 
-/// What a gradient takes of the loss: `classes` classes, of which the tile's chunk begins with `first`.
+/// What the gradient needs of the loss. There are `classes` classes in total, and the chunk starts with class `first`.
 struct LossRows {
   const int* targets;
   const float *lse, *dloss;
   int first, classes, ignoreIndex;
 };
 
-/// storeLogitsGradient of a tile of which all columns exist if Whole.
+/// storeLogitsGradient for one tile. Whole: all of its columns exist, so no bounds are checked.
 template <class Tile, bool Whole>
-MOE_DEVICE void storeGradientTile(typename Tile::Element* dlogits, typename Tile::Sums& logits, int row, int column, const LossRows& loss, int N, int V, int ld) {
+MOE_DEVICE void storeGradientTile(typename Tile::Element* dlogits, typename Tile::Accumulator& logits, int row, int column, const LossRows& loss, int N, int V, int ld) {
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = row + Tile::row(i);
@@ -62,7 +65,7 @@ MOE_DEVICE void storeGradientTile(typename Tile::Element* dlogits, typename Tile
     const int target = exists ? loss.targets[r] : loss.ignoreIndex;
     const bool counts = target >= 0 && target < loss.classes && target != loss.ignoreIndex;
     const float rowLse = exists ? loss.lse[r] : 0.f, factor = exists ? loss.dloss[r] : 0.f;
-    // From here on columns are counted from this thread's first.
+    // From here on, columns are relative to this thread's first one.
     const int begin = column + Tile::column(0), own = target - loss.first - begin, classesLeft = V - begin;
     const auto gradient = [&](int j) {
       float p = exponential<Tile>(Tile::at(logits, i, j), rowLse);
@@ -90,10 +93,10 @@ MOE_DEVICE void storeGradientTile(typename Tile::Element* dlogits, typename Tile
   }
 }
 
-/// The tile from (row, column) on of dlogits [N, ld], with zeros from V to ld: (softmax - onehot(target)) dloss, zeros where the target does
-/// not count.
+/// Writes the tile at (row, column) of dlogits [N, ld], with zeros from column V to ld: (softmax - onehot(target))
+/// dloss, or zeros in rows whose target is ignored.
 template <class Tile>
-MOE_DEVICE void storeLogitsGradient(typename Tile::Element* dlogits, typename Tile::Sums& logits, int row, int column, const LossRows& loss, int N, int V, int ld) {
+MOE_DEVICE void storeLogitsGradient(typename Tile::Element* dlogits, typename Tile::Accumulator& logits, int row, int column, const LossRows& loss, int N, int V, int ld) {
   if (V - column >= Tile::BN) storeGradientTile<Tile, true>(dlogits, logits, row, column, loss, N, V, ld);
   else storeGradientTile<Tile, false>(dlogits, logits, row, column, loss, N, V, ld);
 }

@@ -1,5 +1,6 @@
-// Products with so few rows that reading the weight is all the work: it is read once, as f32, and rounded on the way where asked for.
-// Blocks of 128 threads.
+// Products with few rows (GEMV-like), which are limited by the bandwidth of reading the weight. The weight is read
+// once, as f32, and rounded to bf16 in registers if requested. Blocks of 128 threads; k is split among the threads, and
+// the partial sums are added in a fixed order.
 #pragma once
 #include "moe.cuh"
 
@@ -10,7 +11,8 @@ MOE_DEVICE float4 operand(float4 x) {
   return make_float4(lowBf16(low), highBf16(low), lowBf16(high), highBf16(high));
 }
 
-/// y [rows, 4 columns] = x weight^T for R rows of x at most and `columns` rows of weight, both with k (a multiple of 4) elements a row.
+/// y [rows, 4 columns] = x weight^T, for at most R rows of x and `columns` rows of weight. Both have k (a multiple of
+/// 4) elements per row. Each thread takes four neighbouring k of every 512.
 template <int R, bool Bf16>
 MOE_DEVICE void fewRowsTimesRows(float (*parts)[32], float* y, const float* x, const float* weight, int rows, int columns, int k, int ldy) {
   float sums[R][4] = {};
@@ -45,8 +47,8 @@ MOE_DEVICE void fewRowsTimesRows(float (*parts)[32], float* y, const float* x, c
   }
 }
 
-/// y [rows, 128 columns] = x weight for R rows of x at most and a weight of k rows with ldw (a multiple of 4) elements: every warp takes a
-/// quarter of k, every lane 4 columns.
+/// y [rows, 128 columns] = x weight, for at most R rows of x and a weight of k rows with ldw (a multiple of 4)
+/// elements. Each warp takes every fourth k, each lane 4 columns.
 template <int R, bool Bf16>
 MOE_DEVICE void fewRowsTimesColumns(float (*parts)[1024], float* y, const float* x, const float* weight, int rows, int columns, int k, int ldw) {
   const int column = threadIdx.x % 32 * 4, warp = threadIdx.x / 32;
@@ -75,7 +77,7 @@ MOE_DEVICE void fewRowsTimesColumns(float (*parts)[1024], float* y, const float*
 
 constexpr int mostFewRows = 8;
 
-/// The same for 0 to mostFewRows rows.
+/// fewRowsTimesRows for 0 to mostFewRows rows: selects R.
 template <bool Bf16>
 MOE_DEVICE void fewRows(float* y, const float* x, const float* weight, int rows, int columns, int k, int ldy) {
   MOE_SHARED(float, parts, [4][32]);

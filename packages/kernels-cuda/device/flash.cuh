@@ -1,18 +1,20 @@
-// Attention in tiles: two engines with one interface, on which attention.cu is written once.
-//   BM rows against BN rows, DK features of queries and keys, DV of values; Threads, sharedBytes of scratch; Element in global memory
-//   Scores                            a BM x BN tile; this thread has Rows x Columns of it, at row(i), column(j)
-//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>, in runs of Run;
-//                                     sumColumn<D>(j) is sumColumn<D>(0) + sumStep(j), which is the same for all threads
-//   copyRows<Count, D>(...)           starts the copy of Count rows of D features to shared memory (tileSize<Count, D> elements)
-//   dot<D>(scores, x, y)              scores += x y^T, x of BM rows, y of BN rows
-//   add<D>(sums, scores, y, scratch)  sums += scores y, y of BN rows; scores are rounded to Element
-//   exponential(x)                    of Unit, and Unit = log(e) of it
-// A row is shared by RowLanes lanes that differ in the lowest bits, and a warp needs no other warp's rows.
+// Flash attention: two engines with the same interface, for which attention.cu is written once.
+//   BM rows against BN columns; DK features of queries and keys, DV of values; Threads per block; scratchBytes of shared memory; Element in global memory
+//   Scores                            a BM x BN tile; this thread holds Rows x Columns of it, at row(i), column(j)
+//   Accumulator<D>                    a BM x D tile; this thread holds the same rows, and columns outputColumn<D>(j), j < outputColumns<D>, in runs of Run;
+//                                     outputColumn<D>(j) is outputColumn<D>(0) + columnStep(j), and columnStep is the same for all threads
+//   copyRows<Count, D>(...)           starts the asynchronous copy of Count rows of D features to shared memory (tileSize<Count, D> elements)
+//   dot<D>(scores, x, y)              scores += x y^T; x has BM rows, y has BN rows
+//   add<D>(sums, scores, y, scratch)  sums += scores y; y has BN rows; scores are rounded to Element
+//   exponential(x)                    e^(x / Unit): 2^x if Unit = log2(e)
+// A row is shared by RowLanes lanes, which differ in the lowest bits of their index. A warp never needs rows of another
+// warp.
 #pragma once
 #include "tile.cuh"
 #include "wide.cuh"
 
-/// bf16 on tensor cores: `Warps` warps of MT x 16 rows. Features are padded with zeros to DK and DV (multiples of 64) in global memory.
+/// bf16 on tensor cores (mma.m16n8k16). `Warps` warps with MT x 16 rows each. Features are padded with zeros to DK and
+/// DV (multiples of 64) in global memory.
 template <int Warps, int MT, int BN_, int DK_, int DV_>
 struct FlashBf16 {
   using Element = bf16;
@@ -26,19 +28,19 @@ struct FlashBf16 {
     float v[MT][NT][4];
   };
   template <int D>
-  struct Sums {
+  struct Accumulator {
     float v[MT][D / 8][4];
   };
   MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
   template <int D>
-  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  MOE_DEVICE float& at(Accumulator<D>& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
   MOE_DEVICE int row(int i) { return threadIdx.x / 32 * (MT * 16) + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int sumStep(int j) { return j / 2 * 8 + j % 2; }
-  MOE_DEVICE int column(int j) { return threadIdx.x % 4 * 2 + sumStep(j); }
+  MOE_DEVICE int columnStep(int j) { return j / 2 * 8 + j % 2; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 4 * 2 + columnStep(j); }
   template <int D>
-  static constexpr int sumColumns = D / 4;
+  static constexpr int outputColumns = D / 4;
   template <int D>
-  MOE_DEVICE int sumColumn(int j) { return column(j); }
+  MOE_DEVICE int outputColumn(int j) { return column(j); }
 
   template <int Count, int D>
   static constexpr int tileSize = Count * D;
@@ -53,22 +55,23 @@ struct FlashBf16 {
     for (int k = 0; k < D; k += 16) {
       uint32_t left[MT][4], right[4];
 #pragma unroll
-      for (int i = 0; i < MT; i++) loadLeft<D, false>(left[i], x, threadIdx.x / 32 * (MT * 16) + i * 16, k);
+      for (int i = 0; i < MT; i++) loadA<D, false>(left[i], x, threadIdx.x / 32 * (MT * 16) + i * 16, k);
 #pragma unroll
       for (int j = 0; j < NT; j += 2) {
-        loadRight<D, false>(right, y, j * 8, k);
+        loadB<D, false>(right, y, j * 8, k);
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-          multiplyBf16(s.v[i][j], left[i], right[0], right[1]);
-          multiplyBf16(s.v[i][j + 1], left[i], right[2], right[3]);
+          mmaBf16(s.v[i][j], left[i], right[0], right[1]);
+          mmaBf16(s.v[i][j + 1], left[i], right[2], right[3]);
         }
       }
     }
   }
 
-  /// Two neighbouring results of multiplyBf16 are, rounded, its left operand.
+  /// Two neighbouring accumulator blocks, rounded to bf16, are the A fragment of the next mma; the scores stay in
+  /// registers.
   template <int D>
-  MOE_DEVICE void add(Sums<D>& sums, Scores& s, const bf16* y, unsigned char*) {
+  MOE_DEVICE void add(Accumulator<D>& sums, Scores& s, const bf16* y, unsigned char*) {
 #pragma unroll
     for (int k = 0; k < NT; k += 2) {
       uint32_t left[MT][4], right[4];
@@ -82,18 +85,18 @@ struct FlashBf16 {
       }
 #pragma unroll
       for (int j = 0; j < D / 8; j += 2) {
-        loadRight<D, true>(right, y, j * 8, k * 8);
+        loadB<D, true>(right, y, j * 8, k * 8);
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-          multiplyBf16(sums.v[i][j], left[i], right[0], right[1]);
-          multiplyBf16(sums.v[i][j + 1], left[i], right[2], right[3]);
+          mmaBf16(sums.v[i][j], left[i], right[0], right[1]);
+          mmaBf16(sums.v[i][j + 1], left[i], right[2], right[3]);
         }
       }
     }
   }
 };
 
-/// f32 on the ordinary cores: 16 x 16 threads, each with 2 rows. Features are padded to DK and DV in shared memory only.
+/// f32 on CUDA cores: 16 x 16 threads with 2 rows each. Features are padded to DK and DV in shared memory only.
 template <int DK_, int DV_>
 struct FlashF32 {
   using Element = float;
@@ -107,21 +110,21 @@ struct FlashF32 {
     float v[Rows][Columns];
   };
   template <int D>
-  struct Sums {
+  struct Accumulator {
     float v[Rows][D / 16];
   };
   MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[i][j]; }
   template <int D>
-  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[i][j]; }
+  MOE_DEVICE float& at(Accumulator<D>& s, int i, int j) { return s.v[i][j]; }
   MOE_DEVICE int row(int i) { return threadIdx.x / 16 * 2 + i; }
   MOE_DEVICE int column(int j) { return threadIdx.x % 16 + j * 16; }
   template <int D>
-  static constexpr int sumColumns = D / 16;
+  static constexpr int outputColumns = D / 16;
   template <int D>
-  MOE_DEVICE int sumColumn(int j) { return threadIdx.x % 16 * 4 + sumStep(j); }
-  MOE_DEVICE int sumStep(int j) { return j / 4 * 64 + j % 4; }
+  MOE_DEVICE int outputColumn(int j) { return threadIdx.x % 16 * 4 + columnStep(j); }
+  MOE_DEVICE int columnStep(int j) { return j / 4 * 64 + j % 4; }
 
-  /// Four more elements a row: the same feature of eight rows lies in different banks.
+  /// Rows are padded by four elements, so that the same feature of eight rows is in different banks.
   template <int Count, int D>
   static constexpr int tileSize = Count * (D + 4);
   template <int Count, int D>
@@ -129,12 +132,12 @@ struct FlashF32 {
     if (features % 4 == 0) {
       for (int i = threadIdx.x; i < Count * D / 4; i += Threads) {
         const int row = i / (D / 4), feature = i % (D / 4) * 4;
-        copyAsync16(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
+        cpAsync16(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
       }
     } else {
       for (int i = threadIdx.x; i < Count * D; i += Threads) {
         const int row = i / D, feature = i % D;
-        copyAsync4(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
+        cpAsync4(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
       }
     }
   }
@@ -161,9 +164,9 @@ struct FlashF32 {
     }
   }
 
-  /// The scores of a row go to the lanes that share it through `scratch`.
+  /// The scores of a row are exchanged among the lanes that share it through `scratch` in shared memory.
   template <int D>
-  MOE_DEVICE void add(Sums<D>& sums, Scores& s, const float* y, unsigned char* scratch) {
+  MOE_DEVICE void add(Accumulator<D>& sums, Scores& s, const float* y, unsigned char* scratch) {
     float* const rows = (float*)scratch + threadIdx.x / 16 * 2 * LP;
     __syncwarp();
 #pragma unroll
@@ -179,7 +182,7 @@ struct FlashF32 {
       for (int i = 0; i < Rows; i++) left[i] = rows[i * LP + k];
 #pragma unroll
       for (int j = 0; j < D / 16; j += 4) {
-        const float4 right = *(const float4*)(y + k * (D + 4) + sumColumn<D>(j));
+        const float4 right = *(const float4*)(y + k * (D + 4) + outputColumn<D>(j));
 #pragma unroll
         for (int i = 0; i < Rows; i++) {
           sums.v[i][j] = fmaf(left[i], right.x, sums.v[i][j]);
@@ -192,13 +195,14 @@ struct FlashF32 {
   }
 };
 
-/// storeRow where `left` features exist from this thread's first one on (Whole: all), and runs are aligned and never cut if Runs.
+/// storeRow if `left` features exist from this thread's first one on. Whole: all exist. Runs: runs are aligned and
+/// never cut off.
 template <class Engine, int D, bool Runs, bool Whole>
-MOE_DEVICE void storeRuns(float* to, typename Engine::template Sums<D>& sums, int i, int left, float factor) {
+MOE_DEVICE void storeRuns(float* to, typename Engine::template Accumulator<D>& sums, int i, int left, float factor) {
   constexpr int Run = Engine::Run;
 #pragma unroll
-  for (int j = 0; j < Engine::template sumColumns<D>; j += Run) {
-    const int step = Engine::sumStep(j);
+  for (int j = 0; j < Engine::template outputColumns<D>; j += Run) {
+    const int step = Engine::columnStep(j);
     const auto x = [&](int r) { return Engine::template at<D>(sums, i, j + r) * factor; };
     if constexpr (!Runs) {
 #pragma unroll
@@ -211,16 +215,16 @@ MOE_DEVICE void storeRuns(float* to, typename Engine::template Sums<D>& sums, in
     }
   }
 }
-/// Row i of `sums` times a factor, to `features` features from `to` on.
+/// Writes row i of `sums` times `factor` to `features` features, starting at `to`.
 template <class Engine, int D>
-MOE_DEVICE void storeRow(float* to, typename Engine::template Sums<D>& sums, int i, int features, float factor) {
-  const int first = Engine::template sumColumn<D>(0);
+MOE_DEVICE void storeRow(float* to, typename Engine::template Accumulator<D>& sums, int i, int features, float factor) {
+  const int first = Engine::template outputColumn<D>(0);
   if (features >= D) storeRuns<Engine, D, true, true>(to + first, sums, i, D, factor);
   else if (features % Engine::Run == 0) storeRuns<Engine, D, true, false>(to + first, sums, i, features - first, factor);
   else storeRuns<Engine, D, false, false>(to + first, sums, i, features - first, factor);
 }
 
-/// Over the lanes that share a row.
+/// Reductions over the lanes that share a row.
 template <class Engine>
 MOE_DEVICE float rowMax(float x) {
   for (int step = Engine::RowLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(wholeWarp, x, step));
@@ -232,7 +236,8 @@ MOE_DEVICE float rowSum(float x) {
   return x;
 }
 
-/// Which keys a query sees: those below keys(t), from Starts on.
+/// The causal mask and the length of a sequence: query t may attend to keys below keys(t), starting with its first one
+/// (Starts).
 struct Visible {
   int T, limit;
   bool causal;
@@ -241,24 +246,24 @@ struct Visible {
     return {T, limit, causal != 0};
   }
   __device__ __forceinline__ int keys(int t) const { return causal ? min(limit, max(0, limit - T + t + 1)) : limit; }
-  /// The first query that sees key j (which is below the limit).
+  /// The first query that attends to key j (which is below the limit).
   __device__ __forceinline__ int firstQuery(int j) const { return causal ? max(0, j - limit + T) : 0; }
 };
 
-/// The first key that each of T queries sees; without Some it is 0, at no cost.
-template <bool Some>
+/// The first key of each of T queries, for packed sequences. Without HasStarts it is 0, at no cost.
+template <bool HasStarts>
 struct Starts {
   const int* starts;
   int T;
-  MOE_DEVICE Starts of(const int* starts, int T, int b) { return {Some ? starts + (int64_t)b * T : nullptr, T}; }
-  __device__ __forceinline__ int from(int t) const { return Some && t < T ? max(starts[t], 0) : 0; }
+  MOE_DEVICE Starts of(const int* starts, int T, int b) { return {HasStarts ? starts + (int64_t)b * T : nullptr, T}; }
+  __device__ __forceinline__ int from(int t) const { return HasStarts && t < T ? max(starts[t], 0) : 0; }
 
-  /// The first keys of `count` queries from t on lie between these, which all warps get alike.
+  /// The least and the greatest first key of `count` queries from t on. The same in all warps.
   struct Range {
     int least, most;
   };
   __device__ __forceinline__ Range range(int t, int count) const {
-    if constexpr (!Some) return {0, 0};
+    if constexpr (!HasStarts) return {0, 0};
     int least = 0x7fffffff, most = 0;
     for (int i = threadIdx.x % 32; i < count; i += 32) {
       const int key = from(min(t + i, T - 1));
@@ -270,17 +275,18 @@ struct Starts {
     }
     return {least, most};
   }
-  /// Whether one of `count` queries from t on begins behind key j. By whole warps.
+  /// True if the first key of any of `count` queries from t on is after key j. Called by whole warps.
   __device__ __forceinline__ bool anyBehind(int t, int count, int j) const {
-    if constexpr (!Some) return false;
+    if constexpr (!HasStarts) return false;
     bool behind = false;
     for (int i = threadIdx.x % 32; i < count; i += 32) behind |= from(t + i) > j;
     return __any_sync(wholeWarp, behind);
   }
-  /// One past the last query, from t on, that begins before key j. By all `Threads` of the block, once.
+  /// One past the last query, from t on, whose first key is before key j. Called once, by all `Threads` threads of the
+  /// block.
   template <int Threads>
   __device__ __forceinline__ int endOfQueries(int t, int j) const {
-    if constexpr (!Some) return T;
+    if constexpr (!HasStarts) return T;
     MOE_SHARED(int, end, [1]);
     if (threadIdx.x == 0) end[0] = 0;
     __syncthreads();
@@ -292,7 +298,8 @@ struct Starts {
   }
 };
 
-/// A softmax whose keys come in tiles: maximum and sum so far of each of this thread's rows, in units of Engine::Unit.
+/// Online softmax over tiles of keys: the running maximum and sum of each of this thread's rows, in units of
+/// Engine::Unit.
 template <class Engine>
 struct OnlineSoftmax {
   float highest[Engine::Rows], total[Engine::Rows];
@@ -302,13 +309,14 @@ struct OnlineSoftmax {
     for (int i = 0; i < Engine::Rows; i++) m.highest[i] = -infinity(), m.total[i] = 0.f;
   }
 
-  /// What sums of before are multiplied with, and whether that changes any.
+  /// The factors for everything accumulated before a new maximum, and whether any of them differs from 1.
   struct Shrink {
     float factor[Engine::Rows];
     bool grown;
   };
 
-  /// Scores (-infinity where not seen) times a positive scale become exponentials over the highest so far. A scale costs nothing: the highest is subtracted by the same instruction.
+  /// Replaces scores (-infinity where masked) times a positive scale by exponentials relative to the running maximum.
+  /// The scale costs nothing: one fused multiply-add applies it and subtracts the maximum.
   MOE_DEVICE Shrink exponentials(OnlineSoftmax& m, typename Engine::Scores& s, float scale = 1.f) {
     Shrink shrink;
     shrink.grown = false;
@@ -334,18 +342,18 @@ struct OnlineSoftmax {
     return shrink;
   }
 
-  /// Brings sums to the highest so far.
+  /// Rescales accumulators to the new maximum.
   template <int D>
-  MOE_DEVICE void apply(const Shrink& shrink, typename Engine::template Sums<D>& sums) {
+  MOE_DEVICE void apply(const Shrink& shrink, typename Engine::template Accumulator<D>& sums) {
     if (!__any_sync(wholeWarp, shrink.grown)) return;
 #pragma unroll
     for (int i = 0; i < Engine::Rows; i++) {
 #pragma unroll
-      for (int j = 0; j < Engine::template sumColumns<D>; j++) Engine::template at<D>(sums, i, j) *= shrink.factor[i];
+      for (int j = 0; j < Engine::template outputColumns<D>; j++) Engine::template at<D>(sums, i, j) *= shrink.factor[i];
     }
   }
 
-  /// Row i of `sums` is to be multiplied by the result; `lse` is its log sum exp.
+  /// Returns the factor that normalizes row i of the accumulator; `lse` is set to the row's log-sum-exp.
   MOE_DEVICE float finish(OnlineSoftmax& m, int i, float& lse) {
     const float total = rowSum<Engine>(m.total[i]);
     lse = total == 0.f ? -infinity() : m.highest[i] * (1.f / Engine::Unit) + logf(total);

@@ -1,4 +1,4 @@
-// Four neighbouring floats as one access of 16 bytes, and loops that deal them out.
+// Four neighbouring floats as one 16-byte access, and loops over them that handle ragged ends.
 #pragma once
 #include "wide.cuh"
 
@@ -12,18 +12,18 @@ MOE_DEVICE Four four(F&& f) {
   return {{f(0), f(1), f(2), f(3)}};
 }
 
-/// Elements i .. i+3 of `from`, at once: from + i is a multiple of 16 bytes.
+/// Elements i .. i+3 of `from`, with one load. from + i is aligned to 16 bytes.
 template <class I>
 MOE_DEVICE Four load4(const float* from, I i) {
   const float4 x = *reinterpret_cast<const float4*>(from + i);
   return {{x.x, x.y, x.z, x.w}};
 }
-/// To global memory.
+/// Stores to global memory.
 template <class I>
 MOE_DEVICE void store4(float* to, I i, const Four& x) {
   storeWide(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);
 }
-/// The same, and rounded to `rounded` unless that is null.
+/// Stores to global memory, and also rounded to `rounded` unless that is null.
 template <class I>
 MOE_DEVICE void store4(float* to, bf16* rounded, I i, const Four& x) {
   store4(to, i, x);
@@ -34,13 +34,13 @@ MOE_DEVICE void storeShared4(float* to, I i, const Four& x) {
   storeWideShared(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);
 }
 
-/// True when elements i .. i+3 can be accessed at once and lie within 0 .. n-1.
+/// True if elements i .. i+3 can be accessed at once (aligned, and all of them within 0 .. n-1).
 template <class I>
 MOE_DEVICE bool isWhole(const float* at, I i, I n) {
   return i >= 0 && i + 4 <= n && reinterpret_cast<uintptr_t>(at + i) % 16 == 0;
 }
 
-/// Elements i .. i+3 of 0 .. n-1, `filler` where there is none. `Whole` promises isWhole.
+/// Elements i .. i+3 of an array of n, `filler` outside of it. Whole: the caller guarantees isWhole.
 template <bool Whole, class I>
 MOE_DEVICE Four load4(const float* from, I i, I n, float filler = 0.f) {
   if constexpr (Whole) {
@@ -62,7 +62,8 @@ MOE_DEVICE void store4(float* to, I i, I n, const Four& x) {
   }
 }
 
-/// Elements i .. i+3 of a row in bf16, of which n exist. `Whole` promises that these do, and are a multiple of 8 bytes.
+/// Elements i .. i+3 of a row of n bf16, zeros after its end. Whole: the caller guarantees that they exist and are
+/// aligned to 8 bytes.
 template <bool Whole = false, class I>
 MOE_DEVICE Four load4(const bf16* row, I i, I n) {
   if (Whole || (i + 4 <= n && (uintptr_t)(row + i) % 8 == 0)) {
@@ -71,7 +72,7 @@ MOE_DEVICE Four load4(const bf16* row, I i, I n) {
   }
   return four([&](int j) { return i + j < n ? toFloat(row[i + j]) : 0.f; });
 }
-/// Rounded, to global memory.
+/// Rounds to bf16 and stores to global memory.
 template <bool Whole = false, class I>
 MOE_DEVICE void store4(bf16* to, I i, I n, const Four& x) {
   if constexpr (Whole) {
@@ -84,13 +85,13 @@ MOE_DEVICE void store4(bf16* to, I i, I n, const Four& x) {
   }
 }
 
-/// A compile-time truth, as an argument: `[](auto whole) { load4<whole.value>(...) }`.
+/// A compile-time boolean passed as an argument: `[](auto whole) { load4<whole.value>(...) }`.
 template <bool Value>
 struct Always {
   static constexpr bool value = Value;
 };
 
-/// f(i, whole) for i = 0, 4, 8 .. below n, over all threads of the grid: tensors, which start at a multiple of 16 bytes.
+/// Grid-stride loop: f(i, whole) for i = 0, 4, 8 .. below n, for tensors, which are aligned to 16 bytes.
 template <class F>
 MOE_DEVICE void eachFour(int64_t n, F&& f) {
   for (int64_t i = 4 * gridThread(); i < n; i += 4 * gridThreads()) {

@@ -1,24 +1,26 @@
-// Tiles of 128 numbers along k in f8e4m3, with a power of two as scale (core's Precision). k of an operand runs along rows of memory, or across them: in runs of as
-// many rows, or in those of experts.
+// Quantization of product operands to f8e4m3: one power of two as scale for each tile of 128 elements along k
+// (Precision in @moe/core). "Along": k runs along rows in memory, and a tile is part of a row. "Across": k runs across
+// rows, and a tile is 128 rows of one column, within runs of equal length or within the rows of an expert.
 #pragma once
 #include "expert-tile.cuh"
 #include "four.cuh"
 
 constexpr int fp8Tile = 128;
 
-/// Of a tile: its numbers are codes * up, codes are numbers * down.
+/// The scale of a tile and its inverse: values = codes * up, codes = values * down.
 struct Fp8Scale {
   float up, down;
 };
-/// From the largest magnitude as bits, which are in the order of the numbers, NaN and infinity above all others: 2^e with the least e >= -100 for which it is at most
-/// 448 = 1.75 * 2^8 times as much.
+/// The scale for a tile with this largest magnitude, given as bits. Bit patterns of magnitudes order like the values,
+/// with infinity and NaN above all others. up = 2^e with the least e >= -100 for which the magnitude is at most 448 *
+/// 2^e, where 448 = 1.75 * 2^8.
 MOE_DEVICE Fp8Scale fp8Scale(uint32_t largest) {
   const int e = max((int)((largest + 0x1fffffu) >> 23) - 135, -100);
   return {asFloat(largest >= 0x7f800000u ? 0x7fc00000u : (uint32_t)(e + 127) << 23), asFloat((uint32_t)(127 - e) << 23)};
 }
 MOE_DEVICE uint32_t magnitude(float x) { return asBits(x) & 0x7fffffffu; }
 
-/// Of 128 neighbours of a row, four a lane. By whole warps.
+/// The scale of 128 neighbours of a row, four per lane. Called by whole warps.
 MOE_DEVICE Fp8Scale scaleAlong(const Four& x) {
   uint32_t largest = 0;
   for (int i = 0; i < 4; i++) largest = max(largest, magnitude(x.v[i]));
@@ -26,8 +28,9 @@ MOE_DEVICE Fp8Scale scaleAlong(const Four& x) {
   return fp8Scale(largest);
 }
 
-/// A block of 256 has a tile of 128 rows, of which `left` exist, and 64 columns, of `Count` matrices; each thread 32 rows of a column. `load(row, column, exists, x)` gives
-/// the numbers of all matrices there, zeros where none exists; then `write(matrix, column, first row, numbers, scale)`.
+/// Quantizes tiles across rows. A block of 256 threads processes 128 rows, of which `left` exist, and 64 columns, of
+/// `Count` matrices at once; each thread has 32 rows of a column. `load(row, column, exists, x)` returns the values of
+/// all matrices, zeros where none exists. Then `write(matrix, column, first row, values, scale)` is called.
 constexpr int stripe = 64, rowsOfThread = 32;
 template <int Count, class Load, class Write>
 MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
@@ -56,7 +59,8 @@ MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
   }
 }
 
-/// The tile of rows that this block has: of which run, from where on, how many rows of the run are left; expert by expert when there are offsets.
+/// The tile of rows of this block (blockIdx.y): its run, its number within the run, its first row, and how many rows of
+/// the run are left. With offsets, each expert's rows are a run.
 struct RunTile {
   int run, tile, row, left;
 };
@@ -66,12 +70,12 @@ MOE_DEVICE RunTile runTile(const int* offsets, int rows, int runs) {
     return {run, tile, run * size + tile * fp8Tile, size - tile * fp8Tile};
   }
   const ExpertTile found = expertTile<fp8Tile>(offsets, runs, rows, blockIdx.y);
-  // Rows behind the last expert's are nobody's.
+  // Rows after the last expert's belong to no run.
   const bool none = found.expert < 0 || found.expert == runs;
   return {found.expert, none ? 0 : (found.row - offsets[found.expert]) / fp8Tile, found.row, none ? 0 : found.end - found.row};
 }
 
-/// An operand as its numbers in bf16, lying as before. Null: not wanted.
+/// An operand as bf16 that holds the exact fp8 values, in its original layout; data is null if it is not needed.
 struct Fp8InBf16 {
   bf16* data;
   int ld;

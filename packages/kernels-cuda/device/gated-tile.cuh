@@ -1,11 +1,13 @@
-// Tiles of which one half of the columns is gate's and the other up's, for the same inner features: what SwiGLU makes of them.
+// The SwiGLU epilogue of a tile in which one half of the columns belongs to gate and the other to up, for the same
+// inner features.
 #pragma once
 #include "rounded-tile.cuh"
 
-/// inner [.., ld] = silu(gate) * up, with zeros from I to ld where the sums are, and gate and up [.., I] themselves unless gate is null, all rounded. The tile begins at
-/// (row, column), `rows` of its rows exist. Its sums are no more afterwards.
+/// Writes inner [.., ld] = silu(gate) * up, with zeros from I to ld within the tile, and, unless gate is null, gate and
+/// up [.., I] themselves, all rounded to bf16. The tile starts at (row, column), and `rows` of its rows exist.
+/// Overwrites the accumulators.
 template <class Tile>
-MOE_DEVICE void storeGated(bf16* inner, bf16* gate, bf16* up, int64_t row, int column, int rows, int I, int ld, typename Tile::Sums& sums) {
+MOE_DEVICE void storeGated(bf16* inner, bf16* gate, bf16* up, int64_t row, int column, int rows, int I, int ld, typename Tile::Accumulator& sums) {
   constexpr int Half = Tile::Columns / 2;
   if (gate != nullptr) {
     storeRounded<Tile, 0, Half>(gate + row * I + column, I, rows, I - column, sums);

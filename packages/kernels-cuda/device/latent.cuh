@@ -1,14 +1,14 @@
-// Absorbed MLA decode: what its kernels have in common. Legend as in latent-attention.cu.
+// Absorbed MLA decoding: what the kernels for any architecture and for Hopper share. Legend as in latent-attention.cu.
 #pragma once
 #include "flash.cuh"
 
 struct LatentSizes {
   int T, S, H, C, V;
   float scale;
-  const int* pages; // [B, S / P], or null and P = S
+  const int* pages; // page table [B, S / P], or null and P = S
   int P;
 
-  /// Where row s of sequence blockIdx.z is: the number of its page, and the row in there.
+  /// The position of row s of sequence blockIdx.z: the number of its page, and the row within it.
   struct Place {
     int page, row;
   };
@@ -16,14 +16,15 @@ struct LatentSizes {
     if (pages == nullptr) return {(int)blockIdx.z, s};
     return {pages[(int64_t)blockIdx.z * (S / P) + s / P], s % P};
   }
-  /// The same in rows of the whole cache.
+  /// The same as a row of the whole cache.
   __device__ __forceinline__ int64_t rowOf(int s) const {
     const Place at = place(s);
     return (int64_t)at.page * P + at.row;
   }
 };
 
-/// The keys from .. to - 1 that part blockIdx.x of sequence blockIdx.z covers: whole tiles of BN, shared out evenly by its own length.
+/// The split of keys (flash-decoding): keys from .. to - 1 of sequence blockIdx.z that belong to split blockIdx.x.
+/// Splits are whole tiles of BN, distributed evenly by the sequence's own length.
 struct Part {
   int from, to;
   Visible visible;
@@ -36,5 +37,5 @@ struct Part {
   }
 };
 
-/// Where the block puts row r of its results: the output itself, or one of the parts.
+/// Where the block writes row r of its results: in the output itself, or in the partial results of its split.
 MOE_DEVICE int64_t partRow(LatentSizes z, int r) { return ((int64_t)blockIdx.x * gridDim.z + blockIdx.z) * z.T * z.H + r; }

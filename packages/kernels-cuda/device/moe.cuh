@@ -1,5 +1,5 @@
-// What every kernel includes: one vocabulary for nvcc and for the emulator (a host C++ compiler with MOE_EMULATOR defined).
-// device/README.md is the guide.
+// Included by every kernel: one language for nvcc and for the emulator (a host C++ compiler with MOE_EMULATOR defined).
+// See device/README.md.
 #pragma once
 
 #ifdef MOE_EMULATOR
@@ -7,7 +7,7 @@
 #else
 #include <stdint.h>
 #define MOE_DEVICE static __device__ __forceinline__
-/// A kernel: launch bounds in parentheses, name, parameters in parentheses, then the body.
+/// Defines a kernel: launch bounds in parentheses, name, parameters in parentheses, then the body.
 #define MOE_KERNEL(bounds, name, parameters) extern "C" __global__ void __launch_bounds__ bounds name parameters
 /// Static shared memory: MOE_SHARED(float, tile, [32][33]).
 #define MOE_SHARED(type, name, dims) __shared__ type name dims
@@ -19,7 +19,7 @@
 #include "numbers.cuh"
 #include "reduce.cuh"
 
-/// An array that is passed by value as one kernel parameter (signature `i[24]`, `l[8]`, `p[64]`).
+/// An array passed by value as one kernel parameter (signature `i[24]`, `l[8]`, `p[64]`).
 template <class T, int N>
 struct Args {
   T v[N];
@@ -31,6 +31,6 @@ MOE_DEVICE T divUp(T a, T b) {
   return (a + b - 1) / b;
 }
 
-/// Index of this thread in a one-dimensional grid, and the number of threads of the grid.
+/// The index of this thread in a one-dimensional grid, and the number of threads in the grid.
 MOE_DEVICE int64_t gridThread() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 MOE_DEVICE int64_t gridThreads() { return (int64_t)gridDim.x * blockDim.x; }

@@ -1,4 +1,5 @@
-// Storage formats: bf16, f16 and f8e4m3 as bits, with the conversions that core's dtypes define (nearest even; f8 saturates).
+// Storage formats: bf16, f16 and f8e4m3 as bits, with the conversions that core's dtypes define (round to nearest even;
+// f8 saturates).
 #pragma once
 
 struct bf16 {
@@ -75,15 +76,15 @@ MOE_DEVICE f16 toF16(float x) {
 #endif
 }
 
-/// Exact in every value; NaN is 0x7f with its sign.
+/// Exact for every value; NaN is 0x7f with its sign.
 MOE_DEVICE float toFloat(f8e4m3 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x80u) << 24;
   const uint32_t magnitude = x.bits & 0x7fu;
   if (magnitude == 0x7fu) return asFloat(sign | 0x7fc00000u);
-  // 2^-120 brings the exponent bias from 7 to 127, subnormals included.
+  // 2^120 adjusts the exponent bias from 7 to 127, subnormals included.
   return asFloat(sign | asBits(asFloat(magnitude << 20) * asFloat(0x7b800000u)));
 }
-/// Nearest even, saturating at 448; NaN stays NaN.
+/// Rounds to nearest even and saturates at 448; NaN stays NaN.
 MOE_DEVICE f8e4m3 toF8e4m3(float x) {
   const uint32_t u = asBits(x);
   const uint32_t sign = u >> 24 & 0x80u;
@@ -91,7 +92,7 @@ MOE_DEVICE f8e4m3 toF8e4m3(float x) {
   if (!(a <= 3.4e38f)) return f8e4m3{(uint8_t)(sign | (a != a ? 0x7fu : 0x7eu))};
   if (a >= 448.f) return f8e4m3{(uint8_t)(sign | 0x7eu)};
   if (a < 0.015625f) {
-    // Below 2^-6 the step is 2^-9: adding 2^14 lets the float adder round to it.
+    // Below 2^-6 the spacing is 2^-9: adding 2^14 makes the float addition round to it.
     return f8e4m3{(uint8_t)(sign | (asBits(a + 16384.f) - asBits(16384.f)))};
   }
   const uint32_t rounded = asBits(a) + 0x7ffffu + (asBits(a) >> 20 & 1u);

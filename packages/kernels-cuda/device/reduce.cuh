@@ -1,4 +1,4 @@
-// Reductions over a warp and over a block, in a fixed order: the same bits at every run.
+// Reductions over a warp and over a block, in a fixed order, so that every run gives the same bits.
 #pragma once
 
 constexpr unsigned wholeWarp = 0xffffffffu;
@@ -8,13 +8,14 @@ MOE_DEVICE float warpSum(float x) {
   for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(wholeWarp, x, step);
   return x;
 }
-/// Every lane gets the largest value of all lanes (NaN if there is one).
+/// Every lane gets the maximum of all lanes (NaN if any value is NaN).
 MOE_DEVICE float warpMax(float x) {
   for (int step = 16; step > 0; step >>= 1) x = maxOrNan(x, __shfl_xor_sync(wholeWarp, x, step));
   return x;
 }
 
-/// Every thread of a block of `Threads` gets the sum. All threads must call it. It may be called again at once.
+/// Every thread of a block of `Threads` threads gets the sum. All threads must call it. No barrier is needed between
+/// calls.
 template <int Threads>
 MOE_DEVICE float blockSum(float x) {
   static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps");

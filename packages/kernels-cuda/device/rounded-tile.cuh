@@ -1,9 +1,10 @@
-// Tiles of products that are stored in bf16.
+// Epilogues that store tiles of products in bf16.
 #pragma once
 #include "gemm.cuh"
 
-/// Of sixteen columns of a row, four lanes have words (pairs of columns) c and 4 + c each; afterwards words 2c and 2c + 1, which are stored at once: the row's
-/// whole sector, where a word of each lane is half of one. By whole warps.
+/// A quad (4 lanes) holds 16 columns of a row, as words (pairs of columns) c and 4 + c. Afterwards lane c holds words
+/// 2c and 2c + 1, which are stored at once, so that the quad writes the row's whole sector; single words would each
+/// fill half of one. Called by whole warps.
 MOE_DEVICE void pairColumns(uint32_t& first, uint32_t& second) {
   const int c = threadIdx.x % 4;
   const uint32_t half = __shfl_xor_sync(wholeWarp, c < 2 ? second : first, 2);
@@ -13,16 +14,17 @@ MOE_DEVICE void pairColumns(uint32_t& first, uint32_t& second) {
   if (c % 2 == 0) second = next;
   else first = next;
 }
-/// Where the four columns begin that a lane has then, of those that begin with the tile's column 0; of those that begin with column j it is step(j) further.
+/// The first of the four columns that a lane holds after pairColumns, of those that start with the tile's column 0. For
+/// those that start with column j, add step(j).
 template <class Tile>
 MOE_DEVICE int firstPairedColumn() {
   static_assert(Tile::Run == 2 && Tile::Columns % 4 == 0, "pairs of neighbours, eight columns apart");
   return Tile::column(0) + threadIdx.x % 4 * 2;
 }
 
-/// storeRounded where four columns are aligned and, when Whole, all columns exist.
+/// storeRounded if groups of four columns are aligned. Whole: all columns exist.
 template <class Tile, int First, int Count, bool Whole>
-MOE_DEVICE void storePairs(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
+MOE_DEVICE void storePairs(bf16* c, int64_t ld, int rows, int columns, typename Tile::Accumulator& sums) {
   const int left = columns - firstPairedColumn<Tile>();
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
@@ -38,17 +40,18 @@ MOE_DEVICE void storePairs(bf16* c, int64_t ld, int rows, int columns, typename 
   }
 }
 
-/// Writes the tile to c, rounded; `rows` rows and `columns` columns exist from here on. Where rows of memory (ld) are longer, up to the next multiple of 4, or
-/// of 2, so much more is written. First and Count choose one half of a thread's columns: that half of the tile is written, as if it were the first.
+/// Writes the tile to c, rounded to bf16, if `rows` rows and `columns` columns exist from here on. Also writes the
+/// padding of rows in memory up to the next multiple of 4 columns, or of 2, if ld has room for it. First and Count
+/// select one half of each thread's columns; that half of the tile is written as if it were the first.
 template <class Tile, int First = 0, int Count = Tile::Columns>
-MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
+MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typename Tile::Accumulator& sums) {
   static_assert(Tile::Run == 2, "pairs of neighbours");
   if (ld % 4 == 0) {
     if (columns >= Tile::BN * Count / Tile::Columns) storePairs<Tile, First, Count, true>(c, ld, rows, columns, sums);
     else storePairs<Tile, First, Count, false>(c, ld, rows, columns, sums);
     return;
   }
-  const bool pairs = ld % 2 == 0; // then all are aligned
+  const bool pairs = ld % 2 == 0; // then all pairs are aligned
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     if (Tile::row(i) >= rows) continue;

@@ -1,9 +1,10 @@
-// Stores of neighbours that stay one access. nvcc stores a float4 as four floats and joins them again where it can; of an unrolled loop it
-// leaves the first apart (seen in PTX), which takes as many sectors each as all together.
+// Vector stores that are guaranteed to compile to one instruction. nvcc splits the store of a float4 into four and
+// merges them again where it can. In an unrolled loop, the PTX shows that the first one stays split, which costs as
+// many sectors per store as the whole vector.
 #pragma once
 #include "moe.cuh"
 
-/// To global memory; `to` is a multiple of 16 bytes.
+/// Stores to global memory; `to` is aligned to 16 bytes.
 MOE_DEVICE void storeWide(float* to, float a, float b, float c, float d) {
 #ifdef MOE_EMULATOR
   *(float4*)to = make_float4(a, b, c, d);
@@ -11,7 +12,7 @@ MOE_DEVICE void storeWide(float* to, float a, float b, float c, float d) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 #endif
 }
-/// The same, unless not `wanted`: a predicate of the instruction, where nvcc would make a branch.
+/// The same, if `wanted`, as a predicate of the instruction; nvcc would generate a branch.
 MOE_DEVICE void storeWideIf(bool wanted, float* to, float a, float b, float c, float d) {
 #ifdef MOE_EMULATOR
   if (wanted) storeWide(to, a, b, c, d);
@@ -26,7 +27,7 @@ MOE_DEVICE void storeWideIf(bool wanted, float* to, float a, float b, float c, f
       : "memory");
 #endif
 }
-/// To global memory; `to` is a multiple of 8 bytes.
+/// Stores to global memory; `to` is aligned to 8 bytes.
 MOE_DEVICE void storeWide(float* to, float a, float b) {
 #ifdef MOE_EMULATOR
   *(float2*)to = make_float2(a, b);
@@ -41,7 +42,7 @@ MOE_DEVICE void storeWide(bf16* to, uint32_t a, uint32_t b) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b) : "memory");
 #endif
 }
-/// To shared memory; `to` is a multiple of 16 bytes.
+/// Stores to shared memory; `to` is aligned to 16 bytes.
 MOE_DEVICE void storeWideShared(float* to, float a, float b, float c, float d) {
 #ifdef MOE_EMULATOR
   *(float4*)to = make_float4(a, b, c, d);
@@ -49,7 +50,7 @@ MOE_DEVICE void storeWideShared(float* to, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 #endif
 }
-/// To shared memory; `to` is a multiple of 8 bytes.
+/// Stores to shared memory; `to` is aligned to 8 bytes.
 MOE_DEVICE void storeWideShared(bf16* to, uint32_t a, uint32_t b) {
 #ifdef MOE_EMULATOR
   *(uint2*)to = make_uint2(a, b);
@@ -58,12 +59,13 @@ MOE_DEVICE void storeWideShared(bf16* to, uint32_t a, uint32_t b) {
 #endif
 }
 
-/// Of eight columns of a row and of the next eight, four lanes have two neighbours each, (a, b) and (c, d); what comes back are four neighbours, which are stored at once: half as many
-/// stores, and each takes as long as it touches rows. By whole warps.
+/// A quad holds 16 columns of a row: each lane two neighbours of the first eight, (a, b), and two of the next eight,
+/// (c, d). Returns four neighbouring columns to each lane, so that half as many stores are needed, each of which costs
+/// as many passes as it touches rows. Called by whole warps.
 MOE_DEVICE float4 gatherFour(float a, float b, float c, float d) {
   const bool even = threadIdx.x % 2 == 0;
   const float first = __shfl_xor_sync(wholeWarp, even ? c : a, 1), second = __shfl_xor_sync(wholeWarp, even ? d : b, 1);
   return even ? make_float4(a, b, first, second) : make_float4(first, second, c, d);
 }
-/// The first of these four, counted from the first of the sixteen columns.
+/// The column of the first of these four, within the sixteen.
 MOE_DEVICE int gatheredColumn() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }

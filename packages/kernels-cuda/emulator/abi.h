@@ -1,4 +1,4 @@
-// What compiled kernels and the runtime say to each other. Light: every kernel includes it.
+// The interface between compiled kernels and the runtime. Kept small, because every kernel includes it.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -7,7 +7,7 @@
 
 namespace emu {
 
-/// One parameter of a kernel; `letter` 0 ends the list. `count` is 0 unless it is an array.
+/// One parameter of a kernel. `letter` 0 ends the list; `count` is 0 unless the parameter is an array.
 struct Parameter {
   char letter;
   int count, size, align;
@@ -23,12 +23,12 @@ struct Kernel {
   void (*invoke)(void (*entry)(), const char* packed);
   void (*entry)();
   Kernel* next;
-  /// Static shared memory as far as runs have shown it.
+  /// The size of static shared memory, as far as runs have revealed it.
   size_t staticShared;
 };
 void registerKernel(Kernel* kernel);
 
-/// A place of static shared memory: one per declaration (and instantiation), found at its first use.
+/// The position of a static shared array: one per declaration (and template instantiation), assigned at its first use.
 struct SharedSlot {
   void* at;
   const Kernel* kernel;
@@ -36,10 +36,11 @@ struct SharedSlot {
 void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name);
 void* dynamicShared();
 
-/// Whether instructions that approximate are as far off as they may be (PTX ISA): those of translated kernels.
+/// Whether approximate instructions have the largest error that the PTX ISA allows, in translated kernels.
 extern int approximate;
 
-// Where threads meet. Each takes the place in the source, by which the runtime knows whether they meet at the same one.
+// Synchronization. Each call takes its source position, by which the runtime detects threads that meet at different
+// ones.
 void barrier(const char* file, int line);
 enum BarrierKind : int { barrierOr, barrierAnd, barrierCount };
 int barrierReduce(BarrierKind kind, int value, const char* file, int line);
@@ -59,33 +60,33 @@ struct Floats4 {
   float v[4];
 };
 void copyAsync(void* shared, const void* global, int bytes, bool valid);
-void commitCopies();
-void waitCopies(int pending);
+void cpAsyncCommit();
+void cpAsyncWait(int pending);
 Words4 loadMatrices(const void* row, bool transposed, const char* file, int line);
-Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
-Floats4 multiplyTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
+Floats4 mmaBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
+Floats4 mmaTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
 
-// Hopper: barriers in shared memory with the copy engine, and products of warpgroups.
+// Hopper: mbarriers, TMA copies and wgmma.
 uint32_t sharedAddress(const void* shared);
 void initBarrier(void* barrier, int arrivals, const char* file, int line);
-void fenceBarriers();
+void fenceBarrierInit();
 void arriveAtBarrier(void* barrier, int expectedBytes, const char* file, int line);
 void waitForBarrier(void* barrier, int parity, const char* file, int line);
-void copyBox(void* shared, const void* map, void* barrier, int x, int y, int z, const char* file, int line);
-void copyBytes(void* shared, const void* global, int bytes, void* barrier, const char* file, int line);
-void fenceOperands();
+void tmaLoad(void* shared, const void* map, void* barrier, int x, int y, int z, const char* file, int line);
+void bulkLoad(void* shared, const void* global, int bytes, void* barrier, const char* file, int line);
+void fenceProxyAsync();
 void syncWarpgroup(const char* file, int line);
-void fenceProducts(const char* file, int line);
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line);
-void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
-void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line);
-void commitProducts(const char* file, int line);
+void wgmmaFence(const char* file, int line);
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line);
+void wgmma(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
+void wgmmaFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line);
+void wgmmaCommit(const char* file, int line);
 void waitForProducts(int pending, const char* file, int line);
 
-/// A load from memory that the launch does not write.
+/// A load through the read-only path, whose memory the launch must not write.
 void checkConstant(const void* address, size_t bytes, const char* file, int line);
 
-/// An instruction that is the whole warp's.
+/// A warp-wide (.aligned) instruction.
 void atAligned(const char* what, const char* file, int line);
 
 [[noreturn]] void trap(const char* file, int line);

@@ -1,4 +1,5 @@
-// What emulated libraries beside the driver (cublas-lt.cc, nccl.cc) have of it: library.cc, in the driver's library.
+// What the emulated libraries other than the driver (cublas-lt.cc, nccl.cc) need of the driver. Implemented in
+// library.cc, in the driver's library.
 #pragma once
 #include <stdarg.h>
 #include <stdio.h>
@@ -11,7 +12,7 @@ extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), con
 extern "C" int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes);
 extern "C" void moe_emulator_refuse(const char* reason);
 
-/// Puts a reason into the report. @returns the status
+/// Adds a reason to the report. @returns the status
 static int refuse(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 static int refuse(int status, const char* format, ...) {
   char text[400];

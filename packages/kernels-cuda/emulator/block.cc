@@ -1,5 +1,5 @@
-// Runs the blocks of a launch, one after another, each thread on a fiber of its own where it has to wait. A thread that never waits
-// costs no switch: the stack it ran on takes the next thread, and the next block.
+// Runs the blocks of a launch one after another. A thread gets a fiber of its own only when it has to wait. A thread
+// that never waits costs no switch: its stack runs the next thread, and then the next block.
 #include <stdio.h>
 
 #include "runtime.h"
@@ -8,7 +8,7 @@ namespace emu {
 
 Run run;
 bool reversed;
-// Defined here, constants to kernels (emulated.h).
+// Defined here; constants to kernels (emulated.h).
 Dim3 currentThread __asm__("threadIdx") __attribute__((visibility("hidden")));
 Dim3 currentBlock __asm__("blockIdx") __attribute__((visibility("hidden")));
 Dim3 currentBlockDim __asm__("blockDim") __attribute__((visibility("hidden")));
@@ -30,18 +30,18 @@ struct Thread {
 
 Thread threads[maxThreads];
 Dim3 indices[maxThreads];
-Dim3 indicesOf;  // the block shape that `indices` holds
+Dim3 indicesOf;  // the block shape that `indices` is for
 
 int threadCount, warpCount;
-uint32_t runnable[maxWarps];  // lanes that may go on
-uint32_t runnableWarps;       // warps that have such a lane
+uint32_t runnable[maxWarps];  // runnable lanes
+uint32_t runnableWarps;       // warps with a runnable lane
 uint32_t lanes[maxWarps];
 uint32_t returned[maxWarps];
 int returnedCount;
 
 int atBarrier;
 Waiting barrierPlace;
-int barrierSums[2], barrierParity;  // results of __syncthreads_or and the like
+int barrierSums[2], barrierParity;  // results of __syncthreads_or and similar
 
 int freeStacks[maxThreads], freeStackCount;
 void* scheduler;
@@ -64,7 +64,7 @@ void startBlock() {
   for (int t = 0; t < threadCount; t++) threads[t].started = false;
 }
 
-/// The blocks in order, or the other way round.
+/// Selects the next block, in order or in reverse order.
 bool nextBlock() {
   if (reversed) {
     if (currentBlock.x-- == 0) {
@@ -108,7 +108,7 @@ int pickPrevious() {
   return w << 5 | lastOf(runnable[w]);
 }
 
-/// The next thread that can go on, of the same warp if there is one: lanes that meet come round in order.
+/// The next runnable thread, of the same warp if possible, so that lanes that synchronize run in order.
 inline int pickNext() {
   if (__builtin_expect(reversed, 0)) return pickPrevious();
   if (const uint32_t own = runnable[run.warp]) {
@@ -130,7 +130,7 @@ const char* baseName(const char* path) {
   return slash ? slash + 1 : path ? path : "?";
 }
 
-/// Nobody can go on, and not all have returned: says who waits where.
+/// Reports a deadlock: no thread is runnable, but not all have returned. Says which threads wait where.
 [[noreturn]] void stuck() {
   std::string text;
   bool told[maxThreads] = {};
@@ -170,7 +170,7 @@ int takeStack() {
   return freeStacks[--freeStackCount];
 }
 
-/// Another thread goes on until this one may.
+/// Runs other threads until this one is runnable.
 inline void leave(const char* what, const char* file, int line) {
   const int me = run.thread;
   Waiting& waiting = threads[me].waiting;
@@ -192,7 +192,7 @@ inline void leave(const char* what, const char* file, int line) {
 
 int firstThread() { return reversed ? threadCount - 1 : 0; }
 
-/// The current thread has returned. Comes back when this stack has another thread to begin.
+/// Called when the current thread has returned. Returns when this stack has another thread to start.
 void finish() {
   const int me = run.thread;
   if (pendingCopies) landAllCopies(me);
@@ -310,7 +310,7 @@ void wakeThread(int thread) {
 int threadsOfBlock() { return threadCount; }
 uint32_t lanesOfWarp() { return lanes[run.warp]; }
 
-/// True for the thread that completes the barrier, which goes straight on.
+/// Returns true for the thread that completes the barrier, which continues directly.
 static bool arrive(const char* what, const char* file, int line) {
   if (atBarrier == 0) {
     barrierPlace = {what, file, line};
@@ -336,7 +336,8 @@ static bool arrive(const char* what, const char* file, int line) {
 void barrier(const char* file, int line) { arrive("__syncthreads", file, line); }
 
 int barrierReduce(BarrierKind kind, int value, const char* file, int line) {
-  // Two sums in turn: nobody can be at the barrier after the next one before all have read the result of this one.
+  // Two sums in alternation: no thread can reach the barrier after the next one before all have read the result of this
+  // one.
   const int mine = barrierParity;
   barrierSums[mine] += value != 0;
   if (arrive("__syncthreads_or/and/count", file, line)) {

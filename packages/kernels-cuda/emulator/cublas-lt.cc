@@ -1,6 +1,6 @@
-// cuBLASLt without a GPU: a library of its own, which queues its products in the emulated driver's streams. Constants, sizes and what is checked are
-// those of cublasLt.h 13.1.1. It refuses what the real library forbids, and what would be luck with it: an algorithm for other layouts, pointers less
-// aligned than the heuristic was told.
+// cuBLASLt without a GPU: a separate library that queues its products in the emulated driver's streams. Constants,
+// sizes and checks are those of cublasLt.h 13.1.1. It rejects what the real library forbids, and what would only work
+// there by luck: an algorithm chosen for other layouts, or pointers with less alignment than the heuristic was told.
 #include <string.h>
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace {
 enum Status { success = 0, notInitialized = 1, invalidValue = 7, executionFailed = 13, notSupported = 15 };
 enum Type { f32 = 0, bf16 = 14 };
 constexpr int compute32F = 68;
-constexpr uint32_t computeType = 2;  // of the reduction schemes: parts of k in f32 in the workspace
-/// From this k on, the first algorithm sums up two parts of it.
+constexpr uint32_t computeType = 2;  // one of the reduction schemes: parts of k in f32 in the workspace
+/// From this k on, the first algorithm splits k into two parts (split-K).
 constexpr uint64_t splitFrom = 256;
 
 struct Layout {
@@ -36,7 +36,7 @@ struct Preference {
   uint32_t reduction;
   uint32_t alignment[4];  // A, B, C, D
 };
-/// cublasLtMatmulAlgo_t is 64 bytes and opaque: this.
+/// The contents of cublasLtMatmulAlgo_t, which is 64 opaque bytes.
 struct Algorithm {
   uint64_t magic, configuration, workspace;
   uint32_t parts;
@@ -77,7 +77,7 @@ int destroy(T* descriptor) {
   return success;
 }
 
-/// What is wrong before a call does anything: a failure that a test wants, or the driver's state.
+/// Errors that precede any work of a call: a failure injected by a test, or the driver's state.
 int enter(const char* call) {
   int wanted;
   const int state = moe_emulator_enter(call, &wanted);
@@ -118,7 +118,7 @@ int check(const Description& op, const Layout& a, const Layout& b, const Layout&
   return success;
 }
 
-/// A number that tells configurations apart.
+/// A number that identifies a configuration.
 uint64_t configurationOf(const Description& op, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
   uint64_t hash = 0xcbf29ce484222325;
   const auto mix = [&](uint64_t value) { hash = (hash ^ value) * 0x100000001b3; };
@@ -146,7 +146,7 @@ float read(uint32_t type, uintptr_t address, size_t index) {
   return value;
 }
 
-/// The matrix as rows of k: of op(A), or columns of op(B). False when memory may not be read.
+/// Gathers a matrix as rows of k: rows of op(A), or columns of op(B). Returns false if the memory must not be read.
 bool gather(std::vector<float>& to, const Layout& x, uintptr_t address, bool alongColumns) {
   const size_t outer = alongColumns ? x.columns : x.rows, k = alongColumns ? x.rows : x.columns;
   to.resize(outer * k);
@@ -201,9 +201,9 @@ int set(T& field, const void* from, size_t bytes) {
 // --- for tests ---
 
 EMU_EXPORT void moe_cublas_lt_set_version(size_t now) { version = now; }
-/// Products asked for so far.
+/// The number of products requested so far.
 EMU_EXPORT size_t moe_cublas_lt_calls() { return calls; }
-/// Handles and descriptors that nobody destroyed.
+/// The number of handles and descriptors that have not been destroyed.
 EMU_EXPORT size_t moe_cublas_lt_living() { return living.size(); }
 
 // --- cublasLt.h ---
@@ -273,7 +273,7 @@ EMU_EXPORT int cublasLtMatmulPreferenceSetAttribute(Preference* preference, int 
   }
 }
 
-/// The algorithms: k in two parts where it is long and the workspace allows it, and at once.
+/// The algorithms: split-K if k is long enough and the workspace allows it, and without a split.
 EMU_EXPORT int cublasLtMatmulAlgoGetHeuristic(int* handle, Description* op, Layout* a, Layout* b, Layout* c, Layout* d, Preference* preference,
                                               int most, Result* results, int* count) {
   if (const int status = enter("cublasLtMatmulAlgoGetHeuristic"); status != success) return status;

@@ -37,7 +37,7 @@ std::string signatureOf(const Kernel& kernel) {
   return text;
 }
 
-/// Arguments that come by their addresses, packed.
+/// Packs arguments that are passed by address.
 std::vector<char> packArguments(const Kernel& kernel, void** addresses) {
   std::vector<char> packed(packedBytes(kernel));
   size_t at = 0;
@@ -80,7 +80,7 @@ Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t sha
     recordRefusal("%s: blocks of %u threads, its launch bounds allow %d", kernel.name, (unsigned)threads, kernel.maxThreads);
     return outOfResources;
   }
-  // Without an attribute 48 KiB are for static and dynamic shared memory together.
+  // Without the attribute, static and dynamic shared memory are limited to 48 KiB together.
   const size_t allowed = function.maxDynamicShared > 0 ? function.maxDynamicShared : (48 << 10) - kernel.staticShared;
   if (shared > allowed || kernel.staticShared + shared > maxShared()) {
     recordRefusal("%s: %u bytes of dynamic shared memory; its attribute allows %zu, the device %u with %zu static ones", kernel.name, shared, allowed, maxShared(),
@@ -124,7 +124,7 @@ EMU_EXPORT const char* moe_emulator_kernels() {
 }
 EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   ENTER("cuModuleLoadData");
-  // Long enough for what a real image starts with, and no longer: it need not end in a zero.
+  // As long as the header of a real image, and no longer: images need not end in a zero byte.
   static const char magic[] = "moe-emulated-module ";
   const char* text = (const char*)image;
   for (size_t i = 0; i + 1 < sizeof magic; i++) {
@@ -139,7 +139,7 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   while (length < 100 && text[length] != '\n' && text[length] != 0) length++;
   auto module = std::make_unique<Module>();
   module->name.assign(text, length);
-  // Machine code for one architecture alone.
+  // Machine code for a single architecture.
   const std::string only = "-sm90a";
   if (module->name.size() > only.size() && module->name.compare(module->name.size() - only.size(), only.size(), only) == 0 && capability() != 90) return noBinary;
   for (Kernel* k = kernels; k; k = k->next) {
@@ -175,7 +175,7 @@ EMU_EXPORT int cuFuncSetAttribute(void* handle, int attribute, int value) {
   ENTER("cuFuncSetAttribute");
   Function* function = functionOf(handle);
   if (!function) return invalidHandle;
-  if (attribute == 9) return ok;  // share of the cache
+  if (attribute == 9) return ok;  // the preferred shared memory carveout
   if (attribute != 8 || value < 0 || (uint32_t)value + function->kernel->staticShared > maxShared()) return invalidValue;
   function->maxDynamicShared = (uint32_t)value;
   return ok;

@@ -20,7 +20,7 @@ static Status allocateBytes(uintptr_t* address, size_t bytes) {
   if (bytes == 0) return invalidValue;
   *address = reserveAllocation(bytes);
   if (!*address) {
-    // What waits in queues may free some.
+    // Operations waiting in queues may free some.
     if (const Status status = waitForEverything(); status != ok) return status;
     *address = reserveAllocation(bytes);
   }
@@ -43,7 +43,7 @@ EMU_EXPORT int cuMemFree_v2(uintptr_t address) {
     recordRefusal("cuMemFree of 0x%zx, which is no allocation", (size_t)address);
     return invalidValue;
   }
-  // A device waits for its work before it frees.
+  // Freeing waits for the device's work, as in the driver.
   const Status status = waitForEverything();
   closeAllocation(address);
   context().owners.erase(address);
@@ -125,7 +125,7 @@ static int copyOut(const char* call, void* to, uintptr_t from, size_t bytes, voi
   op.from = from;
   op.bytes = bytes;
   const Status status = enqueue(*stream, std::move(op));
-  // Into pageable memory the call returns with the data in place.
+  // A copy to pageable memory has completed when the call returns.
   return (wait || !pinned) && status == ok ? runAll(*stream) : status;
 }
 EMU_EXPORT int cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t bytes, void* stream) {

@@ -1,4 +1,4 @@
-// The driver API: what every call begins with, device and context, and what tests ask of the emulator.
+// The driver API: what every call starts with, device and context, and the emulator's settings for tests.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 bool initialized;
 int devices = 1;
-std::map<std::string, std::pair<int, int>> injected;  // by call: which following one fails, and how
+std::map<std::string, std::pair<int, int>> injected;  // injected failures by call: which of the following calls fails, and how
 
 int capabilityNow;
 
@@ -35,7 +35,8 @@ void startOver() {
   freeEverything();
 }
 
-/// With its last owner a context goes, and all that was made in it. Whoever uses a handle of it afterwards is told so, where a driver may crash.
+/// A context is destroyed with its last owner, along with everything created in it. Later uses of its handles are
+/// reported, where a driver may crash.
 void closeContext(Primary* owner) {
   Context& all = context();
   for (Stream* stream : std::set<Stream*>(all.streams))
@@ -136,8 +137,9 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, status};
   }
 }
-/// "readsHost", "idle", "devices" (one by default), and "checks", "lazy", "reversed", "fp8Bits", "approximate" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
-/// them left no marks.
+/// Sets "readsHost", "idle", "devices" (one by default), "checks", "lazy", "reversed", "fp8Bits", "approximate" and
+/// "capability", overriding the environment variables. Checks can only be switched on after a reset, because what
+/// happened without them was not tracked.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
   cuInit(0);
@@ -222,9 +224,9 @@ EMU_EXPORT int cuDeviceTotalMem_v2(size_t* bytes, int) {
 EMU_EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   ENTER("cuDeviceGetAttribute", false);
   switch (attribute) {
-    case 1: case 2: case 3: *value = 1024; break;  // threads of a block, its x and y
+    case 1: case 2: case 3: *value = 1024; break;  // maximum threads of a block, its x and y
     case 4: *value = 64; break;
-    case 5: *value = 0x7fffffff; break;  // grid
+    case 5: *value = 0x7fffffff; break;  // maximum grid
     case 6: case 7: *value = 65535; break;
     case 8: *value = 48 << 10; break;  // shared memory of a block
     case 9: *value = 64 << 10; break;

@@ -1,4 +1,5 @@
-// The language of kernels for a host C++ compiler: included by device/moe.cuh when MOE_EMULATOR is defined, and by nothing else.
+// The language of kernels for a host C++ compiler. Included by device/moe.cuh if MOE_EMULATOR is defined, and by
+// nothing else.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -64,7 +65,7 @@ struct PackedReader {
     if constexpr (alignof(T) <= 8) {
       return (*(const T*)(start + from));
     } else {
-      // The arguments as a whole are not aligned to as much.
+      // The argument block as a whole has less alignment.
       T value;
       __builtin_memcpy((void*)&value, start + from, sizeof(T));
       return value;
@@ -73,7 +74,7 @@ struct PackedReader {
 };
 template <class... P>
 struct Call {
-  // Braces at the use fix the order in which arguments are read.
+  // Braces at the call site fix the order in which arguments are read.
   __attribute__((always_inline)) Call(void (*entry)(P...), const P&... values) { entry(values...); }
 };
 template <class... P>
@@ -106,7 +107,7 @@ struct Registration : Kernel {
 
 #define MOE_DYNAMIC_SHARED(name) unsigned char* const name = (unsigned char*)emu::dynamicShared()
 
-// Vector types. Their alignment is the device's, and is checked at every access.
+// Vector types. Their alignment is that of the device and is checked at every access.
 #define EMU_VECTORS(base, type)                                                                                           \
   struct __align__(2 * sizeof(type)) base##2 { type x, y; };                                                              \
   struct base##3 { type x, y, z; };                                                                                       \
@@ -126,8 +127,8 @@ EMU_VECTORS(float, float)
 EMU_VECTORS(double, double)
 #undef EMU_VECTORS
 
-// Constants to a kernel (the compiler may keep them in registers, and does not instrument them); the runtime sets them before it
-// lets a thread go on.
+// Constants to a kernel (the compiler may keep them in registers and does not instrument them). The runtime sets them
+// before it continues a thread.
 extern __attribute__((visibility("hidden"))) const uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
@@ -274,7 +275,7 @@ MOE_DEVICE float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 MOE_DEVICE float __frsqrt_rn(float x) { return 1.f / __builtin_sqrtf(x); }
 MOE_DEVICE float __saturatef(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
 MOE_DEVICE float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-/// Rounded here and now: never contracted into a fused multiply-add.
+/// Rounds immediately: prevents contraction into a fused multiply-add.
 MOE_DEVICE float emuRounded(float x) {
 #if defined(__x86_64__)
   __asm__("" : "+x"(x));

@@ -1,4 +1,4 @@
-// What every call of the driver API begins with, and what its parts share.
+// The prologue of every call of the driver API, and what its parts share.
 #pragma once
 #include <mutex>
 
@@ -8,7 +8,7 @@ namespace emu {
 
 extern std::recursive_mutex lock;
 
-/// Every call: the lock, the sticky error, an injected failure.
+/// Constructed by every call: takes the lock, and checks the sticky error and injected failures.
 struct Entry {
   std::lock_guard<std::recursive_mutex> guard{lock};
   Status status = ok;
@@ -18,21 +18,21 @@ struct Entry {
   Entry entry(__VA_ARGS__);       \
   if (entry.status != ok) return entry.status
 
-/// What a test wants this call to fail with, once; 0 for nothing.
+/// The failure that a test has injected for this call, once; 0 for none.
 int injectedFailure(const char* call);
 
-/// A call that may not happen while its stream captures ends the capture.
+/// Ends the capture of a stream after a call that a capture forbids.
 Status breakCapture(Stream& stream);
 Operation operation(Operation::Kind kind, const char* call);
 
 /// Compute capability times ten.
 int capability();
-/// Whether a capture forbids calls that may wait for the device (one in relaxed mode does not).
+/// True if a capture forbids calls that may wait for the device (a capture in relaxed mode does not).
 bool captureForbids();
 
 // Kernels and their arguments.
 
-/// With a context all of its modules go.
+/// Unloads the modules of a context that is destroyed.
 void unloadModules(const Primary* owner);
 Function* functionOf(void* handle);
 Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t shared, size_t bytes);

@@ -1,4 +1,4 @@
-// The first few faults, as text. Places in the source are looked up when somebody asks.
+// Records the first few faults as text. Source positions are only resolved when the report is read.
 #include <dlfcn.h>
 #include <stdio.h>
 
@@ -21,12 +21,12 @@ std::string report;
 
 std::string baseName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
-/// "softmax.cu:31, called from reduce.cuh:20", from the library's line tables where addr2line can be run.
+/// "softmax.cu:31, called from reduce.cuh:20", from the library's line tables, if addr2line is available.
 std::string locate(const void* code) {
   Dl_info info{};
   if (!code || !dladdr(code, &info)) return "";
   char command[1200];
-  // One byte back: a return address may belong to the next line.
+  // One byte back, because a return address may belong to the next line.
   snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
            (size_t)((const char*)code - (const char*)info.dli_fbase - 1));
   std::string found;
@@ -60,7 +60,7 @@ void recordRefusal(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  // The latest one: a program may be refused often and go on.
+  // The latest one: a program may be refused often and continue.
   for (size_t i = 0; i < faults.size(); i++)
     if (faults[i].refusal) faults.erase(faults.begin() + (long)i--);
   faults.push_back({std::string("refused: ") + text, {nullptr, 0}, true, true});

@@ -1,4 +1,4 @@
-// Stacks and the switch between them.
+// Fibers: stacks and the switch between them.
 #include "runtime.h"
 
 #include <pthread.h>
@@ -30,7 +30,8 @@ void reserveStacks() {
   for (int i = 0; i < maxThreads; i++) mprotect((char*)at + i * strideBytes, pageBytes, PROT_NONE);
 }
 
-/// Top of a stack. Tops are staggered: at equal distances the live ends of all stacks would fall into the same few sets of the cache.
+/// The top of a stack. Tops are staggered: at equal distances, the active ends of all stacks would map to the same few
+/// cache sets.
 static uintptr_t stackTop(int index) {
   const uintptr_t end = stacksStart + (index + 1) * strideBytes;
   return (end - (size_t)index * 1088 % 16384 - 64) & ~(uintptr_t)63;
@@ -149,13 +150,13 @@ constexpr size_t signalStackBytes = 64 << 10;
 void onSignal(int signal, siginfo_t* info, void*) {
   if (run.active && pthread_equal(pthread_self(), kernelThread)) {
     const uintptr_t at = (uintptr_t)info->si_addr;
-    // SA_NODEFER leaves the signal unblocked, so it is safe to leave this stack for good.
+    // SA_NODEFER leaves the signal unblocked, so this stack can be abandoned safely.
     if (signal == SIGFPE) stop(launchFailed, {nullptr, 0}, "integer division by zero or overflow");
     if (at - stacksStart < stacksBytes)
       stop(launchFailed, {nullptr, 0}, "stack overflow (%zu KiB a thread)", stackBytes >> 10);
     stop(illegalAddress, {nullptr, 0}, "access to 0x%zx, which is not device memory (signal %d)", (size_t)at, signal);
   }
-  // Another thread's: as if we were not here.
+  // Not from the emulator's thread: handle it as if the emulator had no handler.
   for (int i = 0; i < 4; i++) {
     if (handledSignals[i] != signal) continue;
     sigaction(signal, &previous[i], nullptr);

@@ -1,4 +1,4 @@
-// Graphs of the driver API: recording a stream's operations, and queueing them again whole.
+// The driver API: graphs. Captures a stream's operations, and queues them again as a whole.
 #include "entry.h"
 
 using namespace emu;
@@ -89,7 +89,7 @@ EMU_EXPORT int cuGraphGetNodes(void* handle, void** nodes, size_t* count) {
   if (!graphs.count((Graph*)handle)) return invalidValue;
   size_t n = 0;
   for (const auto& node : ((Graph*)handle)->nodes) {
-    if (node->kind == Operation::mark) continue;  // not something that a driver knows
+    if (node->kind == Operation::mark) continue;  // internal: not a node type of the driver
     if (nodes && n < *count) nodes[n] = node.get();
     n++;
   }

@@ -1,6 +1,6 @@
-// What the compiler calls before every access to memory (-fsanitize=thread) and when an address is not aligned, an index is outside an
-// array's bounds, or a division has no result (-fsanitize=alignment,bounds,integer-divide-by-zero). These are our own functions in the
-// place of the sanitizers' libraries.
+// The functions that the compiler calls before every memory access (-fsanitize=thread), and for misaligned addresses,
+// out-of-bounds indices and undefined divisions (-fsanitize=alignment,bounds,integer-divide-by-zero). They replace the
+// sanitizers' own libraries.
 #include <link.h>
 
 #include "runtime.h"
@@ -11,7 +11,7 @@ bool checksOn = true;
 
 static uintptr_t imageStart, imageBytes;
 
-/// The range of this library: kernels may read their constants.
+/// Finds the address range of this library, whose constants kernels may read.
 void findImage() {
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void*) {
@@ -31,7 +31,7 @@ void findImage() {
       nullptr);
 }
 
-/// Neither global nor shared memory: a stack, a constant, or a mistake.
+/// Handles an access to neither global nor shared memory: a stack, a constant, or an error.
 static void elsewhere(uintptr_t address, size_t bytes, const char* what, Where where) {
   if (address - stacksStart < stacksBytes || !checksOn || !run.active) return;
   if (address - imageStart < imageBytes) return;
@@ -190,7 +190,7 @@ extern "C" __attribute__((visibility("hidden"))) void* __tsan_memset(void* to, i
   return memset(to, value, bytes);
 }
 
-// The parts of the records of -fsanitize=undefined that we read.
+// The parts of the records of -fsanitize=undefined that are used.
 namespace {
 struct Place {
   const char* file;

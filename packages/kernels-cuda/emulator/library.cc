@@ -1,9 +1,10 @@
-// For emulated libraries beside the driver (cublas-lt.cc): what real ones have from driver and device.
+// What the emulated libraries other than the driver (cublas-lt.cc, nccl.cc) need of the driver and the device.
 #include "entry.h"
 
 using namespace emu;
 
-/// Before each of its calls: the driver's state, and what a test wants the call to fail with (moe_emulator_fail), or 0.
+/// Called at the start of each of their calls. Returns the driver's state; `wanted` is the failure that a test has
+/// injected (moe_emulator_fail), or 0.
 EMU_EXPORT int moe_emulator_enter(const char* call, int* wanted) {
   std::lock_guard guard{lock};
   *wanted = injectedFailure(call);
@@ -13,8 +14,8 @@ EMU_EXPORT int moe_emulator_enter(const char* call, int* wanted) {
 /// The device whose context is current, or -1.
 EMU_EXPORT int moe_emulator_device() { return current ? deviceOf(current) : -1; }
 
-/// Queues `work` with a copy of its arguments; in a capture it becomes a node. What it returns is a status of the driver; `ofRanks` if that may be that it
-/// waits for another rank.
+/// Queues `work` with a copy of its arguments; in a capture, it becomes a node. `work` returns a status of the driver.
+/// `ofRanks`: whether it may wait for another rank.
 EMU_EXPORT int moe_emulator_work(const char* call, int (*work)(const void* arguments), const void* arguments, size_t bytes, void* handle, int ofRanks) {
   ENTER("moe_emulator_work");
   Stream* stream = streamOf(handle);
@@ -26,12 +27,12 @@ EMU_EXPORT int moe_emulator_work(const char* call, int (*work)(const void* argum
   return enqueue(*stream, std::move(op));
 }
 
-/// Whether device memory may be read, or written, by work that runs. Otherwise a fault is recorded.
+/// True if running work may read (or write) this device memory. Otherwise a fault is recorded.
 EMU_EXPORT int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes) {
   return writes ? hostWrite(address, bytes, call) : hostRead(address, bytes, call);
 }
 
-/// Why a call was refused, for the report.
+/// Adds the reason why a call was refused to the report.
 EMU_EXPORT void moe_emulator_refuse(const char* reason) {
   std::lock_guard guard{lock};
   recordRefusal("%s", reason);

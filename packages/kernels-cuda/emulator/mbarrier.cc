@@ -1,9 +1,11 @@
-// Barriers in shared memory, and the copies of boxes that count at them. Copies land when somebody waits for their phase and no sooner,
-// so that whoever reads early finds them on their way.
+// Mbarriers, and the TMA copies that complete on them. A copy takes effect when a thread waits for its phase and no
+// sooner, so that a thread that reads too early is detected.
 //
-// Who knows of whose accesses is kept by warp, and a wait hears what was told in the phases that have ended. The arrival of one lane tells what it has heard of, what its warp
-// had done when it last met (__syncwarp), and what it has done itself where no other lane has done anything since; when all lanes of the warp have arrived, all is told. Products are
-// the whole warp's: where they have been waited for, one lane tells that.
+// Happens-before is tracked per warp ("heard": up to which time each thread knows of the accesses of each warp), and a
+// wait receives what was published in the phases that have completed. The arrival of one lane publishes what it has
+// heard, what its warp had done when it last converged (__syncwarp), and what it has done itself if no other lane has
+// done anything since. When all lanes of the warp have arrived, everything is published. wgmmas belong to the whole
+// warp: once they have been waited for, the arrival of one lane publishes that.
 #include <stdio.h>
 
 #include <algorithm>
@@ -19,7 +21,7 @@ bool othersHeard;
 
 namespace {
 
-constexpr int mostBytes = (1 << 20) - 1;  // of the count of bytes
+constexpr int mostBytes = (1 << 20) - 1;  // limit of the transaction count
 
 struct Box {
   BoxMap map;
@@ -29,23 +31,23 @@ struct Box {
 };
 struct Mbarrier {
   uintptr_t address;
-  uint32_t initialized;  // when
-  int by;                // which thread
+  uint32_t initialized;  // time of initialization
+  int by;                // initializing thread
   bool fenced;
-  int arrivals, missing;  // of a phase, and still to come in this one
-  int64_t bytes;          // expected in this phase
-  size_t copied;          // of the boxes on their way
-  uint32_t phase;         // that have ended
-  uint32_t landed;        // when the latest boxes did
+  int arrivals, missing;  // per phase, and still pending in this one
+  int64_t bytes;          // expected transaction bytes of this phase
+  size_t copied;          // of the copies in flight
+  uint32_t phase;         // number of completed phases
+  uint32_t landed;        // time at which the latest copies completed
   uint32_t telling[thingsKnown], told[thingsKnown];
-  uint32_t lanes[maxWarps];  // that have arrived in this phase
+  uint32_t lanes[maxWarps];  // lanes that have arrived in this phase
   std::vector<Box> boxes;
   std::vector<int> waiting;
 };
 Mbarrier barriers[maxBarriers];
-int barriersInUse;  // of the block
+int barriersInUse;  // in the current block
 
-/// A warpgroup that meets.
+/// A warpgroup at a syncWarpgroup.
 struct Group {
   int arrived;
   const char* file;
@@ -64,7 +66,7 @@ Mbarrier& barrierAt(void* at, const char* what, Where where) {
   stop(launchFailed, where, "%s at %s, which is no initialized barrier", what, sharedPlace((uintptr_t)at).c_str());
 }
 
-/// Copies a box, a row of its inner side at a time; what is outside of the matrix is zero.
+/// Copies a box, one row of its inner dimension at a time. Elements outside of the matrix are zeros.
 void land(const Box& box) {
   const BoxMap& map = box.map;
   const int width = map.box[0] * map.elementBytes;
@@ -83,7 +85,7 @@ void land(const Box& box) {
         memcpy((void*)to, row, width);
         continue;
       }
-      // Chunks of 16 bytes change places by the bits of the address above the row's.
+      // The swizzle: 16-byte chunks are permuted by address bits above those of the row.
       for (int at = 0; at < width; at += 16) {
         const uintptr_t plain = sharedAddress((void*)(to + at)), mask = (1u << map.swizzle) - 1;
         memcpy((char*)to + at + ((plain ^ (plain >> 7 & mask) << 4) - plain), row + at, 16);
@@ -92,7 +94,7 @@ void land(const Box& box) {
   }
 }
 
-/// Ends the phase if all has come, or would have if copies landed.
+/// Completes the phase if all arrivals and bytes are accounted for, and copies what was in flight.
 void tryToEnd(Mbarrier& barrier) {
   if (barrier.missing > 0 || barrier.bytes != (int64_t)barrier.copied) return;
   if (!barrier.boxes.empty()) {
@@ -117,7 +119,7 @@ void merge(uint32_t* into, const uint32_t* from) {
   for (int i = 0; i < thingsKnown; i++) into[i] = std::max(into[i], from[i]);
 }
 
-/// All that will be read is there and written.
+/// Checks that everything the copy reads is allocated and has been written.
 void checkSource(const Box& box, Where where) {
   const BoxMap& map = box.map;
   for (int z = 0; z < map.box[2]; z++)
@@ -194,7 +196,7 @@ void initBarrier(void* at, int arrivals, const char* file, int line) {
   memset(barrier.lanes, 0, sizeof barrier.lanes);
 }
 
-void fenceBarriers() {
+void fenceBarrierInit() {
   for (int i = 0; i < barriersInUse; i++)
     if (barriers[i].by == run.thread) barriers[i].fenced = true;
 }
@@ -205,7 +207,7 @@ void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
     stop(launchFailed, {file, line}, "an arrival at %s, whose phase has all its %d and waits for copies", sharedPlace(barrier.address).c_str(),
          barrier.arrivals);
   barrier.bytes += expectedBytes;
-  if (expectedBytes > 0) walk("arriveAndExpect", file, line);
+  if (expectedBytes > 0) walk("arriveAndExpectTx", file, line);
   if (expectedBytes < 0 || barrier.bytes > mostBytes) stop(launchFailed, {file, line}, "a barrier expects %lld bytes", (long long)barrier.bytes);
   barrier.missing--;
   uint32_t* const mine = heard[run.thread];
@@ -215,7 +217,7 @@ void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
   const bool alone = touched[run.warp] & ~lane && barrier.lanes[run.warp] != lanesOfWarp();
   barrier.telling[ofProducts + run.warp] = ++run.clock;
   barrier.telling[run.warp] = std::max(barrier.telling[run.warp], alone ? std::max(run.warpClock[run.warp], run.barrierClock) : run.clock);
-  // With copies on their way somebody has to wait for them.
+  // Copies in flight only take effect when a thread waits for them.
   if (barrier.boxes.empty() || !barrier.waiting.empty()) tryToEnd(barrier);
 }
 
@@ -260,10 +262,10 @@ void syncWarpgroup(const char* file, int line) {
   }
 }
 
-/// Puts a box on its way.
+/// Starts a copy.
 static void copy(Box box, Mbarrier& barrier, Where where) {
   box.bytes = (size_t)box.map.box[0] * box.map.box[1] * box.map.box[2] * box.map.elementBytes;
-  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarriers() after initBarrier()");
+  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarrierInit() after initBarrier()");
   if (!inShared(box.to)) stop(illegalAddress, where, "a copy of a box to 0x%zx, which is not shared memory", (size_t)box.to);
   if (checksOn) {
     checkSource(box, where);
@@ -276,9 +278,9 @@ static void copy(Box box, Mbarrier& barrier, Where where) {
   if (!barrier.waiting.empty()) tryToEnd(barrier);
 }
 
-void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
+void tmaLoad(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
   const Where where{file, line};
-  walk("copyBox", file, line);
+  walk("tmaLoad", file, line);
   if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
   Box box{};
   memcpy(&box.map, map, sizeof box.map);
@@ -292,9 +294,9 @@ void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const
 }
 
 /// A box of one row.
-void copyBytes(void* shared, const void* global, int bytes, void* at, const char* file, int line) {
+void bulkLoad(void* shared, const void* global, int bytes, void* at, const char* file, int line) {
   const Where where{file, line};
-  walk("copyBytes", file, line);
+  walk("bulkLoad", file, line);
   if (((uintptr_t)shared | (uintptr_t)global | (uintptr_t)bytes) % 16 != 0)
     stop(misalignedAddress, where, "misaligned: a copy of %d bytes from 0x%zx to 0x%zx, which are to be multiples of 16", bytes, (size_t)global, (size_t)(uintptr_t)shared);
   if (bytes < 16 || bytes > 1024) stop(launchFailed, where, "a copy of %d bytes; 16 to 1024 are emulated", bytes);

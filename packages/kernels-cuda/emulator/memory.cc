@@ -1,4 +1,5 @@
-// Device memory: allocations in one large reserved range, and the shadow that says what may be touched and what was written.
+// Device memory: allocations in one large reserved range, and shadow memory that records what is accessible and what
+// has been written.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -22,13 +23,14 @@ struct Allocation {
   bool open;
 };
 std::map<uintptr_t, Allocation> allocations;
-std::map<uintptr_t, size_t> freed;  // for messages; an entry goes when its addresses are used again
+std::map<uintptr_t, size_t> freed;  // for messages; an entry is removed when its addresses are reused
 uintptr_t arena, cursor;
 size_t used;
 
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-/// Sets the shadow of whole and partial words: `state` is 0 (not to be touched), 1 (accessible) or 3 (accessible and written).
+/// Sets the shadow of whole and partial words: `state` is 0 (inaccessible), 1 (accessible) or 3 (accessible and
+/// written).
 void setShadow(uintptr_t address, size_t bytes, int state) {
   const uintptr_t end = address + bytes;
   const auto part = [&](uintptr_t word, int from, int to) {
@@ -49,7 +51,7 @@ void setShadow(uintptr_t address, size_t bytes, int state) {
   if (end != last) part(last, 0, (int)(end - last));
 }
 
-/// The first address whose bit is missing, or 0. `shift` is 0 for "accessible", 4 for "written".
+/// The first address whose bit is not set, or 0. `shift` is 0 for "accessible", 4 for "written".
 uintptr_t firstWithout(uintptr_t address, size_t bytes, int shift) {
   const uintptr_t end = address + bytes;
   const uint8_t whole = (uint8_t)(0xf << shift);
@@ -127,7 +129,7 @@ size_t memoryUsed() { return used; }
 
 uintptr_t reserveAllocation(size_t bytes) {
   if (bytes > memoryTotal() - used) return 0;
-  // Onwards from the last one, so that an address is used again as late as possible.
+  // Allocates after the previous allocation, so that addresses are reused as late as possible.
   const size_t room = roundUp(bytes, alignment) + redZone;
   for (int turn = 0; turn < 2; turn++) {
     uintptr_t at = roundUp(cursor, alignment);
@@ -165,7 +167,7 @@ void closeAllocation(uintptr_t address) {
   const auto found = allocations.find(address);
   if (found == allocations.end()) return;
   const size_t bytes = found->second.bytes;
-  // Large ones give their pages back, data and shadow, which are zeros then.
+  // Large allocations return their pages, both data and shadow, which then read as zeros.
   const uintptr_t end = address + bytes, first = roundUp(address, 16384), last = end & ~(uintptr_t)16383;
   if (last > first && last - first >= 256 << 10) {
     madvise((void*)first, last - first, MADV_DONTNEED);

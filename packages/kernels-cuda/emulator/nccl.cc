@@ -1,6 +1,8 @@
-// NCCL without a GPU: a library of its own, which queues messages in the emulated driver's streams. Ranks are of one process or of several on this machine: a
-// message is a file. It has the messages between two ranks that are used, no collectives, and communicators that do not block: a call ends before its work is in
-// the stream, and what is asked of a communicator that is not ready is refused, as by the real library. What would hang or overwrite there is a fault here.
+// NCCL without a GPU: a separate library that queues messages in the emulated driver's streams. Ranks may be in one
+// process or in several on this machine; a message is a file. It implements point-to-point messages between two ranks,
+// no collectives, and nonblocking communicators: a call returns before its work is in the stream, and calls on a
+// communicator that is not ready are refused, as by the real library. What would hang or overwrite data there is a
+// fault here.
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,14 +19,14 @@ namespace {
 
 /// ncclResult_t of nccl.h 2.30.
 enum Result { success = 0, unhandledCudaError = 1, systemError = 2, invalidArgument = 4, invalidUsage = 5, inProgress = 7 };
-/// Of the driver: work that waits for another rank, and a failed launch.
+/// Statuses of the driver: work that waits for another rank, and a failed launch.
 enum { notReady = 600, launchFailed = 719 };
 
 constexpr size_t idBytes = 128;
 struct Id {
   char folder[idBytes];
 };
-/// The part of ncclConfig_t that 2.18 has.
+/// The part of ncclConfig_t that exists since version 2.18.
 struct Config {
   size_t size;
   unsigned magic, version;
@@ -39,7 +41,7 @@ struct Message {
   uintptr_t address;
   size_t bytes;
 };
-/// What a group has on one communicator.
+/// The operations of a group on one communicator.
 struct Batch {
   Comm* comm;
   void* stream;
@@ -48,17 +50,17 @@ struct Batch {
 struct Comm {
   std::string folder;
   int ranks, rank;
-  bool met = false;    // all ranks are there
+  bool met = false;    // all ranks have connected
   int state = inProgress;
   bool ended = false;  // finalized
   std::vector<uint64_t> sent, received;
-  std::vector<Batch*> waiting;  // to be put into their streams
+  std::vector<Batch*> waiting;  // waiting to be put into their streams
   int queued = 0;               // in streams
   bool gone = false;            // destroyed or aborted; the last batch frees it
 };
 
 int living = 0, ids = 0, depth = 0;
-std::vector<std::string> folders;  // of ids of this process
+std::vector<std::string> folders;  // of the ids created by this process
 std::vector<Batch*> group;
 
 int enter(const char* call) {
@@ -86,7 +88,7 @@ bool write(const std::string& place, const void* data, size_t bytes) {
   return fclose(file) == 0 && whole && rename(unfinished.c_str(), place.c_str()) == 0;
 }
 
-/// Whether the message has come; `status` says whether it is what was asked for.
+/// True if the message has arrived; `status` is set if it is not what was expected.
 bool take(const Comm& comm, const Message& message, int* status) {
   const std::string place = placeOf(comm, message.peer, comm.rank, message.number);
   struct stat found;
@@ -119,7 +121,7 @@ void release(Comm* comm) {
   if (comm->gone && comm->queued == 0) delete comm;
 }
 
-/// Runs in a stream, again and again while something has not come.
+/// Runs in a stream, repeatedly while messages are missing.
 int carry(const void* argument) {
   Batch* batch;
   memcpy(&batch, argument, sizeof batch);
@@ -176,7 +178,7 @@ void removeFolder(const std::string& folder) {
 
 void leave(Comm* comm) {
   write(departureOf(*comm, comm->rank), "", 0);
-  // The last one takes along what lies there: others may still be about to see that all have come.
+  // The last rank removes the files, because others may not yet have seen that all have connected.
   bool last = true;
   for (int rank = 0; rank < comm->ranks; rank++) last &= access(departureOf(*comm, rank).c_str(), F_OK) == 0;
   if (last) removeFolder(comm->folder);
@@ -246,7 +248,7 @@ EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
     for (int rank = 0; rank < comm->ranks; rank++) comm->met &= access(arrivalOf(*comm, rank).c_str(), F_OK) == 0;
     if (comm->met) comm->state = checkPlaces(*comm);
   } else if (comm->state == inProgress) {
-    // What was asked for comes into the streams now.
+    // Now the requested operations are put into the streams.
     comm->state = success;
     for (Batch* batch : comm->waiting) {
       comm->queued++;
@@ -308,9 +310,9 @@ EXPORT int ncclCommAbort(Comm* comm) {
 
 // --- for tests ---
 
-/// Communicators that nobody destroyed.
+/// The number of communicators that have not been destroyed.
 EXPORT int moe_nccl_living() { return living; }
-/// Takes the messages along that failed ranks have left. Nothing may be under way.
+/// Removes messages that failed ranks have left behind. No messages may be in flight.
 EXPORT void moe_nccl_reset() {
   for (const std::string& folder : folders) removeFolder(folder);
   folders.clear();

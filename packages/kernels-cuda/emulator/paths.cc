@@ -1,9 +1,11 @@
-// Whether lanes come together to what is a whole warp's: ".aligned" in PTX, which are products of warpgroups, mma and ldmatrix. The PTX ISA asks that all
-// lanes execute the same instruction. After branches that it knows of ptxas lets them meet; __syncwarp does not leave it to that.
+// Detects warps that are not converged at warp-wide instructions (".aligned" in PTX: wgmma, mma and ldmatrix). The PTX
+// ISA requires that all lanes execute the same instruction. ptxas lets lanes reconverge after branches that it knows
+// of; __syncwarp does not rely on that.
 //
-// Kept are waits, copies and expected bytes. An arrival of one lane counts for nothing: it is one predicated instruction, after which CUTLASS and
-// DeepGEMM go on to products, too. Block and warpgroup barriers are meetings: there one initializes and all go on, in CUTLASS as here. What else lanes do
-// in branches (loads, loops) is not seen.
+// Waits on mbarriers, copies and expected bytes are tracked. The arrival of a single lane is not: it is one predicated
+// instruction, after which CUTLASS and DeepGEMM issue wgmmas, too. Barriers of a block or warpgroup count as
+// convergence points: one lane initializes and all continue, in CUTLASS as here. Other divergence (loads, loops in
+// branches) is not detected.
 #include <algorithm>
 #include <vector>
 
@@ -17,7 +19,8 @@ struct Step {
   const char* file;
   int line;
 };
-/// An instruction of the whole warp that a lane has come to, what it had done since its warp met, and what of that was the latest.
+/// A warp-wide instruction that a lane has reached, what the lane had done since its warp converged, and the latest of
+/// these actions.
 struct Passed {
   uint32_t way;
   int steps;
@@ -27,7 +30,7 @@ struct Path {
   uint32_t way;
   int steps;
   Step latest;
-  std::vector<Passed> passed;  // where the lane had done something since the one before
+  std::vector<Passed> passed;  // where the lane had done something since the previous one
 };
 Path paths[maxThreads];
 uint32_t walked;  // warps of which a lane did something

@@ -1,5 +1,5 @@
-// Products of a warpgroup. Each thread puts them into a queue of its own; they are done when the warpgroup waits for their group, and until
-// then the sums hold a mark, so that whoever reads them early has not a number.
+// wgmma. Each thread puts products into its own queue. They are computed when the warpgroup waits for their group;
+// until then the accumulators contain a marker, so that reading them too early gives NaN.
 #include <math.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -20,11 +20,11 @@ constexpr uint32_t inFlight = 0xffffffff;
 struct Product {
   bool registers;         // a is in registers
   bool fp8;               // f8e4m3, otherwise bf16
-  bool fresh;             // sums begin with it
-  bool acrossA, acrossB;  // k runs across memory
+  bool fresh;             // scale-d = 0: overwrites the accumulators
+  bool acrossA, acrossB;  // MN-major
   uint64_t a, b;
-  uint32_t left[4];       // the thread's own,
-  const uint32_t* leftAt; // and where it has them
+  uint32_t left[4];       // a in registers: values,
+  const uint32_t* leftAt; // and addresses
   int n, sums;
   uint32_t group;
   const char* file;
@@ -34,11 +34,11 @@ struct Product {
 struct Queue {
   Product products[mostQueued];
   int count;
-  uint32_t groups;  // closed so far
-  bool fenced;      // since sums were last the thread's own
+  uint32_t groups;  // committed so far
+  bool fenced;      // since the thread last accessed its accumulators
 };
 typedef float Row8 __attribute__((vector_size(32)));
-/// Sums that are with the tensor cores: their values, and where each thread has them.
+/// Accumulators of products in flight: their values, and their addresses in each thread.
 struct Sums {
   float values[64][256];
   float* at[groupThreads];
@@ -53,15 +53,16 @@ struct Warpgroup {
 };
 Warpgroup* warpgroups;  // as many as a block can have
 bool used;
-/// Which warpgroups closed groups of products, in that order, in the latest block that had some; and when that began.
+/// The numbers of the warpgroups that committed groups, in that order, in the latest block that had any; and the time
+/// when that block started.
 std::string closedBy;
 uint32_t closedIn;
 
-/// By 128 bytes of dynamic shared memory and warp: when products last read there.
-constexpr uint32_t lines = (1 << 18 >> 7) + 256;  // that descriptors reach
+/// For each 128 bytes of dynamic shared memory and each warp: when products last read there.
+constexpr uint32_t lines = (1 << 18 >> 7) + 256;  // reachable by descriptors
 uint32_t readAt[lines][maxWarps];
 
-/// When each thread made what it had written visible to products.
+/// When each thread made its writes visible to the async proxy.
 std::vector<uint32_t> fences[maxThreads];
 
 Warpgroup& warpgroup() {
@@ -73,8 +74,9 @@ Warpgroup& warpgroup() {
   return warpgroups[run.thread / groupThreads];
 }
 
-/// An operand as its descriptor says, in the swizzle of 128 bytes: rows of 16 bf16 or 32 f8e4m3, eight of them 1024 bytes apart. Across memory 16 rows of
-/// 64 bf16, eight of them 1024 bytes apart, and further columns as far on as the descriptor says.
+/// An operand as specified by its descriptor, with the 128-byte swizzle. K-major: rows of 16 bf16 or 32 f8e4m3, with
+/// 1024 bytes per eight rows. MN-major: 16 rows of 64 bf16, with 1024 bytes per eight rows, and the next 64 columns at
+/// the descriptor's offset.
 struct Operand {
   uint32_t start, next;
   bool across;
@@ -84,7 +86,7 @@ struct Operand {
         next((uint32_t)(descriptor >> 16 & 0x3fff) << 4),
         across(across),
         base((uintptr_t)dynamicShared() - sharedAddress(dynamicShared())) {}
-  /// What lies in memory as a row of 64 bf16 at most: of an operand of `outer` rows this many, in one place after the other.
+  /// The number of lines (rows of at most 64 bf16 in memory) of an operand with `outer` rows.
   int lines(int outer) const { return across ? outer / 64 * 16 : outer; }
   uint32_t plain(int line) const {
     const int row = across ? line % 16 : line;
@@ -111,7 +113,7 @@ void checkDescriptor(uint64_t descriptor, bool across, int rows, const char* nam
   if (offset != 0 || (operand.start & (across ? 0x3ff : 0x380)) != 0 || (across && operand.next % 1024 != 0))
     stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is no multiple of 1024", name, operand.start, (int)offset);
   if (!checksOn) return;
-  // One lane looks at every row, the others at whether they have waited at all.
+  // One lane checks every line; the other lanes only check whether they have waited at all.
   for (int line = 0; line < (run.lane == 0 ? operand.lines(rows) : 1); line++)
     for (int chunk = 0; chunk < operand.chunks(); chunk++) checkOperand(operand.chunkOf(line, chunk), 16, where);
 }
@@ -135,15 +137,15 @@ float fromF8e4m3(uint8_t bits) {
   return bits & 0x80 ? -size : size;
 }
 
-/// What the last of the kept bits of a number of that size is worth.
+/// The value of the last retained bit of a number of this magnitude.
 float lastBitOf(float size) {
   int exponent;
   frexpf(size, &exponent);
   return ldexpf(1.f, exponent - fp8Bits);
 }
 
-/// `sum` and the products of 32 pairs as Hopper's tensor cores add them up (DeepSeek-V3 report, 3.3.2): all are shifted to where the largest begins, what lies behind
-/// its highest bits is cut off, and so is the result.
+/// Adds `sum` and the products of 32 pairs as Hopper's tensor cores do (DeepSeek-V3 report, 3.3.2): all terms are
+/// aligned to the largest one, bits below the retained ones are truncated, and so are those of the result.
 float addFp8(float sum, const float* left, const float (*right)[256], int column) {
   float products[32], largest = fabsf(sum);
   for (int k = 0; k < 32; k++) {
@@ -160,7 +162,7 @@ float addFp8(float sum, const float* left, const float (*right)[256], int column
   return truncf(total / last) * last * bit;
 }
 
-/// The product that every thread has in that place of its queue.
+/// Computes the product at this position of all threads' queues.
 void multiply(Warpgroup& group, int place) {
   alignas(32) static float left[64][32], right[32][256];
   const Product& product = group.queues[0].products[place];
@@ -190,7 +192,7 @@ void multiply(Warpgroup& group, int place) {
     }
 }
 
-/// Element `i` of a thread's sums, as a place in the matrix.
+/// The row of element `i` of a thread's accumulators.
 int rowOf(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 int columnOf(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
@@ -205,7 +207,7 @@ void checkLeft(const Product& product, Where where) {
     stop(launchFailed, where, "a left operand in registers was written while products that read it are on their way");
 }
 
-/// Which of the sums on their way these are; new ones are handed over.
+/// The index of these accumulators among those in flight; new ones are added.
 int sumsAt(Warpgroup& group, float* d, int n, Where where) {
   const int me = run.thread % groupThreads;
   for (int s = 0; s < mostSums; s++) {
@@ -215,7 +217,7 @@ int sumsAt(Warpgroup& group, float* d, int n, Where where) {
     return s;
   }
   Queue& queue = group.queues[me];
-  if (!queue.fenced) stop(launchFailed, where, "a product without fenceProducts() since the sums were this thread's");
+  if (!queue.fenced) stop(launchFailed, where, "a product without wgmmaFence() since the sums were this thread's");
   for (int s = 0; s < mostSums; s++) {
     Sums& sums = group.sums[s];
     if (sums.at[me]) continue;
@@ -230,7 +232,7 @@ int sumsAt(Warpgroup& group, float* d, int n, Where where) {
   stop(outOfResources, where, "the emulator has room for %d arrays of sums at once", mostSums);
 }
 
-/// Does the products whose groups are complete, and hands back sums to which no other product adds.
+/// Computes the products whose groups must have completed, and returns accumulators that no other product uses.
 void finish(Warpgroup& group, uint32_t groups, Where where) {
   Queue& first = group.queues[0];
   for (int t = 1; t < groupThreads; t++) {
@@ -274,7 +276,7 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 int fp8Bits;
 int approximate;
 
-void fenceOperands() {
+void fenceProxyAsync() {
   touched[run.warp] |= 1u << run.lane;
   fences[run.thread].push_back(run.clock++);
 }
@@ -284,13 +286,13 @@ uint32_t fenceAfter(int thread, uint32_t clock) {
   return found == fences[thread].end() ? 0 : *found;
 }
 
-void fenceProducts(const char* file, int line) {
-  atAligned("fenceProducts", file, line);
+void wgmmaFence(const char* file, int line) {
+  atAligned("wgmmaFence", file, line);
   warpgroup().queues[run.thread % groupThreads].fenced = true;
 }
 
-void commitProducts(const char* file, int line) {
-  atAligned("commitProducts", file, line);
+void wgmmaCommit(const char* file, int line) {
+  atAligned("wgmmaCommit", file, line);
   warpgroup().queues[run.thread % groupThreads].groups++;
   if (run.thread % groupThreads > 0) return;
   if (closedIn != run.blockClock) closedBy.clear();
@@ -314,26 +316,26 @@ static void ask(float* d, Product product) {
   queue.products[queue.count++] = product;
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line) {
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line) {
   ask(d, {false, false, fresh, acrossA, acrossB, a, b, {}, nullptr, n, 0, 0, file, line});
 }
-void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
+void wgmma(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
   ask(d, {true, false, false, false, across, 0, b, {a[0], a[1], a[2], a[3]}, a, n, 0, 0, file, line});
 }
-void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line) {
+void wgmmaFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line) {
   ask(d, {false, true, fresh, false, false, a, b, {}, nullptr, 128, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {
   const Where where{file, line};
-  atAligned("waitProducts", file, line);
+  atAligned("wgmmaWait", file, line);
   Warpgroup& group = warpgroup();
   if (group.arrived == 0) {
     group.file = file, group.line = line, group.pending = pending;
   } else if (group.line != line || group.file != file || group.pending != pending) {
-    stop(launchFailed, where, "waitProducts without all threads: others of the warpgroup are at line %d", group.line);
+    stop(launchFailed, where, "wgmmaWait without all threads: others of the warpgroup are at line %d", group.line);
   }
-  if (++group.arrived < groupThreads) return waitInWarp("waitProducts", file, line);
+  if (++group.arrived < groupThreads) return waitInWarp("wgmmaWait", file, line);
   group.arrived = 0;
   const int first = run.thread / groupThreads * groupThreads;
   for (int w = first / 32; w < first / 32 + 4; w++) meetPaths(w);
@@ -376,5 +378,5 @@ void dropProducts() {
 
 }  // namespace emu
 
-/// Numbers of the warpgroups that closed groups of products in the latest block that had some, in that order.
+/// The numbers of the warpgroups that committed groups of products in the latest block that had any, in that order.
 EMU_EXPORT const char* moe_emulator_products() { return emu::closedBy.c_str(); }

@@ -1,5 +1,5 @@
-// What scripts/ptx.mjs writes is made of: the instructions of PTX that are no operator of C++, each as the PTX ISA defines it. Included by
-// translated kernels alone.
+// PTX instructions that are not C++ operators, as defined by the PTX ISA, for kernels translated by scripts/ptx.mjs.
+// Included only by those.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -8,7 +8,7 @@
 
 #include "abi.h"
 
-// The checks of accesses (hooks.cc); here they are called by name, as instructions say how many bytes they access and where those must lie.
+// The access checks (hooks.cc), called by name, because instructions specify the size and the alignment of an access.
 extern "C" {
 #define HOOK(bytes)               \
   void __tsan_read##bytes(void*); \
@@ -32,7 +32,7 @@ PTX_OP To bits(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-/// A kernel and how its arguments lie; `parameters` ends with letter 0.
+/// A kernel and the layout of its arguments; `parameters` ends with letter 0.
 struct Registration : emu::Kernel {
   Registration(const char* module, const char* name, const char* file, int maxThreads, const emu::Parameter* parameters, void (*entry)(const char*))
       : Kernel{module, name, file, maxThreads, parameters, [](void (*entry)(), const char* packed) { ((void (*)(const char*))entry)(packed); }, (void (*)())entry, nullptr, 0} {
@@ -42,7 +42,7 @@ struct Registration : emu::Kernel {
 
 // --- Memory ---
 
-/// Where the window of shared addresses begins.
+/// The base address of the shared window.
 PTX_OP char* sharedWindow() { return (char*)emu::dynamicShared() - emu::sharedAddress(emu::dynamicShared()); }
 
 template <class T, int N = 1>
@@ -77,7 +77,7 @@ PTX_OP void store(void* at, Vector<T, N> value) {
   checkWrite<sizeof(T) * N>(at);
   memcpy(at, &value, sizeof value);
 }
-/// Parameters and a thread's own memory, which need no checks.
+/// Parameters and a thread's local memory, which need no checks.
 template <class T, int N = 1>
 PTX_OP Vector<T, N> loadOwn(const void* at) {
   Vector<T, N> value;
@@ -135,7 +135,7 @@ PTX_OP uint32_t brev(uint32_t x) {
   for (int i = 0; i < 32; i++) y |= (x >> i & 1u) << (31 - i);
   return y;
 }
-/// The highest bit that is set, or with `Shift` how far it is from the top; 2^32 - 1 for none.
+/// The highest set bit or, with `Shift`, its distance from the top; 2^32 - 1 if there is none.
 template <bool Shift>
 PTX_OP uint32_t bfind(uint32_t x) { return x == 0 ? 0xffffffffu : Shift ? (uint32_t)__builtin_clz(x) : 31u - (uint32_t)__builtin_clz(x); }
 PTX_OP uint32_t clz(uint32_t x) { return x == 0 ? 32u : (uint32_t)__builtin_clz(x); }
@@ -157,21 +157,22 @@ template <class T>
 PTX_OP T maximum(T a, T b) { return a != a ? b : b != b ? a : a > b || (a == b && !__builtin_signbit(a)) ? a : b; }
 PTX_OP float maximumOrNan(float a, float b) { return a != a || b != b ? __builtin_nanf("") : maximum<float>(a, b); }
 PTX_OP float saturate(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
-/// A result that may be off by so much of itself, and is, up or down by chance, where that is asked for.
+/// The result of an approximate instruction: with a relative error of up to `off`, in a pseudo-random direction, if
+/// requested.
 PTX_OP float approximately(float exact, float off) {
   if (!emu::approximate) return exact;
   return exact * (bits<uint32_t>(exact) * 2654435761u >> 31 ? 1 + off : 1 - off);
 }
 PTX_OP float ex2(float x) { return x == 0 ? 1.f : approximately(exp2f(x), 0x1p-22f); }
 PTX_OP float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
-/// a * b + c rounded towards minus infinity. The product is exact in double, and so is what the sum loses.
+/// a * b + c rounded towards minus infinity. The product is exact in double, and so is the rounding error of the sum.
 PTX_OP float fmaDown(float a, float b, float c) {
   const double product = (double)a * b, sum = product + c;
   const double tail = sum - product, lost = (product - (sum - tail)) + (c - tail);
   const float rounded = (float)sum;
   return rounded > sum || (rounded == sum && lost < 0) ? nextafterf(rounded, -INFINITY) : rounded;
 }
-/// To an integer that the value is rounded to before; out of range the nearest, NaN is 0.
+/// Converts a value, rounded before, to an integer. Saturates; NaN becomes 0.
 template <class T, class F>
 PTX_OP T toInteger(F x) {
   constexpr T lowest = (T)-1 < 0 ? (T)((T)1 << (sizeof(T) * 8 - 1)) : 0, highest = (T)~lowest;
@@ -195,13 +196,13 @@ PTX_OP uint16_t halfOfE4m3(uint8_t x) {
 }
 PTX_OP uint32_t halvesOfE4m3x2(uint16_t pair) { return (uint32_t)halfOfE4m3((uint8_t)(pair >> 8)) << 16 | halfOfE4m3((uint8_t)pair); }
 
-// --- What lanes do together ---
+// --- Warp-wide instructions ---
 
 struct Shuffled {
   uint32_t value;
   bool inside;
 };
-/// shfl.sync as the PTX ISA has it: `clamp` holds a segment mask and the last lane.
+/// shfl.sync as in the PTX ISA: `clamp` contains a segment mask and the last lane.
 PTX_OP Shuffled shuffle(emu::ShuffleKind kind, uint32_t value, uint32_t operand, uint32_t clamp, uint32_t mask, const char* file, int line) {
   const int lane = (int)((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31u);
   const int b = (int)(operand & 31u), c = (int)(clamp & 31u), segment = (int)(clamp >> 8 & 31u);
@@ -217,24 +218,25 @@ PTX_OP Shuffled shuffle(emu::ShuffleKind kind, uint32_t value, uint32_t operand,
   return {(uint32_t)emu::shuffle(emu::shuffleIndex, mask, value, inside ? source : lane, 32, file, line), inside};
 }
 
-/// Asynchronous copies are whole or zeros here.
+/// Here asynchronous copies copy all bytes or write zeros.
 PTX_OP void copyAsync(void* to, const void* from, int bytes, uint32_t valid, const char* file, int line) {
   if (valid != 0 && valid != (uint32_t)bytes) emu::trap(file, line);
   emu::copyAsync(to, from, bytes, valid != 0);
 }
 
-/// A named barrier of 128 threads is their warpgroup's.
+/// A named barrier with 128 threads is that of a warpgroup.
 PTX_OP void syncNamed(uint32_t name, uint32_t threads, const char* file, int line) {
   if (threads != 128 || name != 1 + threadIdx.x / 128) emu::trap(file, line);
   emu::syncWarpgroup(file, line);
 }
 
-/// A product of the warpgroup, done at once: what may happen to sums and operands on their way is seen in kernels that the host's compiler made.
+/// A wgmma, computed immediately. Accesses to accumulators and operands in flight are checked in kernels that the host
+/// compiler built.
 template <int N, class Ask>
 PTX_OP void productNow(float (&d)[N], Ask ask, const char* file, int line) {
-  emu::fenceProducts(file, line);
+  emu::wgmmaFence(file, line);
   ask(d);
-  emu::commitProducts(file, line);
+  emu::wgmmaCommit(file, line);
   emu::waitForProducts(0, file, line);
 }
 

@@ -1,6 +1,7 @@
-// Races on global memory: the order of blocks is nobody's promise, and that of a block's threads is its barriers'. By word of 4 bytes: who wrote it last, and
-// when it was first read in this launch. Kernels that run one after another are ordered; so are blocks that have met in an atomic (the last one to count up
-// may read what the others have written).
+// Detects races on global memory: nothing orders blocks, and only barriers order the threads of a block. For each
+// 4-byte word, records who wrote it last and when it was first read in this launch. Kernels that run one after another
+// are ordered, and so are blocks that have met in an atomic (so the last one to count up may read what the others have
+// written).
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -16,10 +17,10 @@ uint32_t* globalReads;
 
 namespace {
 
-// The latest write of a word: when (32 bits), then flags, bytes of the word (4 bits) and the thread of the block.
+// The latest write of a word: time (32 bits), then flags, bytes of the word (4 bits) and the thread of the block.
 constexpr uint64_t atomically = 1 << 16, bySeveral = 1 << 17;
 constexpr int bytesShift = 10;
-uint32_t met;  // the block that has met others in an atomic, by when it began
+uint32_t met;  // blocks that have met others in an atomic, by start time
 
 uint32_t timeOf(uint64_t write) { return (uint32_t)(write >> 32); }
 int threadOf(uint64_t write) { return (int)(write & 0x3ff); }
@@ -34,7 +35,7 @@ uint32_t bytesOf(uint64_t write) { return (uint32_t)(write >> bytesShift & 0xf);
        timeOf(write) < run.blockClock ? "" : " without a barrier since");
 }
 
-/// Calls `visit(word, its address, which of its bytes)`.
+/// Calls `visit(word, address, mask of its bytes)` for each word.
 template <class Visit>
 inline void visitWords(uintptr_t address, size_t bytes, Visit visit) {
   const uintptr_t end = address + bytes;
@@ -44,7 +45,7 @@ inline void visitWords(uintptr_t address, size_t bytes, Visit visit) {
   }
 }
 
-/// Whether the latest write of these bytes was in this launch and has nothing to do with the current access.
+/// True if the latest write of these bytes was in this launch and is not ordered before the current access.
 inline bool conflicts(uint64_t write, uint32_t bytes, bool atomic) {
   if (timeOf(write) < run.launchClock || !(bytesOf(write) & bytes) || (atomic && write & atomically)) return false;
   if (timeOf(write) < run.blockClock) return met != run.blockClock;
@@ -99,7 +100,7 @@ void raceWrite(uintptr_t address, size_t bytes, bool atomic, Where where) {
     if (atomic && write & atomically && timeOf(write) >= run.launchClock && timeOf(write) < run.blockClock) met = run.blockClock;
     if (conflicts(write, which, atomic)) race(atomic ? "atomic" : "write", "written", write, at, where);
     const uint32_t read = globalReads[word];
-    // Who has read which part of a word is not kept.
+    // Readers of parts of a word are not recorded.
     if (which == 0xf && read >= run.launchClock && read < run.blockClock && met != run.blockClock) race(atomic ? "atomic" : "write", "read", (uint64_t)read << 32, at, where);
     uint64_t flags = atomic ? atomically : 0;
     if (timeOf(write) >= run.blockClock) {

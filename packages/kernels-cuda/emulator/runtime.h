@@ -1,4 +1,4 @@
-// What the parts of the runtime share: the launch in progress, the two memories, faults.
+// What the parts of the runtime share: the current launch, both memories, faults.
 #pragma once
 #include <stdarg.h>
 #include <string.h>
@@ -16,7 +16,7 @@ struct Dim3 {
 constexpr int maxThreads = 1024;
 constexpr int maxWarps = maxThreads / 32;
 
-// Status codes of the driver API that more than one part uses.
+// Status codes of the driver API that several parts use.
 enum Status : int {
   ok = 0,
   invalidValue = 1,
@@ -40,21 +40,23 @@ enum Status : int {
 
 // --- the launch in progress (block.cc) ---
 
-/// Blocks and threads run last to first. What differs then depends on an order that a device does not promise.
+/// Whether blocks and threads run in reverse order. Results that change then depend on an order that a device does not
+/// guarantee.
 extern bool reversed;
 
-/// Runs every block of a launch on the calling thread. Anything but `ok` leaves a fault recorded.
+/// Runs every block of a launch on the calling thread. Any status but `ok` leaves a fault recorded.
 Status runKernel(Kernel* kernel, Dim3 grid, Dim3 block, uint32_t dynamicShared, const char* arguments);
 
-/// Most shared memory of a block, in bytes.
+/// Maximum shared memory of a block, in bytes.
 uint32_t maxShared();
 
-/// What the checks of every access need, in one place and without a call.
+/// State that every access check needs, in one place and without a call.
 struct Run {
-  bool active;  // a kernel runs: accesses are those of a device thread
+  bool active;  // a kernel is running, so accesses are those of a device thread
   int thread, warp, lane;
   uint32_t dynamicShared;
-  // Time by which accesses to shared memory are ordered. It advances when a block starts and at every barrier, block's or warp's.
+  // Logical time, which orders accesses to shared memory. Advances when a block starts and at every barrier of a block
+  // or warp.
   uint32_t clock, launchClock, blockClock, barrierClock, warpClock[maxWarps];
   Kernel* kernel;
   const char* arguments;
@@ -63,7 +65,8 @@ struct Run {
 extern Run run;
 extern Dim3 currentBlock, currentThread;
 
-/// Where in the code: a line of the file that `at` names, or with line 0 the address `at`. Small, so that it travels in registers.
+/// A position in the code: a line of the file `at` or, with line 0, the code address `at`. Small enough to be passed in
+/// registers.
 struct Where {
   const void* at;
   long line;
@@ -78,11 +81,11 @@ struct Where {
 
 void reserveStacks();
 void switchContext(void** save, void* load);
-/// A context that calls `entry` on stack `index` when it is switched to.
+/// Creates a context that calls `entry` on stack `index` when it is switched to.
 void* freshContext(int index, void (*entry)());
 extern uintptr_t stacksStart, stacksBytes;
-/// Runs `body` on the calling thread with faults of the processor (null pointers with checks off, a stack that overflows) turned
-/// into faults of the kernel.
+/// Runs `body` on the calling thread. Signals of the processor (null pointers with checks off, stack overflow) become
+/// faults of the kernel.
 void withSignals(void (*body)());
 
 // --- faults (faults.cc) ---
@@ -90,7 +93,7 @@ void withSignals(void (*body)());
 void recordFault(Where where, const char* prefix, const char* format, va_list arguments);
 void recordRefusal(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void clearFaults();
-/// The recorded faults with their places in the source.
+/// The recorded faults with their source positions.
 const char* faultReport();
 
 // --- checks (hooks.cc) ---
@@ -98,18 +101,18 @@ const char* faultReport();
 extern bool checksOn;
 void findImage();
 
-// --- counts (traffic.cc) ---
+// --- memory traffic (traffic.cc) ---
 
 extern bool counting;
-/// An access of the current thread, by the instruction at `code`.
+/// Counts an access of the current thread, by the instruction at `code`.
 void countAccess(const void* code, uintptr_t address, int bytes, bool shared, bool write);
-/// The block has ended.
+/// Called at the end of a block.
 void closeAccesses();
 
-// --- device memory (memory.cc). One shadow byte for 4 bytes: the low half says which of them lie in an allocation, the high half which
-// of those were written. ---
+// --- device memory (memory.cc). One shadow byte per 4 bytes: the low half says which of them are allocated, the high
+// half which have been written. ---
 
-extern uintptr_t globalStart, globalBytes;  // 0 bytes while checks are off, so that hooks pass over it
+extern uintptr_t globalStart, globalBytes;  // globalBytes is 0 while checks are off, so that hooks ignore the range
 extern uint8_t* globalShadow;
 constexpr size_t arenaBytes = size_t(16) << 30;
 
@@ -121,16 +124,16 @@ void writeGlobalSlow(uintptr_t address, size_t bytes, Where where);
 void reserveMemory();
 size_t memoryTotal();
 size_t memoryUsed();
-/// 0 when there is no room. The range becomes accessible with `openAllocation`.
+/// Reserves an address range; 0 if there is no room. openAllocation makes it accessible.
 uintptr_t reserveAllocation(size_t bytes);
 void openAllocation(uintptr_t address);
-/// Whether there was such an allocation.
+/// True if there was such an allocation.
 bool knowsAllocation(uintptr_t address);
 void closeAllocation(uintptr_t address);
-/// For allocators that hand out parts: of `capacity` bytes the first `bytes` are accessible and hold nothing yet.
+/// For suballocators: the first `bytes` of `capacity` bytes are accessible and uninitialized.
 void markMemory(uintptr_t address, size_t bytes, size_t capacity);
 void freeEverything();
-/// Access from the host. False (with a fault recorded) when it is not allowed.
+/// An access from the host. Returns false, with a fault recorded, if it is not allowed.
 bool hostRead(uintptr_t address, size_t bytes, const char* call);
 bool hostWrite(uintptr_t address, size_t bytes, const char* call);
 
@@ -142,10 +145,10 @@ void reserveRaces();
 void forgetRaces(uintptr_t address, size_t bytes);
 void raceRead(uintptr_t address, size_t bytes, bool atomic, Where where);
 void raceWrite(uintptr_t address, size_t bytes, bool atomic, Where where);
-/// Whether this launch has written there, as far as is known.
+/// True if this launch is known to have written there.
 bool writtenInLaunch(uintptr_t address, size_t bytes);
 
-/// Whole words that nobody has written in this launch and somebody has read need nothing more.
+/// True for whole words that were read, and not written, in this launch: they need no further checks.
 inline bool readBefore(uintptr_t address, size_t bytes) {
   const size_t word = (address - globalStart) >> 2;
   bool good = true;
@@ -164,98 +167,100 @@ inline void writeGlobal(uintptr_t address, size_t bytes, Where where, bool atomi
 
 // --- shared memory (shared.cc) ---
 
-/// Whether what that thread of the block did then is ordered before what the current one does, by barriers of any kind.
+/// True if what the given thread of the block did at that time is ordered before the current access, by barriers of any
+/// kind.
 bool orderedBefore(uint32_t clock, int thread);
 
 
-extern uintptr_t sharedStart, sharedBytes;  // 0 bytes while checks are off
+extern uintptr_t sharedStart, sharedBytes;  // sharedBytes is 0 while checks are off
 void reserveShared();
 bool inShared(uintptr_t address);
 void forgetShared();
 void readShared(uintptr_t address, size_t bytes, Where where);
 void writeShared(uintptr_t address, size_t bytes, Where where);
 void atomicShared(uintptr_t address, bool reads, Where where);
-/// An asynchronous copy to it has begun; it has landed.
+/// An asynchronous copy to shared memory has started, and has completed.
 void beginCopyShared(uintptr_t address, size_t bytes, Where where);
 void checkReaders(uintptr_t address, size_t bytes, Where where);
 void landCopyShared(uintptr_t address, size_t bytes);
-/// The copy engine's writes have landed, which whoever waits for the barrier will know.
+/// The copy engine's writes have completed, which threads that wait for the barrier will know.
 void landBoxShared(uintptr_t address, size_t bytes, int barrier);
-/// Whether a product may read what lies there: all of it there, known to this thread, and written by the copy engine or made visible to it.
+/// Checks that a wgmma may read this memory: it is initialized, ordered before this thread, and was written by the copy
+/// engine or made visible to the async proxy.
 void checkOperand(uintptr_t address, size_t bytes, Where where);
 /// "byte 12 of shared array tile".
 std::string sharedPlace(uintptr_t address);
 
 // --- warps (warp.cc) ---
 
-/// Copies of a thread that returned without waiting for them.
+/// Completes the copies of a thread that returned without waiting for them.
 void landAllCopies(int thread);
 void dropCopies();
 void resetWarp(int warp);
 extern uint32_t pendingCopies;  // of all threads
 
-// --- ways of lanes (paths.cc) ---
+// --- convergence of warps (paths.cc) ---
 
-/// The current lane does something that its warp need not do with it.
+/// Records that the current lane does something that its warp need not do with it.
 void walk(const char* what, const char* file, int line);
-/// All lanes of the warp are there.
+/// Called when all lanes of the warp have converged.
 void meetPaths(int warp);
 void resetPaths();
 
-// --- barriers in shared memory and the copy engine (mbarrier.cc) ---
+// --- mbarriers and TMA copies (mbarrier.cc) ---
 
 constexpr int maxBarriers = 64;
-/// What each thread knows: by warp, up to when its accesses are told that this thread heard of; likewise its products' reads (from ofProducts on); then by barrier, the
-/// time of the latest landing (from ofBoxes on).
+/// What each thread has heard of: for each warp, up to which time it knows of the warp's accesses; from ofProducts on,
+/// the same for its products' reads; from ofBoxes on, for each barrier, the time of the latest completed copy.
 constexpr int ofProducts = maxWarps, ofBoxes = 2 * maxWarps, thingsKnown = ofBoxes + maxBarriers;
 extern uint32_t heard[maxThreads][thingsKnown];
-/// By warp, the lanes that have accessed shared memory since it met.
+/// For each warp, the lanes that have accessed shared memory since it converged.
 extern uint32_t touched[maxWarps];
-extern bool othersHeard;  // whether threads of this block can know of those of other warps but by its barrier
-/// Lanes of a warp tell each other what they know.
+extern bool othersHeard;  // whether threads of this block may know of other warps' accesses other than by __syncthreads
+/// Merges what the lanes of a warp have heard.
 void shareHeard(int warp);
-/// A new block, or an abandoned one.
+/// Called when a block starts or is abandoned.
 void resetBarriers();
-/// The block has ended.
+/// Called at the end of a block.
 void checkBarriers();
-/// What each barrier waits for, in words.
+/// Describes what each barrier is waiting for.
 std::string barrierStates();
 
-// --- products of warpgroups (product.cc) ---
+// --- wgmma (product.cc) ---
 
-/// Bits of a sum that products in fp8 keep: 0 for all of f32's.
+/// The number of bits of accumulators that fp8 products retain; 0 for all of f32.
 extern int fp8Bits;
 
-/// Somebody is about to write where products may still read.
+/// Checks that no product in flight reads memory that is about to be written.
 void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where where);
-/// When this thread first made visible to products what it wrote at that time; 0 if it has not.
+/// When this thread first made its writes of that time visible to the async proxy; 0 if it has not.
 uint32_t fenceAfter(int thread, uint32_t clock);
-/// The current thread returns.
+/// Called when the current thread returns.
 void checkProducts();
 void dropProducts();
 
-// --- matrices as the copy engine knows them (tensor-map.cc) ---
+// --- tensor maps (tensor-map.cc) ---
 
 struct BoxMap {
   uint32_t magic, rank;
   uintptr_t address;
-  uint64_t sizes[5], strides[4];  // elements; bytes from one row (matrix, ...) to the next
+  uint64_t sizes[5], strides[4];  // in elements; strides in bytes between rows (matrices, ...)
   uint16_t box[5];
   uint8_t elementBytes, swizzle;
 };
 constexpr uint32_t boxMapMagic = 0x544d4150;
 constexpr uint8_t swizzle128 = 3;
 
-// --- meeting points, for warp.cc and its like ---
+// --- waiting, for warp.cc and similar ---
 
-/// The current thread waits; others go on. Returns when `wakeWarp` (or the block's barrier) has made it runnable.
+/// Suspends the current thread and runs others. Returns when `wakeWarp` (or the block's barrier) has made it runnable.
 void waitInWarp(const char* what, const char* file, int line);
-/// All lanes of the current warp may go on.
+/// Makes all lanes of the current warp runnable.
 void wakeWarp();
 void wakeThread(int thread);
-/// All threads of the block.
+/// The number of threads of the block.
 int threadsOfBlock();
-/// Lanes that the current warp has.
+/// The lanes that exist in the current warp.
 uint32_t lanesOfWarp();
 
 extern Kernel* kernels;

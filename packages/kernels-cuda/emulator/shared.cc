@@ -1,8 +1,9 @@
 // Shared memory and the order of accesses to it.
 //
-// Every access is stamped with the run's clock, which advances at barriers. An earlier access is ordered before the current one if it
-// is the same thread's, or older than the block's last barrier, or by a lane of the same warp and older than that warp's last
-// __syncwarp, or older than its warp's arrival at a barrier in shared memory that this thread has heard of. A write must be ordered after all accesses before it, a read after the write before it.
+// Every access is stamped with the run's clock, which advances at barriers. An earlier access is ordered before the
+// current one if it was made by the same thread, or is older than the block's last barrier, or was made by a lane of
+// the same warp and is older than that warp's last __syncwarp, or is older than its warp's arrival at an mbarrier that
+// this thread has heard of. A write must be ordered after all earlier accesses, a read after the latest write.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -18,26 +19,26 @@ uintptr_t sharedStart, sharedBytes;
 namespace {
 
 constexpr size_t regionBytes = size_t(64) << 20;
-// The dynamic part begins at the first of these, static arrays follow after the second, each with a place of its own.
-// Its alignment is the declared one, and no better.
+// The dynamic part starts at the first of these; static arrays follow after the second, each at its own position.
+// Arrays have exactly their declared alignment.
 constexpr size_t dynamicStart = 4096 + 128, dynamicEnd = 4096 + (256 << 10);
 constexpr size_t redZone = 256;
 
-// Who accessed: a thread, several lanes of a warp, or several warps.
+// Who accessed a word: a thread, several lanes of a warp, or several warps.
 typedef uint16_t Who;
 constexpr Who lanesOf = 0x400, everyone = 0x800, atomically = 0x1000, engine = 0x2000;  // engine: with the number of a barrier
-constexpr uint32_t onItsWay = 0xffffffff;  // write clock of the target of an asynchronous copy until it lands
+constexpr uint32_t onItsWay = 0xffffffff;  // the write clock of the target of an asynchronous copy until it completes
 
-/// State of a word, or of a byte of a word that was accessed in parts.
+/// The state of a word, or of a byte of a word that was accessed in parts.
 struct Cell {
   uint32_t writeClock, readClock;
   Who writer, reader;
-  bool inside;  // part of a static array
-  bool split;   // the state is that of the bytes, since writeClock
+  bool inside;  // within a static array
+  bool split;   // the bytes have their own state, since writeClock
 };
 Cell* cells;
 Cell* byteCells;
-/// By 128 bytes and warp: when threads last read there, while it matters whose reads somebody has heard of.
+/// For each 128 bytes and warp: when threads last read there, while that matters for mbarriers.
 uint32_t (*readBy)[maxWarps];
 uintptr_t region;
 size_t staticEnd = dynamicEnd;
@@ -50,7 +51,7 @@ std::vector<Array> arrays;
 
 int warpOf(Who who) { return who & (everyone | engine) ? 63 : who & lanesOf ? who & 31 : who >> 5 & 31; }
 
-/// By way of barriers in shared memory.
+/// Ordered by mbarriers.
 [[gnu::noinline]] bool heardOf(uint32_t clock, Who who) {
   const uint32_t* known = heard[run.thread];
   if (who & engine) return known[ofBoxes + (who & (maxBarriers - 1))] >= clock;
@@ -113,7 +114,7 @@ inline Who merge(Who before) { return warpOf(before) == run.warp ? (Who)(lanesOf
 }
 
 inline void readCell(Cell& cell, uintptr_t address, Where where) {
-  // Mostly written in this block and before its last barrier.
+  // Fast path: usually written in this block, before its last barrier.
   if (__builtin_expect(cell.writeClock - run.blockClock >= run.barrierClock - run.blockClock, 0)) checkRead(cell, address, where);
   const Who me = (Who)run.thread;
   if (cell.readClock < run.barrierClock) cell.reader = me;
@@ -122,7 +123,7 @@ inline void readCell(Cell& cell, uintptr_t address, Where where) {
   if (othersHeard) readBy[(address - region) >> 7][run.warp] = run.clock;
 }
 
-/// Whether what was read is ordered before the current access.
+/// True if the reads of a cell are ordered before the current access.
 inline bool readsOrdered(const Cell& cell, uintptr_t address) {
   if (cell.readClock < run.barrierClock || !(cell.reader & everyone) || !othersHeard) return ordered(cell.readClock, cell.reader);
   for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
@@ -171,7 +172,7 @@ void splitCell(size_t word) {
   cell.writeClock = run.clock;
 }
 
-/// Calls `visit(cell, address)` for what [address, address + bytes) covers.
+/// Calls `visit(cell, address)` for each cell of [address, address + bytes).
 template <class Visit>
 inline void visitCells(uintptr_t address, size_t bytes, Where where, Visit visit) {
   const size_t start = address - region, end = start + bytes;
@@ -224,7 +225,7 @@ void* dynamicShared() { return (void*)(region + dynamicStart); }
 
 void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name) {
   if (!slot->at) {
-    // Just as aligned as its type asks for and no better, which is all that a device promises.
+    // Aligned exactly as its type requires, because a device guarantees no more.
     size_t start = (staticEnd + redZone + 127) / 128 * 128;
     if (align < 16) start += align < 4 ? 4 : align;
     staticEnd = (start + bytes + 3) / 4 * 4;
@@ -249,7 +250,7 @@ static void readParts(uintptr_t address, size_t bytes, Where where) {
 static void writeParts(uintptr_t address, size_t bytes, Where where) {
   visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { writeCell(cell, at, where); });
 }
-/// Whole words, none of them ever accessed in parts.
+/// True for whole words, none of which has been accessed in parts.
 static inline bool whole(const Cell* cell, size_t start, size_t bytes) {
   if ((start | bytes) & 3 || !(cell->inside || (start >= dynamicStart && start + bytes <= dynamicStart + run.dynamicShared))) return false;
   bool good = true;
@@ -281,8 +282,8 @@ void beginCopyShared(uintptr_t address, size_t bytes, Where where) {
     cell.readClock = 0;
   });
 }
-/// Where the copy engine is to write, threads that have read there have made a fence since, and this thread knows of it. (That they may still read is found
-/// elsewhere.)
+/// Checks, for a target of the copy engine, that threads that have read there have issued a proxy fence since, and that
+/// this thread knows of it. (Reads that may still happen are detected elsewhere.)
 void checkReaders(uintptr_t address, size_t bytes, Where where) {
   uintptr_t checked = 0;
   visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
@@ -298,7 +299,7 @@ void checkReaders(uintptr_t address, size_t bytes, Where where) {
         fenced = fence != 0 && (w == run.warp || fence < run.barrierClock || heard[run.thread][w] > fence);
       }
       if (!fenced)
-        stop(launchFailed, where, "race: a box goes to %s, which warp %d has read, with no fenceOperands() before it told", placeOf(at).c_str(), w);
+        stop(launchFailed, where, "race: a box goes to %s, which warp %d has read, with no fenceProxyAsync() before it told", placeOf(at).c_str(), w);
     }
   });
 }
@@ -316,11 +317,11 @@ void checkOperand(uintptr_t address, size_t bytes, Where where) {
   visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
     checkRead(cell, at, where);
     if (cell.writer & engine) return;
-    // By a thread, which has made it visible since; and whoever knows of that may read it.
+    // Written by a thread, which has made it visible since: whoever knows of that may read it.
     const int thread = cell.writer & 0x3ff;
     const uint32_t fence = fenceAfter(thread, cell.writeClock);
     if (fence == 0 || !ordered(fence, (Who)thread))
-      stop(launchFailed, where, "a product reads %s, which thread %d has written and not made visible by fenceOperands() before it told", placeOf(at).c_str(), thread);
+      stop(launchFailed, where, "a product reads %s, which thread %d has written and not made visible by fenceProxyAsync() before it told", placeOf(at).c_str(), thread);
   });
 }
 bool orderedBefore(uint32_t clock, int thread) { return ordered(clock, (Who)thread); }

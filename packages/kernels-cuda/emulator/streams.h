@@ -1,4 +1,4 @@
-// Streams, events and graphs: queues of operations that run as late as they may.
+// Streams, events and graphs: queues of operations, which run as late as possible.
 #pragma once
 #include <deque>
 #include <functional>
@@ -23,7 +23,7 @@ inline int deviceOf(const Primary* owner) { return (int)(owner - primaries); }
 
 struct Function {
   Kernel* kernel;
-  uint32_t maxDynamicShared;  // as asked for, or 0
+  uint32_t maxDynamicShared;  // as requested, or 0
   Primary* owner = current;
 };
 
@@ -33,8 +33,8 @@ struct Event {
   struct Stream* stream = nullptr;
   double seconds = 0;
   bool timed = true;
-  bool asked = false;     // a query said "not ready" since the latest record
-  bool captured = false;  // its latest record went into a graph
+  bool asked = false;     // a query has returned "not ready" since the latest record
+  bool captured = false;  // its latest record was captured into a graph
 };
 
 struct Operation {
@@ -44,7 +44,7 @@ struct Operation {
   Function* function = nullptr;
   Dim3 grid{}, block{};
   uint32_t dynamicShared = 0;
-  std::vector<char> data;  // packed arguments, or what a pageable upload held when it was asked for
+  std::vector<char> data;  // packed arguments, or the contents of a pageable upload at the time of the call
   // work of another library, with a copy of its arguments in `data`
   int (*perform)(const void* arguments) = nullptr;
   bool ofRanks = false;  // it may wait for another rank
@@ -58,7 +58,7 @@ struct Operation {
   uint64_t until = 0;
 
   uint64_t sequence = 0;
-  // For whoever asks a graph about this node.
+  // For queries of a graph about this node.
   void* extra[5] = {};
   size_t extraBytes = 0;
 };
@@ -77,7 +77,7 @@ struct GraphExec {
 struct Stream {
   Primary* owner = current;
   std::deque<Operation> queue;
-  bool blocking = true;  // ordered with the null stream
+  bool blocking = true;  // synchronizes with the null stream
   bool asked = false;
   std::unique_ptr<Graph> capture;
   bool captureBroken = false;
@@ -88,8 +88,8 @@ struct Stream {
 struct Context {
   Status error = ok;  // sticky
   bool lazy = true;
-  bool readsHost = false;  // ordinary memory of the host too, when a copy runs
-  bool idle = false;       // launches, fills and copies on the device are checked, and nothing of them is done
+  bool readsHost = false;  // copies can also access ordinary host memory
+  bool idle = false;       // launches, fills and device copies are checked but not executed
   Stream null;
   std::set<Stream*> streams;
   std::map<Event*, std::shared_ptr<Event>> events;
@@ -101,14 +101,15 @@ struct Context {
 };
 Context& context();
 
-/// Queues an operation (or adds it to the graph that the stream captures).
+/// Queues an operation (or adds it to the graph that the stream is capturing).
 Status enqueue(Stream& stream, Operation operation);
-/// Runs what a stream holds, through a sequence number. `notReady` where work of another library waits for another process.
+/// Runs a stream's operations up to a sequence number. Returns `notReady` if work of another library waits for another
+/// process.
 Status runThrough(Stream& stream, uint64_t sequence);
 Status runAll(Stream& stream);
 /// Runs what the streams of the current context hold.
 Status runEverything();
-/// The same until it is done, for calls that wait.
+/// Repeats `run` until it is ready, for calls that wait.
 Status waitFor(const std::function<Status()>& run);
 Status waitForEverything();
 Stream* streamOf(void* handle);

@@ -1,5 +1,5 @@
-// Matrices as the copy engine knows them: what cuTensorMapEncodeTiled takes, as its documentation says. What it makes is opaque, ours
-// is a BoxMap.
+// Tensor maps: implements cuTensorMapEncodeTiled with the constraints of its documentation. The opaque result is a
+// BoxMap.
 #include "entry.h"
 
 using namespace emu;
@@ -7,7 +7,7 @@ using namespace emu;
 namespace {
 int bytesOf(int dataType) {
   constexpr int bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
-  return dataType >= 0 && dataType < 13 ? bytes[dataType] : 0;  // those packed in fewer bits are not emulated
+  return dataType >= 0 && dataType < 13 ? bytes[dataType] : 0;  // sub-byte types are not emulated
 }
 }  // namespace
 

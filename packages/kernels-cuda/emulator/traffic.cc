@@ -1,9 +1,10 @@
-// What kernels ask of the memory system, counted: sectors of 32 bytes that a warp's access to global memory touches, and passes over the 32 banks that its
-// access to shared memory takes, each beside the fewest that its bytes could do with. Accesses are an instruction's where every call of a check is
-// one, in kernels that were translated from PTX.
+// Counts memory traffic: the 32-byte sectors that a warp's access to global memory touches, and the passes over the 32
+// banks that its access to shared memory takes, each compared with the minimum for the bytes accessed. In kernels
+// translated from PTX, each call of an access check is one instruction.
 //
-// Lanes run one after another here, so that the accesses of a warp's instruction are put together by their count: the third time that lane 5 comes
-// to an instruction belongs to the third time of the other lanes. Where lanes part and meet again inside a loop, that is a guess.
+// Lanes run one after another, so accesses of the same warp-wide instruction are matched by their count: the third time
+// that lane 5 executes an instruction belongs to the third time of the other lanes. If lanes diverge and reconverge
+// inside a loop, the match is a guess.
 #include <dlfcn.h>
 #include <stdio.h>
 
@@ -27,7 +28,7 @@ struct Access {
 /// An instruction of one warp.
 struct Open {
   uint32_t counts[32];
-  uint32_t first;  // accesses before this one are closed
+  uint32_t first;  // accesses before this one have been counted
   std::vector<Access> accesses;
 };
 struct Totals {
@@ -66,7 +67,7 @@ void close(const Site& site, const Access& access) {
     sum.fewest += (units.size() + 31) / 32;
     return;
   }
-  // 128 bytes at a time: all lanes, or halves or quarters of them when each has 8 or 16 bytes.
+  // 128 bytes at a time: all lanes, or halves or quarters of them if each accesses 8 or 16 bytes.
   const int part = site.bytes <= 4 ? 32 : 128 / site.bytes;
   for (int lane = 0; lane < 32; lane += part) {
     collect(lane, lane + part, 4);
@@ -88,7 +89,7 @@ void countAccess(const void* code, uintptr_t address, int bytes, bool shared, bo
   Access& access = here.accesses[number];
   access.lanes |= 1u << run.lane;
   access.addresses[run.lane] = address;
-  // Complete, and all before it.
+  // Complete, and so are all before it.
   size_t done = 0;
   while (done < here.accesses.size() && here.accesses[done].lanes == 0xffffffffu) close(site, here.accesses[done++]);
   here.accesses.erase(here.accesses.begin(), here.accesses.begin() + (long)done);
@@ -106,13 +107,14 @@ void closeAccesses() {
 
 using namespace emu;
 
-/// Begins to count, from nothing, or stops.
+/// Starts counting from zero, or stops.
 EMU_EXPORT void moe_emulator_count(int on) {
   counting = on != 0;
   if (on) totals.clear();
 }
 
-/// Lines "kernel, offset in this library, bytes a lane, global or shared, read or write, requests, bytes, actual, fewest".
+/// Lines "kernel, offset in this library, bytes per lane, global or shared, read or write, requests, bytes, actual,
+/// minimum".
 EMU_EXPORT const char* moe_emulator_counted() {
   report.clear();
   Dl_info info{};

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: shuffles, votes, matrix fragments; and the asynchronous copies of a thread.
+// What the lanes of a warp do collectively: shuffles, votes, matrix fragments; and the asynchronous copies of a thread.
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -7,7 +7,7 @@
 namespace emu {
 namespace {
 
-/// What a lane brings to a meeting, and takes from it.
+/// What a lane contributes to a collective operation, and its result.
 struct Slot {
   union {
     uint64_t bits;
@@ -23,9 +23,9 @@ struct Slot {
 struct Warp {
   uint32_t arrived;
   uint32_t parity;
-  const char *what, *file;  // where its lanes meet
+  const char *what, *file;  // where its lanes wait
   int line;
-  /// Two in turn: nobody can complete the next meeting before all have read what they take from this one.
+  /// Two in alternation: no lane can complete the next operation before all have read their results of this one.
   Slot slots[2][32];
 };
 Warp warps[maxWarps];
@@ -35,7 +35,8 @@ const char* baseName(const char* path) {
   return slash ? slash + 1 : path;
 }
 
-/// The current lane brings something: `bring(slot)`; the last one does `complete(slots)` for all. Returns the slots of this meeting.
+/// The current lane contributes with `bring(slot)`; the last one computes all results with `complete(slots)`. Returns
+/// the slots of this operation.
 template <class Bring, class Complete>
 inline Slot* meet(const char* what, uint32_t mask, const char* file, int line, Bring bring, Complete complete) {
   Warp& warp = warps[run.warp];
@@ -108,7 +109,8 @@ void resetWarp(int warp) {
   warps[warp].arrived = 0;
 }
 
-/// Orders the memory accesses of the lanes. A shuffle or a vote does not (CUDA's guide: they "do not imply a memory barrier").
+/// Orders the memory accesses of the lanes. A shuffle or vote does not (CUDA guide: they "do not imply a memory
+/// barrier").
 void warpBarrier(uint32_t mask, const char* file, int line) {
   meet("__syncwarp", mask, file, line, nothing, [](Slot*) {
     run.warpClock[run.warp] = ++run.clock;
@@ -150,9 +152,9 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
     if (!inShared(at)) stop(illegalAddress, {file, line}, "a matrix row at 0x%zx, which is not shared memory", (size_t)at);
     readShared(at, 16, {file, line});
   }
-  atAligned("loadMatrices4", file, line);
+  atAligned("ldmatrix4", file, line);
   const Slot* slots = meet(
-      transposed ? "loadMatrices4Transposed" : "loadMatrices4", 0xffffffffu, file, line, [&](Slot& slot) { memcpy(slot.row, row, 16); }, nothing);
+      transposed ? "ldmatrix4Transposed" : "ldmatrix4", 0xffffffffu, file, line, [&](Slot& slot) { memcpy(slot.row, row, 16); }, nothing);
   const int g = run.lane / 4, t = run.lane % 4 * 2;
   Words4 result;
   for (int i = 0; i < 4; i++) {
@@ -162,10 +164,10 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
   return result;
 }
 
-Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
-  atAligned("multiplyBf16", file, line);
+Floats4 mmaBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
+  atAligned("mmaBf16", file, line);
   const Slot* slots = meet(
-      "multiplyBf16", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
+      "mmaBf16", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
       [](Slot* slots) {
         multiply<16>(
             slots,
@@ -188,10 +190,10 @@ Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* 
   return slots[run.lane].fragment.d;
 }
 
-Floats4 multiplyTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
-  atAligned("multiplyTf32", file, line);
+Floats4 mmaTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
+  atAligned("mmaTf32", file, line);
   const Slot* slots = meet(
-      "multiplyTf32", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
+      "mmaTf32", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
       [](Slot* slots) {
         multiply<8>(
             slots,
@@ -213,8 +215,8 @@ Floats4 multiplyTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* 
   return slots[run.lane].fragment.d;
 }
 
-// Asynchronous copies: they lie in a queue of their thread until it waits for their group, so that whoever reads early sees what was
-// there before.
+// Asynchronous copies wait in a queue of their thread until it waits for their group, so that a thread that reads too
+// early sees the previous contents.
 
 namespace {
 
@@ -225,8 +227,8 @@ struct Copy {
 };
 constexpr uint32_t queueLength = 1024;
 struct Queue {
-  uint32_t head, tail;  // counted up, modulo the length
-  uint32_t groups;      // closed so far
+  uint32_t head, tail;  // monotonic, modulo the length
+  uint32_t groups;      // committed so far
   Copy copies[queueLength];
 };
 Queue* queues;
@@ -273,9 +275,9 @@ void copyAsync(void* shared, const void* global, int bytes, bool valid) {
   pendingCopies++;
 }
 
-void commitCopies() { queueOf(run.thread).groups++; }
+void cpAsyncCommit() { queueOf(run.thread).groups++; }
 
-void waitCopies(int pending) {
+void cpAsyncWait(int pending) {
   Queue& queue = queueOf(run.thread);
   while (queue.head != queue.tail && (int32_t)(queue.copies[queue.head % queueLength].group - (queue.groups - (uint32_t)pending)) < 0)
     landFirst(queue);

@@ -559,8 +559,8 @@ const instructions = {
   membar: () => '',
   fence: (_, modifiers) => {
     const form = modifiers.join('.')
-    if (form === 'proxy.async.shared#cta') return 'emu::fenceOperands();'
-    return form === 'mbarrier_init.release.cluster' ? 'emu::fenceBarriers();' : undefined
+    if (form === 'proxy.async.shared#cta') return 'emu::fenceProxyAsync();'
+    return form === 'mbarrier_init.release.cluster' ? 'emu::fenceBarrierInit();' : undefined
   },
   atom: (kernel, modifiers, [d, address, a]) => {
     const [space, operation, type] = modifiers.filter(modifier => modifier !== 'relaxed' && modifier !== 'gpu')
@@ -610,8 +610,8 @@ const instructions = {
   },
   mma: (kernel, modifiers, [d, a, b, c]) => {
     const multiply = {
-      'sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32': 'multiplyBf16',
-      'sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32': 'multiplyTf32',
+      'sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32': 'mmaBf16',
+      'sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32': 'mmaTf32',
     }[modifiers.join('.')]
     if (!multiply) return
     const list = (operand, type) =>
@@ -628,11 +628,11 @@ const instructions = {
   cp: (kernel, modifiers, operands) => {
     switch (modifiers.join('.')) {
       case 'async.commit_group':
-        return 'emu::commitCopies();'
+        return 'emu::cpAsyncCommit();'
       case 'async.wait_group':
-        return `emu::waitCopies(${Number(operands[0])});`
+        return `emu::cpAsyncWait(${Number(operands[0])});`
       case 'async.wait_all':
-        return 'emu::commitCopies(); emu::waitCopies(0);'
+        return 'emu::cpAsyncCommit(); emu::cpAsyncWait(0);'
       case 'async.cg.shared.global':
       case 'async.ca.shared.global': {
         const [to, from, bytes, valid = bytes] = operands
@@ -640,13 +640,13 @@ const instructions = {
       }
       case 'async.bulk.shared#cluster.global.mbarrier#complete_tx#bytes': {
         const [to, from, bytes, barrier] = operands
-        return `emu::copyBytes(${kernel.address(to, 'shared')}, ${kernel.address(from, 'global')}, ${kernel.read(bytes, 'int32_t')}, ${kernel.address(barrier, 'shared')}, ${kernel.here});`
+        return `emu::bulkLoad(${kernel.address(to, 'shared')}, ${kernel.address(from, 'global')}, ${kernel.read(bytes, 'int32_t')}, ${kernel.address(barrier, 'shared')}, ${kernel.here});`
       }
       case 'async.bulk.tensor.3d.shared#cluster.global.tile.mbarrier#complete_tx#bytes': {
         const [to, source, barrier] = operands
         const [, map, places] = source.match(/^\[(\S+), \{(.*)\}\]$/) ?? kernel.fail(source)
         const [x, y, z] = places.split(',').map(place => kernel.read(place.trim(), 'int32_t'))
-        return `emu::copyBox(${kernel.address(to, 'shared')}, (const void*)${kernel.read(map, 'uint64_t')}, ${kernel.address(barrier, 'shared')}, ${x}, ${y}, ${z}, ${kernel.here});`
+        return `emu::tmaLoad(${kernel.address(to, 'shared')}, (const void*)${kernel.read(map, 'uint64_t')}, ${kernel.address(barrier, 'shared')}, ${x}, ${y}, ${z}, ${kernel.here});`
       }
     }
   },
@@ -669,7 +669,7 @@ const instructions = {
       return ['fence', 'commit_group', 'wait_group'].includes(modifiers[0])
         ? `emu::atAligned("wgmma.${modifiers[0]}", ${kernel.here});`
         : undefined
-    return multiplyGroup(kernel, modifiers.join('.'), operands)
+    return wgmma(kernel, modifiers.join('.'), operands)
   },
 }
 
@@ -735,7 +735,7 @@ function convertTypes(kernel, modifiers, d, a, b) {
 }
 
 /** "wgmma.mma_async": d, a or its descriptor, descriptor of b, scale-d, imm-scale-a, imm-scale-b, and of bf16 imm-trans-a (in shared memory), imm-trans-b. */
-function multiplyGroup(kernel, form, operands) {
+function wgmma(kernel, form, operands) {
   const shape = form.match(/^mma_async\.sync\.aligned\.m64n(\d+)k(?:16\.f32\.bf16\.bf16|32\.f32\.(e4m3)\.e4m3)$/)
   if (!shape) return
   const [d, a, b, scaleD, scaleA, scaleB, ...transposed] = operands
@@ -747,13 +747,13 @@ function multiplyGroup(kernel, form, operands) {
   let ask
   if (shape[2]) {
     if (n !== 128) return
-    ask = `emu::multiplyGroupFp8(d, ${kernel.read(a, 'uint64_t')}, ${right}, !${kernel.read(scaleD, 'bool')}, ${place})`
+    ask = `emu::wgmmaFp8(d, ${kernel.read(a, 'uint64_t')}, ${right}, !${kernel.read(scaleD, 'bool')}, ${place})`
   } else if (a.startsWith('{')) {
     if (scaleD !== '1') return
     const left = elements(a).map(x => kernel.read(x, 'uint32_t'))
-    ask = `const uint32_t left[4] = {${left.join(', ')}}; emu::multiplyGroup(d, ${n}, left, ${right}, ${transposed[0] === '1'}, ${place})`
+    ask = `const uint32_t left[4] = {${left.join(', ')}}; emu::wgmma(d, ${n}, left, ${right}, ${transposed[0] === '1'}, ${place})`
   } else {
-    ask = `emu::multiplyGroup(d, ${n}, ${kernel.read(a, 'uint64_t')}, ${right}, ${transposed[0] === '1'}, ${transposed[1] === '1'}, ${scaleD === '0'}, ${place})`
+    ask = `emu::wgmma(d, ${n}, ${kernel.read(a, 'uint64_t')}, ${right}, ${transposed[0] === '1'}, ${transposed[1] === '1'}, ${scaleD === '0'}, ${place})`
   }
   const values = sums.map(x => kernel.read(x, 'float')).join(', ')
   const results = sums.map((x, i) => kernel.write(x, 'float', `sums[${i}]`)).join(' ')

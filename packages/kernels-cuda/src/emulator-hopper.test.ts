@@ -16,7 +16,7 @@ const modes = [
   'waitsForTheOther',
   'tooFewBytes',
   'noSyncthreads',
-  'noFenceBarriers',
+  'noFenceBarrierInit',
   'arrivesTwice',
   'arrivesForOthers',
   'misalignedStage',
@@ -24,7 +24,7 @@ const modes = [
   'refillsInFlight',
   'leavesABox',
   'oneThreadLess',
-  'noFenceProducts',
+  'noWgmmaFence',
   'writesSums',
   'readsSums',
   'oneWarpLess',
@@ -38,7 +38,7 @@ type Mode = (typeof modes)[number]
 
 const operandModes = [
   'right',
-  'noFenceOperands',
+  'noFenceProxyAsync',
   'fencesTooLate',
   'noSyncWarpgroup',
   'oneWarpElsewhere',
@@ -140,7 +140,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['waitsForTheOther', launchFailed, 'an asynchronous copy is on its way'],
     ['tooFewBytes', launchFailed, 'misses 0 of 1 arrivals and -16 bytes'],
     ['noSyncthreads', launchFailed, 'initialized, with no __syncthreads since'],
-    ['noFenceBarriers', launchFailed, 'without fenceBarriers()'],
+    ['noFenceBarrierInit', launchFailed, 'without fenceBarrierInit()'],
     ['arrivesTwice', launchFailed, 'an arrival at byte 0 of shared array barriers'],
     ['arrivesForOthers', launchFailed, 'products of warp 1 on their way read'],
     ['misalignedStage', misalignedAddress, 'not to a multiple of 1024'],
@@ -148,13 +148,13 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['refillsInFlight', launchFailed, 'from which warp 0 may still read'],
     ['leavesABox', launchFailed, 'the block ends while a box is on its way'],
     ['oneThreadLess', launchFailed, 'all 128 must ask for the same'],
-    ['noFenceProducts', launchFailed, 'without fenceProducts()'],
+    ['noWgmmaFence', launchFailed, 'without wgmmaFence()'],
     ['writesSums', launchFailed, 'sum 3 was written while products'],
     ['oneWarpLess', launchFailed, 'returns while products'],
     ['noWaitProducts', launchFailed, 'returns while products'],
-    ['threadsWrite', launchFailed, 'has written and not made visible by fenceOperands()'],
-    ['oneLaneFirst', launchFailed, 'fenceProducts is a whole warp'],
-    ['oneLaneBetween', launchFailed, 'waitProducts is a whole warp'],
+    ['threadsWrite', launchFailed, 'has written and not made visible by fenceProxyAsync()'],
+    ['oneLaneFirst', launchFailed, 'wgmmaFence is a whole warp'],
+    ['oneLaneBetween', launchFailed, 'wgmmaWait is a whole warp'],
   ])('%s is found', (mode, code, text) => {
     const { status, report } = run(mode)
     expect(report).toContain(text)
@@ -166,16 +166,16 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const lineOf = (text: string) => 1 + source.findIndex(line => line.includes(text))
     const { report } = run('oneLaneBetween')
     expect(report).toMatch(
-      /^moe_test_hopper, block \(0, 0, 0\), thread .*: waitProducts is a whole warp's, and warp 1 /,
+      /^moe_test_hopper, block \(0, 0, 0\), thread .*: wgmmaWait is a whole warp's, and warp 1 /,
     )
     expect(report).toContain(
       `lane 0 comes from wait (hopper.cu:${lineOf('mode == lanesMeet) && threadIdx.x == 32')}), lane 1 does not`,
     )
-    expect(report).toContain(`[hopper.cu:${lineOf('waitProducts<0>(sums)')}]`)
+    expect(report).toContain(`[hopper.cu:${lineOf('wgmmaWait<0>(sums)')}]`)
   })
 
   test.each([0, 1])('lanes of a warp come together to mma and ldmatrix (meet before: %i)', meets => {
-    for (const [loads, name] of ['multiplyBf16', 'loadMatrices4'].entries()) {
+    for (const [loads, name] of ['mmaBf16', 'ldmatrix4'].entries()) {
       device.reset()
       device.set('capability', 90)
       const launched = device.launch('moe_test_aligned', 1, 32, 'p i i', [device.allocate(128), loads, meets])
@@ -208,9 +208,9 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [3, 'read by thread 0'],
     [4, 'threads wait for each other'],
     [6, 'which are to be multiples of 16'],
-    [7, 'with no fenceOperands() before it told'],
+    [7, 'with no fenceProxyAsync() before it told'],
     [8, 'read by thread 0 without a barrier'],
-    [10, 'with no fenceOperands() before it told'],
+    [10, 'with no fenceProxyAsync() before it told'],
     [12, 'where this launch has written'],
   ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
@@ -245,8 +245,8 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
       }
   })
   test.each<[OperandMode, number, string]>([
-    ['noFenceOperands', launchFailed, 'not made visible by fenceOperands()'],
-    ['fencesTooLate', launchFailed, 'not made visible by fenceOperands()'],
+    ['noFenceProxyAsync', launchFailed, 'not made visible by fenceProxyAsync()'],
+    ['fencesTooLate', launchFailed, 'not made visible by fenceProxyAsync()'],
     ['noSyncWarpgroup', illegalAddress, 'is a barrier missing?'],
     ['oneWarpElsewhere', launchFailed, 'syncWarpgroup without all threads'],
     ['writesInFlight', launchFailed, 'a thread writes to byte'],

@@ -1,4 +1,4 @@
-// Kernels that are wrong in one way each, for src/emulator.test.ts.
+// Kernels with one error each, for src/emulator.test.ts.
 #include "tensor-core.cuh"
 
 MOE_KERNEL((256), moe_test_past_the_end, (float* y, const float* x, int n)) {
@@ -42,7 +42,7 @@ MOE_KERNEL((32), moe_test_shared_both, (float* y)) {
   y[threadIdx.x] = tile[threadIdx.x];
 }
 
-/// Written again while others may still read what was there.
+/// Overwrites memory that other threads may still read.
 MOE_KERNEL((256), moe_test_shared_overwrite, (float* y, int synced)) {
   MOE_SHARED(float, tile, [256]);
   float sum = 0.f;
@@ -55,7 +55,7 @@ MOE_KERNEL((256), moe_test_shared_overwrite, (float* y, int synced)) {
   y[threadIdx.x] = sum;
 }
 
-/// Lanes of one warp: __syncwarp is enough, but not for other warps.
+/// Lanes of one warp: __syncwarp is sufficient, but not for other warps.
 MOE_KERNEL((256), moe_test_shared_warp, (float* y, int distance, int synced)) {
   MOE_SHARED(float, tile, [256]);
   tile[threadIdx.x] = (float)threadIdx.x;
@@ -63,9 +63,15 @@ MOE_KERNEL((256), moe_test_shared_warp, (float* y, int distance, int synced)) {
   y[threadIdx.x] = tile[threadIdx.x ^ (unsigned)distance];
 }
 
-/// What blocks (or threads of one) do to the same words of device memory. `mode` 0: right, each has its own; 1: a block reads what the one before wrote, 2: writes
-/// it, 3: reads what the next one writes, 4: a thread reads its neighbour's without a barrier, 5: with one, right; 6: halves of a word, right; 7: the last block reads what
-/// all have written, right.
+/// Accesses of blocks (or of threads of a block) to the same words of device memory. `mode`
+/// 0: correct, each accesses its own words
+/// 1: a block reads what the previous one wrote
+/// 2: a block writes what the previous one wrote
+/// 3: a block reads what the next one writes
+/// 4: a thread reads its neighbour's word without a barrier
+/// 5: correct, with a barrier
+/// 6: correct, halves of a word
+/// 7: correct, the last block reads what all blocks have written
 MOE_KERNEL((64), moe_test_global_race, (int* y, int* done, int mode)) {
   const int i = (int)gridThread(), before = max(i - 64, 0);
   int x = i;
@@ -84,7 +90,7 @@ MOE_KERNEL((64), moe_test_global_race, (int* y, int* done, int mode)) {
   if (last[0]) y[128 + threadIdx.x] = y[threadIdx.x];
 }
 
-/// Halves of a word, written by different threads; bytes likewise.
+/// Halves of a word written by different threads; bytes likewise.
 MOE_KERNEL((256), moe_test_shared_halves, (float* y)) {
   MOE_SHARED(bf16, halves, [256]);
   MOE_SHARED(uint8_t, bytes, [256]);
@@ -148,21 +154,22 @@ MOE_KERNEL((32), moe_test_deep, (int* y, int n)) {
   y[threadIdx.x] = Deep::down(n);
 }
 
-/// What arrives asynchronously, read before and after the wait. `mode` 0: right; 1: no wait; 2: waits, no barrier; 3: waits for too few.
+/// The target of an asynchronous copy, read before and after the wait. `mode`
+/// 0: correct; 1: no wait; 2: waits, but no barrier; 3: waits for too few groups.
 MOE_KERNEL((32), moe_test_async, (float* y, const float* x, int mode)) {
   MOE_SHARED(float4, tile, [2][32]);
   tile[0][threadIdx.x] = make_float4(-1.f, -1.f, -1.f, -1.f);
   tile[1][threadIdx.x] = make_float4(-1.f, -1.f, -1.f, -1.f);
   __syncthreads();
-  copyAsync16(&tile[0][threadIdx.x], x + 4 * threadIdx.x, threadIdx.x < 24);
-  commitCopies();
-  copyAsync16(&tile[1][threadIdx.x], x + 4 * threadIdx.x, true);
-  commitCopies();
-  if (mode == 3) waitCopies<2>();
-  else if (mode != 1) waitCopies<1>();
+  cpAsync16(&tile[0][threadIdx.x], x + 4 * threadIdx.x, threadIdx.x < 24);
+  cpAsyncCommit();
+  cpAsync16(&tile[1][threadIdx.x], x + 4 * threadIdx.x, true);
+  cpAsyncCommit();
+  if (mode == 3) cpAsyncWait<2>();
+  else if (mode != 1) cpAsyncWait<1>();
   if (mode != 2) __syncthreads();
   y[threadIdx.x] = tile[0][31 - threadIdx.x].y;
-  waitCopies<0>();
+  cpAsyncWait<0>();
   __syncthreads();
   y[32 + threadIdx.x] = tile[1][31 - threadIdx.x].z;
 }

@@ -1,34 +1,34 @@
-// The copy engine and products of a warpgroup, right and wrong, for src/emulator-hopper.test.ts.
+// TMA copies and wgmma, correct and faulty, for src/emulator-hopper.test.ts.
 #include "hopper.cuh"
 #include "tensor-core.cuh"
 
 enum Mode {
   right,
-  noWait,            // products before the copies have landed
-  oneWarpWaits,      // and the other three do not
-  waitsForTheOther,  // parity: returns at once
-  tooFewBytes,       // expected
+  noWait,            // products before the copies have completed
+  oneWarpWaits,      // and the other three warps do not
+  waitsForTheOther,  // the other parity: returns at once
+  tooFewBytes,       // expects too few bytes
   noSyncthreads,     // after initBarrier
-  noFenceBarriers,
+  noFenceBarrierInit,
   arrivesTwice,      // the copying warp
-  arrivesForOthers,  // the multiplying warps, in place of the copying one
+  arrivesForOthers,  // the multiplying warps arrive in place of the copying one
   misalignedStage,
-  refillsTooEarly,   // without a wait for the readers, who miss a phase
+  refillsTooEarly,   // without waiting for the readers, who miss a phase
   refillsInFlight,   // readers arrive before they have waited for their products
-  leavesABox,        // nobody waits for the last copy
-  oneThreadLess,     // 127 ask for a product
-  noFenceProducts,
-  writesSums,        // while they are on their way
+  leavesABox,        // no thread waits for the last copy
+  oneThreadLess,     // only 127 threads issue a product
+  noWgmmaFence,
+  writesSums,        // while products are in flight
   readsSums,         // likewise
   oneWarpLess,       // waits for products
   noWaitProducts,
-  threadsWrite,      // an operand that the copy engine did not
-  oneLaneFirst,      // of warp 1 waits, before products
-  oneLaneBetween,    // likewise between products and the wait for them
-  lanesMeet,         // right: likewise, and its warp meets
+  threadsWrite,      // threads write an operand, instead of the copy engine
+  oneLaneFirst,      // one lane of warp 1 waits, before products
+  oneLaneBetween,    // likewise, between products and the wait for them
+  lanesMeet,         // correct: likewise, and its warp converges
 };
 
-/// d [64, 128] = a b^T over `steps` of 64 k, one stage: warps 0 to 3 multiply, warp 4 copies.
+/// d [64, 128] = a b^T over `steps` steps of 64 k, with one stage: warps 0 to 3 multiply, warp 4 copies.
 MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, int steps, int x, int mode)) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, barriers, [2]);
@@ -39,16 +39,16 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
   if (threadIdx.x == 0) {
     initBarrier(full, 1);
     initBarrier(empty, 4);
-    if (mode != noFenceBarriers) fenceBarriers();
+    if (mode != noFenceBarrierInit) fenceBarrierInit();
   }
   if (mode != noSyncthreads) __syncthreads();
   if (warp == 4) {
     for (int t = 0; t < steps && lane == 0; t++) {
       if (mode != refillsTooEarly) wait(empty, (t & 1) ^ 1);
-      arriveAndExpect(full, mode == tooFewBytes ? bytes - 16 : bytes);
+      arriveAndExpectTx(full, mode == tooFewBytes ? bytes - 16 : bytes);
       if (mode == arrivesTwice) arrive(full);
-      copyBox(stage, a, full, x + t * 64, 0, 0);
-      copyBox(stage + bytesA, b, full, x + t * 64, 0, 0);
+      tmaLoad(stage, a, full, x + t * 64, 0, 0);
+      tmaLoad(stage + bytesA, b, full, x + t * 64, 0, 0);
       if (mode == refillsTooEarly) wait(full, t & 1);
     }
     return;
@@ -58,17 +58,17 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
     if (mode != noWait && !(mode == oneWarpWaits && warp != 0)) wait(full, mode == waitsForTheOther ? 1 : t & 1);
     if (mode == threadsWrite && t == 0) stage[0] = 0;
     if (mode == oneLaneFirst && threadIdx.x == 32) wait(full, t & 1);
-    if (mode != noFenceProducts) fenceProducts(sums);
+    if (mode != noWgmmaFence) wgmmaFence(sums);
     for (int k = 0; k < 64; k += 16)
-      if (!(mode == oneThreadLess && threadIdx.x == 5)) multiplyGroup<128>(sums, operandAt(stage, k), operandAt(stage + bytesA, k));
+      if (!(mode == oneThreadLess && threadIdx.x == 5)) wgmma<128>(sums, kMajorDescriptor(stage, k), kMajorDescriptor(stage + bytesA, k));
     if (mode == writesSums) sums[3] = 1.f;
     if (mode == readsSums) d[threadIdx.x] = sums[3];
-    commitProducts();
+    wgmmaCommit();
     if (mode == refillsInFlight && lane == 0) arrive(empty);
     if ((mode == oneLaneBetween || mode == lanesMeet) && threadIdx.x == 32) wait(full, t & 1);
     if (mode == lanesMeet) __syncwarp();
     if (mode == noWaitProducts || (mode == oneWarpLess && warp == 3)) return;
-    waitProducts<0>(sums);
+    wgmmaWait<0>(sums);
     if (mode != refillsInFlight && lane == 0) arrive(empty);
     if (mode == arrivesForOthers && lane == 0) arrive(full);
   }
@@ -78,10 +78,20 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
   }
 }
 
-/// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same place one after the other, and read by the threads of warp 0. `mode` 0: right,
-/// 1: lane 0 waits for its warp, 2: and without __syncwarp, 3: the warp arrives before it reads, 4: the copying warp waits for no arrival, 5: bytes of x in place of boxes,
-/// 6: from an address that is no multiple of 16, 7: no fence between reading and arriving, 8: the last lane arrives, and the warp has not met; 9: all lanes arrive, right;
-/// 10: all but one; 11: one lane reads and arrives, right; 12: x is written by a thread first.
+/// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same address one after the other, and read by the threads of warp 0. `mode`
+/// 0: correct
+/// 1: correct, lane 0 waits for its warp
+/// 2: likewise, without __syncwarp
+/// 3: the warp arrives before it reads
+/// 4: the copying warp does not wait for an arrival
+/// 5: correct, bytes of x instead of boxes
+/// 6: from an address that is not a multiple of 16
+/// 7: no fence between reading and arriving
+/// 8: the last lane arrives, and the warp has not converged
+/// 9: correct, all lanes arrive
+/// 10: all lanes but one arrive
+/// 11: correct, one lane reads and arrives
+/// 12: a thread writes x first
 MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constant__ TensorMap map, int mode)) {
   MOE_SHARED(__align__(128) float, box, [32]);
   MOE_SHARED(Barrier, barriers, [2]);
@@ -91,15 +101,15 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
     initBarrier(full, 1);
     initBarrier(empty, mode == 9 ? 32 : mode == 10 ? 31 : 1);
     if (mode == 12) ((float*)x)[40] = 1.f;
-    fenceBarriers();
+    fenceBarrierInit();
   }
   __syncthreads();
   for (int t = 0; t < 2; t++) {
     if (threadIdx.x == 32) {
       if (mode != 4) wait(empty, (t & 1) ^ 1);
-      arriveAndExpect(full, 128);
-      if (mode == 5 || mode == 6) copyBytes(box, x + t * 32 + mode - 5, 128, full);
-      else copyBox(box, map, full, 0, t, 0);
+      arriveAndExpectTx(full, 128);
+      if (mode == 5 || mode == 6) bulkLoad(box, x + t * 32 + mode - 5, 128, full);
+      else tmaLoad(box, map, full, 0, t, 0);
       if (mode == 4) wait(full, t & 1);
     } else if (threadIdx.x < 32) {
       if (lane == 0 || (mode != 1 && mode != 2)) wait(full, t & 1);
@@ -108,48 +118,49 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
       if (mode == 3) __syncwarp();
       if (mode == 11 && lane > 0) continue;
       for (int i = lane; i < (mode == 11 ? 32 : lane + 1); i++) y[t * 32 + i] = box[i];
-      if (mode != 7) fenceOperands();
+      if (mode != 7) fenceProxyAsync();
       if (mode < 8) __syncwarp();
       if (mode == 8 ? lane == 31 : mode == 9 || (mode == 10 ? lane != 7 : mode != 3 && lane == 0)) arrive(empty);
     }
   }
 }
 
-/// One lane waits for a phase, and the warp multiplies (with `loads`, loads matrices), in between meets or does not.
+/// One lane waits for a phase, and the warp then multiplies (with `loads`, loads matrices), having converged in between
+/// or not.
 MOE_KERNEL((32), moe_test_aligned, (float* d, int loads, int meets)) {
   MOE_SHARED(__align__(16) uint32_t, rows, [32 * 4]);
   MOE_SHARED(Barrier, barrier, [1]);
   for (int i = 0; i < 4; i++) rows[threadIdx.x * 4 + i] = 0;
   if (threadIdx.x == 0) {
     initBarrier(barrier, 1);
-    fenceBarriers();
+    fenceBarrierInit();
   }
   __syncthreads();
   if (threadIdx.x == 3) wait(barrier, 1);
   if (meets) __syncwarp();
   uint32_t a[4] = {};
   float sums[4] = {};
-  if (loads) loadMatrices4(a, rows + threadIdx.x * 4);
-  else multiplyBf16(sums, a, 0, 0);
+  if (loads) ldmatrix4(a, rows + threadIdx.x * 4);
+  else mmaBf16(sums, a, 0, 0);
   d[threadIdx.x] = sums[0] + a[0];
 }
 
 enum OperandMode {
   operandsRight,
-  noFenceOperands,
-  fencesTooLate,     // after it has told that it wrote
+  noFenceProxyAsync,
+  fencesTooLate,     // after it has signalled that it wrote
   noSyncWarpgroup,   // between writing and products
-  oneWarpElsewhere,  // than syncWarpgroup
-  writesInFlight,    // over what products on their way read
-  writesTooEarly,    // when this warp has waited for its products, and others may not have
+  oneWarpElsewhere,  // at another barrier than syncWarpgroup
+  writesInFlight,    // to memory that products in flight read
+  writesTooEarly,    // when this warp has waited for its products, but others may not have
   misalignedAcross,
-  leftAcross,        // right, with a transposed
-  leftRegisters,     // right, with a in registers
-  registersInFlight, // over those
+  leftAcross,        // correct, with an MN-major a
+  leftRegisters,     // correct, with a in registers
+  registersInFlight, // overwrites those in flight
 };
 
-/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it, and
-/// where the mode says so that of a.
+/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory.
+/// b is MN-major, and so is a in some modes.
 MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_t* b, int mode)) {
   MOE_DYNAMIC_SHARED(dynamic);
   unsigned char* const left = dynamic + (-sharedAddress(dynamic) & 1023);
@@ -160,25 +171,25 @@ MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_
     *(uint32_t*)(left + row * 128 + (pair / 4 ^ row % 8) * 16 + pair % 4 * 4) = a[i];
     for (int box = 0; box < 2; box++) *(uint32_t*)(right + box * 64 * 128 + row * 128 + (pair / 4 ^ row % 8) * 16 + pair % 4 * 4) = b[row * 64 + box * 32 + pair];
   }
-  if (mode != noFenceOperands && mode != fencesTooLate) fenceOperands();
+  if (mode != noFenceProxyAsync && mode != fencesTooLate) fenceProxyAsync();
   if (mode == oneWarpElsewhere && warp == 2) syncWarpgroup();
   else if (mode != noSyncWarpgroup) syncWarpgroup();
-  if (mode == fencesTooLate) fenceOperands();
+  if (mode == fencesTooLate) fenceProxyAsync();
   uint32_t own[4][4];
   for (int i = 0; i < 16; i++) own[i / 4][i % 4] = a[(warp * 16 + lane / 4 + i % 2 * 8) * 32 + i / 4 * 8 + i % 4 / 2 * 4 + lane % 4];
   float sums[64] = {};
-  fenceProducts(sums);
+  wgmmaFence(sums);
 #pragma unroll
   for (int k = 0; k < 64; k += 16) {
-    const uint64_t b = operandAcross(right + k * 128, 64 * 128);
-    if (mode == leftRegisters || mode == registersInFlight) multiplyGroup<128, true>(sums, own[k / 16], b);
-    else if (mode == leftAcross) multiplyGroup<128, true, true>(sums, operandAcross(left + k * 128, 0), b);
-    else multiplyGroup<128, true>(sums, operandAt(left, k), b);
+    const uint64_t b = mnMajorDescriptor(right + k * 128, 64 * 128);
+    if (mode == leftRegisters || mode == registersInFlight) wgmma<128, true>(sums, own[k / 16], b);
+    else if (mode == leftAcross) wgmma<128, true, true>(sums, mnMajorDescriptor(left + k * 128, 0), b);
+    else wgmma<128, true>(sums, kMajorDescriptor(left, k), b);
   }
-  commitProducts();
+  wgmmaCommit();
   if (mode == writesInFlight && threadIdx.x == 5) *(uint32_t*)left = 0;
   if (mode == registersInFlight) own[2][1] = 0;
-  waitProducts<0>(sums);
+  wgmmaWait<0>(sums);
   if (mode == writesTooEarly && warp == 0) *(uint32_t*)(left + lane * 4) = 0;
   for (int i = 0; i < 64; i++) {
     d[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];

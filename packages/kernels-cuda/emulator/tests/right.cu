@@ -1,4 +1,4 @@
-// Kernels that are right, for src/emulator.test.ts: values, and no alarm.
+// Correct kernels, for src/emulator.test.ts: checks their results, and that no fault is reported.
 #include "tensor-core.cuh"
 
 MOE_KERNEL((256, 2), moe_test_softmax, (float* y, const float* x, int width)) {
@@ -60,7 +60,8 @@ MOE_KERNEL((32), moe_test_arguments, (float* y, int a, int64_t b, float c, Args<
   }
 }
 
-/// One 16x8 product of 16x16 and 16x8, operands through shared memory and matrix loads. a row-major, b [16][8] row-major.
+/// One 16x8 product of 16x16 and 16x8, with operands loaded from shared memory by ldmatrix. a and b [16][8] are
+/// row-major.
 MOE_KERNEL((32), moe_test_bf16_product, (float* d, const float* a, const float* b)) {
   MOE_SHARED(__align__(16) bf16, left, [16][24]);
   MOE_SHARED(__align__(16) bf16, right, [16][16]);
@@ -69,10 +70,10 @@ MOE_KERNEL((32), moe_test_bf16_product, (float* d, const float* a, const float* 
   for (int i = lane; i < 256; i += 32) right[i / 16][i % 16] = toBf16(i % 16 < 8 ? b[i / 16 * 8 + i % 16] : 0.f);
   __syncthreads();
   uint32_t fragment[4], columns[4];
-  loadMatrices4(fragment, &left[lane % 16][lane / 16 * 8]);
-  loadMatrices4Transposed(columns, &right[lane % 16][lane / 16 * 8]);
+  ldmatrix4(fragment, &left[lane % 16][lane / 16 * 8]);
+  ldmatrix4Transposed(columns, &right[lane % 16][lane / 16 * 8]);
   float sum[4] = {1.f, 1.f, 1.f, 1.f};
-  multiplyBf16(sum, fragment, columns[0], columns[1]);
+  mmaBf16(sum, fragment, columns[0], columns[1]);
   const int g = lane / 4, t = lane % 4 * 2;
   d[g * 8 + t] = sum[0];
   d[g * 8 + t + 1] = sum[1];
@@ -84,14 +85,14 @@ MOE_KERNEL((32), moe_test_tf32_product, (float* d, const float* a, const float* 
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   const uint32_t fragment[4] = {toTf32(a[g * 8 + t]), toTf32(a[(g + 8) * 8 + t]), toTf32(a[g * 8 + t + 4]), toTf32(a[(g + 8) * 8 + t + 4])};
   float sum[4] = {};
-  multiplyTf32(sum, fragment, toTf32(b[t * 8 + g]), toTf32(b[(t + 4) * 8 + g]));
+  mmaTf32(sum, fragment, toTf32(b[t * 8 + g]), toTf32(b[(t + 4) * 8 + g]));
   d[g * 8 + 2 * t] = sum[0];
   d[g * 8 + 2 * t + 1] = sum[1];
   d[(g + 8) * 8 + 2 * t] = sum[2];
   d[(g + 8) * 8 + 2 * t + 1] = sum[3];
 }
 
-// Costs: `mode` 0: shuffles, 1: barriers, 2: reads of global memory, 3: shared memory, 4: products.
+// Cost of emulation: `mode` 0: shuffles, 1: barriers, 2: reads of global memory, 3: shared memory, 4: products.
 MOE_KERNEL((256), moe_test_cost, (float* y, const float* x, int rounds, int mode)) {
   MOE_SHARED(float, tile, [256]);
   const int i = threadIdx.x;
@@ -109,6 +110,6 @@ MOE_KERNEL((256), moe_test_cost, (float* y, const float* x, int rounds, int mode
   float d[4] = {};
   const uint32_t a[4] = {};
   if (mode == 4)
-    for (int r = 0; r < rounds; r++) multiplyBf16(d, a, 0, 0);
+    for (int r = 0; r < rounds; r++) mmaBf16(d, a, 0, 0);
   y[i] = sum + d[0];
 }

@@ -1,4 +1,4 @@
-// One AdamW step of one tensor, in place.
+// One AdamW step of one tensor, in place. Elementwise, four elements per thread at a time.
 #include "four.cuh"
 
 struct AdamwAttributes {
@@ -28,7 +28,7 @@ MOE_DEVICE void adamw(float* param, Moment* m, Moment* v, const float* grad, con
   });
 }
 
-// Named by what the moments are stored as.
+// Named after the dtype of the moments.
 MOE_KERNEL((256), moe_adamw_step_f32,
            (float* param, float* m, float* v, const float* grad, const float* gradScale, const AdamwAttributes* attributes,
             int64_t n)) {

@@ -1,5 +1,7 @@
-// Flash attention (Dao 2023), forward and backward, on either engine of flash.cuh. Legend: B batch, T queries, S keys, H heads, G key
-// heads; q [B, T, H, ldk], k [B, S, G, ldk], v [B, S, G, ldv], out and dout [B, T, H, ldv] with ld = the features as they lie in memory.
+// Flash attention (Dao 2023), forward and backward, with either engine of flash.cuh. A block has BM rows in shared
+// memory and loops over tiles of BN columns; a warp has complete rows of scores and outputs.
+// Legend: B batch, T queries, S keys, H heads, G key heads (each shared by H / G query heads); q [B, T, H, ldk], k [B,
+// S, G, ldk], v [B, S, G, ldv], out and dout [B, T, H, ldv], where ld = features in memory, padding included.
 #include "flash.cuh"
 
 struct Sizes {
@@ -7,8 +9,9 @@ struct Sizes {
   float scale;
 };
 
-/// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time.
-template <class E, bool Some>
+/// The forward pass. A block computes BM queries of head blockIdx.y of batch blockIdx.z, against all keys they attend
+/// to, BN at a time.
+template <class E, bool HasStarts>
 MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeK = E::template tileSize<E::BN, DK>, sizeV = E::template tileSize<E::BN, DV>;
@@ -16,10 +19,10 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
   Element* const queries = (Element*)(shared + E::scratchBytes);
   Element* const stages = queries + E::template tileSize<E::BM, DK>;
 
-  // The last queries see the most keys: they begin first.
+  // The last queries attend to the most keys: they start first.
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first);
   const auto begins = starts.range(first, E::BM);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
@@ -33,22 +36,22 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
       E::template copyRows<E::BN, DK>(stage, k + key * ldk, ldk, end - key, z.ldk);
       E::template copyRows<E::BN, DV>(stage + sizeK, v + key * ldv, ldv, end - key, z.ldv);
     }
-    commitCopies();
+    cpAsyncCommit();
   };
   E::template copyRows<E::BM, DK>(queries, q, ldq, z.T - first, z.ldk);
   if (E::Stages > 1) copyKeys(begins.least);
 
-  typename E::template Sums<DV> sums = {};
+  typename E::template Accumulator<DV> sums = {};
   OnlineSoftmax<E> softmax;
   OnlineSoftmax<E>::begin(softmax);
   for (int key = begins.least; key < end; key += E::BN) {
     if (E::Stages == 1) {
-      __syncthreads(); // everyone is done with the keys before
+      __syncthreads(); // all threads have finished with the previous keys
       copyKeys(key);
     }
-    waitCopies<0>();
+    cpAsyncWait<0>();
     __syncthreads();
-    if (E::Stages > 1) copyKeys(key + E::BN); // over those that everyone has left behind
+    if (E::Stages > 1) copyKeys(key + E::BN); // overwrites a stage that all threads have finished reading
     const Element* const stage = stages + key / E::BN % E::Stages * (sizeK + sizeV);
 
     typename E::Scores s = {};
@@ -77,7 +80,7 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
     OnlineSoftmax<E>::template apply<DV>(OnlineSoftmax<E>::exponentials(softmax, s), sums);
     E::template add<DV>(sums, s, stage + sizeK, shared);
   }
-  waitCopies<0>();
+  cpAsyncWait<0>();
 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
@@ -90,7 +93,7 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
   }
 }
 
-/// delta [B, H, T] = sum(dout out) of each query: one warp each.
+/// delta [B, H, T] = sum(dout out) of each query, one warp each.
 MOE_KERNEL((256), moe_attention_delta_f32, (float* delta, const float* out, const float* dout, int B, int T, int H, int D)) {
   const int64_t rows = (int64_t)B * T * H;
   const int lane = threadIdx.x % 32;
@@ -103,9 +106,9 @@ MOE_KERNEL((256), moe_attention_delta_f32, (float* delta, const float* out, cons
   }
 }
 
-/// Gradients of BM keys and values of key head blockIdx.y, or of those that are asked for: tiles have keys as rows and queries as columns. The
-/// heads that share the key head come one after the other.
-template <class E, bool Some, bool OfKeys, bool OfValues>
+/// Gradients of BM keys and/or values of key head blockIdx.y. Tiles of scores have keys as rows and queries as columns.
+/// The query heads that share the key head are processed one after the other.
+template <class E, bool HasStarts, bool OfKeys, bool OfValues>
 MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeQ = E::template tileSize<E::BN, DK>, sizeO = E::template tileSize<E::BN, DV>;
@@ -117,9 +120,9 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
 
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
-  // Tiles of queries of each head, from the first query that sees a key of this block to the last.
+  // Tiles of queries of each head, from the first to the last query that attends to a key of this block.
   const int begin = visible.firstQuery(first) / E::BN * E::BN, end = starts.template endOfQueries<E::Threads>(begin, first + E::BM);
   const int tiles = first < visible.limit ? max(0, divUp(end - begin, E::BN)) * shares : 0;
 
@@ -132,24 +135,24 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
       E::template copyRows<E::BN, DV>(stage + sizeQ, dout + ((int64_t)b * z.T + t) * ldo + h * z.ldv, ldo, rows, z.ldv);
       float* const perQuery = (float*)(stage + sizeQ + sizeO);
       const int64_t at = ((int64_t)b * z.H + h) * z.T + t;
-      if (threadIdx.x < E::BN) copyAsync4(perQuery + threadIdx.x, lse + at + threadIdx.x, threadIdx.x < rows);
-      else if (threadIdx.x < 2 * E::BN) copyAsync4(perQuery + threadIdx.x, delta + at + threadIdx.x - E::BN, threadIdx.x - E::BN < rows);
+      if (threadIdx.x < E::BN) cpAsync4(perQuery + threadIdx.x, lse + at + threadIdx.x, threadIdx.x < rows);
+      else if (threadIdx.x < 2 * E::BN) cpAsync4(perQuery + threadIdx.x, delta + at + threadIdx.x - E::BN, threadIdx.x - E::BN < rows);
     }
-    commitCopies();
+    cpAsyncCommit();
   };
   E::template copyRows<E::BM, DK>(keys, k + ((int64_t)b * z.S + first) * ldk + g * z.ldk, ldk, visible.limit - first, z.ldk);
   if (OfKeys) E::template copyRows<E::BM, DV>(values, v + ((int64_t)b * z.S + first) * ldv + g * z.ldv, ldv, visible.limit - first, z.ldv);
   int h = g * shares, t = begin;
   if (E::Stages > 1) copyQueries(0, h, t);
 
-  typename E::template Sums<DK> sumsK = {};
-  typename E::template Sums<DV> sumsV = {};
+  typename E::template Accumulator<DK> sumsK = {};
+  typename E::template Accumulator<DV> sumsV = {};
   for (int tile = 0; tile < tiles; tile++) {
     if (E::Stages == 1) {
       __syncthreads();
       copyQueries(tile, h, t);
     }
-    waitCopies<0>();
+    cpAsyncWait<0>();
     __syncthreads();
     const bool nextHead = t + E::BN >= end;
     const int nextT = nextHead ? begin : t + E::BN;
@@ -194,7 +197,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
     }
     t = nextT;
   }
-  waitCopies<0>();
+  cpAsyncWait<0>();
 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
@@ -206,8 +209,8 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
   }
 }
 
-/// Gradient of BM queries of head blockIdx.y.
-template <class E, bool Some>
+/// Gradients of BM queries of head blockIdx.y.
+template <class E, bool HasStarts>
 MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeK = E::template tileSize<E::BN, DK>, sizeV = E::template tileSize<E::BN, DV>;
@@ -218,7 +221,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
 
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1);
   const auto begins = starts.range(first, E::BM);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
@@ -231,7 +234,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
       E::template copyRows<E::BN, DK>(stage, k + key * ldk, ldk, end - key, z.ldk);
       E::template copyRows<E::BN, DV>(stage + sizeK, v + key * ldv, ldv, end - key, z.ldv);
     }
-    commitCopies();
+    cpAsyncCommit();
   };
   E::template copyRows<E::BM, DK>(queries, q + ((int64_t)b * z.T + first) * ldq + h * z.ldk, ldq, z.T - first, z.ldk);
   E::template copyRows<E::BM, DV>(douts, dout + ((int64_t)b * z.T + first) * ldo + h * z.ldv, ldo, z.T - first, z.ldv);
@@ -245,13 +248,13 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
     rowLse[i] = t < z.T ? lse[at] * E::Unit : 0.f;
     shift[i] = t < z.T ? delta[at] : 0.f;
   }
-  typename E::template Sums<DK> sums = {};
+  typename E::template Accumulator<DK> sums = {};
   for (int key = begins.least; key < end; key += E::BN) {
     if (E::Stages == 1) {
       __syncthreads();
       copyKeys(key);
     }
-    waitCopies<0>();
+    cpAsyncWait<0>();
     __syncthreads();
     if (E::Stages > 1) copyKeys(key + E::BN);
     const Element* const stage = stages + key / E::BN % E::Stages * (sizeK + sizeV);
@@ -278,7 +281,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
     }
     E::template add<DK>(sums, dp, stage, shared);
   }
-  waitCopies<0>();
+  cpAsyncWait<0>();
 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
@@ -288,17 +291,17 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   }
 }
 
-#define ATTENTION_FORWARD_KERNEL(blocks, name, Engine, Some)                                                                                                 \
+#define ATTENTION_FORWARD_KERNEL(blocks, name, Engine, HasStarts)                                                                                                 \
   MOE_KERNEL((Engine::Threads, blocks), moe_attention_fwd_##name, (float* out, float* lse, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attention<Engine, Some>(out, lse, q, k, v, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                                           \
+    attention<Engine, HasStarts>(out, lse, q, k, v, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                                           \
   }
-#define ATTENTION_KEYS_KERNEL(blocks, of, name, Engine, Some, OfKeys, OfValues)                                                                              \
+#define ATTENTION_KEYS_KERNEL(blocks, of, name, Engine, HasStarts, OfKeys, OfValues)                                                                              \
   MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_##of##_##name, (float* dk, float* dv, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attentionKeysBackward<Engine, Some, OfKeys, OfValues>(dk, dv, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale}); \
+    attentionKeysBackward<Engine, HasStarts, OfKeys, OfValues>(dk, dv, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale}); \
   }
-#define ATTENTION_QUERIES_KERNEL(blocks, name, Engine, Some)                                                                                                 \
+#define ATTENTION_QUERIES_KERNEL(blocks, name, Engine, HasStarts)                                                                                                 \
   MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_queries_##name, (float* dq, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attentionQueriesBackward<Engine, Some>(dq, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                \
+    attentionQueriesBackward<Engine, HasStarts>(dq, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                \
   }
 #define ATTENTION_FORWARD(blocks, name, Engine)                           \
   ATTENTION_FORWARD_KERNEL(blocks, name, Engine, false)                   \
@@ -308,7 +311,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   ATTENTION_KEYS_KERNEL(blocks, keys, name##_starts, Engine, true, true, true) \
   ATTENTION_QUERIES_KERNEL(blocks, name, Engine, false)                   \
   ATTENTION_QUERIES_KERNEL(blocks, name##_starts, Engine, true)
-/// Keys and values apart.
+/// The gradients of keys and of values as separate kernels.
 #define ATTENTION_BACKWARD_APART(blocks, name, Engine)                    \
   ATTENTION_KEYS_KERNEL(blocks, keys, name, Engine, false, true, false)   \
   ATTENTION_KEYS_KERNEL(blocks, keys, name##_starts, Engine, true, true, false) \
@@ -320,14 +323,16 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
 using Bf16Small = FlashBf16<4, 2, 32, 64, 64>;
 using Bf16Medium = FlashBf16<4, 2, 32, 128, 128>;
 using Bf16Large = FlashBf16<4, 2, 32, 192, 128>;
-// One row of tiles of 16 to a warp, as its sums are 128 registers; 8 warps and 16 keys at a time are what 99 KiB have room for.
+// One mma tile of rows (16) per warp, because its accumulators take 128 registers; 99 KiB of shared memory have room
+// for 8 warps and 16 keys at a time.
 using Bf16Huge = FlashBf16<8, 1, 16, 256, 256>;
 ATTENTION_FORWARD(2, bf16_64_64, Bf16Small)
 ATTENTION_FORWARD(2, bf16_128_128, Bf16Medium)
 ATTENTION_FORWARD(2, bf16_192_128, Bf16Large)
 ATTENTION_FORWARD(1, bf16_256_256, Bf16Huge)
 
-// Backward, the gradients of keys and values fill the registers: 16 rows to a warp. Those of 256 features do not fit together.
+// In the backward pass, the gradients of keys and values fill the registers: 16 rows per warp. With 256 features, they
+// do not fit at the same time.
 using Bf16SmallBackward = FlashBf16<4, 1, 32, 64, 64>;
 using Bf16MediumBackward = FlashBf16<4, 1, 32, 128, 128>;
 using Bf16LargeBackward = FlashBf16<4, 1, 32, 192, 128>;

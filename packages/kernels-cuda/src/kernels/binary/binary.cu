@@ -1,4 +1,4 @@
-// Two arguments, elementwise with broadcasting. All of these: (y, a, b, n, rank, nest of a and b).
+// Elementwise ops of two operands with broadcasting. Parameters: (y, a, b, n, rank, nest of a and b).
 #include "broadcast.cuh"
 
 #define BINARY(name, T, result)                                                                         \
@@ -7,7 +7,7 @@
     broadcast(y, n, rank, nest, fn, Operand<T, 0>{a}, Operand<T, 1>{b});                                 \
   }
 
-// As JavaScript's `**`, which unlike C gives NaN for 1 ** NaN and (+-1) ** +-Infinity.
+// Like `**` in JavaScript, which unlike C returns NaN for 1 ** NaN and (+-1) ** +-Infinity.
 MOE_DEVICE float power(float x, float e) {
   if (e == 2.f) return x * x;
   if (e != e || (fabsf(e) == infinity() && fabsf(x) == 1.f)) return e - e;

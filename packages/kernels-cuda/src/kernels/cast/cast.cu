@@ -1,4 +1,4 @@
-// Conversions between dtypes: (y, x, n). Every pair but the integers goes through f32.
+// Conversions between dtypes: (y, x, n). All of them go through f32, except those between integers.
 #include "each.cuh"
 
 MOE_DEVICE float toFloat(int x) { return (float)x; }
@@ -8,7 +8,7 @@ MOE_DEVICE void set(float& y, float x) { y = x; }
 MOE_DEVICE void set(bf16& y, float x) { y = toBf16(x); }
 MOE_DEVICE void set(f16& y, float x) { y = toF16(x); }
 MOE_DEVICE void set(f8e4m3& y, float x) { y = toF8e4m3(x); }
-// To integers: toward zero, saturated; NaN fails every comparison.
+// To integers: truncates and saturates. NaN fails every comparison and becomes 0.
 MOE_DEVICE void set(int& y, float x) {
   y = x >= 2147483648.f ? 2147483647 : x > -2147483648.f ? (int)x : x != x ? 0 : -2147483647 - 1;
 }

@@ -1,7 +1,7 @@
-// Weighted sum of the experts' outputs per token, and its gradients.
+// The weighted sum of the experts' outputs per token, and its gradients.
 #include "../permute-tokens/row-slices.cuh"
 
-// out[n] = sum over k of weights[n, k] * y[positions[n * K + k]]. A warp has a slice of a token.
+// out[n] = sum over k of weights[n, k] * y[positions[n * K + k]]. A warp processes a slice of a token.
 template <bool Whole>
 MOE_DEVICE void combine(float* out, const float* y, const float* weights, const int* positions, int64_t N, int K, int D) {
   const int64_t n = rowOfWarp();
@@ -21,8 +21,8 @@ MOE_KERNEL((256), moe_combine_tokens_fwd_f32,
   }
 }
 
-// dy[p] = weights[s] * dout[s / K], dweights[s] = dot of dout[s / K] and y[p], at p = positions[s]. A warp has a slot s.
-// `positions` is a permutation, so every row of dy is written once.
+// dy[p] = weights[s] * dout[s / K], dweights[s] = dot product of dout[s / K] and y[p], at p = positions[s]. One warp
+// per slot s. `positions` is a permutation, so every row of dy is written once.
 template <bool Whole>
 MOE_DEVICE void combineGradient(float* dy, float* dweights, const float* y, const float* weights, const int* positions,
                                 const float* dout, int64_t slots, int K, int D) {

@@ -1,4 +1,4 @@
-// Comparisons to 0 and 1, with broadcasting. All of these: (y, a, b, n, rank, nest of a and b).
+// Comparisons with broadcasting, whose results are 0 or 1. Parameters: (y, a, b, n, rank, nest of a and b).
 #include "broadcast.cuh"
 
 #define COMPARE(name, T, relation)                                                                            \

@@ -1,4 +1,4 @@
-// Cross-entropy of logits with class indices. A block per row.
+// Cross-entropy of logits and class indices. One block per row.
 #include "row.cuh"
 
 constexpr int threads = 256;
@@ -7,12 +7,13 @@ MOE_DEVICE bool counts(int target, int classes, int ignoreIndex) {
   return target >= 0 && target < classes && target != ignoreIndex;
 }
 
-// Log-sum-exp of a row in one pass over memory. -Infinity of nothing or of -Infinity alone; NaN where there is one.
+// Log-sum-exp of a row in one pass over memory. -Infinity for an empty row or one of only -Infinity; NaN if the row
+// contains NaN.
 template <bool Whole>
 MOE_DEVICE float logSumExp(const float* row, int n) {
   constexpr int step = 4 * threads, batch = 4;
   const float low = -infinity();
-  float max = low, sum = 0.f;  // sum of exp(x - max) so far; NaN reaches it by itself
+  float max = low, sum = 0.f;  // running sum of exp(x - max), which NaN reaches without special treatment
   const auto shiftOf = [&](float top) { return top == low ? 0.f : top; };
   for (int first = firstColumn<threads>(row); first < n; first += step * batch) {
     Four x[batch];

@@ -1,10 +1,10 @@
-// Running sums along the middle of [outer, count, inner], one kernel for inner = 1 and one for the rest. Sums of f32 are carried in
-// double from tile to tile, and along columns from element to element.
+// Cumulative sums along the middle axis of [outer, count, inner], with one kernel for inner = 1 and one for all other
+// shapes. Sums of f32 are carried in double from tile to tile, and within columns from element to element.
 #include "each.cuh"
 
 constexpr int threads = 256;
 
-/// A block of 32 or 256 threads runs along a row, four elements to a thread at a time.
+/// A block of 32 or 256 threads scans a row, four elements per thread at a time.
 template <class Total, class T>
 MOE_DEVICE void cumsumRow(T* y, const T* x, int64_t count) {
   MOE_SHARED(T, sums, [threads / 32]);
@@ -47,7 +47,7 @@ MOE_DEVICE void cumsumRow(T* y, const T* x, int64_t count) {
   }
 }
 
-/// A block has `width` (a power of two) columns side by side; threads / width lines of threads share out their rows.
+/// A block scans `width` (a power of two) neighbouring columns; its threads / width lines of threads share the rows.
 template <class Total, class T>
 MOE_DEVICE void cumsumColumns(T* __restrict__ y, const T* __restrict__ x, int64_t outer, int64_t count, int64_t inner, int width) {
   MOE_SHARED(Total, sums, [threads]);
@@ -83,5 +83,5 @@ MOE_DEVICE void cumsumColumns(T* __restrict__ y, const T* __restrict__ x, int64_
   }
 
 CUMSUM(moe_cumsum_f32, float, double)
-// Two's complement; unsigned, so that overflow is defined.
+// Two's complement. Unsigned, because overflow is then defined.
 CUMSUM(moe_cumsum_i32, unsigned, unsigned)

@@ -1,17 +1,17 @@
-// A stable counting sort of (token, choice) slots by expert. Each block has `share` neighbouring slots, each of its warps an
-// eighth of them, in order; so a slot's position is its expert's offset, plus the slots of that expert in the blocks before, in
-// the warps before, and before it in its own warp.
+// A stable counting sort of (token, choice) slots by expert. Each block has `share` consecutive slots, and each of its
+// warps an eighth of them, in order. A slot's position is its expert's offset, plus the number of the expert's slots in
+// earlier blocks, in earlier warps, and earlier in its own warp.
 #include "moe.cuh"
 
 constexpr int warps = 8;
 constexpr int threads = warps * 32;
 
-// The expert of slot s. Indices beyond the experts break the contract; they go to the nearest, so that nothing is written out of
-// bounds.
+// The expert of slot s. Out-of-range indices violate the op's contract; they are clamped, so that nothing is written
+// out of bounds.
 MOE_DEVICE int expertOf(const int* indices, int s, int E) { return min(max(indices[s], 0), E - 1); }
 
-// f(s, expert, peers) for the slots of this warp, 32 at a time and in order; all lanes call it. peers: the lanes whose slots have
-// the same expert, 0 for lanes without a slot.
+// Calls f(s, expert, peers) for the slots of this warp, 32 at a time and in order. All lanes call it. peers: the lanes
+// whose slots have the same expert, 0 for lanes without a slot.
 template <class F>
 MOE_DEVICE void eachSlot(const int* indices, int slots, int share, int E, F&& f) {
   const int warpShare = share / warps;
@@ -28,7 +28,7 @@ MOE_DEVICE void eachSlot(const int* indices, int slots, int share, int E, F&& f)
   }
 }
 
-// Adds the slots of each warp to its own row of counts [warps][E], which are zero.
+// Counts the slots of each warp in its row of counts [warps][E], which must be zero.
 MOE_DEVICE void countPerWarp(int* counts, const int* indices, int slots, int share, int E) {
   int* own = counts + (int)threadIdx.x / 32 * E;
   const int lane = (int)threadIdx.x % 32;
@@ -43,7 +43,7 @@ MOE_DEVICE void clear(int* counts, int n) {
   __syncthreads();
 }
 
-// blockCounts [blocks, E]: slots of each block by expert.
+// blockCounts [blocks, E]: the number of slots of each block by expert.
 MOE_KERNEL((threads), moe_dispatch_plan_count_i32, (int* blockCounts, const int* indices, int slots, int share, int E)) {
   MOE_DYNAMIC_SHARED(memory);
   int* counts = reinterpret_cast<int*>(memory);  // [E]
@@ -54,7 +54,7 @@ MOE_KERNEL((threads), moe_dispatch_plan_count_i32, (int* blockCounts, const int*
   for (int e = (int)threadIdx.x; e < E; e += threads) blockCounts[(int64_t)blockIdx.x * E + e] = counts[e];
 }
 
-// starts[e] becomes the sum of starts[0 .. e-1], and `total` that of all. One warp.
+// Replaces starts[e] by the sum of starts[0 .. e-1], and sets `total` to the sum of all. Called by one warp.
 MOE_DEVICE void exclusiveScan(int* starts, int E, int* total) {
   const int lane = (int)threadIdx.x % 32;
   int before = 0;
@@ -71,14 +71,14 @@ MOE_DEVICE void exclusiveScan(int* starts, int E, int* total) {
   if (lane == 0) *total = before;
 }
 
-// Every block works out the offsets of all experts from the counts of all blocks; its own counts it makes itself, so that a
+// Every block computes the offsets of all experts from the counts of all blocks. It recounts its own slots, so that a
 // single block needs no table.
 MOE_KERNEL((threads), moe_dispatch_plan_place_i32,
            (int* order, int* positions, int* offsets, int* counts, const int* indices, const int* blockCounts, int slots,
             int share, int E)) {
   MOE_DYNAMIC_SHARED(memory);
-  int* next = reinterpret_cast<int*>(memory);  // [warps][E]: slots of a warp, then where its next one goes
-  int* starts = next + warps * E;              // [E]: slots of an expert, then its offset
+  int* next = reinterpret_cast<int*>(memory);  // [warps][E]: counts of a warp, then the position of its next slot
+  int* starts = next + warps * E;              // [E]: counts of all blocks, then the experts' offsets
   int* total = starts + E;
   const int thread = (int)threadIdx.x;
   clear(next, warps * E);

@@ -1,4 +1,4 @@
-// One step of an exponential moving average of one tensor, in place.
+// One step of an exponential moving average (EMA) of one tensor, in place.
 #include "four.cuh"
 
 MOE_KERNEL((256), moe_ema_step_f32, (float* average, const float* value, const float* rate, int64_t n)) {

@@ -1,4 +1,4 @@
-// The same word everywhere, whatever the dtype: (y, word, bytes), y at a multiple of 16 bytes.
+// Fills memory with a 32-bit word, for any dtype: (y, word, bytes). y is aligned to 16 bytes.
 #include "moe.cuh"
 
 MOE_KERNEL((256), moe_fill, (uint8_t * y, int word, int64_t bytes)) {

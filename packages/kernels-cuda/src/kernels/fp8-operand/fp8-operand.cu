@@ -1,4 +1,6 @@
-// Operands of products in precision 'fp8' in bf16, which has all their numbers; they lie as before. Codes, for Hopper, are in fp8-matmul-sm90a.cu.
+// Operands of products in precision 'fp8' on devices without fp8 kernels: quantizes to f8e4m3 and stores the same
+// values in bf16, which represents them exactly, in the original layout. Operands for Hopper's fp8 products are in
+// fp8-matmul-sm90a.cu. "Along" and "across" as in fp8.cuh.
 #include "fp8.cuh"
 
 // [rows, k] to rows of ld; blockIdx.y is the tile of k.

@@ -1,8 +1,9 @@
-// Square root of the sum of squares of many tensors, in double: the square of a gradient of 1e20 is no float.
+// The square root of the sum of squares of many tensors, in double, because the square of a gradient of 1e20 overflows
+// a float.
 #include "four.cuh"
 
 constexpr int threads = 256;
-/// Elements that a block takes from a tensor at a time.
+/// Elements of a tensor that a block processes at a time.
 constexpr int64_t chunk = 16384;
 
 // Every thread of the block gets the sum.
@@ -17,11 +18,11 @@ MOE_DEVICE double blockSumDouble(double x) {
   return parts[0];
 }
 
-// partial[block]: squares of the block's chunks, which are every gridDim.x-th of all chunks of the tensors.
+// partial[block]: the sum of squares of the block's chunks, every gridDim.x-th of all chunks of the tensors.
 MOE_KERNEL((threads), moe_global_norm_squares_f32,
            (double* partial, Args<const float*, 64> tensors, Args<int64_t, 64> sizes, int count)) {
   double total = 0;
-  int64_t next = blockIdx.x;  // the block's next chunk, counted from tensor t on
+  int64_t next = blockIdx.x;  // the block's next chunk, relative to tensor t
   for (int t = 0; t < count; t++) {
     const float* x = tensors[t];
     const int64_t n = sizes[t], chunks = divUp(n, chunk);
@@ -39,7 +40,7 @@ MOE_KERNEL((threads), moe_global_norm_squares_f32,
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// norm: a float, or three floats that are the double.
+// norm: a float, or three floats whose sum is the double.
 MOE_KERNEL((threads), moe_global_norm_root_f32, (float* norm, int floats, const double* partial, int count)) {
   double total = 0;
   for (int i = (int)threadIdx.x; i < count; i += threads) total += partial[i];

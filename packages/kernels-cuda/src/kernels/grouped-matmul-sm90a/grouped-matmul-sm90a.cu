@@ -1,22 +1,24 @@
-// One bf16 product per expert on Hopper. As in grouped-matmul.cu the grid's jobs are as many tiles as any offsets could need.
+// One bf16 product per expert on Hopper (persistent GEMM, gemm-hopper.cuh). As in grouped-matmul.cu, the number of
+// tiles is the most that any offsets could need; surplus tiles have no work.
 #include "expert-tile.cuh"
 #include "gemm-hopper.cuh"
 #include "packed-rows.cuh"
 
-/// y [N, n] = x [N, k] times the weight [k, n] of each row's expert ([n, k] when Transpose). A tile's rows are read beyond its expert's last one.
+/// y [N, n] = x [N, k] times the weight [k, n] of each row's expert ([n, k] if Transpose). Tiles read past the last row
+/// of their expert, but do not store those rows.
 template <class Tile, bool Transpose>
 MOE_DEVICE void grouped(float* y, const TensorMap& x, const TensorMap& weight, const int* offsets, int rows, int n, int k, int experts) {
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN);
-  workOff<Tile, false, !Transpose>(
+  persistentGemm<Tile, false, !Transpose>(
       x, weight, rowTiles * columnTiles,
-      [&](int j) -> HopperJob {
-        const int2 tile = tileOf(j, rowTiles, columnTiles);
+      [&](int j) -> WorkTile {
+        const int2 tile = rasterize(j, rowTiles, columnTiles);
         const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
         const bool product = found.expert >= 0 && found.expert < experts;
         return {found.row, 0, tile.y * Tile::BN, product ? found.expert : 0, 0, product ? divUp(k, Tile::BK) : 0, found.end - found.row};
       },
-      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
-        storeTile<Tile>(y + (int64_t)job.rowA * n + job.rowB, n, job.rows, n - job.rowB, sums, false);
+      [&](int, const WorkTile& work, typename Tile::Accumulator& sums) {
+        storeTile<Tile>(y + (int64_t)work.rowA * n + work.rowB, n, work.rows, n - work.rowB, sums, false);
       });
 }
 
@@ -29,7 +31,8 @@ GROUPED(128x256_t, HopperLarge, true)
 GROUPED(128x128_n, HopperSmall, false)
 GROUPED(128x128_t, HopperSmall, true)
 
-/// Rows [N, columns] of f32 to rows of `ld` bf16, where row r of an expert is packedStart + r. blockIdx.x = 64 rows of the result.
+/// Packs rows [N, columns] of f32 into rows of `ld` bf16: row r of an expert becomes row packedStart + r. A block
+/// (blockIdx.x) writes 64 rows of the result.
 MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int* offsets, int experts, int columns, int ld)) {
   MOE_SHARED(int, owner, [1]);
   const int first = blockIdx.x * 64;
@@ -41,7 +44,7 @@ MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int
   }
   __syncthreads();
   const int expert = owner[0];
-  if (expert < 0) return; // between two experts; nobody reads it
+  if (expert < 0) return; // between two experts; never read
   const int begin = offsets[expert] + first - packedStart(offsets, expert), rows = offsets[expert + 1] - begin;
   from += (int64_t)begin * columns;
   to += (int64_t)first * ld;
@@ -60,21 +63,21 @@ MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int
   }
 }
 
-/// dweight [E, n, k] = dy^T x over the rows of each expert, both packed.
+/// dweight [E, n, k] = dy^T x over the rows of each expert. Both are packed.
 template <class Tile>
 MOE_DEVICE void weightGradient(float* dweight, const TensorMap& dy, const TensorMap& x, const int* offsets, int n, int k, int experts) {
   const int rowTiles = divUp(n, Tile::BM), columnTiles = divUp(k, Tile::BN), tiles = rowTiles * columnTiles;
-  workOff<Tile, true, true>(
+  persistentGemm<Tile, true, true>(
       dy, x, experts * tiles,
-      [&](int j) -> HopperJob {
+      [&](int j) -> WorkTile {
         const int expert = j / tiles;
-        const int2 tile = tileOf(j % tiles, rowTiles, columnTiles);
+        const int2 tile = rasterize(j % tiles, rowTiles, columnTiles);
         const int row = tile.x * Tile::BM, rows = offsets[expert + 1] - offsets[expert];
         return {row, 0, tile.y * Tile::BN, 0, packedStart(offsets, expert), divUp(rows, Tile::BK), n - row};
       },
-      [&](int j, const HopperJob& job, typename Tile::Sums& sums) {
-        float* const to = dweight + ((int64_t)(j / tiles) * n + job.rowA) * k + job.rowB;
-        storeTile<Tile>(to, k, job.rows, k - job.rowB, sums, false);
+      [&](int j, const WorkTile& work, typename Tile::Accumulator& sums) {
+        float* const to = dweight + ((int64_t)(j / tiles) * n + work.rowA) * k + work.rowB;
+        storeTile<Tile>(to, k, work.rows, k - work.rowB, sums, false);
       });
 }
 

@@ -1,18 +1,18 @@
-// One matrix product per expert. Which rows are an expert's is read from `offsets` on the device: the grid holds as many tiles as any
-// offsets could need, and every block finds its own.
+// One matrix product per expert. The rows of each expert are read from `offsets` on the device: the grid has as many
+// tiles as any offsets could need, and each block finds its own.
 #include "expert-tile.cuh"
 #include "few-rows.cuh"
 #include "gemm.cuh"
 
-/// y [N, n] = x [N, k] times the weight of each row's expert, [n, k] when TransposeW, else [k, n].
+/// y [N, n] = x [N, k] times the weight of each row's expert: [n, k] if TransposeW, otherwise [k, n].
 template <class Tile, bool TransposeW>
 MOE_DEVICE void grouped(float* y, const typename Tile::Element* x, const typename Tile::Element* weight, const int* offsets, int rows, int n, int k, int experts, int ldx, int ldw) {
   MOE_DYNAMIC_SHARED(shared);
-  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
+  const int2 tile = rasterize(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
   const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
   if (found.expert < 0) return;
   const int column = tile.y * Tile::BN;
-  typename Tile::Sums sums = {};
+  typename Tile::Accumulator sums = {};
   if (found.expert < experts) {
     weight += (int64_t)found.expert * (TransposeW ? n : k) * ldw + (TransposeW ? (int64_t)column * ldw : column);
     Tile::template multiply<false, TransposeW>(
@@ -21,7 +21,8 @@ MOE_DEVICE void grouped(float* y, const typename Tile::Element* x, const typenam
   storeTile<Tile>(y + (int64_t)found.row * n + column, n, found.end - found.row, n - column, sums, false);
 }
 
-/// Blocks that share a multiprocessor. For consumer Blackwell the compiler needs more registers for the same tiles, and spills rather than take them.
+/// Minimum number of blocks per multiprocessor. For consumer Blackwell, ptxas needs more registers for the same tiles
+/// and would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define BLOCKS(most) (most > 1 ? most - 1 : 1)
 #else
@@ -43,7 +44,7 @@ GROUPED(2, bf16_128x128_t, Bf16Medium, true)
 GROUPED(3, bf16_64x64_n, Bf16Small, false)
 GROUPED(3, bf16_64x64_t, Bf16Small, true)
 
-/// The same with the weight as [n, k] for few rows: 4 columns and 8 rows of an expert to a block.
+/// The same with the weight as [n, k] for few rows: 4 columns and 8 rows of an expert per block.
 template <bool Bf16>
 MOE_DEVICE void groupedFewRows(float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts) {
   const ExpertTile found = expertTile<mostFewRows>(offsets, experts, rows, blockIdx.y);
@@ -67,10 +68,10 @@ MOE_KERNEL((128, 4), moe_grouped_matmul_few_bf16, (float* y, const float* x, con
 template <class Tile>
 MOE_DEVICE void weightGradient(float* dweight, const typename Tile::Element* dy, const typename Tile::Element* x, const int* offsets, int n, int k, int lddy, int ldx) {
   MOE_DYNAMIC_SHARED(shared);
-  const int2 tile = tileOf(blockIdx.x, divUp(n, Tile::BM), divUp(k, Tile::BN));
+  const int2 tile = rasterize(blockIdx.x, divUp(n, Tile::BM), divUp(k, Tile::BN));
   const int row = tile.x * Tile::BM, column = tile.y * Tile::BN;
   const int from = offsets[blockIdx.y], to = offsets[blockIdx.y + 1];
-  typename Tile::Sums sums = {};
+  typename Tile::Accumulator sums = {};
   Tile::template multiply<true, false>(
       sums, shared, {dy + (int64_t)from * lddy + row, lddy, n - row}, {x + (int64_t)from * ldx + column, ldx, k - column}, to - from);
   storeTile<Tile>(dweight + ((int64_t)blockIdx.y * n + row) * k + column, k, n - row, k - column, sums, false);

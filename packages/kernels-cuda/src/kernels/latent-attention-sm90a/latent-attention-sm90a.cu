@@ -1,69 +1,73 @@
-// Absorbed MLA decode on Hopper: as latent-attention.cu, over a cache in bf16. A tile of the cache is copied once, and is keys (with its features along
-// memory) as well as values (across). The sums of 64 rows are too many for one warpgroup: each of two has all rows and half of the features.
-// They compute the scores of alternate tiles, and tell each other the exponentials (after FlashMLA's schedule, DeepSeek 2025).
-// Legend as in latent-attention.cu.
+// Absorbed MLA decoding on Hopper over a bf16 cache. What is computed, the split of keys and the legend are those of
+// latent-attention.cu.
+// A tile of the cache is copied once and is both the keys (K-major, its features are contiguous) and the values
+// (MN-major). The output accumulators of 64 rows are too many for one warpgroup, so each of two has all rows and half
+// of the value features. They compute the scores of alternate tiles and exchange the exponentials through shared memory
+// (after the schedule of FlashMLA, DeepSeek 2025).
 #include "flash-hopper.cuh"
 #include "latent.cuh"
 
-/// `DK` features of keys, of which the first DV are values; `Stages` tiles lie in shared memory.
+/// `DK` features of keys, of which the first DV are values; `Stages` tiles in shared memory.
 template <int DK_, int DV_, int Stages_>
 struct LatentHopper : WarpgroupTile<64> {
   static constexpr int BM = 64, DK = DK_, DV = DV_, Half = DV / 2, Stages = Stages_, Threads = 256;
-  /// Bytes of 64 features of a tile.
+  /// Bytes of a box: 64 features of a tile.
   static constexpr int box = BN * 128;
   static constexpr int stageBytes = DK / 64 * box, bytesQ = BM * DK * 2, bytesP = BM * BN * 2;
-  /// A tile comes in parts: the values of one warpgroup, those of the other, the rest. Each is replaced when it has been read.
+  /// A tile consists of three parts: the values of the first warpgroup, those of the second, and the other features.
+  /// Each part is refilled as soon as it has been read.
   static constexpr int Parts = 3, Rest = 2;
   MOE_DEVICE int firstBox(int part) { return part * (Half / 64); }
   MOE_DEVICE int boxes(int part) { return part == Rest ? (DK - DV) / 64 : Half / 64; }
 };
 
-/// What the warpgroups share.
+/// State shared by both warpgroups, in shared memory.
 template <class E>
 struct LatentBlock {
   unsigned char *queries, *stages, *exponentials;
-  Barrier *full;   // [Stages][Parts]: has been copied
-  Barrier *scored; // [2]: exponentials and maxima of an even or an odd tile are there
-  float *highs;    // [2][BM]: the highest scores up to that tile
-  float *totals;   // [2][BM]: of each warpgroup
+  Barrier *full;   // [Stages][Parts]: the copy has completed
+  Barrier *scored; // [2]: exponentials and maxima of an even or odd tile are available
+  float *rowMaxima;    // [2][BM]: running maxima up to that tile
+  float *rowSums;   // [2][BM]: one per warpgroup
   int tiles, first;
   Part part;
 };
 
-/// Starts the copy of a part of tile t, of which a small page is but some rows. By one thread.
+/// Starts the copy of a part of tile t, which may consist of several small pages. Called by one thread.
 template <class E>
 MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, int t, int part, const LatentSizes& z) {
   unsigned char* const to = block.stages + t % E::Stages * E::stageBytes;
   Barrier* const full = &block.full[t % E::Stages * E::Parts + part];
-  arriveAndExpect(full, E::boxes(part) * E::box);
+  arriveAndExpectTx(full, E::boxes(part) * E::box);
   const int rows = z.pages == nullptr ? E::BN : min(E::BN, z.P);
   for (int row = 0; row < E::BN; row += rows) {
     const int s = block.part.from + t * E::BN + row;
-    // Behind the last row that is in use there may be no page: zeros, from outside of any.
+    // After the last row in use there may be no page. Reading outside of a page gives zeros.
     const LatentSizes::Place at = s < block.part.to ? z.place(s) : LatentSizes::Place{0, z.P};
-    for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) copyBox(to + i * E::box + row * 128, cache, full, i * 64, at.row, at.page);
+    for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) tmaLoad(to + i * E::box + row * 128, cache, full, i * 64, at.row, at.page);
   }
 }
 
-/// The work of one of the two warpgroups: scores of tiles Group, Group + 2, ..., and its half of the features of all.
+/// The main loop of one warpgroup: the scores of tiles Group, Group + 2, ..., and its half of the value features of all
+/// tiles.
 template <class E, int Group>
-MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const LatentBlock<E>& block, LatentSizes z) {
+MOE_DEVICE void consumeTiles(float* out, float* lse, const TensorMap& cache, const LatentBlock<E>& block, LatentSizes z) {
   const int lane = threadIdx.x % 32, tiles = block.tiles;
   const int firstSeen = block.part.visible.keys(block.first / z.H);
   const float scale = z.scale * E::Unit;
   auto stageOf = [&](int t) { return block.stages + t % E::Stages * E::stageBytes; };
-  const uint64_t queriesAt = kept(operandAt(block.queries, 0)), keysAt = kept(operandAt(block.stages, 0));
-  const uint64_t exponentialsAt = kept(operandAt(block.exponentials, 0)), valuesAt = kept(operandAcrossTile(block.stages + Group * (E::Half / 64) * E::box, E::BN));
-  auto valuesOf = [&](int t) { return further(valuesAt, t % E::Stages * (E::stageBytes / 16)); };
+  const uint64_t queriesAt = warpUniform(kMajorDescriptor(block.queries, 0)), keysAt = warpUniform(kMajorDescriptor(block.stages, 0));
+  const uint64_t exponentialsAt = warpUniform(kMajorDescriptor(block.exponentials, 0)), valuesAt = warpUniform(mnMajorTileDescriptor(block.stages + Group * (E::Half / 64) * E::box, E::BN));
+  auto valuesOf = [&](int t) { return advanceDescriptor(valuesAt, t % E::Stages * (E::stageBytes / 16)); };
   auto waitFull = [&](int t, int part) { wait(&block.full[t % E::Stages * E::Parts + part], t / E::Stages & 1); };
 
-  typename E::template Sums<E::Half> sums = {};
+  typename E::template Accumulator<E::Half> sums = {};
   float high[E::Rows], total[E::Rows], shrink[E::Rows];
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) high[i] = -infinity(), total[i] = 0.f;
 
-  // The factor for what was summed so far, when `best` may be higher.
-  auto raise = [&](int i, float best) {
+  // Raises the running maximum to `best` and computes the factor that rescales earlier sums.
+  auto updateMax = [&](int i, float best) {
     const float base = best == -infinity() ? 0.f : best;
     shrink[i] = exp2Fast(high[i] - base);
     high[i] = best;
@@ -75,19 +79,19 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
 #pragma unroll
     for (int i = 0; i < E::Half / 2; i++) sums.v[i] *= shrink[i / 2 % 2];
   };
-  // Rows of the last tile behind the end hold anything: 0 times that need not be 0. Nobody computes scores of it any more.
-  auto clearBehind = [&](int t) {
+  // Rows of the last tile past the end may contain anything, and 0 times NaN is not 0. Their scores have been computed.
+  auto zeroTail = [&](int t) {
     const int keys = block.part.to - block.part.from - t * E::BN;
     if (keys >= E::BN) return;
     for (int i = threadIdx.x % 128; i < (E::BN - keys) * (E::Half / 8); i += 128) {
       const int row = keys + i / (E::Half / 8), chunk = i % (E::Half / 8);
       *(uint4*)(stageOf(t) + (E::firstBox(Group) + chunk / 8) * E::box + row * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
     }
-    fenceOperands();
+    fenceProxyAsync();
     syncWarpgroup();
   };
-  // All products with this tile's values are done: the next tile may come in their place.
-  auto replace = [&](int t, bool scoredHere) {
+  // All products with this tile's values have completed: start the copy of the next tile into this stage.
+  auto refill = [&](int t, bool scoredHere) {
     syncWarpgroup();
     if (threadIdx.x % 128 == 0 && t + E::Stages < tiles) {
       copyPart(block, cache, t + E::Stages, Group, z);
@@ -95,39 +99,40 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     }
     __syncwarp();
   };
-  // sums += the exponentials of a tile of the other warpgroup, times values.
-  auto addTheirs = [&](int t) {
+  // sums += exponentials of a tile of the other warpgroup times its values.
+  auto addOtherTile = [&](int t) {
     wait(&block.scored[t % 2], t / 2 & 1);
     waitFull(t, Group);
-    clearBehind(t);
+    zeroTail(t);
 #pragma unroll
-    for (int i = 0; i < E::Rows; i++) raise(i, block.highs[t % 2 * E::BM + E::groupRow(i)]);
+    for (int i = 0; i < E::Rows; i++) updateMax(i, block.rowMaxima[t % 2 * E::BM + E::groupRow(i)]);
     rescale();
     const uint64_t values = valuesOf(t);
-    fenceProducts(sums.v);
+    wgmmaFence(sums.v);
 #pragma unroll
-    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, operandOf(exponentialsAt, E::BM, 0, k), operandAcrossOf(values, E::BN, k, 0));
-    commitProducts();
+    for (int k = 0; k < E::BN; k += 16) wgmma<E::Half, true>(sums.v, kMajorAt(exponentialsAt, E::BM, 0, k), mnMajorAt(values, E::BN, k, 0));
+    wgmmaCommit();
   };
 
   for (int t = Group; t < tiles; t += 2) {
-    const uint64_t queries = further(queriesAt), keys = further(keysAt, t % E::Stages * (E::stageBytes / 16));
+    const uint64_t queries = advanceDescriptor(queriesAt), keys = advanceDescriptor(keysAt, t % E::Stages * (E::stageBytes / 16));
     typename E::Scores s = {};
-    // Parts in the order in which they were replaced: the first are multiplied while the last is on its way.
+    // Parts are processed in the order in which they were refilled: the first are multiplied while the last is still
+    // being copied.
     const auto multiplyPart = [&](int part) {
       waitFull(t, part);
-      fenceProducts(s.v); // behind a loop ptxas wants it again
+      wgmmaFence(s.v); // ptxas requires another fence after a loop
 #pragma unroll
       for (int d = E::firstBox(part) * 64; d < (E::firstBox(part) + E::boxes(part)) * 64; d += 16) {
-        multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
+        wgmma<E::BN>(s.v, kMajorAt(queries, E::BM, 0, d), kMajorAt(keys, E::BN, 0, d));
       }
     };
     multiplyPart(Group);
     multiplyPart(E::Rest);
     multiplyPart(1 - Group);
-    commitProducts();
-    waitProducts<0>(s.v);
-    if (Group == 1) addTheirs(t - 1); // while the exponentials are computed
+    wgmmaCommit();
+    wgmmaWait<0>(s.v);
+    if (Group == 1) addOtherTile(t - 1); // overlaps with the exponentials
 
     const int key = block.part.from + t * E::BN;
     if (key + E::BN > firstSeen) {
@@ -135,7 +140,7 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
       for (int i = 0; i < E::Rows; i++) {
         const int left = block.part.visible.keys((block.first + E::groupRow(i)) / z.H) - key - E::column(0);
 #pragma unroll
-        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::columnStep(j) < left ? E::at(s, i, j) : -infinity();
       }
     }
 #pragma unroll
@@ -143,7 +148,7 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
       float best = -infinity();
 #pragma unroll
       for (int j = 0; j < E::Columns; j++) best = fmaxf(best, E::at(s, i, j));
-      const float base = raise(i, fmaxf(high[i], rowMax<E>(best) * scale));
+      const float base = updateMax(i, fmaxf(high[i], rowMax<E>(best) * scale));
 #pragma unroll
       for (int j = 0; j < E::Columns; j++) {
         float& x = E::at(s, i, j);
@@ -155,10 +160,10 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     E::pack(p, s);
     if (Group == 1) {
       computeFirst(total);
-      waitProducts<0>(sums.v);
-      replace(t - 1, false);
+      wgmmaWait<0>(sums.v);
+      refill(t - 1, false);
     }
-    // The exponentials that lie here were read by this warpgroup, which has met since.
+    // This warpgroup has read the previous exponentials and has synchronized since.
 #pragma unroll
     for (int k = 0; k < E::BN / 16; k++) {
 #pragma unroll
@@ -169,72 +174,72 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     }
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int i = 0; i < E::Rows; i++) block.highs[Group * E::BM + E::groupRow(i)] = high[i];
+      for (int i = 0; i < E::Rows; i++) block.rowMaxima[Group * E::BM + E::groupRow(i)] = high[i];
     }
-    fenceOperands();
+    fenceProxyAsync();
     __syncwarp();
     if (lane == 0) arrive(&block.scored[Group]);
     if (t == tiles - 1) {
-      syncWarpgroup(); // all have their scores
-      clearBehind(t);
+      syncWarpgroup(); // all scores have been computed
+      zeroTail(t);
     }
     rescale();
     const uint64_t values = valuesOf(t);
-    fenceProducts(sums.v);
+    wgmmaFence(sums.v);
 #pragma unroll
-    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, p[k / 16], operandAcrossOf(values, E::BN, k, 0));
-    commitProducts();
-    waitProducts<0>(sums.v);
-    replace(t, true);
+    for (int k = 0; k < E::BN; k += 16) wgmma<E::Half, true>(sums.v, p[k / 16], mnMajorAt(values, E::BN, k, 0));
+    wgmmaCommit();
+    wgmmaWait<0>(sums.v);
+    refill(t, true);
     if (Group == 0 && t + 1 < tiles) {
-      addTheirs(t + 1);
-      waitProducts<0>(sums.v);
-      replace(t + 1, false);
+      addOtherTile(t + 1);
+      wgmmaWait<0>(sums.v);
+      refill(t + 1, false);
     }
   }
   if (Group == 1 && tiles % 2 > 0) {
-    addTheirs(tiles - 1);
-    waitProducts<0>(sums.v);
+    addOtherTile(tiles - 1);
+    wgmmaWait<0>(sums.v);
   }
 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     total[i] = rowSum<E>(total[i]);
-    if (lane % 4 == 0) block.totals[Group * E::BM + E::groupRow(i)] = total[i];
+    if (lane % 4 == 0) block.rowSums[Group * E::BM + E::groupRow(i)] = total[i];
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int row = E::groupRow(i);
     const bool exists = block.first + row < z.T * z.H;
-    const float sum = block.totals[row] + block.totals[E::BM + row];
+    const float sum = block.rowSums[row] + block.rowSums[E::BM + row];
     const int64_t to = partRow(z, block.first + row);
     if (exists && Group == 0 && lane % 4 == 0 && gridDim.x > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
     storeRowIf<E, E::Half>(exists, out + to * z.V + Group * E::Half, sums, i, z.V - Group * E::Half, sum == 0.f ? 0.f : 1.f / sum);
   }
 }
 
-/// A tile of the T x H rows of sequence blockIdx.z, and part blockIdx.x of its keys.
+/// A block computes a tile of the T x H query rows of sequence blockIdx.z for split blockIdx.x of its keys.
 template <class E>
 MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const TensorMap& cache, const int* lengths, LatentSizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, full, [E::Stages * E::Parts]);
   MOE_SHARED(Barrier, scored, [2]);
-  MOE_SHARED(float, highs, [2 * E::BM]);
-  MOE_SHARED(float, totals, [2 * E::BM]);
+  MOE_SHARED(float, rowMaxima, [2 * E::BM]);
+  MOE_SHARED(float, rowSums, [2 * E::BM]);
   LatentBlock<E> block;
-  block.queries = kept(dynamic + (-sharedAddress(dynamic) & 1023));
+  block.queries = warpUniform(dynamic + (-sharedAddress(dynamic) & 1023));
   block.stages = block.queries + E::bytesQ;
   block.exponentials = block.stages + E::Stages * E::stageBytes;
-  block.full = kept(full), block.scored = kept(scored), block.highs = highs, block.totals = totals;
+  block.full = warpUniform(full), block.scored = warpUniform(scored), block.rowMaxima = rowMaxima, block.rowSums = rowSums;
   block.part = Part::of<E::BN>(lengths, z);
   block.tiles = divUp(block.part.to - block.part.from, E::BN);
   block.first = blockIdx.y * E::BM;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < E::Stages * E::Parts; i++) initBarrier(&full[i], 1);
-    for (int i = 0; i < 2; i++) initBarrier(&scored[i], 4); // one arrival of each warp
-    fenceBarriers();
+    for (int i = 0; i < 2; i++) initBarrier(&scored[i], 4); // one arrival per warp
+    fenceBarrierInit();
     for (int t = 0; t < min(E::Stages, block.tiles); t++) {
       for (int part = 0; part < E::Parts; part++) copyPart(block, cache, t, part, z);
     }
@@ -250,10 +255,10 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
     const uint4 eight = make_uint4(packBf16(a.x, a.y), packBf16(a.z, a.w), packBf16(b.x, b.y), packBf16(b.z, b.w));
     *(uint4*)(block.queries + (chunk / 8 * E::BM + row) * 128 + (chunk ^ row) % 8 * 16) = eight;
   }
-  fenceOperands();
+  fenceProxyAsync();
   __syncthreads();
-  if (__shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) == 0) latentWork<E, 0>(out, lse, cache, block, z);
-  else latentWork<E, 1>(out, lse, cache, block, z);
+  if (__shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) == 0) consumeTiles<E, 0>(out, lse, cache, block, z);
+  else consumeTiles<E, 1>(out, lse, cache, block, z);
 }
 
 #define LATENT_ATTENTION(name, Engine)                                                                                                                       \

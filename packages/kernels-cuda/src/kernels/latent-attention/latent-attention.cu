@@ -1,13 +1,15 @@
-// Absorbed MLA decode (flash-decoding): keys are the rows of the latent cache, values their first `valueDim` features. A block takes a
-// tile of the T x H query rows of one sequence and one part of its keys; a second kernel combines the parts in order.
-// Legend: B batch, T queries, H heads, S rows of the cache that a sequence has room for, C features, V value features, P rows of a page; row r of a
-// sequence = query r / H, head r % H.
+// Absorbed MLA decoding with split keys (flash-decoding): keys are the rows of the latent cache, values their first V
+// features. A block computes a tile of the T x H query rows of one sequence (blockIdx.y) for one split of its keys
+// (blockIdx.x); a second kernel combines the splits in order.
+// Legend: B batch, T queries, H heads, S rows of the cache that a sequence has room for, C features, V value features,
+// P rows of a page; row r of a sequence = query r / H, head r % H.
 #include "latent.cuh"
 
 constexpr int mostC = 576, mostV = 512;
 
-/// Tiles of BN cache rows as bf16 in shared memory, zeros from C to a multiple of 16 and past the last key. A warp copies whole rows, and
-/// every thread lands what it fetched itself. Only where the cache is f32 is there anything to do in `land`.
+/// Tiles of BN cache rows in bf16 in shared memory, with zeros from C to a multiple of 16 and past the last key.
+/// `fetch` starts the copy of tile t: a warp copies whole rows. `land` converts what the same thread has copied to
+/// bf16, if the cache is f32.
 template <class Cache, int BN, int Threads>
 struct KeyTiles;
 
@@ -22,16 +24,16 @@ struct KeyTiles<float, BN, Threads> {
       const int s = part.from + t * BN + row;
       const float* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
       float* const to = raw(shared) + row * mostC;
-      for (int c = threadIdx.x % 32 * 4; c < z.C; c += 128) copyAsync16(to + c, keys + c, s < part.to);
+      for (int c = threadIdx.x % 32 * 4; c < z.C; c += 128) cpAsync16(to + c, keys + c, s < part.to);
     }
-    commitCopies();
+    cpAsyncCommit();
   }
   MOE_DEVICE void land(unsigned char* shared, int C) {
     for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
       const float* const from = raw(shared) + row * mostC;
       for (int c = threadIdx.x % 32 * 4; c < divUp(C, 16) * 16; c += 128) {
         const float4 x = c < C ? *(const float4*)(from + c) : make_float4(0.f, 0.f, 0.f, 0.f);
-        storeWideShared(tile(shared, 0) + chunkAt<mostC>(row, c / 8) + c % 8, packBf16(x.x, x.y), packBf16(x.z, x.w));
+        storeWideShared(tile(shared, 0) + swizzledOffset<mostC>(row, c / 8) + c % 8, packBf16(x.x, x.y), packBf16(x.z, x.w));
       }
     }
   }
@@ -47,25 +49,26 @@ struct KeyTiles<bf16, BN, Threads> {
       const int s = part.from + t * BN + row;
       const bf16* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
       for (int c = threadIdx.x % 32 * 8; c < divUp(z.C, 16) * 16; c += 256) {
-        copyAsync16(tile(shared, t) + chunkAt<mostC>(row, c / 8), keys + c, s < part.to && c < z.C);
+        cpAsync16(tile(shared, t) + swizzledOffset<mostC>(row, c / 8), keys + c, s < part.to && c < z.C);
       }
     }
-    commitCopies();
+    cpAsyncCommit();
   }
   MOE_DEVICE void land(unsigned char*, int) {}
 };
 
-/// bf16 on tensor cores. Scores: a warp has 16 x 16 of the BM x BN tile. Values: a warp has 32 x 128 of BM x mostV.
+/// bf16 on tensor cores. For scores, a warp has 16 x 16 of the BM x BN tile; for values, 32 x 128 of BM x mostV.
+/// Exponentials and row statistics are exchanged through shared memory.
 template <class Cache, int BM, int BN>
 MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* cache, const int* lengths, LatentSizes z) {
   constexpr int Threads = BM * 4, columnWarps = BN / 16, scoreWarps = BM / 16 * columnWarps, MT = 2, NT = 16;
   using Keys = KeyTiles<Cache, BN, Threads>;
-  constexpr int LP = BN == 16 ? 32 : BN; // row of the tile of exponentials
+  constexpr int LP = BN == 16 ? 32 : BN; // row stride of the tile of exponentials
   MOE_DYNAMIC_SHARED(shared);
   bf16* const queries = (bf16*)shared;
   unsigned char* const keys = shared + BM * mostC * 2;
   bf16* const exponentials = (bf16*)(keys + Keys::sharedBytes);
-  float* const perRow = (float*)(exponentials + BM * LP); // [columnWarps][BM], maxima and at last sums
+  float* const perRow = (float*)(exponentials + BM * LP); // [columnWarps][BM]: maxima, finally sums
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = z.T * z.H, first = blockIdx.y * BM, C16 = divUp(z.C, 16) * 16;
   const Part part = Part::of<BN>(lengths, z);
@@ -81,11 +84,11 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
       const float* const x = q + (int64_t)row * z.C + c;
       const bool exists = first + row < rows;
       const uint32_t pair = packBf16(exists && c < z.C ? x[0] : 0.f, exists && c + 1 < z.C ? x[1] : 0.f);
-      *(uint32_t*)(queries + chunkAt<mostC>(row, c / 8) + c % 8) = pair;
+      *(uint32_t*)(queries + swizzledOffset<mostC>(row, c / 8) + c % 8) = pair;
     }
   }
 
-  // This thread's rows of scores, and its rows of values, each with the highest score so far.
+  // This thread's rows of scores and rows of values, with the running maximum of each.
   const int scoreRow = warp / columnWarps * 16 + lane / 4, scoreColumn = warp % columnWarps * 16;
   const int valueRow = warp / 4 * 32, valueColumn = warp % 4 * 128;
   const bool scoring = warp < scoreWarps;
@@ -99,7 +102,7 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   float sums[MT][NT][4] = {};
 
   for (int t = 0; t < tiles; t++) {
-    waitCopies<0>();
+    cpAsyncWait<0>();
     Keys::land(keys, z.C);
     __syncthreads();
     fetch(t + 1);
@@ -110,10 +113,10 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
 #pragma unroll 4
       for (int k = 0; k < C16; k += 16) {
         uint32_t left[4], right[4];
-        loadLeft<mostC, false>(left, queries, warp / columnWarps * 16, k);
-        loadRight<mostC, false>(right, tile, scoreColumn, k);
-        multiplyBf16(s[0], left, right[0], right[1]);
-        multiplyBf16(s[1], left, right[2], right[3]);
+        loadA<mostC, false>(left, queries, warp / columnWarps * 16, k);
+        loadB<mostC, false>(right, tile, scoreColumn, k);
+        mmaBf16(s[0], left, right[0], right[1]);
+        mmaBf16(s[1], left, right[2], right[3]);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -132,7 +135,7 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
     }
     __syncthreads();
 
-    auto raise = [&](float& highest, int row) { // the factor for what was summed so far
+    auto updateMax = [&](float& highest, int row) { // raises the maximum and returns the factor that rescales earlier sums
       float best = highest;
 #pragma unroll
       for (int w = 0; w < columnWarps; w++) best = fmaxf(best, perRow[w * BM + row]);
@@ -144,19 +147,19 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int row = scoreRow + i * 8;
-        total[i] *= raise(high[i], row);
+        total[i] *= updateMax(high[i], row);
         const float base = high[i] == -infinity() ? 0.f : high[i];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           const float a = exp2Fast(s[j][i * 2] - base), b = exp2Fast(s[j][i * 2 + 1] - base);
           total[i] += a + b;
-          *(uint32_t*)(exponentials + chunkAt<LP>(row, scoreColumn / 8 + j) + lane % 4 * 2) = packBf16(a, b);
+          *(uint32_t*)(exponentials + swizzledOffset<LP>(row, scoreColumn / 8 + j) + lane % 4 * 2) = packBf16(a, b);
         }
       }
     }
     float shrink[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) shrink[i] = raise(valueHigh[i], valueRow + i * 8 + lane / 4);
+    for (int i = 0; i < 4; i++) shrink[i] = updateMax(valueHigh[i], valueRow + i * 8 + lane / 4);
     if (__any_sync(wholeWarp, shrink[0] != 1.f || shrink[1] != 1.f || shrink[2] != 1.f || shrink[3] != 1.f)) {
 #pragma unroll
       for (int i = 0; i < MT; i++) {
@@ -173,21 +176,21 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
     for (int k = 0; k < BN; k += 16) {
       uint32_t left[MT][4], right[4];
 #pragma unroll
-      for (int i = 0; i < MT; i++) loadLeft<LP, false>(left[i], exponentials, valueRow + i * 16, k);
+      for (int i = 0; i < MT; i++) loadA<LP, false>(left[i], exponentials, valueRow + i * 16, k);
 #pragma unroll
       for (int j = 0; j < NT; j += 2) {
         if (valueColumn + j * 8 >= z.V) continue;
-        loadRight<mostC, true>(right, tile, valueColumn + j * 8, k);
+        loadB<mostC, true>(right, tile, valueColumn + j * 8, k);
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-          multiplyBf16(sums[i][j], left[i], right[0], right[1]);
-          multiplyBf16(sums[i][j + 1], left[i], right[2], right[3]);
+          mmaBf16(sums[i][j], left[i], right[0], right[1]);
+          mmaBf16(sums[i][j + 1], left[i], right[2], right[3]);
         }
       }
     }
     __syncthreads(); // the tile and the exponentials are overwritten next
   }
-  waitCopies<0>();
+  cpAsyncWait<0>();
 
   if (scoring) {
 #pragma unroll
@@ -220,24 +223,25 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   }
 }
 
-/// A row of C features as f32 in shared memory by 16 threads, zeros behind them, or all zeros where it does not exist.
+/// Copies a row of C features to shared memory as f32, by 16 threads, padded with zeros to a multiple of 4. A row that
+/// does not exist is all zeros.
 MOE_DEVICE void copyRowF32(float* to, const float* from, int C, bool exists) {
   for (int c = threadIdx.x % 16 * 4; c < divUp(C, 4) * 4; c += 64) {
-    if (C % 4 == 0) copyAsync16(to + c, from + c, exists);
+    if (C % 4 == 0) cpAsync16(to + c, from + c, exists);
     else {
-      for (int i = c; i < c + 4; i++) copyAsync4(to + i, from + i, exists && i < C);
+      for (int i = c; i < c + 4; i++) cpAsync4(to + i, from + i, exists && i < C);
     }
   }
-  commitCopies();
+  cpAsyncCommit();
 }
 MOE_DEVICE void copyRowF32(float* to, const bf16* from, int C, bool exists) {
   for (int c = threadIdx.x % 16; c < divUp(C, 4) * 4; c += 16) to[c] = exists && c < C ? toFloat(from[c]) : 0.f;
 }
 
-/// f32 on the ordinary cores: 16 rows against 16 keys, 16 threads to a row, each with one score and mostV / 16 values.
+/// f32 on CUDA cores: 16 rows against 16 keys, 16 threads per row, each with one score and mostV / 16 outputs.
 template <class Cache>
 MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* cache, const int* lengths, LatentSizes z) {
-  constexpr int BM = 16, BN = 16, L = mostC + 4; // four more elements a row: eight rows lie in different banks
+  constexpr int BM = 16, BN = 16, L = mostC + 4; // padded by four elements: eight rows are in different banks
   MOE_DYNAMIC_SHARED(shared);
   float* const queries = (float*)shared;
   float* const tile = queries + BM * L;
@@ -254,7 +258,7 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
     __syncthreads();
     const bool exists = key + row < part.to;
     copyRowF32(tile + row * L, cache + (exists ? z.rowOf(key + row) : 0) * z.C, z.C, exists);
-    waitCopies<0>();
+    cpAsyncWait<0>();
     __syncthreads();
     float s = 0.f;
 #pragma unroll 4
@@ -285,7 +289,7 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
       }
     }
   }
-  waitCopies<0>();
+  cpAsyncWait<0>();
   for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
   if (r >= rows) return;
   const float inverse = total == 0.f ? 0.f : 1.f / total;
@@ -302,7 +306,7 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
   MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
     body(out, lse, q, cache, lengths, {T, S, H, C, V, scale, pages, P});                                                                                   \
   }
-// Arithmetic, tile, type of the cache.
+// The name: arithmetic, tile, and dtype of the cache.
 LATENT_ATTENTION((256, 1), bf16_64x32_f32, float, (latentBf16<float, 64, 32>))
 LATENT_ATTENTION((256, 1), bf16_64x32_bf16, bf16, (latentBf16<bf16, 64, 32>))
 LATENT_ATTENTION((128, 1), bf16_32x16_f32, float, (latentBf16<float, 32, 16>))
@@ -310,7 +314,7 @@ LATENT_ATTENTION((128, 1), bf16_32x16_bf16, bf16, (latentBf16<bf16, 32, 16>))
 LATENT_ATTENTION((256), f32_16x16_f32, float, latentF32<float>)
 LATENT_ATTENTION((256), f32_16x16_bf16, bf16, latentF32<bf16>)
 
-/// out [rows, V] = the parts' results, weighted by their share of the whole sum. One block a row.
+/// out [rows, V] = the splits' results, weighted by their share of the total sum of exponentials. One block per row.
 MOE_KERNEL((128), moe_latent_attention_combine_f32, (float* out, const float* parts, const float* lse, int count, int64_t rows, int V)) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     float high = -infinity();

@@ -1,31 +1,33 @@
-// Cross-entropy of the logits x weight^T on Hopper, beside linear-cross-entropy.cu. Legend as there.
+// Cross-entropy of the logits x weight^T on Hopper: the tiles of linear-cross-entropy.cu computed by the persistent
+// GEMM of gemm-hopper.cuh. Legend as in entropy-tile.cuh.
 #include "entropy-tile.cuh"
 #include "gemm-hopper.cuh"
 
-/// Every tile of the chunk's logits, for `reduce(logits, row, column)`. Grid: as many blocks as run at once.
+/// Computes all tiles of the chunk's logits and calls `reduce(logits, row, column)` for each. The grid has as many
+/// blocks as run at once.
 template <class Tile, class Reduce>
 MOE_DEVICE void eachTile(const TensorMap& x, const TensorMap& weight, int N, int V, int D, Reduce reduce) {
   const int rowTiles = divUp(N, Tile::BM), columnTiles = divUp(V, Tile::BN);
-  workOff<Tile>(
+  persistentGemm<Tile>(
       x, weight, rowTiles * columnTiles,
-      [&](int j) -> HopperJob {
-        const int2 tile = tileOf(j, rowTiles, columnTiles);
+      [&](int j) -> WorkTile {
+        const int2 tile = rasterize(j, rowTiles, columnTiles);
         const int row = tile.x * Tile::BM;
         return {row, 0, tile.y * Tile::BN, 0, 0, divUp(D, Tile::BK), N - row};
       },
-      [&](int, const HopperJob& job, typename Tile::Sums& logits) { reduce(logits, job.rowA, job.rowB); });
+      [&](int, const WorkTile& work, typename Tile::Accumulator& logits) { reduce(logits, work.rowA, work.rowB); });
 }
 
-/// highest and total [N, tilesTotal], this chunk's from tile firstTile on. A row of a tile is one warp's.
+/// highest and total are [N, tilesTotal]; this chunk's tiles start with firstTile. A row of a tile belongs to one warp.
 template <class Tile>
 MOE_DEVICE void entropy(float* highest, float* total, float* targetLogit, const TensorMap& x, const TensorMap& weight, const int* targets, int N, int V, int D, int first, int firstTile, int tilesTotal) {
-  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
+  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Accumulator& logits, int row, int column) {
     const auto reduce = [&](auto whole) {
 #pragma unroll
       for (int i = 0; i < Tile::Rows; i++) {
         const int r = row + Tile::row(i);
         const int target = r < N && targets[r] - first < V ? targets[r] - first - column : -1;
-        // With columns counted from this thread's first one, nothing is spilled.
+        // With columns relative to this thread's first one, nothing is spilled.
         const auto exists = [&](int j) { return whole.value || Tile::step(j) < V - column - Tile::column(0); };
         const RowEntropy found = rowEntropy<Tile>(logits, i, exists, target, targetLogit + r);
         if (r >= N || threadIdx.x % Tile::RowLanes != 0) continue;
@@ -41,7 +43,7 @@ MOE_DEVICE void entropy(float* highest, float* total, float* targetLogit, const 
 
 template <class Tile>
 MOE_DEVICE void entropyGradient(bf16* dlogits, const TensorMap& x, const TensorMap& weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ld, int first, int classes, int ignoreIndex) {
-  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
+  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Accumulator& logits, int row, int column) {
     storeLogitsGradient<Tile>(dlogits, logits, row, column, {targets, lse, dloss, first, classes, ignoreIndex}, N, V, ld);
   });
 }

@@ -1,22 +1,23 @@
-// Cross-entropy of the logits x weight^T, of which no more than a tile ever exists. Legend as in entropy-tile.cuh.
+// Cross-entropy of the logits x weight^T, which are never stored: each block computes one tile of them and reduces it
+// in the epilogue. A second kernel combines the tiles' statistics. Legend as in entropy-tile.cuh.
 #include "entropy-tile.cuh"
 
-/// Of each row of logits and each tile of columns: the largest, and the sum of exponentials over it; and the target's logit.
-/// highest and total [N, tilesTotal], this chunk's from tile firstTile on.
+/// Computes for each row of logits and each tile of columns the maximum and the sum of exponentials relative to it, and
+/// the target's logit. highest and total are [N, tilesTotal]; this chunk's tiles start with firstTile.
 template <class Tile>
 MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, const typename Tile::Element* x, const typename Tile::Element* weight, const int* targets, int N, int V, int D, int ldx, int ldw, int first, int firstTile, int tilesTotal) {
   MOE_DYNAMIC_SHARED(shared);
-  const int2 tile = tileOf(blockIdx.x, divUp(N, Tile::BM), divUp(V, Tile::BN));
+  const int2 tile = rasterize(blockIdx.x, divUp(N, Tile::BM), divUp(V, Tile::BN));
   const int row = tile.x * Tile::BM, column = tile.y * Tile::BN;
-  typename Tile::Sums logits = {};
+  typename Tile::Accumulator logits = {};
   Tile::template multiply<false, true>(
       logits, shared, {x + (int64_t)row * ldx, ldx, N - row}, {weight + (int64_t)column * ldw, ldw, V - column}, D);
 
-  // Over this warp's columns, then over the warps that share the row.
+  // Reduce over this warp's columns, then over the warps that share the row.
   float* const high = (float*)shared;
   float* const sums = high + Tile::BM * Tile::RowWarps;
   const int warp = threadIdx.x / 32 % Tile::RowWarps;
-  __syncthreads(); // operands lay there
+  __syncthreads(); // shared memory held operands
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = Tile::row(i);
@@ -37,7 +38,7 @@ MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, co
   total[to] = sum;
 }
 
-/// loss and lse of each row from the tiles' results: one warp each.
+/// Combines the tiles' statistics into loss and lse of each row, one warp each.
 MOE_KERNEL((256), moe_linear_cross_entropy_finish_f32, (float* loss, float* lse, const float* highest, const float* total, const float* targetLogit, const int* targets, int N, int V, int tiles, int ignoreIndex)) {
   const int lane = threadIdx.x % 32;
   for (int64_t row = gridThread() / 32; row < N; row += gridThreads() / 32) {
@@ -61,9 +62,9 @@ MOE_KERNEL((256), moe_linear_cross_entropy_finish_f32, (float* loss, float* lse,
 template <class Tile>
 MOE_DEVICE void entropyGradientTile(typename Tile::Element* dlogits, const typename Tile::Element* x, const typename Tile::Element* weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ldx, int ldw, int ld, int first, int classes, int ignoreIndex) {
   MOE_DYNAMIC_SHARED(shared);
-  const int2 tile = tileOf(blockIdx.x, divUp(N, Tile::BM), divUp(V, Tile::BN));
+  const int2 tile = rasterize(blockIdx.x, divUp(N, Tile::BM), divUp(V, Tile::BN));
   const int row = tile.x * Tile::BM, column = tile.y * Tile::BN;
-  typename Tile::Sums logits = {};
+  typename Tile::Accumulator logits = {};
   Tile::template multiply<false, true>(
       logits, shared, {x + (int64_t)row * ldx, ldx, N - row}, {weight + (int64_t)column * ldw, ldw, V - column}, D);
   storeLogitsGradient<Tile>(dlogits, logits, row, column, {targets, lse, dloss, first, classes, ignoreIndex}, N, V, ld);

@@ -1,23 +1,23 @@
-// The dense bf16 product on Hopper.
+// Dense bf16 products on Hopper: a persistent, warp-specialized GEMM (gemm-hopper.cuh).
 #include "gemm-hopper.cuh"
 
-/// c = a b (or c += a b), `batches` of it; with several parts of k, c holds one result for each. a is [m, k], or [k, m] when TransposeA; b is
-/// [k, n], or [n, k] when TransposeB. Grid: as many blocks as run at once.
+/// c = a b (or c += a b) for `batches` matrices; with several parts of k (split-K), c is one result for each. a is [m,
+/// k], or [k, m] if TransposeA; b is [k, n], or [n, k] if TransposeB. The grid has as many blocks as run at once.
 template <class Tile, bool TransposeA, bool TransposeB>
 MOE_DEVICE void product(float* c, const TensorMap& a, const TensorMap& b, int m, int n, int k, int batches, int parts, int add) {
   const int tilesM = divUp(m, Tile::BM), tilesN = divUp(n, Tile::BN), tiles = tilesM * tilesN;
   const int part = divUp(divUp(k, parts), Tile::BK) * Tile::BK;
-  workOff<Tile, TransposeA, !TransposeB>(
+  persistentGemm<Tile, TransposeA, !TransposeB>(
       a, b, parts * batches * tiles,
-      [&](int j) -> HopperJob {
-        const int2 tile = tileOf(j % tiles, tilesM, tilesN);
+      [&](int j) -> WorkTile {
+        const int2 tile = rasterize(j % tiles, tilesM, tilesN);
         const int batch = j / tiles % batches, from = j / tiles / batches * part, size = min(k - from, part);
         const int row = tile.x * Tile::BM;
         return {row, batch, tile.y * Tile::BN, batch, from, size > 0 ? divUp(size, Tile::BK) : 0, m - row};
       },
-      [&](int j, const HopperJob& job, typename Tile::Sums& sums) {
-        float* const to = c + ((int64_t)(j / tiles) * m + job.rowA) * n + job.rowB;
-        storeTile<Tile>(to, n, job.rows, n - job.rowB, sums, add != 0);
+      [&](int j, const WorkTile& work, typename Tile::Accumulator& sums) {
+        float* const to = c + ((int64_t)(j / tiles) * m + work.rowA) * n + work.rowB;
+        storeTile<Tile>(to, n, work.rows, n - work.rowB, sums, add != 0);
       });
 }
 

@@ -1,8 +1,10 @@
-// Keys and values of latent attention: one pass over what the up-projection gave, and one back.
-// Legend: P positions, H heads, N plain features, R turned ones (one key for all heads), V features of a value.
+// Assembles keys and values of latent attention from the results of the up-projection and the shared RoPE key, in one
+// pass, and computes their gradients.
+// Legend: P positions, H heads, N features without RoPE, R features with RoPE (one key shared by all heads), V features
+// of a value.
 #include "four.cuh"
 
-// To to[at], and by four rounded to `rounded`, unless that is null.
+// Copies to to[at] and, with Width 4, also rounds to `rounded`, unless it is null.
 template <int Width>
 MOE_DEVICE void copyFeatures(float* to, bf16* rounded, int64_t at, const float* from) {
   if constexpr (Width == 4) {
@@ -12,7 +14,7 @@ MOE_DEVICE void copyFeatures(float* to, bf16* rounded, int64_t at, const float* 
   }
 }
 
-// A thread has `Width` features of k or v at a time; neighbours have neighbouring ones of a head.
+// Each thread copies `Width` features of k or v at a time. Neighbouring threads have neighbouring features of a head.
 template <int Width>
 MOE_DEVICE void keyValue(float* k, float* v, bf16* roundedK, bf16* roundedV, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V) {
   const int perHead = (N + R + V) / Width;
@@ -60,7 +62,7 @@ MOE_DEVICE void keyValueGradient(float* dkv, float* dropeKey, bf16* rounded, con
   }
 }
 
-// rows = P H. What is rounded, too, is k, v and dkv.
+// rows = P H. The rounded copies are those of k, v and dkv.
 #define KEY_VALUE(name, Width)                                                                                                                                    \
   MOE_KERNEL((256), moe_mla_key_value_fwd_##name, (float* k, float* v, bf16* roundedK, bf16* roundedV, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V)) { \
     keyValue<Width>(k, v, roundedK, roundedV, kv, ropeKey, rows, H, N, R, V);                                                                                     \
@@ -69,5 +71,5 @@ MOE_DEVICE void keyValueGradient(float* dkv, float* dropeKey, bf16* rounded, con
     keyValueGradient<Width>(dkv, dropeKey, rounded, dk, dv, rows, H, N, R, V);                                                                                    \
   }
 KEY_VALUE(f32, 1)
-// N, R and V are multiples of 4.
+// Requires that N, R and V are multiples of 4.
 KEY_VALUE(f32_by4, 4)

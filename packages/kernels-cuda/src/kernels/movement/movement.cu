@@ -1,12 +1,12 @@
-// Elements to other places, in units of 1 to 16 bytes: boxes with strides on both sides, boxes within a border, and transposes.
+// Moves elements in units of 1 to 16 bytes: strided copies, padding, and transposes.
 #include "nest.cuh"
 
-/// y[nest] = x[nest], n units; the nest has the strides of y and of x.
+/// y[nest] = x[nest], n units. The nest has the strides of y and x.
 template <class T>
 MOE_DEVICE void copyBox(T* y, const T* x, int64_t n, int rank, const Nest<2>& nest) {
   const int64_t step = gridThreads();
   for (int64_t i = gridThread(); i < n; i += 4 * step) {
-    // Four loads on their way at once.
+    // Four loads are in flight at a time.
     T units[4];
     int64_t to[4];
 #pragma unroll
@@ -24,7 +24,8 @@ MOE_DEVICE void copyBox(T* y, const T* x, int64_t n, int rank, const Nest<2>& ne
   }
 }
 
-/// y [n units] is x with `value` around it. For each axis of y: its size, the units of x's axis and of the border before it, x's stride.
+/// y [n units] is x, padded with `value`. For each axis of y: its size, the size of x's axis, the padding before it
+/// (both in units), and x's stride.
 template <class T>
 MOE_DEVICE void padBox(T* y, const T* x, int64_t n, T value, int rank, const Nest<3>& nest) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
@@ -47,7 +48,8 @@ MOE_DEVICE void padBox(T* y, const T* x, int64_t n, T value, int rank, const Nes
 constexpr int tile = 32;
 constexpr int tileLines = 8;
 
-/// y[p * strideY + q] = x[q * strideX + p] for p < P, q < Q, at every place of the nest. A block of 32 x 8 threads moves one tile.
+/// y[p * strideY + q] = x[q * strideX + p] for p < P, q < Q, at every element of the nest. A block of 32 x 8 threads
+/// moves one tile through shared memory.
 template <class T>
 MOE_DEVICE void transposeTile(T* y, const T* x, int64_t P, int64_t Q, int64_t strideY, int64_t strideX, int rank,
                               const Nest<2>& nest) {

@@ -1,4 +1,4 @@
-// Tokens copied into expert order, and the sum of their gradients. A warp has a row's slice of `rowSlice` features.
+// Copies tokens into expert order, and sums their gradients. A warp processes a slice of `rowSlice` features of a row.
 #include "row-slices.cuh"
 
 // y[p] = x[order[p] / K]; zeros where there is no such token

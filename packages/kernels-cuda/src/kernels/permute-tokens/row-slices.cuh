@@ -1,21 +1,23 @@
-// A grid of warps over the rows of a matrix: along x, 8 rows to a block of 256 threads; along y, slices of a row.
+// Grids of warps over the rows of a matrix: along x, 8 rows per block of 256 threads; along y, slices of a row.
 #pragma once
 #include "four.cuh"
 
-/// Features of a slice: 16 vectors of four for each lane.
+/// Features per slice: 16 vectors of four per lane.
 constexpr int rowSlice = 2048;
 
 MOE_DEVICE int64_t rowOfWarp() { return (int64_t)blockIdx.x * 8 + threadIdx.x / 32; }
 
-/// f(i) for i = 0, 4, 8 .. below D that this lane has in its slice.
+/// Calls f(i) for this lane's i = 0, 4, 8 .. below D within the block's slice.
 template <class F>
 MOE_DEVICE void eachOfSlice(int D, F&& f) {
   const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < D ? begin + rowSlice : D;
   for (int i = begin + 4 * (int)(threadIdx.x % 32); i < end; i += 128) f(i);
 }
 
-/// total += the sum over the K choices of token n of weights[s] * load(rows[s], part), s its slots; without weights they are 1. Of rows that are not 0 .. end - 1 nothing
-/// is loaded. `load(row, part, exists)` sets parts to 0 where none exists. Four rows are on their way at a time: one after the other, each would wait for its index, its weight and itself.
+/// total += the sum over the K choices of token n of weights[s] * load(rows[s], part), where s is the choice's slot.
+/// Without weights, all are 1. Rows outside of 0 .. end - 1 are not loaded. `load(row, part, exists)` sets parts that
+/// do not exist to 0. Four rows are in flight at a time: one after the other, each would wait for its index, its weight
+/// and its data.
 template <int Count, class Load>
 MOE_DEVICE void addSlots(Four (&total)[Count], const float* weights, const int* rows, int64_t n, int K, int64_t end, Load load) {
   constexpr int together = 4;

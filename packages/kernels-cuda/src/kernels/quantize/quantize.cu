@@ -1,9 +1,9 @@
-// Block-wise f8e4m3 with one f32 scale per block. Kernels end in _t<threads a block of the matrix>.
+// Block-wise quantization to f8e4m3 with one f32 scale per block. Kernels end in _t<threads per block of the matrix>.
 #include "four.cuh"
 
 constexpr float largestF8 = 448.f;
 
-// Four codes of a row, columns i .. i+3 of n.
+// Stores four codes of a row: columns i .. i+3 of n.
 MOE_DEVICE void storeCodes(uint8_t* to, int i, int n, const Four& x, float scale) {
   uint8_t code[4];
   for (int k = 0; k < 4; k++) code[k] = toF8e4m3(x.v[k] / scale).bits;
@@ -16,8 +16,9 @@ MOE_DEVICE void storeCodes(uint8_t* to, int i, int n, const Four& x, float scale
   }
 }
 
-// Legend: the matrix is R x C; blocks of br x bc lie `across` in a row of blocks. A group of Threads threads has one block, whose
-// vectors of four are numbered row by row. Each thread holds its first `Held` vectors and reads the others twice.
+// Legend: the matrix is R x C; a row of blocks has `across` blocks of br x bc. A group of Threads threads processes one
+// block, whose vectors of four elements are numbered row by row. Each thread holds its first `Held` vectors in
+// registers and reads the others twice.
 template <int Threads, int Held>
 MOE_DEVICE void quantize(uint8_t* q, float* scales, const float* x, int64_t blocks, int across, int R, int C, int br, int bc) {
   const int64_t block = (int64_t)blockIdx.x * (blockDim.x / Threads) + threadIdx.x / Threads;

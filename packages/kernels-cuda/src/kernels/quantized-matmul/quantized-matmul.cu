@@ -1,17 +1,20 @@
-// Products with stored weights, dense and per expert: for few rows straight from the stored weight, which is then all there is to read; for
-// more rows the weight is expanded for the matrix kernels of gemm.cuh.
-// Legend: M rows of x [M, K] and y [M, N]; weight [E, N, K] with E experts (1 when dense); scales [E, ceil(N / BN), ceil(K / BK)].
-// `offsets` is null when dense. `Whole`: K is a multiple of 8, and so is BK where there are scales.
+// Products with quantized weights, dense and per expert. With few rows, kernels decode the weight in registers, so that
+// reading the stored weight is the only cost. With more rows, the weight is expanded to f32 or bf16 for the kernels of
+// gemm.cuh.
+// Legend: M rows of x [M, K] and y [M, N]; weight [E, N, K] with E experts (1 if dense); scales [E, ceil(N / BN),
+// ceil(K / BK)]; `offsets` is null if dense. Whole: K is a multiple of 8, and so is BK if there are scales.
 #include "few-rows.cuh"
 #include "stored.cuh"
 #include "tensor-core.cuh"
 
-/// Rows row .. row + count - 1 are one expert's; expert = E stands for those behind the last one's; count = 0: nothing to do.
+/// Rows row .. row + count - 1 belong to `expert`. expert = E stands for the rows after the last expert's, count = 0
+/// for a group without work.
 struct Rows {
   int expert, row, count;
 };
 
-/// Group `group` when every expert's rows, and those behind the last, begin a new group of mostFewRows. The same for all threads of a block.
+/// Group number `group`, with mostFewRows rows, if every expert's rows, and those after the last expert's, start a new
+/// group. All threads of a block get the same result.
 MOE_DEVICE Rows rowsOfGroup(const int* offsets, int E, int M, int group) {
   if (offsets == nullptr) return {0, 0, M};
   const int lane = threadIdx.x % 32;
@@ -19,7 +22,7 @@ MOE_DEVICE Rows rowsOfGroup(const int* offsets, int E, int M, int group) {
     const int e = first + lane;
     const int from = e <= E ? offsets[e] : M, to = e < E ? offsets[e + 1] : M;
     const int own = divUp(to - from, mostFewRows);
-    int end = own; // groups of experts first .. e
+    int end = own; // inclusive prefix sum: groups of experts first .. e
     for (int step = 1; step < 32; step *= 2) {
       const int before = __shfl_up_sync(wholeWarp, end, step);
       if (lane >= step) end += before;
@@ -38,22 +41,23 @@ struct Sizes {
   int N, K, BN, BK;
 };
 
-/// Where the weight and the scales of an expert begin.
+/// Moves the pointers to the weight and the scales of an expert.
 template <Format F>
 MOE_DEVICE void moveToExpert(const unsigned char*& weight, const float*& scales, int expert, Sizes z) {
   weight += expert * (z.N * rowBytes<F>(z.K));
   if (F != Format::bf16) scales += (int64_t)expert * divUp(z.N, z.BN) * divUp(z.K, z.BK);
 }
 
-/// Zeros for the columns n .. n + Columns - 1 of rows that are nobody's, mostFewRows at most.
+/// Zeroes columns n .. n + Columns - 1 of at most mostFewRows rows that belong to no expert.
 template <int Columns>
 MOE_DEVICE void storeZeros(float* y, int rows, int n, int N) {
   const int i = threadIdx.x / Columns, j = n + threadIdx.x % Columns;
   if (i < rows && j < N) y[(int64_t)i * N + j] = 0.f;
 }
 
-/// y [rows, 4 columns from n on] for R rows of x at most. Every thread has 8 of K at a time, in as many places as make 16 bytes of each column (fewer
-/// where many rows need the registers).
+/// y [rows, 4 columns from n on] for at most R rows of x. Each thread takes 8 elements of K at a time, at as many
+/// positions as make 16 bytes of each column (fewer if many rows need the registers). The threads' partial sums are
+/// added in a fixed order.
 template <Format F, bool Whole, int R>
 MOE_DEVICE void fewRowsTimesStored(float (*parts)[32], float* y, const float* x, const unsigned char* weight, const float* scales, int rows, int n, Sizes z) {
   constexpr bool scaled = F != Format::bf16;
@@ -136,7 +140,7 @@ MOE_DEVICE void fewRowsTimesStored(float (*parts)[32], float* y, const float* x,
   }
 }
 
-/// 4 columns (blockIdx.x) of a group of rows (blockIdx.y) to a block.
+/// A block computes 4 columns (blockIdx.x) of a group of rows (blockIdx.y).
 template <Format F, bool Whole>
 MOE_DEVICE void fewRowsOfExperts(float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, Sizes z) {
   MOE_SHARED(float, parts, [4][32]);
@@ -150,12 +154,13 @@ MOE_DEVICE void fewRowsOfExperts(float* y, const float* x, const unsigned char* 
   else fewRowsTimesStored<F, Whole, 8>(parts, y, x, weight, scales, group.count, n, z);
 }
 
-/// Two values as bf16, cut off: their upper halves.
+/// Two values truncated to bf16: their upper halves.
 MOE_DEVICE uint32_t packUpper(float low, float high) { return asBits(low) >> 16 | (asBits(high) & 0xffff0000u); }
 
-/// The same on tensor cores, for more than a row or so: 16 columns to a block, of which every warp has an eighth of K. The weight, exact in bf16 in every
-/// format, is the left operand, x the right one, whose columns are the rows; `Terms` = 3 of bf16 hold an f32 exactly. A lane has 8 neighbours
-/// of K, which are whichever of K the instruction takes them for, as both operands agree. K and BK are multiples of 32.
+/// The same on tensor cores, for more than about one row. A block computes 16 columns; each of its 8 warps has an
+/// eighth of K. The weight, which bf16 represents exactly in every format, is the A operand, and x is B, whose columns
+/// are the rows of x. `Terms` = 3 bf16 terms represent an f32 exactly. A lane has 8 neighbouring k, which the mma takes
+/// for other k; this is correct because both operands agree. K and BK are multiples of 32.
 template <Format F, int Terms>
 MOE_DEVICE void fewRowsOnTensorCores(float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, Sizes z) {
   constexpr bool scaled = F != Format::bf16;
@@ -168,7 +173,7 @@ MOE_DEVICE void fewRowsOnTensorCores(float* y, const float* x, const unsigned ch
   moveToExpert<F>(weight, scales, group.expert, z);
 
   const int warp = threadIdx.x / 32, outer = threadIdx.x % 32 / 4, inner = threadIdx.x % 4;
-  x += (int64_t)(group.row + min(outer, group.count - 1)) * z.K + inner * 8; // a row or column twice rather than one that is not there
+  x += (int64_t)(group.row + min(outer, group.count - 1)) * z.K + inner * 8; // reads a row or column twice instead of one that does not exist
   const unsigned char* row[2];
   const float* scaleRow[2];
 #pragma unroll
@@ -223,9 +228,9 @@ MOE_DEVICE void fewRowsOnTensorCores(float* y, const float* x, const unsigned ch
       }
       float product[4] = {};
 #pragma unroll
-      for (int term = Terms - 1; term >= 0; term--) { // the smallest first
-        multiplyBf16(scaled ? product : sums, left[0], right[term][0], right[term][1]);
-        multiplyBf16(scaled ? product : sums, left[1], right[term][2], right[term][3]);
+      for (int term = Terms - 1; term >= 0; term--) { // smallest term first
+        mmaBf16(scaled ? product : sums, left[0], right[term][0], right[term][1]);
+        mmaBf16(scaled ? product : sums, left[1], right[term][2], right[term][3]);
       }
 #pragma unroll
       for (int i = 0; i < 4 && scaled; i++) sums[i] = fmaf(product[i], scale[p][i / 2], sums[i]);
@@ -251,13 +256,14 @@ MOE_DEVICE void storeEight(bf16* to, const float (&v)[8]) {
   *(uint4*)to = make_uint4(packBf16(v[0], v[1]), packBf16(v[2], v[3]), packBf16(v[4], v[5]), packBf16(v[6], v[7]));
 }
 
-/// Rows of weight to `to`, with ld elements (a multiple of 8) to a row, zeros behind K. `rows` rows follow each other, those of E = rows / n
-/// experts, whose own rows are numbers first .. first + n - 1 of the N that scales are for. An expert without rows of x is left out.
+/// Expands rows of weight to `to`, with ld elements (a multiple of 8) per row and zeros after K. The `rows` rows belong
+/// to E = rows / n experts; each expert's rows are numbers first .. first + n - 1 of the N rows that have scales.
+/// Experts without rows of x are skipped.
 template <Format F, class T>
 MOE_DEVICE void expand(T* to, const unsigned char* weight, const float* scales, const int* offsets, int rows, int n, int first, int ld, int whole, Sizes z) {
   const int perRow = ld / 8, across = divUp(z.K, z.BK);
   for (int64_t i = gridThread(); i < (int64_t)rows * perRow; i += gridThreads()) {
-    // 32 bits divide faster, and hold all numbers but those of a single huge matrix.
+    // 32-bit divisions are faster and suffice for all but a single huge matrix.
     const int row = i >> 32 == 0 ? (uint32_t)i / (uint32_t)perRow : i / perRow;
     const int expert = row / n, at = (int)(i - (int64_t)row * perRow) * 8;
     if (offsets != nullptr && offsets[expert] >= offsets[expert + 1]) continue;
@@ -303,7 +309,7 @@ FORMAT(fp8)
 FORMAT(int8)
 FORMAT(int4)
 
-/// Columns first .. first + columns - 1 of y [M, N] from a matrix of their own. blockIdx.y and beyond: rows.
+/// Copies a matrix to columns first .. first + columns - 1 of y [M, N]. Rows are blockIdx.y, + gridDim.y, ...
 MOE_KERNEL((256), moe_quantized_matmul_place_f32, (float* y, const float* part, int M, int N, int first, int columns)) {
   for (int row = blockIdx.y; row < M; row += gridDim.y) {
     for (int column = gridThread(); column < columns; column += gridThreads()) {

@@ -1,11 +1,13 @@
-// Weights as they are stored (core's WeightFormat), and how each format becomes f32. A row is a run of bytes; threads take 8 neighbouring
-// values at a time, which are 16, 8 or 4 bytes, so that a warp reads whole lines of the weight and of x alike.
+// The stored formats of quantized weights (WeightFormat in @moe/core) and their conversion to f32. A row is a sequence
+// of bytes. Threads take 8 neighbouring values at a time, which are 16, 8 or 4 bytes, so that a warp reads whole lines
+// of both the weight and x.
 #pragma once
 #include "moe.cuh"
 
 enum class Format { bf16, fp8, int8, int4 };
 
-/// perWord: values in 4 bytes. unpack: the values of a word without their scale, the first in the lowest bits.
+/// perWord: values in 4 bytes. unpack: converts a word to its values, without their scale, the first from the lowest
+/// bits.
 template <Format F>
 struct Stored;
 
@@ -22,12 +24,12 @@ struct Stored<Format::fp8> {
 #if !defined(MOE_EMULATOR) && __CUDA_ARCH__ >= 890
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      uint32_t pair; // of f16, which holds every value of f8e4m3
+      uint32_t pair; // of f16, which represents every value of f8e4m3
       asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)(word >> 16 * half)));
       v[2 * half] = toFloat(f16{(uint16_t)(pair & 0xffffu)}), v[2 * half + 1] = toFloat(f16{(uint16_t)(pair >> 16)});
     }
 #else
-    // 2^120 brings the exponent bias from 7 to 127, subnormals included.
+    // Adjusts the exponent bias from 7 to 127 by a multiplication with 2^120, subnormals included.
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t top = word << (24 - 8 * i);
@@ -43,8 +45,9 @@ struct Stored<Format::fp8> {
   }
 };
 
-/// The whole number in `bits` bits of the word from bit `at` on, minus `zero`; at + bits <= 23. Put into the mantissa of 2^23, where it stands for
-/// itself times 2^at: one logical operation and one multiply-add, both exact.
+/// The integer in `bits` bits of the word, starting at bit `at`, minus `zero`; at + bits <= 23. Inserted into the
+/// mantissa of 2^23, it has the value times 2^at, so one logical operation and one fused multiply-add suffice; both are
+/// exact.
 template <int at, int bits, int zero>
 MOE_DEVICE float wholeNumber(uint32_t word) {
   static_assert(at + bits <= 23, "within the mantissa");
@@ -77,13 +80,13 @@ MOE_DEVICE int64_t rowBytes(int columns) {
   return divUp((int64_t)columns * 4, (int64_t)Stored<F>::perWord);
 }
 
-/// 8 values as they lie in memory, aligned to their size.
+/// 8 stored values, aligned to their size.
 template <Format F>
 struct alignas(32 / Stored<F>::perWord) Eight {
   static constexpr int words = 8 / Stored<F>::perWord;
   uint32_t v[words];
 
-  /// From column `at` of a row, a multiple of 8 like the number of columns.
+  /// Loads the values at column `at`, a multiple of 8, as is the number of columns.
   MOE_DEVICE Eight load(const unsigned char* row, int at) { return *(const Eight*)(row + at / Stored<F>::perWord * 4); }
   __device__ void unpack(float (&values)[8]) const {
 #pragma unroll
@@ -103,7 +106,7 @@ MOE_DEVICE float storedValue(const unsigned char* row, int column) {
   return values[0];
 }
 
-/// Which of a row's scales is a column's, for blocks of `size` columns, and the column's place among those.
+/// The scale of a column: the number of its block of `size` columns, and the column's position within the block.
 struct ScaleBlock {
   int block, within, size;
   MOE_DEVICE ScaleBlock of(int column, int size) { return {column / size, column % size, size}; }
@@ -113,7 +116,8 @@ struct ScaleBlock {
   }
 };
 
-/// Columns at .. at + 7 of a row times their scales (from the row's first on), zeros from column `columns` on. Any sizes.
+/// Columns at .. at + 7 of a row times their scales (which start with those of the row's first column), zeros from
+/// column `columns` on. Sizes are arbitrary.
 template <Format F>
 MOE_DEVICE void loadScaled(float (&values)[8], const unsigned char* row, const float* scales, ScaleBlock block, int at, int columns) {
 #pragma unroll

@@ -1,4 +1,5 @@
-// Elements of several ranks to one: in double, in the order of ranks, rounded once, as ranks on hosts do it.
+// Reduces the elements of several ranks: in double, in the order of ranks, and rounded once, exactly as ranks on the
+// host do it.
 #include "moe.cuh"
 
 enum { sum = 0, mean = 1, largest = 2 };
@@ -8,12 +9,12 @@ MOE_DEVICE double toDouble(bf16 x) { return toFloat(x); }
 MOE_DEVICE double toDouble(int x) { return x; }
 
 MOE_DEVICE void set(float& y, double x) { y = (float)x; }
-// By f32, as bf16 is rounded everywhere.
+// Rounds to f32 first, as all conversions to bf16 do.
 MOE_DEVICE void set(bf16& y, double x) { y = toBf16((float)x); }
-// Sums beyond 32 bits lose what is above, as integers do.
+// Sums beyond 32 bits wrap around, as integer sums do.
 MOE_DEVICE void set(int& y, double x) { y = (int)(int64_t)x; }
 
-/// Of a NaN and a number the NaN; of -0 and 0 the latter.
+/// NaN if either is NaN; of -0 and 0, the latter.
 MOE_DEVICE double largerOf(double a, double b) {
   if (a != a || b != b) return a + b;
   if (a == b) return a == 0 ? a + b : a;

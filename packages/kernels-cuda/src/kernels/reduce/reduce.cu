@@ -1,5 +1,6 @@
-// Sums and maxima over the middle of [outer, count, inner], one kernel for inner = 1 and one for the rest. A long axis is cut into
-// chunks that the launcher reduces in a second launch. The order of additions follows from the sizes alone.
+// Sums and maxima over the middle axis of [outer, count, inner], with one kernel for inner = 1 and one for all other
+// shapes. A long axis is split into chunks, which the launcher reduces with a second launch. The order of additions
+// depends only on the sizes.
 #include "each.cuh"
 
 struct Sum {
@@ -22,7 +23,8 @@ MOE_DEVICE void joinPack(Pack<T, N>& a, Pack<T, N> b) {
 
 constexpr int threads = 256;
 
-/// y [rows, chunks] of x [rows, count], where chunk c begins at c * chunk; `lanes` threads (a power of two) work on one.
+/// y [rows, chunks] from x [rows, count], where chunk c starts at c * chunk; `lanes` threads (a power of two) share one
+/// chunk of a row.
 template <class Op, class T>
 MOE_DEVICE void reduceRows(T* y, const T* x, int64_t rows, int64_t count, int64_t chunk, int chunks, int lanes) {
   MOE_SHARED(T, parts, [threads / 32]);
@@ -56,8 +58,8 @@ MOE_DEVICE void reduceRows(T* y, const T* x, int64_t rows, int64_t count, int64_
   if (lane == 0 && task < rows * chunks) y[task] = total;
 }
 
-/// y [outer, chunks, inner] of x [outer, count, inner], N columns to a thread. A block has `width` (a power of two) packs of columns
-/// side by side, and shares out the rows of its chunk among threads / width lines of threads.
+/// y [outer, chunks, inner] from x [outer, count, inner], N columns per thread. A block has `width` (a power of two)
+/// packs of neighbouring columns; its threads / width lines of threads share the rows of a chunk.
 template <int N, class Op, class T>
 MOE_DEVICE void reduceColumns(T* y, const T* x, int64_t outer, int64_t count, int64_t inner, int64_t chunk, int chunks, int width) {
   using Columns = Pack<T, N>;

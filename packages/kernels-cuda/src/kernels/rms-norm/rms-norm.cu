@@ -1,4 +1,4 @@
-// RMSNorm over rows and its gradient. Kernels end in _t<threads a row>.
+// RMSNorm over rows and its gradient. Kernels end in _t<threads per row>.
 #include "row.cuh"
 
 // y = x * rstd * weight
@@ -36,7 +36,8 @@ MOE_DEVICE void rmsNorm(float* y, float* rstd, const float* x, const float* weig
 RMS_NORM(32, (128))
 RMS_NORM(256, (256, 2))
 
-// One row: dx, and its share of dweight added to `sums` [n]. A thread has the same columns of every row, so the sums are its own.
+// One row: dx, and its contribution to dweight, which is added to `sums` [n]. A thread has the same columns in every
+// row, so it alone accesses its sums.
 template <int Threads, int Held, bool Whole>
 MOE_DEVICE void rmsNormGradient(float* dx, float* sums, const float* x, const float* weight, float r, const float* dy, int n) {
   const int first = 4 * (int)(threadIdx.x % Threads);
@@ -56,8 +57,8 @@ MOE_DEVICE void rmsNormGradient(float* dx, float* sums, const float* x, const fl
   });
 }
 
-// partial [blocks, n]: the share of dweight of each block's rows, which follow each other at a distance of the whole grid.
-// Dynamic shared memory: a row of floats, rounded up to fours, for each of the block's groups of `Threads`.
+// partial [blocks, n]: the contribution to dweight of each block's rows, which are a grid apart. Dynamic shared memory:
+// for each of the block's groups of `Threads` threads, a row of floats, rounded up to a multiple of four.
 template <int Threads, int Held>
 MOE_DEVICE void rmsNormGradients(float* dx, float* partial, const float* x, const float* weight, const float* rstd,
                                  const float* dy, int64_t rows, int n) {
@@ -92,7 +93,8 @@ MOE_DEVICE void rmsNormGradients(float* dx, float* partial, const float* x, cons
 RMS_NORM_GRADIENT(32, (128))
 RMS_NORM_GRADIENT(256, (256, 2))
 
-// sums [n] of the columns of x [rows, n]. A block has 32 columns: each of its warps a part of the rows, added up in order.
+// sums [n] of the columns of x [rows, n]. A block has 32 columns, and each of its warps a part of the rows; the parts
+// are added in order.
 MOE_KERNEL((512), moe_rms_norm_column_sums_f32, (float* sums, const float* x, int rows, int n)) {
   MOE_SHARED(float, parts, [16][32]);
   const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;

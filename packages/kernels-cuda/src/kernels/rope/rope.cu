@@ -1,8 +1,8 @@
-// Rotary position embedding of the last features of every head.
+// Rotary position embedding (RoPE) of the last features of every head.
 #include "four.cuh"
 
-// Features i .. i+3 of the rotated part of a head; c and s are the tables' row, and `sign` is that of sin. (a, b) becomes
-// (a cos - b sin, b cos + a sin).
+// Rotates features i .. i+3 of the rotated part of a head. c and s are rows of the tables, and `sign` is the sign of
+// sin: (a, b) becomes (a cos - b sin, b cos + a sin).
 MOE_DEVICE Four turned4(const float* x, const float* c, const float* s, int i, int half, bool interleaved, float sign) {
   const Four own = load4(x, i);
   if (interleaved) {
@@ -18,16 +18,17 @@ MOE_DEVICE Four turned4(const float* x, const float* c, const float* s, int i, i
   return four([&](int k) { return own.v[k] * cosines.v[k] + other.v[k] * (sines.v[k] * direction); });
 }
 
-// Feature i alone.
+// Rotates feature i.
 MOE_DEVICE float turned(const float* x, const float* c, const float* s, int i, int half, bool interleaved, float sign) {
   const bool isFirst = interleaved ? i % 2 == 0 : i < half;
   const int pair = interleaved ? i / 2 : isFirst ? i : i - half, step = interleaved ? 1 : half;
   return x[i] * c[pair] + x[isFirst ? i + step : i - step] * (s[pair] * (isFirst ? -sign : sign));
 }
 
-// x [B, T, H, D], y [B, T, H, F + 2 half], tables cos, sin [T, half] or [B, T, half]. The first F features of a head of y are those of
-// `plain`, where heads lie P apart. By four, y goes to `rounded` in bf16, too, unless that is null. A vector is Width features of one head
-// of y. Each block has one of the B * T positions, or several if they are small; along y, the blocks share the vectors of a position.
+// x [B, T, H, D], y [B, T, H, F + 2 half], tables cos, sin [T, half] or [B, T, half]. The first F features of each head
+// of y are copied from `plain`, where heads are P apart. With Width 4, y is also rounded to `rounded` in bf16, unless
+// it is null. A vector is Width features of one head of y. A block processes one of the B * T positions, or several if
+// they are small; along the grid's y, blocks share the vectors of a position.
 template <int Width>
 MOE_DEVICE void rope(float* y, bf16* rounded, const float* x, const float* cos, const float* sin, const float* plain,
                      int positions, int T, int H, int D, int F, int P, int half, bool perBatch, bool interleaved, float sign) {
@@ -58,5 +59,5 @@ MOE_DEVICE void rope(float* y, bf16* rounded, const float* x, const float* cos, 
   }
 
 ROPE(moe_rope_f32, 1)
-// D, F, P, half * 2 and, unless interleaved, half are multiples of 4.
+// Requires that D, F, P, half * 2 and, unless interleaved, half are multiples of 4.
 ROPE(moe_rope_f32_by4, 4)

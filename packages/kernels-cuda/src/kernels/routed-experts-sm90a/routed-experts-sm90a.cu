@@ -1,4 +1,5 @@
-// Products of the routed experts on Hopper, with results in bf16. Rows lie in expert order or, when `packed`, as packed-rows.cuh has them.
+// Products of routed experts on Hopper with bf16 results (persistent GEMM, gemm-hopper.cuh and gemm-fp8.cuh), and the
+// kernels that prepare their operands. Rows are in expert order or, if `packed`, in the layout of packed-rows.cuh.
 #include "../routed-experts/fp8-rows.cuh"
 #include "expert-tile.cuh"
 #include "fp8-codes.cuh"
@@ -6,11 +7,11 @@
 #include "gemm-fp8.cuh"
 #include "packed-rows.cuh"
 
-/// Where slots go when rows are packed: slots[r] is the slot of row r or -1, places[s] the row of slot s, which is none where the slot's position lies behind the
-/// last expert's; its dweights are zero then.
+/// The mapping between slots and packed rows: slots[r] is the slot of row r or -1; places[s] is the row of slot s, or
+/// -1 if the slot's position is after the last expert's, in which case dweights[s] is set to zero.
 MOE_KERNEL((256), moe_routed_experts_places_sm90a, (int* slots, int* places, float* dweights, const int* order, const int* offsets, int64_t rows, int M, int experts)) {
   for (int64_t r = gridThread(); r < rows; r += gridThreads()) {
-    int expert = 0; // the last one that begins at r or before
+    int expert = 0; // binary search: the last expert that starts at or before r
     for (int from = 1, to = experts; from < to;) {
       const int middle = (from + to) / 2;
       if (packedStart(offsets, middle) <= r) expert = middle, from = middle + 1;
@@ -29,60 +30,61 @@ MOE_KERNEL((256), moe_routed_experts_places_sm90a, (int* slots, int* places, flo
   }
 }
 
-/// The tile's rows of a job, and the first of them in memory.
+/// The work tile of a tile of experts' rows.
 template <class Tile>
-MOE_DEVICE HopperJob jobOfTile(int2 tile, const int* offsets, int rows, int experts, int steps, int packed) {
+MOE_DEVICE WorkTile workTileOf(int2 tile, const int* offsets, int rows, int experts, int steps, int packed) {
   const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
   const bool product = found.expert >= 0 && found.expert < experts;
   const int shift = packed && product ? packedStart(offsets, found.expert) - offsets[found.expert] : 0;
-  // Nobody has packed rows behind the last expert's.
+  // Packed rows do not exist after the last expert's.
   const int stored = packed && !product ? 0 : found.end - found.row;
   return {found.row + shift, 0, tile.y * Tile::BN, product ? found.expert : 0, 0, product ? steps : 0, stored};
 }
 
-/// y [rows, n] = x times the weight of each row's expert, [n, k] when Transpose, else [k, n] and with as many `pairs` of x and weight as there are, which add
-/// up. A tile's rows are read beyond its expert's last one.
+/// y [rows, n] = x times the weight of each row's expert: [n, k] if Transpose; otherwise [k, n], summed over `pairs` (1
+/// or 2) pairs of x and weight. Tiles read past the last row of their expert, but do not store those rows.
 template <class Tile, bool Transpose>
 MOE_DEVICE void product(bf16* y, const TensorMap& x, const TensorMap& weight, const TensorMap& x2, const TensorMap& weight2, int pairs, const int* offsets, int rows, int n, int k, int experts,
                         int ldy, int packed) {
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
   if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(weight);
-  workOffSteps<Tile, false, !Transpose>(
+  persistentGemmSteps<Tile, false, !Transpose>(
       rowTiles * columnTiles,
-      [&](int j) { return jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, packed); },
-      [&](unsigned char* to, Barrier* full, const HopperJob& job, int t) {
+      [&](int j) { return workTileOf<Tile>(rasterize(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, packed); },
+      [&](unsigned char* to, Barrier* full, const WorkTile& work, int t) {
         const auto copy = [&](const TensorMap& a, const TensorMap& b, int at) {
-          copyOperand<Tile::BM, false>(to, a, full, at, job.rowA, 0);
-          copyOperand<Tile::BN, !Transpose>(to + Tile::bytesA, b, full, at, job.rowB, job.matrixB);
+          copyOperand<Tile::BM, false>(to, a, full, at, work.rowA, 0);
+          copyOperand<Tile::BN, !Transpose>(to + Tile::bytesA, b, full, at, work.rowB, work.matrixB);
         };
         if (t < steps) copy(x, weight, t * Tile::BK);
         else copy(x2, weight2, (t - steps) * Tile::BK);
       },
-      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
-        storeRounded<Tile>(y + (int64_t)job.rowA * ldy + job.rowB, ldy, job.rows, n - job.rowB, sums);
+      [&](int, const WorkTile& work, typename Tile::Accumulator& sums) {
+        storeRounded<Tile>(y + (int64_t)work.rowA * ldy + work.rowB, ldy, work.rows, n - work.rowB, sums);
       });
 }
 
-/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times those weights [I, D] of each row's expert, in tiles of which one half of the columns is gate's
-/// and the other up's for the same inner features. They are stored, too, unless gateRows is null.
+/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times the weights [I, D] of each row's expert.
+/// One half of a tile's columns is gate's and the other up's, for the same inner features. gate and up are also stored
+/// unless gateRows is null.
 template <class Tile>
 MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const TensorMap& x, const TensorMap& gate, const TensorMap& up, const int* offsets, int rows, int I, int D, int experts, int ld) {
   constexpr int Half = Tile::BN / 2;
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(I, Half), steps = divUp(D, Tile::BK);
   if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(gate), prefetchMap(up);
-  workOffSteps<Tile, false, false>(
+  persistentGemmSteps<Tile, false, false>(
       rowTiles * columnTiles,
       [&](int j) {
-        HopperJob job = jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps, 0);
-        job.rowB /= 2;
-        return job;
+        WorkTile work = workTileOf<Tile>(rasterize(j, rowTiles, columnTiles), offsets, rows, experts, steps, 0);
+        work.rowB /= 2;
+        return work;
       },
-      [&](unsigned char* to, Barrier* full, const HopperJob& job, int t) {
-        copyOperand<Tile::BM, false>(to, x, full, t * Tile::BK, job.rowA, 0);
-        copyOperand<Half, false>(to + Tile::bytesA, gate, full, t * Tile::BK, job.rowB, job.matrixB);
-        copyOperand<Half, false>(to + Tile::bytesA + Tile::bytesB / 2, up, full, t * Tile::BK, job.rowB, job.matrixB);
+      [&](unsigned char* to, Barrier* full, const WorkTile& work, int t) {
+        copyOperand<Tile::BM, false>(to, x, full, t * Tile::BK, work.rowA, 0);
+        copyOperand<Half, false>(to + Tile::bytesA, gate, full, t * Tile::BK, work.rowB, work.matrixB);
+        copyOperand<Half, false>(to + Tile::bytesA + Tile::bytesB / 2, up, full, t * Tile::BK, work.rowB, work.matrixB);
       },
-      [&](int, const HopperJob& job, typename Tile::Sums& sums) { storeGated<Tile>(inner, gateRows, upRows, job.rowA, job.rowB, job.rows, I, ld, sums); });
+      [&](int, const WorkTile& work, typename Tile::Accumulator& sums) { storeGated<Tile>(inner, gateRows, upRows, work.rowA, work.rowB, work.rows, I, ld, sums); });
 }
 
 #define PRODUCT(name, Tile)                                                                                                                                    \
@@ -101,9 +103,9 @@ PRODUCT(128x128, HopperSmall)
 GATED(128x128, HopperLarge)
 GATED(128x64, HopperSmall)
 
-// In precision 'fp8'; rows lie in expert order, and so do slots in `order`.
+// For precision 'fp8'. Rows, and the slots in `order`, are in expert order.
 
-/// Codes of the tokens of rows [rows][ld], with their scales [tiles][ldScales].
+/// Gathers the codes of the rows' tokens [rows][ld] and their scales [tiles][ldScales].
 MOE_KERNEL((256), moe_routed_experts_fp8_gather_sm90a,
            (uint8_t* to, float* toScales, const uint8_t* from, const float* fromScales, const int* order, int rows, int K, int tokens, int ld, int ldScales, int ldFromScales, int tiles)) {
   const auto tokenOf = [&](int row) {
@@ -116,7 +118,7 @@ MOE_KERNEL((256), moe_routed_experts_fp8_gather_sm90a,
     for (int i = (int)threadIdx.x % 32 * 16; i < ld; i += 512)
       *(uint4*)(to + row * ld + i) = token >= 0 ? *(const uint4*)(from + token * ld + i) : make_uint4(0, 0, 0, 0);
   }
-  // Eight rows have a tile's scales in one sector.
+  // The scales of one tile of eight rows are one sector.
   for (int i = threadIdx.x; i < 8 * tiles; i += 256) {
     const int own = blockIdx.x * 8 + i % 8, tile = i / 8;
     if (own >= rows) continue;
@@ -143,20 +145,21 @@ MOE_KERNEL((256), moe_routed_experts_fp8_tokens_across_sm90a,
   tokensAcross(Fp8Codes{to, scales, ld, ldScales}, from, offsets, order, rows, columns, experts, K);
 }
 
-/// y [rows, n] = x [rows, k] times the weight of each row's expert, codes [n][k], with as many `pairs` of x and weight as there are, which add up.
+/// y [rows, n] = x [rows, k] times the weight of each row's expert (codes [n][k]), summed over `pairs` (1 or 2) pairs
+/// of x and weight.
 MOE_KERNEL((TileFp8::Threads, 1), moe_routed_experts_fp8_product_sm90a,
            (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap weight2, const float* scalesX,
             const float* scalesW, const float* scalesX2, const float* scalesW2, int ldX, int ldW, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy)) {
   using Tile = TileFp8;
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
   if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(weight);
-  workOffFp8Steps(
+  persistentGemmFp8Steps(
       [&](int t, auto use) {
         if (t < steps) use(x, weight, Fp8Scales{scalesX, steps, ldX}, Fp8Scales{scalesW, steps, ldW}, t);
         else use(x2, weight2, Fp8Scales{scalesX2, steps, ldX}, Fp8Scales{scalesW2, steps, ldW}, t - steps);
       },
-      rows, rowTiles * columnTiles, [&](int j) { return jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, 0); },
-      [&](int, const HopperJob& job, Tile::Sums& sums) {
-        storeRounded<Tile>(y + (int64_t)job.rowA * ldy + job.rowB, ldy, job.rows, n - job.rowB, sums);
+      rows, rowTiles * columnTiles, [&](int j) { return workTileOf<Tile>(rasterize(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, 0); },
+      [&](int, const WorkTile& work, Tile::Accumulator& sums) {
+        storeRounded<Tile>(y + (int64_t)work.rowA * ldy + work.rowB, ldy, work.rows, n - work.rowB, sums);
       });
 }

@@ -1,10 +1,12 @@
-// Rows of the routed experts in precision 'fp8': each becomes an operand of the next product as it is made, rounded along the axis that is summed over there. Rows [rows, ..]
-// lie in expert order; `Form` is how products take operands: Fp8InBf16, or Fp8Codes on Hopper.
+// Elementwise steps between the products of routed experts in precision 'fp8'. Each result is quantized directly to an
+// operand of the next product, along the axis that this product sums over ("along" and "across" as in fp8.cuh). Rows
+// [rows, ..] are in expert order. `Form` is how products take operands: Fp8InBf16, or Fp8Codes on Hopper.
 #pragma once
 #include "../permute-tokens/row-slices.cuh"
 #include "fp8.cuh"
 
-/// Of one inner feature, from dinner as if the slot had weight 1: with its weight the gradients of gate and up, and inner; its part of dweights, the product of dinner and inner.
+/// The gradients of one inner feature, from dinner as if the slot's weight were 1: the gradients of gate and up with
+/// the weight, inner times the weight, and the feature's contribution to dweights, dinner * inner.
 struct SwigluSlopes {
   float dgate, dup, weighted, dweight;
 };
@@ -14,7 +16,7 @@ MOE_DEVICE SwigluSlopes swigluSlopes(float dinner, float gate, float up, float w
   return {own * up * (s * (1.f + gate * (1.f - s))), own * silu, weight * inner, dinner * inner};
 }
 
-/// silu(gate) * up, along. A warp has 128 numbers of a row; blockIdx.y says which.
+/// Quantizes silu(gate) * up along rows. A warp processes 128 elements of a row; blockIdx.y selects them.
 template <class Form>
 MOE_DEVICE void swigluAlong(const Form& inner, const bf16* gate, const bf16* up, int rows, int I) {
   const int64_t row = rowOfWarp();
@@ -25,7 +27,8 @@ MOE_DEVICE void swigluAlong(const Form& inner, const bf16* gate, const bf16* up,
   writeAlong(inner, row, at, x, scaleAlong(x));
 }
 
-/// What SwiGLU's gradient takes: dinner [rows, ld] as if every slot had weight 1, gate and up [rows, I], and of which slot a row is.
+/// Inputs of SwiGLU's gradient: dinner [rows, ld] as if every slot's weight were 1, gate and up [rows, I], and the slot
+/// of each row.
 struct GradientRows {
   const bf16 *dinner, *gate, *up;
   const float* weights;
@@ -34,7 +37,8 @@ struct GradientRows {
 };
 MOE_DEVICE bool isSlot(const GradientRows& from, int slot) { return slot >= 0 && slot < from.rows; }
 
-/// dgate and dup along, and dweights, the product of dinner and inner. What is null is not wanted. A warp has a row.
+/// Quantizes dgate and dup along rows, and computes dweights, the dot product of dinner and inner. Outputs that are
+/// null are skipped. One warp per row.
 template <class Form>
 MOE_DEVICE void swigluGradientAlong(const Form& dgate, const Form& dup, float* dweights, const GradientRows& from) {
   const int64_t row = rowOfWarp();
@@ -61,7 +65,7 @@ MOE_DEVICE void swigluGradientAlong(const Form& dgate, const Form& dup, float* d
   if (dweights != nullptr && isSlot(from, slot) && threadIdx.x % 32 == 0) dweights[slot] = dot;
 }
 
-/// dgate, dup and inner times the slot's weight, across. What is null is not wanted.
+/// Quantizes dgate, dup and inner times the slot's weight across rows. Outputs that are null are skipped.
 template <class Form>
 MOE_DEVICE void swigluGradientAcross(const Form& dgate, const Form& dup, const Form& weighted, const GradientRows& from, const int* offsets, int experts) {
   MOE_SHARED(float, weights, [fp8Tile]);
@@ -88,7 +92,7 @@ MOE_DEVICE void swigluGradientAcross(const Form& dgate, const Form& dup, const F
       });
 }
 
-/// The tokens' [.., columns] of the rows, across: those of token order[r] / K.
+/// Gathers the features [.., columns] of the rows' tokens (order[r] / K) and quantizes them across rows.
 template <class Form>
 MOE_DEVICE void tokensAcross(const Form& to, const float* from, const int* offsets, const int* order, int rows, int columns, int experts, int K) {
   MOE_SHARED(int, tokens, [fp8Tile]);

@@ -1,6 +1,7 @@
-// What lies between the products of the routed experts, in bf16: rows of M = N K slots, in expert order, and products that give them.
-// `slots` says whose a row is (slot = token * K + choice; none of 0 .. M-1: nobody's), `places` where a slot's row is. A row has `ld` elements,
-// a multiple of 8; gate's and up's results, which are tensors, have I.
+// Routed experts in bf16: the grouped products, with SwiGLU in the epilogue of the first, and the gathers, sums and
+// gradients between them. Rows are M = N K slots in expert order.
+// Legend: `slots` maps rows to slots (slot = token * K + choice; a row whose slot is not 0 .. M-1 is unused), `places`
+// maps slots to rows. A row has `ld` elements, a multiple of 8; gate and up, which are tensors, have I.
 #include "expert-tile.cuh"
 #include "fp8-rows.cuh"
 #include "gated-tile.cuh"
@@ -12,7 +13,7 @@ template <class F>
 MOE_DEVICE Eight eight(F&& f) {
   return {{f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)}};
 }
-/// Elements i .. i+7 of a row, of which n exist; n is a multiple of 8 when Whole.
+/// Elements i .. i+7 of a row of n bf16. Whole: n is a multiple of 8.
 template <bool Whole>
 MOE_DEVICE Eight load8(const bf16* row, int i, int n) {
   if constexpr (Whole) {
@@ -26,14 +27,14 @@ MOE_DEVICE void store8(bf16* to, const Eight& x) {
   *(uint4*)to = make_uint4(packBf16(x.v[0], x.v[1]), packBf16(x.v[2], x.v[3]), packBf16(x.v[4], x.v[5]), packBf16(x.v[6], x.v[7]));
 }
 
-/// f(i) for i = 0, 8, 16 .. below n that this lane has in its slice.
+/// Calls f(i) for this lane's i = 0, 8, 16 .. below n within the block's slice.
 template <class F>
 MOE_DEVICE void eachEightOfSlice(int n, F&& f) {
   const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < n ? begin + rowSlice : n;
   for (int i = begin + 8 * (int)(threadIdx.x % 32); i < end; i += 256) f(i);
 }
 
-/// to[r] = from[slots[r] / K]; zeros where a row is nobody's.
+/// to[r] = from[slots[r] / K], or zeros if the row is unused.
 MOE_KERNEL((256), moe_routed_experts_gather_bf16, (bf16* to, const bf16* __restrict__ from, const int* slots, int64_t rows, int K, int64_t tokens, int ld)) {
   const int64_t r = rowOfWarp();
   if (r >= rows) return;
@@ -44,8 +45,10 @@ MOE_KERNEL((256), moe_routed_experts_gather_bf16, (bf16* to, const bf16* __restr
   });
 }
 
-/// out[n] = sum over k of weights[n, k] * y[places[n K + k]], y one of `rows`; without weights they are 1. Of 256 features a lane has four and, 128 on, four more, so that
-/// neighbours store neighbours: eight in a row would be two stores, each of half of every sector. (Where rows are not whole, four have to do, or registers would not.)
+/// out[n] = sum over k of weights[n, k] * y[places[n K + k]], where y has `rows` rows. Without weights, all are 1. Of
+/// 256 features, a lane has four and another four 128 further on, so that neighbouring lanes store neighbouring
+/// addresses; eight neighbours per lane would be two stores, each filling half of every sector. (Rows that are not
+/// whole use only four, because of registers.)
 template <bool Whole>
 MOE_DEVICE void combine(float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld) {
   const int64_t n = rowOfWarp();
@@ -69,8 +72,9 @@ MOE_KERNEL((256), moe_routed_experts_combine_bf16, (float* out, const bf16* y, c
   else combine<false>(out, y, weights, places, tokens, K, rows, D, ld);
 }
 
-/// From dinner, as if every slot had weight 1: dgate and dup with the slot's weight, inner times it, and dweights, the product of dinner and inner; null:
-/// not wanted. dgate may be dinner. gate and up lie at positions, in expert order; all else is in rows. A warp has a row.
+/// SwiGLU's gradient, from dinner as if every slot's weight were 1: dgate and dup with the slot's weight, inner times
+/// the weight, and dweights, the dot product of dinner and inner. Outputs that are null are skipped. dgate may be
+/// dinner. gate and up are indexed by position in expert order, everything else by row. One warp per row.
 template <bool Whole>
 MOE_DEVICE void swigluGradient(bf16* dgate, bf16* dup, bf16* weighted, float* dweights, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights,
                                const int* slots, const int* positions, int64_t rows, int M, int I, int ld) {
@@ -108,21 +112,21 @@ MOE_KERNEL((256), moe_routed_experts_swiglu_bwd_bf16,
   else swigluGradient<false>(dgate, dup, weighted, dweights, dinner, gate, up, weights, slots, positions, rows, M, I, ld);
 }
 
-/// y [rows, n] = x [rows, k] times the weight of each row's expert, [n, k] when TransposeW, else [k, n] and with as many `pairs` of x and weight as there are,
-/// which add up.
+/// y [rows, n] = x [rows, k] times the weight of each row's expert: [n, k] if TransposeW; otherwise [k, n], summed over
+/// `pairs` (1 or 2) pairs of x and weight.
 template <class Tile, bool TransposeW>
 MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* x2, const bf16* weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx,
                         int ldw) {
   MOE_DYNAMIC_SHARED(shared);
-  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
+  const int2 tile = rasterize(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
   const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
   if (found.expert < 0) return;
   const int column = tile.y * Tile::BN;
-  typename Tile::Sums sums = {};
+  typename Tile::Accumulator sums = {};
   if (found.expert < experts) {
     const int64_t at = (int64_t)found.expert * (TransposeW ? n : k) * ldw + (TransposeW ? (int64_t)column * ldw : column);
 #pragma unroll 1
-    for (int pair = 0; pair < (TransposeW ? 1 : pairs); pair++) { // a product ends with a barrier behind its last read of shared memory
+    for (int pair = 0; pair < (TransposeW ? 1 : pairs); pair++) { // multiply() ends with a barrier after its last read of shared memory
       const bf16* const left = pair == 0 ? x : x2;
       const bf16* const right = pair == 0 ? weight : weight2;
       Tile::template multiply<false, TransposeW>(sums, shared, {left + (int64_t)found.row * ldx, ldx, found.end - found.row}, {right + at, ldw, n - column}, k);
@@ -131,17 +135,18 @@ MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* 
   storeRounded<Tile>(y + (int64_t)found.row * ldy + column, ldy, found.end - found.row, n - column, sums);
 }
 
-/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times those weights [I, D] of each row's expert. They are stored, too, unless gateRows is null.
+/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times the weights [I, D] of each row's expert.
+/// gate and up are also stored unless gateRows is null.
 template <class Tile>
 MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const bf16* x, const bf16* gate, const bf16* up, const int* offsets, int rows, int I, int D, int experts, int ld, int ldx,
                       int ldw) {
   MOE_DYNAMIC_SHARED(shared);
   constexpr int Half = Tile::BN / 2;
-  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(I, Half));
+  const int2 tile = rasterize(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(I, Half));
   const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
   if (found.expert < 0) return;
   const int column = tile.y * Half;
-  typename Tile::Sums sums = {};
+  typename Tile::Accumulator sums = {};
   if (found.expert < experts) {
     const int64_t at = ((int64_t)found.expert * I + column) * ldw;
     const Halves<bf16> weights = {gate + at, up + at, ldw, I - column};
@@ -168,7 +173,7 @@ GATED(1, 128x128, Bf16Large)
 GATED(1, 128x64, Bf16Medium)
 GATED(1, 64x32, Bf16Small)
 
-// In precision 'fp8'; rows lie in expert order, and so do slots in `order`.
+// For precision 'fp8'. Rows, and the slots in `order`, are in expert order.
 MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bf16, (bf16* inner, int ld, const bf16* gate, const bf16* up, int rows, int I)) {
   swigluAlong(Fp8InBf16{inner, ld}, gate, up, rows, I);
 }

@@ -1,7 +1,7 @@
-// How affinities are ranked, experts and groups alike.
+// Ranking of affinities, for experts and groups.
 //
-// Ranking compares integer keys that order like the floats: NaN counts as -Infinity, zeros are equal, and what cannot be chosen
-// lies below -Infinity.
+// Ranking compares integer keys that order like the floats: NaN counts as -Infinity, zeros of both signs are equal, and
+// what cannot be selected is below -Infinity.
 #pragma once
 #include "four.cuh"
 
@@ -26,18 +26,19 @@ MOE_DEVICE void eachExpertFour(F&& f) {
   for (int j = 0; j < Per; j += 4) f(j);
 }
 
-/// Where expert e lies in shared memory: groups of 32 start in different banks.
+/// The index of expert e in shared memory. Groups of 32 start in different banks.
 MOE_DEVICE constexpr int spread(int e) { return e + e / 32; }
 
-/// Lanes that rank a group together, a power of two; there are at most 32 groups.
+/// The number of lanes that rank a group together, a power of two. There are at most 32 groups.
 MOE_DEVICE int lanesPerGroup(int groups) {
   int lanes = 32;
   while (lanes * groups > 32) lanes /= 2;
   return lanes;
 }
 
-/// The topGroups best of the groups of `size` experts, at bit group * lanes each: by the sum of their two best choices (top2), or
-/// by their best, where NaN among them ranks a group last, as a maximum would be NaN.
+/// Selects the topGroups best groups, each of `size` experts: by the sum of their two best choices (top2), or by their
+/// best one. In the latter case NaN ranks a group last, because the maximum would be NaN. Group g is bit g * lanes of
+/// the result.
 MOE_DEVICE unsigned keptGroups(const float* choices, int size, int lanes, int groups, int topGroups, bool top2) {
   const int lane = (int)threadIdx.x % 32, group = lane / lanes;
   int first = excluded, second = excluded;
@@ -59,7 +60,7 @@ MOE_DEVICE unsigned keptGroups(const float* choices, int size, int lanes, int gr
   }
   int key = isNan ? keyOf(-infinity()) : first;
   if (top2) key = size == 1 ? first : keyOf(valueOf(first) + valueOf(second));
-  int before = 0;  // groups that rank before this one
+  int before = 0;  // the number of groups that rank before this one
   for (int other = 0; other < groups; other++) {
     const int otherKey = __shfl_sync(wholeWarp, key, other * lanes);
     before += otherKey > key || (otherKey == key && other < group);

@@ -1,7 +1,7 @@
-// The choice of experts and its gradient. A warp has a token; kernels end in _e<most experts>.
+// The selection of experts and its gradient. One warp per token; kernels end in _e<maximum number of experts>.
 //
-// Legend: N tokens, E experts, K experts a token. Lane l has the `Per` neighbouring experts from l * Per on, in registers, so
-// that of equal experts the lowest lane has the first.
+// Legend: N tokens, E experts, K experts per token. Lane l holds the `Per` consecutive experts from l * Per on in
+// registers, so of equal experts, the lowest lane has the first.
 #include "choice.cuh"
 
 constexpr int warps = 4;
@@ -12,7 +12,7 @@ struct Router {
   float scale;
 };
 
-// Affinities of a token, from its logits; zeros beyond the last expert.
+// Affinities of a token from its logits; zeros after the last expert.
 template <int Per>
 MOE_DEVICE void score(float (&s)[Per], const float* logits, int first, const Router& r) {
   eachExpertFour<Per>([&](int j) {
@@ -66,7 +66,7 @@ MOE_DEVICE void route(float* weights, int* indices, float* scores, const float* 
       }
     }
   }
-  // The lane's best expert is at `best`; the K best of all, one after the other.
+  // Selects the K best one after the other; `best` is the lane's best remaining expert.
   int bestKey, best;
   float bestScore;
   const auto findBest = [&] {
@@ -82,7 +82,7 @@ MOE_DEVICE void route(float* weights, int* indices, float* scores, const float* 
     }
   };
   findBest();
-  int expert = 0;  // of choice number `lane`
+  int expert = 0;  // the expert of choice number `lane`
   float weight = 0.f, total = 0.f;
   for (int k = 0; k < r.K; k++) {
     const int winner = __ffs(__ballot_sync(wholeWarp, bestKey == warpLargest(bestKey))) - 1;

@@ -1,9 +1,9 @@
-// Rows by index: gather, scatter-add, replace. An index outside the range reads zeros or writes nothing.
+// Rows by index: gather, scatter-add, replace. Indices out of range read zeros or write nothing.
 #include "each.cuh"
 
 MOE_DEVICE bool isRow(int index, int rows) { return index >= 0 && index < rows; }
 
-/// y [n, width] of x [rows, width] in units of T.
+/// y [n, width] from x [rows, width] in units of T.
 template <class T>
 MOE_DEVICE void takeRows(T* y, const T* x, const int* index, int64_t n, int rows, int64_t width) {
   for (int64_t i = gridThread(); i < n * width; i += gridThreads()) {
@@ -13,8 +13,8 @@ MOE_DEVICE void takeRows(T* y, const T* x, const int* index, int64_t n, int rows
   }
 }
 
-/// Into x [rows, width] itself. Block (i, j) writes the j-th part of source row i, unless a later one goes to the same row: `last` says
-/// which (counted from 1); without it the block looks for itself.
+/// Writes to x [rows, width] in place. Block (i, j) writes part j of source row i, unless a later source has the same
+/// row. `last` contains the last source of each row (counted from 1); without it, the block searches for it.
 template <class T>
 MOE_DEVICE void setRow(T* x, const int* index, const T* source, const int* last, int n, int rows, int64_t width) {
   const int i = blockIdx.x;
@@ -47,23 +47,24 @@ ROWS(32, uint32_t)
 ROWS(64, uint2)
 ROWS(128, uint4)
 
-/// last [rows], zeros before: the largest i + 1 with index[i] = row.
+/// last [rows], initially zero: the largest i + 1 with index[i] = row.
 MOE_KERNEL((256), moe_set_rows_last, (int* last, const int* index, int n, int rows)) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
     if (isRow(index[i], rows)) atomicMax(&last[index[i]], (int)i + 1);
   }
 }
 
-// --- scatter-add: the sources of each row are collected with integer atomics, brought into order, and added ---
+// --- scatter-add: the sources of each row are collected with integer atomics, sorted, and added in order ---
 
-/// counts [rows], zeros before: sources of each row. arrivals [n]: how many came before, in an order that depends on timing.
+/// counts [rows], initially zero: the number of sources of each row. arrivals [n]: how many came before, in an order
+/// that depends on timing.
 MOE_KERNEL((256), moe_scatter_count, (int* counts, int* arrivals, const int* index, int64_t n, int rows)) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
     if (isRow(index[i], rows)) arrivals[i] = atomicAdd(&counts[index[i]], 1);
   }
 }
 
-/// starts [rows]: where the list of a row begins. Lists lie in any order; `used` is 0 before.
+/// starts [rows]: where the list of each row starts. Lists are in arbitrary order; `used` is initially 0.
 MOE_KERNEL((256), moe_scatter_reserve,
            (int* starts, int* used, const int* counts, const int* arrivals, const int* index, int64_t n, int rows)) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
@@ -72,7 +73,7 @@ MOE_KERNEL((256), moe_scatter_reserve,
   }
 }
 
-/// lists [n]: the sources of each row by arrival.
+/// lists [n]: the sources of each row in order of arrival.
 MOE_KERNEL((256), moe_scatter_list, (int* lists, const int* starts, const int* arrivals, const int* index, int64_t n, int rows)) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
     const int row = index[i];
@@ -95,7 +96,7 @@ MOE_KERNEL((256), moe_scatter_sort,
   }
 }
 
-/// y [rows, width]: zeros plus the sources of each row in order, N columns to a thread.
+/// y [rows, width]: zeros plus the sources of each row in order, N columns per thread.
 template <int N, class T>
 MOE_DEVICE void addRows(T* y, const T* source, const int* sorted, const int* starts, const int* counts, int rows, int64_t width) {
   const int64_t across = width / N;
@@ -124,5 +125,5 @@ MOE_DEVICE void addRows(T* y, const T* source, const int* sorted, const int* sta
     }                                                                                                                      \
   }
 SCATTER_ADD(moe_scatter_add_f32, float)
-// Unsigned, so that overflow is defined.
+// Unsigned, because overflow is then defined.
 SCATTER_ADD(moe_scatter_add_i32, unsigned)

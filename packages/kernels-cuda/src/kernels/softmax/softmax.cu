@@ -1,7 +1,7 @@
-// Softmax over rows and its gradient. Kernels end in _t<threads a row>.
+// Softmax over rows and its gradient. Kernels end in _t<threads per row>.
 #include "row.cuh"
 
-// y = softmax(x). Zeros for a row of only -Infinity; NaN everywhere when there is one, or +Infinity.
+// y = softmax(x). Zeros for a row of only -Infinity; NaN everywhere if a row contains NaN or +Infinity.
 template <int Threads, int Held, bool Whole>
 MOE_DEVICE void softmax(float* y, const float* x, int n) {
   const float low = -infinity();
@@ -66,6 +66,6 @@ MOE_DEVICE void softmaxGradient(float* dx, const float* y, const float* dy, int 
     }                                                                                                                    \
   }
 
-// With 256, a row is a whole block's, so all of its threads return or none.
+// With 256 threads per row, a row is a whole block's, so either all of its threads return or none.
 SOFTMAX(32, (128))
 SOFTMAX(256, (256, 2))

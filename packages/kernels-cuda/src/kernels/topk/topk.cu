@@ -1,11 +1,12 @@
-// The k largest of each row, largest first, ties to the lowest index, NaN as -Infinity. Chunks of a row are sorted in shared memory;
-// their beginnings are merged two by two, cut at k, until one run per row is left.
+// The k largest elements of each row, largest first; ties are broken by the lowest index, and NaN counts as -Infinity.
+// Chunks of a row are sorted in shared memory (bitonic sort); then sorted runs are merged in pairs and cut off at k,
+// until one run per row is left.
 #include "moe.cuh"
 
-/// What follows every element.
+/// Padding, which sorts after every element.
 constexpr uint64_t nothing = ~0ull;
 
-/// Ascending keys are the order of the result: the value, largest first, above the index.
+/// A sort key in the order of the result: the value, largest first, in the upper half, the index in the lower one.
 MOE_DEVICE uint64_t keyOf(float x, int index) {
   if (x != x) x = -infinity();
   const uint32_t bits = x == 0.f ? 0u : asBits(x);
@@ -13,7 +14,7 @@ MOE_DEVICE uint64_t keyOf(float x, int index) {
   return (uint64_t)descending << 32 | (uint32_t)index;
 }
 
-/// Stores what comes at place `at` of all runs: its key, or value and index when runs is null.
+/// Stores the element at position `at` of all runs: its key, or value and index if runs is null.
 MOE_DEVICE void put(float* values, int* indices, uint64_t* runs, int64_t at, uint64_t key, const float* row) {
   if (runs != nullptr) {
     runs[at] = key;
@@ -39,7 +40,7 @@ MOE_KERNEL((512), moe_topk_sort,
         const int a = pair / step * 2 * step + pair % step;
         const int b = a + step;
         const uint64_t left = keys[a], right = keys[b];
-        // Every other run descends.
+        // Every other run is sorted in descending order.
         if ((left > right) == ((a & run) == 0)) {
           keys[a] = right;
           keys[b] = left;
@@ -51,7 +52,7 @@ MOE_KERNEL((512), moe_topk_sort,
   for (int i = threadIdx.x; i < keep; i += blockDim.x) put(values, indices, runs, (int64_t)blockIdx.x * keep + i, keys[i], row);
 }
 
-/// Elements of a sorted run that come before `key`, and, with `equal`, those that equal it.
+/// The number of elements of a sorted run before `key`, including equal ones if `equal`.
 MOE_DEVICE int64_t countBefore(const uint64_t* run, int64_t length, uint64_t key, bool equal) {
   int64_t low = 0, high = length;
   while (low < high) {
@@ -65,7 +66,7 @@ MOE_DEVICE int64_t countBefore(const uint64_t* run, int64_t length, uint64_t key
   return low;
 }
 
-/// Merges `count` runs of `length` keys of each row two by two and stores the first `keep` of each pair.
+/// Merges the `count` runs of `length` keys of each row in pairs, and stores the first `keep` of each pair.
 MOE_KERNEL((256), moe_topk_merge,
            (float* values, int* indices, uint64_t* merged, const uint64_t* runs, const float* x, int64_t rows, int n, int count,
             int length, int keep)) {

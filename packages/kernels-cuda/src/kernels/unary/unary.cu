@@ -1,4 +1,4 @@
-// One argument, elementwise. All of these: (y, x, n).
+// Elementwise ops of one operand: (y, x, n).
 #include "each.cuh"
 
 #define UNARY(name, T, result) \
@@ -8,7 +8,7 @@ MOE_DEVICE int negated(int x) { return (int)(0u - (unsigned)x); }
 
 UNARY(moe_neg_f32, float, -v)
 UNARY(moe_abs_f32, float, fabsf(v))
-// Zeros and NaN stay as they are.
+// Zeros and NaN are unchanged.
 UNARY(moe_sign_f32, float, v > 0.f ? 1.f : v < 0.f ? -1.f : v)
 UNARY(moe_exp_f32, float, expf(v))
 UNARY(moe_log_f32, float, logf(v))

@@ -1,4 +1,4 @@
-// Elementwise choice with broadcasting: (y, condition, a, b, n, rank, nest of condition, a and b).
+// Elementwise selection with broadcasting: (y, condition, a, b, n, rank, nest of condition, a and b).
 #include "broadcast.cuh"
 
 MOE_KERNEL((256), moe_where_b32,
