@@ -24,7 +24,7 @@ const entries = {
   tokenizer: 'src/tokenizer.ts',
   'data/index': 'src/data/index.ts',
   cli: 'src/cli.ts',
-  worker: 'src/batch/worker.ts',
+  'moe-tokenizer-worker': 'src/batch/worker.ts',
 }
 const partEntries = Object.fromEntries(parts.map(path => [path.split('/').pop()!, `src/${path}.ts`]))
 

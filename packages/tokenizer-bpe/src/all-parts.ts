@@ -9,7 +9,6 @@ import { parts as deepseekLlm } from './scan/deepseek-llm.ts'
 import { parts as deepseekV3 } from './scan/deepseek-v3.ts'
 import { parts as gpt2 } from './scan/gpt2.ts'
 import { parts as o200k } from './scan/o200k.ts'
-import { parts as tiktoken } from './tiktoken.ts'
 import { fillClasses } from './unicode/pinned-classes.ts'
 
 export function provideAll(): void {
@@ -24,6 +23,5 @@ export function provideAll(): void {
     ...normalizer,
     ...whole,
     ...template,
-    ...tiktoken,
   })
 }

@@ -26,7 +26,7 @@ export interface OptionsByOp {
 const encode = { addSpecialTokens: true, parseSpecialTokens: true, parseAddedTokens: true } as const
 
 /** All option names. The types require each object to be complete. */
-const names: { readonly [Op in keyof OptionsByOp]: { readonly [Name in keyof OptionsByOp[Op]]-?: true } } = {
+const optionNames: { readonly [Op in keyof OptionsByOp]: { readonly [Name in keyof OptionsByOp[Op]]-?: true } } = {
   trainBpe: {
     vocabSize: true,
     preTokenizer: true,
@@ -89,6 +89,7 @@ const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rul
     onProgress: ['a function', value => typeof value === 'function'],
     signal: ['an AbortSignal', value => typeof Object(value).aborted === 'boolean'],
   },
+  encodeBatch: { threads: ['a whole number from 0', value => Number.isInteger(value) && (value as number) >= 0] },
   fromTiktoken: {
     preTokenizer: [
       'a name, a RegExp or { pattern: text }',
@@ -140,18 +141,21 @@ function isList(input: unknown): boolean {
  * @throws TokenizerError E_CONFIG, and E_DATA for an invalid input
  */
 export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {
-  const known: object = names[op]
-  const refused = (problem: string) =>
-    new TokenizerError({ code: 'E_CONFIG', op, problem, fix: `the options are ${Object.keys(known).join(', ')}` })
-  if (typeof options !== 'object' || !options) throw refused(`expected an options object, got ${describe(options)}`)
+  const known: object = optionNames[op]
+  const names = Object.keys(known).join(', ')
+  const refuse = (problem: string, fix: string) => new TokenizerError({ code: 'E_CONFIG', op, problem, fix })
+  if (typeof options !== 'object' || !options) {
+    throw refuse(`expected an options object, got ${describe(options)}`, `pass an object: { ${names} }`)
+  }
   for (const name in options) {
-    if (!Object.hasOwn(known, name) && options[name] !== undefined) throw refused(`unknown option ${name}`)
+    if (!Object.hasOwn(known, name) && options[name] !== undefined) {
+      throw refuse(`unknown option ${name}`, `known options are ${names}`)
+    }
   }
   for (const [name, [wanted, is, needed = false]] of Object.entries<Rule>(values[op] ?? {})) {
     const value = options[name as keyof typeof options]
     if (value === undefined ? !needed : is(value)) continue
-    const problem = `${name} is ${describe(value)}`
-    throw new TokenizerError({ code: 'E_CONFIG', op, problem, fix: `pass ${wanted}` })
+    throw refuse(`${name} is ${describe(value)}`, `pass ${wanted}`)
   }
   const [wanted, is, fix] = inputs[op] ?? []
   if (is?.(input) === false) {

@@ -6,9 +6,10 @@ import { checkCall } from './check-call.ts'
 import { parts as files } from './files.ts'
 import { startsOf } from './long-tokens.ts'
 import { provide } from './parts.ts'
+import { parts as tiktoken } from './tiktoken.ts'
 
 provideAll()
-provide(files)
+provide({ ...files, ...tiktoken })
 longTokens.find = startsOf
 callCheck.of = checkCall
 

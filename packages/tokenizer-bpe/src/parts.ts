@@ -64,5 +64,5 @@ export function part<Name extends keyof Parts>(name: Name): Parts[Name] {
 /** Registers parts, and the code point classes that all of them use. */
 export async function fetchParts(...names: readonly PartName[]): Promise<void> {
   if (!isFilled() && !askEngine()) (await import('./unicode/pinned-classes.ts')).fillClasses()
-  await Promise.all(names.map(async name => have[name] ?? provide((await FILES[name]()).parts)))
+  await Promise.all(names.map(async name => have[name] ?? provide((await FILES[name]?.())?.parts ?? {})))
 }

@@ -1,5 +1,12 @@
-import { expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
+import { randomText } from '../scripts/random-text.ts'
+import { randomNumbers } from './data/random.ts'
 import { BpeTokenizer } from './index.ts'
+import { part } from './parts.ts'
+import { Pattern } from './pattern/pattern.ts'
+import { toOniguruma } from './pattern/tiktoken-pattern.ts'
+import { preTokenizerJson } from './pre-tokenizers.ts'
+import { readSteps, runSteps } from './split-steps.ts'
 
 /** Ranks of the 256 bytes, then of these tokens. */
 function ranks(...tokens: string[]): string {
@@ -62,4 +69,63 @@ test('flags of a regular expression count', () => {
   expect(pieces(/a/i, 'AB')).toEqual([65, 66])
   expect(pieces(/a.?/, 'a\n')).toEqual([97, 10])
   expect(pieces(/a.?/s, 'a\n')).toEqual([258])
+})
+
+describe("patterns in tiktoken's syntax", () => {
+  // Copied from tiktoken 0.14 (tiktoken_ext/openai_public.py) and from older versions.
+  const patterns = {
+    gpt2: "'(?:[sdmt]|ll|ve|re)| ?\\p{L}++| ?\\p{N}++| ?[^\\s\\p{L}\\p{N}]++|\\s++$|\\s+(?!\\S)|\\s",
+    cl100k:
+      "'(?i:[sdmt]|ll|ve|re)|[^\\r\\n\\p{L}\\p{N}]?+\\p{L}++|\\p{N}{1,3}+| ?[^\\s\\p{L}\\p{N}]++[\\r\\n]*+|\\s++$|\\s*[\\r\\n]|\\s+(?!\\S)|\\s",
+    o200k: [
+      "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+      "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+      '\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+',
+    ].join('|'),
+  }
+
+  test.each(Object.entries(patterns))('split as the scanner of %s does', (name, pattern) => {
+    const random = randomNumbers(11)
+    const { scanner } = part(name === 'cl100k' ? 'cl100k-tiktoken' : (name as 'gpt2'))
+    const steps = readSteps(preTokenizerJson([toOniguruma(pattern)]))
+    const ends = new Int32Array(1000)
+    for (let i = 0; i < 1000; i++) {
+      const text = `${randomText(random, 16, [])}${i % 3 === 0 ? ' \n\n' : ''}`
+      const bytes = new TextEncoder().encode(text)
+      const found: number[] = []
+      for (let pos = 0; pos < bytes.length; pos = found[found.length - 1])
+        found.push(...ends.subarray(0, scanner(bytes, pos, bytes.length, ends)))
+      expect([...runSteps(steps, bytes, 0, bytes.length, true).ends], JSON.stringify(text)).toEqual(found)
+    }
+  })
+
+  test.each([
+    ['\\p{N}{1,3}+|^a$', '(?>\\p{N}{1,3})|\\Aa\\z'],
+    ['(?s:.)(?i-s)[$^{2}+]{2,}+x{3}?', '(?m:.)(?i-m)(?>[$^{2}+]{2,})x{3}?'],
+    ['(?:a(?=b)|[]$]|[^]$]){2}+$', '(?>(?:a(?=b)|[]$]|[^]$]){2})\\z'],
+    ['\\$\\{1}+\\x{24}{2}+[a[$]&&[^b]]{1}+', '\\$\\{1}+(?>\\x{24}{2})(?>[a[$]&&[^b]]{1})'],
+    ['(?P<word>a){2}+(?<=b$)', '(?>(?<word>a){2})(?<=b\\z)'],
+  ])('%s is translated', (pattern, expected) => {
+    expect(toOniguruma(pattern)).toBe(expected)
+    expect(() => new Pattern(expected)).not.toThrow()
+  })
+
+  test.each(['(?m)a$', '(?U:a+)', '[\\p{L}--a]', '[a~~b]'])('%s is not supported', pattern => {
+    expect(() => toOniguruma(pattern)).toThrow(expect.objectContaining({ code: 'E_PATTERN' }))
+  })
+
+  test('a tokenizer with such a pattern is saved with the same splits', async () => {
+    const options = { preTokenizer: { pattern: '\\p{N}{1,2}+|\\s++$|\\s' } }
+    const tokenizer = await BpeTokenizer.fromTiktokenAsync(ranks('12', '123', '\n\n'), options)
+    const ids = [256, 51, 32, 97, 258]
+    expect([...tokenizer.encode('123 a\n\n')]).toEqual(ids)
+    expect([...BpeTokenizer.fromJSON(tokenizer.toJSON()).encode('123 a\n\n')]).toEqual(ids)
+  })
+
+  test('an unknown name is refused, with what to pass', async () => {
+    const options = { preTokenizer: 'gpt5' as never }
+    const message = 'unknown preTokenizer "gpt5"; use one of gpt2, cl100k, o200k, a RegExp or { pattern: text }'
+    expect(() => BpeTokenizer.fromTiktoken(ranks(), options)).toThrow(message)
+    await expect(BpeTokenizer.fromTiktokenAsync(ranks(), options)).rejects.toThrow(message)
+  })
 })

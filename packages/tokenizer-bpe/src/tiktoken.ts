@@ -7,11 +7,15 @@ import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
 import type { Parts } from './parts.ts'
+import { toOniguruma } from './pattern/tiktoken-pattern.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson } from './pre-tokenizers.ts'
 
 /** Settings that a rank file does not contain. */
 export interface TiktokenOptions {
-  /** Pre-tokenizer: the name of one, or a regular expression whose matches are pieces. */
+  /**
+   * Pre-tokenizer: the name of one, or a regular expression whose matches are pieces. A RegExp is read in Oniguruma
+   * syntax, `pattern` in tiktoken's (its `pat_str`).
+   */
   readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
   /** Ids of special tokens, by text. Default: none. */
   readonly specialTokens?: Readonly<Record<string, number>>
@@ -124,7 +128,7 @@ export function readTiktoken(
       code: 'E_CONFIG',
       op: 'fromTiktoken',
       problem: `unknown preTokenizer ${describe(choice)}`,
-      fix: `use one of ${NAMES.join(', ')}, or a RegExp`,
+      fix: `use one of ${NAMES.join(', ')}, a RegExp or { pattern: text }`,
     })
   }
   return {
@@ -134,7 +138,7 @@ export function readTiktoken(
     preTokenizer: preTokenizerJson(
       typeof choice === 'string'
         ? patternsOf(choice === 'cl100k' ? 'cl100k-tiktoken' : choice)
-        : [choice instanceof RegExp ? patternOf(choice) : choice.pattern],
+        : [choice instanceof RegExp ? patternOf(choice) : toOniguruma(choice.pattern)],
     ),
   }
 }

@@ -134,7 +134,7 @@ describe('training', () => {
       'expected an iterable of strings, got undefined',
     )
     expect(() => trainBpe(CORPUS, undefined as never)).toThrow(
-      'expected an options object, got undefined; the options are vocabSize,',
+      'expected an options object, got undefined; pass an object: { vocabSize,',
     )
     expect(() => trainBpe(CORPUS, {} as never)).toThrow('vocabSize undefined is smaller than 256 bytes')
     expect(() => trainBpe([1 as never], { vocabSize: 300 })).toThrow('text 0 is 1, not a string')
@@ -231,7 +231,7 @@ describe('calls that cannot be meant', () => {
     expect(() => trainBpe(CORPUS, { vocabSize: 300, minfrequency: 3 } as never)).toThrow(
       expect.objectContaining({
         code: 'E_CONFIG',
-        message: expect.stringMatching(/unknown option minfrequency; the options are/),
+        message: expect.stringMatching(/unknown option minfrequency; known options are/),
       }),
     )
     await expect(trainBpeAsync(CORPUS, null as never)).rejects.toThrow('trainBpe: expected an options object, got null')
@@ -240,13 +240,14 @@ describe('calls that cannot be meant', () => {
     call('encode', 'a', 'b').toThrow('expected an options object, got "b"')
     call('encodeWithOffsets', 'a', { special: false }).toThrow('unknown option special')
     call('decode', [1], { skipSpecial: true }).toThrow(
-      'decode: unknown option skipSpecial; the options are skipSpecialTokens',
+      'decode: unknown option skipSpecial; known options are skipSpecialTokens',
     )
     call('createDecodeStream', { skip: true }).toThrow('unknown option skip')
     call('encode', 'a', { special: undefined }).not.toThrow()
     const batch = (...given: unknown[]) =>
       (tokenizer.encodeBatch as (...given: unknown[]) => Promise<unknown>)(...given)
     await expect(batch(['a'], { thread: 2 })).rejects.toThrow('unknown option thread;')
+    await expect(batch(['a'], { threads: 2.5 })).rejects.toThrow('threads is 2.5; pass a whole number from 0')
     for (const texts of [undefined, 'text', [1], Promise.resolve(['a'])]) {
       await expect(batch(texts)).rejects.toMatchObject({
         code: 'E_DATA',

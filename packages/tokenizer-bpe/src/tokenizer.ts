@@ -17,8 +17,8 @@ import { compilePreTokenizer, fetchPreTokenizer, type PreTokenizer } from './jso
 import type { BpeModel } from './model.ts'
 import type { Normalizer } from './normalizer.ts'
 import { OffsetCollector } from './offsets.ts'
-import { fetchParts, type PartName, part } from './parts.ts'
-import { preTokenizerJson } from './pre-tokenizers.ts'
+import { fetchParts, type PartName, type Parts, part } from './parts.ts'
+import type { PreTokenizerName } from './pre-tokenizers.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 
 /** Options of `encode`. */
@@ -180,15 +180,14 @@ export class BpeTokenizer {
 
   /**
    * Creates a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: each line is a base64 token and its rank).
-   * @param options.preTokenizer the encoding's pattern, as a name or a regular expression in Oniguruma syntax
+   * @param options.preTokenizer the encoding's pattern, as a name, as tiktoken's `pat_str` (`{ pattern }`) or as a RegExp
    * @param options.specialTokens ids of special tokens, by text
    */
   static fromTiktoken(
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
   ): BpeTokenizer {
-    const { model, added, preTokenizer } = part('tiktoken')(ranks, options, name => part(name).patterns)
-    return new BpeTokenizer(model, readAddedTokens(added, model), { pre_tokenizer: preTokenizer })
+    return fromTiktokenFile(part('tiktoken')(ranks, options, patternsOf))
   }
 
   /** As `fromTiktoken`; in browsers, it first fetches the code that the tokenizer needs. */
@@ -197,14 +196,11 @@ export class BpeTokenizer {
     options: TiktokenOptions,
   ): Promise<BpeTokenizer> {
     callCheck.of?.('fromTiktoken', options, ranks)
-    const choice = options.preTokenizer
-    await Promise.all([
-      fetchParts('tiktoken', 'whole'),
-      typeof choice === 'string'
-        ? fetchParts(choice)
-        : fetchPreTokenizer(preTokenizerJson([choice instanceof RegExp ? choice.source : choice.pattern])),
-    ])
-    return BpeTokenizer.fromTiktoken(ranks, options)
+    const { preTokenizer } = options
+    await fetchParts('tiktoken', 'whole', ...(typeof preTokenizer === 'string' ? [preTokenizer] : []))
+    const file = part('tiktoken')(ranks, options, patternsOf)
+    await fetchPreTokenizer(file.preTokenizer)
+    return fromTiktokenFile(file)
   }
 
   /**
@@ -324,7 +320,7 @@ export class BpeTokenizer {
 
   /**
    * Encodes many texts, using worker threads if they are available and the batch is large enough. Results equal those of `encode`.
-   * @param options.threads number of threads; default one per core; 0 or 1 uses the current thread
+   * @param options.threads number of threads for this batch; default one per core; 0 or 1 uses the calling thread. Threads are kept for later batches.
    */
   async encodeBatch(
     texts: readonly string[],
@@ -335,15 +331,11 @@ export class BpeTokenizer {
     const size = texts.reduce((sum, text) => sum + text.length, 0)
     if (threads === undefined ? size < WORTH_THREADS : threads < 2)
       return texts.map(text => this.encode(text, encodeOptions))
-    this.#pool ??= import('./batch/pool.ts').then(({ EncodePool }) => EncodePool.start(JSON.stringify(this), threads))
-    const pool = await this.#pool
-    return pool === undefined
-      ? texts.map(text => this.encode(text, encodeOptions))
-      : pool.encode(texts, encodeOptions).finally(() => {
-          if (pool.failed) this.#pool = undefined
-        })
+    this.#pool ??= import('./batch/pool.ts').then(({ EncodePool }) => new EncodePool(() => JSON.stringify(this)))
+    const ids = await (await this.#pool).encode(texts, encodeOptions, threads)
+    return ids ?? texts.map(text => this.encode(text, encodeOptions))
   }
-  #pool: Promise<EncodePool | undefined> | undefined
+  #pool: Promise<EncodePool> | undefined
 
   /** Writes a text as UTF-8 to the scratch buffer and returns its length. */
   #load(text: string): number {
@@ -461,6 +453,11 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
+
+const patternsOf = (name: PreTokenizerName) => part(name).patterns
+
+const fromTiktokenFile = ({ model, added, preTokenizer }: ReturnType<Parts['tiktoken']>): BpeTokenizer =>
+  new BpeTokenizer(model, readAddedTokens(added, model), { pre_tokenizer: preTokenizer })
 
 function checkText(text: unknown): void {
   if (typeof text !== 'string')

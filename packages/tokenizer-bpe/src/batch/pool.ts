@@ -1,9 +1,9 @@
-/** @file A pool of worker threads, each with a copy of the tokenizer, that encode parts of a batch. */
+/** @file Worker threads that encode batches. Each has its own copy of the tokenizer. */
 import type { Worker } from 'node:worker_threads'
 import { TokenizerError } from '../errors.ts'
 import type { EncodeOptions } from '../tokenizer.ts'
 
-/** Texts to encode in one message. Messages are small, so that threads finish at about the same time. */
+/** Texts of a batch that a worker encodes at once. Requests are small, so that all workers finish at about the same time. */
 export interface BatchRequest {
   readonly texts: readonly string[]
   readonly options: EncodeOptions
@@ -12,79 +12,94 @@ export interface BatchRequest {
 /** Concatenated ids of the texts and their counts, or an error message. */
 export type BatchReply = { readonly ids: Uint32Array; readonly lengths: Uint32Array } | { readonly error: string }
 
-/** Approximate number of characters per message. */
-const SHARE = 1 << 20
+/** Approximate number of characters per request. */
+const REQUEST_CHARACTERS = 1 << 20
 
 export class EncodePool {
-  /** Whether a worker has ended with an error. Such a pool encodes nothing more. */
-  failed = false
-  readonly #workers: Worker[]
-  /** Requests that wait until the workers finish another batch. */
+  readonly #tokenizer: () => string
+  readonly #workers: Worker[] = []
+  /** Whether workers can be started here, as far as known. */
+  #available = true
+  /** Settles when the last batch is done. Batches are encoded one after another. */
   #last: Promise<unknown> = Promise.resolve()
 
-  constructor(workers: Worker[]) {
-    this.#workers = workers
+  /** @param tokenizer returns the tokenizer.json that workers load */
+  constructor(tokenizer: () => string) {
+    this.#tokenizer = tokenizer
   }
 
   /**
-   * Starts a pool. Returns undefined if there are no worker threads (browsers), only one core, or no file of the worker
-   * (the package is bundled into a program).
+   * Encodes a batch on `threads` workers (default: one per core). Starts the workers that are missing and keeps all for
+   * later batches. Returns undefined if there are no workers: in browsers, on one core, and in a bundle, which does not
+   * include the worker's file.
+   * @throws TokenizerError E_DATA if a text cannot be encoded or a worker fails
    */
-  static async start(tokenizer: string, threads: number | undefined): Promise<EncodePool | undefined> {
+  encode(texts: readonly string[], options: EncodeOptions, threads?: number): Promise<Uint32Array[] | undefined> {
+    const batch = this.#last.then(async () => {
+      const workers = await this.#start(threads)
+      return workers.length === 0 ? undefined : this.#encode(workers, texts, options)
+    })
+    this.#last = batch.catch(() => {})
+    return batch
+  }
+
+  async #start(threads: number | undefined): Promise<Worker[]> {
     const [workerThreads, os] = await Promise.all([builtin('node:worker_threads'), builtin('node:os')])
     const count = threads ?? os?.availableParallelism() ?? 1
-    if (workerThreads === undefined || count < 2) return undefined
-    const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './worker.js'
-    const url = new URL(name, import.meta.url)
-    const workers = Array.from({ length: count }, () => new workerThreads.Worker(url, { workerData: tokenizer }))
+    if (!this.#available || workerThreads === undefined || count < 2) return []
+    const missing = Math.max(0, count - this.#workers.length)
+    const started: Worker[] = []
     try {
-      await Promise.all(workers.map(nextMessage))
+      const workerData = missing > 0 ? this.#tokenizer() : ''
+      for (let i = 0; i < missing; i++) started.push(new workerThreads.Worker(workerFile(), { workerData }))
+      await Promise.all(started.map(nextMessage))
     } catch (error) {
-      for (const worker of workers) void worker.terminate()
-      if ((error as NodeJS.ErrnoException).code === 'MODULE_NOT_FOUND') return undefined
-      throw workerError(error as Error)
+      for (const worker of started) void worker.terminate()
+      if ((error as NodeJS.ErrnoException).code !== 'MODULE_NOT_FOUND') throw workerError(error as Error)
+      this.#available = false
+      return []
     }
-    for (const worker of workers) worker.unref()
-    return new EncodePool(workers)
+    for (const worker of started) worker.unref()
+    this.#workers.push(...started)
+    return this.#workers.slice(0, count)
   }
 
-  encode(texts: readonly string[], options: EncodeOptions): Promise<Uint32Array[]> {
-    const run = this.#last.then(() => this.#run(texts, options))
-    this.#last = run.catch(() => {})
-    return run
-  }
-
-  async #run(texts: readonly string[], options: EncodeOptions): Promise<Uint32Array[]> {
-    if (this.failed) throw workerError(new Error('it ended in an earlier batch'))
+  async #encode(workers: Worker[], texts: readonly string[], options: EncodeOptions): Promise<Uint32Array[]> {
     const results: Uint32Array[] = new Array(texts.length)
     let next = 0
+    let failure: unknown
+    const encodeOn = async (worker: Worker) => {
+      while (next < texts.length) {
+        const first = next
+        let size = 0
+        while (next < texts.length && size < REQUEST_CHARACTERS) size += texts[next++].length
+        const reply = await this.#ask(worker, { texts: texts.slice(first, next), options })
+        let at = 0
+        reply.lengths.forEach((length, i) => {
+          results[first + i] = reply.ids.slice(at, at + length)
+          at += length
+        })
+      }
+    }
+    // After a failure the other workers finish their requests, so that the next batch does not get the replies.
     await Promise.all(
-      this.#workers.map(async worker => {
+      workers.map(async worker => {
         worker.ref()
-        try {
-          while (next < texts.length) {
-            const first = next
-            let size = 0
-            while (next < texts.length && size < SHARE) size += texts[next++].length
-            const reply = await this.#ask(worker, { texts: texts.slice(first, next), options })
-            let at = 0
-            reply.lengths.forEach((length, i) => {
-              results[first + i] = reply.ids.slice(at, at + length)
-              at += length
-            })
-          }
-        } finally {
-          worker.unref()
-        }
+        await encodeOn(worker).catch(error => {
+          failure ??= error
+          next = texts.length
+        })
+        worker.unref()
       }),
     )
+    if (failure !== undefined) throw failure
     return results
   }
 
   async #ask(worker: Worker, request: BatchRequest): Promise<Exclude<BatchReply, { error: string }>> {
     worker.postMessage(request)
     const reply = (await nextMessage(worker).catch(error => {
-      this.failed = true
+      this.#workers.splice(this.#workers.indexOf(worker), 1)
       throw workerError(error)
     })) as BatchReply
     if ('error' in reply) throw new TokenizerError({ code: 'E_DATA', op: 'encodeBatch', problem: reply.error })
@@ -92,19 +107,23 @@ export class EncodePool {
   }
 }
 
-/** Resolves to the next message of a worker; the first one, null, tells that it is ready. */
+/** The worker's file, beside this one. Its published name is one that no file beside a user's bundle has. */
+function workerFile(): URL {
+  const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './moe-tokenizer-worker.js'
+  return new URL(name, import.meta.url)
+}
+
+/** Resolves to the next message of a worker: null when it is ready, then replies. Rejects if the worker ends. */
 function nextMessage(worker: Worker): Promise<BatchReply | null> {
   return new Promise((resolve, reject) => {
-    const onMessage = (message: BatchReply | null) => {
-      worker.off('error', onError)
-      resolve(message)
+    const settle = (done: () => void) => {
+      worker.off('message', onMessage).off('error', onError).off('exit', onExit)
+      done()
     }
-    const onError = (error: Error) => {
-      worker.off('message', onMessage)
-      reject(error)
-    }
-    worker.once('message', onMessage)
-    worker.once('error', onError)
+    const onMessage = (message: BatchReply | null) => settle(() => resolve(message))
+    const onError = (error: Error) => settle(() => reject(error))
+    const onExit = (code: number) => onError(new Error(`it ended with exit code ${code}`))
+    worker.on('message', onMessage).on('error', onError).on('exit', onExit)
   })
 }
 
