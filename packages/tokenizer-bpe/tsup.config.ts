@@ -1,6 +1,6 @@
 import { library } from '../../scripts/tsup-preset.ts'
 
-/** What loads by need (src/parts.ts): as entries these files keep their names, and nothing is put into chunks of its own for their sake. */
+/** What loads by need (src/features.ts): as entries these files keep their names, and nothing is put into chunks of its own for their sake. */
 const parts = [
   'scan/cl100k',
   'scan/deepseek-llm',
@@ -10,7 +10,7 @@ const parts = [
   'json/pre-tokenizer-steps',
   'json/template',
   'normalizer',
-  'bpe/whole-table',
+  'bpe/token-lookup',
   'tiktoken',
   'unicode/pinned-classes',
   'encode-stream',

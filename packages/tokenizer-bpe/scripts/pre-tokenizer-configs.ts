@@ -1,6 +1,6 @@
 /** @file Prints the `pre_tokenizer` configurations of the fixtures as JSON; run by tools/reference/tokenizer_fixtures.py. */
-import { provideAll } from '../src/all-parts.ts'
-import { part } from '../src/parts.ts'
+import { registerAll } from '../src/all-features.ts'
+import { feature } from '../src/features.ts'
 import { preTokenizerJson, preTokenizerNames } from '../src/pre-tokenizers.ts'
 
 const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: false }
@@ -8,8 +8,8 @@ const steps = (...pretokenizers: object[]) => ({ type: 'Sequence', pretokenizers
 const split = (pattern: object, behavior: string, invert = false) => ({ type: 'Split', pattern, behavior, invert })
 
 const configs: Record<string, unknown> = {}
-provideAll()
-for (const name of preTokenizerNames()) configs[name] = preTokenizerJson(part(name).patterns, part(name).digits)
+registerAll()
+for (const name of preTokenizerNames()) configs[name] = preTokenizerJson(feature(name).patterns, feature(name).digits)
 for (const behavior of ['Removed', 'Isolated', 'MergedWithPrevious', 'MergedWithNext', 'Contiguous']) {
   configs[`split ${behavior}`] = steps(split({ Regex: '[aeiou\\s]' }, behavior))
   configs[`split ${behavior} inverted`] = steps(split({ Regex: '\\p{L}+' }, behavior, true))

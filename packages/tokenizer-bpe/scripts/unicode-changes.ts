@@ -7,7 +7,7 @@ import { resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { CLASS_LETTERS, CODE_POINTS } from '../src/unicode/classes.ts'
 import { hashOfClasses } from '../src/unicode/engine-classes.ts'
-import { fillClasses } from '../src/unicode/pinned-classes.ts'
+import { fillFromTable } from '../src/unicode/pinned-classes.ts'
 
 const CATEGORIES = [
   'Uppercase_Letter',
@@ -44,6 +44,6 @@ for (let code = 0; code < CODE_POINTS; code++) {
   changes += `${CLASS_LETTERS[pinned[first]]}${base36(first - done)}${code > first ? `-${base36(code - first)}` : ''}`
   done = code + 1
 }
-fillClasses()
+fillFromTable()
 console.log(changes)
 console.log(hashOfClasses())

@@ -1,47 +1,55 @@
-/** @file Added tokens: the strings that are cut out of a text before it is pre-tokenized, with the flags of tokenizer.json. */
+/** @file Added tokens: strings that become a token before the text is pre-tokenized, with the flags of tokenizer.json. */
 import { classOf, isSpace, LETTER, MARK } from './unicode/classes.ts'
 import { codePointAt, previous, widthOf } from './unicode/utf8.ts'
 
-/** One added token, in the spelling of tokenizer.json. */
+/** An added token, with the field names of tokenizer.json. */
 export interface AddedToken {
-  /** Below `vocabSize`. */
+  /** Its id, below `vocabSize`. */
   readonly id: number
-  /** The text that it stands for, exactly. */
+  /** Its exact text. */
   readonly content: string
-  /** Left out by `decode` with `skipSpecialTokens`. */
+  /** Whether `decode` with `skipSpecialTokens` omits it, and `encode` with `parseSpecialTokens: false` reads it as text. */
   readonly special: boolean
-  /** Looked for after the normalizer (and normalized itself), not before it. */
+  /** Whether its normalized content is searched for in the normalized text, rather than its content in the original text. */
   readonly normalized: boolean
-  /** Takes the white space on its left. */
+  /** Whether it includes the white space on its left. */
   readonly lstrip: boolean
-  /** Takes the white space on its right. */
+  /** Whether it includes the white space on its right. */
   readonly rstrip: boolean
-  /** Only where no word character touches it. */
+  /** Whether it is only recognized if no word character is adjacent. */
   readonly single_word: boolean
 }
 
-/** Tells the number of the longest token that starts at a place of `bytes[..end)`, or -1. Places are asked for in rising order. */
-export type TokenStarts = (bytes: Uint8Array, end: number) => (place: number) => number
+/**
+ * Returns a function of positions in `bytes[..end)`, to be called with ascending ones: the index of the longest token
+ * that starts there, or -1.
+ */
+export type TokenMatcher = (bytes: Uint8Array, end: number) => (position: number) => number
 
-/** What looks for long tokens in place of the trie, which at worst takes a step for each byte of a token at every place: long-tokens.ts, which browsers do without. */
-export const longTokens: { find?: (contents: readonly Uint8Array[]) => TokenStarts | undefined } = {}
+/**
+ * Creates a matcher that replaces the trie if there are long tokens: at worst the trie takes as many steps at every
+ * position as a token has bytes. Outside of browsers it is aho-corasick.ts; browsers leave it out to save code.
+ */
+export const longTokenMatcher: { create?: (contents: readonly Uint8Array[]) => TokenMatcher | undefined } = {}
 
-/** Which added tokens stay text where they are written out: 0 none, 1 the special ones, 2 all. */
-export type Left = 0 | 1 | 2
+/** Which added tokens are ignored, so that they are encoded as text: 0 none, 1 special tokens, 2 all. */
+export type Ignored = 0 | 1 | 2
 
-/** Finds added tokens in bytes: leftmost, of those the longest. */
+/** Finds added tokens in a text: the leftmost, and of those the longest. */
 export class AddedTokenFinder {
   readonly #contents: Uint8Array[] = []
   readonly #tokens: AddedToken[] = []
-  readonly #starts: TokenStarts | undefined
-  /** Edges of the trie: `node * 256 + byte` to node. */
+  readonly #matcher: TokenMatcher | undefined
+  /** Edges of a trie over the tokens' bytes: `node * 256 + byte` to node. */
   readonly #edges = new Map<number, number>()
+  /** Index of the token that ends at each node, or -1. */
   readonly #tokenAt = [-1]
+  /** 1 for each byte that a token starts with. */
   readonly #firstBytes = new Uint8Array(256)
-  /** The first byte of every token when they share one, as `<` of most; else -1. */
+  /** The first byte of all tokens if it is the same, usually `<`; otherwise -1. */
   #onlyFirst = -1
 
-  /** @param contentOf bytes to look for, for each token */
+  /** @param contentOf returns the bytes to search for */
   constructor(tokens: readonly AddedToken[], contentOf: (token: AddedToken) => Uint8Array) {
     const first = new Set<number>()
     for (const token of tokens) {
@@ -58,62 +66,60 @@ export class AddedTokenFinder {
       this.#firstBytes[content[0]] = 1
       first.add(content[0])
     }
-    this.#starts = longTokens.find?.(this.#contents)
+    this.#matcher = longTokenMatcher.create?.(this.#contents)
     if (first.size === 1) [this.#onlyFirst] = first
   }
 
-  /**
-   * Cuts `bytes[start..end)` at added tokens: calls `text` for what lies between and `token` for each, in order.
-   * @param left what stays in the text: no token, the special ones, or all
-   */
+  /** Splits `bytes[start..end)` at added tokens. Calls `token` for each, and `text` for the text between them, in order. */
   split(
     bytes: Uint8Array,
     start: number,
     end: number,
-    left: Left,
+    ignored: Ignored,
     text: (start: number, end: number) => void,
     token: (token: AddedToken, start: number, end: number) => void,
   ): void {
-    const starts = this.#starts?.(bytes, end)
+    const match = this.#matcher?.(bytes, end)
     let done = start
     let at = this.#tokens.length === 0 ? end : start
     while (at < end) {
-      at = this.#candidate(bytes, at, end)
+      at = this.#nextCandidate(bytes, at, end)
       if (at >= end) break
-      const found = starts ? starts(at) : this.#longest(bytes, at, end)
+      const found = match ? match(at) : this.#longest(bytes, at, end)
       if (found < 0) {
         at++
         continue
       }
-      const match = this.#tokens[found]
+      const added = this.#tokens[found]
       let from = at
       let to = at + this.#contents[found].length
       at = to
-      if (left > (match.special ? 0 : 1)) continue
-      if (match.single_word) {
+      if (ignored > (added.special ? 0 : 1)) continue
+      if (added.single_word) {
         const touchesLeft = from > start && isWord(codePointAt(bytes, previous(bytes, from)))
         const touchesRight = to < end && isWord(codePointAt(bytes, to))
         if (touchesLeft || touchesRight) continue
       }
-      if (match.lstrip) {
+      if (added.lstrip) {
         while (from > done) {
           const before = previous(bytes, from)
           if (!isSpace(codePointAt(bytes, before))) break
           from = before
         }
-        // Of what the token before took by `rstrip`, nothing is left to take.
+        // `rstrip` of the previous token may include this white space already.
         from = Math.max(from, done)
         if (from >= to) continue
       }
-      if (match.rstrip) while (to < end && isSpace(codePointAt(bytes, to))) to += widthOf(bytes[to])
+      if (added.rstrip) while (to < end && isSpace(codePointAt(bytes, to))) to += widthOf(bytes[to])
       if (done < from) text(done, from)
-      token(match, from, to)
+      token(added, from, to)
       done = to
     }
     if (done < end) text(done, end)
   }
 
-  #candidate(bytes: Uint8Array, at: number, end: number): number {
+  /** Returns the next position of a byte that a token starts with. */
+  #nextCandidate(bytes: Uint8Array, at: number, end: number): number {
     if (this.#onlyFirst >= 0) {
       const found = bytes.indexOf(this.#onlyFirst, at)
       return found < 0 ? end : found
@@ -135,7 +141,7 @@ export class AddedTokenFinder {
   }
 }
 
-/** `\w`: letters, marks, decimal digits, connectors, joiners (Unicode TR18; letters and marks stand for Alphabetic). */
+/** Whether a code point matches `\w`: Alphabetic, Mark, Nd, Pc, Join_Control (Unicode TR18). */
 function isWord(code: number): boolean {
   const kind = classOf[code]
   if ((kind >= 1 && kind <= LETTER) || kind === MARK) return true

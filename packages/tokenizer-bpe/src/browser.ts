@@ -1,4 +1,4 @@
-/** @file The package in browsers: what only some tokenizers need stays behind an import() (parts.ts). */
+/** @file Entry point in browsers. Code that only some tokenizers need is loaded with import() (features.ts). */
 export type { AddedToken } from './added-tokens.ts'
 export type { DecodeStream } from './decode-stream.ts'
 export { TokenizerError, type TokenizerErrorCode, type TokenizerErrorInfo } from './errors.ts'

@@ -1,6 +1,6 @@
-/** @file The byte alphabet of GPT-2: 256 printable characters, one a byte, in which tokenizer.json files spell tokens. */
+/** @file The byte alphabet of GPT-2: one printable character per byte, in which tokenizer.json files write tokens. */
 
-/** Character code of each byte. Printable Latin-1 bytes stand for themselves, the rest follow from U+0100 in order. */
+/** Character code of each byte. Printable Latin-1 bytes map to themselves, the others to U+0100 and up, in order. */
 export const charOfByte: Uint16Array = new Uint16Array(256)
 /** Byte of each character code below 324, or -1. */
 export const byteOfChar: Int16Array = new Int16Array(324).fill(-1)
@@ -13,15 +13,18 @@ for (let byte = 0; byte < 256; byte++) {
   byteOfChar[char] = byte
 }
 
-/** Spells bytes in the byte alphabet: `[0x20, 0x74]` becomes `Ġt`. */
-export function spellBytes(bytes: Uint8Array): string {
+/** Returns bytes as text in the byte alphabet: `[0x20, 0x74]` becomes `Ġt`. */
+export function bytesToAlphabet(bytes: Uint8Array): string {
   let text = ''
   for (let i = 0; i < bytes.length; i++) text += String.fromCharCode(charOfByte[bytes[i]])
   return text
 }
 
-/** Writes the bytes that `text` spells at `out[at]`; returns how many, or -1 when a character is not in the alphabet. */
-export function unspellInto(text: string, out: Uint8Array, at: number): number {
+/**
+ * Writes the bytes of a text in the byte alphabet to `out`, starting at index `at`. Returns their number, or -1 if a
+ * character is not in the alphabet.
+ */
+export function alphabetToBytes(text: string, out: Uint8Array, at: number): number {
   for (let i = 0; i < text.length; i++) {
     const code = text.charCodeAt(i)
     const byte = code < 324 ? byteOfChar[code] : -1
@@ -31,7 +34,7 @@ export function unspellInto(text: string, out: Uint8Array, at: number): number {
   return text.length
 }
 
-/** The 256 bytes in the order of their characters, which is the order in which Hugging Face gives them ids. */
+/** Returns the 256 bytes in the order of their characters, in which Hugging Face assigns ids. */
 export function alphabetOrder(): number[] {
   return Array.from({ length: 256 }, (_, byte) => byte).sort((a, b) => charOfByte[a] - charOfByte[b])
 }

@@ -1,5 +1,5 @@
 /** @file Decodes ids as they arrive, one complete character at a time. */
-import { callCheck } from './call-check.ts'
+import { validation } from './validation.ts'
 
 /** Returns the bytes of a token; empty for one that is omitted. */
 export type TokenBytes = (id: number) => Uint8Array
@@ -16,7 +16,7 @@ export class DecodeStream {
   /** Adds ids and returns the text that they complete; empty within a character. */
   push(ids: number | Iterable<number>): string {
     if (typeof ids === 'number') return this.#decoder.decode(this.#bytesOf(ids), { stream: true })
-    callCheck.of?.('decode', {}, ids)
+    validation.check?.('decode', {}, ids)
     let text = ''
     for (const id of ids) text += this.#decoder.decode(this.#bytesOf(id), { stream: true })
     return text

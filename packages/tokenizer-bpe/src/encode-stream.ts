@@ -1,46 +1,51 @@
-/** @file Splits a text that arrives in parts at positions where pieces end, whatever follows. */
+/** @file Splits a text that arrives in parts at positions where pieces end regardless of what follows. */
 import type { AddedToken } from './added-tokens.ts'
 import { TokenizerError } from './errors.ts'
 
-const refused = (given: unknown, wanted: string, fix: string) =>
-  new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `expected ${wanted}, got ${typeof given}`, fix })
+const invalidInput = (given: unknown, expected: string, fix: string) =>
+  new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `expected ${expected}, got ${typeof given}`, fix })
 
 /**
- * Yields parts of a text that can be encoded independently: each ends before a space between two letters.
- * @param added tokens that no part may split. If omitted, because the pre-tokenizer has no scanner, the text is yielded whole.
- * @throws TokenizerError E_DATA if the parts are not strings; bytes could be split within characters
+ * Yields parts of a text that can be encoded independently: each ends before a space between two ASCII letters.
+ * @param added tokens that must not be split; omit them if the pre-tokenizer has no scanner, to yield the text as a whole
+ * @throws TokenizerError E_DATA if the parts are not strings, for example bytes, which may end within a character
  */
-export async function* cutStream(
+export async function* splitStream(
   parts: AsyncIterable<string> | Iterable<string>,
   added: readonly AddedToken[] | undefined,
 ): AsyncGenerator<string> {
   const source = Object(parts)
   if (!(Symbol.asyncIterator in source || Symbol.iterator in source))
-    throw refused(parts, 'texts', 'pass a list or a stream of texts')
-  const cuttable = added?.every(
+    throw invalidInput(parts, 'texts', 'pass a list or a stream of texts')
+  const canSplit = added?.every(
     token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
   )
   const margin = (added ?? []).reduce((most, token) => Math.max(most, token.content.length), 0) + 2
-  let held = ''
-  /** Length from which buffered text is searched again: an eighth longer than without result. */
-  let worthLooking = 0
+  let buffered = ''
+  /** Minimum length of the buffered text for the next search: an eighth more than in a search that found no position. */
+  let searchFrom = 0
   for await (const part of parts) {
     if (typeof part !== 'string') {
-      throw refused(part, 'text', "read files with { encoding: 'utf8' }, and other bytes through a TextDecoderStream")
+      throw invalidInput(
+        part,
+        'text',
+        "read files with { encoding: 'utf8' }, and other bytes through a TextDecoderStream",
+      )
     }
-    held += part
-    if (!cuttable || held.length < worthLooking) continue
-    let cut = held.length - margin
-    while (cut > 0 && !(held[cut] === ' ' && isAsciiLetter(held, cut - 1) && isAsciiLetter(held, cut + 1))) cut--
+    buffered += part
+    if (!canSplit || buffered.length < searchFrom) continue
+    let cut = buffered.length - margin
+    while (cut > 0 && !(buffered[cut] === ' ' && isAsciiLetter(buffered, cut - 1) && isAsciiLetter(buffered, cut + 1)))
+      cut--
     if (cut <= 0) {
-      worthLooking = held.length + (held.length >> 3)
+      searchFrom = buffered.length + (buffered.length >> 3)
       continue
     }
-    worthLooking = 0
-    yield held.slice(0, cut)
-    held = held.slice(cut)
+    searchFrom = 0
+    yield buffered.slice(0, cut)
+    buffered = buffered.slice(cut)
   }
-  if (held !== '') yield held
+  if (buffered !== '') yield buffered
 }
 
 function isAsciiLetter(text: string, at: number): boolean {

@@ -1,4 +1,4 @@
-/** @file Reads and writes files, on platforms other than browsers. */
+/** @file Reads and writes files (not in browsers). */
 import { readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
@@ -20,7 +20,7 @@ export async function writeText(path: string | URL, text: string): Promise<void>
       code: 'E_FORMAT',
       op: 'save',
       problem,
-      fix: "pass a string or file URL, for example 'tokenizer.json'",
+      fix: "pass a string or a file URL, for example 'tokenizer.json'",
     })
   }
   const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
@@ -40,4 +40,4 @@ export async function writeText(path: string | URL, text: string): Promise<void>
   }
 }
 
-export const parts = { files: { readText, writeText } }
+export const features = { files: { readText, writeText } }

@@ -1,16 +1,16 @@
-/** @file The package outside of browsers: everything is there at once. */
-import { longTokens } from './added-tokens.ts'
-import { provideAll } from './all-parts.ts'
-import { callCheck } from './call-check.ts'
-import { checkCall } from './check-call.ts'
-import { parts as files } from './files.ts'
-import { startsOf } from './long-tokens.ts'
-import { provide } from './parts.ts'
-import { parts as tiktoken } from './tiktoken.ts'
+/** @file Entry point outside of browsers: all features are registered at once, and calls are validated. */
+import { longTokenMatcher } from './added-tokens.ts'
+import { createMatcher } from './aho-corasick.ts'
+import { registerAll } from './all-features.ts'
+import { register } from './features.ts'
+import { features as files } from './files.ts'
+import { features as tiktoken } from './tiktoken.ts'
+import { validateCall } from './validate-call.ts'
+import { validation } from './validation.ts'
 
-provideAll()
-provide({ ...files, ...tiktoken })
-longTokens.find = startsOf
-callCheck.of = checkCall
+registerAll()
+register({ ...files, ...tiktoken })
+longTokenMatcher.create = createMatcher
+validation.check = validateCall
 
 export * from './browser.ts'

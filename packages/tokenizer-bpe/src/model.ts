@@ -1,5 +1,5 @@
 /** @file A byte-level BPE model: tokens, their bytes, and merges. */
-import { charOfByte, unspellInto } from './byte-alphabet.ts'
+import { alphabetToBytes, charOfByte } from './byte-alphabet.ts'
 import { TokenizerError } from './errors.ts'
 
 /** Maximum id plus one: tables are indexed by id. */
@@ -54,7 +54,7 @@ export class BpeModel {
       const token = tokens[id]
       this.starts[id] = at
       if (token === undefined) continue
-      let width = unspellInto(token, arena, at)
+      let width = alphabetToBytes(token, arena, at)
       if (width > 0) this.pieceLengths[id] = width
       // A token outside the byte alphabet represents its own text, as in the ByteLevel decoder.
       if (width < 0) width = new TextEncoder().encodeInto(token, arena.subarray(at)).written

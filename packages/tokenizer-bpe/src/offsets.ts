@@ -3,9 +3,10 @@ import type { IdBuffer, PieceListener } from './bpe/encoder.ts'
 import type { BpeModel } from './model.ts'
 import { previous } from './unicode/utf8.ts'
 
-/** White space, in the byte alphabet or plain. */
-const GAP = /[Ġ\p{White_Space}]/u
+/** White space, as itself or in the byte alphabet. */
+const WHITE_SPACE = /[Ġ\p{White_Space}]/u
 
+/** Whether a byte continues a character. */
 const isInside = (byte: number) => (byte & 0xc0) === 0x80
 
 export class OffsetCollector {
@@ -40,7 +41,7 @@ export class OffsetCollector {
   /**
    * Adds the position of a token at the bytes from `start` to `end`; 0 and 0 if it covers no text. White space at its ends is excluded as in Hugging Face, except for the
    * space that `add_prefix_space` may have added at the start.
-   * @param token its spelling; for an added token the text itself, with the white space that it includes
+   * @param token the token in the byte alphabet; omit it for an added token, which is the covered text itself
    */
   add(start: number, end: number, token?: string): void {
     const bytes = this.#bytes
@@ -54,8 +55,8 @@ export class OffsetCollector {
       const name = token ?? this.#text.slice(unitOf[from], unitOf[to])
       let leading = 0
       let trailing = 0
-      while (leading < name.length && GAP.test(name[leading])) leading++
-      while (trailing < name.length && GAP.test(name[name.length - 1 - trailing])) trailing++
+      while (leading < name.length && WHITE_SPACE.test(name[leading])) leading++
+      while (trailing < name.length && WHITE_SPACE.test(name[name.length - 1 - trailing])) trailing++
       if (leading === 1 && this.#prefixSpace && (this.#offsets.length === 0 || from === 0)) leading = 0
       for (; leading > 0 && from < to; leading--) {
         from++
@@ -69,7 +70,7 @@ export class OffsetCollector {
   /**
    * Adds the positions of the tokens of pieces, which are the last ones in `out`.
    * @param bytes the bytes that the pieces come from
-   * @param origin position of each byte in the text, if it differs
+   * @param origin position of each byte in the text, if the pre-tokenizer changed the bytes
    */
   pieces(
     { tokens, lengths, byteToken, options }: BpeModel,

@@ -13,10 +13,10 @@ export type PreTokenizerName =
 
 export interface KnownPreTokenizer {
   readonly scanner: Scanner
-  /** Regular expressions of the isolated `Split` steps; none for a ByteLevel with its own. */
+  /** Regular expressions of the isolated `Split` steps; none if ByteLevel splits with its own. */
   readonly patterns: readonly string[]
-  /** ByteLevel's own regular expression, for files that spell it out. */
-  readonly spelled?: string
+  /** ByteLevel's own regular expression, for files that contain it in a `Split` step. */
+  readonly explicitPattern?: string
   /** Whether each digit becomes a separate piece after the splits. */
   readonly digits?: boolean
 }
@@ -58,21 +58,24 @@ export function preTokenizerJson(patterns: readonly string[], digits = false): R
   return { type: 'Sequence', pretokenizers: [...splits, byteLevel] }
 }
 
-/** The only known name that a `pre_tokenizer` of tokenizer.json can have. */
+/** Returns the only known pre-tokenizer that a `pre_tokenizer` of tokenizer.json can be; `isKnown` decides. */
 export function guessName(json: unknown): PreTokenizerName | undefined {
   return NAMES[signature(json)?.length ?? 0]
 }
 
 /** Whether a `pre_tokenizer` of tokenizer.json is the named one. */
-export function isKnown(json: unknown, { patterns, spelled, digits }: KnownPreTokenizer): boolean {
+export function isKnown(json: unknown, { patterns, explicitPattern, digits }: KnownPreTokenizer): boolean {
   const key = signature(json)
   return (
     key === signature(preTokenizerJson(patterns, digits)) ||
-    (spelled !== undefined && key === signature(preTokenizerJson([spelled])))
+    (explicitPattern !== undefined && key === signature(preTokenizerJson([explicitPattern])))
   )
 }
 
-/** Returns the parts of a `pre_tokenizer` that determine its pieces, as text: splits, digits and ByteLevel. Undefined if it has others. */
+/**
+ * Returns the steps of a `pre_tokenizer` as text: Split, Digits and ByteLevel, with the options that determine the
+ * pieces. Undefined if there are other steps.
+ */
 function signature(json: unknown): string | undefined {
   const steps: string[] = []
   const walk = (value: unknown): boolean => {

@@ -1,12 +1,12 @@
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../scripts/random-text.ts'
 import { randomNumbers } from './data/random.ts'
+import { feature } from './features.ts'
 import { BpeTokenizer } from './index.ts'
-import { part } from './parts.ts'
+import { readSteps, runSteps } from './json/pre-tokenizer-steps.ts'
 import { Pattern } from './pattern/pattern.ts'
 import { toOniguruma } from './pattern/tiktoken-pattern.ts'
 import { preTokenizerJson } from './pre-tokenizers.ts'
-import { readSteps, runSteps } from './split-steps.ts'
 
 /** Ranks of the 256 bytes, then of these tokens. */
 function ranks(...tokens: string[]): string {
@@ -86,7 +86,7 @@ describe("patterns in tiktoken's syntax", () => {
 
   test.each(Object.entries(patterns))('split as the scanner of %s does', (name, pattern) => {
     const random = randomNumbers(11)
-    const { scanner } = part(name === 'cl100k' ? 'cl100k-tiktoken' : (name as 'gpt2'))
+    const { scanner } = feature(name === 'cl100k' ? 'cl100k-tiktoken' : (name as 'gpt2'))
     const steps = readSteps(preTokenizerJson([toOniguruma(pattern)]))
     const ends = new Int32Array(1000)
     for (let i = 0; i < 1000; i++) {

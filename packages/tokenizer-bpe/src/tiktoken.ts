@@ -1,14 +1,15 @@
 /** @file Reads rank files of tiktoken: tokens and ranks, from which merges are derived. */
-import { PieceMerger } from './bpe/merge-piece.ts'
+
 import { MergeTable } from './bpe/merge-table.ts'
-import { spellBytes } from './byte-alphabet.ts'
-import { callCheck } from './call-check.ts'
+import { PieceMerger } from './bpe/piece-merger.ts'
+import { bytesToAlphabet } from './byte-alphabet.ts'
 import { TokenizerError } from './errors.ts'
+import type { Features } from './features.ts'
 import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
-import type { Parts } from './parts.ts'
 import { toOniguruma } from './pattern/tiktoken-pattern.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson } from './pre-tokenizers.ts'
+import { validation } from './validation.ts'
 
 /** Settings that a rank file does not contain. */
 export interface TiktokenOptions {
@@ -23,7 +24,7 @@ export interface TiktokenOptions {
 
 const NAMES = ['gpt2', 'cl100k', 'o200k']
 
-function bad(line: number, problem: string): TokenizerError {
+function invalid(line: number, problem: string): TokenizerError {
   return new TokenizerError({
     code: 'E_FORMAT',
     op: `tiktoken ranks, line ${line}`,
@@ -40,10 +41,10 @@ function parseRanks(text: string): Map<number, Uint8Array> {
     line++
     if (entry.trim() === '') continue
     const match = /^([A-Za-z0-9+/]*={0,2}) (\d{1,8})\r?$/.exec(entry)
-    if (match === null) throw bad(line, `is invalid: ${JSON.stringify(entry.slice(0, 40))}`)
+    if (match === null) throw invalid(line, `is invalid: ${JSON.stringify(entry.slice(0, 40))}`)
     const rank = Number(match[2])
-    if (rank >= MAX_ID) throw bad(line, `rank ${rank} is not below ${MAX_ID}`)
-    if (ranks.has(rank)) throw bad(line, `duplicate rank ${rank}`)
+    if (rank >= MAX_ID) throw invalid(line, `rank ${rank} is not below ${MAX_ID}`)
+    if (ranks.has(rank)) throw invalid(line, `duplicate rank ${rank}`)
     let decoded: string
     try {
       decoded = atob(match[1])
@@ -75,7 +76,7 @@ function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   const byteToken = new Int32Array(256).fill(-1)
   for (const id of ids) {
     const bytes = ranks.get(id)!
-    const text = spellBytes(bytes)
+    const text = bytesToAlphabet(bytes)
     if (idOf.has(text)) {
       throw new TokenizerError({
         code: 'E_FORMAT',
@@ -111,15 +112,15 @@ function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
 }
 
 /**
- * Creates the parts of a tokenizer: the model, `added_tokens` and `pre_tokenizer` as in tokenizer.json.
- * @param patternsOf returns the patterns of a pre-tokenizer
+ * Returns the components of a tokenizer: the model, and `added_tokens` and `pre_tokenizer` as in tokenizer.json.
+ * @param patternsOf returns the patterns of a named pre-tokenizer
  */
 export function readTiktoken(
   ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
   options: TiktokenOptions,
   patternsOf: (name: PreTokenizerName) => readonly string[],
 ) {
-  callCheck.of?.('fromTiktoken', options, ranks)
+  validation.check?.('fromTiktoken', options, ranks)
   const text = ranks instanceof Uint8Array ? new TextDecoder().decode(ranks) : ranks
   const model = modelFromRanks(typeof text === 'string' ? parseRanks(text) : text)
   const choice = options.preTokenizer
@@ -134,7 +135,7 @@ export function readTiktoken(
   return {
     model,
     added: Object.entries(options.specialTokens ?? {}).map(([content, id]) => ({ id, content, special: true })),
-    // tiktoken's own pattern for cl100k differs from the one that tokenizer.json files carry.
+    // tiktoken's own pattern for cl100k differs from the one in tokenizer.json files.
     preTokenizer: preTokenizerJson(
       typeof choice === 'string'
         ? patternsOf(choice === 'cl100k' ? 'cl100k-tiktoken' : choice)
@@ -143,4 +144,4 @@ export function readTiktoken(
   }
 }
 
-export const parts: Partial<Parts> = { tiktoken: readTiktoken }
+export const features: Partial<Features> = { tiktoken: readTiktoken }

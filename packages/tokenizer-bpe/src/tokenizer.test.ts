@@ -118,7 +118,7 @@ describe('training', () => {
     expect(() => train({ vocabSize: 257, specialTokens: ['a|', 'b|'] })).toThrow(
       'vocabSize 257 is smaller than 256 bytes + 2 special tokens',
     )
-    expect(() => train({ preTokenizer: 'gpt5' as never })).toThrow('preTokenizer "gpt5" is not known')
+    expect(() => train({ preTokenizer: 'gpt5' as never })).toThrow('unknown preTokenizer "gpt5"; use one of')
     expect(() => train({ specialTokens: ['<a>', '<a>'] })).toThrow('"<a>" is listed twice')
   })
 

@@ -1,25 +1,25 @@
 /** @file The tokenizer: converts text to ids and back. Created from tokenizer.json, from tiktoken ranks, or by training. */
-import { type AddedToken, AddedTokenFinder, type Left } from './added-tokens.ts'
+import { type AddedToken, AddedTokenFinder, type Ignored } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
-import { CutTable } from './bpe/cut-table.ts'
+import { BoundaryTable } from './bpe/boundary-table.ts'
 import { Encoder, IdBuffer, PADDING } from './bpe/encoder.ts'
-import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
-import { callCheck } from './call-check.ts'
+import { PieceMerger } from './bpe/piece-merger.ts'
 import { DecodeStream } from './decode-stream.ts'
 import { TokenizerError } from './errors.ts'
+import { type FeatureName, type Features, feature, loadFeatures } from './features.ts'
 import { readAddedTokens } from './json/added-tokens.ts'
-import { type JsonObject, unsupported, wrong } from './json/check.ts'
+import { invalid, type JsonObject, unsupported } from './json/check.ts'
 import { checkDecoder, needsNormalizer, parseFile } from './json/file.ts'
 import { readModel, writeModel } from './json/model.ts'
 import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
-import { compilePreTokenizer, fetchPreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
+import { compilePreTokenizer, loadPreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
 import type { BpeModel } from './model.ts'
 import type { Normalizer } from './normalizer.ts'
 import { OffsetCollector } from './offsets.ts'
-import { fetchParts, type PartName, type Parts, part } from './parts.ts'
 import type { PreTokenizerName } from './pre-tokenizers.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
+import { validation } from './validation.ts'
 
 /** Options of `encode`. */
 export interface EncodeOptions {
@@ -51,7 +51,7 @@ export interface EncodingWithOffsets {
   readonly offsets: Uint32Array
 }
 
-/** The parts of tokenizer.json other than the model, kept as read. */
+/** The components of a tokenizer.json other than the model, as in the file. */
 export interface TokenizerParts {
   readonly normalizer?: unknown
   readonly pre_tokenizer: unknown
@@ -61,11 +61,11 @@ export interface TokenizerParts {
 
 const utf8 = new TextEncoder()
 
-/** Minimum number of characters of a batch that is distributed over threads, since each thread must first load the tokenizer. */
-const WORTH_THREADS = 1 << 23
+/** Minimum number of characters of a batch that uses threads by default, since each must first load the tokenizer. */
+const MIN_THREADED_CHARACTERS = 1 << 23
 
-/** Maximum size in bytes of the scratch buffer that is kept between calls. */
-const KEPT_SCRATCH = 1 << 20
+/** Maximum size of the buffers that are kept between calls: bytes of text, or ids. */
+const MAX_KEPT_SCRATCH = 1 << 20
 
 /**
  * A byte-level BPE tokenizer, with the same ids as Hugging Face tokenizers. It is immutable. Create one with `trainBpe`, `fromFile`, `fromJSON` or
@@ -82,9 +82,10 @@ export class BpeTokenizer {
   readonly #normalizer: Normalizer | undefined
   readonly #preTokenizer: PreTokenizer
   readonly #encoder: Encoder
-  /** Find added tokens before and after normalization. */
+  /** Finds added tokens before normalization. */
   readonly #rawFinder: AddedTokenFinder
-  readonly #lateFinder: AddedTokenFinder
+  /** Finds added tokens after normalization. */
+  readonly #normalizedFinder: AddedTokenFinder
   readonly #out = new IdBuffer()
   #scratch = new Uint8Array(4096)
   #view = new DataView(this.#scratch.buffer)
@@ -112,26 +113,26 @@ export class BpeTokenizer {
     this.vocabSize = size
     this.#post = readPostProcessor(parts.post_processor, added, size)
     checkDecoder(parts.decoder)
-    const normalizer = needsNormalizer(parts.normalizer) ? part('normalizer')(parts.normalizer) : undefined
+    const normalizer = needsNormalizer(parts.normalizer) ? feature('normalizer')(parts.normalizer) : undefined
     this.#normalizer = normalizer
     this.#preTokenizer = preTokenizer
     const table = MergeTable.of(model.merges, model.byteToken, model.tokens.length)
     const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
-    const whole = model.options.ignoreMerges
-      ? new (part('whole'))(model.bytes, model.starts, model.pieceLengths)
+    const lookup = model.options.ignoreMerges
+      ? new (feature('tokenLookup'))(model.bytes, model.starts, model.pieceLengths)
       : undefined
     this.#encoder = new Encoder(
       merger,
       this.#preTokenizer.scanner,
-      whole,
-      () => new CutTable(model.bytes, model.starts, model.lengths),
+      lookup,
+      () => new BoundaryTable(model.bytes, model.starts, model.lengths),
     )
     const contentOf = (token: AddedToken) => this.#addedBytes.get(token.id)!
     this.#rawFinder = new AddedTokenFinder(
       added.filter(token => !token.normalized),
       contentOf,
     )
-    this.#lateFinder = new AddedTokenFinder(
+    this.#normalizedFinder = new AddedTokenFinder(
       added.filter(token => token.normalized),
       normalizer ? token => utf8.encode(normalizer(token.content)) : contentOf,
     )
@@ -142,17 +143,17 @@ export class BpeTokenizer {
    * @throws TokenizerError as `fromJSON`, and E_FORMAT if the file cannot be read
    */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
-    return BpeTokenizer.fromJSONAsync(await part('files').readText(path))
+    return BpeTokenizer.fromJSONAsync(await feature('files').readText(path))
   }
 
   /** As `fromJSON`; in browsers, it first fetches the code that the tokenizer needs. */
   static async fromJSONAsync(json: string | object): Promise<BpeTokenizer> {
     const file = parseFile(json)
-    const names: PartName[] = []
+    const names: FeatureName[] = []
     if (needsNormalizer(file.normalizer)) names.push('normalizer')
-    if ((file.model as JsonObject | undefined)?.ignore_merges) names.push('whole')
+    if ((file.model as JsonObject | undefined)?.ignore_merges) names.push('tokenLookup')
     if (JSON.stringify(file.post_processor)?.includes('TemplateProcessing')) names.push('template')
-    await Promise.all([fetchPreTokenizer(file.pre_tokenizer), fetchParts(...names)])
+    await Promise.all([loadPreTokenizer(file.pre_tokenizer), loadFeatures(...names)])
     return BpeTokenizer.fromJSON(file)
   }
 
@@ -163,7 +164,7 @@ export class BpeTokenizer {
    */
   static fromJSON(json: string | object): BpeTokenizer {
     const file = parseFile(json)
-    if (file.model === undefined) throw wrong('model', 'is missing')
+    if (file.model === undefined) throw invalid('model', 'is missing')
     for (const part of ['truncation', 'padding']) {
       if (file[part] !== undefined && file[part] !== null) {
         throw unsupported(part, `a ${part} policy`, `set "${part}" to null and apply it to the ids`)
@@ -187,7 +188,7 @@ export class BpeTokenizer {
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
   ): BpeTokenizer {
-    return fromTiktokenFile(part('tiktoken')(ranks, options, patternsOf))
+    return fromTiktokenFile(feature('tiktoken')(ranks, options, patternsOf))
   }
 
   /** As `fromTiktoken`; in browsers, it first fetches the code that the tokenizer needs. */
@@ -195,11 +196,11 @@ export class BpeTokenizer {
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
   ): Promise<BpeTokenizer> {
-    callCheck.of?.('fromTiktoken', options, ranks)
+    validation.check?.('fromTiktoken', options, ranks)
     const { preTokenizer } = options
-    await fetchParts('tiktoken', 'whole', ...(typeof preTokenizer === 'string' ? [preTokenizer] : []))
-    const file = part('tiktoken')(ranks, options, patternsOf)
-    await fetchPreTokenizer(file.preTokenizer)
+    await loadFeatures('tiktoken', 'tokenLookup', ...(typeof preTokenizer === 'string' ? [preTokenizer] : []))
+    const file = feature('tiktoken')(ranks, options, patternsOf)
+    await loadPreTokenizer(file.preTokenizer)
     return fromTiktokenFile(file)
   }
 
@@ -208,7 +209,7 @@ export class BpeTokenizer {
    * @returns the ids, in a new array
    */
   encode(text: string, options: EncodeOptions = {}): Uint32Array {
-    callCheck.of?.('encode', options)
+    validation.check?.('encode', options)
     return this.#encode(text, options)
   }
 
@@ -223,17 +224,17 @@ export class BpeTokenizer {
       }
     }
     special(this.#post.before)
-    this.#encodeText(text, leftBy(options), out, offsets)
+    this.#encodeText(text, ignoredBy(options), out, offsets)
     special(this.#post.after)
     const ids = out.ids.slice(0, out.length)
-    if (out.ids.length > KEPT_SCRATCH) out.ids = new Uint32Array(256)
+    if (out.ids.length > MAX_KEPT_SCRATCH) out.ids = new Uint32Array(256)
     return ids
   }
 
-  /** @param offsets only for texts that the normalizer does not change */
-  #encodeText(text: string, left: Left, out: IdBuffer, offsets?: OffsetCollector): void {
+  /** @param offsets can only be collected for texts that the normalizer does not change */
+  #encodeText(text: string, ignored: Ignored, out: IdBuffer, offsets?: OffsetCollector): void {
     const end = this.#load(text)
-    // Finders search to the end of their array.
+    // The finders search up to the end of their array.
     const bytes = this.#scratch.subarray(0, end)
     const normalizer = this.#normalizer
     const added = (token: AddedToken, from: number, to: number) => {
@@ -243,8 +244,9 @@ export class BpeTokenizer {
     let first = true
     const ordinary = (from: number, to: number) => this.#encodeSegment(from, to, first && from === 0, out, offsets)
     if (normalizer === undefined || offsets) {
-      const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, left, ordinary, added)
-      this.#rawFinder.split(bytes, 0, end, left, late, added)
+      const normalized = (from: number, to: number) =>
+        this.#normalizedFinder.split(bytes, from, to, ignored, ordinary, added)
+      this.#rawFinder.split(bytes, 0, end, ignored, normalized, added)
     } else {
       const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
       const segments: (string | AddedToken)[] = []
@@ -252,7 +254,7 @@ export class BpeTokenizer {
         bytes,
         0,
         end,
-        left,
+        ignored,
         (from, to) => segments.push(decoder.decode(bytes.subarray(from, to))),
         token => segments.push(token),
       )
@@ -264,13 +266,13 @@ export class BpeTokenizer {
         first = i === 0
         const length = this.#load(normalizer(segment))
         const inner = this.#scratch.subarray(0, length)
-        this.#lateFinder.split(inner, 0, length, left, ordinary, added)
+        this.#normalizedFinder.split(inner, 0, length, ignored, ordinary, added)
       })
     }
-    if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
+    if (this.#scratch.length > MAX_KEPT_SCRATCH) this.#resize(4096)
   }
 
-  /** Encodes a part of the scratch buffer without added tokens. */
+  /** Encodes a part of the scratch buffer that contains no added tokens. */
   #encodeSegment(from: number, to: number, first: boolean, out: IdBuffer, offsets?: OffsetCollector): void {
     const prepared = this.#preTokenizer.prepare?.(this.#scratch, from, to, first)
     const { bytes, length, origin } = prepared ?? { bytes: this.#scratch, length: to }
@@ -290,7 +292,7 @@ export class BpeTokenizer {
    * @throws TokenizerError E_UNSUPPORTED if the normalizer changes the text, since positions are then lost
    */
   encodeWithOffsets(text: string, options: EncodeOptions = {}): EncodingWithOffsets {
-    callCheck.of?.('encode', options)
+    validation.check?.('encode', options)
     checkText(text)
     if (this.#normalizer !== undefined && this.#normalizer(text) !== text) {
       throw new TokenizerError({
@@ -305,17 +307,18 @@ export class BpeTokenizer {
   }
 
   /**
-   * Encodes a text that arrives in parts, and yields ids in parts. Together they equal `encode` of the whole text without the special tokens around it. Text is
-   * buffered until a space before a word, where pieces end whatever follows (all of it, if the pre-tokenizer has no hand-written scanner).
+   * Encodes a text that arrives in parts, and yields ids in parts. Together they equal `encode` of the whole text without
+   * the special tokens around it. Text is buffered up to a space between two ASCII letters, where pieces end regardless of
+   * what follows. If the pre-tokenizer has no hand-written scanner, all of the text is buffered.
    */
   async *encodeStream(
     parts: AsyncIterable<string> | Iterable<string>,
     options: EncodeOptions = {},
   ): AsyncGenerator<Uint32Array> {
-    const { cutStream } = await import('./encode-stream.ts')
+    const { splitStream } = await import('./encode-stream.ts')
     const plain = { ...options, addSpecialTokens: false }
     const added = this.#preTokenizer.prepare === undefined ? this.#added : undefined
-    for await (const text of cutStream(parts, added)) yield this.encode(text, plain)
+    for await (const text of splitStream(parts, added)) yield this.encode(text, plain)
   }
 
   /**
@@ -326,10 +329,10 @@ export class BpeTokenizer {
     texts: readonly string[],
     options: EncodeOptions & { readonly threads?: number } = {},
   ): Promise<Uint32Array[]> {
-    callCheck.of?.('encodeBatch', options, texts)
+    validation.check?.('encodeBatch', options, texts)
     const { threads, ...encodeOptions } = options
     const size = texts.reduce((sum, text) => sum + text.length, 0)
-    if (threads === undefined ? size < WORTH_THREADS : threads < 2)
+    if (threads === undefined ? size < MIN_THREADED_CHARACTERS : threads < 2)
       return texts.map(text => this.encode(text, encodeOptions))
     this.#pool ??= import('./batch/pool.ts').then(({ EncodePool }) => new EncodePool(() => JSON.stringify(this)))
     const ids = await (await this.#pool).encode(texts, encodeOptions, threads)
@@ -341,7 +344,8 @@ export class BpeTokenizer {
   #load(text: string): number {
     checkText(text)
     const need = text.length * 3 + PADDING
-    if (need > this.#scratch.length) this.#resize(need < KEPT_SCRATCH ? Math.max(need, this.#scratch.length * 2) : need)
+    if (need > this.#scratch.length)
+      this.#resize(need < MAX_KEPT_SCRATCH ? Math.max(need, this.#scratch.length * 2) : need)
     return utf8.encodeInto(text, this.#scratch).written
   }
 
@@ -355,7 +359,7 @@ export class BpeTokenizer {
    * @throws TokenizerError E_UNKNOWN_TOKEN for an id outside the vocabulary
    */
   decode(ids: Iterable<number>, options: DecodeOptions = {}): string {
-    callCheck.of?.('decode', options, ids)
+    validation.check?.('decode', options, ids)
     const skip = options.skipSpecialTokens ?? false
     const list = 'length' in ids ? (ids as unknown as ArrayLike<number>) : Array.from(ids)
     let bytes = new Uint8Array(list.length * 6 + 64)
@@ -377,7 +381,7 @@ export class BpeTokenizer {
 
   /** Creates a decoder for ids that arrive one at a time. It only returns complete characters. */
   createDecodeStream(options: DecodeOptions = {}): DecodeStream {
-    callCheck.of?.('decode', options, [])
+    validation.check?.('decode', options, [])
     const skip = options.skipSpecialTokens ?? false
     return new DecodeStream(id => this.#bytesOf(id, skip))
   }
@@ -421,7 +425,7 @@ export class BpeTokenizer {
     return this.#model.merges.length / 3
   }
 
-  /** How texts are split into pieces: the name of a hand-written scanner, or a description of the slower general method. */
+  /** The pre-tokenizer: the name of a hand-written scanner, or `steps` if it is interpreted, which is slower. */
   get preTokenizer(): string {
     return this.#preTokenizer.name
   }
@@ -448,15 +452,15 @@ export class BpeTokenizer {
 
   /** Writes tokenizer.json, completely or not at all. Requires a file system. @throws TokenizerError E_FORMAT */
   async save(path: string | URL): Promise<void> {
-    await part('files').writeText(path, `${JSON.stringify(this.toJSON())}\n`)
+    await feature('files').writeText(path, `${JSON.stringify(this.toJSON())}\n`)
   }
 }
 
 const EMPTY = new Uint8Array(0)
 
-const patternsOf = (name: PreTokenizerName) => part(name).patterns
+const patternsOf = (name: PreTokenizerName) => feature(name).patterns
 
-const fromTiktokenFile = ({ model, added, preTokenizer }: ReturnType<Parts['tiktoken']>): BpeTokenizer =>
+const fromTiktokenFile = ({ model, added, preTokenizer }: ReturnType<Features['tiktoken']>): BpeTokenizer =>
   new BpeTokenizer(model, readAddedTokens(added, model), { pre_tokenizer: preTokenizer })
 
 function checkText(text: unknown): void {
@@ -464,5 +468,5 @@ function checkText(text: unknown): void {
     throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `expected a string, got ${typeof text}` })
 }
 
-const leftBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Left =>
+const ignoredBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Ignored =>
   parseAddedTokens ? (parseSpecialTokens ? 0 : 1) : 2

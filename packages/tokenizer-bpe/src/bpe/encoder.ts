@@ -1,21 +1,21 @@
-/** @file The hot loop: bytes of a text between added tokens in, ids out, through the scanner, the cache and the merges. */
+/** @file The hot loop of encoding: splits bytes into pieces, and converts these to ids with the caches and the merger. */
 import type { Scanner } from '../scan/scanner.ts'
-import type { CutTable } from './cut-table.ts'
+import type { BoundaryTable } from './boundary-table.ts'
+import { CjkMerger } from './cjk-merger.ts'
 import { hashLong, LONG_KEY, LongPieceCache } from './long-piece-cache.ts'
-import type { PieceMerger } from './merge-piece.ts'
 import { hashKey, KEY_MASKS, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
-import type { WholeTable } from './whole-table.ts'
-import { WideMerger } from './wide-merger.ts'
+import type { PieceMerger } from './piece-merger.ts'
+import type { TokenLookup } from './token-lookup.ts'
 
-/** Zero bytes that must be readable past the end of a text, so that keys load in whole words. */
+/** Number of bytes that must be readable after the end of a text, so that keys can be loaded in words. */
 export const PADDING = 16
 
-/** Ids with room to grow. */
+/** A growing list of ids. */
 export class IdBuffer {
   ids: Uint32Array = new Uint32Array(256)
   length = 0
 
-  /** Makes room for `count` more. */
+  /** Reserves space for `count` more ids. */
   reserve(count: number): void {
     const need = this.length + count
     if (need <= this.ids.length) return
@@ -30,35 +30,40 @@ export class IdBuffer {
   }
 }
 
-/** Called for each piece with its place in the bytes and the number of ids that it gave, which are then the last in the buffer. */
+/** Called for each piece with its position and the number of its ids, which are the last ones in the buffer. */
 export type PieceListener = (start: number, end: number, ids: number) => void
 
-/** Marks the length in the key of a part of a piece, which is merged even where it is a token as a whole. */
+/** Flag in the key of a part of a piece. Unlike a piece, a part is merged even if it is a token (`ignore_merges`). */
 const PART = 0x20
 
 export class Encoder {
   readonly #merger: PieceMerger
   readonly #scan: Scanner
-  readonly #whole: WholeTable | undefined
-  readonly #makeCuts: () => CutTable
-  #cuts: CutTable | undefined
-  #wide: WideMerger | undefined
+  readonly #lookup: TokenLookup | undefined
+  readonly #makeBoundaries: () => BoundaryTable
+  #boundaries: BoundaryTable | undefined
+  #cjk: CjkMerger | undefined
   readonly #cache = new PieceCache()
   readonly #longCache = new LongPieceCache()
   readonly #ends = new Int32Array(4096)
 
   /**
-   * @param whole asked for each piece before it is merged, where the vocabulary says so (`ignore_merges`)
-   * @param makeCuts made on the first long piece
+   * @param lookup for `ignore_merges`: pieces found in it are not merged
+   * @param makeBoundaries called for the first long piece
    */
-  constructor(merger: PieceMerger, scan: Scanner, whole: WholeTable | undefined, makeCuts: () => CutTable) {
+  constructor(
+    merger: PieceMerger,
+    scan: Scanner,
+    lookup: TokenLookup | undefined,
+    makeBoundaries: () => BoundaryTable,
+  ) {
     this.#merger = merger
     this.#scan = scan
-    this.#whole = whole
-    this.#makeCuts = makeCuts
+    this.#lookup = lookup
+    this.#makeBoundaries = makeBoundaries
   }
 
-  /** Appends the ids of `bytes[start..end)`; `view` is over the same bytes, which are readable for PADDING more. */
+  /** Appends the ids of `bytes[start..end)`. `view` covers the same bytes, and PADDING bytes after them. */
   encode(bytes: Uint8Array, view: DataView, start: number, end: number, out: IdBuffer, listener?: PieceListener): void {
     const scan = this.#scan
     const ends = this.#ends
@@ -67,7 +72,7 @@ export class Encoder {
     let pos = start
     while (pos < end) {
       const count = scan(bytes, pos, end, ends)
-      // One id a byte at most, and three may be written where one is kept.
+      // At most one id per byte; up to three are written even if there is only one.
       out.reserve(ends[count - 1] - pos + 3)
       const ids = out.ids
       let length = out.length
@@ -94,7 +99,7 @@ export class Encoder {
             slots[slot + 3] === k3 &&
             meta < 0x400
           ) {
-            // Nearly every piece: in its first slot, three ids at most.
+            // The usual case: found in its first slot, with at most three ids.
             ids[length] = slots[slot + 5]
             if (meta >= 0x200) {
               ids[length + 1] = slots[slot + 6]
@@ -120,7 +125,7 @@ export class Encoder {
     }
   }
 
-  /** A piece or part of up to SHORT_KEY bytes: from the cache, or merged and put there. `mark` is its length, with PART for a part. */
+  /** Encodes a piece or part of up to SHORT_KEY bytes, with the cache. `mark` is its length, with the flag PART for a part. */
   #short(
     bytes: Uint8Array,
     view: DataView,
@@ -157,17 +162,17 @@ export class Encoder {
       }
       slot = (slot + SLOT) & limit
     }
-    const whole = mark < PART && this.#whole !== undefined ? this.#whole.find(bytes, from, to) : -1
+    const whole = mark < PART && this.#lookup !== undefined ? this.#lookup.find(bytes, from, to) : -1
     let tokens = 1
     if (whole >= 0) this.#merger.out[0] = whole
     else tokens = this.#merger.merge(bytes, from, to)
-    const made = this.#merger.out
-    for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
-    cache.put(k0, k1, k2, k3, hash, mark, made, tokens)
+    const merged = this.#merger.out
+    for (let t = 0; t < tokens; t++) ids[length + t] = merged[t]
+    cache.put(k0, k1, k2, k3, hash, mark, merged, tokens)
     return length + tokens
   }
 
-  /** A longer piece, or PART of one: from the cache, or merged and put there. */
+  /** Encodes a longer piece, or part of one if `mark` is PART, with the cache. */
   #long(
     bytes: Uint8Array,
     view: DataView,
@@ -179,46 +184,46 @@ export class Encoder {
   ): number {
     const width = to - from
     const cache = this.#longCache
-    const keep = width <= LONG_KEY
+    const cached = width <= LONG_KEY
     let hash = 0
-    if (keep) {
+    if (cached) {
       hash = hashLong(view, from, width, mark)
-      const place = cache.find(view, from, width, hash)
-      if (place >= 0) {
+      const at = cache.find(view, from, width, hash)
+      if (at >= 0) {
         const { pool, found } = cache
-        for (let i = 0; i < found; i++) ids[length + i] = pool[place + i]
+        for (let i = 0; i < found; i++) ids[length + i] = pool[at + i]
         return length + found
       }
     }
     const end =
-      mark === PART ? this.#merge(bytes, from, to, ids, length) : this.#cut(bytes, view, from, to, ids, length)
-    if (keep) cache.put(view, from, width, hash, ids, length, end)
+      mark === PART ? this.#merge(bytes, from, to, ids, length) : this.#split(bytes, view, from, to, ids, length)
+    if (cached) cache.put(view, from, width, hash, ids, length, end)
     return end
   }
 
-  /** Merges a longer piece, cut where no token can lie across. */
-  #cut(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
-    if (this.#whole !== undefined) {
-      const whole = this.#whole.find(bytes, from, to)
+  /** Encodes a longer piece in parts between boundaries that no token crosses. */
+  #split(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
+    if (this.#lookup !== undefined) {
+      const whole = this.#lookup.find(bytes, from, to)
       if (whole >= 0) {
         ids[length] = whole
         return length + 1
       }
     }
-    // Bytes without a token vanish and make neighbours of others: then nothing is known about borders.
+    // Without a token for every byte, boundaries are not reliable: dropped bytes make others adjacent.
     if (!this.#merger.complete) return this.#merge(bytes, from, to, ids, length)
-    this.#cuts ??= this.#makeCuts()
-    const cuts = this.#cuts
-    this.#wide ??= new WideMerger(this.#merger, cuts)
-    const wide = this.#wide
-    const mark = this.#whole === undefined ? 0 : PART
+    this.#boundaries ??= this.#makeBoundaries()
+    const boundaries = this.#boundaries
+    this.#cjk ??= new CjkMerger(this.#merger, boundaries)
+    const cjk = this.#cjk
+    const mark = this.#lookup === undefined ? 0 : PART
     for (let at = from; at < to; ) {
       if (bytes[at] >= 0xe0) {
-        length = wide.merge(bytes, at, to, ids, length)
-        at = wide.end
+        length = cjk.merge(bytes, at, to, ids, length)
+        at = cjk.end
         if (at === to) break
       }
-      const next = cuts.next(bytes, at, to)
+      const next = boundaries.next(bytes, at, to)
       const width = next - at
       if (width <= SHORT_KEY) length = this.#short(bytes, view, at, next, width | mark, ids, length)
       else if (width === to - from) length = this.#merge(bytes, at, next, ids, length)

@@ -1,24 +1,24 @@
-/** @file Which pairs of tokens merge, in which order, into what: an open-addressing table on (left, right). */
+/** @file The merges of a vocabulary: an open-addressing hash table from pairs of tokens to ranks. */
 
-/** Rank of a pair that does not merge. */
+/** Rank of pairs that do not merge. */
 export const NO_RANK = 0x7fffffff
 
 export class MergeTable {
-  /** Token that the merge of each rank makes. */
+  /** Resulting token of each merge, by rank. */
   readonly product: Int32Array
-  /** Rank of each pair of single bytes, at `first << 8 | second`, or NO_RANK: what every piece starts with. */
+  /** Rank of each pair of bytes, at `first << 8 | second`, or NO_RANK. Merging starts from these. */
   readonly byteRank: Int32Array = new Int32Array(65536).fill(NO_RANK)
   count = 0
-  /** left, right, rank, unused; left is -1 in a free slot. */
+  /** Left token, right token, rank, unused; left is -1 in a free slot. */
   readonly #slots: Int32Array
   readonly #shift: number
-  /** Byte of each token that is one, else -1. */
+  /** Byte of each token of one byte; otherwise -1. */
   readonly #byteOf: Int16Array
 
   /**
-   * @param capacity merges to come
+   * @param capacity maximum number of merges
    * @param byteToken token of each byte, or -1
-   * @param tokens number of ids, above every id to come
+   * @param tokens number of ids
    */
   constructor(capacity: number, byteToken: Int32Array, tokens: number) {
     let bits = 4
@@ -30,14 +30,14 @@ export class MergeTable {
     for (let byte = 0; byte < 256; byte++) if (byteToken[byte] >= 0) this.#byteOf[byteToken[byte]] = byte
   }
 
-  /** A table of merges: left, right, product of each, in order of rank. */
+  /** Creates a table of merges in order of rank. Each is left, right and resulting token. */
   static of(merges: Int32Array, byteToken: Int32Array, tokens: number): MergeTable {
     const table = new MergeTable(merges.length / 3, byteToken, tokens)
     for (let i = 0; i < merges.length; i += 3) table.add(merges[i], merges[i + 1], merges[i + 2])
     return table
   }
 
-  /** Adds the merge of the next rank. A pair that comes twice has the later rank, as in Hugging Face tokenizers. */
+  /** Adds a merge with the next rank. A pair that occurs twice gets the later rank, as in Hugging Face tokenizers. */
   add(left: number, right: number, product: number): void {
     const rank = this.count++
     const slots = this.#slots
@@ -54,7 +54,7 @@ export class MergeTable {
     if (a >= 0 && b >= 0) this.byteRank[(a << 8) | b] = rank
   }
 
-  /** Rank of the merge of two tokens, or NO_RANK. */
+  /** Returns the rank of a pair, or NO_RANK. */
   rank(left: number, right: number): number {
     const slots = this.#slots
     const mask = (slots.length >>> 2) - 1

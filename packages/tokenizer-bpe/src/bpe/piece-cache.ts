@@ -1,26 +1,29 @@
 /**
- * @file Tokens of pieces of up to 16 bytes that were seen before, nearly all of a text: a bounded table with one half cache line for each, key and
- * tokens together. Probing is bounded, so no choice of pieces makes it slow.
+ * @file A cache of the tokens of pieces of up to 16 bytes, which are nearly all of a text: a bounded table in which key
+ * and tokens share half a cache line. The number of probes is bounded, so no choice of pieces makes it slow.
  */
 
-/** Longest piece in the first table, in bytes. */
+/** Maximum length of a piece in bytes. */
 export const SHORT_KEY = 16
 
-/** Slots looked at for a key. */
+/** Maximum number of slots that are searched for a key. */
 export const PROBES = 8
 const MAX_BITS = 18
 const MAX_POOL = 1 << 18
 
-/** Keeps the low `n` bytes of a little-endian word, at index n. */
+/** At index n, a mask for the low n bytes of a little-endian word. */
 const LOW_BYTES = Int32Array.of(0, 0xff, 0xffff, 0xffffff, -1)
-/** The masks of the four words of a key, at `4 * length`. */
+/** At `4 * length`, the masks of the four words of a key. */
 export const KEY_MASKS: Int32Array = new Int32Array((SHORT_KEY + 1) * 4)
 for (let length = 0; length <= SHORT_KEY; length++) {
   for (let word = 0; word < 4; word++)
     KEY_MASKS[length * 4 + word] = LOW_BYTES[Math.max(0, Math.min(4, length - word * 4))]
 }
 
-/** A slot: four words of key, `tokens << 8 | mark` (0 in a free slot; the mark is the length, and what the caller adds), then up to three tokens, or where in the pool they are. */
+/**
+ * Number of words in a slot: four of the key, `number of tokens << 8 | mark` (0 in a free slot; the mark is the length,
+ * possibly with a flag), and up to three tokens or the index of more in the pool.
+ */
 export const SLOT = 8
 
 export class PieceCache {
@@ -30,14 +33,14 @@ export class PieceCache {
   pool: Int32Array = new Int32Array(1024)
   #poolUsed = 0
 
-  /** Puts a piece that was not found in the first table. */
+  /** Adds a piece that was not found, under its mark. */
   put(
     k0: number,
     k1: number,
     k2: number,
     k3: number,
     hash: number,
-    length: number,
+    mark: number,
     tokens: Int32Array,
     count: number,
   ): void {
@@ -56,7 +59,7 @@ export class PieceCache {
     slots[slot + 1] = k1
     slots[slot + 2] = k2
     slots[slot + 3] = k3
-    slots[slot + 4] = (count << 8) | length
+    slots[slot + 4] = (count << 8) | mark
     if (count <= 3) {
       for (let i = 0; i < count; i++) slots[slot + 5 + i] = tokens[i]
     } else slots[slot + 5] = this.#keep(tokens, count)
@@ -93,22 +96,23 @@ export class PieceCache {
     }
   }
 
+  /** Copies tokens to the pool and returns their index. */
   #keep(tokens: Int32Array, count: number): number {
     while (this.#poolUsed + count > this.pool.length) {
       const grown = new Int32Array(this.pool.length * 2)
       grown.set(this.pool)
       this.pool = grown
     }
-    const place = this.#poolUsed
-    for (let i = 0; i < count; i++) this.pool[place + i] = tokens[i]
-    this.#poolUsed = place + count
-    return place
+    const index = this.#poolUsed
+    for (let i = 0; i < count; i++) this.pool[index + i] = tokens[i]
+    this.#poolUsed = index + count
+    return index
   }
 }
 
-/** 32-bit hash of a short key. */
-export function hashKey(k0: number, k1: number, k2: number, k3: number, length: number): number {
-  let h = Math.imul(k0 ^ length, 0x9e3779b1)
+/** Returns a 32-bit hash of a key. */
+export function hashKey(k0: number, k1: number, k2: number, k3: number, mark: number): number {
+  let h = Math.imul(k0 ^ mark, 0x9e3779b1)
   h = Math.imul((h ^ (h >>> 15)) + k1, 0x85ebca6b)
   h = Math.imul((h ^ (h >>> 13)) + k2, 0xc2b2ae35)
   h = Math.imul((h ^ (h >>> 16)) + k3, 0x27d4eb2f)

@@ -1,7 +1,8 @@
 /** @file Renders chat templates of Hugging Face (`tokenizer_config.json`) with @huggingface/jinja, an optional peer dependency. */
-import { checkCall } from '../check-call.ts'
+
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
+import { validateCall } from '../validate-call.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
 /** A message of a conversation. Templates may use further fields. */
@@ -124,7 +125,7 @@ export class ChatTemplate {
    *   in an endless loop
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
-    checkCall('ChatTemplate.render', options)
+    validateCall('ChatTemplate.render', options)
     if (!Array.isArray(messages)) {
       throw new TokenizerError({
         code: 'E_DATA',

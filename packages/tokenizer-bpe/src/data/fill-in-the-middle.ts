@@ -1,6 +1,7 @@
 /** @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as in the pre-training of DeepSeek-V3 (report, section 4.1). */
-import { checkCall } from '../check-call.ts'
+
 import { TokenizerError } from '../errors.ts'
+import { validateCall } from '../validate-call.ts'
 
 /** Options of `fillInTheMiddle`. */
 export interface FillInTheMiddleOptions {
@@ -21,7 +22,7 @@ export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fi
  * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that contains a sentinel
  */
 export function fillInTheMiddle(document: string, options: FillInTheMiddleOptions): string {
-  checkCall('fillInTheMiddle', options)
+  validateCall('fillInTheMiddle', options)
   const { rate = 0.1, random, tokens = DEEPSEEK_FIM_TOKENS } = options
   if (!(rate >= 0 && rate <= 1)) {
     throw new TokenizerError({ code: 'E_CONFIG', op: 'fillInTheMiddle', problem: `rate ${rate} is not from 0 to 1` })

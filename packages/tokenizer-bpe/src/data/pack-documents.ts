@@ -1,7 +1,8 @@
 /** @file Packs documents into sequences of equal length. */
-import { checkCall } from '../check-call.ts'
+
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
+import { validateCall } from '../validate-call.ts'
 
 /** Options of `packDocuments`. */
 export interface PackOptions {
@@ -28,7 +29,7 @@ export function* packDocuments(
   documents: Iterable<ArrayLike<number>>,
   options: PackOptions,
 ): Generator<PackedSequence> {
-  checkCall('packDocuments', options, documents)
+  validateCall('packDocuments', options, documents)
   const { length, endOfText } = options
   if (!Number.isInteger(length) || length < 1) {
     throw new TokenizerError({

@@ -3,9 +3,10 @@
  * otherwise contain a token that the model has never seen there. In its training data, a part of these tokens is split (report, section 4.1), so that the model
  * learns both forms.
  */
-import { checkCall } from '../check-call.ts'
+
 import { TokenizerError } from '../errors.ts'
 import type { BpeTokenizer } from '../tokenizer.ts'
+import { validateCall } from '../validate-call.ts'
 
 /** Options of `MergedTokenSplitter`. */
 export interface SplitTokensOptions {
@@ -24,7 +25,7 @@ export class MergedTokenSplitter {
 
   /** @throws TokenizerError E_CONFIG for a rate outside 0..1 */
   constructor(tokenizer: BpeTokenizer, options: SplitTokensOptions) {
-    checkCall('MergedTokenSplitter', options)
+    validateCall('MergedTokenSplitter', options)
     if (!(options.rate >= 0 && options.rate <= 1)) {
       throw new TokenizerError({
         code: 'E_CONFIG',

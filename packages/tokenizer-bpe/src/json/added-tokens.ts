@@ -1,10 +1,10 @@
-/** @file `added_tokens` of tokenizer.json. */
+/** @file Reads `added_tokens` of tokenizer.json. */
 import type { AddedToken } from '../added-tokens.ts'
 import { type BpeModel, MAX_ID } from '../model.ts'
-import { asArray, asFlag, asId, asObject, asString, describe, unsupported, wrong } from './check.ts'
+import { asArray, asFlag, asId, asObject, asString, describe, invalid, unsupported } from './check.ts'
 
-/** A file with a longer one is damaged or hostile. */
-const LONGEST = 1024
+/** Maximum length of an added token. Files with longer ones are corrupt or malicious. */
+const MAX_LENGTH = 1024
 
 export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
   if (value === undefined || value === null) return []
@@ -14,8 +14,8 @@ export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
     const where = `added_tokens[${index}]`
     const json = asObject(item, where)
     const content = asString(json.content, `${where}.content`)
-    if (content === '') throw wrong(`${where}.content`, 'is empty')
-    if (content.length > LONGEST) throw unsupported(`${where}.content`, `a token of ${content.length} characters`)
+    if (content === '') throw invalid(`${where}.content`, 'is empty')
+    if (content.length > MAX_LENGTH) throw unsupported(`${where}.content`, `a token of ${content.length} characters`)
     const special = asFlag(json.special, `${where}.special`, false)
     const token: AddedToken = {
       id: asId(json.id, `${where}.id`, MAX_ID),
@@ -26,16 +26,16 @@ export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
       rstrip: asFlag(json.rstrip, `${where}.rstrip`, false),
       single_word: asFlag(json.single_word, `${where}.single_word`, false),
     }
-    const holder = byId.get(token.id)?.content ?? model.tokens[token.id]
-    if (holder !== undefined && holder !== content) {
-      throw wrong(`${where}.id`, `${describe(content)} and ${describe(holder)} have the same id ${token.id}`, {
+    const sameId = byId.get(token.id)?.content ?? model.tokens[token.id]
+    if (sameId !== undefined && sameId !== content) {
+      throw invalid(`${where}.id`, `${describe(content)} and ${describe(sameId)} have the same id ${token.id}`, {
         id: token.id,
       })
     }
-    const other = byContent.get(content)?.id ?? model.idOf.get(content)
-    if (other !== undefined && other !== token.id) {
-      throw wrong(`${where}.id`, `${describe(content)} has the ids ${other} and ${token.id}`, {
-        ids: [other, token.id],
+    const otherId = byContent.get(content)?.id ?? model.idOf.get(content)
+    if (otherId !== undefined && otherId !== token.id) {
+      throw invalid(`${where}.id`, `${describe(content)} has the ids ${otherId} and ${token.id}`, {
+        ids: [otherId, token.id],
       })
     }
     byId.set(token.id, token)

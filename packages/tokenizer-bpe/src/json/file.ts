@@ -1,12 +1,12 @@
-/** @file A tokenizer.json as a whole: its text, and what is looked at before its parts are read. */
+/** @file Parses a tokenizer.json, and checks it before its components are read. */
 import { TokenizerError } from '../errors.ts'
-import { asObject, describe, type JsonObject, unsupported, wrong } from './check.ts'
+import { asObject, describe, invalid, type JsonObject, unsupported } from './check.ts'
 
-/** The parsed text of a tokenizer.json, before its parts are read. */
+/** Parses the text of a tokenizer.json and checks its nesting. */
 export function parseFile(json: string | object): JsonObject {
   let parsed: unknown = json
   try {
-    // Some editors begin UTF-8 with a byte order mark.
+    // Some editors write a byte order mark.
     if (typeof json === 'string') parsed = JSON.parse(json.replace(/^\uFEFF/, ''))
   } catch (cause) {
     throw new TokenizerError({
@@ -23,22 +23,23 @@ export function parseFile(json: string | object): JsonObject {
 
 const MAX_NESTING = 64
 
-/** Before anything recurses into the parts that may nest. */
+/** Limits the nesting of the components that are read recursively. */
 function checkNesting({ normalizer, pre_tokenizer, post_processor, decoder }: JsonObject): void {
   let level: unknown[] = [normalizer, pre_tokenizer, post_processor, decoder]
   for (let depth = 0; level.length > 0; depth++) {
-    // What holds itself twice doubles with every level.
-    if (depth > MAX_NESTING || level.length > 1e6) throw wrong('(top level)', `nests deeper than ${MAX_NESTING} levels`)
+    // An object that contains itself twice doubles the number of values at every level.
+    if (depth > MAX_NESTING || level.length > 1e6)
+      throw invalid('(top level)', `nests deeper than ${MAX_NESTING} levels`)
     level = level.flatMap(value => (typeof value === 'object' && value !== null ? Object.values(value) : []))
   }
 }
 
-/** An empty sequence is as good as none. */
+/** Whether there is a normalizer. An empty sequence does nothing. */
 export function needsNormalizer(json: unknown): boolean {
   return json !== undefined && json !== null && (json as { normalizers?: unknown[] }).normalizers?.length !== 0
 }
 
-/** Byte-level tokens are decoded in one way only. */
+/** Throws unless the decoder is ByteLevel, the only one for byte-level tokens. */
 export function checkDecoder(value: unknown): void {
   if (value === undefined || value === null) return
   const json = asObject(value, 'decoder')

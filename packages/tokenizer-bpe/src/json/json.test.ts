@@ -1,8 +1,8 @@
-/** @file Damaged, hostile and unsupported tokenizer.json files: each has its own message. */
+/** @file Corrupt, malicious and unsupported tokenizer.json files. */
 import { expect, test } from 'vitest'
 import { BpeTokenizer, TokenizerError, trainBpe } from '../index.ts'
 
-// biome-ignore lint/suspicious/noExplicitAny: the tests write into files of any shape
+// biome-ignore lint/suspicious/noExplicitAny: the tests modify files of any shape
 type Json = Record<string, any>
 
 const good = JSON.stringify(
@@ -17,14 +17,18 @@ function load(change: (json: Json) => void): BpeTokenizer {
 
 test.each<[string, (json: Json) => void, string]>([
   ['no model', json => delete json.model, 'model: is missing'],
-  ['a model of another kind', json => (json.model.type = 'Unigram'), 'model.type: "Unigram" is not supported'],
-  ['a list for a vocabulary', json => (json.model.vocab = ['a']), 'model.vocab: expected an object, got an array of 1'],
-  ['an id that is text', json => (json.model.vocab.a = '1'), 'model.vocab["a"]: expected an id'],
+  ['another type of model', json => (json.model.type = 'Unigram'), 'model.type: "Unigram" is not supported'],
+  [
+    'a vocabulary that is an array',
+    json => (json.model.vocab = ['a']),
+    'model.vocab: expected an object, got an array of 1',
+  ],
+  ['a string id', json => (json.model.vocab.a = '1'), 'model.vocab["a"]: expected an id'],
   ['a negative id', json => (json.model.vocab.a = -1), 'expected an id from 0'],
-  ['an id beyond all bounds', json => (json.model.vocab.a = 1e9), 'expected an id from 0'],
-  ['an id twice', json => (json.model.vocab.zz = 5), 'have the same id 5'],
-  ['merges that are text', json => (json.model.merges = 'a b'), 'model.merges: expected an array, got "a b"'],
-  ['a merge of three', json => (json.model.merges[0] = 'a b c'), 'expected two tokens with one space between'],
+  ['a huge id', json => (json.model.vocab.a = 1e9), 'expected an id from 0'],
+  ['a duplicate id', json => (json.model.vocab.zz = 5), 'have the same id 5'],
+  ['merges that are a string', json => (json.model.merges = 'a b'), 'model.merges: expected an array, got "a b"'],
+  ['a merge of three tokens', json => (json.model.merges[0] = 'a b c'), 'expected two tokens with one space between'],
   ['a merge of a number', json => (json.model.merges[0] = [1, 2]), 'model.merges[0][0]: expected a string, got 1'],
   [
     'a merge of an unknown token',
@@ -47,25 +51,33 @@ test.each<[string, (json: Json) => void, string]>([
     json => (json.pre_tokenizer.pretokenizers[0] = { type: 'UnicodeScripts' }),
     'pre_tokenizer.pretokenizers[0].type: "UnicodeScripts"',
   ],
-  ['an unknown behaviour', json => (json.pre_tokenizer.pretokenizers[0].behavior = 'Eaten'), '"Eaten" is no behaviour'],
-  ['a broken pattern', json => (json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(a'), 'a group is not closed'],
+  [
+    'an unknown behaviour',
+    json => (json.pre_tokenizer.pretokenizers[0].behavior = 'Eaten'),
+    '"Eaten" is not a behaviour',
+  ],
+  ['a broken pattern', json => (json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(a'), 'unclosed group'],
   [
     'an unknown post-processor',
     json => (json.post_processor = { type: 'BertProcessing' }),
     'post_processor.type: "BertProcessing"',
   ],
   [
-    'a template with a stranger',
+    'a template with an unknown token',
     json =>
       (json.post_processor = {
         type: 'TemplateProcessing',
         single: [{ SpecialToken: { id: '<x>', type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }],
         special_tokens: {},
       }),
-    '"<x>", which is no token',
+    '"<x>", which is not a token',
   ],
   ['an unknown decoder', json => (json.decoder = { type: 'WordPiece' }), 'decoder.type: "WordPiece"'],
-  ['added tokens that clash', json => json.added_tokens.push({ id: 9, content: '<new>' }), 'have the same id 9'],
+  [
+    'an added token with the id of another token',
+    json => json.added_tokens.push({ id: 9, content: '<new>' }),
+    'have the same id 9',
+  ],
   [
     'an added token with two ids',
     json => json.added_tokens.push({ id: 400, content: '<s>' }),
@@ -77,15 +89,15 @@ test.each<[string, (json: Json) => void, string]>([
   expect(() => load(change)).toThrow(message)
 })
 
-test('refuses what is no JSON', () => {
+test('refuses text that is not JSON', () => {
   expect(() => BpeTokenizer.fromJSON(good.slice(0, -20))).toThrow('not JSON')
-  // Some editors begin files with a byte order mark.
+  // Some editors write a byte order mark.
   expect(BpeTokenizer.fromJSON(`\uFEFF${good}`).toJSON()).toEqual(BpeTokenizer.fromJSON(good).toJSON())
   expect(() => BpeTokenizer.fromJSON('[]')).toThrow('expected an object')
 })
 
 test.each(['normalizer', 'pre_tokenizer', 'post_processor', 'decoder'])(
-  'a %s that nests without end is refused',
+  'a %s that is nested too deeply is refused',
   name => {
     let deep: unknown = null
     for (let i = 0; i < 100_000; i++) deep = { type: 'Sequence', pretokenizers: [deep] }
@@ -103,14 +115,14 @@ test('an added token of thousands of characters is refused', () => {
   )
 })
 
-test('a pattern without end stops with an error', () => {
+test('a pattern that takes too long throws', () => {
   const tokenizer = load(json => {
     json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(?=\\s*b)c'
   })
   expect(() => tokenizer.encode(`${' '.repeat(200_000)}b`)).toThrow('takes more than')
 })
 
-test('puts the special tokens of a template round the text', () => {
+test('adds the special tokens of a template', () => {
   const tokenizer = load(json => {
     const special = { SpecialToken: { id: '<s>', type_id: 0 } }
     json.post_processor = {
@@ -123,7 +135,7 @@ test('puts the special tokens of a template round the text', () => {
   expect([...tokenizer.encode('a', { addSpecialTokens: false })]).toEqual([tokenizer.tokenToId('a')])
 })
 
-test('a text begins once, also where what an added token cuts off of it is the same again', () => {
+test('only the start of the input is the first segment, even if a later segment is the same text', () => {
   const tokenizer = load(json => {
     json.normalizer = { type: 'NFC' }
     json.pre_tokenizer.pretokenizers[0] = { type: 'Metaspace', replacement: '_', prepend_scheme: 'first', split: false }
@@ -131,7 +143,7 @@ test('a text begins once, also where what an added token cuts off of it is the s
   expect(tokenizer.decode(tokenizer.encode('cat<s>cat<s>cat'))).toBe('_cat<s>cat<s>cat')
 })
 
-test('keeps to the flags of added tokens', () => {
+test('applies the flags of added tokens', () => {
   const flags = (changed: Json) => (json: Json) =>
     json.added_tokens.push({ id: 300, content: 'tag', special: false, normalized: false, ...changed })
   const ids = (changed: Json, text: string) => {
@@ -144,7 +156,7 @@ test('keeps to the flags of added tokens', () => {
   expect(ids({ lstrip: true, rstrip: true }, 'a  tag  b')).toEqual(['a', 'tag', 'b'])
 })
 
-test('a token named __proto__ is a token', () => {
+test('a token can be named __proto__', () => {
   const json = JSON.parse(good.replace('"vocab":{', '"vocab":{"__proto__":400,'))
   const tokenizer = BpeTokenizer.fromJSON(json)
   expect(tokenizer.tokenToId('__proto__')).toBe(400)

@@ -1,10 +1,11 @@
-/** @file The `model` of tokenizer.json: vocabulary and merges, checked. */
+/** @file Reads and writes the `model` of tokenizer.json: vocabulary and merges. */
 import { BpeModel, MAX_ID } from '../model.ts'
-import { asArray, asFlag, asId, asObject, asString, describe, unsupported, wrong } from './check.ts'
+import { asArray, asFlag, asId, asObject, asString, describe, invalid, unsupported } from './check.ts'
 
+/** @throws TokenizerError E_FORMAT for invalid content, E_UNSUPPORTED for models other than byte-level BPE */
 export function readModel(value: unknown): BpeModel {
   const model = asObject(value, 'model')
-  // Files older than 2021 have no type.
+  // Files written before 2021 have no type.
   if (model.type !== undefined && model.type !== 'BPE')
     throw unsupported('model.type', describe(model.type), 'only byte-level BPE models can be read')
   if (typeof model.dropout === 'number' && model.dropout > 0) throw unsupported('model.dropout', String(model.dropout))
@@ -26,11 +27,11 @@ export function readModel(value: unknown): BpeModel {
   }
   for (const [token, id] of idOf) {
     if (id >= tokens.length) {
-      // Grown in order, so that the array stays dense where the ids are.
-      for (let hole = tokens.length; hole < id; hole++) tokens.push(undefined)
+      // Filled in order, so that the engine keeps the array dense.
+      for (let unused = tokens.length; unused < id; unused++) tokens.push(undefined)
       tokens.push(token)
     } else if (tokens[id] === undefined) tokens[id] = token
-    else throw wrong('model.vocab', `${describe(tokens[id])} and ${describe(token)} have the same id ${id}`, { id })
+    else throw invalid('model.vocab', `${describe(tokens[id])} and ${describe(token)} have the same id ${id}`, { id })
   }
 
   const list = asArray(model.merges, 'model.merges')
@@ -42,13 +43,13 @@ export function readModel(value: unknown): BpeModel {
     if (typeof item === 'string') {
       const space = item.indexOf(' ')
       if (space < 0 || item.indexOf(' ', space + 1) >= 0) {
-        throw wrong(`model.merges[${rank}]`, `expected two tokens with one space between, got ${describe(item)}`)
+        throw invalid(`model.merges[${rank}]`, `expected two tokens with one space between, got ${describe(item)}`)
       }
       left = item.slice(0, space)
       right = item.slice(space + 1)
     } else {
       const pair = asArray(item, `model.merges[${rank}]`)
-      if (pair.length !== 2) throw wrong(`model.merges[${rank}]`, `expected two tokens, got ${pair.length}`)
+      if (pair.length !== 2) throw invalid(`model.merges[${rank}]`, `expected two tokens, got ${pair.length}`)
       left = asString(pair[0], `model.merges[${rank}][0]`)
       right = asString(pair[1], `model.merges[${rank}][1]`)
     }
@@ -57,7 +58,7 @@ export function readModel(value: unknown): BpeModel {
     const productId = idOf.get(left + right)
     if (leftId === undefined || rightId === undefined || productId === undefined) {
       const missing = leftId === undefined ? left : rightId === undefined ? right : left + right
-      throw wrong(`model.merges[${rank}]`, `${describe(missing)} is not in the vocabulary`, { rank, token: missing })
+      throw invalid(`model.merges[${rank}]`, `${describe(missing)} is not in the vocabulary`, { rank, token: missing })
     }
     merges[rank * 3] = leftId
     merges[rank * 3 + 1] = rightId
@@ -76,7 +77,7 @@ export function readModel(value: unknown): BpeModel {
   })
 }
 
-/** The `model` of tokenizer.json, with merges as pairs (what tokenizers 0.20 and later write). */
+/** Returns the `model` of tokenizer.json, with merges as pairs, as written by tokenizers 0.20 and later. */
 export function writeModel(model: BpeModel): Record<string, unknown> {
   const vocab: Record<string, number> = Object.create(null)
   model.tokens.forEach((token, id) => {

@@ -1,17 +1,20 @@
-/** @file `post_processor` of tokenizer.json: which special tokens go before and after a text. */
+/** @file Reads `post_processor` of tokenizer.json: special tokens around a text, and how offsets are trimmed. */
 import type { AddedToken } from '../added-tokens.ts'
-import { part } from '../parts.ts'
+import { feature } from '../features.ts'
 import { asArray, asFlag, asObject, describe, unsupported } from './check.ts'
 
 export interface PostProcessor {
+  /** Ids to add before the text. */
   readonly before: readonly number[]
+  /** Ids to add after the text. */
   readonly after: readonly number[]
-  /** Whether offsets leave out the white space at the ends of tokens. */
+  /** Whether offsets exclude white space at the ends of tokens. */
   readonly trimOffsets: boolean
-  /** Whether that white space may be a space that the pre-tokenizer put there, at the start. */
+  /** Whether the pre-tokenizer may have added a space at the start, which is not trimmed. */
   readonly prefixSpace: boolean
 }
 
+/** @param ids number of ids */
 export function readPostProcessor(value: unknown, tokens: readonly AddedToken[], ids: number): PostProcessor {
   const before: number[] = []
   const after: number[] = []
@@ -31,7 +34,7 @@ export function readPostProcessor(value: unknown, tokens: readonly AddedToken[],
         prefixSpace = asFlag(json.add_prefix_space, `${where}.add_prefix_space`, true)
         return
       case 'TemplateProcessing': {
-        const found = part('template')(json, where, tokens, ids)
+        const found = feature('template')(json, where, tokens, ids)
         before.push(...found.before)
         after.push(...found.after)
         return

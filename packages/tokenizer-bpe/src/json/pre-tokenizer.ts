@@ -1,13 +1,15 @@
-/** @file `pre_tokenizer` of tokenizer.json: a hand-written scanner where there is one, its steps one by one where not. */
-import { fetchParts, part } from '../parts.ts'
+/** @file Creates the pre-tokenizer of a tokenizer.json: a hand-written scanner if there is one; otherwise interpreted. */
+import { feature, loadFeatures } from '../features.ts'
 import { guessName, isKnown } from '../pre-tokenizers.ts'
 import type { Scanner } from '../scan/scanner.ts'
 
-/** Bytes with PADDING after them, and how many there are. */
+/** A text as rewritten by a pre-tokenizer. */
 export interface PreparedText {
+  /** UTF-8 with PADDING bytes after it. */
   readonly bytes: Uint8Array
+  /** Number of bytes without PADDING. */
   readonly length: number
-  /** Index of each byte in the text as it was. */
+  /** Index of each byte in the original text. */
   readonly origin: Int32Array
 }
 
@@ -16,24 +18,25 @@ export interface PreTokenizer {
   readonly name: string
   readonly scanner: Scanner
   /**
-   * Cuts a text ahead of the scanner, which then gives the pieces of what was prepared last.
-   * @param first whether the text begins where the whole input does
+   * Rewrites and splits a text before the scanner is called, which then returns the pieces of the last prepared text.
+   * @param first whether the text is the start of the input
    */
   readonly prepare?: (bytes: Uint8Array, start: number, end: number, first: boolean) => PreparedText
 }
 
+/** @throws TokenizerError E_UNSUPPORTED for an unsupported step, or in browsers if its code is not loaded */
 export function compilePreTokenizer(json: unknown): PreTokenizer {
   const name = guessName(json)
   if (name !== undefined) {
-    const known = part(name)
+    const known = feature(name)
     if (isKnown(json, known)) return { name, scanner: known.scanner }
   }
-  return part('steps')(json)
+  return feature('steps')(json)
 }
 
-/** Fetches what `compilePreTokenizer` needs for this `pre_tokenizer`. */
-export async function fetchPreTokenizer(json: unknown): Promise<void> {
+/** Loads the features that `compilePreTokenizer` needs for this `pre_tokenizer`. */
+export async function loadPreTokenizer(json: unknown): Promise<void> {
   const name = guessName(json)
-  if (name !== undefined) await fetchParts(name)
-  if (name === undefined || !isKnown(json, part(name))) await fetchParts('steps')
+  if (name !== undefined) await loadFeatures(name)
+  if (name === undefined || !isKnown(json, feature(name))) await loadFeatures('steps')
 }

@@ -1,9 +1,12 @@
-/** @file The post-processor TemplateProcessing of tokenizer.json. */
+/** @file Reads the post-processor TemplateProcessing of tokenizer.json. */
 import type { AddedToken } from '../added-tokens.ts'
-import type { Parts } from '../parts.ts'
-import { asArray, asId, asObject, asString, describe, type JsonObject, unsupported, wrong } from './check.ts'
+import type { Features } from '../features.ts'
+import { asArray, asId, asObject, asString, describe, invalid, type JsonObject, unsupported } from './check.ts'
 
-/** The ids that a template puts before and after a text. */
+/**
+ * Returns the ids that a template adds before and after a text.
+ * @param ids number of ids
+ */
 export function readTemplate(json: JsonObject, where: string, tokens: readonly AddedToken[], ids: number) {
   const before: number[] = []
   const after: number[] = []
@@ -14,7 +17,7 @@ export function readTemplate(json: JsonObject, where: string, tokens: readonly A
     const piece = asObject(part, at)
     if (piece.Sequence !== undefined) {
       if (seenText || asObject(piece.Sequence, at).id !== 'A')
-        throw unsupported(at, 'a template that does not hold the text once')
+        throw unsupported(at, 'a template that does not contain the text once')
       seenText = true
       return
     }
@@ -23,11 +26,11 @@ export function readTemplate(json: JsonObject, where: string, tokens: readonly A
     const found = entry
       ? asArray(entry.ids, `${where}.special_tokens.ids`).map(id => asId(id, `${where}.special_tokens.ids`, ids))
       : tokens.filter(token => token.content === name).map(token => token.id)
-    if (found.length === 0) throw wrong(at, `the template names ${describe(name)}, which is no token`)
+    if (found.length === 0) throw invalid(at, `the template contains ${describe(name)}, which is not a token`)
     ;(seenText ? after : before).push(...found)
   })
-  if (!seenText) throw wrong(`${where}.single`, 'the template does not hold the text')
+  if (!seenText) throw invalid(`${where}.single`, 'the template does not contain the text')
   return { before, after }
 }
 
-export const parts: Partial<Parts> = { template: readTemplate }
+export const features: Partial<Features> = { template: readTemplate }

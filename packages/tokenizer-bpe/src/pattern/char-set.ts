@@ -1,13 +1,13 @@
-/** @file Sets of code points: sorted ranges to build with, a bitmap to ask. */
+/** @file Sets of code points: as sorted ranges for set operations, and as a bitmap for matching. */
 import { TokenizerError } from '../errors.ts'
 import * as unicode from '../unicode/classes.ts'
 
-/** First and last code point of each range, sorted, apart from each other. */
+/** First and last code point of each range, in ascending order; ranges neither overlap nor touch. */
 export type Ranges = readonly number[]
 
 const LAST = unicode.CODE_POINTS - 1
 
-/** Sorts and joins ranges that were written in any order. */
+/** Sorts and merges ranges. */
 export function normalize(ranges: Ranges): Ranges {
   const pairs: [number, number][] = []
   for (let i = 0; i < ranges.length; i += 2) pairs.push([ranges[i], ranges[i + 1]])
@@ -35,7 +35,7 @@ export function intersect(a: Ranges, b: Ranges): Ranges {
   return negate(normalize([...negate(a), ...negate(b)]))
 }
 
-/** The code points for which a test holds. */
+/** Returns the code points that pass a test. */
 export function collect(test: (code: number) => boolean): Ranges {
   const out: number[] = []
   let first = -1
@@ -81,7 +81,7 @@ const PINNED: Record<string, () => Ranges> = {
   punct: () => property('p'),
   cntrl: () => property('cc'),
   xdigit: () => HEX,
-  // Oniguruma's `\w`: out of brackets also fractions and superscripts of Latin-1.
+  // Oniguruma's `\w` outside of brackets also matches the fractions and superscripts of Latin-1.
   word: () => normalize([...property('inner_word'), 0xb2, 0xb3, 0xb9, 0xb9, 0xbc, 0xbe]),
   inner_word: () => normalize([...property('alnum'), ...property('m'), ...property('pc')]),
   inner_punct: () => normalize([...property('p'), ...property('s')]),
@@ -92,7 +92,9 @@ export const HEX: Ranges = [0x30, 0x39, 0x41, 0x46, 0x61, 0x66]
 const cache = new Map<string, Ranges>()
 
 /**
- * The set of `\p{name}`. Categories that pre-tokenizers use are those of Unicode 16.0; others (scripts, `Nd`, binary properties) are the runtime's.
+ * Returns the set of `\p{name}`. The general categories that pre-tokenizers use are those of Unicode 16.0; other properties
+ * (scripts, `Nd`, binary properties) are those of the runtime.
+ * @throws TokenizerError E_PATTERN for an unknown property
  */
 export function property(name: string): Ranges {
   const key = name.toLowerCase().replace(/[ -]/g, '_')
@@ -106,10 +108,10 @@ export function property(name: string): Ranges {
 
 function fromRuntime(key: string, name: string): Ranges {
   const capital = key.replace(/(^|_)[a-z]/g, letter => letter.toUpperCase())
-  for (const spelled of [capital, `Script=${capital}`, capital.replace(/^In_/, 'Script=')]) {
+  for (const value of [capital, `Script=${capital}`, capital.replace(/^In_/, 'Script=')]) {
     let test: RegExp
     try {
-      test = new RegExp(`\\p{${spelled}}`, 'u')
+      test = new RegExp(`\\p{${value}}`, 'u')
     } catch {
       continue
     }
@@ -118,7 +120,7 @@ function fromRuntime(key: string, name: string): Ranges {
   throw new TokenizerError({ code: 'E_PATTERN', op: 'pattern', problem: `unknown property \\p{${name}}` })
 }
 
-/** A set to ask often. */
+/** A set with a fast test: a table for the first 65,536 code points, binary search beyond. */
 export class CharSet {
   readonly #low = new Uint8Array(0x10000)
   readonly #high: Ranges
@@ -149,11 +151,11 @@ export class CharSet {
 
 let foldings: Map<string, number[]> | undefined
 
-/** The same for characters that differ in case alone, as `ß` and `ẞ`; `ı` has an `I` of its own. */
+/** Returns the same key for characters that only differ in case, for example `ß` and `ẞ`. `ı` does not match `I`. */
 const foldKey = (code: number) =>
   code === 0x131 ? 'ı' : String.fromCodePoint(code).toUpperCase().toLowerCase().toUpperCase()
 
-/** Adds what matches when case is ignored (simple folding: a character for a character). */
+/** Adds the characters that match if case is ignored. Uses simple folding: a character matches single characters. */
 export function foldCase(ranges: Ranges): Ranges {
   if (foldings === undefined) {
     foldings = new Map()

@@ -1,4 +1,4 @@
-/** @file Regular expressions as tokenizer.json writes them (Oniguruma, Ruby syntax): text to a tree. */
+/** @file Parses regular expressions in the syntax of tokenizer.json (Oniguruma's Ruby syntax) to a syntax tree. */
 import { TokenizerError } from '../errors.ts'
 import { foldCase, HEX, intersect, negate, normalize, property, type Ranges } from './char-set.ts'
 
@@ -20,14 +20,16 @@ interface Flags {
   readonly extended: boolean
 }
 
+/** Maximum nesting of groups and brackets. */
 const MAX_DEPTH = 100
-/** Repetitions of a repetition. */
+/** Maximum number of repetition operators on one item. */
 const MAX_STACKED = 10
-/** Those of tokenizers have a few hundred characters. */
+/** Maximum number of characters. Patterns of tokenizers have a few hundred. */
 const MAX_LENGTH = 1 << 15
+/** Control characters by their escapes. */
 const CONTROL: Record<string, number> = { t: 9, n: 10, v: 11, f: 12, r: 13, a: 7, e: 27 }
 
-/** @throws TokenizerError E_PATTERN for what is malformed or not supported (backreferences, recursion, conditionals) */
+/** @throws TokenizerError E_PATTERN for an invalid pattern or an unsupported feature (backreferences, recursion, conditionals) */
 export function parsePattern(source: string): Node {
   return new Parser(source).parse()
 }
@@ -73,12 +75,12 @@ class Parser {
 
   #next(): string {
     const char = this.#chars[this.#at++]
-    if (char === undefined) throw this.#error('ends too early')
+    if (char === undefined) throw this.#error('unexpected end')
     return char
   }
 
   #choice(flags: Flags): Node {
-    if (++this.#depth > MAX_DEPTH) throw this.#error('groups are nested too deep')
+    if (++this.#depth > MAX_DEPTH) throw this.#error('groups are nested too deeply')
     const nodes: Node[] = []
     let current = flags
     do {
@@ -98,7 +100,7 @@ class Parser {
     return nodes.length === 1 ? nodes[0] : { type: 'choice', nodes }
   }
 
-  /** `(?i)` and its like, which hold to the end of the group. */
+  /** Parses flags such as `(?i)`, which apply to the end of the group. */
   #inlineFlags(flags: Flags): Flags | undefined {
     if (!this.#peek('(?')) return undefined
     const start = this.#at
@@ -128,7 +130,7 @@ class Parser {
     let node = this.#atom(flags)
     if (node === undefined) return undefined
     for (let stacked = 0; ; stacked++) {
-      if (stacked > MAX_STACKED) throw this.#error('repetitions are nested too deep')
+      if (stacked > MAX_STACKED) throw this.#error('too many repetition operators')
       let min: number
       let max: number
       let braces = false
@@ -141,10 +143,10 @@ class Parser {
         ;[min, max] = counts
         braces = true
       }
-      if (node.type === 'assert') throw this.#error('an assertion cannot be repeated')
+      if (node.type === 'assert') throw this.#error('repeated assertion')
       const lazy = this.#take('?')
       node = { type: 'repeat', node, min, max, lazy }
-      // In Ruby syntax a plus after braces repeats the repetition.
+      // In Ruby syntax, a plus after a count is another repetition.
       if (!lazy && !braces && this.#take('+')) node = { type: 'atomic', node }
     }
   }
@@ -155,7 +157,7 @@ class Parser {
     this.#at += match[0].length
     const min = match[1] === '' ? 0 : Number(match[1])
     const max = match[2] === '' ? min : match[3] === '' ? Number.POSITIVE_INFINITY : Number(match[3])
-    if (max < min) throw this.#error(`repeats ${min} to ${max} times`)
+    if (max < min) throw this.#error(`invalid count {${min},${max}}`)
     return [min, max]
   }
 
@@ -177,7 +179,7 @@ class Parser {
       case '*':
       case '+':
       case '?':
-        throw this.#error(`${char} has nothing to repeat`)
+        throw this.#error(`nothing to repeat before ${char}`)
     }
     if (flags.extended) {
       if (/\s/.test(char)) return undefined
@@ -214,12 +216,12 @@ class Parser {
         while (this.#next() !== '>');
       } else if (!this.#take(':')) {
         const changed = this.#flagLetters(flags)
-        if (changed === undefined || !this.#take(':')) throw this.#error('this kind of group is not supported')
+        if (changed === undefined || !this.#take(':')) throw this.#error('unsupported group')
         inner = changed
       }
     }
     const node = this.#choice(inner)
-    if (!this.#take(')')) throw this.#error('a group is not closed')
+    if (!this.#take(')')) throw this.#error('unclosed group')
     return wrap(node)
   }
 
@@ -250,11 +252,14 @@ class Parser {
     }
     if (char !== undefined && /[1-9kgGKXyYN]/.test(char)) throw this.#error(`\\${char} is not supported`)
     const ranges = this.#escapedSet('word')
-    // `(?i)` leaves classes outside of brackets as they are.
+    // `(?i)` does not apply to classes outside of brackets.
     return ranges[0] === ranges[ranges.length - 1] ? this.#set(ranges, flags) : { type: 'set', ranges }
   }
 
-  /** The set of an escape after its backslash, inside brackets or out. */
+  /**
+   * Parses an escape after its backslash, in or outside of brackets.
+   * @param word name of the property for `\w`
+   */
   #escapedSet(word: string): Ranges {
     const char = this.#next()
     switch (char) {
@@ -294,6 +299,7 @@ class Parser {
     return [code, code]
   }
 
+  /** Parses an escaped character. */
   #escapedCode(char: string): number {
     if (Object.hasOwn(CONTROL, char)) return CONTROL[char]
     if (char === '0') return 0
@@ -319,14 +325,14 @@ class Parser {
     return text
   }
 
-  /** A bracket expression after its `[`: ranges, escapes, POSIX classes, nested brackets and `&&`. */
+  /** Parses a bracket expression after its `[`: ranges, escapes, POSIX classes, nested brackets and `&&`. */
   #bracket(flags: Flags): Ranges {
-    if (++this.#depth > MAX_DEPTH) throw this.#error('brackets are nested too deep')
+    if (++this.#depth > MAX_DEPTH) throw this.#error('brackets are nested too deeply')
     const negated = this.#take('^')
     let left: Ranges | undefined
     let ranges: number[] = []
     for (let first = true; ; first = false) {
-      if (this.#at >= this.#chars.length) throw this.#error('a bracket is not closed')
+      if (this.#at >= this.#chars.length) throw this.#error('unclosed bracket')
       if (!first && this.#take(']')) break
       if (this.#take('&&')) {
         const part = normalize(ranges)
@@ -351,7 +357,7 @@ class Parser {
       if (low.length === 2 && low[0] === low[1] && this.#peek('-') && this.#chars[this.#at + 1] !== ']') {
         this.#at++
         const high = this.#bracketItem()
-        if (high.length !== 2 || high[0] !== high[1] || high[0] < low[0]) throw this.#error('a range is out of order')
+        if (high.length !== 2 || high[0] !== high[1] || high[0] < low[0]) throw this.#error('range out of order')
         ranges.push(low[0], high[0])
       } else ranges.push(...low)
     }

@@ -1,10 +1,10 @@
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../../scripts/random-text.ts'
 import { randomNumbers } from '../data/random.ts'
-import { fillClasses } from '../unicode/pinned-classes.ts'
+import { fillFromTable } from '../unicode/pinned-classes.ts'
 import { Pattern } from './pattern.ts'
 
-fillClasses()
+fillFromTable()
 
 function find(source: string, text: string): string[] {
   const bytes = new TextEncoder().encode(text)
@@ -16,7 +16,7 @@ function find(source: string, text: string): string[] {
 }
 
 describe('agrees with RegExp', () => {
-  // Only what means the same in both: no \s, \w or \p{L}, whose Unicode versions may differ.
+  // Only features with the same meaning in both: no \s, \w or \p{L}, whose Unicode versions may differ.
   const sources = [
     '[a-z]+|[0-9]{1,3}',
     "'(?:s|t|ll)|[A-Za-z]+?(?=[A-Z])|[^a-z ]",
@@ -36,21 +36,21 @@ describe('agrees with RegExp', () => {
   }
 })
 
-test('possessive and atomic repetition gives nothing back', () => {
+test('possessive repetition and atomic groups do not backtrack', () => {
   expect(find('a++a', 'aaa')).toEqual([])
   expect(find('(?>a+)b', 'aab')).toEqual(['aab'])
   expect(find('a+a', 'aaa')).toEqual(['aaa'])
 })
 
-describe('nested repetition ends', () => {
-  test('with the right answer where failures can be remembered', () => {
+describe('nested repetition', () => {
+  test('is linear because failures are memoized', () => {
     expect(find('(?:a+)+$', `${'a'.repeat(5000)}b`)).toEqual([])
     expect(find('(?:a|a|aa)*c|.', 'a'.repeat(2000))).toHaveLength(2000)
     expect(find('\\s+$|\\s|b', `${' '.repeat(100_000)}b`)).toHaveLength(100_001)
     expect(find('(?:x*y*)z|x', 'xy'.repeat(10_000))).toHaveLength(10_000)
   })
 
-  test('with an error where not', () => {
+  test('throws if memoizing is not enough', () => {
     expect(() => find('(?=\\s*b)c', `${' '.repeat(200_000)}b`)).toThrow(
       /takes more than \d+ steps on a text of 200001 bytes/,
     )
@@ -58,23 +58,23 @@ describe('nested repetition ends', () => {
 })
 
 test.each([
-  ['(a', 'a group is not closed'],
+  ['(a', 'unclosed group'],
   ['a)', 'unmatched )'],
-  ['[a', 'a bracket is not closed'],
-  ['[b-a]', 'a range is out of order'],
+  ['[a', 'unclosed bracket'],
+  ['[b-a]', 'range out of order'],
   ['*a', 'nothing to repeat'],
-  ['a{3,2}', 'repeats 3 to 2 times'],
+  ['a{3,2}', 'invalid count {3,2}'],
   ['(a)\\1', '\\1 is not supported'],
   ['\\p{Nope}', 'unknown property'],
   ['\\p{__proto__}', 'unknown property'],
   ['[[:constructor:]]', 'unknown property'],
-  ['(?:a*)*', 'repeats without end what can match nothing'],
-  ['(?:a{1000}){1000}{1000}', 'repeats too much'],
-  ['('.repeat(5000), 'nested too deep'],
-  [`a${'{1,2}'.repeat(5000)}`, 'repetitions are nested too deep'],
+  ['(?:a*)*', 'unbounded repetition of a pattern that can match'],
+  ['(?:a{1000}){1000}{1000}', 'compiles to more than'],
+  ['('.repeat(5000), 'nested too deeply'],
+  [`a${'{1,2}'.repeat(5000)}`, 'too many repetition operators'],
   ['a|'.repeat(100_000), 'too long'],
-  ['(?<=a+)b', 'lookbehind of changing length'],
-  ['\\', 'ends too early'],
+  ['(?<=a+)b', 'lookbehind of variable length'],
+  ['\\', 'unexpected end'],
 ])('refuses %s', (source, problem) => {
   expect(() => new Pattern(source)).toThrow(problem)
 })

@@ -1,6 +1,7 @@
 /**
- * @file Matching regular expressions over UTF-8 in bounded time. A backtracking machine with an explicit stack; when a search has taken more steps
- * than its text warrants, it starts to remember which (instruction, position) pairs led nowhere, which makes nested repetition linear.
+ * @file Matches regular expressions on UTF-8 in bounded time, with a backtracking machine and an explicit stack. After a
+ * number of steps in proportion to the text, a search memoizes the (instruction, position) pairs that failed, which makes
+ * nested repetition linear.
  */
 import { TokenizerError } from '../errors.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
@@ -9,34 +10,38 @@ import { type Node, parsePattern } from './parse.ts'
 
 const MATCH = 0
 const SET = 1 // set
-const RUN = 2 // set, min, max: greedy repetition of a set
+const RUN = 2 // set, minimum, maximum: greedy repetition of a set
 const SPLIT = 3 // first choice, second choice
 const JUMP = 4 // target
-const ATOMIC = 5 // end: matches what lies before it, once
-const LOOK = 6 // end, negated
-const BEHIND = 7 // end, negated, characters
-const ASSERT = 8 // which
+const ATOMIC = 5 // end: matches the instructions up to it, without backtracking into them
+const LOOKAHEAD = 6 // end, negated
+const LOOKBEHIND = 7 // end, negated, characters
+const ASSERT = 8 // index in ASSERTS
 
+/** Number of words of each instruction. */
 const SIZE = [1, 2, 4, 3, 2, 2, 3, 4, 2]
 const MAX_CODE = 50_000
-const FOREVER = 0x7fffffff
+const UNBOUNDED = 0x7fffffff
 const ASSERTS = ['line-start', 'line-end', 'start', 'end', 'last-line-end', 'word', 'not-word'] as const
-/** Steps a byte before failures are remembered, and before the search is given up. */
-const PATIENCE = 16
-const LIMIT = 100
+/** Steps per byte after which failures are memoized. */
+const MEMO_STEPS = 16
+/** Steps per byte after which a search throws. */
+const MAX_STEPS = 100
 
 export class Pattern {
   readonly source: string
   readonly #code: Int32Array
   readonly #sets: CharSet[] = []
   readonly #indexOf = new Map<Ranges | string, number>()
-  // The text of the search at hand.
+  // State of the current search.
   #bytes: Uint8Array = new Uint8Array(0)
   #start = 0
   #end = 0
   #steps = 0
   #limit = 0
-  #patience = 0
+  /** Number of steps until failures are memoized or the search throws. */
+  #budget = 0
+  /** A bit for each (position, instruction) that failed, once failures are memoized. */
   #failed: Uint8Array | undefined
   #stack = new Int32Array(256)
 
@@ -50,17 +55,17 @@ export class Pattern {
   }
 
   /**
-   * Start and end of every match in `bytes[start..end)`, which the assertions take for the whole text, one after the other. An empty match counts
-   * unless it touches the match before it.
-   * @throws TokenizerError E_PATTERN when the search takes too many steps
+   * Returns start and end of all matches in `bytes[start..end)`, which is the whole text for assertions. An empty match
+   * counts unless it is adjacent to the previous match.
+   * @throws TokenizerError E_PATTERN if the search takes too many steps
    */
   matches(bytes: Uint8Array, start: number, end: number): number[] {
     this.#bytes = bytes
     this.#start = start
     this.#end = end
     this.#steps = 0
-    this.#patience = (end - start) * PATIENCE + 20_000
-    this.#limit = (end - start) * LIMIT + 1_000_000
+    this.#budget = (end - start) * MEMO_STEPS + 20_000
+    this.#limit = (end - start) * MAX_STEPS + 1_000_000
     this.#failed = undefined
     const found: number[] = []
     let lastEnd = -1
@@ -80,14 +85,14 @@ export class Pattern {
     return found
   }
 
-  /** End of the match of the code at `pc` from `at`, or -1. */
+  /** Returns the end of a match of the code at `pc` that starts at `at`, or -1. `base` is the bottom of its stack. */
   #run(pc: number, at: number, base: number): number {
     const code = this.#code
     const bytes = this.#bytes
     const end = this.#end
     let top = base
     while (true) {
-      if (++this.#steps > this.#patience) this.#tooLong()
+      if (++this.#steps > this.#budget) this.#overBudget()
       let ok = false
       switch (code[pc]) {
         case MATCH:
@@ -106,7 +111,7 @@ export class Pattern {
           let count = 0
           let low = at
           while (count < max && at < end && set.has(codePointAt(bytes, at))) {
-            if (count >= min && this.#failed !== undefined && max === FOREVER && this.#hasFailed(pc, at)) break
+            if (count >= min && this.#failed !== undefined && max === UNBOUNDED && this.#hasFailed(pc, at)) break
             at += widthOf(bytes[at])
             count++
             if (count === min) low = at
@@ -143,13 +148,13 @@ export class Pattern {
           }
           break
         }
-        case LOOK:
+        case LOOKAHEAD:
           if (this.#run(pc + 3, at, top) >= 0 === (code[pc + 2] === 0)) {
             pc = code[pc + 1]
             ok = true
           }
           break
-        case BEHIND: {
+        case LOOKBEHIND: {
           let from = at
           let left = code[pc + 3]
           while (left > 0 && from > this.#start) {
@@ -164,14 +169,14 @@ export class Pattern {
           break
         }
         case ASSERT:
-          if (this.#holds(code[pc + 1], at)) {
+          if (this.#isTrue(code[pc + 1], at)) {
             pc += 2
             ok = true
           }
           break
       }
       if (ok) continue
-      // Back to the last choice that has another way.
+      // Backtrack to the last choice with an alternative left.
       while (true) {
         if (top === base) return -1
         const stack = this.#stack
@@ -187,8 +192,8 @@ export class Pattern {
           top -= 3
           break
         }
-        // A run gives back one character; where all is given back, no start inside it can do better.
-        if (this.#failed !== undefined && code[pc + 3] === FOREVER) this.#markFailed(pc, at)
+        // A run gives back one character at a time. If it gave back all, no start within the run can match.
+        if (this.#failed !== undefined && code[pc + 3] === UNBOUNDED) this.#markFailed(pc, at)
         at = previous(bytes, at)
         if (at > low) stack[top - 2] = at
         else top -= 3
@@ -198,6 +203,7 @@ export class Pattern {
     }
   }
 
+  /** Pushes a choice. `low` is the minimum end of a run, -1 for an alternative, or -2 to mark (pc, at) as failed. */
   #push(top: number, pc: number, at: number, low: number): number {
     if (top + 3 > this.#stack.length) {
       const grown = new Int32Array(this.#stack.length * 2)
@@ -210,11 +216,12 @@ export class Pattern {
     return top + 3
   }
 
-  #tooLong(): void {
+  /** Starts to memoize failures, or throws. */
+  #overBudget(): void {
     const length = this.#end - this.#start + 1
     if (this.#failed === undefined && length * this.#code.length < 0x4_0000_0000) {
       this.#failed = new Uint8Array(((length * this.#code.length) >>> 3) + 1)
-      this.#patience = this.#limit
+      this.#budget = this.#limit
       return
     }
     throw new TokenizerError({
@@ -236,7 +243,8 @@ export class Pattern {
     this.#failed[Math.floor(bit / 8)] |= 1 << (bit % 8)
   }
 
-  #holds(which: number, at: number): boolean {
+  /** Whether an assertion is true at `at`. */
+  #isTrue(which: number, at: number): boolean {
     const bytes = this.#bytes
     switch (ASSERTS[which]) {
       case 'start':
@@ -258,7 +266,7 @@ export class Pattern {
     }
   }
 
-  /** Repetitions and literals name the same set again and again. */
+  /** Returns the index of a set, adding it if it is new. */
   #setIndex(ranges: Ranges): number {
     const key = ranges.length > 2 ? ranges : `${ranges}`
     const index = this.#indexOf.get(key) ?? this.#sets.push(new CharSet(ranges)) - 1
@@ -271,7 +279,7 @@ export class Pattern {
       throw new TokenizerError({
         code: 'E_PATTERN',
         op: 'pattern',
-        problem: 'repeats too much: it compiles to more than 50,000 instructions',
+        problem: 'too large: compiles to more than 50,000 instructions',
       })
     }
     switch (node.type) {
@@ -291,8 +299,8 @@ export class Pattern {
       case 'look': {
         const start = code.length
         if (node.type === 'atomic') code.push(ATOMIC, 0)
-        else if (node.ahead) code.push(LOOK, 0, node.negated ? 1 : 0)
-        else code.push(BEHIND, 0, node.negated ? 1 : 0, fixedLength(node.node))
+        else if (node.ahead) code.push(LOOKAHEAD, 0, node.negated ? 1 : 0)
+        else code.push(LOOKBEHIND, 0, node.negated ? 1 : 0, fixedLength(node.node))
         this.#compile(node.node, code)
         code.push(MATCH)
         code[start + 1] = code.length
@@ -321,20 +329,20 @@ export class Pattern {
   #compileRepeat(node: Extract<Node, { type: 'repeat' }>, code: number[]): void {
     const { min, max, lazy } = node
     if (node.node.type === 'set' && !lazy) {
-      code.push(RUN, this.#setIndex(node.node.ranges), min, max === Number.POSITIVE_INFINITY ? FOREVER : max)
+      code.push(RUN, this.#setIndex(node.node.ranges), min, max === Number.POSITIVE_INFINITY ? UNBOUNDED : max)
       return
     }
     if (max === Number.POSITIVE_INFINITY && isNullable(node.node)) {
       throw new TokenizerError({
         code: 'E_PATTERN',
         op: 'pattern',
-        problem: 'repeats without end what can match nothing',
-        fix: 'drop the inner or the outer repetition',
+        problem: 'unbounded repetition of a pattern that can match the empty string',
+        fix: 'remove the inner or the outer repetition',
       })
     }
     for (let i = 0; i < min; i++) this.#compile(node.node, code)
     const optional = (split: number) => {
-      // The choice to go on, then the one to stop; a lazy repetition prefers to stop.
+      // A greedy repetition first tries to continue, a lazy one to stop.
       code[split + (lazy ? 2 : 1)] = split + SIZE[SPLIT]
       code[split + (lazy ? 1 : 2)] = code.length
     }
@@ -362,6 +370,7 @@ function wordSet(): CharSet {
   return words
 }
 
+/** Whether a pattern can match the empty string. */
 function isNullable(node: Node): boolean {
   switch (node.type) {
     case 'set':
@@ -379,7 +388,7 @@ function isNullable(node: Node): boolean {
   }
 }
 
-/** Characters that a lookbehind covers. */
+/** Returns the number of characters that a lookbehind covers. */
 function fixedLength(node: Node): number {
   switch (node.type) {
     case 'set':
@@ -402,6 +411,6 @@ function fixedLength(node: Node): number {
   throw new TokenizerError({
     code: 'E_PATTERN',
     op: 'pattern',
-    problem: 'a lookbehind of changing length is not supported',
+    problem: 'lookbehind of variable length is not supported',
   })
 }

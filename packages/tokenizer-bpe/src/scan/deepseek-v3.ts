@@ -1,13 +1,13 @@
 /**
- * @file The pre-tokenizer of DeepSeek-V3 (also R1 and V3.1): three splits, one inside the other, in one pass.
+ * @file The pre-tokenizer of DeepSeek-V3 (also R1 and V3.1): three nested splits, in one pass.
  *
- *   \p{N}{1,3}   |   [一-龥぀-ゟ゠-ヿ]+   |   words, punctuation, newlines and spaces of what is between
+ *   \p{N}{1,3}   |   [一-龥぀-ゟ゠-ヿ]+   |   words, punctuation, newlines and spaces in what is left
  *
- * Numbers, CJK runs and what lies between them are each matched by the third as a text of their own: a run of spaces before a number or a CJK
- * character stays whole, as at the end of a text, and a CJK run falls apart at its punctuation (゠ ・ ゛). Characters that no alternative
- * takes (controls, unassigned) join into pieces.
+ * The third split is applied to each number, each CJK run and the text between them separately: spaces before a number or a
+ * CJK character form one piece, as at the end of a text, and a CJK run is split at its punctuation (゠ ・ ゛). Adjacent
+ * characters that no alternative matches (controls, unassigned) form a piece.
  */
-import type { Parts } from '../parts.ts'
+import type { Features } from '../features.ts'
 import { kindTable } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
@@ -17,25 +17,25 @@ const PATTERNS = [
   '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+',
 ]
 
-// Classes of this scanner.
-const GAP = 0 // in no alternative but as the one character before a word
+// Kinds of characters.
+const OTHER = 0 // only matches as the character before a word
 const WORD = 1 // L, M
-const DIGIT = 2 // N
-const CJK_WORD = 3 // L, M of a CJK run
-const MARKS = 4 // P, S
-const BLANK = 5 // White_Space but for newlines
-const BREAK = 6 // \r \n
-const CJK_MARKS = 7 // P, S of a CJK run
-const CJK_GAP = 8 // unassigned, in a CJK run
+const NUMBER = 2 // N
+const CJK_WORD = 3 // L, M in a CJK run
+const PUNCTUATION = 4 // P, S
+const SPACE = 5 // White_Space except newlines
+const NEWLINE = 6 // \r \n
+const CJK_PUNCTUATION = 7 // P, S in a CJK run
+const CJK_OTHER = 8 // unassigned, in a CJK run
 
 /** Kind of each class of the Unicode table. */
-const KIND = [GAP, WORD, WORD, WORD, WORD, WORD, WORD, DIGIT, MARKS, MARKS, BLANK, BREAK]
+const KIND = [OTHER, WORD, WORD, WORD, WORD, WORD, WORD, NUMBER, PUNCTUATION, PUNCTUATION, SPACE, NEWLINE]
 
 function build(): Uint8Array {
   const table = kindTable(KIND)
   const cjk = (first: number, last: number) => {
     for (let code = first; code <= last; code++) {
-      table[code] = table[code] === WORD ? CJK_WORD : table[code] === MARKS ? CJK_MARKS : CJK_GAP
+      table[code] = table[code] === WORD ? CJK_WORD : table[code] === PUNCTUATION ? CJK_PUNCTUATION : CJK_OTHER
     }
   }
   cjk(0x4e00, 0x9fa5)
@@ -54,35 +54,35 @@ function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends: Int32
     const lead = bytes[pos]
     let at = pos + widthOf(lead)
     const kind = table[lead < 0x80 ? lead : codePointAt(bytes, pos)]
-    let next = GAP
+    let next = OTHER
     let nextLead = 0
     if (at < end) {
       nextLead = bytes[at]
       next = table[nextLead < 0x80 ? nextLead : codePointAt(bytes, at)]
     } else next = -1
 
-    if (kind === WORD || (next === WORD && (kind === BLANK || kind === GAP))) {
+    if (kind === WORD || (next === WORD && (kind === SPACE || kind === OTHER))) {
       at = runEnd(table, bytes, at, end, WORD)
-    } else if (kind === MARKS && lead < 0x80 && isAsciiLetter(nextLead) && at < end) {
+    } else if (kind === PUNCTUATION && lead < 0x80 && isAsciiLetter(nextLead) && at < end) {
       at++
       while (at < end && isAsciiLetter(bytes[at])) at++
-    } else if (kind === MARKS || (lead === 0x20 && next === MARKS)) {
-      at = runEnd(table, bytes, at, end, MARKS)
-      at = runEnd(table, bytes, at, end, BREAK)
-    } else if (kind === DIGIT) {
+    } else if (kind === PUNCTUATION || (lead === 0x20 && next === PUNCTUATION)) {
+      at = runEnd(table, bytes, at, end, PUNCTUATION)
+      at = runEnd(table, bytes, at, end, NEWLINE)
+    } else if (kind === NUMBER) {
       for (let digits = 1; digits < 3 && at < end; digits++) {
-        if (table[codePointAt(bytes, at)] !== DIGIT) break
+        if (table[codePointAt(bytes, at)] !== NUMBER) break
         at += widthOf(bytes[at])
       }
-    } else if (kind === CJK_WORD || (kind === CJK_GAP && next === CJK_WORD)) {
+    } else if (kind === CJK_WORD || (kind === CJK_OTHER && next === CJK_WORD)) {
       at = runEnd(table, bytes, at, end, CJK_WORD)
-    } else if (kind === CJK_MARKS) {
-      at = runEnd(table, bytes, at, end, CJK_MARKS)
-    } else if (kind === BLANK || kind === BREAK) {
-      at = blankEnd(table, bytes, pos, end)
+    } else if (kind === CJK_PUNCTUATION) {
+      at = runEnd(table, bytes, at, end, CJK_PUNCTUATION)
+    } else if (kind === SPACE || kind === NEWLINE) {
+      at = whitespacePieceEnd(table, bytes, pos, end)
     } else {
-      // A gap ends before the first character that starts a match: anything else, or the last gap character before a word.
-      const word = kind === GAP ? WORD : CJK_WORD
+      // Unmatched characters end before the first match: any other kind, or the last of them if a word follows.
+      const word = kind === OTHER ? WORD : CJK_WORD
       while (at < end && next === kind) {
         const after = at + widthOf(nextLead)
         let following = -1
@@ -122,8 +122,8 @@ function runEnd(table: Uint8Array, bytes: Uint8Array, at: number, end: number, k
   return at
 }
 
-/** `\s*[\r\n]+|\s+(?!\S)|\s+` from white space at `pos`; a number or CJK character ends the text here. */
-function blankEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number): number {
+/** Returns the end of a match of `\s*[\r\n]+|\s+(?!\S)|\s+` at `pos`. A number or CJK character counts as the end of the text. */
+function whitespacePieceEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number): number {
   let at = pos
   let last = pos
   let newlineEnd = -1
@@ -131,15 +131,15 @@ function blankEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number
   while (at < end) {
     const lead = bytes[at]
     kind = table[lead < 0x80 ? lead : codePointAt(bytes, at)]
-    if (kind !== BLANK && kind !== BREAK) break
+    if (kind !== SPACE && kind !== NEWLINE) break
     last = at
     at += widthOf(lead)
-    if (kind === BREAK) newlineEnd = at
+    if (kind === NEWLINE) newlineEnd = at
     kind = -1
   }
   if (newlineEnd >= 0) return newlineEnd
-  const textEnds = kind === -1 || kind === DIGIT || kind === CJK_WORD || kind >= CJK_MARKS
+  const textEnds = kind === -1 || kind === NUMBER || kind === CJK_WORD || kind >= CJK_PUNCTUATION
   return textEnds || last === pos ? at : last
 }
 
-export const parts: Partial<Parts> = { 'deepseek-v3': { scanner: scanDeepseekV3, patterns: PATTERNS } }
+export const features: Partial<Features> = { 'deepseek-v3': { scanner: scanDeepseekV3, patterns: PATTERNS } }

@@ -1,18 +1,18 @@
-/** @file The pre-tokenizer of GPT-2, which is also what ByteLevel with `use_regex` does. */
-import type { Parts } from '../parts.ts'
+/** @file The pre-tokenizer of GPT-2, which is also that of ByteLevel with `use_regex`. */
+import type { Features } from '../features.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
-import { spaceEnd } from './scanner.ts'
+import { whitespaceRunEnd } from './scanner.ts'
 
 export const GPT2_PATTERN = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
-const WORD = 0
-const DIGIT = 1
-const BLANK = 2
-const REST = 3
+const LETTER = 0
+const NUMBER = 1
+const SPACE = 2
+const OTHER = 3
 
 /** Kind of each class of the Unicode table. */
-const KIND = Uint8Array.of(REST, WORD, WORD, WORD, WORD, WORD, REST, DIGIT, REST, REST, BLANK, BLANK)
+const KIND = Uint8Array.of(OTHER, LETTER, LETTER, LETTER, LETTER, LETTER, OTHER, NUMBER, OTHER, OTHER, SPACE, SPACE)
 
 export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
   const capacity = ends.length
@@ -27,13 +27,13 @@ export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int3
     } else {
       if (lead === 0x20 && at < end) {
         const following = KIND[classOf[codePointAt(bytes, at)]]
-        if (following !== BLANK) {
+        if (following !== SPACE) {
           kind = following
           at += widthOf(bytes[at])
         }
       }
-      if (kind === BLANK) {
-        at = spaceEnd(bytes, at, end)
+      if (kind === SPACE) {
+        at = whitespaceRunEnd(bytes, at, end)
         if (at < end) {
           const last = previous(bytes, at)
           if (last > pos) at = last
@@ -52,7 +52,7 @@ export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int3
   return count
 }
 
-/** Bytes of `'s 't 'm 'd 're 've 'll` at `pos`, or 0. */
+/** Returns the length of a match of `'s|'t|'re|'ve|'m|'ll|'d` at `pos`, or 0. */
 function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   if (pos + 1 >= end) return 0
   const a = bytes[pos + 1]
@@ -62,4 +62,4 @@ function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   return ((a === 0x72 || a === 0x76) && b === 0x65) || (a === 0x6c && b === 0x6c) ? 3 : 0
 }
 
-export const parts: Partial<Parts> = { gpt2: { scanner: scanGpt2, patterns: [], spelled: GPT2_PATTERN } }
+export const features: Partial<Features> = { gpt2: { scanner: scanGpt2, patterns: [], explicitPattern: GPT2_PATTERN } }

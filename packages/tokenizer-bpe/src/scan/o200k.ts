@@ -1,8 +1,8 @@
-/** @file The pre-tokenizer of o200k_base (GPT-4o and later): like cl100k, but words break where case rises. */
-import type { Parts } from '../parts.ts'
+/** @file The pre-tokenizer of o200k_base (GPT-4o and later): like cl100k, but also splits words before capitals after lower case. */
+import type { Features } from '../features.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
-import { blankEnd, contractionWidth } from './scanner.ts'
+import { contractionWidth, whitespacePieceEnd } from './scanner.ts'
 
 const CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
@@ -16,17 +16,17 @@ const PATTERN = [
   '\\s+',
 ].join('|')
 
-const CAPITAL = 0 // Lu, Lt
-const SMALL = 1 // Ll
-const BOTH = 2 // Lm, Lo, which count as either
-const ACCENT = 3 // M, which count as either and may also stand before a word
-const DIGIT = 4
-const BLANK = 5
-const BREAK = 6
-const REST = 7
+const UPPER = 0 // Lu, Lt
+const LOWER = 1 // Ll
+const CASELESS = 2 // Lm, Lo, which match as upper and as lower case
+const MARK = 3 // M, which match as both, and as the character before a word
+const NUMBER = 4
+const SPACE = 5
+const NEWLINE = 6
+const OTHER = 7
 
 /** Kind of each class of the Unicode table. */
-const KIND = Uint8Array.of(REST, CAPITAL, CAPITAL, SMALL, BOTH, BOTH, ACCENT, DIGIT, REST, REST, BLANK, BREAK)
+const KIND = Uint8Array.of(OTHER, UPPER, UPPER, LOWER, CASELESS, CASELESS, MARK, NUMBER, OTHER, OTHER, SPACE, NEWLINE)
 
 const ASCII = Uint8Array.from({ length: 128 }, (_, code) => KIND[classOf[code]])
 
@@ -43,22 +43,22 @@ function scanO200k(bytes: Uint8Array, pos: number, end: number, ends: Int32Array
     const kind = kindAt(bytes, pos)
     let at = pos + widthOf(lead)
     let word = -1
-    if (kind < ACCENT) {
+    if (kind < MARK) {
       word = wordEnd(bytes, pos, end)
-    } else if (kind !== DIGIT && kind !== BREAK) {
-      // As the character before the word; alone, a mark is also a word of its own (its first alternative wins over capitals).
-      word = at < end && kindAt(bytes, at) <= ACCENT ? wordEnd(bytes, at, end) : -1
-      if (kind === ACCENT && (word < 0 || allCapitals)) word = allCapitals && word >= 0 ? at : wordEnd(bytes, pos, end)
+    } else if (kind !== NUMBER && kind !== NEWLINE) {
+      // The character before a word. A mark may also start a word; then the first alternative has precedence over the second.
+      word = at < end && kindAt(bytes, at) <= MARK ? wordEnd(bytes, at, end) : -1
+      if (kind === MARK && (word < 0 || allUpper)) word = allUpper && word >= 0 ? at : wordEnd(bytes, pos, end)
     }
     if (word >= 0) {
       at = word + (word < end ? contractionWidth(bytes, word, end) : 0)
-    } else if (kind === DIGIT) {
-      for (let digits = 1; digits < 3 && at < end && kindAt(bytes, at) === DIGIT; digits++) at += widthOf(bytes[at])
-    } else if (kind === REST || (lead === 0x20 && at < end && isRest(kindAt(bytes, at)))) {
-      while (at < end && isRest(kindAt(bytes, at))) at += widthOf(bytes[at])
+    } else if (kind === NUMBER) {
+      for (let digits = 1; digits < 3 && at < end && kindAt(bytes, at) === NUMBER; digits++) at += widthOf(bytes[at])
+    } else if (kind === OTHER || (lead === 0x20 && at < end && isOther(kindAt(bytes, at)))) {
+      while (at < end && isOther(kindAt(bytes, at))) at += widthOf(bytes[at])
       while (at < end && (bytes[at] === 10 || bytes[at] === 13 || bytes[at] === 0x2f)) at++
     } else {
-      at = blankEnd(bytes, pos, end, false)
+      at = whitespacePieceEnd(bytes, pos, end, false)
     }
     ends[count++] = at
     pos = at
@@ -66,39 +66,40 @@ function scanO200k(bytes: Uint8Array, pos: number, end: number, ends: Int32Array
   return count
 }
 
-/** `[^\s\p{L}\p{N}]`, which marks are in. */
-function isRest(kind: number): boolean {
-  return kind === REST || kind === ACCENT
+/** Whether a kind matches `[^\s\p{L}\p{N}]`, which includes marks. */
+function isOther(kind: number): boolean {
+  return kind === OTHER || kind === MARK
 }
 
-/** Whether the last call of wordEnd matched by the second alternative: capitals only. */
-let allCapitals = false
+/** Whether the last call of wordEnd matched by the second alternative: upper case only. */
+let allUpper = false
 
 /**
- * End of `[capital|both]*[small|both]+`, else of `[capital|both]+[small|both]*`, at `pos`, which is a letter or mark. Where no small letter
- * follows the run of capitals, the first alternative still matches up to the last character that counts as either.
+ * Returns the end of a match of `[upper|caseless]*[lower|caseless]+`, otherwise of `[upper|caseless]+[lower|caseless]*`, at
+ * `pos`, which is a letter or mark. (Marks are caseless.) If no lower case follows, the first alternative still matches up
+ * to the last caseless character.
  */
 function wordEnd(bytes: Uint8Array, pos: number, end: number): number {
   let at = pos
-  let bothEnd = -1
-  allCapitals = false
+  let caselessEnd = -1
+  allUpper = false
   while (at < end) {
     const kind = kindAt(bytes, at)
-    if (kind > ACCENT) break
-    if (kind === SMALL) {
+    if (kind > MARK) break
+    if (kind === LOWER) {
       while (at < end) {
         const inner = kindAt(bytes, at)
-        if (inner > ACCENT || inner === CAPITAL) break
+        if (inner > MARK || inner === UPPER) break
         at += widthOf(bytes[at])
       }
       return at
     }
     at += widthOf(bytes[at])
-    if (kind !== CAPITAL) bothEnd = at
+    if (kind !== UPPER) caselessEnd = at
   }
-  if (bothEnd >= 0) return bothEnd
-  allCapitals = true
+  if (caselessEnd >= 0) return caselessEnd
+  allUpper = true
   return at
 }
 
-export const parts: Partial<Parts> = { o200k: { scanner: scanO200k, patterns: [PATTERN] } }
+export const features: Partial<Features> = { o200k: { scanner: scanO200k, patterns: [PATTERN] } }

@@ -1,32 +1,32 @@
-/** @file The hand-written scanners against the regular expressions that they stand for, on texts that look for trouble. */
+/** @file Compares the hand-written scanners with the regular expressions that they implement, on random difficult texts. */
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../../scripts/random-text.ts'
-import { provideAll } from '../all-parts.ts'
+import { registerAll } from '../all-features.ts'
 import { randomNumbers } from '../data/random.ts'
+import { feature } from '../features.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
-import { part } from '../parts.ts'
+import { readSteps, runSteps } from '../json/pre-tokenizer-steps.ts'
 import { preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
-import { readSteps, runSteps } from '../split-steps.ts'
 import { GPT2_PATTERN } from './gpt2.ts'
 
-provideAll()
+registerAll()
 
 describe.each(preTokenizerNames())('%s', name => {
-  const { scanner, patterns, digits } = part(name)
+  const { scanner, patterns, digits } = feature(name)
   const steps = readSteps(preTokenizerJson(patterns.length === 0 ? [GPT2_PATTERN] : patterns, digits))
 
   test('is recognized in a tokenizer.json', () => {
     expect(compilePreTokenizer(preTokenizerJson(patterns, digits)).name).toBe(name)
   })
 
-  test('is not taken for another of the same length', () => {
+  test('is not confused with another of the same length', () => {
     const other = JSON.stringify(preTokenizerJson([patterns[0] ?? GPT2_PATTERN, ...patterns.slice(1)], digits))
     expect(compilePreTokenizer(JSON.parse(other.replace('p{N}', 'p{P}').replace('[\\r\\n]', '[\\r\\t]'))).name).toBe(
       'steps',
     )
   })
 
-  test('cuts 3,000 random texts as its patterns do', () => {
+  test('splits 3,000 random texts as its patterns do', () => {
     const random = randomNumbers(7)
     const ends = new Int32Array(5)
     for (let i = 0; i < 3000; i++) {

@@ -1,22 +1,26 @@
-/** @file What a pre-tokenizer is here, and the loops that several of them share. */
+/** @file The type of hand-written pre-tokenizers, and functions that several of them share. */
 import { isSpace } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 
 /**
- * Cuts `bytes[pos..end)` (well-formed UTF-8, the whole text between two added tokens from `pos` on) into pieces that touch: writes the end
- * of each piece into `ends` until it is full or the text is, and returns how many. Calling again from the last end continues.
+ * Splits `bytes[pos..end)` into contiguous pieces. Writes the end of each piece to `ends` until `ends` is full or the text
+ * ends, and returns the number of pieces. A call with the last end as `pos` continues. The bytes are well-formed UTF-8, and
+ * `end` is the end of the text or the start of an added token.
  */
 export type Scanner = (bytes: Uint8Array, pos: number, end: number, ends: Int32Array) => number
 
-/** End of the run of White_Space that starts at `at`. */
-export function spaceEnd(bytes: Uint8Array, at: number, end: number): number {
+/** Returns the end of the run of White_Space that starts at `at`. */
+export function whitespaceRunEnd(bytes: Uint8Array, at: number, end: number): number {
   while (at < end && isSpace(codePointAt(bytes, at))) at += widthOf(bytes[at])
   return at
 }
 
-/** `\s*[\r\n]+|\s+(?!\S)|\s+`, with `\s++$` before them when `wholeTail`. */
-export function blankEnd(bytes: Uint8Array, pos: number, end: number, wholeTail: boolean): number {
-  const at = spaceEnd(bytes, pos, end)
+/**
+ * Returns the end of a match of `\s*[\r\n]+|\s+(?!\S)|\s+` at `pos`.
+ * @param wholeTail puts `\s++$` before these alternatives
+ */
+export function whitespacePieceEnd(bytes: Uint8Array, pos: number, end: number, wholeTail: boolean): number {
+  const at = whitespaceRunEnd(bytes, pos, end)
   if (at === end && wholeTail) return end
   for (let back = at; back > pos; back--) if (bytes[back - 1] === 10 || bytes[back - 1] === 13) return back
   if (at === end) return end
@@ -24,7 +28,7 @@ export function blankEnd(bytes: Uint8Array, pos: number, end: number, wholeTail:
   return last > pos ? last : at
 }
 
-/** Bytes of `(?i:'s|'t|'re|'ve|'m|'ll|'d)` at `pos`, or 0. Under case folding U+017F (long s) is an s. */
+/** Returns the length of a match of `(?i:'s|'t|'re|'ve|'m|'ll|'d)` at `pos`, or 0. Case folding maps U+017F (long s) to s. */
 export function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   if (pos + 1 >= end || bytes[pos] !== 0x27) return 0
   const a = bytes[pos + 1] | 0x20

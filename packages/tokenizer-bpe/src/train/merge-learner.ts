@@ -1,50 +1,56 @@
 /**
- * @file Learning merges: again and again the most frequent pair of neighbours, ties to the pair of lower ids. Follows the BpeTrainer of Hugging Face
- * tokenizers (tokenizers/src/models/bpe/trainer.rs) to the letter where letters show: which counts change, and when a pair is queued again.
+ * @file Learns merges: repeatedly the most frequent pair of adjacent tokens, and of equally frequent ones that with the
+ * lower ids. Follows the BpeTrainer of Hugging Face tokenizers (tokenizers/src/models/bpe/trainer.rs) in all details that
+ * affect the result: which counts change, and when a pair is queued again.
  *
- * Every distinct piece lies once in `cells`, one cell a byte, with an empty cell between pieces. A token covers as many cells as it has bytes and
- * writes its id into the first and the last of them, so neighbours are found without links: the token before cell p ends at p - 1.
+ * All distinct pieces are in `cells`, one cell per byte, with an empty cell between pieces. A token occupies as many cells
+ * as it has bytes; its id is in the first and the last of them. So neighbours are found without links: the token before
+ * cell p ends at p - 1.
  */
 
+/** A cell between pieces. */
 const EDGE = -1
+/** A cell within a token, neither its first nor its last. */
 const INSIDE = -2
+/** No node. */
 const NONE = -1
 
 export interface LearnerInput {
-  /** Ids of the bytes of all pieces, EDGE before, between and after pieces. */
+  /** Ids of the bytes of all pieces, with EDGE before, between and after pieces. */
   readonly cells: Int32Array
-  /** How often the piece of each cell occurs. */
+  /** Returns the number of occurrences of a cell's piece. */
   readonly weightOf: (cell: number) => number
-  /** Tokens so far, spelled in the byte alphabet; grows. */
+  /** Tokens in the byte alphabet. New ones are added. */
   readonly tokens: string[]
   readonly idOf: Map<string, number>
   readonly vocabSize: number
   readonly minFrequency: number
-  /** A merge whose token would have this many bytes or more is not made. */
+  /** Maximum number of bytes of a new token, exclusive. */
   readonly maxTokenLength: number
 }
 
-/** Token and pair tables that grow as merges are found. */
+/** Learns merges from the counts of pieces. */
 export class MergeLearner {
   readonly #input: LearnerInput
   readonly merges: number[] = []
-  /** Bytes in each token. */
+  /** Number of bytes of each token. */
   #width: Int32Array
-  // Pairs, in an open-addressing table of indices + 1.
+  // Pairs. `#slots` is an open-addressing hash table of their indices + 1.
   #slots = new Int32Array(1 << 16)
   #pairs = 0
   #left = new Int32Array(1 << 14)
   #right = new Int32Array(1 << 14)
   #count = new Float64Array(1 << 14)
-  /** Where a pair occurs, as a list that is handed to the queue: first and last node. */
+  /** First node of the list of new positions of each pair, which move to its queue entry. */
   #head = new Int32Array(1 << 14).fill(NONE)
+  /** Last node of the same list. */
   #tail = new Int32Array(1 << 14).fill(NONE)
-  // List nodes.
+  // Nodes of the lists of positions.
   #nodeCell = new Int32Array(1 << 16)
   #nodeNext = new Int32Array(1 << 16)
   #nodes = 0
   #freeNode = NONE
-  // The queue: a binary heap of entries.
+  // The priority queue: a binary heap of entries.
   #entryPair = new Int32Array(1 << 14)
   #entryCount = new Float64Array(1 << 14)
   #entryHead = new Int32Array(1 << 14)
@@ -66,10 +72,10 @@ export class MergeLearner {
     for (let pair = 0; pair < this.#pairs; pair++) this.#enqueue(pair)
   }
 
-  /** Makes up to `limit` merges; false when there are no more to make. */
+  /** Learns up to `limit` merges. Returns false if there are no more. */
   learn(limit: number): boolean {
     const { tokens, idOf, vocabSize, minFrequency } = this.#input
-    for (let made = 0; made < limit; ) {
+    for (let learned = 0; learned < limit; ) {
       if (tokens.length >= vocabSize || this.#heap.length === 0) return false
       const entry = this.#heap[0]
       const pair = this.#entryPair[entry]
@@ -93,19 +99,20 @@ export class MergeLearner {
       this.#width[id] = this.#width[left] + this.#width[right]
       this.merges.push(left, right, id)
       this.#apply(left, right, id, this.#takeCells(entry))
-      made++
+      learned++
     }
     return true
   }
 
-  #apply(left: number, right: number, id: number, places: Int32Array): void {
+  /** Merges a pair at the given positions, and updates the counts of its neighbours. */
+  #apply(left: number, right: number, id: number, positions: Int32Array): void {
     const { cells, weightOf, maxTokenLength } = this.#input
     const width = this.#width
     const leftWidth = width[left]
     const rightWidth = width[right]
     const span = leftWidth + rightWidth
     const touched: number[] = []
-    for (const cell of places) {
+    for (const cell of positions) {
       const middle = cell + leftWidth
       if (cells[cell] !== left || cells[middle] !== right) continue
       const weight = weightOf(cell)
@@ -144,7 +151,7 @@ export class MergeLearner {
     }
   }
 
-  /** Index of a pair, made on first sight. */
+  /** Returns the index of a pair, adding it if it is new. */
   #pair(left: number, right: number): number {
     const slots = this.#slots
     const mask = slots.length - 1
@@ -179,6 +186,7 @@ export class MergeLearner {
     return pair
   }
 
+  /** Adds a position to the list of a pair. */
   #append(pair: number, cell: number): void {
     let node = this.#freeNode
     if (node !== NONE) this.#freeNode = this.#nodeNext[node]
@@ -196,6 +204,7 @@ export class MergeLearner {
     this.#tail[pair] = node
   }
 
+  /** Frees a list of nodes. */
   #release(head: number): void {
     let last = head
     while (this.#nodeNext[last] !== NONE) last = this.#nodeNext[last]
@@ -203,26 +212,26 @@ export class MergeLearner {
     this.#freeNode = head
   }
 
-  /** The cells of an entry that has left the queue, from left to right, so that runs of one token pair off as they are read. */
+  /** Returns the positions of a dequeued entry from left to right, so that runs of a token merge in reading order. */
   #takeCells(entry: number): Int32Array {
     const head = this.#entryHead[entry]
     let size = 0
     for (let node = head; node !== NONE; node = this.#nodeNext[node]) size++
-    const places = new Int32Array(size)
+    const positions = new Int32Array(size)
     let sorted = true
     let at = 0
     for (let node = head; node !== NONE; node = this.#nodeNext[node]) {
-      places[at] = this.#nodeCell[node]
-      if (at > 0 && places[at - 1] > places[at]) sorted = false
+      positions[at] = this.#nodeCell[node]
+      if (at > 0 && positions[at - 1] > positions[at]) sorted = false
       at++
     }
-    if (!sorted) places.sort()
+    if (!sorted) positions.sort()
     this.#release(head)
     this.#freeEntries.push(entry)
-    return places
+    return positions
   }
 
-  /** Queues a pair with the places gathered for it. */
+  /** Queues a pair with its new positions. */
   #enqueue(pair: number): void {
     let entry = this.#freeEntries.pop()
     if (entry === undefined) {
@@ -252,6 +261,7 @@ export class MergeLearner {
     heap[at] = entry
   }
 
+  /** Whether entry `a` has priority: a higher count, or the same count and lower ids. */
   #goesBefore(a: number, b: number): boolean {
     const difference = this.#entryCount[a] - this.#entryCount[b]
     if (difference !== 0) return difference > 0
@@ -289,6 +299,7 @@ function hashPair(left: number, right: number): number {
   return h ^ (h >>> 15)
 }
 
+/** Returns a copy of twice the size. */
 function grown(array: Int32Array, fill: number): Int32Array<ArrayBuffer> {
   const more = new Int32Array(array.length * 2)
   more.set(array)

@@ -1,15 +1,18 @@
-/** @file Counts pieces: bytes to a number, in as little memory as the distinct pieces take. */
+/** @file Counts pieces. Takes memory for the distinct pieces only. */
 import { PADDING } from '../bpe/encoder.ts'
 import { hashLong } from '../bpe/long-piece-cache.ts'
 import { hashKey, KEY_MASKS, SHORT_KEY } from '../bpe/piece-cache.ts'
 
 export class PieceCounter {
-  /** Bytes of all distinct pieces, end to end, in order of first appearance; piece i starts at `starts[i]`. */
+  /** Concatenated bytes of all distinct pieces, in order of first occurrence. */
   bytes: Uint8Array = new Uint8Array(1 << 16)
+  /** Start of piece i in `bytes`; its end is `starts[i + 1]`. */
   starts: Float64Array = new Float64Array(1 << 12)
+  /** Number of occurrences of each piece. */
   counts: Float64Array = new Float64Array(1 << 12)
+  /** Number of distinct pieces. */
   size = 0
-  /** hash and index + 1 of each piece. */
+  /** An open-addressing table: hash and index + 1 of each piece. */
   #slots = new Int32Array(2 << 13)
   #bits = 13
   #view = new DataView(this.bytes.buffer)
@@ -44,8 +47,8 @@ export class PieceCounter {
           break
         }
         if (slots[slot] === hash) {
-          const place = this.starts[entry - 1]
-          if (this.starts[entry] - place === width && this.#equal(place, width, text, from, k0, k1, k2, k3)) {
+          const at = this.starts[entry - 1]
+          if (this.starts[entry] - at === width && this.#equal(at, width, text, from, k0, k1, k2, k3)) {
             this.counts[entry - 1]++
             break
           }
@@ -55,8 +58,9 @@ export class PieceCounter {
     }
   }
 
+  /** Whether a counted piece equals one of the text; `k0` to `k3` are its key if it is short. */
   #equal(
-    place: number,
+    at: number,
     width: number,
     text: Uint8Array,
     from: number,
@@ -69,32 +73,32 @@ export class PieceCounter {
       const view = this.#view
       const row = width << 2
       return (
-        (view.getInt32(place, true) & KEY_MASKS[row]) === k0 &&
-        (view.getInt32(place + 4, true) & KEY_MASKS[row + 1]) === k1 &&
-        (view.getInt32(place + 8, true) & KEY_MASKS[row + 2]) === k2 &&
-        (view.getInt32(place + 12, true) & KEY_MASKS[row + 3]) === k3
+        (view.getInt32(at, true) & KEY_MASKS[row]) === k0 &&
+        (view.getInt32(at + 4, true) & KEY_MASKS[row + 1]) === k1 &&
+        (view.getInt32(at + 8, true) & KEY_MASKS[row + 2]) === k2 &&
+        (view.getInt32(at + 12, true) & KEY_MASKS[row + 3]) === k3
       )
     }
     const bytes = this.bytes
-    for (let i = 0; i < width; i++) if (bytes[place + i] !== text[from + i]) return false
+    for (let i = 0; i < width; i++) if (bytes[at + i] !== text[from + i]) return false
     return true
   }
 
   #insert(text: Uint8Array, from: number, width: number, hash: number, slot: number): void {
     const index = this.size++
-    const place = this.starts[index]
-    if (place + width + PADDING > this.bytes.length) {
-      const grown = new Uint8Array(Math.max(this.bytes.length * 2, place + width + PADDING))
+    const at = this.starts[index]
+    if (at + width + PADDING > this.bytes.length) {
+      const grown = new Uint8Array(Math.max(this.bytes.length * 2, at + width + PADDING))
       grown.set(this.bytes)
       this.bytes = grown
       this.#view = new DataView(grown.buffer)
     }
-    this.bytes.set(text.subarray(from, from + width), place)
+    this.bytes.set(text.subarray(from, from + width), at)
     if (index + 2 > this.starts.length) {
       this.starts = doubled(this.starts)
       this.counts = doubled(this.counts)
     }
-    this.starts[index + 1] = place + width
+    this.starts[index + 1] = at + width
     this.counts[index] = 1
     this.#slots[slot] = hash
     this.#slots[slot + 1] = index + 1
@@ -117,6 +121,7 @@ export class PieceCounter {
   }
 }
 
+/** Returns a copy of twice the size. */
 function doubled(array: Float64Array): Float64Array {
   const grown = new Float64Array(array.length * 2)
   grown.set(array)

@@ -1,24 +1,24 @@
 /** @file Trains a tokenizer: counts pieces, learns merges, and creates the tokenizer. */
 
 import type { AddedToken } from '../added-tokens.ts'
-import { provideAll } from '../all-parts.ts'
+import { registerAll } from '../all-features.ts'
 import { PADDING } from '../bpe/encoder.ts'
 import { alphabetOrder, byteOfChar, charOfByte } from '../byte-alphabet.ts'
-import { callCheck } from '../call-check.ts'
 import { TokenizerError } from '../errors.ts'
+import { feature } from '../features.ts'
 import { describe } from '../json/check.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
 import { modelFromTokens } from '../model.ts'
 import { readNormalizer } from '../normalizer.ts'
-import { part } from '../parts.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
 import { BpeTokenizer } from '../tokenizer.ts'
+import { validation } from '../validation.ts'
 import { MergeLearner } from './merge-learner.ts'
 import { PieceCounter } from './piece-counter.ts'
 
 /** The progress of training. */
 export interface TrainProgress {
-  /** First all texts are read and pieces counted, then pairs are merged. */
+  /** `counting`: texts are read and pieces counted; then `merging`: pairs are merged. */
   readonly phase: 'counting' | 'merging'
   /** UTF-8 bytes read so far. */
   readonly bytes: number
@@ -133,8 +133,8 @@ class Trainer {
   #learner: MergeLearner | undefined
 
   constructor(options: TrainBpeOptions, texts?: Iterable<string>) {
-    callCheck.of?.('trainBpe', options, texts)
-    provideAll()
+    validation.check?.('trainBpe', options, texts)
+    registerAll()
     this.#options = options
     this.#special = specialTokens(options.specialTokens ?? [])
     const { vocabSize } = options
@@ -152,7 +152,7 @@ class Trainer {
     this.#normalizer = readNormalizer(options.normalizer && { type: options.normalizer })
   }
 
-  /** Counts the pieces of a text, yielding every few thousand. */
+  /** Counts the pieces of a text. Yields after every few thousand, so that the caller can pause. */
   *count(text: string): Generator<void> {
     this.#checkSignal()
     if (typeof text !== 'string') {
@@ -295,7 +295,7 @@ class Trainer {
     return new BpeTokenizer(model, this.#special, parts, this.#preTokenizer)
   }
 
-  /** Text contains few control and replacement characters; binary data read as UTF-8 contains many. */
+  /** Throws if the corpus has many control and replacement characters, as binary data read as UTF-8 does. */
   #refuseBinary(): void {
     const { bytes, starts, counts, size } = this.#counter
     let odd = 0
@@ -342,11 +342,11 @@ function preTokenizerOf(choice: NonNullable<TrainBpeOptions['preTokenizer']>): u
   if (typeof choice === 'string') {
     if (!preTokenizerNames().includes(choice)) {
       throw config(
-        `preTokenizer ${describe(choice)} is not known`,
-        `use one of ${preTokenizerNames().join(', ')}, or a RegExp`,
+        `unknown preTokenizer ${describe(choice)}`,
+        `use one of ${preTokenizerNames().join(', ')}, a RegExp or { patterns: [text, ...] }`,
       )
     }
-    const { patterns, digits } = part(choice)
+    const { patterns, digits } = feature(choice)
     return preTokenizerJson(patterns, digits)
   }
   return preTokenizerJson(choice instanceof RegExp ? [patternOf(choice)] : choice.patterns)

@@ -1,12 +1,12 @@
 /**
- * @file The classes from the runtime's own regular expressions, with what other versions of Unicode have otherwise put right. A hash over the result
- * tells whether it is Unicode 16.0 to the last code point; it is in engines of Unicode 15.0 to 17.0.
+ * @file Derives the classes from the runtime's own regular expressions, corrected by the differences between Unicode
+ * versions. A hash over the result verifies that it is exactly Unicode 16.0. This works in engines of Unicode 15.0 to 17.0.
  */
 import { CLASS_LETTERS, CODE_POINTS, classOf, fillSpaces } from './classes.ts'
 
 /**
- * What Unicode 15.0, 15.1 or 17.0 has otherwise than 16.0: class, code points since the end of the run before it, length - 1 (both in base
- * 36). Written by scripts/unicode-changes.ts.
+ * Runs of code points whose class differs between Unicode 16.0 and 15.0, 15.1 or 17.0: the class in 16.0, the distance from
+ * the end of the previous run, and the length - 1 (both in base 36). Written by scripts/unicode-changes.ts.
  */
 const CHANGES =
   'lIDo16Hk7oQSo3Jo2R6-Eo2-Bp2Q-1p1Bu7Dl0oTYsO5-2o1GSsV9-3sDG-1s9uNA3-1l0o0-1o2o1u5l0u0oKoGK1-FoCD-1o1I-6x1KH-1FoNG' +
@@ -17,22 +17,22 @@ const CHANGES =
 
 const HASH = 1534221604
 
-/** A hash over all classes. */
+/** Returns a hash over all classes. */
 export function hashOfClasses(): number {
   let hash = 1
   for (let code = 0; code < CODE_POINTS; code++) hash = Math.imul((hash ^ (hash >>> 15)) + classOf[code], 0x9e3779b1)
   return hash
 }
 
-/** Code points in one question: no more arguments than every engine takes. */
+/** Code points per call of String.fromCodePoint; engines limit the number of arguments. */
 const BLOCK = 4096
 
-/** Fills the classes; false where the engine's Unicode is not known and they have to come from the table. */
-export function askEngine(): boolean {
-  // The group that matches is the class; the last one only makes haste.
+/** Fills the classes. Returns false for an unknown version of Unicode; they must then be filled from the table. */
+export function fillFromEngine(): boolean {
+  // The index of the matching group is the class. The last alternative skips other code points faster.
   const runs = /(\p{Lu}+)|(\p{Lt}+)|(\p{Ll}+)|(\p{Lm}+)|(\p{Lo}+)|(\p{M}+)|(\p{N}+)|(\p{P}+)|(\p{S}+)|\p{C}+/gu
   for (let first = 0; first < CODE_POINTS; first += BLOCK) {
-    // No version yet has anything else in planes 4 to 16 but private use.
+    // In all versions so far, planes 4 to 16 only contain a part of plane 14 and private use.
     if (first === 0x34000) first = 0xe0000
     if (first === 0xe1000) break
     const units = first < 0x10000 ? 1 : 2

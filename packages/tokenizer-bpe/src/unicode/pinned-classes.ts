@@ -1,7 +1,7 @@
-/** @file The classes from a table: 3 kB that browsers only fetch where their own Unicode is of a version that engine-classes.ts does not know. */
+/** @file Fills the classes from a table. Browsers load these 3 kB only if engine-classes.ts does not know their Unicode. */
 import { CATEGORY_RUNS } from './category-runs.ts'
 import { fillRuns } from './classes.ts'
 
-export function fillClasses(): void {
+export function fillFromTable(): void {
   fillRuns(CATEGORY_RUNS)
 }

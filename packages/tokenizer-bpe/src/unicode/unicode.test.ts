@@ -1,26 +1,26 @@
-/** @file The classes of code points from this runtime's regular expressions against the table. */
+/** @file Compares the classes derived from this runtime's regular expressions with the table. */
 import { expect, test, vi } from 'vitest'
 import { classOf, isFilled } from './classes.ts'
-import { askEngine } from './engine-classes.ts'
-import { fillClasses } from './pinned-classes.ts'
+import { fillFromEngine } from './engine-classes.ts'
+import { fillFromTable } from './pinned-classes.ts'
 
-test('the engine, put right, says what the table says, or knows that it does not', () => {
-  fillClasses()
+test('the corrected classes of the engine equal those of the table', () => {
+  fillFromTable()
   const pinned = classOf.slice()
   classOf.fill(0, 0x80)
-  const known = askEngine()
-  // Node 20 to 24 are of Unicode 15.0 to 17.0.
-  expect(known).toBe(true)
+  const isKnown = fillFromEngine()
+  // Node 20 to 24 have Unicode 15.0 to 17.0.
+  expect(isKnown).toBe(true)
   expect(classOf).toEqual(pinned)
 })
 
-test('an engine that has one letter more is found out', () => {
+test('an engine with one more letter is detected', () => {
   const original = String.fromCodePoint
   const spy = vi.spyOn(String, 'fromCodePoint')
   spy.mockImplementation((...codes) => original(...codes.map(code => (code === 0x0378 ? 0x4e00 : code))))
-  expect(askEngine()).toBe(false)
+  expect(fillFromEngine()).toBe(false)
   spy.mockRestore()
   expect(isFilled()).toBe(false)
-  fillClasses()
+  fillFromTable()
   expect(isFilled()).toBe(true)
 })

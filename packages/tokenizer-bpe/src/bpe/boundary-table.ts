@@ -1,10 +1,12 @@
 /**
- * @file Where a long piece falls apart: borders between two characters that no token of the vocabulary can lie across, whatever the merges do. Each part
- * is then merged (and remembered) by itself, which keeps long words, CJK runs and hostile input in the fast, small cases.
+ * @file Where a long piece can be split: boundaries between two characters that no token of the vocabulary crosses. The
+ * parts are merged and cached separately, so that long words, CJK runs and malicious input become short, fast cases.
  *
- * A token across the border w x | y z holds x and y side by side: that alone parts most Chinese words. More closely, it either is `xy`, or begins
- * `xyz`, or ends `wxy`, or contains `wxyz`, which is asked in scripts whose every pair of letters is in some token. The sets are bits at
- * hashes: a false hit only leaves a border uncut. Tokens that hold a part of a character are kept as the two bytes beside their borders.
+ * A token that crosses the boundary between x and y in w x | y z contains the pair xy. For most Chinese words that rules
+ * out all tokens. In scripts where nearly every pair of letters is in some token, the neighbours are checked too: a token
+ * that crosses is `xy`, starts with `xyz`, ends with `wxy`, or contains `wxyz`. The sets are bits at hashes; a collision
+ * only leaves a boundary unused. For tokens that contain incomplete characters, the two bytes at their boundaries are
+ * recorded instead.
  */
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
@@ -12,20 +14,24 @@ const NONE = -1
 export const PAIR_BITS = 20
 const LONGER_BITS = 22
 const ASCII = 0x80
-/** First character of three bytes: from here on pairs are told apart well enough. */
+/** The first character of three bytes. Pairs of such characters are selective enough without their neighbours. */
 const WIDE = 0x800
 
-export class CutTable {
+export class BoundaryTable {
   readonly #bytes: Uint8Array
   readonly #starts: Int32Array
   readonly #lengths: Int32Array
-  /** Characters side by side in a token, but for those of ASCII, nearly all of which are. */
+  /** Pairs of adjacent characters in tokens. Pairs of ASCII characters are omitted, since nearly all occur. */
   readonly pairs: Uint8Array = new Uint8Array(1 << (PAIR_BITS - 3))
-  /** Bytes beside borders that are never cut: those in tokens that begin or end inside a character, and in tokens of two letters, to answer soon. */
-  readonly joined: Uint8Array = new Uint8Array(65536 >> 3)
-  /** `xy`, `xyz`, `wxy` and `wxyz` as above, NONE where the token ends; made when first asked. */
-  #longer: Uint8Array | undefined
-  /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
+  /**
+   * Pairs of bytes between which a piece is never split: those at character boundaries in tokens that contain incomplete
+   * characters, and, to answer quickly, tokens of two ASCII characters.
+   */
+  readonly unsplittable: Uint8Array = new Uint8Array(65536 >> 3)
+  /** `xy`, `xyz`, `wxy` and `wxyz` as above, with NONE where the token ends; built on first use. */
+  #contexts: Uint8Array | undefined
+
+  /** @param bytes, starts, lengths bytes of all tokens; token i is `lengths[i]` bytes at `starts[i]` */
   constructor(bytes: Uint8Array, starts: Int32Array, lengths: Int32Array) {
     this.#bytes = bytes
     this.#starts = starts
@@ -34,7 +40,7 @@ export class CutTable {
       const start = starts[token]
       const end = start + lengths[token]
       if (end - start === 2 && bytes[start] < ASCII && bytes[start + 1] < ASCII) {
-        setBit(this.joined, (bytes[start] << 8) | bytes[start + 1])
+        setBit(this.unsplittable, (bytes[start] << 8) | bytes[start + 1])
       } else if (isWhole(bytes, start, end)) {
         let x = NONE
         for (let at = start; at < end; at += widthOf(bytes[at])) {
@@ -44,44 +50,44 @@ export class CutTable {
         }
       } else {
         for (let at = start + 1; at < end; at++) {
-          if ((bytes[at] & 0xc0) !== 0x80) setBit(this.joined, (bytes[at - 1] << 8) | bytes[at])
+          if ((bytes[at] & 0xc0) !== 0x80) setBit(this.unsplittable, (bytes[at - 1] << 8) | bytes[at])
         }
       }
     }
   }
 
-  /** The next border that nothing crosses after `at`, which is one, in the piece that ends at `end`; or `end`. */
+  /** Returns the next boundary after `at` that no token crosses, or `end`, the end of the piece. `at` must be one, too. */
   next(bytes: Uint8Array, at: number, end: number): number {
     let w = NONE
     let x = codePointAt(bytes, at)
-    let border = at + widthOf(bytes[at])
-    while (border < end) {
-      const y = codePointAt(bytes, border)
-      const after = border + widthOf(bytes[border])
-      if (!hasBit(this.joined, (bytes[border - 1] << 8) | bytes[border])) {
+    let boundary = at + widthOf(bytes[at])
+    while (boundary < end) {
+      const y = codePointAt(bytes, boundary)
+      const after = boundary + widthOf(bytes[boundary])
+      if (!hasBit(this.unsplittable, (bytes[boundary - 1] << 8) | bytes[boundary])) {
         if ((x >= ASCII || y >= ASCII) && !hasBit(this.pairs, hashPair(x, y))) break
         if ((x < WIDE || y < WIDE) && !this.#isCrossed(w, x, y, after < end ? codePointAt(bytes, after) : NONE)) break
       }
       w = x
       x = y
-      border = after
+      boundary = after
     }
-    return border
+    return boundary
   }
 
   #isCrossed(w: number, x: number, y: number, z: number): boolean {
-    this.#longer ??= this.#makeLonger()
-    const longer = this.#longer
+    this.#contexts ??= this.#buildContexts()
+    const contexts = this.#contexts
     return (
-      hasBit(longer, hashFour(NONE, x, y, NONE)) ||
-      (z !== NONE && hasBit(longer, hashFour(NONE, x, y, z))) ||
-      (w !== NONE && hasBit(longer, hashFour(w, x, y, NONE))) ||
-      (w !== NONE && z !== NONE && hasBit(longer, hashFour(w, x, y, z)))
+      hasBit(contexts, hashFour(NONE, x, y, NONE)) ||
+      (z !== NONE && hasBit(contexts, hashFour(NONE, x, y, z))) ||
+      (w !== NONE && hasBit(contexts, hashFour(w, x, y, NONE))) ||
+      (w !== NONE && z !== NONE && hasBit(contexts, hashFour(w, x, y, z)))
     )
   }
 
-  #makeLonger(): Uint8Array {
-    const longer = new Uint8Array(1 << (LONGER_BITS - 3))
+  #buildContexts(): Uint8Array {
+    const contexts = new Uint8Array(1 << (LONGER_BITS - 3))
     const bytes = this.#bytes
     for (let token = 0; token < this.#starts.length; token++) {
       const start = this.#starts[token]
@@ -92,18 +98,18 @@ export class CutTable {
       let y = NONE
       for (let at = start; at < end || y !== NONE; ) {
         const z = at < end ? codePointAt(bytes, at) : NONE
-        if (x !== NONE && (x < WIDE || y < WIDE)) setBit(longer, hashFour(w, x, y, z))
+        if (x !== NONE && (x < WIDE || y < WIDE)) setBit(contexts, hashFour(w, x, y, z))
         w = x
         x = y
         y = z
         if (at < end) at += widthOf(bytes[at])
       }
     }
-    return longer
+    return contexts
   }
 }
 
-/** Whether the bytes are characters from the first to the last. */
+/** Whether the bytes are complete characters. */
 function isWhole(bytes: Uint8Array, start: number, end: number): boolean {
   let at = start
   while (at < end) {

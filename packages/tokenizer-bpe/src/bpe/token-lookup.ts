@@ -1,18 +1,18 @@
-/** @file Which pieces are tokens as a whole, for vocabularies that ask this before merging. */
-import type { Parts } from '../parts.ts'
+/** @file Looks up whether a piece is a token, for vocabularies that check this before merging (`ignore_merges`). */
+import type { Features } from '../features.ts'
 import { SHORT_KEY } from './piece-cache.ts'
 
-export class WholeTable {
+export class TokenLookup {
   readonly #bytes: Uint8Array
   readonly #starts: Int32Array
   readonly #lengths: Int32Array
-  /** Ids + 1 at the hashes of their bytes. */
+  /** An open-addressing table of ids + 1, by the hash of their bytes. */
   readonly #slots: Int32Array
   readonly #shift: number
-  /** Bits at the hashes of length, beginning and end of the longer tokens, which few long pieces share. */
+  /** 1 at the hashes of length, start and end of long tokens, to rule out most long pieces quickly. */
   readonly #outlines = new Uint8Array(65536)
 
-  /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
+  /** @param bytes, starts, lengths bytes of all tokens; token i is `lengths[i]` bytes at `starts[i]` */
   constructor(bytes: Uint8Array, starts: Int32Array, lengths: Int32Array) {
     this.#bytes = bytes
     this.#starts = starts
@@ -30,7 +30,7 @@ export class WholeTable {
     }
   }
 
-  /** Id of the token with the bytes `text[from..to)`, or -1. */
+  /** Returns the id of the token with the bytes `text[from..to)`, or -1. */
   find(text: Uint8Array, from: number, to: number): number {
     const length = to - from
     if (length > SHORT_KEY && this.#outlines[outline(text, from, to)] === 0) return -1
@@ -51,6 +51,7 @@ export class WholeTable {
   }
 }
 
+/** Returns a 16-bit hash of the length, the start and the end. */
 function outline(bytes: Uint8Array, from: number, to: number): number {
   const head = (bytes[from + 1] << 16) | (bytes[from + 2] << 8) | bytes[from + 5]
   const tail = (bytes[to - 1] << 16) | (bytes[to - 2] << 8) | bytes[to - 4]
@@ -64,4 +65,4 @@ function hashBytes(bytes: Uint8Array, start: number, length: number): number {
   return (h ^ (h >>> 13)) | 0
 }
 
-export const parts: Partial<Parts> = { whole: WholeTable }
+export const features: Partial<Features> = { tokenLookup: TokenLookup }

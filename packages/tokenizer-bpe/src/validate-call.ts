@@ -140,7 +140,7 @@ function isList(input: unknown): boolean {
  * Validates the options and the input of a call: options must be an object with known names and valid values. Undefined values count as missing.
  * @throws TokenizerError E_CONFIG, and E_DATA for an invalid input
  */
-export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {
+export function validateCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {
   const known: object = optionNames[op]
   const names = Object.keys(known).join(', ')
   const refuse = (problem: string, fix: string) => new TokenizerError({ code: 'E_CONFIG', op, problem, fix })

@@ -1,16 +1,17 @@
 /**
- * @file The merges of one piece: always the pair of lowest rank, of those the leftmost. Three ways that give the same tokens: a scan for short
- * pieces, ranks worked off in order for long ones (linear but for sorting the ranks), and a heap where that does not work out.
+ * @file Merges the bytes of a piece to tokens: always the pair of lowest rank, and of those the leftmost. Three methods
+ * give the same tokens: a linear search per merge for short pieces; for long ones, processing ranks in ascending order,
+ * which is linear apart from sorting the ranks; and a heap for vocabularies for which that does not work.
  */
 import { type MergeTable, NO_RANK } from './merge-table.ts'
 
-/** Above this many symbols the scan, which is quadratic, gives way. */
+/** Maximum number of symbols for the search per merge, which takes quadratic time. */
 const SHORT = 96
 
 export class PieceMerger {
   readonly table: MergeTable
   readonly #byteToken: Int32Array
-  /** Token for bytes that the vocabulary lacks, or -1: they vanish, as in Hugging Face tokenizers. */
+  /** Token for bytes that are not in the vocabulary, or -1 to drop them, as in Hugging Face tokenizers. */
   readonly #unknown: number
   readonly #fuseUnknown: boolean
   /** Whether every byte has a token. */
@@ -18,7 +19,7 @@ export class PieceMerger {
   readonly #symbol = new Int32Array(SHORT + 1)
   readonly #rank = new Int32Array(SHORT + 1)
   #head: Int32Array | undefined
-  /** Tokens of the last piece; the caller copies what it keeps. */
+  /** Tokens of the last piece, valid until the next call. */
   out: Int32Array = new Int32Array(SHORT + 1)
 
   constructor(table: MergeTable, byteToken: Int32Array, unknown: number, fuseUnknown: boolean) {
@@ -46,11 +47,11 @@ export class PieceMerger {
       rank[i - 1] = byteRank[(before << 8) | byte]
       before = byte
     }
-    return this.#scan(length)
+    return this.#search(length)
   }
 
-  /** Short pieces: finds the lowest rank by looking at all. */
-  #scan(length: number): number {
+  /** Merges a short piece, searching all pairs for the lowest rank. */
+  #search(length: number): number {
     const symbol = this.#symbol
     const rank = this.#rank
     const table = this.table
@@ -80,14 +81,16 @@ export class PieceMerger {
     return length
   }
 
+  /** Merges a short piece if some bytes have no token. */
   #incomplete(bytes: Uint8Array, start: number, end: number): number {
     const symbols = this.#symbols(bytes, start, end)
     const length = symbols.length
     this.#symbol.set(symbols)
     for (let i = 1; i < length; i++) this.#rank[i - 1] = this.table.rank(symbols[i - 1], symbols[i])
-    return this.#scan(length)
+    return this.#search(length)
   }
 
+  /** Returns the tokens of the bytes. */
   #symbols(bytes: Uint8Array, start: number, end: number): Int32Array {
     const symbols = new Int32Array(end - start)
     let length = 0
@@ -102,6 +105,7 @@ export class PieceMerger {
     return symbols.subarray(0, length)
   }
 
+  /** Merges a long piece. */
   #long(symbols: Int32Array): number {
     const length = symbols.length
     if (this.out.length < length) this.out = new Int32Array(Math.max(length, this.out.length * 2))
@@ -112,14 +116,14 @@ export class PieceMerger {
       before[i] = i - 1
     }
     this.#head ??= new Int32Array(this.table.count).fill(-1)
-    if (!new RankOrder(this.table, symbols, next, before, this.#head).run(NO_RANK, 0)) {
+    if (!new RankOrderMerger(this.table, symbols, next, before, this.#head).run(NO_RANK, 0)) {
       this.#head.fill(-1)
       mergeByHeap(this.table, symbols, next, before)
     }
     const out = this.out
     let count = 0
     for (let i = 0; i < length; i = next[i]) out[count++] = symbols[i]
-    // One hostile piece must not hold its memory for ever.
+    // Do not keep the memory of an extremely long piece.
     if (length > 1 << 20) {
       const result = out.slice(0, count)
       this.out = result.length > SHORT ? result : new Int32Array(SHORT + 1)
@@ -130,10 +134,11 @@ export class PieceMerger {
 }
 
 /**
- * Works off the ranks that occur in rising order. Positions of one rank form a doubly linked list. A merge nearly always makes pairs of higher
- * rank only, so a list is complete when its turn comes; where it makes a lower one, that has its turn at once.
+ * Processes the ranks that occur in ascending order. The positions of each rank form a doubly linked list. A merge nearly
+ * always creates pairs of higher rank only, so a list is complete when its rank is processed. A lower rank that it creates
+ * is processed immediately.
  */
-class RankOrder {
+class RankOrderMerger {
   readonly #table: MergeTable
   readonly #symbol: Int32Array
   readonly #next: Int32Array
@@ -141,7 +146,7 @@ class RankOrder {
   readonly #rankAt: Int32Array
   readonly #listNext: Int32Array
   readonly #listBefore: Int32Array
-  /** First position of each rank, or -1; all -1 again after a run that ended well. */
+  /** First position of each rank, or -1. All are -1 again after a successful run. */
   readonly #head: Int32Array
   readonly #queue = new KeyHeap()
 
@@ -156,7 +161,7 @@ class RankOrder {
     this.#head = head
   }
 
-  /** Makes all merges below `limit`; false when it has to give up part of the way (what is merged by then is right). */
+  /** Performs all merges of a rank below `limit`. Returns false if it has to stop early; the merges until then are correct. */
   run(limit: number, depth: number): boolean {
     const symbol = this.#symbol
     const next = this.#next
@@ -165,7 +170,7 @@ class RankOrder {
     const listNext = this.#listNext
     const listBefore = this.#listBefore
     const length = symbol.length
-    // From the right, so that every list starts in order of position.
+    // From right to left, so that every list starts in order of position.
     if (depth === 0) for (let i = length - 2; i >= 0; i--) this.#add(i)
     while (this.#queue.least < limit) {
       const rank = this.#queue.pop()
@@ -184,7 +189,7 @@ class RankOrder {
       }
       const positions = new Int32Array(count)
       count = 0
-      // Taken off the list: WAITING keeps #remove from touching links that are gone.
+      // These are no longer in a list: WAITING prevents #remove from changing links.
       for (let at = first; at >= 0; at = listNext[at]) {
         positions[count++] = at
         listBefore[at] = WAITING
@@ -212,7 +217,7 @@ class RankOrder {
         this.#add(at)
         if (this.#queue.least < rank) {
           if (depth === MAX_DEPTH || !this.run(rank, depth + 1)) return false
-          // New places for this rank would have to be fitted in among those that wait.
+          // New positions of this rank would have to be inserted among the waiting ones.
           if (this.#head[rank] >= 0) return false
         }
       }
@@ -220,7 +225,7 @@ class RankOrder {
     return true
   }
 
-  /** Lists a position under the rank of its pair. */
+  /** Adds a position to the list of its pair's rank. */
   #add(at: number): void {
     const right = this.#next[at]
     const rank = right < this.#symbol.length ? this.#table.rank(this.#symbol[at], this.#symbol[right]) : NO_RANK
@@ -234,6 +239,7 @@ class RankOrder {
     this.#head[rank] = at
   }
 
+  /** Removes a position from its list. */
   #remove(at: number): void {
     const rank = this.#rankAt[at]
     if (rank === NO_RANK) return
@@ -247,21 +253,22 @@ class RankOrder {
   }
 }
 
+/** In place of a list link: the position waits to be merged. */
 const WAITING = -2
 const MAX_DEPTH = 30
 
-/** Any vocabulary: a heap of (rank, position) with lazy removal, n log n. */
+/** Merges with a heap of (rank, position) with lazy removal, in time n log n for any vocabulary. */
 function mergeByHeap(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array): void {
   const length = symbol.length
   const rankAt = new Int32Array(length).fill(NO_RANK)
-  // rank * length + position stays exact in a double: ranks are below 2^24, lengths below 2^29.
+  // `rank * length + position` is exact in a double: ranks are below 2^24, lengths below 2^29.
   const heap = new KeyHeap()
   const add = (at: number) => {
     const rank = next[at] < length ? table.rank(symbol[at], symbol[next[at]]) : NO_RANK
     rankAt[at] = rank
     if (rank !== NO_RANK) heap.push(rank * length + at)
   }
-  // Merges may have been made before.
+  // Some merges may have been performed already.
   for (let i = 0; next[i] < length; i = next[i]) add(i)
   while (heap.size > 0) {
     const key = heap.pop()

@@ -1,10 +1,10 @@
 /** @file Every way to merge a piece against the plainest one, on vocabularies of random merges, whose ranks rise or not. */
 import { expect, test } from 'vitest'
 import { randomNumbers } from '../data/random.ts'
-import { CutTable } from './cut-table.ts'
+import { BoundaryTable } from './boundary-table.ts'
 import { Encoder, IdBuffer, PADDING } from './encoder.ts'
-import { PieceMerger } from './merge-piece.ts'
 import { MergeTable } from './merge-table.ts'
+import { PieceMerger } from './piece-merger.ts'
 
 /**
  * Tokens are strings of bytes. The first are the bytes of the alphabet; merges join random tokens, in random order or rising. Characters of several
@@ -101,7 +101,7 @@ test.each([
         return 1
       },
       undefined,
-      () => new CutTable(bytes, starts, lengths),
+      () => new BoundaryTable(bytes, starts, lengths),
     )
     for (const length of [1, 5, 30, 96, 97, 130]) {
       const periodic = random() < 0.3
