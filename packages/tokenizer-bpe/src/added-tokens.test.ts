@@ -14,8 +14,8 @@ const tokensOf = (contents: readonly string[]): AddedToken[] =>
     single_word: false,
   }))
 
-/** Cuts a text into texts and numbers of tokens. */
-function cut(contents: readonly string[], text: string): (string | number)[] {
+/** Splits a text into texts and indices of tokens. */
+function split(contents: readonly string[], text: string): (string | number)[] {
   const bytes = utf8.encode(text)
   const found: (string | number)[] = []
   const piece = (from: number, to: number) => found.push(new TextDecoder().decode(bytes.subarray(from, to)))
@@ -30,8 +30,8 @@ function cut(contents: readonly string[], text: string): (string | number)[] {
   return found
 }
 
-/** The same, by trying all tokens at all places. */
-function slowly(contents: readonly string[], text: string): (string | number)[] {
+/** The same, by trying all tokens at all positions. */
+function bruteForce(contents: readonly string[], text: string): (string | number)[] {
   const found: (string | number)[] = []
   let held = ''
   for (let at = 0; at < text.length; ) {
@@ -58,7 +58,7 @@ const word = (letters: string, length: number) => {
   return Array.from({ length }, () => all[below(all.length)]).join('')
 }
 
-describe('added tokens are found leftmost, and of those the longest', () => {
+describe('the leftmost, and of those the longest, added token is found', () => {
   test.each([
     ['by the trie', 12],
     ['by the automaton', 240],
@@ -70,22 +70,22 @@ describe('added tokens are found leftmost, and of those the longest', () => {
       const text = Array.from({ length: 20 }, () =>
         below(3) === 0 ? contents[below(contents.length)] : word(`${letters}c`, below(10)),
       ).join('')
-      expect(cut(contents, text)).toEqual(slowly(contents, text))
+      expect(split(contents, text)).toEqual(bruteForce(contents, text))
     }
   })
 
-  test('across places that are looked at together', () => {
+  test('across window boundaries', () => {
     const long = `${'ab'.repeat(200)}c`
     const contents = ['ba', 'abab', long]
     for (const before of [65_300, 65_400, 65_535, 65_536, 131_000]) {
       const text = `${'x'.repeat(before)}${long}x${long}ba${'ab'.repeat(300)}`
-      expect(cut(contents, text)).toEqual(slowly(contents, text))
+      expect(split(contents, text)).toEqual(bruteForce(contents, text))
     }
   })
 
-  test('of a text that nearly is one, at every place', () => {
+  test('in linear time if a long token nearly matches at every position', () => {
     const contents = [`${'a'.repeat(1000)}b`, 'aa']
     const text = 'a'.repeat(400_000)
-    expect(cut(contents, text)).toHaveLength(200_000)
+    expect(split(contents, text)).toHaveLength(200_000)
   })
 })

@@ -34,7 +34,7 @@ test('trains, encodes, decodes and inspects', () => {
   })
 })
 
-test.skipIf(process.platform === 'win32' /* no bash */)('says nothing when its reader has had enough', () => {
+test.skipIf(process.platform === 'win32' /* no bash */)('prints no error if the reader closes the pipe', () => {
   const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
   const text = 'the cat sat on the mat. '.repeat(200_000)
   writeFileSync(join(folder, 'long.txt'), text)
@@ -48,7 +48,7 @@ test.skipIf(process.platform === 'win32' /* no bash */)('says nothing when its r
   expect(stdout).toMatch(/^\[[\d,]{9} 0\n$/)
 })
 
-test('exits with 1 for failures and 2 for wrong usage', () => {
+test('exits with 1 for failures and 2 for invalid usage', () => {
   expect(run(['--help'])).toMatchObject({ status: 0 })
   expect(run([])).toMatchObject({ status: 2 })
   expect(run(['bake'])).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
@@ -56,6 +56,10 @@ test('exits with 1 for failures and 2 for wrong usage', () => {
     status: 2,
     stderr: expect.stringContaining('--vocab-size is missing'),
   })
+  expect(run(['train', 'corpus.txt', '--vocab-size', 'x']).stderr).toContain(
+    '--vocab-size: expected a whole number, got x',
+  )
+  expect(run(['decode', '1', 'x']).stderr).toContain('expected ids, got x')
   expect(run(['train', '--nope'])).toMatchObject({
     status: 2,
     stderr: 'moe-tokenizer: unknown option --nope\nSee moe-tokenizer --help.\n',
@@ -76,7 +80,7 @@ test('exits with 1 for failures and 2 for wrong usage', () => {
   }
 })
 
-test('inspects a vocabulary whose ids do not begin at 0', () => {
+test('inspects a vocabulary whose ids do not start at 0', () => {
   const file = trainBpe(['the cat sat on the mat'], { vocabSize: 260, minFrequency: 1 }).toJSON()
   const model = file.model as { vocab: Record<string, number> }
   for (const token of Object.keys(model.vocab)) model.vocab[token] += 5

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+/** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 invalid usage, 130 interrupted. */
 import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress, trainBpeAsync } from './index.ts'
@@ -95,12 +95,12 @@ function fail(error: unknown): void {
 function wholeNumber(name: 'vocab-size' | 'min-frequency'): number {
   const text = values[name]
   if (text === undefined) throw new UsageError(`--${name} is missing`)
-  if (!/^\d+$/.test(text)) throw new UsageError(`--${name} ${text} is not a whole number`)
+  if (!/^\d+$/.test(text)) throw new UsageError(`--${name}: expected a whole number, got ${text}`)
   return Number(text)
 }
 
 async function train(files: string[]): Promise<void> {
-  if (files.length === 0) throw new UsageError('train needs at least one file')
+  if (files.length === 0) throw new UsageError('train expects at least one file')
   if (values.pattern !== undefined && values['pre-tokenizer'] !== undefined) {
     throw new UsageError('--pattern and --pre-tokenizer cannot be used together')
   }
@@ -139,7 +139,7 @@ function showProgress(progress: TrainProgress): void {
   process.stderr.write(`\r\x1b[K${line}`)
 }
 
-/** Yields the texts of files. Large files are split before a line that starts with a letter or mark. */
+/** Yields the texts of files. Large files are split before a line that does not start with white space. */
 async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
   for (const file of files) {
     const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
@@ -185,8 +185,8 @@ async function decode(args: string[]): Promise<void> {
   const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
   const source = args.length > 0 ? args.join(' ') : await readInput(undefined)
   const words = source.split(/[\s,[\]]+/).filter(word => word !== '')
-  const odd = words.find(word => !/^\d+$/.test(word))
-  if (odd !== undefined) throw new UsageError(`${odd} is not an id`)
+  const invalid = words.find(word => !/^\d+$/.test(word))
+  if (invalid !== undefined) throw new UsageError(`expected ids, got ${invalid}`)
   const text = tokenizer.decode(words.map(Number), { skipSpecialTokens: values['skip-special'] })
   process.stdout.write(values.json ? `${JSON.stringify(text)}\n` : text)
 }
@@ -215,7 +215,7 @@ async function inspect(args: string[]): Promise<void> {
     process.stdout.write(`${JSON.stringify(report)}\n`)
     return
   }
-  const how = report.preTokenizer === 'steps' ? 'step by step (no hand-written scanner)' : report.preTokenizer
+  const how = report.preTokenizer === 'steps' ? 'steps (interpreted; no hand-written scanner)' : report.preTokenizer
   process.stdout.write(
     `ids             ${report.vocabSize}\nmerges          ${report.merges}\npre-tokenizer   ${how}\n` +
       `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest.id}, ${longest.bytes} bytes\n`,

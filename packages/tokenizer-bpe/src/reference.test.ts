@@ -1,4 +1,4 @@
-/** @file Against Hugging Face tokenizers 0.23.2: ids, offsets, pieces and merges in fixtures written by tools/reference/tokenizer_fixtures.py. */
+/** @file Compares with Hugging Face tokenizers 0.23.2: fixtures of ids, offsets, pieces and merges, written by tools/reference/tokenizer_fixtures.py. */
 import { readFileSync } from 'node:fs'
 import { describe, expect, test } from 'vitest'
 import { BpeTokenizer, type EncodeOptions, type PreTokenizerName, trainBpe } from './index.ts'
@@ -57,13 +57,13 @@ describe("DeepSeek-V3's tokenizer.json", () => {
     })
   })
 
-  test('leaves in the text what is not to be trusted: special tokens, or all', () => {
+  test('encodes special tokens, or all added tokens, as text on request', () => {
     const text = 'a<｜end▁of▁sentence｜><｜User｜>b <｜fim▁hole｜>'
     const without = BpeTokenizer.fromJSON({ ...deepseek.toJSON(), added_tokens: [], post_processor: null })
     const special = (tokens: Uint32Array) => [...tokens].filter(id => id === 1 || id >= 128_000)
     const encode = (options: EncodeOptions) => deepseek.encode(text, { addSpecialTokens: false, ...options })
     expect(special(encode({}))).toEqual([1, 128_803, 128_800])
-    // The file does not mark its roles as special.
+    // The file does not mark the role tokens as special.
     expect(special(encode({ parseSpecialTokens: false }))).toEqual([128_803, 128_800])
     expect(encode({ parseAddedTokens: false })).toEqual(without.encode(text))
     const options = { parseAddedTokens: false, addSpecialTokens: false }
@@ -78,12 +78,12 @@ describe("DeepSeek-V3's tokenizer.json", () => {
 
   test('gives the same offsets', () => {
     offsets.forEach((expected, i) => {
-      // Theirs count characters, ours UTF-16 units.
+      // Hugging Face counts characters, this package UTF-16 units.
       const units = [0]
       for (const char of texts[i]) units.push(units[units.length - 1] + char.length)
-      const { ids: found, offsets: places } = deepseek.encodeWithOffsets(texts[i])
+      const { ids: found, offsets: positions } = deepseek.encodeWithOffsets(texts[i])
       expect([...found]).toEqual(ids[i])
-      expect([...places], JSON.stringify(texts[i])).toEqual(expected.map(n => units[n]))
+      expect([...positions], JSON.stringify(texts[i])).toEqual(expected.map(n => units[n]))
     })
   })
 
@@ -118,7 +118,7 @@ describe('pieces', () => {
     })
   }
 
-  test('scanners stop and go on anywhere', () => {
+  test('scanners can be interrupted after any piece', () => {
     for (const { config } of Object.values(configs)) {
       const preTokenizer = compilePreTokenizer(config)
       for (const text of texts) {
@@ -145,7 +145,7 @@ function pieceLengths(preTokenizer: ReturnType<typeof compilePreTokenizer>, text
   return lengths
 }
 
-describe('which characters match', () => {
+describe('characters that match', () => {
   const { characters, matches } = fixture<Patterns>('patterns')
 
   test.each(Object.entries(matches))('%s', (source, expected) => {
@@ -159,7 +159,7 @@ describe('which characters match', () => {
   })
 })
 
-describe('files that hold anything', () => {
+describe('files with random components', () => {
   const { models, files } = fixture<Files>('files')
   const opened = files.map(({ model, changed, rest, cases }) => ({
     tokenizer: BpeTokenizer.fromJSON({ ...rest, model: { ...models[model], ...changed } }),
@@ -167,7 +167,7 @@ describe('files that hold anything', () => {
     normalizes: (rest as { normalizer: unknown }).normalizer !== null,
   }))
 
-  test('give the same ids', () => {
+  test('have the same ids', () => {
     for (const { tokenizer, cases } of opened) {
       for (const { text, ids, untrusted } of cases) {
         const name = JSON.stringify([text, tokenizer.toJSON().added_tokens, tokenizer.toJSON().pre_tokenizer])
@@ -177,11 +177,11 @@ describe('files that hold anything', () => {
     }
   })
 
-  test('give the same offsets', () => {
+  test('have the same offsets', () => {
     let compared = 0
     for (const { tokenizer, cases, normalizes } of opened) {
       for (const { text, ids, offsets } of cases) {
-        // Places are lost where the normalizer changes the text.
+        // Positions are lost if the normalizer changes the text.
         if (normalizes) continue
         const units = [0]
         for (const char of text) units.push(units[units.length - 1] + char.length)
@@ -196,7 +196,7 @@ describe('files that hold anything', () => {
   })
 })
 
-describe('training finds the same merges, in order', () => {
+describe('training learns the same merges in the same order', () => {
   const { corpus, runs } = fixture<Training>('train')
   for (const { vocab, merges, ...options } of runs) {
     test(`${options.preTokenizer}, ${options.vocabSize} ids`, () => {

@@ -1,4 +1,4 @@
-/** @file What an application's bundle grows by: the published build, bundled and minified by Vite as for a browser, gzipped. */
+/** @file Bundle size: the published build, bundled and minified by Vite for a browser, gzipped. */
 import { execFileSync } from 'node:child_process'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -12,7 +12,7 @@ const workspace = fileURLToPath(new URL('../../..', import.meta.url))
 let folder: string
 
 beforeAll(() => {
-  // Inside the package, whose `sideEffects` then hold for it.
+  // Inside the package, so that its `sideEffects` apply.
   folder = mkdtempSync(join(root, '.size-'))
   execFileSync(
     process.execPath,
@@ -30,11 +30,11 @@ beforeAll(() => {
 afterAll(() => rmSync(folder, { recursive: true }))
 
 interface Bundle {
-  /** Gzipped bytes that load with the page. */
+  /** Gzipped bytes that are loaded with the page. */
   readonly first: number
-  /** Gzipped bytes that these parts bring on top, each with all that it imports. */
+  /** Additional gzipped bytes of these chunks and everything they import. */
   added(...names: readonly string[]): number
-  /** What only loads when asked for. */
+  /** Names of the chunks that are loaded on demand. */
   readonly later: readonly string[]
 }
 
@@ -65,7 +65,7 @@ async function bundle(code: string): Promise<Bundle> {
   }
 }
 
-test('encoding and decoding in a browser loads what the file needs', async () => {
+test('encoding and decoding in a browser only loads what the file needs', async () => {
   const { first, added, later } = await bundle(
     `import { BpeTokenizer } from './dist/browser.js'\nglobalThis.tokenizer = BpeTokenizer`,
   )
@@ -85,14 +85,14 @@ test('encoding and decoding in a browser loads what the file needs', async () =>
     'token-lookup',
   ])
   expect(first).toBeGreaterThan(10_000)
-  // DeepSeek-V3's tokenizer.json.
+  // The tokenizer.json of DeepSeek-V3.
   expect(first + added('deepseek-v3')).toBeLessThan(15_000)
-  // Llama 3's and Qwen 3's.
+  // Those of Llama 3 and Qwen 3.
   expect(first + added('cl100k', 'token-lookup', 'template')).toBeLessThan(16_050)
   expect(first + added('cl100k', 'normalizer')).toBeLessThan(16_050)
 }, 60_000)
 
-test('everything, training included', async () => {
+test('everything, including training', async () => {
   const { first } = await bundle(`import * as all from './dist/browser.js'\nglobalThis.all = all`)
   expect(first).toBeLessThan(33_250)
 }, 60_000)

@@ -8,7 +8,7 @@ import { Pattern } from './pattern/pattern.ts'
 import { toOniguruma } from './pattern/tiktoken-pattern.ts'
 import { preTokenizerJson } from './pre-tokenizers.ts'
 
-/** Ranks of the 256 bytes, then of these tokens. */
+/** A rank file of the 256 bytes and these tokens. */
 function ranks(...tokens: string[]): string {
   const encode = (bytes: string) => btoa(bytes)
   const lines = Array.from({ length: 256 }, (_, byte) => `${encode(String.fromCharCode(byte))} ${byte}`)
@@ -18,7 +18,7 @@ function ranks(...tokens: string[]): string {
   return lines.join('\n')
 }
 
-/** tiktoken's own way: the neighbours whose bytes together have the lowest rank, again and again. */
+/** tiktoken's algorithm: repeatedly merges the neighbours whose concatenation has the lowest rank. */
 function reference(text: string, tokens: string[]): number[] {
   const rank = (part: string) =>
     part.length === 1 ? part.charCodeAt(0) : tokens.indexOf(part) < 0 ? Infinity : 256 + tokens.indexOf(part)
@@ -34,8 +34,8 @@ function reference(text: string, tokens: string[]): number[] {
   }
 }
 
-test('merges as tiktoken does, tokens out of reach included', () => {
-  // "cab" comes down to c and ab; "bcd" cannot be reached, for cd goes first and nothing makes b + cd... but it is a token as a whole piece.
+test('merges as tiktoken does, also if tokens are unreachable by merges', () => {
+  // "cab" reduces to c and ab. "dcba" cannot be reached by merges, but is a token if it is a whole piece.
   const tokens = ['ab', 'cd', 'abc', 'bc', 'cab', 'abab', 'dcba', 'aa', 'aaa', 'aaaa']
   const tokenizer = BpeTokenizer.fromTiktoken(ranks(...tokens), {
     preTokenizer: 'cl100k',
@@ -59,12 +59,12 @@ test.each([
   expect(() => BpeTokenizer.fromTiktoken(text, { preTokenizer: 'gpt2' })).toThrow(problem)
 })
 
-test('flags of a regular expression count', () => {
+test('flags of a RegExp are applied', () => {
   const pieces = (preTokenizer: RegExp, text: string) => {
     const tokenizer = BpeTokenizer.fromTiktoken(ranks('ab', 'AB', 'a\n'), { preTokenizer })
     return [...tokenizer.encode(text)]
   }
-  // Where the letters are a piece of their own, they do not merge with what stands beside them.
+  // Matches are separate pieces, which do not merge with their neighbours.
   expect(pieces(/a/, 'AB')).toEqual([257])
   expect(pieces(/a/i, 'AB')).toEqual([65, 66])
   expect(pieces(/a.?/, 'a\n')).toEqual([97, 10])

@@ -14,7 +14,7 @@ const train = (options: Partial<TrainBpeOptions> = {}) =>
   trainBpe(CORPUS, { vocabSize: 320, minFrequency: 1, ...options })
 
 describe('a trained tokenizer', () => {
-  test('gives back what it was given', () => {
+  test('decodes to the encoded text', () => {
     const tokenizer = train()
     for (const text of [...CORPUS, '', '\0\u0001 \u200d\t\r\n', 'ÿ\u{10ffff}']) {
       expect(tokenizer.decode(tokenizer.encode(text))).toBe(text)
@@ -22,7 +22,7 @@ describe('a trained tokenizer', () => {
     expect(tokenizer.encode('the people').length).toBeLessThan('the people'.length)
   })
 
-  test('counts special tokens, then bytes, then merges', () => {
+  test('assigns ids to special tokens, then bytes, then merges', () => {
     const tokenizer = train({ specialTokens: ['<|bos|>', '<|eos|>'] })
     expect(tokenizer.vocabSize).toBe(320)
     expect(tokenizer.mergeCount).toBe(320 - 256 - 2)
@@ -31,7 +31,7 @@ describe('a trained tokenizer', () => {
     expect([...tokenizer.tokenBytes(tokenizer.tokenToId('Ġ')!)]).toEqual([0x20])
   })
 
-  test('reads special tokens in a text unless told not to', () => {
+  test('recognizes special tokens in a text by default', () => {
     const tokenizer = train({ specialTokens: ['<|eos|>'] })
     const text = 'the<|eos|>people'
     expect([...tokenizer.encode(text)]).toContain(0)
@@ -46,7 +46,7 @@ describe('a trained tokenizer', () => {
     expect(backwards.toJSON()).toEqual(train().toJSON())
   })
 
-  test('is saved to file URLs and to no others', async () => {
+  test('is saved to paths and file URLs only', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-tokenizer-'))
     try {
       const tokenizer = train()
@@ -62,14 +62,14 @@ describe('a trained tokenizer', () => {
       })
       await expect(tokenizer.save(folder)).rejects.toThrow(/cannot be written/)
       expect(await readdir(join(folder, '..'))).not.toContain(`${basename(folder)}.partial`)
-      // The path of a URL alone is no path on Windows, and nowhere one of another scheme's.
+      // The path of a URL is not a file path on Windows, nor for other schemes.
       await expect(tokenizer.save(new URL('https://example.com/a.json'))).rejects.toThrow(/scheme file/)
     } finally {
       await rm(folder, { recursive: true })
     }
   })
 
-  test('survives saving and loading', async () => {
+  test('is the same after saving and loading', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-tokenizer-'))
     try {
       const tokenizer = train({ specialTokens: ['<|eos|>'] })
@@ -89,7 +89,7 @@ describe('a trained tokenizer', () => {
     }
   })
 
-  test('decodes a stream without cutting characters', () => {
+  test('decodes a stream without splitting characters', () => {
     const tokenizer = train()
     const stream = tokenizer.createDecodeStream()
     let text = ''
@@ -103,18 +103,18 @@ describe('a trained tokenizer', () => {
     expect(stream.end()).toBe('\ufffd')
   })
 
-  test('reads lone surrogates as replacement characters', () => {
+  test('encodes lone surrogates as replacement characters', () => {
     const tokenizer = train()
     expect(tokenizer.decode(tokenizer.encode('a\ud800b'))).toBe('a\ufffdb')
   })
 
-  test('names an unknown id', () => {
+  test('refuses an unknown id', () => {
     expect(() => train().decode([320])).toThrow('decode: unknown id 320, the vocabulary has 320')
   })
 })
 
 describe('training', () => {
-  test('refuses impossible options', () => {
+  test('refuses invalid options', () => {
     expect(() => train({ vocabSize: 257, specialTokens: ['a|', 'b|'] })).toThrow(
       'vocabSize 257 is smaller than 256 bytes + 2 special tokens',
     )
@@ -140,7 +140,7 @@ describe('training', () => {
     expect(() => trainBpe([1 as never], { vocabSize: 300 })).toThrow('text 0 is 1, not a string')
   })
 
-  test('stops when the signal says so', async () => {
+  test('stops when the signal aborts', async () => {
     const controller = new AbortController()
     const options = { vocabSize: 320, signal: controller.signal, onProgress: () => controller.abort() }
     expect(() => trainBpe(CORPUS, options)).toThrow('training was aborted')
@@ -149,14 +149,14 @@ describe('training', () => {
     })
   })
 
-  test('gives the same asynchronously', async () => {
+  test('has the same result asynchronously', async () => {
     async function* texts() {
       yield* CORPUS
     }
     expect((await trainBpeAsync(texts(), { vocabSize: 320, minFrequency: 1 })).toJSON()).toEqual(train().toJSON())
   })
 
-  test('gives way within one text', async () => {
+  test('yields to the event loop within a text', async () => {
     const text = Array.from({ length: 400_000 }, (_, i) => `w${(i * 7919) % 1009}`).join(' ')
     let phase = ''
     let turns = 0
@@ -168,28 +168,28 @@ describe('training', () => {
     expect(turns).toBeGreaterThan(1)
   })
 
-  test('keeps to the minimum frequency and the longest token', () => {
+  test('respects the minimum frequency and the maximum token length', () => {
     expect(train({ vocabSize: 2000, minFrequency: 1000 }).mergeCount).toBe(0)
     const short = train({ vocabSize: 500, maxTokenLength: 3 })
     for (let id = 0; id < short.vocabSize; id++) expect(short.tokenBytes(id).length).toBeLessThan(3)
   })
 
-  test('takes only the bytes seen when asked', () => {
+  test('limits the alphabet to the bytes in the corpus on request', () => {
     expect(trainBpe(['abab'], { vocabSize: 10, initialAlphabet: 'seen' }).tokenToId('c')).toBeUndefined()
     expect(trainBpe(['abab'], { vocabSize: 10, initialAlphabet: { characters: 'c' } }).tokenToId('c')).toBe(2)
   })
 })
 
-test('a stream of many small parts without a place to cut comes through', async () => {
+test('a stream of many small parts that cannot be split takes linear time', async () => {
   const tokenizer = train()
   const text = 'a'.repeat(100_000)
   const found: number[] = []
-  // Looked through from end to end with every part, this would take a minute.
+  // Searching the whole buffer for every part would take a minute.
   for await (const some of tokenizer.encodeStream(text)) found.push(...some)
   expect(found).toEqual([...tokenizer.encode(text)])
 })
 
-test('what is no text is refused', () => {
+test('values other than strings are refused', () => {
   const tokenizer = train()
   for (const wrong of [undefined, null, 5, [1], {}, Symbol('a'), Object.create(null)] as unknown as string[]) {
     for (const encode of [() => tokenizer.encode(wrong), () => tokenizer.encodeWithOffsets(wrong)]) {
@@ -200,7 +200,7 @@ test('what is no text is refused', () => {
   }
 })
 
-test('streams refuse what gives no texts, and no ids', async () => {
+test('streams refuse anything but texts and ids', async () => {
   const tokenizer = train()
   const read = async (parts: unknown) => {
     const found: number[] = []
@@ -216,18 +216,18 @@ test('streams refuse what gives no texts, and no ids', async () => {
   expect(await read(['ab', 'ab'].values())).toEqual([...tokenizer.encode('abab')])
   const stream = tokenizer.createDecodeStream()
   for (const wrong of [undefined, null, 'a', Promise.resolve([1])] as unknown as number[]) {
-    expect(() => stream.push(wrong)).toThrow(/^decode: expected a list of ids, got .*; pass them in an array/)
+    expect(() => stream.push(wrong)).toThrow(/^decode: expected a list of ids, got .*; pass an array/)
   }
   expect(() => stream.push([undefined] as unknown as number[])).toThrow('unknown id undefined')
   expect(stream.push(new Set(tokenizer.encode('a')))).toBe('a')
 })
 
-describe('calls that cannot be meant', () => {
+describe('invalid calls', () => {
   const tokenizer = trainBpe(CORPUS, { vocabSize: 300 })
   const call = (method: 'encode' | 'decode' | 'encodeWithOffsets' | 'createDecodeStream', ...given: unknown[]) =>
     expect(() => (tokenizer[method] as (...given: unknown[]) => unknown)(...given))
 
-  test('options are refused that nobody reads, or that are none', async () => {
+  test('unknown options and options that are not an object are refused', async () => {
     expect(() => trainBpe(CORPUS, { vocabSize: 300, minfrequency: 3 } as never)).toThrow(
       expect.objectContaining({
         code: 'E_CONFIG',
@@ -270,12 +270,12 @@ describe('calls that cannot be meant', () => {
     ['maxTokenLength', Number.NaN, 'a number from 1'],
     ['onProgress', true, 'a function'],
     ['signal', new AbortController(), 'an AbortSignal'],
-  ])('the option %s is not %s', (name, value, wanted) => {
+  ])('the option %s cannot be %s', (name, value, wanted) => {
     const call = () => trainBpe(CORPUS, { vocabSize: 300, [name]: value })
     expect(call).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(wanted) }))
   })
 
-  test('ranks and texts of another kind are refused', async () => {
+  test('ranks, texts and options of the wrong type are refused', async () => {
     for (const ranks of [null, 5, {}, new Map([[-1, Uint8Array.of(1)]]), new Map([[1, 'a']])] as never[])
       expect(() => BpeTokenizer.fromTiktoken(ranks, { preTokenizer: 'gpt2' })).toThrow(
         /expected ranks, got .*; pass the text or the bytes/,
@@ -291,13 +291,15 @@ describe('calls that cannot be meant', () => {
     async function* texts() {
       yield* CORPUS
     }
-    expect(() => trainBpe(texts() as never, { vocabSize: 300 })).toThrow(/comes asynchronously to trainBpeAsync/)
+    expect(() => trainBpe(texts() as never, { vocabSize: 300 })).toThrow(
+      /use trainBpeAsync for texts that arrive asynchronously/,
+    )
     expect((await trainBpeAsync(texts(), { vocabSize: 270 })).vocabSize).toBe(270)
   })
 
-  test('ids and paths that are none are refused', async () => {
+  test('ids and paths of the wrong type are refused', async () => {
     for (const ids of [undefined, null, 5, 'a', Promise.resolve([1])])
-      call('decode', ids).toThrow(/expected a list of ids, got .*; pass them/)
+      call('decode', ids).toThrow(/expected a list of ids, got .*; pass an array/)
     for (const ids of [[70], Int32Array.of(70), new Set([70]), { length: 1, 0: 70 }]) {
       expect(tokenizer.decode(ids as Iterable<number>)).toBe(tokenizer.decode([70]))
     }

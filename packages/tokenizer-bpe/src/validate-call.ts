@@ -57,19 +57,23 @@ const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is:
   trainBpe: [
     'an iterable of texts',
     input => input === undefined || Symbol.iterator in Object(input),
-    'pass [text] or a generator of texts, and what comes asynchronously to trainBpeAsync',
+    'pass [text] or a generator of texts; use trainBpeAsync for texts that arrive asynchronously',
   ],
-  encodeBatch: ['a list of texts', isTexts, 'pass them in an array, and await what is a promise'],
-  decode: ['a list of ids', isList, 'pass them in an array, and await what is a promise'],
+  encodeBatch: ['a list of texts', isTexts, 'pass an array; await promises first'],
+  decode: ['a list of ids', isList, 'pass an array; await promises first'],
   packDocuments: [
     'an iterable of documents',
     input => typeof input === 'object' && Symbol.iterator in Object(input),
-    'pass a list of the ids of each: texts.map(text => tokenizer.encode(text))',
+    'pass a list of ids for each document: texts.map(text => tokenizer.encode(text))',
   ],
-  fromTiktoken: ['ranks', isRanks, 'pass the text or the bytes of a file, or a Map of ids and bytes'],
+  fromTiktoken: ['ranks', isRanks, 'pass the text or the bytes of a rank file, or a Map from ids to bytes'],
 }
 
-const random: Rule = ['numbers from 0 to below 1: randomNumbers(seed)', value => typeof value === 'function', true]
+const random: Rule = [
+  'a function that returns numbers in [0, 1), for example randomNumbers(seed)',
+  value => typeof value === 'function',
+  true,
+]
 
 /** Validation of option values that would otherwise be misinterpreted or fail later. */
 const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
@@ -96,7 +100,7 @@ const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rul
       value => isChoice(value, 'pattern', pattern => typeof pattern === 'string'),
       true,
     ],
-    specialTokens: ['an object of ids by text', value => typeof value === 'object'],
+    specialTokens: ['an object of ids by token text', value => typeof value === 'object'],
   },
   fillInTheMiddle: {
     random,

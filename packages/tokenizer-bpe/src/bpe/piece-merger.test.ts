@@ -1,4 +1,4 @@
-/** @file Every way to merge a piece against the plainest one, on vocabularies of random merges, whose ranks rise or not. */
+/** @file Compares all methods of merging a piece with the simplest one, on vocabularies of random merges. */
 import { expect, test } from 'vitest'
 import { randomNumbers } from '../data/random.ts'
 import { BoundaryTable } from './boundary-table.ts'
@@ -7,8 +7,9 @@ import { MergeTable } from './merge-table.ts'
 import { PieceMerger } from './piece-merger.ts'
 
 /**
- * Tokens are strings of bytes. The first are the bytes of the alphabet; merges join random tokens, in random order or rising. Characters of several
- * bytes come whole first when `whole`, so that words are made of them; else tokens that begin and end inside characters are as likely.
+ * Tokens are strings of bytes. The first are the bytes of the alphabet. Merges join random tokens; their ranks are in the
+ * order of creation if `rising`, otherwise random. With `whole`, characters of several bytes become tokens first, and words
+ * mostly consist of them; otherwise tokens often start or end within a character.
  */
 function randomVocabulary(random: () => number, alphabet: readonly string[], rising: boolean, whole: boolean) {
   const text = [...new Set(alphabet.flatMap(char => [...bytesOf(char)]))]
@@ -29,7 +30,7 @@ function randomVocabulary(random: () => number, alphabet: readonly string[], ris
   if (whole) {
     for (const char of alphabet) {
       const bytes = bytesOf(char)
-      // One character in four stays in parts.
+      // Some characters remain incomplete.
       for (let i = 1; i < bytes.length && random() < 0.75; i++) add(idOf.get(bytes.slice(0, i))!, idOf.get(bytes[i])!)
     }
   }
@@ -45,12 +46,13 @@ function randomVocabulary(random: () => number, alphabet: readonly string[], ris
   return { text, pairs }
 }
 
-/** UTF-8 as a string of a character a byte. */
+/** Returns UTF-8 as a string with one character per byte. */
 function bytesOf(text: string): string {
   return String.fromCharCode(...new TextEncoder().encode(text))
 }
 
-function plain(symbols: number[], pairs: number[][]): number[] {
+/** Repeatedly merges the pair of lowest rank. */
+function reference(symbols: number[], pairs: number[][]): number[] {
   const list = [...symbols]
   while (true) {
     let best = -1
@@ -79,7 +81,7 @@ test.each([
   ['Chinese, whole characters, any ranks', CHINESE, false, true],
   ['several scripts', MIXED, true, true],
   ['several scripts, any bytes', MIXED, true, false],
-])('short, long and cut pieces merge alike: %s', (_name, alphabet, rising, whole) => {
+])('short, long and split pieces merge alike: %s', (_name, alphabet, rising, whole) => {
   const random = randomNumbers(rising ? 1 : 2)
   for (let round = 0; round < 100; round++) {
     const { text, pairs } = randomVocabulary(random, alphabet, rising, whole)
@@ -87,7 +89,7 @@ test.each([
     text.forEach((token, id) => {
       if (token.length === 1) byteToken[token.charCodeAt(0)] = id
     })
-    // Complete, so that cuts are made: all other bytes stand for an id that never comes.
+    // Every byte has a token, so that pieces are split: bytes outside of the alphabet have an id that does not occur.
     const all = byteToken.map(id => (id < 0 ? text.length : id))
     const table = MergeTable.of(Int32Array.from(pairs.flat()), byteToken, text.length + 1)
     const merger = new PieceMerger(table, all, -1, false)
@@ -112,7 +114,7 @@ test.each([
       const content = new TextEncoder().encode(chars.join(''))
       const piece = new Uint8Array(content.length + PADDING)
       piece.set(content)
-      const expected = plain(
+      const expected = reference(
         Array.from(content, byte => byteToken[byte]),
         pairs,
       )

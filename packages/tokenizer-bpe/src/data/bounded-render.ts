@@ -1,6 +1,6 @@
-/** @file Rendering of a chat template with a limit to its work: templates come with downloaded models, and can be made to loop for ever. */
+/** @file Renders chat templates with limited work: templates come with downloaded models, and a malicious one may never end. */
 
-/** What is used here of @huggingface/jinja, whose own types need a bundler. */
+/** The part of @huggingface/jinja that is used here. Its own types require a bundler. */
 export interface Jinja {
   readonly Template: new (source: string) => { readonly parsed: Node; render(variables: object): string }
   readonly Environment: new () => Environment
@@ -22,28 +22,36 @@ interface Node {
   readonly filter?: { readonly value?: unknown }
 }
 
+/**
+ * How the work of a node depends on its operands: `lookup` not at all, `pass` on their size, `search` on the product of
+ * their sizes.
+ */
 type Work = 'lookup' | 'search' | 'pass'
 
-/** Steps that every template may take, and more for each character of the conversation. A template takes some hundreds a message. */
+/** Number of steps that every template may take. Templates take some hundreds per message. */
 const STEPS = 200_000
+/** Additional steps for each character of the conversation. */
 const STEPS_PER_CHARACTER = 100
-/** Of an item of a list: what a loop makes for each. */
+/** Steps that a list item counts for, since loops run for each. */
 const STEPS_PER_ITEM = 10
-/** Largest product of the lengths of two texts, one of which is looked for in the other, or put into it. */
-const LARGEST_SEARCH = 2 ** 27
+/** Maximum product of the lengths of two texts in a search or replacement. */
+const MAX_SEARCH = 2 ** 27
 
-/** What `render` throws at the limit. */
+/** Thrown when rendering exceeds the limit. */
 export class TooManySteps extends Error {}
 
-/** A function that renders a template, or throws TooManySteps. */
+/**
+ * Returns a function that renders a template.
+ * @throws TooManySteps (the returned function), and errors of @huggingface/jinja for an invalid template
+ */
 export function boundedRender(jinja: Jinja, source: string): (variables: Record<string, unknown>) => string {
   const template = new jinja.Template(source)
 
-  /** Counts the nodes that it evaluates, and what they work on: characters of texts and items of lists, before the work is done. */
-  class Bounded extends jinja.Interpreter {
+  /** Counts evaluated nodes and the size of their operands: characters of texts and items of lists. */
+  class BoundedInterpreter extends jinja.Interpreter {
     left: number
-    /** The node that is being evaluated, and what its operands come to so far. */
-    #within: { readonly work: Work; size: number } = { work: 'pass', size: 0 }
+    /** The kind of node that is being evaluated, and the size of its operands so far. */
+    #current: { readonly work: Work; size: number } = { work: 'pass', size: 0 }
 
     constructor(environment: Environment, steps: number) {
       super(environment)
@@ -56,22 +64,22 @@ export function boundedRender(jinja: Jinja, source: string): (variables: Record<
     }
 
     override evaluate(node: Node | undefined, environment: Environment) {
-      const outer = this.#within
+      const outer = this.#current
       const own = { work: workOf(node), size: 0 }
-      this.#within = own
+      this.#current = own
       try {
         const value = super.evaluate(node, environment)
-        // A method works on the object that it is of.
+        // The operand of a method is its object.
         const size = typeof value.value === 'function' ? own.size : sizeOf(value.value)
         this.spend(outer.work === 'lookup' ? 1 : 1 + size)
         if (outer.work === 'search') {
           const search = outer.size * size
-          this.spend(search > LARGEST_SEARCH ? Number.POSITIVE_INFINITY : search / 100)
+          this.spend(search > MAX_SEARCH ? Number.POSITIVE_INFINITY : search / 100)
         }
         outer.size += size
         return value
       } finally {
-        this.#within = outer
+        this.#current = outer
       }
     }
   }
@@ -79,7 +87,7 @@ export function boundedRender(jinja: Jinja, source: string): (variables: Record<
   return variables => {
     const environment = new jinja.Environment()
     const size = JSON.stringify(variables)?.length ?? 0
-    const interpreter = new Bounded(environment, STEPS + STEPS_PER_CHARACTER * size)
+    const interpreter = new BoundedInterpreter(environment, STEPS + STEPS_PER_CHARACTER * size)
     const range = (start: number, stop?: number, step = 1): number[] => {
       const [from, to] = stop === undefined ? [0, start] : [start, stop]
       if (step === 0) throw new Error('range() step must not be zero')
@@ -93,7 +101,7 @@ export function boundedRender(jinja: Jinja, source: string): (variables: Record<
   }
 }
 
-/** What jinja's own `render` gives every template. */
+/** The constants that jinja's own `render` defines. */
 const constants = { true: true, True: true, false: false, False: false, none: null, None: null }
 
 function raise(message: string): never {
@@ -103,15 +111,15 @@ function raise(message: string): never {
 const strftime = (jinja: Jinja) => (format: string) =>
   new jinja.Template('{{ strftime_now(format) }}').render({ format })
 
-/** What a node does with its operands. */
+/** Returns the work of a node. */
 function workOf({ type, operator, filter }: Partial<Node> = {}): Work {
   switch (type) {
-    // `messages[0]` and `messages | length` do not look at all messages.
+    // `messages[0]` and `messages | length` do not read all messages.
     case 'MemberExpression':
       return 'lookup'
     case 'FilterExpression':
       return filter?.value === 'length' ? 'lookup' : 'search'
-    // At worst one text is looked for at every place of another, or put there.
+    // At worst, a text is searched for, or inserted, at every position of another.
     case 'CallExpression':
       return 'search'
     default:
@@ -119,6 +127,7 @@ function workOf({ type, operator, filter }: Partial<Node> = {}): Work {
   }
 }
 
+/** Returns the size of an operand in steps. */
 function sizeOf(value: unknown): number {
   if (typeof value === 'string') return value.length
   if (Array.isArray(value)) return value.length * STEPS_PER_ITEM

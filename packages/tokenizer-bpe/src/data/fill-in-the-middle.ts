@@ -38,13 +38,14 @@ export function fillInTheMiddle(document: string, options: FillInTheMiddleOption
       })
     }
   }
-  const a = place(document, random)
-  const b = place(document, random)
+  const a = randomPosition(document, random)
+  const b = randomPosition(document, random)
   const [from, to] = a <= b ? [a, b] : [b, a]
   return `${tokens.begin}${document.slice(0, from)}${tokens.hole}${document.slice(to)}${tokens.end}${document.slice(from, to)}`
 }
 
-function place(document: string, random: () => number): number {
+/** Returns a random position that is not within a surrogate pair. */
+function randomPosition(document: string, random: () => number): number {
   const at = Math.floor(random() * (document.length + 1))
   const low = document.charCodeAt(at)
   return low >= 0xdc00 && low < 0xe000 && at > 0 ? at - 1 : at

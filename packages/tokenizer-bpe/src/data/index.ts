@@ -1,4 +1,4 @@
-/** @file Texts and tokens on their way to a training: fill-in-the-middle, chat templates, packing, random splits of merged tokens. */
+/** @file Prepares training data: fill-in-the-middle, chat templates, packing, random splitting of merged tokens. */
 export {
   type ChatConfig,
   type ChatMessage,

@@ -39,7 +39,7 @@ export function* packDocuments(
     })
   }
   let ids = new Uint32Array(length)
-  let owner = new Uint32Array(length)
+  let documentOf = new Uint32Array(length)
   let filled = 0
   let number = 0
   for (const document of documents) {
@@ -54,11 +54,11 @@ export function* packDocuments(
         const problem = `document ${number} has ${describe(id)} at ${at}, expected an id`
         throw new TokenizerError({ code: 'E_DATA', op: 'packDocuments', problem, fix: 'encode texts first' })
       }
-      owner[filled++] = number
+      documentOf[filled++] = number
       if (filled < length) continue
-      yield { ids, documents: owner }
+      yield { ids, documents: documentOf }
       ids = new Uint32Array(length)
-      owner = new Uint32Array(length)
+      documentOf = new Uint32Array(length)
       filled = 0
     }
     number++

@@ -1,6 +1,6 @@
-/** @file A small seeded generator, so that data preparation gives the same data again. */
+/** @file A seeded random number generator, for reproducible data preparation. */
 
-/** Numbers in [0, 1) from a seed (mulberry32). */
+/** Returns a function that returns random numbers in [0, 1), determined by the seed (mulberry32). */
 export function randomNumbers(seed: number): () => number {
   let state = seed >>> 0
   return () => {

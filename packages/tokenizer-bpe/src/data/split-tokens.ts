@@ -19,7 +19,8 @@ export interface SplitTokensOptions {
 /** Splits tokens that merge punctuation and newlines. Create one per tokenizer, since it scans the whole vocabulary. */
 export class MergedTokenSplitter {
   /** For each eligible token, the index of its parts in `#parts`; otherwise 0. */
-  readonly #placeOf: Int32Array
+  readonly #partsOf: Int32Array
+  /** For each eligible token: the number of its parts' tokens, and these tokens. */
   readonly #parts: number[] = [0]
   readonly #options: SplitTokensOptions
 
@@ -34,7 +35,7 @@ export class MergedTokenSplitter {
       })
     }
     this.#options = options
-    this.#placeOf = new Int32Array(tokenizer.vocabSize)
+    this.#partsOf = new Int32Array(tokenizer.vocabSize)
     const added = new Set(tokenizer.addedTokens.map(token => token.id))
     const decoder = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
     for (let id = 0; id < tokenizer.vocabSize; id++) {
@@ -49,14 +50,14 @@ export class MergedTokenSplitter {
       const match = /^( ?[\p{P}\p{S}]+)([\r\n]+)$/u.exec(text)
       if (match === null) continue
       const parts = [match[1], match[2]].map(part => [...tokenizer.encode(part, { addSpecialTokens: false })])
-      this.#placeOf[id] = this.#parts.length
+      this.#partsOf[id] = this.#parts.length
       this.#parts.push(parts[0].length + parts[1].length, ...parts[0], ...parts[1])
     }
   }
 
   /** Number of tokens of the vocabulary that can be split. */
   get eligible(): number {
-    return this.#placeOf.reduce((sum, place) => sum + (place > 0 ? 1 : 0), 0)
+    return this.#partsOf.reduce((sum, index) => sum + (index > 0 ? 1 : 0), 0)
   }
 
   /** Returns ids with a random part of the eligible tokens split in two. The text stays the same. */
@@ -64,8 +65,8 @@ export class MergedTokenSplitter {
     const { rate, random } = this.#options
     const out: number[] = []
     for (const id of ids) {
-      const place = this.#placeOf[id]
-      if (place > 0 && random() < rate) out.push(...this.#parts.slice(place + 1, place + 1 + this.#parts[place]))
+      const index = this.#partsOf[id]
+      if (index > 0 && random() < rate) out.push(...this.#parts.slice(index + 1, index + 1 + this.#parts[index]))
       else out.push(id)
     }
     return Uint32Array.from(out)
