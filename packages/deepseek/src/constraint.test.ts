@@ -4,7 +4,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
 import { DeepSeek, type Generation, type TokenConstraint, type TurnOptions } from './index.ts'
-import { penalize } from './sampling.ts'
+import { Occurrences, processLogits } from './process-logits.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -49,6 +49,7 @@ const ways: TurnOptions[] = [
   { temperature: 1.2, seed: 2, topK: 9, topP: 0.9, minP: 0.01 },
   { repetitionPenalty: 1.4 },
   { temperature: 0.8, repetitionPenalty: 1.4, seed: 3 },
+  { temperature: 0.8, frequencyPenalty: 0.6, presencePenalty: -0.4, logitBias: { 5: 3 }, seed: 3 },
   { temperature: 1.5, seed: 4, stop: [END] },
   { temperature: 1.5, seed: 5, stop: [END], logProbs: 2 },
 ]
@@ -118,6 +119,7 @@ test('the most likely allowed token is chosen; log-probabilities are those of th
 
 test('words of 32 ids: ids beyond the last word are not allowed', () => {
   const constraint: TokenConstraint = { allowed: () => null, accept() {} }
+  const none = new Occurrences([])
   for (const [words, expected] of [
     [[-1, 1], 32],
     [[-1], 31],
@@ -126,10 +128,10 @@ test('words of 32 ids: ids beyond the last word are not allowed', () => {
     [[5, 0, 8], 67],
   ] as const) {
     const logits = Float32Array.from({ length: 70 }, (_, i) => i)
-    expect(penalize(logits, [], { constraint }, Int32Array.from(words))).toBe(expected)
+    expect(processLogits(logits, none, { constraint }, Int32Array.from(words))).toBe(expected)
   }
   for (const words of [[], [0, 0, 0]]) {
-    expect(() => penalize(new Float32Array(70), [], { constraint }, Int32Array.from(words))).toThrow(
+    expect(() => processLogits(new Float32Array(70), none, { constraint }, Int32Array.from(words))).toThrow(
       'the constraint allows no token',
     )
   }

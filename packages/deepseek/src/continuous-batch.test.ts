@@ -32,6 +32,8 @@ function requests(count: number): ReadonlyArray<readonly [ids: number[], options
     { temperature: 0.9, topP: 0.8 },
     { repetitionPenalty: 1.3 },
     { temperature: 1.2, topK: 5, repetitionPenalty: 1.1 },
+    { frequencyPenalty: 0.8, presencePenalty: 0.4 },
+    { temperature: 1.1, frequencyPenalty: -0.5, logitBias: { 6: 1, 30: -100 } },
     { temperature: 0.5, minP: 0.1 },
     { stop: [3, 17] },
   ]

@@ -11,17 +11,16 @@ import {
   type OptionNames,
   type Parameter,
   type Precision,
-  Random,
   type Tensor,
   yieldToEventLoop,
 } from '@moe/core'
 import { BatchStep } from './batch-step.ts'
+import { BatchText, chosenTokens, type Made } from './batch-text.ts'
 import { endTokens } from './config.ts'
 import { defaultPrecision } from './default-precision.ts'
-import { Drafter, DraftMemory } from './drafter.ts'
+import { Drafter } from './drafter.ts'
 import {
   type Generation,
-  type GenerationStats,
   generation,
   type SessionOptions,
   sessionNames,
@@ -33,7 +32,6 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { nextTokens, type Scores, type Scoring } from './sampling.ts'
 
 /** Options of `DeepSeek.continuousBatch`. */
 export interface ContinuousBatchOptions extends SessionOptions {
@@ -58,85 +56,6 @@ const names: OptionNames<ContinuousBatchOptions> = {
 const refused = (code: 'E_ATTR' | 'E_DISPOSED' | 'E_OUT_OF_MEMORY', problem: string, fix?: string) =>
   new MoeError({ code, op: 'generate', problem, fix })
 
-interface Made {
-  readonly token: number
-  readonly likely: TokenLogProb | undefined
-}
-
-/** A text of the batch. */
-class Text {
-  /** The prompt and the generated tokens. */
-  readonly tokens: number[]
-  readonly options: TurnOptions & Scoring
-  readonly report: TextReport
-  /** Length of the prompt. */
-  readonly prompt: number
-  readonly ends: ReadonlySet<number | string>
-  /** Tokens that have occurred, for penalties. */
-  readonly known: Set<number>
-  readonly random: Random
-  /** Maximum number of tokens to generate. */
-  readonly most: number
-  /** Null while the text waits; it has no pages then. */
-  sequence: PagedSequence | null = null
-  /** Tokens that the MTP modules draft after the last one. */
-  drafts: readonly number[] = []
-  readonly memory = new DraftMemory()
-  /** Generated tokens that have not been read yet. */
-  readonly ready: Made[] = []
-  made = 0
-  /** Log-probability of the token that ended the text. */
-  end: TokenLogProb | undefined
-  /** Set when the text has ended, or `failure` if it failed. */
-  finished: GenerationStats['finishReason'] = null
-  failure: { readonly error: unknown } | null = null
-  #wake: (() => void) | null = null
-
-  constructor(
-    tokens: number[],
-    options: TurnOptions & Scoring,
-    report: TextReport,
-    { ends, most }: { readonly ends: readonly number[]; readonly most: number },
-  ) {
-    this.tokens = tokens
-    this.prompt = tokens.length
-    this.most = most
-    this.options = options
-    this.report = report
-    this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
-    this.known = new Set(tokens)
-    this.random = new Random(options.seed ?? 0)
-  }
-
-  /** Number of tokens that are not in the cache. */
-  get pending(): number {
-    return this.tokens.length - (this.sequence?.length ?? 0)
-  }
-
-  /** The tokens whose cache entries may come from other texts. Log-probabilities require a token to be computed. */
-  get shareable(): readonly number[] {
-    const { length } = this.report.promptLogProbs
-    return length > 0 && length < this.prompt ? this.tokens.slice(0, length) : this.tokens
-  }
-
-  /** Notifies the reader of new tokens, the end, a failure or an abort. */
-  wake = (): void => {
-    this.#wake?.()
-    this.#wake = null
-  }
-
-  changed(): Promise<void> {
-    return new Promise(resolve => {
-      this.#wake = resolve
-    })
-  }
-
-  fail(error: unknown): void {
-    this.failure = { error }
-    this.wake()
-  }
-}
-
 /** Generates several texts at once. Returned by `DeepSeek.continuousBatch`. */
 export class ContinuousBatch {
   readonly #model: DeepSeek
@@ -150,11 +69,11 @@ export class ContinuousBatch {
   /** Versions of the weights that the cache was computed with. */
   #versions: readonly number[] = []
   /** In the order of their arrival. */
-  readonly #running: Text[] = []
-  readonly #waiting: Text[] = []
+  readonly #running: BatchText[] = []
+  readonly #waiting: BatchText[] = []
   #working = false
   /** The texts of the pass that is in progress. */
-  #passing: readonly Text[] = []
+  #passing: readonly BatchText[] = []
   #disposed = false
 
   /** Internal: see `DeepSeek.continuousBatch`. */
@@ -245,7 +164,7 @@ export class ContinuousBatch {
     }
     // The last generated token is not added to the cache.
     const most = Math.min(maxTokens, this.#cache.tokens - tokens.length + 1)
-    const text = new Text(tokens, options, report, {
+    const text = new BatchText(tokens, options, report, {
       ends: endTokens(this.#model.config),
       most,
     })
@@ -342,7 +261,7 @@ export class ContinuousBatch {
 
   /** Generates tokens for all texts whose other tokens are cached. Texts of the same kind share a pass. */
   async #makeTokens(): Promise<void> {
-    const ready = new Map<string, Text[]>()
+    const ready = new Map<string, BatchText[]>()
     for (const text of [...this.#running]) {
       if (text.pending !== 1 || !this.#running.includes(text)) continue
       const { length } = this.#started(text)
@@ -359,7 +278,7 @@ export class ContinuousBatch {
     }
   }
 
-  #started(text: Text): PagedSequence {
+  #started(text: BatchText): PagedSequence {
     if (text.sequence === null) {
       text.sequence = this.#cache.start(text.shareable)
       if (text.made === 0) text.report.stats.cachedTokens = text.sequence.length
@@ -368,7 +287,7 @@ export class ContinuousBatch {
   }
 
   /** Reserves pages for a text. If there are none, the most recent texts are preempted; returns false if the text is one of them. */
-  #reserve(text: Text, tokens: number): boolean {
+  #reserve(text: BatchText, tokens: number): boolean {
     const sequence = text.sequence as PagedSequence
     while (!this.#cache.reserve(sequence, tokens)) {
       const last = this.#running[this.#running.length - 1]
@@ -387,7 +306,7 @@ export class ContinuousBatch {
   }
 
   /** Processes tokens of several texts, the same number of each (`ids` row by row), and appends what follows the last `rows` of each, where the drafts are last. */
-  async #pass(texts: readonly Text[], ids: readonly number[], rows: number): Promise<void> {
+  async #pass(texts: readonly BatchText[], ids: readonly number[], rows: number): Promise<void> {
     let made: ReadonlyArray<readonly Made[]> = []
     this.#passing = texts
     try {
@@ -409,7 +328,7 @@ export class ContinuousBatch {
   }
 
   /** Runs a pass, accepts drafts and samples tokens, and drafts again. Afterwards cache and text contain only accepted tokens. */
-  async #advance(texts: readonly Text[], ids: readonly number[], rows: number): Promise<Made[][]> {
+  async #advance(texts: readonly BatchText[], ids: readonly number[], rows: number): Promise<Made[][]> {
     const batch = this.#cache.batch(texts.map(({ sequence }) => sequence as PagedSequence))
     const starts = Array.from(batch.lengths)
     const time = ids.length / texts.length
@@ -452,7 +371,7 @@ export class ContinuousBatch {
   }
 
   /** Computes the requested log-probabilities of prompt tokens from the hidden states before them. */
-  async #reportPrompt(text: Text, start: number, hidden: Tensor): Promise<void> {
+  async #reportPrompt(text: BatchText, start: number, hidden: Tensor): Promise<void> {
     const { promptLogProbs: top } = text.options
     const { promptLogProbs: report } = text.report
     if (top === undefined) return
@@ -462,7 +381,7 @@ export class ContinuousBatch {
   }
 
   /** Passes tokens to the reader, up to the end of the text. */
-  #deliver(text: Text, made: readonly Made[]): void {
+  #deliver(text: BatchText, made: readonly Made[]): void {
     text.report.stats.steps++
     for (const each of made) {
       if (text.ends.has(each.token)) {
@@ -480,14 +399,14 @@ export class ContinuousBatch {
     text.wake()
   }
 
-  #finish(text: Text, reason: 'stop' | 'length'): void {
+  #finish(text: BatchText, reason: 'stop' | 'length'): void {
     text.finished = reason
     this.#end(text)
     text.wake()
   }
 
   /** Removes a text from the batch. */
-  #end(text: Text): void {
+  #end(text: BatchText): void {
     for (const list of [this.#running, this.#waiting]) {
       const at = list.indexOf(text)
       if (at >= 0) list.splice(at, 1)
@@ -495,23 +414,12 @@ export class ContinuousBatch {
     this.#release(text)
   }
 
-  #release(text: Text): void {
+  #release(text: BatchText): void {
     // The pass in progress needs its pages and releases them afterwards.
     if (this.#passing.includes(text)) return
     if (text.sequence !== null) this.#cache.release(text.sequence)
     text.sequence = null
     text.memory.forget()
-  }
-}
-
-/** Returns the next tokens of a text. If its constraint throws, only this text fails; it still needs a token until the pass ends. */
-async function chosenTokens(text: Text, scores: readonly Scores[]): Promise<number[]> {
-  const { options, random, known, ends, drafts, report } = text
-  try {
-    return await nextTokens(scores, drafts, { options, random, known, ends, stats: report.stats })
-  } catch (error) {
-    text.fail(error)
-    return [0]
   }
 }
 

@@ -92,6 +92,7 @@ describe('recorded decoding', () => {
       { temperature: 0.8, seed: 4 },
       { temperature: 0.8, topK: 3, topP: 0.9, seed: 4 },
       { repetitionPenalty: 1.2 },
+      { frequencyPenalty: 0.7, presencePenalty: 0.3 },
       { temperature: 0.8, topK: 3, repetitionPenalty: 1.2, seed: 4 },
     ]) {
       const options = { maxTokens: 60, speculative: true, ...sampling }

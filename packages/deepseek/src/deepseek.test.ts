@@ -271,6 +271,17 @@ describe('generation', () => {
       expect(() => model.generate([1], { repetitionPenalty })).toThrow(
         /repetitionPenalty = .*, expected a positive number/,
       )
+    for (const penalty of [2.1, -2.1, Number.NaN, text])
+      for (const name of ['frequencyPenalty', 'presencePenalty'] as const)
+        expect(() => model.generate([1], { [name]: penalty })).toThrow(`${name} = `)
+    const wrong: unknown[] = [{ 1: 101 }, { 1: Number.NaN }, { 1: text }, { '-1': 1 }, { '1.5': 1 }, 5, [[1]], null]
+    for (const logitBias of wrong)
+      expect(() => model.generate([1], { logitBias: logitBias as Record<number, number> })).toThrow(
+        /logitBias = .*, expected numbers from -100 to 100 by token id/,
+      )
+    expect(() => model.generate([1], { logitBias: { [model.config.vocab_size]: 1 } })).toThrow(
+      `logitBias contains token ${model.config.vocab_size}, outside the vocabulary of ${model.config.vocab_size}`,
+    )
     const precision = 'half' as 'bf16'
     for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
       expect(call).toThrow(`session: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)

@@ -70,6 +70,9 @@ export const turnNames: OptionNames<TextTurnOptions> = {
   topP: true,
   minP: true,
   repetitionPenalty: true,
+  frequencyPenalty: true,
+  presencePenalty: true,
+  logitBias: true,
   constraint: true,
   seed: true,
   stop: true,
@@ -169,6 +172,11 @@ function checkTurn(
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
   checkIds('generate', model, prompt)
+  const { vocab_size: vocabulary } = model.config
+  const unknown = Object.keys(options.logitBias ?? {}).find(id => Number(id) >= vocabulary)
+  if (unknown !== undefined) {
+    throw refused(`logitBias contains token ${unknown}, outside the vocabulary of ${vocabulary}`)
+  }
   if (!atLeast0(maxTokens))
     throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
   const { max_position_embeddings: context } = model.config

@@ -22,10 +22,7 @@ export type {
 } from './generate.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 export type { LogProb, TokenLogProb } from './log-probs.ts'
-export {
-  DeepSeek,
-  type DeepSeekLoss,
-} from './model.ts'
+export { DeepSeek } from './model.ts'
 export type { DeepSeekOptions, FromPretrainedOptions, Objective, Recompute } from './options.ts'
 export type { PieceRunner, PiecewiseLoss, RouteTokens } from './piecewise-loss.ts'
 export { presets } from './presets.ts'
@@ -34,3 +31,4 @@ export type { AllowedTokens, SamplingOptions, TokenConstraint } from './sampling
 export type { ScoreOptions } from './score.ts'
 export type { Session } from './session.ts'
 export type { DeepSeekStage, DeepSeekStages, StageResult } from './stages.ts'
+export type { DeepSeekLoss } from './training-loss.ts'

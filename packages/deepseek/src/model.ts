@@ -78,44 +78,17 @@ import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
 import { reportLoads, type StepCounts, sumCounts } from './step-report.ts'
 import {
+  type DeepSeekLoss,
   digestOf,
   factorAt,
   type HostInputs,
   type LossTensors,
   lossInputs,
   maskAt,
+  type StagedDeepSeek,
   uploadInputs,
 } from './training-loss.ts'
 import { makeTrunk, type Trunk } from './trunk.ts'
-
-/** The training loss of a batch, and metrics. */
-export interface DeepSeekLoss {
-  /** Scalar to minimize. */
-  readonly loss: Tensor
-  /** Sum of the next-token negative log-likelihoods in nats, detached. */
-  readonly nll: Tensor
-  /** Number of positions in that sum. */
-  readonly count: number
-  /** The negative log-likelihood of each position, `[B T]`, detached; 0 for positions that carry no loss. */
-  readonly nlls: Tensor
-  /**
-   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; with a balancer including its factors) and, with `mtpAcceptance`, `acceptance1` and so on: the share of drafts accepted
-   * at this depth and all shallower ones.
-   */
-  readonly metrics: Readonly<Record<string, Tensor>>
-}
-
-/** `loss` and `afterStep`, each split into host inputs and ops: see `DeepSeek.staged`. Inputs of the same names, shapes and `kind` use the same ops. */
-export interface StagedDeepSeek {
-  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
-  stepInputs(): { readonly arrays: HostInputs; readonly kind: string }
-  /** `carried` are the loads of all layers; sum them over the micro-batches of a step and pass them to `after`. */
-  loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
-  afterInputs(): HostInputs
-  after(inputs: Readonly<Record<string, Tensor>>, carried: readonly Tensor[]): void
-  /** Ends the step. Resolves to the same as `afterStep`. */
-  report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
-}
 
 /** A language model with the architecture of DeepSeek V2, V3 or DeepSeek LLM, of any size. */
 export class DeepSeek extends Module {

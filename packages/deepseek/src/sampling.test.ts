@@ -3,10 +3,12 @@ import { fileURLToPath } from 'node:url'
 import { Random, scope, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { DeepSeek, presets, type TurnOptions } from './index.ts'
+import { DeepSeek, type Generation, presets, type TurnOptions } from './index.ts'
+import { verifyDraft } from './next-tokens.ts'
 import { loadWeights } from './pretrained.ts'
-import { penalize, restrict, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
-import { tiny } from './test-tiny.ts'
+import { Occurrences, processLogits } from './process-logits.ts'
+import { restrict, type SamplingOptions, sample, scoresOf } from './sampling.ts'
+import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -145,7 +147,7 @@ describe('beside transformers (tools/reference/sampling.py)', async () => {
 
   test.each(cases)('draws from the same probabilities: $options', async ({ options, probabilities: expected }) => {
     using scores = scope(() => scoresOf(tensor(logits), options))
-    const penalized = penalize((await scores.values()) as Float32Array, new Set(prompt), options)
+    const penalized = processLogits((await scores.values()) as Float32Array, new Occurrences(prompt), options)
     const p = restrict(penalized as Float32Array, options)
     const sum = total(p)
     for (const [i, x] of p.entries()) expect(Math.abs(x / sum - expected[i])).toBeLessThan(1e-6)
@@ -167,6 +169,105 @@ describe('beside transformers (tools/reference/sampling.py)', async () => {
       model.dispose()
     },
   )
+})
+
+describe('logit bias, frequency and presence penalties', () => {
+  const cases: SamplingOptions[] = [
+    { frequencyPenalty: 1.5 },
+    { presencePenalty: 0.7 },
+    { frequencyPenalty: -0.3, presencePenalty: 1.2, logitBias: { 3: 1.5, 17: -100, 39: 0.25 } },
+  ]
+
+  test('are those of the definition in the documentation of OpenAI', () => {
+    const prompt = [5, 5, 9]
+    const generated = [1, 4, 1, 9, 1, 4]
+    const logits = new Random(3).normal(40)
+    for (const options of cases) {
+      const { frequencyPenalty = 0, presencePenalty = 0, logitBias = {} } = options
+      const expected = Array.from(logits, (logit, token) => {
+        const count = generated.filter(one => one === token).length
+        return logit + (logitBias[token] ?? 0) - count * frequencyPenalty - (count > 0 ? presencePenalty : 0)
+      })
+      const occurrences = new Occurrences(prompt)
+      for (const token of generated) occurrences.add(token)
+      const largest = Math.max(...expected)
+      const temperature = 0.7
+      const p = processLogits(logits.slice(), occurrences, { ...options, temperature }) as Float32Array
+      for (const [i, x] of p.entries()) expect(x).toBeCloseTo(Math.exp((expected[i] - largest) / temperature), 5)
+      expect(processLogits(logits.slice(), occurrences, options)).toBe(expected.indexOf(largest))
+    }
+  })
+
+  test('the repetition penalty is applied between the bias and the other penalties, as in vLLM', () => {
+    const occurrences = new Occurrences([0, 1])
+    occurrences.add(1)
+    const options = { temperature: 1, repetitionPenalty: 2, frequencyPenalty: 0.5, presencePenalty: 0.25 }
+    const biased = { ...options, logitBias: { 0: 2, 1: -3 } }
+    // (2 + 2) / 2, (1 - 3) * 2 - 0.75, and a token that does not occur.
+    const p = processLogits(Float32Array.of(2, 1, 2), occurrences, biased) as Float32Array
+    expect(rounded(p)).toEqual(rounded(Float32Array.of(1, Math.exp(-6.75), 1)))
+  })
+
+  test.each([false, true])(
+    'each generated token is the most likely one under the log-probabilities of a scored text (drafts: %s)',
+    async speculative => {
+      const model = new DeepSeek(
+        { ...tiny, num_nextn_predict_layers: 2, max_position_embeddings: 256, eos_token_id: null },
+        { seed: 2 },
+      )
+      makeDraftsAgree(model)
+      const session = model.session({ speculative })
+      const batch = model.continuousBatch({ speculative })
+      let accepted = 0
+      const read = async (text: Generation<number>) => {
+        const ids: number[] = []
+        for await (const id of text) ids.push(id)
+        accepted += text.stats.accepted.reduce((sum, n) => sum + n, 0)
+        return ids
+      }
+      const prompt = [3, 7, 11, 3, 3]
+      const plain = await read(model.generate(prompt, { maxTokens: 30 }))
+      expect(accepted).toBe(0)
+      const together = await Promise.all(
+        cases.map(options => read(batch.generate(prompt, { ...options, maxTokens: 30 }))),
+      )
+      for (const [i, options] of cases.entries()) {
+        const made = await read(session.generate(prompt, { ...options, maxTokens: 30 }))
+        expect(together[i]).toEqual(made)
+        expect(made).not.toEqual(plain)
+        const [scored] = await model.score([[...prompt, ...made]], { top: 40 })
+        const { frequencyPenalty = 0, presencePenalty = 0, logitBias = {} } = options
+        const counts = new Map<number, number>()
+        for (const [t, token] of made.entries()) {
+          const rank = (one: number, logProb: number) => {
+            const count = counts.get(one) ?? 0
+            return logProb + (logitBias[one] ?? 0) - count * frequencyPenalty - (count > 0 ? presencePenalty : 0)
+          }
+          const ranks = (scored[prompt.length + t]?.top ?? []).map(one => [rank(one.token, one.logProb), one.token])
+          const best = ranks.reduce((most, one) => (one[0] > most[0] ? one : most))
+          expect(token).toBe(best[1])
+          counts.set(token, (counts.get(token) ?? 0) + 1)
+        }
+      }
+      if (speculative) expect(accepted).toBeGreaterThan(20)
+      batch.dispose()
+      session.dispose()
+      model.dispose()
+    },
+  )
+
+  test('a bias that forces or excludes a token', async () => {
+    const model = new DeepSeek({ ...tiny, eos_token_id: null }, { seed: 2 })
+    const made = async (logitBias: Record<number, number>) => {
+      const ids: number[] = []
+      for await (const id of model.generate([1, 2], { maxTokens: 20, temperature: 1, seed: 4, logitBias })) ids.push(id)
+      return ids
+    }
+    expect(new Set(await made({ 12: 100 }))).toEqual(new Set([12]))
+    const [likeliest] = await made({})
+    expect(await made({ [likeliest]: -100 })).not.toContain(likeliest)
+    model.dispose()
+  })
 })
 
 test('an abort between tokens ends generation and frees what it held', async () => {
@@ -229,6 +330,7 @@ describe('a padded vocabulary', () => {
     { temperature: 1.5, seed: 1, topK: 20, topP: 0.9 },
     { repetitionPenalty: 1.3 },
     { temperature: 1, repetitionPenalty: 1.3, seed: 2 },
+    { temperature: 1, frequencyPenalty: 0.5, logitBias: { 3: 2, 20: 100 }, seed: 2 },
   ]
   const read = async <T>(text: AsyncIterable<T>) => {
     const parts: T[] = []

@@ -16,7 +16,8 @@ export interface TokenConstraint {
 }
 
 /**
- * How the next token is chosen. In this order: the repetition penalty is applied, tokens that the constraint does not allow are removed, logits are divided by the temperature, and `topK`, `topP` and `minP` remove tokens.
+ * How the next token is chosen. In this order: the logit bias and the penalties (repetition, frequency and presence) are applied, tokens that the constraint does not allow are removed, logits are divided by the
+ * temperature, and `topK`, `topP` and `minP` remove tokens.
  */
 export interface SamplingOptions {
   /** 0 always chooses the most likely token; 1 samples from the model's distribution. Default 0. */
@@ -32,6 +33,14 @@ export interface SamplingOptions {
    * (Keskar et al. 2019, "CTRL"). Usually 1.2. Default 1.
    */
   readonly repetitionPenalty?: number
+  /**
+   * Subtracts this number from the logit of a token for each time that it occurs in the generated text, as in OpenAI's API; the prompt does not count. From -2 to 2; values above 0 reduce repetition. Default 0.
+   */
+  readonly frequencyPenalty?: number
+  /** Subtracts this number once from the logits of all tokens that occur in the generated text, as in OpenAI's API. From -2 to 2. Default 0. */
+  readonly presencePenalty?: number
+  /** Numbers from -100 to 100 that are added to the logits of tokens, by id, as in OpenAI's API. -100 practically excludes a token, 100 practically forces it. Default: none. */
+  readonly logitBias?: Readonly<Record<number, number>>
   /** Restricts which tokens may come next. Default: all tokens. */
   readonly constraint?: TokenConstraint
 }
@@ -51,12 +60,15 @@ const minTemperature = 1e-30
 /** Whether a token is sampled, rather than the most likely one chosen. */
 export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temperature >= minTemperature
 
-/** Whether `penalize` must be applied on the host, which requires the logits. */
-export const needsLogits = ({ repetitionPenalty = 1, constraint }: SamplingOptions): boolean =>
-  repetitionPenalty !== 1 || constraint !== undefined
+/** Whether an option applies to the logits on the host: see `processLogits`. */
+export function needsLogits(options: SamplingOptions): boolean {
+  const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0, logitBias = {}, constraint } = options
+  const isPenalized = repetitionPenalty !== 1 || frequencyPenalty !== 0 || presencePenalty !== 0
+  return isPenalized || constraint !== undefined || Object.keys(logitBias).length > 0
+}
 
 /**
- * Scores logits `[..., V]` on their device. Returns probabilities or, at temperature 0, the most likely token `i32 [..., 1]` (the lowest id of equals). Returns the logits if `penalize` must be applied.
+ * Scores logits `[..., V]` on their device. Returns probabilities or, at temperature 0, the most likely token `i32 [..., 1]` (the lowest id of equals). Returns the logits if `needsLogits`.
  */
 export function scoresOf(all: Tensor, options: Partial<Scoring> = {}): Tensor {
   const { temperature = 0, vocabulary } = options
@@ -76,7 +88,7 @@ export function probabilitiesOf(logits: Tensor, inverseTemperature: Tensor | num
 
 /** @throws MoeError E_ATTR for values out of range */
 export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
-  const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1, constraint } = options
+  const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1, logitBias, constraint } = options
   const problems: string[] = []
   const idle = (['topK', 'topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
@@ -89,6 +101,13 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
   if (!(Number.isFinite(repetitionPenalty) && repetitionPenalty > 0)) {
     problems.push(`repetitionPenalty = ${shown(repetitionPenalty)}, expected a positive number`)
   }
+  for (const name of ['frequencyPenalty', 'presencePenalty'] as const) {
+    const { [name]: penalty = 0 } = options
+    if (!isWithin(penalty, 2)) problems.push(`${name} = ${shown(penalty)}, expected a number from -2 to 2`)
+  }
+  if (logitBias !== undefined && !isBias(logitBias)) {
+    problems.push(`logitBias = ${shown(logitBias)}, expected numbers from -100 to 100 by token id`)
+  }
   if (constraint !== undefined && !(isFunction(constraint?.allowed) && isFunction(constraint.accept))) {
     problems.push('constraint lacks the functions allowed and accept')
   }
@@ -98,6 +117,13 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
 /** Excludes NaN, and strings that JavaScript would convert to numbers. */
 export const atLeast0 = (value: unknown): value is number => typeof value === 'number' && value >= 0
 
+const isBias = (value: unknown): boolean =>
+  typeof value === 'object' &&
+  value !== null &&
+  Object.entries(value).every(([id, bias]) => /^\d+$/.test(id) && isWithin(bias, 100))
+
+const isWithin = (value: unknown, bound: number): boolean => typeof value === 'number' && Math.abs(value) <= bound
+
 const isFunction = (value: unknown): boolean => typeof value === 'function'
 
 /** Chooses the next token. Overwrites `scores`: removed probabilities become 0. */
@@ -105,97 +131,8 @@ export function sample(scores: Scores, options: SamplingOptions, random: Random)
   return typeof scores === 'number' ? scores : draw(restrict(scores, options), random)
 }
 
-/** State of a text that a token choice depends on. */
-interface Following {
-  readonly options: SamplingOptions
-  readonly random: Random
-  /** Tokens that have occurred, for penalties. */
-  readonly known: Set<number>
-  /** Tokens that end the text. */
-  readonly ends: ReadonlySet<number | string>
-  /** Counts of drafted and accepted tokens, by depth. */
-  readonly stats: { readonly drafted: number[]; readonly accepted: number[] }
-}
-
-/** Returns the next tokens of a text: the drafts that are accepted by `scores`, which contains one entry per draft and one more, and one further token. */
-export async function nextTokens(
-  scores: readonly Scores[],
-  drafts: readonly number[],
-  text: Following,
-): Promise<number[]> {
-  const { options, random, known, ends, stats } = text
-  const made: number[] = []
-  for (const [i, each] of scores.entries()) {
-    const allowed = await options.constraint?.allowed()
-    const penalized = penalize(each, known, options, allowed)
-    const last = i === drafts.length
-    const { token, accepted } = last
-      ? { token: sample(penalized, options, random), accepted: false }
-      : verifyDraft(penalized, drafts[i], options, random)
-    made.push(token)
-    known.add(token)
-    options.constraint?.accept(token)
-    if (!last) stats.drafted[i]++
-    if (accepted) stats.accepted[i]++
-    if (!accepted || ends.has(token)) break
-  }
-  return made
-}
-
-/** Returns whether a drafted token is accepted, and the token to use. */
-export function verifyDraft(
-  scores: Scores,
-  draft: number,
-  options: SamplingOptions,
-  random: Random,
-): { token: number; accepted: boolean } {
-  if (typeof scores !== 'number') return acceptOrDraw(restrict(scores, options), draft, random)
-  return { token: scores, accepted: scores === draft }
-}
-
 // These loops run over the whole vocabulary (100,000 tokens and more) for every generated token. They are plain and have a constant length, since an inlined loop
 // that reads the array's length is five times slower.
-
-/** Applies the repetition penalty to logits of `before`, removes tokens that are not `allowed`, and returns scores. Without either option, `scores` are returned unchanged. */
-export function penalize(
-  scores: Scores,
-  before: Iterable<number>,
-  options: SamplingOptions,
-  allowed: AllowedTokens = null,
-): Scores {
-  const { temperature = 0, repetitionPenalty = 1 } = options
-  if (typeof scores === 'number' || !needsLogits(options)) return scores
-  if (repetitionPenalty !== 1) {
-    for (const token of before) {
-      scores[token] = scores[token] < 0 ? scores[token] * repetitionPenalty : scores[token] / repetitionPenalty
-    }
-  }
-  if (allowed) mask(scores, allowed)
-  const { length } = scores
-  let best = 0
-  while (scores[best] === -Infinity) best++
-  if (best === length) {
-    const problem = 'the constraint allows no token'
-    const fix = 'allow at least one token: at the end of the text, an end token'
-    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
-  }
-  for (let i = best + 1; i < length; i++) if (scores[i] > scores[best]) best = i
-  if (!isDrawn(options)) return best
-  const largest = scores[best]
-  for (let i = 0; i < length; i++) scores[i] = Math.exp((scores[i] - largest) / temperature)
-  return scores
-}
-
-function mask(logits: Float32Array, allowed: Int32Array | Uint32Array): void {
-  const { length } = logits
-  for (let start = 0; start < length; start += 32) {
-    // Reading beyond the last word gives undefined, which counts as 0.
-    const word = allowed[start >> 5]
-    if (~word === 0) continue
-    const end = Math.min(length, start + 32)
-    for (let i = start; i < end; i++) if (((word >>> (i & 31)) & 1) === 0) logits[i] = -Infinity
-  }
-}
 
 /** Applies `topK`, `topP` and `minP` to probabilities, in place: removed ones become 0. */
 export function restrict(p: Float32Array, { topK = Infinity, topP = 1, minP = 0 }: SamplingOptions): Float32Array {
@@ -277,18 +214,4 @@ export function draw(p: Float32Array, random: Random): number {
     if (at < sum) return i
   }
   return last
-}
-
-/**
- * Accepts a drafted token with its own probability, else samples from the others, so that the result has exactly the distribution `p`
- * (speculative sampling with a deterministic draft; Leviathan et al. 2023).
- */
-function acceptOrDraw(p: Float32Array, draft: number, random: Random): { token: number; accepted: boolean } {
-  const { length } = p
-  let total = 0
-  for (let i = 0; i < length; i++) total += p[i]
-  if (p[draft] > 0 && random.next() * total < p[draft]) return { token: draft, accepted: true }
-  const rest = p.slice()
-  rest[draft] = 0
-  return { token: draw(rest, random), accepted: false }
 }

@@ -26,6 +26,7 @@ const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [
   [[22], { maxTokens: 7 }],
   [[5], { maxTokens: 12, repetitionPenalty: 1.3 }],
   [[6, 2], { maxTokens: 12, temperature: 0.9, topK: 4, repetitionPenalty: 1.1, seed: 6 }],
+  [[9], { maxTokens: 12, frequencyPenalty: 0.9, presencePenalty: 0.5, logitBias: { 4: 2 } }],
 ]
 
 /** The answers of a session beside those of reading everything anew, and how many tokens were reused. */

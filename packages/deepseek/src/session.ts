@@ -29,7 +29,8 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { nextTokens } from './sampling.ts'
+import { nextTokens } from './next-tokens.ts'
+import { Occurrences } from './process-logits.ts'
 
 /** Maximum number of prompt tokens per pass. Tests reduce it. */
 export const limits = { prefillChunkSize: 2048 }
@@ -107,7 +108,7 @@ export class Session {
     const prompt = tokens.length
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
-    const known = new Set(tokens)
+    const occurrences = new Occurrences(tokens)
     /** Number of latest hidden states of accepted tokens that the modules have not processed. */
     let unseen = 0
     /** Lets signals, timers and readers run, since a backend that computes on this thread never waits. */
@@ -150,7 +151,7 @@ export class Session {
         const ids = [...pending, ...drafts]
         const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        const made = await nextTokens(rows, drafts, { options, random, known, ends, stats })
+        const made = await nextTokens(rows, drafts, { options, random, occurrences, ends, stats })
         const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
         if (stats.steps === 0) await reportPrompt(hidden)
         stats.steps++

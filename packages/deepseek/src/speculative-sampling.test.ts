@@ -11,6 +11,8 @@ const prompt = [3, 7, 11, 2, 30]
 test.each<GenerateOptions>([
   { temperature: 1.3 },
   { temperature: 1.3, topK: 12, topP: 0.9, minP: 0.02, repetitionPenalty: 1.4 },
+  // Strong, since only two tokens precede the compared one; the bias makes repetitions likely.
+  { temperature: 1.3, frequencyPenalty: 1.2, presencePenalty: 1.5, logitBias: { 5: 3, 8: 3 } },
 ])('sampling is repeatable by seed, and speculative sampling has the same distribution: %o', async sampling => {
   const model = new DeepSeek(tiny, { seed: 2 })
   let accepted = 0

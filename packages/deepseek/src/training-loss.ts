@@ -1,4 +1,4 @@
-/** @file The host inputs of the training loss. They are separate from its ops, which are the same for every batch of the same shape. */
+/** @file Results and host inputs of the training loss. The inputs are separate from its ops, which are the same for every batch of the same shape. */
 import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
 import { type DepthTensors, depthTargets, inverseCountsOf, type TokenRows } from '@moe/mtp'
 
@@ -17,6 +17,35 @@ export interface LossTensors extends DepthTensors {
   readonly weights?: Tensor
   /** 1 for sequences that lose no token to dropping, `f32 [B]`. */
   readonly undropped?: Tensor
+}
+
+/** The training loss of a batch, and metrics. */
+export interface DeepSeekLoss {
+  /** Scalar to minimize. */
+  readonly loss: Tensor
+  /** Sum of the next-token negative log-likelihoods in nats, detached. */
+  readonly nll: Tensor
+  /** Number of positions in that sum. */
+  readonly count: number
+  /** The negative log-likelihood of each position, `[B T]`, detached; 0 for positions that carry no loss. */
+  readonly nlls: Tensor
+  /**
+   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; with a balancer including its factors) and, with `mtpAcceptance`, `acceptance1` and so on: the share of drafts accepted
+   * at this depth and all shallower ones.
+   */
+  readonly metrics: Readonly<Record<string, Tensor>>
+}
+
+/** `loss` and `afterStep`, each split into host inputs and ops: see `DeepSeek.staged`. Inputs of the same names, shapes and `kind` use the same ops. */
+export interface StagedDeepSeek {
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  stepInputs(): { readonly arrays: HostInputs; readonly kind: string }
+  /** `carried` are the loads of all layers; sum them over the micro-batches of a step and pass them to `after`. */
+  loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
+  afterInputs(): HostInputs
+  after(inputs: Readonly<Record<string, Tensor>>, carried: readonly Tensor[]): void
+  /** Ends the step. Resolves to the same as `afterStep`. */
+  report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
 export function lossInputs(
