@@ -160,7 +160,7 @@ export {
   type StateSource,
   stateDict,
 } from './nn/state-dict.ts'
-export { checkOptions, checkShared, type OptionNames } from './options.ts'
+export { checkOptions, checkShared, nearestName, type OptionNames } from './options.ts'
 export { philox4x32, Random } from './random.ts'
 export { disposeOnError, keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'

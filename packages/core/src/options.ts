@@ -90,12 +90,7 @@ const ourName = (name: string, names: object): string | undefined =>
     known => Object.hasOwn(names, known) && namesElsewhere[known].split(' ').includes(name),
   )
 
-function unknownName(
-  op: string,
-  name: string,
-  names: object,
-  near = nearest(name, names, name.length > 4 ? 2 : 1),
-): MoeError {
+function unknownName(op: string, name: string, names: object, near = nearestName(name, names)): MoeError {
   const known = Object.keys(names)
   return new MoeError({
     code: 'E_CONFIG',
@@ -105,6 +100,13 @@ function unknownName(
     details: { name, known },
   })
 }
+
+/**
+ * Returns the known name (a key of `names`) that `name` is probably a misspelling of, or undefined.
+ * @internal
+ */
+export const nearestName = (name: string, names: object): string | undefined =>
+  nearest(name, names, name.length > 4 ? 2 : 1)
 
 /** Returns the known name with the fewest typos, at most `limit`, or undefined. */
 function nearest(name: string, names: object, limit: number): string | undefined {

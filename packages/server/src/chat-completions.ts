@@ -7,7 +7,7 @@ import { ApiError } from './errors.ts'
 import { generationRequest, type PreparedModel } from './generation-request.ts'
 import { chatLogProbs } from './log-probs.ts'
 import { thinkingAfter } from './reasoning.ts'
-import { parseFields, sharedFields } from './request-fields.ts'
+import { parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import { newCallId, type ToolCall } from './tool-calls.ts'
 
@@ -25,20 +25,32 @@ const fields = z.object({
     .record(z.string(), z.unknown())
     .refine(given => !reservedVariables.some(name => name in given), `${reservedVariables.join(', ')} cannot be set`)
     .nullish(),
+  reasoning_effort: z.string().nullish(),
   logprobs: z.boolean().nullish(),
   top_logprobs: z.int().min(0).max(20).nullish(),
+  store: storeField,
 })
+
+/** What fields of the other endpoints are called here. */
+const renamed = {
+  max_output_tokens: 'max_completion_tokens',
+  prompt: 'messages',
+  input: 'messages',
+  reasoning: 'reasoning_effort',
+}
 
 export const chatCompletions = choicesEndpoint({
   prefix: 'chatcmpl-',
   object: 'chat.completion',
   chunkObject: 'chat.completion.chunk',
   async parse(body, served, signal) {
-    const parsed = parseFields(fields, body)
+    const parsed = parseFields(fields, body, renamed)
     const { traits } = served
+    const variables = templateVariables(parsed, traits)
+    const maxTokens = maxTokensOf(parsed)
     const tools = promptedTools(parsed, traits)
     const messages = parsed.messages.map((one, i) => templateMessage(one, i, traits))
-    const text = render(messages, tools, parsed.chat_template_kwargs ?? {}, served)
+    const text = render(messages, tools, variables, served)
     const thinking = thinkingAfter(text, traits.hasReasoning)
     const previousCalls = messages.reduce(
       (sum, { tool_calls: calls }) => sum + (Array.isArray(calls) ? calls.length : 0),
@@ -47,7 +59,6 @@ export const chatCompletions = choicesEndpoint({
     const { prefix, form, calls } = answerForm(parsed, traits, tools, thinking, previousCalls)
     // The template already contains the special tokens.
     const ids = served.tokenizer.encode(text + prefix, { addSpecialTokens: false })
-    const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens
     const { logprobs: hasLogProbs, top_logprobs: top } = parsed
     if (top && !hasLogProbs) throw new ApiError(400, 'top_logprobs requires logprobs: true', { param: 'top_logprobs' })
     const texts = generationRequest(served, { ...parsed, max_tokens: maxTokens }, [{ ids, added: 0 }], 'messages', null)
@@ -87,6 +98,24 @@ export const chatCompletions = choicesEndpoint({
   logProbs: chatLogProbs,
 })
 
+type Fields = z.output<typeof fields>
+
+/** @throws ApiError 400 if both fields are set to different numbers */
+function maxTokensOf({ max_completion_tokens: own, max_tokens: older }: Fields): number | null | undefined {
+  if (own == null || older == null || own === older) return own ?? older
+  const problem = `max_tokens is ${older}, but max_completion_tokens, its newer name, is ${own}: send one of them`
+  throw new ApiError(400, problem, { param: 'max_tokens' })
+}
+
+/** @throws ApiError 400 if `reasoning_effort` is set and the template does not read it */
+function templateVariables(given: Fields, { readsEffort }: TemplateTraits): Readonly<Record<string, unknown>> {
+  const { reasoning_effort: effort, chat_template_kwargs: variables } = given
+  if (effort == null) return variables ?? {}
+  if (readsEffort) return { reasoning_effort: effort, ...variables }
+  const message = "reasoning_effort: this model's chat template does not read it: omit it, or use chat_template_kwargs"
+  throw new ApiError(400, message, { param: 'reasoning_effort', code: 'unsupported_parameter' })
+}
+
 const toolCall = ({ id = newCallId(), name, arguments: json }: ToolCall) => ({
   id,
   type: 'function',
@@ -112,8 +141,12 @@ function templateMessage(
   i: number,
   template: TemplateTraits,
 ): TemplateMessage {
-  const { role, content, reasoning_content: reasoning, tool_calls: calls, function_call: call } = given
+  const { role, name, content, reasoning_content: reasoning, tool_calls: calls, function_call: call, prefix } = given
   const param = `messages[${i}]`
+  if (prefix === true) {
+    const message = `${param}.prefix is not supported: use /v1/completions`
+    throw new ApiError(400, message, { param: `${param}.prefix`, code: 'unsupported_parameter' })
+  }
   if (call != null)
     throw new ApiError(400, `${param}.function_call: use tool_calls`, { param: `${param}.function_call` })
   const hasCalls = role === 'assistant' && Array.isArray(calls) && calls.length > 0
@@ -122,13 +155,14 @@ function templateMessage(
     throw new ApiError(400, message, { param })
   }
   if (role === 'tool') {
-    const { tool_call_id, name } = given
+    const { tool_call_id } = given
     return { role, content: textOf(content, `${param}.content`), tool_call_id, ...(name != null && { name }) }
   }
   const isEmpty = hasCalls && content == null
   const own = {
     role: role === 'developer' ? 'system' : String(role),
     content: isEmpty ? null : textOf(content, `${param}.content`),
+    ...(typeof name === 'string' && { name }),
     ...(role === 'assistant' && typeof reasoning === 'string' && { reasoning_content: reasoning }),
   }
   return hasCalls ? { ...own, tool_calls: callsOf(calls, `${param}.tool_calls`, template) } : own

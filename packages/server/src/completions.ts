@@ -23,6 +23,13 @@ const fields = z.object({
   echo: z.boolean().nullish(),
 })
 
+/** What fields of the other endpoints are called here. */
+const renamed = {
+  max_completion_tokens: 'max_tokens',
+  max_output_tokens: 'max_tokens',
+  input: 'prompt',
+}
+
 const choice = (index: number, text: string, finish: FinishReason | null, logProbs: object | null) => ({
   index,
   text,
@@ -35,7 +42,7 @@ export const completions = choicesEndpoint({
   object: 'text_completion',
   chunkObject: 'text_completion',
   async parse(body, served) {
-    const parsed = parseFields(fields, body)
+    const parsed = parseFields(fields, body, renamed)
     const prompt = parsed.prompt ?? ''
     const many: ReadonlyArray<string | number[]> =
       typeof prompt === 'string' ? [prompt] : isIds(prompt) ? [prompt] : prompt

@@ -71,6 +71,7 @@ export function generationRequest(
   defaultMaxTokens: number | null,
 ): Omit<GenerationRequest, 'echo' | 'logProbs' | 'constraints' | 'thinking' | 'calls'> {
   const { model, stream, stream_options: streamOptions, n, stop } = fields
+  const logitBias = fields.logit_bias ?? undefined
   if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)
   if (streamOptions && !stream) {
     throw new ApiError(400, 'stream_options requires stream: true', { param: 'stream_options' })
@@ -80,7 +81,12 @@ export function generationRequest(
     const problem = `${prompts.length} prompts with n = ${choices} are ${prompts.length * choices} texts`
     throw new ApiError(400, `${problem}, but the limit is ${MAX_TEXTS}: send several requests`, { param: field })
   }
-  const { max_position_embeddings: context } = served.model.config
+  const { max_position_embeddings: context, vocab_size: vocabulary } = served.model.config
+  const unknown = Object.keys(logitBias ?? {}).find(id => Number(id) >= vocabulary)
+  if (unknown !== undefined) {
+    const message = `logit_bias: token id ${unknown.slice(0, 20)} is out of range, the vocabulary of this model has ${vocabulary} tokens`
+    throw new ApiError(400, message, { param: 'logit_bias' })
+  }
   const maxTokens = fields.max_tokens ?? defaultMaxTokens ?? Infinity
   for (const {
     ids: { length },
@@ -102,6 +108,9 @@ export function generationRequest(
       topP: Math.max(fields.top_p ?? 1, Number.EPSILON),
       minP: fields.min_p ?? undefined,
       repetitionPenalty: fields.repetition_penalty ?? undefined,
+      frequencyPenalty: fields.frequency_penalty ?? undefined,
+      presencePenalty: fields.presence_penalty ?? undefined,
+      logitBias,
       // Choice i uses seed + i, so the seed must stay small enough for these to be exact.
       seed: (fields.seed ?? Math.floor(Math.random() * 2 ** 32)) % 2 ** 52,
       stop: stop == null ? [] : typeof stop === 'string' ? [stop] : stop,

@@ -332,7 +332,6 @@ test.each<[Ask, string, string]>([
   ],
   [{ text: { format: { type: 'grammar' } as never } }, 'text.format.type', 'expected text'],
   [{ max_output_tokens: -1 }, 'max_output_tokens', ''],
-  [{ presence_penalty: 1 }, 'presence_penalty', 'is not supported'],
   [{ model: 'gpt-5' }, 'model', 'unknown model'],
 ])('%j is rejected by name', async (ask, param, message) => {
   const { app, dispose } = modelServer()

@@ -8,37 +8,70 @@ import { chatCompletions } from './chat-completions.ts'
 import type { Endpoint, GeneratedPart, Head, Stream, StreamEvent, Usage } from './endpoint.ts'
 import { ApiError } from './errors.ts'
 import type { GenerationRequest } from './generation-request.ts'
-import { parseFields, sharedFields } from './request-fields.ts'
+import { parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
 import { newCallId } from './tool-calls.ts'
 
-const { n: _, max_tokens: count, stream_options: __, ...shared } = sharedFields
+const { n: _, max_tokens: count, ...shared } = sharedFields
 
 const unsupported = (problem: string) => z.null(problem).optional()
 const notStored = unsupported('this server stores nothing: send the whole conversation as input')
 
 const item = z.looseObject({ type: z.string().nullish() })
 
+const LOG_PROBS = 'message.output_text.logprobs'
+
+/** What else OpenAI's API can include: it is in every response, or belongs to tools that this server does not run. */
+const included = [
+  'reasoning.encrypted_content',
+  'message.input_image.image_url',
+  'file_search_call.results',
+  'web_search_call.results',
+  'web_search_call.action.sources',
+  'computer_call_output.output.image_url',
+  'code_interpreter_call.outputs',
+] as const
+
+const summary = z.enum(['auto', 'concise', 'detailed']).nullish()
+
 const fields = z.object({
   ...shared,
   input: z.union([z.string(), z.array(item).min(1)], { error: 'expected a string or a list of items' }),
   instructions: z.string().nullish(),
   max_output_tokens: count,
-  text: z.looseObject({ format: z.looseObject({ type: z.string() }).nullish() }).nullish(),
+  text: z
+    .strictObject({
+      format: z.looseObject({ type: z.string() }).nullish(),
+      verbosity: z.literal('medium', 'is not supported: ask for a short or long answer in the instructions').nullish(),
+    })
+    .nullish(),
+  // Reasoning is always returned in full, so it needs no summary.
+  reasoning: z.strictObject({ effort: z.string().nullish(), summary, generate_summary: summary }).nullish(),
   tools: z.array(z.looseObject({ type: z.string() })).nullish(),
   tool_choice: z.union([z.string(), z.looseObject({ type: z.string() })]).nullish(),
   parallel_tool_calls: z.boolean().nullish(),
-  include: z.array(z.string()).nullish(),
+  include: z.array(z.enum([LOG_PROBS, ...included])).nullish(),
   top_logprobs: z.int().min(0).max(20).nullish(),
   chat_template_kwargs: z.unknown().optional(),
   metadata: z.record(z.string(), z.unknown()).nullish(),
-  store: z.literal(false, 'this server stores nothing: send store: false, or omit it').nullish(),
+  store: storeField,
   previous_response_id: notStored,
   conversation: notStored,
   prompt: unsupported('stored prompts are not supported: send input'),
   background: z.literal(false, 'is not supported: omit it').nullish(),
   truncation: z.literal('disabled', 'is not supported: shorten the conversation in the client').nullish(),
 })
+
+/** What fields of the other endpoints are called here. */
+const renamed = {
+  max_tokens: 'max_output_tokens',
+  max_completion_tokens: 'max_output_tokens',
+  messages: 'input',
+  response_format: 'text.format',
+  reasoning_effort: 'reasoning.effort',
+  verbosity: 'text.verbosity',
+  logprobs: `include: ["${LOG_PROBS}"]`,
+}
 
 type Fields = z.output<typeof fields>
 
@@ -51,28 +84,25 @@ interface Message {
 export const responses: Endpoint = {
   prefix: 'resp_',
   async parse(body, served, signal) {
-    const parsed = parseFields(fields, body)
+    const parsed = parseFields(fields, body, renamed)
     const messages = messagesOf(parsed)
-    const {
-      max_output_tokens: maxTokens,
-      input: _,
-      instructions: __,
-      text,
-      tools,
-      tool_choice: choice,
-      ...rest
-    } = parsed
-    const hasLogProbs = parsed.include?.includes('message.output_text.logprobs')
+    const { text, tools, tool_choice: choice, include, top_logprobs: top } = parsed
+    const hasLogProbs = include?.includes(LOG_PROBS)
+    if (top && !hasLogProbs)
+      throw new ApiError(400, `top_logprobs requires include: ["${LOG_PROBS}"]`, { param: 'top_logprobs' })
     const chat = {
-      ...rest,
+      ...Object.fromEntries(Object.keys(shared).map(name => [name, parsed[name as keyof typeof shared]])),
       messages: messages.map(({ message }) => message),
-      max_tokens: maxTokens,
+      max_completion_tokens: parsed.max_output_tokens,
       logprobs: hasLogProbs,
-      top_logprobs: hasLogProbs ? parsed.top_logprobs : undefined,
+      top_logprobs: hasLogProbs ? top : undefined,
       response_format: formatOf(text?.format),
       tools: tools?.map(({ type, ...own }) => (type === 'function' ? { type, function: own } : { type })),
       tool_choice:
         typeof choice === 'object' && choice ? { type: choice.type, function: { name: choice.name } } : choice,
+      parallel_tool_calls: parsed.parallel_tool_calls,
+      reasoning_effort: parsed.reasoning?.effort,
+      chat_template_kwargs: parsed.chat_template_kwargs,
     }
     try {
       return { ...(await chatCompletions.parse(chat, served, signal)), echoedFields: echoedFieldsOf(parsed) }
@@ -158,6 +188,7 @@ function withOwnFieldNames(cause: ApiError, messages: readonly Message[]): ApiEr
       .replaceAll('response_format', 'text.format')
       .replaceAll(/\b(tools\[\d+\])\.function/g, '$1')
       .replaceAll('tool_choice.function', 'tool_choice')
+      .replaceAll('reasoning_effort', 'reasoning.effort')
   const { status, message, param, code } = cause
   return new ApiError(status, own(message), {
     param: param === null ? undefined : own(param),
@@ -173,6 +204,7 @@ const echoedFieldsOf = (given: Fields) => ({
   metadata: given.metadata ?? {},
   parallel_tool_calls: given.parallel_tool_calls ?? true,
   previous_response_id: null,
+  reasoning: { effort: given.reasoning?.effort ?? null, summary: null },
   store: false,
   temperature: given.temperature ?? 1,
   text: given.text ?? { format: { type: 'text' } },

@@ -14,6 +14,8 @@ export interface TemplateTraits {
   readonly parsesArguments: boolean
   /** Whether the template mentions reasoning. */
   readonly hasReasoning: boolean
+  /** Whether the template reads `reasoning_effort`. */
+  readonly readsEffort: boolean
 }
 
 export function traitsOf(template: ChatTemplate | undefined): TemplateTraits {
@@ -29,6 +31,7 @@ export function traitsOf(template: ChatTemplate | undefined): TemplateTraits {
       /arguments(['"]\])?\s*\|\s*tojson|arg\w*\.items\(\)|arg\w*\s*\|\s*items/.test(text) &&
       !/arguments(['"]\])? is string/.test(text),
     hasReasoning: text.includes(THINK_END),
+    readsEffort: has(/\breasoning_effort\b/),
   }
 }
 
