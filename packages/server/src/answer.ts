@@ -27,6 +27,8 @@ interface Text {
   readonly index: number
   readonly parts: AsyncIterable<TextPart>
   readonly stats: GenerationStats
+  /** Number of tokens when the last part with reasoning was read. */
+  reasoningTokens: number
   /** Whether it contains tool calls. */
   hasCalls: boolean
 }
@@ -54,9 +56,10 @@ export async function answer(
   const usage = () => {
     const prompt = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
     const generated = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
+    const reasoning = texts.reduce((sum, { reasoningTokens }) => sum + reasoningTokens, 0)
     const cachedTokens = prompts.reduce((sum, _, i) => sum + texts[i * choices].stats.cachedTokens, 0)
     Object.assign(record, { promptTokens: prompt, generatedTokens: generated })
-    return { prompt, cachedTokens, generated }
+    return { prompt, cachedTokens, generated, reasoning }
   }
   const generatedPart = ({ text, reasoning = '', calls = [], tokens }: TextPart): GeneratedPart => {
     return { text, reasoning, calls, logProbs: tokens && endpoint.logProbs(tokens, served.tokenizer) }
@@ -75,9 +78,9 @@ export async function answer(
 
   if (!request.stream) {
     try {
-      const parts = await allOrAbort(texts, stop, async ({ parts }) => {
+      const parts = await allOrAbort(texts, stop, async text => {
         const all: TextPart[] = []
-        for await (const part of parts) all.push(part)
+        for await (const part of partsOf(text)) all.push(part)
         return all
       })
       const all = texts.map((text, i) => {
@@ -87,7 +90,6 @@ export async function answer(
           tokens: request.logProbs === undefined ? null : parts[i].flatMap(({ tokens }) => tokens ?? []),
           calls: parts[i].flatMap(({ calls }) => calls ?? []),
         }
-        text.hasCalls = whole.calls.length > 0
         return { ...generatedPart(whole), finish: finished(text) }
       })
       return c.json(endpoint.body(head, all, usage(), request))
@@ -109,10 +111,7 @@ export async function answer(
         await send(events.begin())
         await allOrAbort(texts, stop, async text => {
           await send(events.opening(text.index))
-          for await (const part of text.parts) {
-            if (part.calls) text.hasCalls = true
-            await send(events.part(text.index, generatedPart(part)))
-          }
+          for await (const part of partsOf(text)) await send(events.part(text.index, generatedPart(part)))
           await send(events.end(text.index, finished(text)))
         })
         await send(events.over(usage()))
@@ -157,11 +156,21 @@ function begin(
         index: texts.length,
         parts: calls ? withCalls(parts, calls) : parts,
         stats: generation.stats,
+        reasoningTokens: 0,
         hasCalls: false,
       })
     }
   }
   return texts
+}
+
+/** Reads the parts of a text, and records what they contain. */
+async function* partsOf(text: Text): AsyncGenerator<TextPart> {
+  for await (const part of text.parts) {
+    if (part.reasoning) text.reasoningTokens = text.stats.tokens
+    if (part.calls) text.hasCalls = true
+    yield part
+  }
 }
 
 /** Reads all texts to the end. If one fails, the others are aborted. @throws the first error */

@@ -47,9 +47,10 @@ export function choicesEndpoint(choices: Choices): Endpoint {
   }
 }
 
-const usageOf = ({ prompt, generated, cachedTokens }: Usage) => ({
+const usageOf = ({ prompt, generated, cachedTokens, reasoning }: Usage) => ({
   prompt_tokens: prompt,
   completion_tokens: generated,
   total_tokens: prompt + generated,
   prompt_tokens_details: { cached_tokens: cachedTokens },
+  ...(reasoning > 0 && { completion_tokens_details: { reasoning_tokens: reasoning } }),
 })

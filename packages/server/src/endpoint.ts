@@ -23,6 +23,8 @@ export interface Usage {
   /** Prompt tokens that were already in the cache. */
   readonly cachedTokens: number
   readonly generated: number
+  /** Generated tokens up to the end of the reasoning, summed over all texts. */
+  readonly reasoning: number
 }
 
 /** Fields at the start of every response. */

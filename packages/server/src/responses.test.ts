@@ -193,6 +193,28 @@ test('reasoning is a separate item, and can be sent back to the template', async
   expect(cut).toMatchObject({ status: 'incomplete', output: [{ type: 'reasoning', status: 'incomplete' }] })
 })
 
+test('usage counts the tokens of reasoning, also in chats', async () => {
+  const parts = ['<thi', 'nk>so', ' it is', '</think>', 'Yes', '.']
+  const { app } = scriptedServer(
+    async function* (_, stats) {
+      for (const part of parts) {
+        stats.tokens++
+        yield part
+      }
+    },
+    { chatTemplate: thinking },
+    4096,
+  )
+  const openai = await client(app)
+  const { usage } = await both(openai, {})
+  expect(usage).toMatchObject({ output_tokens: 6, output_tokens_details: { reasoning_tokens: 3 } })
+  const ask = { model: 'tiny', messages: [{ role: 'user' as const, content: 'a' }], n: 2 }
+  const chat = await openai.chat.completions.create(ask)
+  expect(chat.usage).toMatchObject({ completion_tokens: 12, completion_tokens_details: { reasoning_tokens: 6 } })
+  const stream = await openai.chat.completions.create({ ...ask, stream: true, stream_options: { include_usage: true } })
+  for await (const chunk of stream) if (chunk.usage) expect({ ...chunk.usage }).toEqual({ ...chat.usage })
+})
+
 test('a response without text contains an empty message', async () => {
   const { output, status } = await both(await client(saying([]).app), {})
   expect([status, output]).toMatchObject(['completed', [{ type: 'message', content: [{ text: '' }] }]])

@@ -308,7 +308,7 @@ class ResponseStream implements Stream {
             input_tokens: usage.prompt,
             input_tokens_details: { cached_tokens: usage.cachedTokens },
             output_tokens: usage.generated,
-            output_tokens_details: { reasoning_tokens: 0 },
+            output_tokens_details: { reasoning_tokens: usage.reasoning },
             total_tokens: usage.prompt + usage.generated,
           }
         : null,
