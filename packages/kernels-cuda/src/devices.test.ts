@@ -40,7 +40,7 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
   test('every call of a backend makes its own context current', async () => {
     const backends = await both()
     for (const [i, backend] of backends.entries()) {
-      const other = () => backends[1 - i].interop.use()
+      const other = () => backends[1 - i].interop.makeCurrent()
       other()
       const graph = backend.capture(() => doubled(backend, 1))
       other()
@@ -57,9 +57,9 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
       other()
       const queue = backend.interop.queue()
       other()
-      queue.follow()
+      queue.waitForBackend()
       other()
-      await queue.done()
+      await queue.synchronize()
       expect((await x.values())[0]).toBe(9)
       other()
       queue.dispose()
@@ -73,8 +73,8 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
     const [one, other] = await both()
     const x = doubled(one, 4)
     const queue = one.interop.queue()
-    queue.follow()
-    const pending = [x.values(), one.sync(), one.elapsed(() => x.mul(2)), one.trim(), queue.done()] as const
+    queue.waitForBackend()
+    const pending = [x.values(), one.sync(), one.elapsed(() => x.mul(2)), one.trim(), queue.synchronize()] as const
     doubled(other, 1)
     other.dispose()
     const [values] = await Promise.all(pending)

@@ -165,9 +165,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const source = readFileSync(new URL('../emulator/tests/hopper.cu', import.meta.url), 'utf8').split('\n')
     const lineOf = (text: string) => 1 + source.findIndex(line => line.includes(text))
     const { report } = run('oneLaneBetween')
-    expect(report).toMatch(
-      /^moe_test_hopper, block \(0, 0, 0\), thread .*: wgmmaWait is a whole warp's, and warp 1 /,
-    )
+    expect(report).toMatch(/^moe_test_hopper, block \(0, 0, 0\), thread .*: wgmmaWait is a whole warp's, and warp 1 /)
     expect(report).toContain(
       `lane 0 comes from wait (hopper.cu:${lineOf('mode == lanesMeet) && threadIdx.x == 32')}), lane 1 does not`,
     )
