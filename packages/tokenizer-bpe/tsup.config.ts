@@ -1,7 +1,7 @@
 import { library } from '../../scripts/tsup-preset.ts'
 
-/** What loads by need (src/features.ts): as entries these files keep their names, and nothing is put into chunks of its own for their sake. */
-const parts = [
+/** Modules that are loaded on demand (src/features.ts). As entries they keep their names, and cause no extra chunks. */
+const features = [
   'scan/cl100k',
   'scan/deepseek-llm',
   'scan/deepseek-v3',
@@ -20,12 +20,13 @@ const parts = [
 const entries = {
   index: 'src/index.ts',
   browser: 'src/browser.ts',
-  // An entry without training and the parts, so that esbuild puts these in files of their own, which bundlers can leave out.
+  // An entry without training and features, so that esbuild puts these into separate files, which bundlers can omit.
   tokenizer: 'src/tokenizer.ts',
   'data/index': 'src/data/index.ts',
   cli: 'src/cli.ts',
+  // A name that no file beside a user's bundle has (src/batch/pool.ts).
   'moe-tokenizer-worker': 'src/batch/worker.ts',
 }
-const partEntries = Object.fromEntries(parts.map(path => [path.split('/').pop()!, `src/${path}.ts`]))
+const featureEntries = Object.fromEntries(features.map(path => [path.split('/').pop()!, `src/${path}.ts`]))
 
-export default Object.assign(library({ ...entries, ...partEntries }), { dts: { entry: entries } })
+export default Object.assign(library({ ...entries, ...featureEntries }), { dts: { entry: entries } })

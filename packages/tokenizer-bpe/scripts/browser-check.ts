@@ -1,6 +1,6 @@
 /**
- * @file Runs the published build (dist/, made by `pnpm build`) in headless Chromium: encodes the texts of the DeepSeek-V3 fixture with its tokenizer.json,
- * decodes, streams and trains, and compares with the fixture.
+ * @file Runs the published build (dist/, made by `pnpm build`) in headless Chromium: encodes the texts of the
+ * DeepSeek-V3 fixture with its tokenizer.json, decodes, streams and trains, and compares with the fixture.
  *
  *   node packages/tokenizer-bpe/scripts/browser-check.ts
  */
@@ -28,7 +28,7 @@ const code = load => {
 found.early = code(() => BpeTokenizer.fromJSON(file))
 const tokenizer = await BpeTokenizer.fromJSONAsync(file)
 found.late = code(() => BpeTokenizer.fromJSON(file))
-found.parts = performance
+found.features = performance
   .getEntriesByType('resource')
   .flatMap(({ name }) => /([^/]+)\\.js$/.exec(name)?.slice(1) ?? [])
   .filter(name => !/^chunk-|^(browser|program)$/.test(name))
@@ -64,7 +64,7 @@ console.log(found)
 const good =
   found['early'] === 'E_UNSUPPORTED' &&
   found['late'] === 'read' &&
-  found['parts'] === 'deepseek-v3' &&
+  found['features'] === 'deepseek-v3' &&
   found['sameIds'] === found['texts'] &&
   found['sameText'] === found['texts'] &&
   found['sameGeneral'] === found['texts'] &&

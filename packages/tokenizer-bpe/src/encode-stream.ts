@@ -7,7 +7,8 @@ const invalidInput = (given: unknown, expected: string, fix: string) =>
 
 /**
  * Yields parts of a text that can be encoded independently: each ends before a space between two ASCII letters.
- * @param added tokens that must not be split; omit them if the pre-tokenizer has no scanner, to yield the text as a whole
+ * @param added tokens that must not be split; omit them if the pre-tokenizer has no scanner, to yield the text as a
+ * whole
  * @throws TokenizerError E_DATA if the parts are not strings, for example bytes, which may end within a character
  */
 export async function* splitStream(
@@ -22,7 +23,9 @@ export async function* splitStream(
   )
   const margin = (added ?? []).reduce((most, token) => Math.max(most, token.content.length), 0) + 2
   let buffered = ''
-  /** Minimum length of the buffered text for the next search: an eighth more than in a search that found no position. */
+  /**
+   * Minimum length of the buffered text for the next search: an eighth more than in a search that found no position.
+   */
   let searchFrom = 0
   for await (const part of parts) {
     if (typeof part !== 'string') {

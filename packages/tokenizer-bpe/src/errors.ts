@@ -1,4 +1,7 @@
-/** @file The error class of this package. It has the same fields as those of the other @moe packages: code, op, problem, fix, details. */
+/**
+ * @file The error class of this package. It has the same fields as those of the other @moe packages: code, op, problem,
+ * fix, details.
+ */
 
 /** Stable error codes. Test for the code, not the message. */
 export type TokenizerErrorCode =

@@ -39,8 +39,8 @@ export class OffsetCollector {
   }
 
   /**
-   * Adds the position of a token at the bytes from `start` to `end`; 0 and 0 if it covers no text. White space at its ends is excluded as in Hugging Face, except for the
-   * space that `add_prefix_space` may have added at the start.
+   * Adds the position of a token at the bytes from `start` to `end`; 0 and 0 if it covers no text. White space at its
+   * ends is excluded as in Hugging Face, except for the space that `add_prefix_space` may have added at the start.
    * @param token the token in the byte alphabet; omit it for an added token, which is the covered text itself
    */
   add(start: number, end: number, token?: string): void {

@@ -1,4 +1,6 @@
-/** @file The pre-tokenizers with hand-written scanners: how tokenizer.json describes them, and how they are recognized. */
+/**
+ * @file The pre-tokenizers with hand-written scanners: how tokenizer.json describes them, and how they are recognized.
+ */
 import type { Scanner } from './scan/scanner.ts'
 
 /** Pre-tokenizers that have a hand-written scanner. */
@@ -22,8 +24,8 @@ export interface KnownPreTokenizer {
 }
 
 /**
- * Names by the length of their signature, which distinguishes them before their patterns are loaded. Other pre-tokenizers may have signatures of the same length;
- * `isKnown` decides.
+ * Names by the length of their signature, which distinguishes them before their patterns are loaded. Other
+ * pre-tokenizers may have signatures of the same length; `isKnown` decides.
  */
 const NAMES: Record<number, PreTokenizerName> = {
   11: 'gpt2',
@@ -44,7 +46,10 @@ export function preTokenizerNames(): PreTokenizerName[] {
 export const patternOf = ({ source, ignoreCase, dotAll }: RegExp): string =>
   `${ignoreCase ? '(?i)' : ''}${dotAll ? '(?m)' : ''}${source}`
 
-/** Returns the `pre_tokenizer` of tokenizer.json for splits by regular expressions (none: ByteLevel's own) followed by ByteLevel. */
+/**
+ * Returns the `pre_tokenizer` of tokenizer.json for splits by regular expressions (none: ByteLevel's own) followed by
+ * ByteLevel.
+ */
 export function preTokenizerJson(patterns: readonly string[], digits = false): Record<string, unknown> {
   const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: patterns.length === 0 }
   if (patterns.length === 0) return byteLevel

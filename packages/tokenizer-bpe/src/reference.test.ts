@@ -1,4 +1,7 @@
-/** @file Compares with Hugging Face tokenizers 0.23.2: fixtures of ids, offsets, pieces and merges, written by tools/reference/tokenizer_fixtures.py. */
+/**
+ * @file Compares with Hugging Face tokenizers 0.23.2: fixtures of ids, offsets, pieces and merges, written by
+ * tools/reference/tokenizer_fixtures.py.
+ */
 import { readFileSync } from 'node:fs'
 import { describe, expect, test } from 'vitest'
 import { BpeTokenizer, type EncodeOptions, type PreTokenizerName, trainBpe } from './index.ts'

@@ -65,9 +65,10 @@ function parseRanks(text: string): Map<number, Uint8Array> {
 }
 
 /**
- * Creates the model of a set of ranks. tiktoken merges adjacent parts whose concatenation is a token, lowest rank first. A token therefore always results from
- * the two parts that its bytes reduce to with the lower ranks; these are its merge. Tokens that reduce to more parts occur only as whole pieces, which tiktoken
- * checks first (`ignore_merges`).
+ * Creates the model of a set of ranks. tiktoken merges adjacent parts whose concatenation is a token, lowest rank
+ * first. A token therefore always results from the two parts that its bytes reduce to with the lower ranks; these are
+ * its merge. Tokens that reduce to more parts occur only as whole pieces, which tiktoken checks first
+ * (`ignore_merges`).
  */
 function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   const ids = [...ranks.keys()].sort((a, b) => a - b)

@@ -1,4 +1,6 @@
-/** @file The tokenizer: converts text to ids and back. Created from tokenizer.json, from tiktoken ranks, or by training. */
+/**
+ * @file The tokenizer: converts text to ids and back. Created from tokenizer.json, from tiktoken ranks, or by training.
+ */
 import { type AddedToken, AddedTokenFinder, type Ignored } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
 import { BoundaryTable } from './bpe/boundary-table.ts'
@@ -23,16 +25,19 @@ import { validation } from './validation.ts'
 
 /** Options of `encode`. */
 export interface EncodeOptions {
-  /** Adds the special tokens of the post-processor, for example beginning of sentence. Default true, as in Hugging Face tokenizers. */
+  /**
+   * Adds the special tokens of the post-processor, for example beginning of sentence. Default true, as in Hugging Face
+   * tokenizers.
+   */
   readonly addSpecialTokens?: boolean
   /**
-   * Whether special tokens in the text become their ids. Default true, as in Hugging Face tokenizers. Pass false for untrusted text (tiktoken's
-   * `encode_ordinary`).
+   * Whether special tokens in the text become their ids. Default true, as in Hugging Face tokenizers. Pass false for
+   * untrusted text (tiktoken's `encode_ordinary`).
    */
   readonly parseSpecialTokens?: boolean
   /**
-   * Whether added tokens in the text become their ids. Default true. With false, tokens that the file does not mark as special are encoded as text, too: in
-   * DeepSeek-V3's, these are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
+   * Whether added tokens in the text become their ids. Default true. With false, tokens that the file does not mark as
+   * special are encoded as text, too: in DeepSeek-V3's, these are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
    */
   readonly parseAddedTokens?: boolean
 }
@@ -47,7 +52,10 @@ export interface DecodeOptions {
 export interface EncodingWithOffsets {
   /** The ids, as returned by `encode`. */
   readonly ids: Uint32Array
-  /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units. Tokens that share a character all cover it. */
+  /**
+   * Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units. Tokens that share a character all cover
+   * it.
+   */
   readonly offsets: Uint32Array
 }
 
@@ -68,8 +76,8 @@ const MIN_THREADED_CHARACTERS = 1 << 23
 const MAX_KEPT_SCRATCH = 1 << 20
 
 /**
- * A byte-level BPE tokenizer, with the same ids as Hugging Face tokenizers. It is immutable. Create one with `trainBpe`, `fromFile`, `fromJSON` or
- * `fromTiktoken`.
+ * A byte-level BPE tokenizer, with the same ids as Hugging Face tokenizers. It is immutable. Create one with
+ * `trainBpe`, `fromFile`, `fromJSON` or `fromTiktoken`.
  */
 export class BpeTokenizer {
   readonly #model: BpeModel
@@ -139,7 +147,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Reads a tokenizer.json file. Requires a file system (Node, Deno, Bun); in a browser, fetch the file and use `fromJSONAsync`.
+   * Reads a tokenizer.json file. Requires a file system (Node, Deno, Bun); in a browser, fetch the file and use
+   * `fromJSONAsync`.
    * @throws TokenizerError as `fromJSON`, and E_FORMAT if the file cannot be read
    */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
@@ -159,8 +168,8 @@ export class BpeTokenizer {
 
   /**
    * Creates a tokenizer from the content of a tokenizer.json, as text or parsed.
-   * @throws TokenizerError E_FORMAT for a corrupt file; E_UNSUPPORTED, naming the part, for features that this package does not support or, in browsers,
-   *   that require `fromJSONAsync`
+   * @throws TokenizerError E_FORMAT for a corrupt file; E_UNSUPPORTED, naming the component, for features that this
+   * package does not support or, in browsers, that require `fromJSONAsync`
    */
   static fromJSON(json: string | object): BpeTokenizer {
     const file = parseFile(json)
@@ -180,8 +189,10 @@ export class BpeTokenizer {
   }
 
   /**
-   * Creates a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: each line is a base64 token and its rank).
-   * @param options.preTokenizer the encoding's pattern, as a name, as tiktoken's `pat_str` (`{ pattern }`) or as a RegExp
+   * Creates a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: each line is a base64 token and its
+   * rank).
+   * @param options.preTokenizer the encoding's pattern, as a name, as tiktoken's `pat_str` (`{ pattern }`) or as a
+   * RegExp
    * @param options.specialTokens ids of special tokens, by text
    */
   static fromTiktoken(
@@ -205,7 +216,8 @@ export class BpeTokenizer {
   }
 
   /**
-   * Encodes a text. Lone surrogates are treated as U+FFFD. Takes time linear in the length of any text, so large texts can be passed whole.
+   * Encodes a text. Lone surrogates are treated as U+FFFD. Takes time linear in the length of any text, so large texts
+   * can be passed whole.
    * @returns the ids, in a new array
    */
   encode(text: string, options: EncodeOptions = {}): Uint32Array {
@@ -307,9 +319,9 @@ export class BpeTokenizer {
   }
 
   /**
-   * Encodes a text that arrives in parts, and yields ids in parts. Together they equal `encode` of the whole text without
-   * the special tokens around it. Text is buffered up to a space between two ASCII letters, where pieces end regardless of
-   * what follows. If the pre-tokenizer has no hand-written scanner, all of the text is buffered.
+   * Encodes a text that arrives in parts, and yields ids in parts. Together they equal `encode` of the whole text
+   * without the special tokens around it. Text is buffered up to a space between two ASCII letters, where pieces end
+   * regardless of what follows. If the pre-tokenizer has no hand-written scanner, all of the text is buffered.
    */
   async *encodeStream(
     parts: AsyncIterable<string> | Iterable<string>,
@@ -322,8 +334,10 @@ export class BpeTokenizer {
   }
 
   /**
-   * Encodes many texts, using worker threads if they are available and the batch is large enough. Results equal those of `encode`.
-   * @param options.threads number of threads for this batch; default one per core; 0 or 1 uses the calling thread. Threads are kept for later batches.
+   * Encodes many texts, using worker threads if they are available and the batch is large enough. Results equal those
+   * of `encode`.
+   * @param options.threads number of threads for this batch; default one per core; 0 or 1 uses the calling thread.
+   * Threads are kept for later batches.
    */
   async encodeBatch(
     texts: readonly string[],

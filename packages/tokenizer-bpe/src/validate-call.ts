@@ -141,7 +141,8 @@ function isList(input: unknown): boolean {
 }
 
 /**
- * Validates the options and the input of a call: options must be an object with known names and valid values. Undefined values count as missing.
+ * Validates the options and the input of a call: options must be an object with known names and valid values. Undefined
+ * values count as missing.
  * @throws TokenizerError E_CONFIG, and E_DATA for an invalid input
  */
 export function validateCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {

@@ -3,7 +3,10 @@ import type { Worker } from 'node:worker_threads'
 import { TokenizerError } from '../errors.ts'
 import type { EncodeOptions } from '../tokenizer.ts'
 
-/** Texts of a batch that a worker encodes at once. Requests are small, so that all workers finish at about the same time. */
+/**
+ * Texts of a batch that a worker encodes at once. Requests are small, so that all workers finish at about the same
+ * time.
+ */
 export interface BatchRequest {
   readonly texts: readonly string[]
   readonly options: EncodeOptions

@@ -2,11 +2,11 @@
  * @file Where a long piece can be split: boundaries between two characters that no token of the vocabulary crosses. The
  * parts are merged and cached separately, so that long words, CJK runs and malicious input become short, fast cases.
  *
- * A token that crosses the boundary between x and y in w x | y z contains the pair xy. For most Chinese words that rules
- * out all tokens. In scripts where nearly every pair of letters is in some token, the neighbours are checked too: a token
- * that crosses is `xy`, starts with `xyz`, ends with `wxy`, or contains `wxyz`. The sets are bits at hashes; a collision
- * only leaves a boundary unused. For tokens that contain incomplete characters, the two bytes at their boundaries are
- * recorded instead.
+ * A token that crosses the boundary between x and y in w x | y z contains the pair xy. For most Chinese words that
+ * rules out all tokens. In scripts where nearly every pair of letters is in some token, the neighbours are checked too:
+ * a token that crosses is `xy`, starts with `xyz`, ends with `wxy`, or contains `wxyz`. The sets are bits at hashes; a
+ * collision only leaves a boundary unused. For tokens that contain incomplete characters, the two bytes at their
+ * boundaries are recorded instead.
  */
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
@@ -24,8 +24,8 @@ export class BoundaryTable {
   /** Pairs of adjacent characters in tokens. Pairs of ASCII characters are omitted, since nearly all occur. */
   readonly pairs: Uint8Array = new Uint8Array(1 << (PAIR_BITS - 3))
   /**
-   * Pairs of bytes between which a piece is never split: those at character boundaries in tokens that contain incomplete
-   * characters, and, to answer quickly, tokens of two ASCII characters.
+   * Pairs of bytes between which a piece is never split: those at character boundaries in tokens that contain
+   * incomplete characters, and, to answer quickly, tokens of two ASCII characters.
    */
   readonly unsplittable: Uint8Array = new Uint8Array(65536 >> 3)
   /** `xy`, `xyz`, `wxy` and `wxyz` as above, with NONE where the token ends; built on first use. */
@@ -56,7 +56,9 @@ export class BoundaryTable {
     }
   }
 
-  /** Returns the next boundary after `at` that no token crosses, or `end`, the end of the piece. `at` must be one, too. */
+  /**
+   * Returns the next boundary after `at` that no token crosses, or `end`, the end of the piece. `at` must be one, too.
+   */
   next(bytes: Uint8Array, at: number, end: number): number {
     let w = NONE
     let x = codePointAt(bytes, at)

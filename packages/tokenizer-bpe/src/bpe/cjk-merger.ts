@@ -1,9 +1,9 @@
 /**
  * @file A fast path for long pieces of three-byte characters (CJK, kana, Hangul). Between boundaries that no token
  * crosses, most parts of Chinese text are one or two characters. Such a part consists of the tokens of its characters,
- * which are looked up, or of the one token that they merge to. This holds if no token with incomplete characters crosses
- * the boundary between the two, since both characters are then complete tokens before anything crosses it. New words are
- * hardly slower than cached ones.
+ * which are looked up, or of the one token that they merge to. This holds if no token with incomplete characters
+ * crosses the boundary between the two, since both characters are then complete tokens before anything crosses it. New
+ * words are hardly slower than cached ones.
  */
 import { codePointAt } from '../unicode/utf8.ts'
 import { type BoundaryTable, hasBit, hashPair, PAIR_BITS } from './boundary-table.ts'
@@ -15,11 +15,16 @@ const CACHE_BITS = 16
 export class CjkMerger {
   readonly #merger: PieceMerger
   readonly #boundaries: BoundaryTable
-  /** For each character: its token + 1; minus the index of its tokens in `#lists`, where their number comes first; or 0 if unknown. */
+  /**
+   * For each character: its token + 1; minus the index of its tokens in `#lists`, where their number comes first; or 0
+   * if unknown.
+   */
   readonly #tokens = new Int32Array(0x10000)
   readonly #lists: number[] = [0]
   readonly #bytes = new Uint8Array(3)
-  /** At the hash of two characters: both, and the token + 1 that they merge to, or 0. The latest pair overwrites others. */
+  /**
+   * At the hash of two characters: both, and the token + 1 that they merge to, or 0. The latest pair overwrites others.
+   */
   readonly #cache = new Int32Array(2 << CACHE_BITS)
   /** Position at which the last call of `merge` stopped. */
   end = 0
@@ -30,8 +35,8 @@ export class CjkMerger {
   }
 
   /**
-   * Writes the tokens of parts of one or two characters to `ids`, starting at index `length`, and returns the new length.
-   * Starts at `at`, which must be a boundary, and stops at the first other part or at the end of the piece.
+   * Writes the tokens of parts of one or two characters to `ids`, starting at index `length`, and returns the new
+   * length. Starts at `at`, which must be a boundary, and stops at the first other part or at the end of the piece.
    */
   merge(bytes: Uint8Array, at: number, end: number, ids: Uint32Array, length: number): number {
     const { pairs, unsplittable } = this.#boundaries

@@ -1,4 +1,6 @@
-/** @file The hot loop of encoding: splits bytes into pieces, and converts these to ids with the caches and the merger. */
+/**
+ * @file The hot loop of encoding: splits bytes into pieces, and converts these to ids with the caches and the merger.
+ */
 import type { Scanner } from '../scan/scanner.ts'
 import type { BoundaryTable } from './boundary-table.ts'
 import { CjkMerger } from './cjk-merger.ts'
@@ -125,7 +127,10 @@ export class Encoder {
     }
   }
 
-  /** Encodes a piece or part of up to SHORT_KEY bytes, with the cache. `mark` is its length, with the flag PART for a part. */
+  /**
+   * Encodes a piece or part of up to SHORT_KEY bytes, with the cache. `mark` is its length, with the flag PART for a
+   * part.
+   */
   #short(
     bytes: Uint8Array,
     view: DataView,

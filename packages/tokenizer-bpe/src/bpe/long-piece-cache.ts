@@ -1,8 +1,8 @@
 /**
  * @file A cache of the tokens of longer pieces, for example long words or clauses in a script without spaces: a bounded
- * table of hashes, and a pool with the bytes and tokens of each piece. Both grow up to a limit, at which they are cleared.
- * A piece is cached when it occurs for the second time. Most never do, and caching all of them took a quarter of the time
- * for new text.
+ * table of hashes, and a pool with the bytes and tokens of each piece. Both grow up to a limit, at which they are
+ * cleared. A piece is cached when it occurs for the second time. Most never do, and caching all of them took a quarter
+ * of the time for new text.
  */
 import { hasBit, setBit } from './boundary-table.ts'
 import { KEY_MASKS, PROBES } from './piece-cache.ts'

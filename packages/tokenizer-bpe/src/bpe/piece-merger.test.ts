@@ -7,9 +7,9 @@ import { MergeTable } from './merge-table.ts'
 import { PieceMerger } from './piece-merger.ts'
 
 /**
- * Tokens are strings of bytes. The first are the bytes of the alphabet. Merges join random tokens; their ranks are in the
- * order of creation if `rising`, otherwise random. With `whole`, characters of several bytes become tokens first, and words
- * mostly consist of them; otherwise tokens often start or end within a character.
+ * Tokens are strings of bytes. The first are the bytes of the alphabet. Merges join random tokens; their ranks are in
+ * the order of creation if `rising`, otherwise random. With `whole`, characters of several bytes become tokens first,
+ * and words mostly consist of them; otherwise tokens often start or end within a character.
  */
 function randomVocabulary(random: () => number, alphabet: readonly string[], rising: boolean, whole: boolean) {
   const text = [...new Set(alphabet.flatMap(char => [...bytesOf(char)]))]

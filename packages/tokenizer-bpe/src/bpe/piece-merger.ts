@@ -134,9 +134,9 @@ export class PieceMerger {
 }
 
 /**
- * Processes the ranks that occur in ascending order. The positions of each rank form a doubly linked list. A merge nearly
- * always creates pairs of higher rank only, so a list is complete when its rank is processed. A lower rank that it creates
- * is processed immediately.
+ * Processes the ranks that occur in ascending order. The positions of each rank form a doubly linked list. A merge
+ * nearly always creates pairs of higher rank only, so a list is complete when its rank is processed. A lower rank that
+ * it creates is processed immediately.
  */
 class RankOrderMerger {
   readonly #table: MergeTable
@@ -161,7 +161,10 @@ class RankOrderMerger {
     this.#head = head
   }
 
-  /** Performs all merges of a rank below `limit`. Returns false if it has to stop early; the merges until then are correct. */
+  /**
+   * Performs all merges of a rank below `limit`. Returns false if it has to stop early; the merges until then are
+   * correct.
+   */
   run(limit: number, depth: number): boolean {
     const symbol = this.#symbol
     const next = this.#next

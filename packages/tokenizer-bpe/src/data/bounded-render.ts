@@ -1,4 +1,7 @@
-/** @file Renders chat templates with limited work: templates come with downloaded models, and a malicious one may never end. */
+/**
+ * @file Renders chat templates with limited work: templates come with downloaded models, and a malicious one may never
+ * end.
+ */
 
 /** The part of @huggingface/jinja that is used here. Its own types require a bundler. */
 export interface Jinja {

@@ -1,4 +1,7 @@
-/** @file Renders chat templates of Hugging Face (`tokenizer_config.json`) with @huggingface/jinja, an optional peer dependency. */
+/**
+ * @file Renders chat templates of Hugging Face (`tokenizer_config.json`) with @huggingface/jinja, an optional peer
+ * dependency.
+ */
 
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
@@ -30,9 +33,9 @@ export interface ChatConfig {
 }
 
 /**
- * A template for models without role tokens, in the format of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and the end token. Requires `eos_token`;
- * starts with `bos_token` if given. Tools (`variables: { tools }`, in OpenAI's format) are listed at the start, one per line. Tool calls are formatted as in
- * Hermes, results as `Tool: …`.
+ * A template for models without role tokens, in the format of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and
+ * the end token. Requires `eos_token`; starts with `bos_token` if given. Tools (`variables: { tools }`, in OpenAI's
+ * format) are listed at the start, one per line. Tool calls are formatted as in Hermes, results as `Tool: …`.
  */
 export const plainChatTemplate = [
   '{% if bos_token %}{{ bos_token }}{% endif %}',
@@ -75,7 +78,8 @@ export class ChatTemplate {
   /**
    * Parses the template of a tokenizer_config.json.
    * @param name name of the template, if there are several
-   * @throws TokenizerError E_FORMAT for a missing or invalid template, E_UNSUPPORTED if @huggingface/jinja is not installed
+   * @throws TokenizerError E_FORMAT for a missing or invalid template, E_UNSUPPORTED if @huggingface/jinja is not
+   * installed
    */
   static async from(config: ChatConfig, name = 'default'): Promise<ChatTemplate> {
     const found = config?.chat_template
@@ -121,8 +125,8 @@ export class ChatTemplate {
 
   /**
    * Renders a conversation.
-   * @throws TokenizerError E_DATA with the template's message if it rejects the conversation, or if it takes far more steps than a template needs, for example
-   *   in an endless loop
+   * @throws TokenizerError E_DATA with the template's message if it rejects the conversation, or if it takes far more
+   * steps than a template needs, for example in an endless loop
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
     validateCall('ChatTemplate.render', options)
@@ -155,7 +159,10 @@ export class ChatTemplate {
     }
   }
 
-  /** Returns the content of a tokenizer_config.json that `from` and transformers can read; undefined for a template created from a function. */
+  /**
+   * Returns the content of a tokenizer_config.json that `from` and transformers can read; undefined for a template
+   * created from a function.
+   */
   toJSON(): ChatConfig | undefined {
     if (this.#source === undefined) return undefined
     return { tokenizer_class: 'PreTrainedTokenizerFast', ...this.#tokens, chat_template: this.#source }

@@ -1,4 +1,7 @@
-/** @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as in the pre-training of DeepSeek-V3 (report, section 4.1). */
+/**
+ * @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as in the pre-training of DeepSeek-V3 (report,
+ * section 4.1).
+ */
 
 import { TokenizerError } from '../errors.ts'
 import { validateCall } from '../validate-call.ts'
@@ -17,8 +20,9 @@ export interface FillInTheMiddleOptions {
 export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
 
 /**
- * Rearranges a document, with probability `rate`, as `begin prefix hole suffix end middle`; otherwise returns it unchanged. The document is split at two random
- * positions, never within a surrogate pair. Apply it to whole documents before packing; the end-of-text token follows the result.
+ * Rearranges a document, with probability `rate`, as `begin prefix hole suffix end middle`; otherwise returns it
+ * unchanged. The document is split at two random positions, never within a surrogate pair. Apply it to whole documents
+ * before packing; the end-of-text token follows the result.
  * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that contains a sentinel
  */
 export function fillInTheMiddle(document: string, options: FillInTheMiddleOptions): string {

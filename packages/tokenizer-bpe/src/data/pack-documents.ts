@@ -21,8 +21,9 @@ export interface PackedSequence {
 }
 
 /**
- * Concatenates documents, each followed by `endOfText`, and splits the stream into sequences of `length` ids. A document may continue in the next sequence; an
- * incomplete last sequence is dropped. DeepSeek-V3 packs this way, without masking attention across documents; use `documents` to mask it.
+ * Concatenates documents, each followed by `endOfText`, and splits the stream into sequences of `length` ids. A
+ * document may continue in the next sequence; an incomplete last sequence is dropped. DeepSeek-V3 packs this way,
+ * without masking attention across documents; use `documents` to mask it.
  * @throws TokenizerError E_CONFIG, and E_DATA for a document that is not a list of ids
  */
 export function* packDocuments(

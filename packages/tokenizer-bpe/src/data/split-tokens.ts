@@ -1,7 +1,7 @@
 /**
- * @file Randomly splits tokens that merge punctuation and newlines. DeepSeek-V3's vocabulary has such tokens, and a prompt that ends between the two would
- * otherwise contain a token that the model has never seen there. In its training data, a part of these tokens is split (report, section 4.1), so that the model
- * learns both forms.
+ * @file Randomly splits tokens that merge punctuation and newlines. DeepSeek-V3's vocabulary has such tokens, and a
+ * prompt that ends between the two would otherwise contain a token that the model has never seen there. In its training
+ * data, a part of these tokens is split (report, section 4.1), so that the model learns both forms.
  */
 
 import { TokenizerError } from '../errors.ts'

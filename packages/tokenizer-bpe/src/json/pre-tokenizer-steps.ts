@@ -1,7 +1,7 @@
 /**
- * @file Pre-tokenizers that no hand-written scanner covers, interpreted step by step: Split with any pattern and behaviour,
- * Digits, Whitespace, WhitespaceSplit, Punctuation, Metaspace, ByteLevel. Each step refines a list of pieces; some drop or
- * rewrite text.
+ * @file Pre-tokenizers that no hand-written scanner covers, interpreted step by step: Split with any pattern and
+ * behaviour, Digits, Whitespace, WhitespaceSplit, Punctuation, Metaspace, ByteLevel. Each step refines a list of
+ * pieces; some drop or rewrite text.
  */
 import { PADDING } from '../bpe/encoder.ts'
 import type { Features } from '../features.ts'

@@ -1,4 +1,6 @@
-/** @file Creates the pre-tokenizer of a tokenizer.json: a hand-written scanner if there is one; otherwise interpreted. */
+/**
+ * @file Creates the pre-tokenizer of a tokenizer.json: a hand-written scanner if there is one; otherwise interpreted.
+ */
 import { feature, loadFeatures } from '../features.ts'
 import { guessName, isKnown } from '../pre-tokenizers.ts'
 import type { Scanner } from '../scan/scanner.ts'

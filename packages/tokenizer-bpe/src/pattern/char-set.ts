@@ -92,8 +92,8 @@ export const HEX: Ranges = [0x30, 0x39, 0x41, 0x46, 0x61, 0x66]
 const cache = new Map<string, Ranges>()
 
 /**
- * Returns the set of `\p{name}`. The general categories that pre-tokenizers use are those of Unicode 16.0; other properties
- * (scripts, `Nd`, binary properties) are those of the runtime.
+ * Returns the set of `\p{name}`. The general categories that pre-tokenizers use are those of Unicode 16.0; other
+ * properties (scripts, `Nd`, binary properties) are those of the runtime.
  * @throws TokenizerError E_PATTERN for an unknown property
  */
 export function property(name: string): Ranges {

@@ -29,7 +29,10 @@ const MAX_LENGTH = 1 << 15
 /** Control characters by their escapes. */
 const CONTROL: Record<string, number> = { t: 9, n: 10, v: 11, f: 12, r: 13, a: 7, e: 27 }
 
-/** @throws TokenizerError E_PATTERN for an invalid pattern or an unsupported feature (backreferences, recursion, conditionals) */
+/**
+ * @throws TokenizerError E_PATTERN for an invalid pattern or an unsupported feature (backreferences, recursion,
+ * conditionals)
+ */
 export function parsePattern(source: string): Node {
   return new Parser(source).parse()
 }

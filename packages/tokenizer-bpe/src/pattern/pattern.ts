@@ -1,7 +1,7 @@
 /**
- * @file Matches regular expressions on UTF-8 in bounded time, with a backtracking machine and an explicit stack. After a
- * number of steps in proportion to the text, a search memoizes the (instruction, position) pairs that failed, which makes
- * nested repetition linear.
+ * @file Matches regular expressions on UTF-8 in bounded time, with a backtracking machine and an explicit stack. After
+ * a number of steps in proportion to the text, a search memoizes the (instruction, position) pairs that failed, which
+ * makes nested repetition linear.
  */
 import { TokenizerError } from '../errors.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'

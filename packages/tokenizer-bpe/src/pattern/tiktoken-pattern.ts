@@ -1,4 +1,7 @@
-/** @file Translates patterns of tiktoken (`pat_str`, the syntax of Rust's fancy-regex) to Oniguruma's, which tokenizer.json uses. */
+/**
+ * @file Translates patterns of tiktoken (`pat_str`, the syntax of Rust's fancy-regex) to Oniguruma's, which
+ * tokenizer.json uses.
+ */
 import { TokenizerError } from '../errors.ts'
 
 /** Escapes, starts of groups, counts with what follows them, and single characters. */
@@ -7,8 +10,8 @@ const TOKENS = /\\[pPux]\{[^}]*\}|\\.|\(\?(?:[a-zA-Z-]*[:)]|P?<\w+>|<?[=!]|>)|\{
 const EQUIVALENTS: Record<string, string> = { '^': '\\A', $: '\\z' }
 
 /**
- * Returns the pattern in Oniguruma's Ruby syntax, where `^` and `$` match at every line, `(?s)` is `(?m)`, and a plus after
- * a count (`\p{N}{1,3}+`) is a repetition instead of possessive.
+ * Returns the pattern in Oniguruma's Ruby syntax, where `^` and `$` match at every line, `(?s)` is `(?m)`, and a plus
+ * after a count (`\p{N}{1,3}+`) is a repetition instead of possessive.
  * @throws TokenizerError E_PATTERN for flags and set operators that have no equivalent
  */
 export function toOniguruma(pattern: string): string {

@@ -73,9 +73,9 @@ function flagAt(table: Uint8Array, bytes: Uint8Array, at: number, end: number): 
 }
 
 /**
- * Whether one of the first three splits has a boundary at `at`, after a character with the flags `before`. Each split also
- * applies to the matches of the previous one: since ASCII letters are in the range that the third takes for punctuation,
- * `Grüße` is split.
+ * Whether one of the first three splits has a boundary at `at`, after a character with the flags `before`. Each split
+ * also applies to the matches of the previous one: since ASCII letters are in the range that the third takes for
+ * punctuation, `Grüße` is split.
  */
 function splitsBefore(table: Uint8Array, bytes: Uint8Array, at: number, end: number, before: number): boolean {
   const flag = flagAt(table, bytes, at, end)
@@ -90,11 +90,13 @@ function splitsBefore(table: Uint8Array, bytes: Uint8Array, at: number, end: num
   if (before & PUNCTUATION) return !(flag & PUNCTUATION)
   if (flag & PUNCTUATION) return !(before & SPACE)
   if (!(flag & SPACE) || !(next & PUNCTUATION)) return false
-  // An ideographic space counts as punctuation, but not where it belongs to the word after it.
+  // An ideographic space counts as punctuation, unless it belongs to the word after it.
   return !(next & SPACE && flagAt(table, bytes, after + widthOf(bytes[after]), end) & WORD)
 }
 
-/** Whether the white space at `at` extends to the end of its piece after the first three splits. Called once per run. */
+/**
+ * Whether the white space at `at` extends to the end of its piece after the first three splits. Called once per run.
+ */
 function trails(table: Uint8Array, bytes: Uint8Array, at: number, end: number): boolean {
   let flag = SPACE
   while (flag & SPACE) {

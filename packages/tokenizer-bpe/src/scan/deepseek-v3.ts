@@ -3,9 +3,9 @@
  *
  *   \p{N}{1,3}   |   [一-龥぀-ゟ゠-ヿ]+   |   words, punctuation, newlines and spaces in what is left
  *
- * The third split is applied to each number, each CJK run and the text between them separately: spaces before a number or a
- * CJK character form one piece, as at the end of a text, and a CJK run is split at its punctuation (゠ ・ ゛). Adjacent
- * characters that no alternative matches (controls, unassigned) form a piece.
+ * The third split is applied to each number, each CJK run and the text between them separately: spaces before a number
+ * or a CJK character form one piece, as at the end of a text, and a CJK run is split at its punctuation (゠ ・ ゛).
+ * Adjacent characters that no alternative matches (controls, unassigned) form a piece.
  */
 import type { Features } from '../features.ts'
 import { kindTable } from '../unicode/classes.ts'
@@ -122,7 +122,10 @@ function runEnd(table: Uint8Array, bytes: Uint8Array, at: number, end: number, k
   return at
 }
 
-/** Returns the end of a match of `\s*[\r\n]+|\s+(?!\S)|\s+` at `pos`. A number or CJK character counts as the end of the text. */
+/**
+ * Returns the end of a match of `\s*[\r\n]+|\s+(?!\S)|\s+` at `pos`. A number or CJK character counts as the end of the
+ * text.
+ */
 function whitespacePieceEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number): number {
   let at = pos
   let last = pos

@@ -1,4 +1,7 @@
-/** @file The pre-tokenizer of o200k_base (GPT-4o and later): like cl100k, but also splits words before capitals after lower case. */
+/**
+ * @file The pre-tokenizer of o200k_base (GPT-4o and later): like cl100k, but also splits words before capitals after
+ * lower case.
+ */
 import type { Features } from '../features.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
@@ -46,7 +49,7 @@ function scanO200k(bytes: Uint8Array, pos: number, end: number, ends: Int32Array
     if (kind < MARK) {
       word = wordEnd(bytes, pos, end)
     } else if (kind !== NUMBER && kind !== NEWLINE) {
-      // The character before a word. A mark may also start a word; then the first alternative has precedence over the second.
+      // The character before a word. A mark before upper case only is a word by itself, by the first alternative.
       word = at < end && kindAt(bytes, at) <= MARK ? wordEnd(bytes, at, end) : -1
       if (kind === MARK && (word < 0 || allUpper)) word = allUpper && word >= 0 ? at : wordEnd(bytes, pos, end)
     }
@@ -75,9 +78,9 @@ function isOther(kind: number): boolean {
 let allUpper = false
 
 /**
- * Returns the end of a match of `[upper|caseless]*[lower|caseless]+`, otherwise of `[upper|caseless]+[lower|caseless]*`, at
- * `pos`, which is a letter or mark. (Marks are caseless.) If no lower case follows, the first alternative still matches up
- * to the last caseless character.
+ * Returns the end of a match of `[upper|caseless]*[lower|caseless]+`, otherwise of
+ * `[upper|caseless]+[lower|caseless]*`, at `pos`, which is a letter or mark. (Marks are caseless.) If no lower case
+ * follows, the first alternative still matches up to the last caseless character.
  */
 function wordEnd(bytes: Uint8Array, pos: number, end: number): number {
   let at = pos

@@ -1,4 +1,6 @@
-/** @file Compares the hand-written scanners with the regular expressions that they implement, on random difficult texts. */
+/**
+ * @file Compares the hand-written scanners with the regular expressions that they implement, on random difficult texts.
+ */
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../../scripts/random-text.ts'
 import { registerAll } from '../all-features.ts'

@@ -3,9 +3,9 @@ import { isSpace } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 
 /**
- * Splits `bytes[pos..end)` into contiguous pieces. Writes the end of each piece to `ends` until `ends` is full or the text
- * ends, and returns the number of pieces. A call with the last end as `pos` continues. The bytes are well-formed UTF-8, and
- * `end` is the end of the text or the start of an added token.
+ * Splits `bytes[pos..end)` into contiguous pieces. Writes the end of each piece to `ends` until `ends` is full or the
+ * text ends, and returns the number of pieces. A call with the last end as `pos` continues. The bytes are well-formed
+ * UTF-8, and `end` is the end of the text or the start of an added token.
  */
 export type Scanner = (bytes: Uint8Array, pos: number, end: number, ends: Int32Array) => number
 
@@ -28,7 +28,10 @@ export function whitespacePieceEnd(bytes: Uint8Array, pos: number, end: number, 
   return last > pos ? last : at
 }
 
-/** Returns the length of a match of `(?i:'s|'t|'re|'ve|'m|'ll|'d)` at `pos`, or 0. Case folding maps U+017F (long s) to s. */
+/**
+ * Returns the length of a match of `(?i:'s|'t|'re|'ve|'m|'ll|'d)` at `pos`, or 0. Case folding maps U+017F (long s) to
+ * s.
+ */
 export function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   if (pos + 1 >= end || bytes[pos] !== 0x27) return 0
   const a = bytes[pos + 1] | 0x20

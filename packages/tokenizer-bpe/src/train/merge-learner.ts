@@ -1,11 +1,11 @@
 /**
  * @file Learns merges: repeatedly the most frequent pair of adjacent tokens, and of equally frequent ones that with the
- * lower ids. Follows the BpeTrainer of Hugging Face tokenizers (tokenizers/src/models/bpe/trainer.rs) in all details that
- * affect the result: which counts change, and when a pair is queued again.
+ * lower ids. Follows the BpeTrainer of Hugging Face tokenizers (tokenizers/src/models/bpe/trainer.rs) in all details
+ * that affect the result: which counts change, and when a pair is queued again.
  *
- * All distinct pieces are in `cells`, one cell per byte, with an empty cell between pieces. A token occupies as many cells
- * as it has bytes; its id is in the first and the last of them. So neighbours are found without links: the token before
- * cell p ends at p - 1.
+ * All distinct pieces are in `cells`, one cell per byte, with an empty cell between pieces. A token occupies as many
+ * cells as it has bytes; its id is in the first and the last of them. So neighbours are found without links: the token
+ * before cell p ends at p - 1.
  */
 
 /** A cell between pieces. */

@@ -38,8 +38,9 @@ export interface TrainBpeOptions {
   /** Number of ids, including special tokens and alphabet. There are fewer if the corpus has no more pairs to merge. */
   readonly vocabSize: number
   /**
-   * How texts are split into pieces, which merges do not cross: a name, a regular expression (Oniguruma syntax, as in tokenizer.json) whose matches and the text
-   * between them are pieces, or several that are applied in turn. Default `deepseek-v3`.
+   * How texts are split into pieces, which merges do not cross: a name, a regular expression (Oniguruma syntax, as in
+   * tokenizer.json) whose matches and the text between them are pieces, or several that are applied in turn. Default
+   * `deepseek-v3`.
    */
   readonly preTokenizer?: PreTokenizerName | RegExp | { readonly patterns: readonly string[] }
   /** Unicode normalization that is applied to texts first. Default: none. */
@@ -49,8 +50,8 @@ export interface TrainBpeOptions {
   /** Minimum number of occurrences of a merged pair. Default 2. */
   readonly minFrequency?: number
   /**
-   * Tokens of single bytes: all 256 (default; every text can then be encoded), only those in the corpus, or those and the given characters of the byte
-   * alphabet.
+   * Tokens of single bytes: all 256 (default; every text can then be encoded), only those in the corpus, or those and
+   * the given characters of the byte alphabet.
    */
   readonly initialAlphabet?: 'bytes' | 'seen' | { readonly characters: string }
   /** Maximum token length in bytes, exclusive. Default: no limit. */
@@ -59,13 +60,16 @@ export interface TrainBpeOptions {
   readonly allowBinary?: boolean
   /** Called every 4 MiB of text, then every 500 merges, and at the end of each phase. */
   readonly onProgress?: (progress: TrainProgress) => void
-  /** Aborts training with E_ABORTED. `trainBpe` does not yield to the event loop; abort from its iterable or `onProgress`. */
+  /**
+   * Aborts training with E_ABORTED. `trainBpe` does not yield to the event loop; abort from its iterable or
+   * `onProgress`.
+   */
   readonly signal?: AbortSignal
 }
 
 /**
- * Trains a byte-level BPE tokenizer. The result depends only on the options and the texts, not on the order of the texts. The merges are the same as those of Hugging
- * Face's `BpeTrainer`.
+ * Trains a byte-level BPE tokenizer. The result depends only on the options and the texts, not on the order of the
+ * texts. The merges are the same as those of Hugging Face's `BpeTrainer`.
  * @param texts are read once, one at a time; pieces do not cross texts
  * @throws TokenizerError E_CONFIG for invalid options, E_DATA for an empty or binary corpus, E_ABORTED
  */

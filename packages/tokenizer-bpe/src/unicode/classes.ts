@@ -1,6 +1,6 @@
 /**
- * @file Classes of code points, fixed at Unicode 16.0, so that a text has the same tokens in every runtime. Hugging Face
- * tokenizers 0.23 (Oniguruma 6.9.10) and tiktoken 0.14 (regex-syntax 0.8) use the same version.
+ * @file Classes of code points, fixed at Unicode 16.0, so that a text has the same tokens in every runtime. Hugging
+ * Face tokenizers 0.23 (Oniguruma 6.9.10) and tiktoken 0.14 (regex-syntax 0.8) use the same version.
  */
 
 // 0 is everything else: controls, private use and unassigned code points.
@@ -62,8 +62,8 @@ export function fillSpaces(): void {
 }
 
 /**
- * Returns a table of the kinds of characters that a scanner distinguishes, by code point, from a kind for each class. Call
- * it when the scanner is first used, after the classes are filled.
+ * Returns a table of the kinds of characters that a scanner distinguishes, by code point, from a kind for each class.
+ * Call it when the scanner is first used, after the classes are filled.
  */
 export function kindTable(kindOf: ArrayLike<number>): Uint8Array {
   const table = new Uint8Array(classOf.length)

@@ -1,12 +1,13 @@
 /**
  * @file Derives the classes from the runtime's own regular expressions, corrected by the differences between Unicode
- * versions. A hash over the result verifies that it is exactly Unicode 16.0. This works in engines of Unicode 15.0 to 17.0.
+ * versions. A hash over the result verifies that it is exactly Unicode 16.0. This works in engines of Unicode 15.0 to
+ * 17.0.
  */
 import { CLASS_LETTERS, CODE_POINTS, classOf, fillSpaces } from './classes.ts'
 
 /**
- * Runs of code points whose class differs between Unicode 16.0 and 15.0, 15.1 or 17.0: the class in 16.0, the distance from
- * the end of the previous run, and the length - 1 (both in base 36). Written by scripts/unicode-changes.ts.
+ * Runs of code points whose class differs between Unicode 16.0 and 15.0, 15.1 or 17.0: the class in 16.0, the distance
+ * from the end of the previous run, and the length - 1 (both in base 36). Written by scripts/unicode-changes.ts.
  */
 const CHANGES =
   'lIDo16Hk7oQSo3Jo2R6-Eo2-Bp2Q-1p1Bu7Dl0oTYsO5-2o1GSsV9-3sDG-1s9uNA3-1l0o0-1o2o1u5l0u0oKoGK1-FoCD-1o1I-6x1KH-1FoNG' +

@@ -1,4 +1,6 @@
-/** @file Fills the classes from a table. Browsers load these 3 kB only if engine-classes.ts does not know their Unicode. */
+/**
+ * @file Fills the classes from a table. Browsers load these 3 kB only if engine-classes.ts does not know their Unicode.
+ */
 import { CATEGORY_RUNS } from './category-runs.ts'
 import { fillRuns } from './classes.ts'
 
