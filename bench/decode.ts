@@ -14,8 +14,8 @@
  * two runs in the same round, in wall time and in CPU time, which can be compared on a busy machine, with one thread.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
-import { cpus, loadavg, tmpdir, totalmem } from 'node:os'
+import { existsSync, mkdtempSync, rmSync } from 'node:fs'
+import { cpus, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
@@ -25,9 +25,8 @@ import { DeepSeek, exportGguf, presets } from '@moe/deepseek'
 import { createBackend, profile, startProfile, stopProfile } from '@moe/kernels-cpu'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { bytesPerToken } from './shared/bytes-per-token.ts'
+import { findPython, median, printTable, root, writeResults } from './shared/report.ts'
 
-const root = fileURLToPath(new URL('..', import.meta.url))
-const python = `${root}.venv-reference/bin/python`
 const llamaCpp = `${root}bench/peers/llama-cpp`
 /** llama.cpp's formats of the same precision. */
 const sameBits = { f32: 'f32', bf16: 'bf16', int8: 'q8_0', int4: 'q4_0' } as const
@@ -157,12 +156,6 @@ class Runner {
   }
 }
 
-const median = (values: readonly number[]) => {
-  const sorted = values.toSorted((a, b) => a - b)
-  const middle = sorted.length >> 1
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
-}
-
 /** GB/s of one pass over 256 MiB, by the faster of two ops. */
 async function readBandwidth(): Promise<() => number> {
   const backend = await createBackend({ threads: Number(options.threads) })
@@ -211,10 +204,8 @@ async function llamaCppRunners(formats: readonly string[], folder: string): Prom
 }
 
 function transformersRunners(): Runner[] {
-  if (!existsSync(python)) {
-    console.error('skipping transformers; to include it, run tools/reference/setup.sh')
-    return []
-  }
+  const python = findPython(true)
+  if (python === undefined) return []
   return ['f32', 'bf16'].map(dtype => {
     const flags = ['--config', options.config, '--dtype', dtype, ...sameForAll]
     const script = `${root}bench/peers/decode_transformers.py`
@@ -285,10 +276,7 @@ function print({ readGBs, results, ratios }: Awaited<ReturnType<typeof compare>>
     mib(r.weightBytes),
     mib(r.residentBytes),
   ])
-  const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))
-  for (const row of [heads, ...rows]) {
-    console.log(row.map((cell, i) => (i < 1 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
-  }
+  printTable(heads, rows)
   for (const { who, than, ratio, processorRatio } of ratios) {
     console.log(`${who}: ${ratio.toFixed(2)}x the speed of ${than}, ${processorRatio.toFixed(2)}x in processor time`)
   }
@@ -299,18 +287,6 @@ else {
   const folder = mkdtempSync(join(tmpdir(), 'moe-decode-'))
   const found = await compare(folder).finally(() => rmSync(folder, { recursive: true }))
   print(found)
-  if (options.json !== undefined) {
-    const machine = {
-      cpu: cpus()[0]?.model ?? 'unknown',
-      cores: cpus().length,
-      memoryBytes: totalmem(),
-      load: loadavg()[0],
-      node: process.version,
-    }
-    writeFileSync(
-      options.json,
-      `${JSON.stringify({ machine, config: options.config, tokens, threads: Number(options.threads), ...found }, null, 2)}\n`,
-    )
-  }
+  writeResults(options.json, { config: options.config, tokens, threads: Number(options.threads), ...found })
   process.exit(0)
 }

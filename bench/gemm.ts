@@ -8,16 +8,12 @@
  * medians of those. PyTorch's bf16 operands are bf16 in memory. Ours are f32 in memory and are rounded during the
  * product, except expert weights, of which AdamW keeps a bf16 copy: they are measured after an AdamW step.
  */
-import { spawnSync } from 'node:child_process'
-import { existsSync, writeFileSync } from 'node:fs'
-import { cpus, loadavg, totalmem } from 'node:os'
+import { cpus } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import type { OpAttrs, OpName, Precision, Shape, Value } from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
-
-const root = fileURLToPath(new URL('..', import.meta.url))
-const python = `${root}.venv-reference/bin/python`
+import { findPython, lastJson, median, printTable, root, writeResults } from './shared/report.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -55,12 +51,6 @@ const grouped = [
   [64, 192, 256, 512],
   [256, 32, 256, 256],
 ]
-
-const median = (values: readonly number[]) => {
-  const sorted = [...values].sort((a, b) => a - b)
-  const middle = sorted.length >> 1
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
-}
 
 // --- worker process: measures ---
 
@@ -145,16 +135,8 @@ async function work(): Promise<Measurement[]> {
 
 // --- main process: starts workers and compares ---
 
-function run(command: string, args: readonly string[]): { readonly results: readonly Measurement[] } {
-  const { status, stdout, error } = spawnSync(command, args, {
-    cwd: root,
-    stdio: ['ignore', 'pipe', 'inherit'],
-    encoding: 'utf8',
-    maxBuffer: 2 ** 24,
-  })
-  if (error) throw error
-  if (status !== 0) throw new Error(`${command} ${args[0]} exited with code ${status}`)
-  return JSON.parse(stdout.trim().split('\n').at(-1) ?? '')
+interface Report {
+  readonly results: readonly Measurement[]
 }
 
 const keyOf = (r: Measurement) => [r.dtype, r.kind, r.experts ?? 1, r.rows ?? r.m, r.k, r.n].join(' ')
@@ -162,19 +144,17 @@ const keyOf = (r: Measurement) => [r.dtype, r.kind, r.experts ?? 1, r.rows ?? r.
 function compare() {
   const settings = ['--seconds', options.seconds, '--threads', options.threads]
   const self = fileURLToPath(import.meta.url)
-  const peers = options.peers && existsSync(python)
-  if (options.peers && !peers)
-    console.error('skipping PyTorch: .venv-reference does not exist; to include it, run tools/reference/setup.sh')
+  const python = findPython(options.peers)
   const ours = new Map<string, { shape: Measurement; speeds: number[] }>()
   const theirs = new Map<string, number[]>()
   for (let round = 0; round < Number(options.rounds); round++) {
-    for (const shape of run(process.execPath, [self, '--worker', ...settings]).results) {
+    for (const shape of lastJson<Report>('@moe', process.execPath, [self, '--worker', ...settings]).results) {
       const entry = ours.get(keyOf(shape)) ?? { shape, speeds: [] }
       entry.speeds.push(shape.gflops)
       ours.set(keyOf(shape), entry)
     }
-    if (!peers) continue
-    const { results } = run(python, [`${root}bench/peers/gemm_torch.py`, '--json', ...settings])
+    if (!python) continue
+    const { results } = lastJson<Report>('PyTorch', python, [`${root}bench/peers/gemm_torch.py`, '--json', ...settings])
     // Kinds that PyTorch does not support on the CPU have no speed.
     for (const shape of results.filter(({ gflops }) => gflops !== undefined)) {
       theirs.set(keyOf(shape), [...(theirs.get(keyOf(shape)) ?? []), shape.gflops])
@@ -201,19 +181,6 @@ if (options.worker) {
     r.torchGflops?.toFixed(0) ?? '',
     r.ratio === undefined ? '' : `${r.ratio.toFixed(2)}x`,
   ])
-  const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))
-  for (const row of [heads, ...rows]) {
-    console.log(row.map((cell, i) => (i < 3 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
-  }
-  if (options.json !== undefined) {
-    const machine = {
-      cpu: cpus()[0]?.model ?? 'unknown',
-      cores: cpus().length,
-      memoryBytes: totalmem(),
-      load: loadavg()[0],
-      node: process.version,
-    }
-    const document = { machine, threads: Number(options.threads), results }
-    writeFileSync(options.json, `${JSON.stringify(document, null, 2)}\n`)
-  }
+  printTable(heads, rows, 3)
+  writeResults(options.json, { threads: Number(options.threads), results })
 }

@@ -20,8 +20,8 @@ import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
+import { root, writeResults } from './shared/report.ts'
 
-const root = fileURLToPath(new URL('..', import.meta.url))
 const { values: options } = parseArgs({
   options: {
     megabytes: { type: 'string', default: '4' },
@@ -258,7 +258,7 @@ async function main(): Promise<void> {
   } finally {
     rmSync(folder, { recursive: true })
   }
-  if (options.json) writeFileSync(options.json, `${JSON.stringify({ results }, null, 2)}\n`)
+  writeResults(options.json, { results })
 }
 
 function peersOf(encoding: string): string[] {

@@ -10,9 +10,6 @@
  * replayed, as in `train`, and --profile prints the time of each kernel; with --no-record it runs op by op, and
  * --profile prints the time of each op.
  */
-import { spawnSync } from 'node:child_process'
-import { existsSync, writeFileSync } from 'node:fs'
-import { cpus, loadavg, totalmem } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import {
@@ -28,9 +25,7 @@ import {
 } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { AdamW, type TokenBatch, TrainingSteps } from '@moe/trainer'
-
-const root = fileURLToPath(new URL('..', import.meta.url))
-const python = `${root}.venv-reference/bin/python`
+import { findPython, lastJson, median, printTable, root, writeResults } from './shared/report.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -195,7 +190,7 @@ function ours(config: string, precision: string): Runner {
   }
 }
 
-function torch(config: string, precision: string, compiled: boolean): Runner {
+function torch(python: string, config: string, precision: string, compiled: boolean): Runner {
   const { steps, warmup, seq, tokens } = options
   const sizes = ['--steps', steps, '--warmup', warmup, '--seq', seq, '--tokens', tokens]
   const args = ['--config', config, '--mode', precision, ...sizes, '--json']
@@ -209,24 +204,6 @@ function torch(config: string, precision: string, compiled: boolean): Runner {
       return { ...(output as unknown as Measurement), backend, device: 'cpu', precision, sequenceLength: Number(seq) }
     },
   }
-}
-
-function runOnce(runner: Runner): Measurement {
-  const { status, stdout, error } = spawnSync(runner.command, runner.args, {
-    cwd: root,
-    stdio: ['ignore', 'pipe', 'inherit'],
-    encoding: 'utf8',
-    maxBuffer: 2 ** 24,
-  })
-  if (error) throw error
-  if (status !== 0) throw new Error(`${runner.label} exited with code ${status}`)
-  return runner.read(JSON.parse(stdout.trim().split('\n').at(-1) ?? ''))
-}
-
-const median = (values: readonly number[]) => {
-  const sorted = [...values].sort((a, b) => a - b)
-  const middle = sorted.length >> 1
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
 /** Combines a runner's rounds into one result. */
@@ -243,18 +220,17 @@ function summarize(label: string, rounds: readonly Measurement[]) {
 function compare(config: string) {
   const precisions = options.precision.split(',')
   const runners = precisions.map(precision => ours(config, precision))
-  if (options.peers && existsSync(python)) {
+  const python = findPython(options.peers)
+  if (python) {
     for (const precision of precisions) {
-      runners.push(torch(config, precision, false))
-      if (options['compiled-peer']) runners.push(torch(config, precision, true))
+      runners.push(torch(python, config, precision, false))
+      if (options['compiled-peer']) runners.push(torch(python, config, precision, true))
     }
-  } else if (options.peers) {
-    console.error('skipping PyTorch: .venv-reference does not exist; to include it, run tools/reference/setup.sh')
   }
   const rounds = new Map<Runner, Measurement[]>(runners.map(runner => [runner, []]))
   for (let round = 0; round < Number(options.rounds); round++) {
     for (const [runner, measured] of rounds) {
-      measured.push(runOnce(runner))
+      measured.push(runner.read(lastJson(runner.label, runner.command, runner.args)))
       console.error(
         `${config} ${runner.label}: ${(tokensPerStep / median(measured[round].seconds)).toFixed(0)} tokens/s`,
       )
@@ -281,10 +257,7 @@ function print(results: readonly Result[]): void {
       `${r.firstLoss.toFixed(3)} -> ${r.lastLoss.toFixed(3)}`,
     ]
   })
-  const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))
-  for (const row of [heads, ...rows]) {
-    console.log(row.map((cell, i) => (i < 2 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
-  }
+  printTable(heads, rows, 2)
 }
 
 if (options.worker) {
@@ -302,14 +275,5 @@ if (options.worker) {
   }
   const results = configs.flatMap(compare)
   print(results)
-  if (options.json !== undefined) {
-    const machine = {
-      cpu: cpus()[0]?.model ?? 'unknown',
-      cores: cpus().length,
-      memoryBytes: totalmem(),
-      load: loadavg()[0],
-      node: process.version,
-    }
-    writeFileSync(options.json, `${JSON.stringify({ machine, tokensPerStep, results }, null, 2)}\n`)
-  }
+  writeResults(options.json, { tokensPerStep, results })
 }
