@@ -31,7 +31,7 @@ const { values } = parseArgs({
     steps: { type: 'string', default: '300' },
     questions: { type: 'string', default: '92' },
     adapters: { type: 'string' },
-    help: { type: 'boolean', default: false },
+    help: { type: 'boolean', short: 'h', default: false },
   },
 })
 

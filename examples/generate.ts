@@ -27,7 +27,7 @@ const help = `Continues a text with a trained model. The text goes to standard o
   --speculative      speculative decoding with the MTP modules: fewer passes, but not faster on a CPU
   --json             print prompt, text and statistics as JSON to standard output
   --quiet            print no statistics to standard error
-  --help             show this help
+  -h, --help         print this help
 `
 
 class UsageError extends Error {}
@@ -50,24 +50,24 @@ function readArguments() {
       speculative: { type: 'boolean', default: false },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
-      help: { type: 'boolean', default: false },
+      help: { type: 'boolean', short: 'h', default: false },
     },
   })
   type Numeric = 'max-tokens' | 'temperature' | 'top-k' | 'top-p' | 'min-p' | 'repetition-penalty' | 'seed'
   const number = (name: Numeric) => {
     const value = Number(values[name])
     if (values[name] === '' || !Number.isFinite(value))
-      throw new UsageError(`--${name} is "${values[name]}", needs a number`)
+      throw new UsageError(`--${name} is "${values[name]}", expected a number`)
     return value
   }
   const oneOf = <T extends string>(name: 'weights' | 'precision', known: readonly T[]) => {
     const value = known.find(choice => choice === values[name])
     if (values[name] !== undefined && value === undefined)
-      throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
+      throw new UsageError(`--${name} is "${values[name]}", expected one of ${known.join(', ')}`)
     return value
   }
   const [folder, prompt, ...more] = positionals
-  if (more.length > 0) throw new UsageError('put the prompt in quotes: it is one argument')
+  if (more.length > 0) throw new UsageError(`expected one PROMPT, got ${more.length + 1}; put it in quotes`)
   return {
     ...values,
     folder,
@@ -94,7 +94,7 @@ process.stdout.on('error', () => process.exit())
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
-  if (options.folder === undefined) throw new UsageError('no model given; see --help')
+  if (options.folder === undefined) throw new UsageError('missing FOLDER')
   const path = modelFolder(options.folder)
   const backend = await firstAvailable([
     () => import('@moe/kernels-cuda'),
@@ -146,13 +146,12 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   say(`${tokens} tokens after a prompt of ${ids.length}, ${figures.tokensPerSecond.toFixed(0)} tokens/s${drafts}`)
 }
 
+const isUsage = (error: Error): boolean =>
+  error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`)
+
 /** Errors whose message says what to do, so that no stack trace is needed. */
 const isExpected = (error: unknown): error is Error =>
-  error instanceof Error &&
-  (isMoeError(error) ||
-    error instanceof UsageError ||
-    error.name === 'TokenizerError' ||
-    /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`))
+  error instanceof Error && (isMoeError(error) || error.name === 'TokenizerError' || isUsage(error))
 
 try {
   const options = readArguments()
@@ -160,6 +159,8 @@ try {
   else await main(options)
 } catch (error) {
   if (!isExpected(error)) throw error
-  say(error.message)
-  process.exitCode = 1
+  // Drop Node's advice about arguments that begin with a dash.
+  const message = error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
+  say(`${message}${isUsage(error) ? '\nSee npm run generate -- --help.' : ''}`)
+  process.exitCode = isUsage(error) ? 2 : 1
 }

@@ -14,7 +14,7 @@ const help = `Serves a page that generates text with a trained model, and a page
 
   FOLDER  a model or a training run (default runs/quickstart, made by npm start; if missing, only the training page works)
   PORT    default 8088; 0 chooses a free one
-  --help  show this help
+  -h, --help  print this help
 `
 
 const here = fileURLToPath(new URL('browser', import.meta.url))
@@ -31,7 +31,7 @@ function speeches(): string {
 
 async function main(): Promise<void> {
   const { values, positionals } = parseArgs({
-    options: { help: { type: 'boolean', default: false } },
+    options: { help: { type: 'boolean', short: 'h', default: false } },
     allowPositionals: true,
   })
   const [folder, port = '8088'] = positionals
@@ -58,6 +58,10 @@ async function main(): Promise<void> {
 try {
   await main()
 } catch (error) {
-  console.error((error as Error).message)
-  process.exitCode = 1
+  const { code, message } = error as NodeJS.ErrnoException
+  const isUsage = /^ERR_PARSE_ARGS/.test(`${code}`)
+  // Drop Node's advice about arguments that begin with a dash.
+  console.error(message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1'))
+  if (isUsage) console.error('See npm run page -- --help.')
+  process.exitCode = isUsage ? 2 : 1
 }

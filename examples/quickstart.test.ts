@@ -91,14 +91,14 @@ test('invalid options fail with a fix in the message', async () => {
 })
 
 test.each([
-  ['--precision', 'f8', 'needs f32, bf16 or fp8'],
-  ['--batch', '0', 'needs a whole number from 1'],
-  ['--steps', '2.5', 'needs a whole number from 1'],
-  ['--addresses', '1', 'needs a whole number from 2'],
-  ['--minutes', '0', 'needs a number above 0'],
+  ['--precision', 'f8', 'expected f32, bf16 or fp8'],
+  ['--batch', '0', 'expected an integer of at least 1'],
+  ['--steps', '2.5', 'expected an integer of at least 1'],
+  ['--addresses', '1', 'expected an integer of at least 2'],
+  ['--minutes', '0', 'expected a number above 0'],
 ])('%s %s is refused before anything is written', async (option, value, what) => {
   const { code, stderr } = await run([option, value])
-  expect([code, stderr]).toEqual([1, `\n${option} is "${value}", ${what}\n`])
+  expect([code, stderr]).toEqual([2, `\n${option} is "${value}", ${what}\nSee npm start -- --help.\n`])
 })
 
 test('--help', async () => {
@@ -141,14 +141,15 @@ describe('generate.ts', () => {
   })
 
   test.each([
-    [[], /no model given; see --help/],
-    [['nowhere', 'x'], /nowhere has neither a config.json nor checkpoints.*npm start/],
-    [['nowhere', 'two', 'words'], /put the prompt in quotes/],
-    [['nowhere', '--weights', 'int2'], /--weights is "int2", needs one of bf16, fp8, int8, int4/],
-    [['nowhere', '--top-p', 'most'], /--top-p is "most", needs a number/],
-  ])('%j fails with a message that says what to do', async (args, message) => {
+    [[], 2, /^missing FOLDER\nSee npm run generate -- --help\.\n$/],
+    [['nowhere', 'x'], 1, /nowhere has neither a config.json nor checkpoints.*npm start/],
+    [['nowhere', 'two', 'words'], 2, /expected one PROMPT, got 2; put it in quotes/],
+    [['nowhere', '--nope'], 2, /^unknown option --nope\nSee /],
+    [['nowhere', '--weights', 'int2'], 2, /--weights is "int2", expected one of bf16, fp8, int8, int4/],
+    [['nowhere', '--top-p', 'most'], 2, /--top-p is "most", expected a number/],
+  ])('%j fails with a message that says what to do', async (args, status, message) => {
     const { code, stderr } = await generate(args)
-    expect(code).toBe(1)
+    expect(code).toBe(status)
     expect(stderr).toMatch(message)
     expect(stderr).not.toMatch(/\n +at /)
   })

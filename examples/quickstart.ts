@@ -28,10 +28,12 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses, then g
   --prompt TEXT   text that the trained model continues
   --addresses N   use only the last N addresses (for a quick look)
   --json          print the summary as JSON to standard output
-  --help          show this help
+  -h, --help      print this help
 `
 
-/** @throws TypeError for an unknown option or an invalid value */
+class UsageError extends Error {}
+
+/** @throws UsageError, or the error of parseArgs, for an unknown option or an invalid value */
 function readOptions() {
   const { values } = parseArgs({
     options: {
@@ -47,26 +49,30 @@ function readOptions() {
       prompt: { type: 'string', default: 'My fellow Americans, tonight' },
       addresses: { type: 'string' },
       json: { type: 'boolean', default: false },
-      help: { type: 'boolean', default: false },
+      help: { type: 'boolean', short: 'h', default: false },
     },
   })
-  const needs = (name: keyof typeof values, fits: boolean, what: string) => {
+  const expect = (name: keyof typeof values, fits: boolean, what: string) => {
     if (values[name] === undefined || fits) return
-    throw new TypeError(`--${name} is ${JSON.stringify(values[name])}, needs ${what}`)
+    throw new UsageError(`--${name} is "${values[name]}", expected ${what}`)
   }
   const whole = (name: 'steps' | 'batch' | 'seed' | 'addresses', least: number) => {
     const number = Number(values[name])
-    needs(name, values[name] !== '' && Number.isSafeInteger(number) && number >= least, `a whole number from ${least}`)
+    expect(
+      name,
+      values[name] !== '' && Number.isSafeInteger(number) && number >= least,
+      `an integer of at least ${least}`,
+    )
   }
   whole('steps', 1)
   whole('batch', 1)
   whole('seed', 0)
   whole('addresses', 2)
   for (const name of ['minutes', 'lr'] as const)
-    needs(name, Number(values[name]) > 0 && Number.isFinite(Number(values[name])), 'a number above 0')
-  needs('optimizer', ['muon', 'adamw'].includes(values.optimizer), 'muon or adamw')
+    expect(name, Number(values[name]) > 0 && Number.isFinite(Number(values[name])), 'a number above 0')
+  expect('optimizer', ['muon', 'adamw'].includes(values.optimizer), 'muon or adamw')
   const precision = precisions.find(name => name === values.precision)
-  needs('precision', precision !== undefined, 'f32, bf16 or fp8')
+  expect('precision', precision !== undefined, 'f32, bf16 or fp8')
   return { ...values, precision: precision as Precision }
 }
 
@@ -202,13 +208,12 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
 
 const millions = (n: number) => `${(n / 1e6).toFixed(1)}M`
 
+const isUsage = (error: Error): boolean =>
+  error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`)
+
 /** Errors whose message says what to do, so that no stack trace is needed. */
 const isExpected = (error: unknown): error is Error =>
-  error instanceof Error &&
-  (isMoeError(error) ||
-    error.name === 'TokenizerError' ||
-    /^--/.test(error.message) ||
-    /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`))
+  error instanceof Error && (isMoeError(error) || error.name === 'TokenizerError' || isUsage(error))
 
 try {
   const options = readOptions()
@@ -216,6 +221,8 @@ try {
   else await main(options)
 } catch (error) {
   if (!isExpected(error)) throw error
-  say(`\n${error.message}`)
-  process.exitCode = 1
+  // Drop Node's advice about arguments that begin with a dash.
+  const message = error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
+  say(`\n${message}${isUsage(error) ? '\nSee npm start -- --help.' : ''}`)
+  process.exitCode = isUsage(error) ? 2 : 1
 }

@@ -31,7 +31,7 @@ const { values } = parseArgs({
     steps: { type: 'string', default: '60' },
     lr: { type: 'string', default: '1e-3' },
     questions: { type: 'string' },
-    help: { type: 'boolean', default: false },
+    help: { type: 'boolean', short: 'h', default: false },
   },
 })
 

@@ -47,13 +47,19 @@ test('exports a folder', async () => {
 
 test('exits with 1 for failures and 2 for wrong usage', () => {
   expect(run('--help')).toMatchObject({ status: 0 })
-  expect(run()).toMatchObject({ status: 2 })
+  expect(run()).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining('missing COMMAND') })
   expect(run('bake')).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
-  expect(run('export-gguf')).toMatchObject({ status: 2 })
-  expect(run('export-gguf', 'model', '--nope')).toMatchObject({ status: 2 })
+  for (const args of [['bake'], ['export-gguf'], ['export-gguf', 'a', 'b', 'c'], ['export-gguf', 'a', '--nope'], []]) {
+    const { status, stdout, stderr } = run(...args, '--json')
+    expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
+  }
+  expect(run('export-gguf', 'model', '--nope')).toMatchObject({
+    status: 2,
+    stderr: 'moe-deepseek: unknown option --nope\nSee moe-deepseek --help.\n',
+  })
   expect(run('export-gguf', 'model', '--type', 'q5_k')).toMatchObject({
     status: 2,
-    stderr: expect.stringContaining('unknown --type q5_k, expected one of f32'),
+    stderr: expect.stringContaining('--type is "q5_k", expected one of f32'),
   })
   expect(run('export-gguf', 'missing')).toMatchObject({ status: 1, stderr: expect.stringContaining('config.json') })
   expect(run('export-gguf', 'model', '--tokenizer', 'missing.json')).toMatchObject({

@@ -1,13 +1,12 @@
 #!/usr/bin/env node
-/** @file The command `moe-deepseek`: exports models. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+/** @file The command `moe-deepseek`: exports models. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. */
 import { existsSync, readFileSync } from 'node:fs'
 import { basename, join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import type { GgufProgress } from '@moe/checkpoint'
-import { isMoeError } from '@moe/core'
 import { type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 
-const HELP = `moe-deepseek COMMAND [options]
+const HELP = `Usage: moe-deepseek COMMAND [options]
 
   export-gguf FOLDER [FILE]    convert a model for llama.cpp, Ollama and LM Studio
       FOLDER                 with config.json, safetensors and tokenizer.json; or a training run (its latest checkpoint)
@@ -18,10 +17,10 @@ const HELP = `moe-deepseek COMMAND [options]
       --pre-tokenizer NAME   llama.cpp's name of the pre-tokenizer, if it is not recognized
       --name NAME            display name (default: the folder's name)
 
-  --json     print machine-readable output
-  --quiet    print no progress
-  --version  print the version
-  --help     print this help
+  --json       print machine-readable output
+  --quiet      show no progress
+  --version    print the version
+  -h, --help   print this help
 `
 
 class UsageError extends Error {}
@@ -35,11 +34,10 @@ process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException
 try {
   const [command, ...rest] = positionals
   if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help || command === undefined) {
-    process.stdout.write(HELP)
-    if (!values.help) process.exitCode = 2
-  } else if (command === 'export-gguf') await exportModel(rest)
-  else throw new UsageError(`unknown command ${command}`)
+  else if (values.help) process.stdout.write(HELP)
+  else if (command === undefined) throw new UsageError('missing COMMAND')
+  else if (command === 'export-gguf') await exportModel(rest)
+  else throw new UsageError(`unknown command ${command}, expected export-gguf`)
 } catch (error) {
   fail(error)
 }
@@ -65,26 +63,29 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node's message adds advice about arguments that start with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
-    process.stderr.write(`moe-deepseek: ${message}\nSee moe-deepseek --help.\n`)
-    process.exit(2)
+    fail(error)
+    process.exit()
   }
 }
 
 function fail(error: unknown): void {
-  const usage = error instanceof UsageError
-  const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
-  const message = error instanceof Error ? error.message : String(error)
-  if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
+  const { code } = error as NodeJS.ErrnoException
+  const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
+  // Drop Node's advice about arguments that begin with a dash.
+  const message =
+    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
+  // Not `values.json`: the arguments may be what is wrong.
+  const json = process.argv.includes('--json')
+  if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
   else process.stderr.write(`moe-deepseek: ${message}\n${usage ? 'See moe-deepseek --help.\n' : ''}`)
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
 }
 
 async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
-  if (folder === undefined || rest.length > 0) throw new UsageError('export-gguf expects a folder and an optional file')
+  if (folder === undefined) throw new UsageError('missing FOLDER')
+  if (rest.length > 0) throw new UsageError(`expected FOLDER and FILE, got ${rest.length + 2} arguments`)
   const type = types.find(known => known === values.type)
-  if (type === undefined) throw new UsageError(`unknown --type ${values.type}, expected one of ${types.join(', ')}`)
+  if (type === undefined) throw new UsageError(`--type is "${values.type}", expected one of ${types.join(', ')}`)
   const interrupt = new AbortController()
   process.once('SIGINT', () => interrupt.abort())
   const template = values['chat-template']

@@ -165,6 +165,10 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
   wrong(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
   wrong(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
   wrong(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
+  for (const args of [[], ['model'], ['model', '--tasks', 'piqa=piqa.jsonl']]) {
+    const { status, stdout, stderr } = run(...args, '--json')
+    expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
+  }
   const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
   expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'ENOENT' })
 })

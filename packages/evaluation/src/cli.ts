@@ -3,7 +3,7 @@
 import { createHash } from 'node:crypto'
 import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { firstAvailable, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { evaluateTask } from './evaluate-task.ts'
 import { openModel } from './open-model.ts'
 import { progressLine, resultTable } from './report.ts'
@@ -194,12 +194,14 @@ function showProgress(line: string): void {
   process.stderr.write(`\r\x1b[K${line}`)
 }
 
-function fail(error: unknown, json: boolean): void {
-  const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
+function fail(error: unknown): void {
+  const { code } = error as NodeJS.ErrnoException
   const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
   // Drop Node's advice about arguments that begin with a dash.
   const message =
     error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
+  // Not `options.json`: the arguments may be what is wrong.
+  const json = process.argv.includes('--json')
   if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
   else process.stderr.write(`moe-evaluate: ${message}\n${usage ? 'See moe-evaluate --help.\n' : ''}`)
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
@@ -214,5 +216,5 @@ try {
   else if (options.version) process.stdout.write(`${packageFile.version}\n`)
   else await main(options)
 } catch (error) {
-  fail(error, process.argv.includes('--json'))
+  fail(error)
 }

@@ -184,8 +184,12 @@ try {
   else await main(options)
 } catch (error) {
   if (!isExpected(error) && !isUsage(error)) throw error
-  // Node's message continues with advice about arguments that begin with a dash.
-  log(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')}`)
-  if (isUsage(error)) log('See moe-serve --help.')
+  const { code } = error as NodeJS.ErrnoException
+  // Drop Node's advice about arguments that begin with a dash.
+  const message = error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
+  // Not `options.json`: the arguments may be what is wrong.
+  const json = process.argv.includes('--json')
+  if (json) print(JSON.stringify({ error: { code: isUsage(error) ? 'E_USAGE' : code, message } }))
+  else log(`moe-serve: ${message}${isUsage(error) ? '\nSee moe-serve --help.' : ''}`)
   process.exit(isUsage(error) ? 2 : 1)
 }

@@ -50,11 +50,18 @@ test.skipIf(process.platform === 'win32' /* no bash */)('prints no error if the 
 
 test('exits with 1 for failures and 2 for invalid usage', () => {
   expect(run(['--help'])).toMatchObject({ status: 0 })
-  expect(run([])).toMatchObject({ status: 2 })
-  expect(run(['bake'])).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
+  expect(run([])).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining('missing COMMAND') })
+  expect(run(['bake'])).toMatchObject({
+    status: 2,
+    stderr: expect.stringContaining('unknown command bake, expected train'),
+  })
+  for (const args of [['bake'], ['train'], ['train', '--nope'], ['decode', 'one'], []]) {
+    const { status, stdout, stderr } = run([...args, '--json'])
+    expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
+  }
   expect(run(['train', 'corpus.txt'])).toMatchObject({
     status: 2,
-    stderr: expect.stringContaining('--vocab-size is missing'),
+    stderr: expect.stringContaining('missing --vocab-size N'),
   })
   expect(run(['train', 'corpus.txt', '--vocab-size', 'x']).stderr).toContain(
     '--vocab-size: expected a whole number, got x',

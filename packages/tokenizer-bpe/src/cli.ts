@@ -1,13 +1,13 @@
 #!/usr/bin/env node
 /**
- * @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 invalid usage,
+ * @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 usage error,
  * 130 interrupted.
  */
 import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
-const HELP = `moe-tokenizer COMMAND [options]
+const HELP = `Usage: moe-tokenizer COMMAND [options]
 
   train FILE...    train a byte-level BPE vocabulary on text files (- for standard input)
       --vocab-size N         number of ids, including special tokens and the 256 bytes (required)
@@ -25,10 +25,10 @@ const HELP = `moe-tokenizer COMMAND [options]
   inspect [TEXT]   describe a tokenizer.json, and show how it splits a text
       --tokenizer PATH       tokenizer file (default tokenizer.json)
 
-  --json     print machine-readable output
-  --quiet    print no progress
-  --version  print the version
-  --help     print this help
+  --json       print machine-readable output
+  --quiet      show no progress
+  --version    print the version
+  -h, --help   print this help
 `
 
 class UsageError extends Error {}
@@ -42,14 +42,13 @@ process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException
 try {
   const [command, ...rest] = positionals
   if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help || command === undefined) {
-    process.stdout.write(HELP)
-    if (!values.help) process.exitCode = 2
-  } else if (command === 'train') await train(rest)
+  else if (values.help) process.stdout.write(HELP)
+  else if (command === undefined) throw new UsageError('missing COMMAND')
+  else if (command === 'train') await train(rest)
   else if (command === 'encode') await encode(rest)
   else if (command === 'decode') await decode(rest)
   else if (command === 'inspect') await inspect(rest)
-  else throw new UsageError(`unknown command ${command}`)
+  else throw new UsageError(`unknown command ${command}, expected train, encode, decode or inspect`)
 } catch (error) {
   fail(error)
 }
@@ -79,31 +78,33 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node's message adds advice about arguments that start with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
-    process.stderr.write(`moe-tokenizer: ${message}\nSee moe-tokenizer --help.\n`)
-    process.exit(2)
+    fail(error)
+    process.exit()
   }
 }
 
 function fail(error: unknown): void {
-  const usage = error instanceof UsageError
-  const code = error instanceof TokenizerError ? error.code : (error as NodeJS.ErrnoException).code
-  const message = error instanceof Error ? error.message : String(error)
-  if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
+  const { code } = error as NodeJS.ErrnoException
+  const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
+  // Drop Node's advice about arguments that begin with a dash.
+  const message =
+    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
+  // Not `values.json`: the arguments may be what is wrong.
+  const json = process.argv.includes('--json')
+  if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
   else process.stderr.write(`moe-tokenizer: ${message}\n${usage ? 'See moe-tokenizer --help.\n' : ''}`)
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
 }
 
 function wholeNumber(name: 'vocab-size' | 'min-frequency'): number {
   const text = values[name]
-  if (text === undefined) throw new UsageError(`--${name} is missing`)
-  if (!/^\d+$/.test(text)) throw new UsageError(`--${name}: expected a whole number, got ${text}`)
+  if (text === undefined) throw new UsageError(`missing --${name} N`)
+  if (!/^\d+$/.test(text)) throw new UsageError(`--${name} is "${text}", expected an integer`)
   return Number(text)
 }
 
 async function train(files: string[]): Promise<void> {
-  if (files.length === 0) throw new UsageError('train expects at least one file')
+  if (files.length === 0) throw new UsageError('missing FILE')
   if (values.pattern !== undefined && values['pre-tokenizer'] !== undefined) {
     throw new UsageError('--pattern and --pre-tokenizer cannot be used together')
   }
@@ -177,7 +178,7 @@ async function* bytesOf(file: string): AsyncGenerator<Buffer> {
 }
 
 async function encode(files: string[]): Promise<void> {
-  if (files.length > 1) throw new UsageError('encode expects one file')
+  if (files.length > 1) throw new UsageError(`expected one FILE, got ${files.length}`)
   const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
   const special = !values['no-special']
   const ids = tokenizer.encode(await readInput(files[0]), { addSpecialTokens: special, parseSpecialTokens: special })
@@ -189,7 +190,7 @@ async function decode(args: string[]): Promise<void> {
   const source = args.length > 0 ? args.join(' ') : await readInput(undefined)
   const words = source.split(/[\s,[\]]+/).filter(word => word !== '')
   const invalid = words.find(word => !/^\d+$/.test(word))
-  if (invalid !== undefined) throw new UsageError(`expected ids, got ${invalid}`)
+  if (invalid !== undefined) throw new UsageError(`ID is "${invalid}", expected an integer`)
   const text = tokenizer.decode(words.map(Number), { skipSpecialTokens: values['skip-special'] })
   process.stdout.write(values.json ? `${JSON.stringify(text)}\n` : text)
 }

@@ -1,11 +1,10 @@
 #!/usr/bin/env node
 /**
- * @file The command `moe-trainer`. Exit codes: 0 success (Ctrl-C ends `watch`), 1 failure, 2 invalid usage, 130
+ * @file The command `moe-trainer`. Exit codes: 0 success (Ctrl-C ends `watch`), 1 failure, 2 usage error, 130
  *   interrupted.
  */
 import { existsSync, readFileSync, statSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { isMoeError } from '@moe/core'
 import { tokenizeCommand } from './tokenize/command.ts'
 import { UsageError } from './usage-error.ts'
 import { watchRuns } from './watch/index.ts'
@@ -45,12 +44,11 @@ process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException
 try {
   const [command, ...rest] = positionals
   if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help || command === undefined) {
-    process.stdout.write(HELP)
-    if (!values.help) process.exitCode = 2
-  } else if (command === 'watch') await watch(rest)
+  else if (values.help) process.stdout.write(HELP)
+  else if (command === undefined) throw new UsageError('missing COMMAND')
+  else if (command === 'watch') await watch(rest)
   else if (command === 'tokenize') await tokenizeCommand(rest, values)
-  else throw new UsageError(`unknown command ${command}`)
+  else throw new UsageError(`unknown command ${command}, expected watch or tokenize`)
 } catch (error) {
   fail(error)
 }
@@ -83,26 +81,28 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node's message also explains arguments that start with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
-    process.stderr.write(`moe-trainer: ${message}\nSee moe-trainer --help.\n`)
-    process.exit(2)
+    fail(error)
+    process.exit()
   }
 }
 
 function fail(error: unknown): void {
-  const usage = error instanceof UsageError
-  const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
-  const message = error instanceof Error ? error.message : String(error)
-  if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
+  const { code } = error as NodeJS.ErrnoException
+  const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
+  // Drop Node's advice about arguments that begin with a dash.
+  const message =
+    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
+  // Not `values.json`: the arguments may be what is wrong.
+  const json = process.argv.includes('--json')
+  if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
   else process.stderr.write(`moe-trainer: ${message}\n${usage ? 'See moe-trainer --help.\n' : ''}`)
   process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
 }
 
 async function watch([folder = 'runs', ...rest]: string[]): Promise<void> {
-  if (rest.length > 0) throw new UsageError('watch takes only one folder')
+  if (rest.length > 0) throw new UsageError(`expected one FOLDER, got ${rest.length + 1}`)
   const { port, host, json } = values
-  if (port !== undefined && !/^\d+$/.test(port)) throw new UsageError(`--port must be an integer, got ${port}`)
+  if (port !== undefined && !/^\d+$/.test(port)) throw new UsageError(`--port is "${port}", expected an integer`)
   if (existsSync(folder) && !statSync(folder).isDirectory()) throw new UsageError(`${folder} is not a folder`)
   const watcher = await watchRuns(folder, { port: port === undefined ? undefined : Number(port), host })
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => watcher.close())

@@ -27,14 +27,14 @@ export interface TokenizeArguments {
 /** @throws UsageError; MoeError E_ABORTED after Ctrl-C */
 export async function tokenizeCommand(patterns: readonly string[], values: TokenizeArguments): Promise<void> {
   const { tokenizer: path, out, field, separator, overwrite, quiet, json } = values
-  if (patterns.length === 0) throw new UsageError('tokenize needs at least one file or pattern')
-  if (path === undefined) throw new UsageError('--tokenizer is missing')
-  if (out === undefined) throw new UsageError('--out is missing')
+  if (patterns.length === 0) throw new UsageError('missing PATTERN')
+  if (path === undefined) throw new UsageError('missing --tokenizer PATH')
+  if (out === undefined) throw new UsageError('missing --out FOLDER')
   const number = (name: 'validation' | 'fim-rate' | 'seed' | 'threads' | 'shard-tokens') => {
     const text = values[name]
     if (text === undefined) return undefined
     if (text.trim() === '' || !Number.isFinite(Number(text)))
-      throw new UsageError(`--${name} must be a number, got ${text}`)
+      throw new UsageError(`--${name} is "${text}", expected a number`)
     return Number(text)
   }
   const settings = {

@@ -332,7 +332,10 @@ describe('moe-trainer tokenize', () => {
   }, 60_000)
 
   test('names missing options', async () => {
-    expect(await started('x.txt')).toMatchObject({ code: 2, stderr: expect.stringContaining('--tokenizer is missing') })
+    expect(await started('x.txt')).toMatchObject({
+      code: 2,
+      stderr: expect.stringContaining('missing --tokenizer PATH'),
+    })
     expect(await started('nothing*.txt', '--tokenizer', folder, '--out', fresh())).toMatchObject({
       code: 1,
       stderr: expect.stringContaining('no file matches'),

@@ -378,12 +378,13 @@ describe('moe-trainer', () => {
   })
 
   test.each([
-    [[], 2, /moe-trainer COMMAND/],
+    [[], 2, /missing COMMAND\nSee moe-trainer --help/],
     [['--help'], 0, /moe-trainer COMMAND/],
-    [['train'], 2, /unknown command train/],
-    [['watch', 'a', 'b'], 2, /watch takes only one folder/],
-    [['watch', '--port', 'x'], 2, /--port must be an integer, got x/],
-    [['watch', '--prot', '1'], 2, /--prot/],
+    [['train'], 2, /unknown command train, expected watch or tokenize/],
+    [['watch', 'a', 'b'], 2, /expected one FOLDER, got 2/],
+    [['watch', '--port', 'x'], 2, /--port is "x", expected an integer/],
+    [['watch', '--prot', '1'], 2, /unknown option --prot\n/],
+    [['watch', '--prot', '1', '--json'], 2, /^\{"error":\{"code":"E_USAGE","message":"unknown option --prot"\}\}\n$/],
     [['watch', command], 2, /is not a folder/],
     [['watch', '--port', '70000'], 1, /port is 70000/],
   ])('%j', async (args, wanted, said) => {

@@ -1,0 +1,74 @@
+/** @file The command `moe-serve`, as a process. */
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek } from '@moe/deepseek'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { config, post, tokenizer } from './test-server.ts'
+
+const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+const folder = mkdtempSync(join(tmpdir(), 'moe-serve-cli-'))
+
+beforeAll(async () => {
+  setDefaultBackend(referenceBackend())
+  const model = new DeepSeek(config, { seed: 1 })
+  await model.save(join(folder, 'model'))
+  model.dispose()
+  await tokenizer.save(join(folder, 'model', 'tokenizer.json'))
+})
+afterAll(() => rmSync(folder, { recursive: true }))
+
+function run(...args: string[]) {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], { encoding: 'utf8', cwd: folder })
+  return { status, stdout, stderr }
+}
+
+test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
+  expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^Usage: moe-serve/), stderr: '' })
+  expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/), stderr: '' })
+  for (const [status, message, ...args] of [
+    [2, 'missing FOLDER'],
+    [2, 'expected one FOLDER, got 2', 'model', 'other'],
+    [2, '--port is "70000", expected an integer from 0 to 65535', 'model', '--port', '70000'],
+    [2, '--weights is "int2", expected one of bf16, fp8, int8, int4', 'model', '--weights', 'int2'],
+    [1, 'missing has neither a config.json nor checkpoints', 'missing'],
+  ] as const) {
+    expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
+  }
+  const unknown = run('model', '--ports', '1')
+  expect(unknown).toEqual({
+    status: 2,
+    stdout: '',
+    stderr: 'moe-serve: unknown option --ports\nSee moe-serve --help.\n',
+  })
+  const { status, stdout, stderr } = run('model', '--ports', '1', '--json')
+  const error = { code: 'E_USAGE', message: 'unknown option --ports' }
+  expect([status, JSON.parse(stdout), stderr]).toEqual([2, { error }, ''])
+})
+
+async function untilOutput(child: ChildProcess, pattern: RegExp): Promise<RegExpExecArray> {
+  let text = ''
+  for await (const part of child.stdout ?? []) {
+    text += part
+    const found = pattern.exec(text)
+    if (found) return found
+  }
+  throw new Error(`the process ended after: ${text}`)
+}
+
+test.skipIf(process.platform === 'win32' /* no signals */)('serves a folder until it is interrupted', async () => {
+  const child = spawn(process.execPath, [cli, 'model', '--port', '0', '--json', '--quiet'], { cwd: folder })
+  const exit = new Promise(resolve => child.once('exit', resolve))
+  try {
+    const [, url] = await untilOutput(child, /"url":"(.*?)"/)
+    const response = await fetch(`${url}/v1/completions`, post({ prompt: 'the', max_tokens: 3, temperature: 0 }))
+    expect(await response.json()).toMatchObject({ model: 'model', usage: { completion_tokens: 3 } })
+  } finally {
+    child.kill('SIGINT')
+  }
+  expect(await exit).toBe(0)
+})
