@@ -21,7 +21,7 @@ const help = `Fine-tunes the model of npm start on conversations, then evaluates
   --steps N     steps of 16 conversations (default 300)
   --questions N held-out passages to evaluate at the end (default 92)
   --adapters N  train LoRA adapters of rank N on frozen int8 weights instead of all weights
-  --help        show this help
+  -h, --help    print this help
 `
 
 const { values } = parseArgs({

@@ -12,8 +12,8 @@ const help = `Serves a page that generates text with a trained model, and a page
 
   npm run page -- [FOLDER] [PORT]
 
-  FOLDER  a model or a training run (default runs/quickstart, made by npm start; if missing, only the training page works)
-  PORT    default 8088; 0 chooses a free one
+  FOLDER      a model or a training run (default runs/quickstart, made by npm start; if missing, only the training page works)
+  PORT        default 8088; 0 chooses a free one
   -h, --help  print this help
 `
 

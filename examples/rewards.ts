@@ -21,7 +21,7 @@ const help = `Trains the model of examples/chat.ts with rewards for naming a pre
   --steps N     steps of 16 questions with 8 answers each (default 60)
   --lr X        peak learning rate (default 1e-3)
   --questions N held-out questions to evaluate on (default all)
-  --help        show this help
+  -h, --help    print this help
 `
 
 const { values } = parseArgs({

@@ -15,11 +15,14 @@ setDefaultBackend(referenceBackend())
 const folder = mkdtempSync(join(tmpdir(), 'moe-deepseek-cli-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
-function run(...args: string[]) {
-  const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
-  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], { encoding: 'utf8', cwd: folder })
+const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+
+function node(...args: string[]) {
+  const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8', cwd: folder })
   return { status, stdout, stderr }
 }
+
+const run = (...args: string[]) => node(cli, ...args)
 
 test('exports a folder', async () => {
   const model = modelOf(cases.v3)
@@ -33,6 +36,9 @@ test('exports a folder', async () => {
   const { stdout, stderr, status } = run('export-gguf', 'model', '--type', 'q4_0')
   expect({ stderr, status }).toEqual({ stderr: '', status: 0 })
   expect(stdout).toMatch(/^model-q4_0.gguf: \d+ tensors, 0.\d MB\nnote: the MTP modules are not exported\n$/)
+  const terminal = ['--import', 'data:text/javascript,process.stderr.isTTY=true']
+  const seen = node(...terminal, cli, 'export-gguf', 'model', '--type', 'q4_0')
+  expect(seen).toMatchObject({ status: 0, stdout, stderr: expect.stringMatching(/\d+%\s+\S/) })
   await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
   expect(file.metadata.get('general.name')?.value).toBe('model')
   // The folder of a run, as the trainer leaves it.

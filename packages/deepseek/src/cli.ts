@@ -31,17 +31,6 @@ const { values, positionals } = readArguments()
 // The reader may close the pipe early, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
-try {
-  const [command, ...rest] = positionals
-  if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help) process.stdout.write(HELP)
-  else if (command === undefined) throw new UsageError('missing COMMAND')
-  else if (command === 'export-gguf') await exportModel(rest)
-  else throw new UsageError(`unknown command ${command}, expected export-gguf`)
-} catch (error) {
-  fail(error)
-}
-
 function packageVersion(): string {
   return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
 }
@@ -115,9 +104,20 @@ function modelIn(folder: string): string {
   return join(folder, 'checkpoints', readFileSync(latest, 'utf8').trim(), 'model')
 }
 
-let shown = 0
+let shown = Number.NEGATIVE_INFINITY
 function showProgress({ tensor, bytes, totalBytes }: GgufProgress): void {
   if (!process.stderr.isTTY || performance.now() - shown < 100) return
   shown = performance.now()
   process.stderr.write(`\r\x1b[K${((100 * bytes) / totalBytes).toFixed(0)}%  ${tensor}`)
+}
+
+try {
+  const [command, ...rest] = positionals
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help) process.stdout.write(HELP)
+  else if (command === undefined) throw new UsageError('missing COMMAND')
+  else if (command === 'export-gguf') await exportModel(rest)
+  else throw new UsageError(`unknown command ${command}, expected export-gguf`)
+} catch (error) {
+  fail(error)
 }

@@ -187,7 +187,7 @@ const digest = (path: string) => {
   return { path, bytes: content.length, sha256: createHash('sha256').update(content).digest('hex') }
 }
 
-let shown = 0
+let shown = Number.NEGATIVE_INFINITY
 function showProgress(line: string): void {
   if (!process.stderr.isTTY || (line !== '' && performance.now() - shown < 100)) return
   shown = performance.now()

@@ -9,9 +9,9 @@ import { trainBpe } from './index.ts'
 const folder = mkdtempSync(join(tmpdir(), 'moe-tokenizer-cli-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
-function run(args: string[], input = '') {
+function run(args: string[], input = '', options: string[] = []) {
   const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
-  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [...options, cli, ...args], {
     input,
     encoding: 'utf8',
     cwd: folder,
@@ -53,7 +53,7 @@ test('exits with 1 for failures and 2 for invalid usage', () => {
   expect(run([])).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining('missing COMMAND') })
   expect(run(['bake'])).toMatchObject({
     status: 2,
-    stderr: expect.stringContaining('unknown command bake, expected train'),
+    stderr: expect.stringContaining('unknown command bake, expected one of train'),
   })
   for (const args of [['bake'], ['train'], ['train', '--nope'], ['decode', 'one'], []]) {
     const { status, stdout, stderr } = run([...args, '--json'])
@@ -85,6 +85,25 @@ test('exits with 1 for failures and 2 for invalid usage', () => {
   ]) {
     expect(run(args)).toMatchObject({ status: 1, stderr: expect.stringMatching(/moe-tokenizer-cli-\S+: EISDIR/) })
   }
+})
+
+test('shows progress on a terminal', () => {
+  writeFileSync(join(folder, 'corpus.txt'), 'the cat sat on the mat. '.repeat(20))
+  const terminal = ['--import', 'data:text/javascript,process.stderr.isTTY=true']
+  const args = ['train', 'corpus.txt', '--vocab-size', '265', '--out', 'shown.json']
+  const { status, stdout, stderr } = run(args, '', terminal)
+  expect([status, stdout]).toEqual([0, expect.stringMatching(/^shown\.json: 265 ids, 9 merges/)])
+  expect(stderr).toContain('\r\x1b[Kmerging: 256 of 265 ids')
+  expect(run([...args, '--quiet'], '', terminal)).toMatchObject({ status: 0, stderr: '' })
+})
+
+test('rejects options of other commands', () => {
+  for (const [args, problem] of [
+    [['encode', '--skip-special'], 'unknown option --skip-special for encode'],
+    [['decode', '1', '--no-special'], 'unknown option --no-special for decode'],
+    [['--vocab-size', '300', 'inspect'], 'unknown option --vocab-size for inspect'],
+  ] as const)
+    expect(run([...args], 'the')).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining(problem) })
 })
 
 test('inspects a vocabulary whose ids do not start at 0', () => {

@@ -33,25 +33,25 @@ const HELP = `Usage: moe-tokenizer COMMAND [options]
 
 class UsageError extends Error {}
 
-const { values, positionals } = readArguments()
+const { values, positionals, tokens } = readArguments()
+
+/** The names of the options on the command line. */
+const given = tokens.flatMap(token => (token.kind === 'option' ? token.name : []))
+
+/** What each command does, and its options. */
+const commands = new Map([
+  ['train', { run: train, options: ['vocab-size', 'out', 'pre-tokenizer', 'pattern', 'special', 'min-frequency'] }],
+  ['encode', { run: encode, options: ['tokenizer', 'no-special'] }],
+  ['decode', { run: decode, options: ['tokenizer', 'skip-special'] }],
+  ['inspect', { run: inspect, options: ['tokenizer'] }],
+])
+
+const commonOptions = ['json', 'quiet', 'version', 'help']
+
 const interrupt = new AbortController()
 
 // The reader may close the pipe early, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
-
-try {
-  const [command, ...rest] = positionals
-  if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help) process.stdout.write(HELP)
-  else if (command === undefined) throw new UsageError('missing COMMAND')
-  else if (command === 'train') await train(rest)
-  else if (command === 'encode') await encode(rest)
-  else if (command === 'decode') await decode(rest)
-  else if (command === 'inspect') await inspect(rest)
-  else throw new UsageError(`unknown command ${command}, expected train, encode, decode or inspect`)
-} catch (error) {
-  fail(error)
-}
 
 function packageVersion(): string {
   return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
@@ -61,6 +61,7 @@ function readArguments() {
   try {
     return parseArgs({
       allowPositionals: true,
+      tokens: true,
       options: {
         'vocab-size': { type: 'string' },
         out: { type: 'string', default: 'tokenizer.json' },
@@ -131,7 +132,7 @@ async function train(files: string[]): Promise<void> {
   }
 }
 
-let shown = 0
+let shown = Number.NEGATIVE_INFINITY
 function showProgress(progress: TrainProgress): void {
   if (!process.stderr.isTTY || performance.now() - shown < 100) return
   shown = performance.now()
@@ -225,4 +226,21 @@ async function inspect(args: string[]): Promise<void> {
       `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest.id}, ${longest.bytes} bytes\n`,
   )
   for (const { id, token } of report.tokens ?? []) process.stdout.write(`${String(id).padStart(8)}  ${token}\n`)
+}
+
+try {
+  const [name, ...rest] = positionals
+  const command = commands.get(name)
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help) process.stdout.write(HELP)
+  else if (name === undefined) throw new UsageError('missing COMMAND')
+  else if (command === undefined) {
+    throw new UsageError(`unknown command ${name}, expected one of ${[...commands.keys()].join(', ')}`)
+  } else {
+    const foreign = given.find(option => !command.options.includes(option) && !commonOptions.includes(option))
+    if (foreign !== undefined) throw new UsageError(`unknown option --${foreign} for ${name}`)
+    await command.run(rest)
+  }
+} catch (error) {
+  fail(error)
 }

@@ -36,22 +36,30 @@ const HELP = `Usage: moe-trainer COMMAND [options]
   -h, --help   print this help
 `
 
-const { values, positionals } = readArguments()
+const { values, positionals, tokens } = readArguments()
+
+/** The names of the options on the command line. */
+const given = tokens.flatMap(token => (token.kind === 'option' ? token.name : []))
+
+/** What each command does, and its options. */
+const commands = new Map([
+  ['watch', { run: watch, options: ['port', 'host'] }],
+  [
+    'tokenize',
+    {
+      run: (patterns: string[]) => tokenizeCommand(patterns, values),
+      options: [
+        ...['tokenizer', 'out', 'field', 'separator', 'validation', 'fim-rate', 'seed', 'threads', 'shard-tokens'],
+        ...['overwrite', 'quiet'],
+      ],
+    },
+  ],
+])
+
+const commonOptions = ['json', 'version', 'help']
 
 // The reader of the output may close the pipe, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
-
-try {
-  const [command, ...rest] = positionals
-  if (values.version) process.stdout.write(`${packageVersion()}\n`)
-  else if (values.help) process.stdout.write(HELP)
-  else if (command === undefined) throw new UsageError('missing COMMAND')
-  else if (command === 'watch') await watch(rest)
-  else if (command === 'tokenize') await tokenizeCommand(rest, values)
-  else throw new UsageError(`unknown command ${command}, expected watch or tokenize`)
-} catch (error) {
-  fail(error)
-}
 
 function packageVersion(): string {
   return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
@@ -61,6 +69,7 @@ function readArguments() {
   try {
     return parseArgs({
       allowPositionals: true,
+      tokens: true,
       options: {
         port: { type: 'string' },
         host: { type: 'string' },
@@ -110,4 +119,21 @@ async function watch([folder = 'runs', ...rest]: string[]): Promise<void> {
   if (json) process.stdout.write(`${JSON.stringify({ url, folder })}\n`)
   else
     process.stdout.write(`${folder}${existsSync(folder) ? '' : ' (does not exist yet)'}: ${url}  (stop with Ctrl-C)\n`)
+}
+
+try {
+  const [name, ...rest] = positionals
+  const command = commands.get(name)
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help) process.stdout.write(HELP)
+  else if (name === undefined) throw new UsageError('missing COMMAND')
+  else if (command === undefined) {
+    throw new UsageError(`unknown command ${name}, expected one of ${[...commands.keys()].join(', ')}`)
+  } else {
+    const foreign = given.find(option => !command.options.includes(option) && !commonOptions.includes(option))
+    if (foreign !== undefined) throw new UsageError(`unknown option --${foreign} for ${name}`)
+    await command.run(rest)
+  }
+} catch (error) {
+  fail(error)
 }

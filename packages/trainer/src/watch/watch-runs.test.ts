@@ -380,9 +380,10 @@ describe('moe-trainer', () => {
   test.each([
     [[], 2, /missing COMMAND\nSee moe-trainer --help/],
     [['--help'], 0, /moe-trainer COMMAND/],
-    [['train'], 2, /unknown command train, expected watch or tokenize/],
+    [['train'], 2, /unknown command train, expected one of watch, tokenize/],
     [['watch', 'a', 'b'], 2, /expected one FOLDER, got 2/],
     [['watch', '--port', 'x'], 2, /--port is "x", expected an integer/],
+    [['watch', '--seed', '1'], 2, /unknown option --seed for watch\n/],
     [['watch', '--prot', '1'], 2, /unknown option --prot\n/],
     [['watch', '--prot', '1', '--json'], 2, /^\{"error":\{"code":"E_USAGE","message":"unknown option --prot"\}\}\n$/],
     [['watch', command], 2, /is not a folder/],
