@@ -51,6 +51,11 @@ found.trained = general.vocabSize
 const json = JSON.stringify(general)
 const fetched = await BpeTokenizer.fromJSONAsync(json)
 found.sameGeneral = texts.filter(text => String(fetched.encode(text)) === String(general.encode(text))).length
+const bytes = new Map(Array.from({ length: 256 }, (_, byte) => [byte, Uint8Array.of(byte)]))
+const tiktoken = async preTokenizer => {
+  return (await BpeTokenizer.fromTiktokenAsync(bytes, { preTokenizer })).preTokenizer
+}
+found.tiktoken = [await tiktoken('o200k'), await tiktoken({ pattern: '\\\\p{N}{1,2}+|\\\\s++$' })].join()
 await report(found)
 `
 const found = (await inChromium(program, {
@@ -69,6 +74,7 @@ const good =
   found['sameText'] === found['texts'] &&
   found['sameGeneral'] === found['texts'] &&
   found['general'] === 'steps' &&
+  found['tiktoken'] === 'o200k,steps' &&
   found['stream'] === true &&
   found['streamed'] === true
 process.exitCode = good ? 0 : 1

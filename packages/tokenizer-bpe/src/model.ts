@@ -8,6 +8,7 @@ export const MAX_ID = 1 << 22
 export interface ModelOptions {
   /** Id for bytes without a token, or -1 to drop them. */
   readonly unknown: number
+  /** Whether consecutive bytes without a token become one unknown token. */
   readonly fuseUnknown: boolean
   /** Whether a piece that is a token is encoded as that token without merging. */
   readonly ignoreMerges: boolean
@@ -17,7 +18,7 @@ export class BpeModel {
   /** Tokens in the byte alphabet, by id; undefined for unused ids. */
   readonly tokens: readonly (string | undefined)[]
   readonly idOf: ReadonlyMap<string, number>
-  /** Left id, right id and product of each merge, in order. */
+  /** Left id, right id and resulting id of each merge, in order of rank. */
   readonly merges: Int32Array
   readonly options: ModelOptions
   /** Token of each byte, or -1. */
@@ -26,7 +27,7 @@ export class BpeModel {
   readonly bytes: Uint8Array
   readonly starts: Int32Array
   readonly lengths: Int32Array
-  /** The same lengths, but 0 for tokens outside the byte alphabet, which no piece can equal. */
+  /** The same lengths, but 0 for tokens outside of the byte alphabet, which no piece can equal. */
   readonly pieceLengths: Int32Array
 
   constructor(
@@ -64,13 +65,13 @@ export class BpeModel {
     this.bytes = arena.slice(0, at)
   }
 
-  /** Bytes of a token; empty for an unused id. */
+  /** Returns the bytes of a token; empty for an unused id. */
   bytesOf(id: number): Uint8Array {
     return this.bytes.subarray(this.starts[id], this.starts[id] + this.lengths[id])
   }
 }
 
-/** Creates a model from a list of tokens. Each merge is left id, right id and product. */
+/** Creates a model from a list of tokens. Each merge is left id, right id and resulting id. */
 export function modelFromTokens(tokens: readonly string[], merges: Int32Array): BpeModel {
   const idOf = new Map<string, number>()
   for (let id = 0; id < tokens.length; id++) idOf.set(tokens[id], id)

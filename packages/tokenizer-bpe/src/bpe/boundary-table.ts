@@ -5,8 +5,8 @@
  * A token that crosses the boundary between x and y in w x | y z contains the pair xy. For most Chinese words that
  * rules out all tokens. In scripts where nearly every pair of letters is in some token, the neighbours are checked too:
  * a token that crosses is `xy`, starts with `xyz`, ends with `wxy`, or contains `wxyz`. The sets are bits at hashes; a
- * collision only leaves a boundary unused. For tokens that contain incomplete characters, the two bytes at their
- * boundaries are recorded instead.
+ * collision only leaves a boundary unused. For tokens that contain incomplete characters, the two bytes around each
+ * character boundary in them are recorded instead.
  */
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
