@@ -15,7 +15,7 @@ import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { type OpAttrs, type OpName, Random, type Shape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import { createBackend } from '@moe/kernels-cuda'
-import { order } from '../packages/kernels-cuda/src/kernels/attention-sm90a/forward.ts'
+import { schedule } from '../packages/kernels-cuda/src/kernels/attention-sm90a/forward.ts'
 import { limits } from '../packages/kernels-cuda/src/kernels/linear-cross-entropy/linear-cross-entropy.ts'
 import { choice, type Tile, tiles } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
 import { denseHopperTiles, hopperTiles } from '../packages/kernels-cuda/src/kernels/matmul-sm90a/product.ts'
@@ -248,7 +248,7 @@ async function attention(): Promise<void> {
     const ways = [false, true].map(turns => ({
       name: turns ? 'turns' : 'no turns',
       set: () => {
-        order.turns = turns
+        schedule.pingpong = turns
       },
     }))
     for (const causal of [true, false]) {
@@ -256,7 +256,7 @@ async function attention(): Promise<void> {
       const attrs = { causal, scale: dk ** -0.5, precision: 'bf16' } as const
       const outputs = [f32(...shape, dv), f32(batch, heads, length)]
       await measure(name, 'attention', inputs, attrs, outputs, ways, () => 'no turns')
-      order.turns = false
+      schedule.pingpong = false
     }
     free(...inputs)
   }

@@ -88,7 +88,7 @@ int enter(const char* call) {
 size_t bytesOf(uint32_t type) { return type == bf16 ? 2 : 4; }
 
 int checkLayout(const char* name, const Layout& layout) {
-  if (layout.order != 0) return refuse(notSupported, "cublasLt: the order of %s is %d, of which only columns are emulated", name, layout.order);
+  if (layout.order != 0) return refuse(notSupported, "cublasLt: the order of %s is %d: only column-major is emulated", name, layout.order);
   if (layout.rows == 0 || layout.columns == 0 || layout.rows > 0x7fffffff || layout.columns > 0x7fffffff)
     return refuse(invalidValue, "cublasLt: %s has %zu x %zu elements", name, (size_t)layout.rows, (size_t)layout.columns);
   if (layout.ld < (int64_t)layout.rows) return refuse(invalidValue, "cublasLt: %s has an ld of %ld for %zu rows", name, (long)layout.ld, (size_t)layout.rows);
@@ -106,7 +106,7 @@ int check(const Description& op, const Layout& a, const Layout& b, const Layout&
     if (all[i]->batch != d.batch) return refuse(invalidValue, "cublasLt: %s has a batch of %d, D of %d", names[i], all[i]->batch, d.batch);
   }
   if (op.compute != compute32F || op.scale != f32 || op.pointerMode != 0 || op.transC != 0)
-    return refuse(notSupported, "cublasLt: sums in type %d, scaled in %d: only f32 is emulated", op.compute, op.scale);
+    return refuse(notSupported, "cublasLt: compute type %d and scale type %d: only f32 is emulated", op.compute, op.scale);
   if (op.transA < 0 || op.transA > 1 || op.transB < 0 || op.transB > 1) return refuse(notSupported, "cublasLt: transposition %d, %d", op.transA, op.transB);
   if (a.type != b.type || (a.type != f32 && a.type != bf16) || c.type != f32 || d.type != f32)
     return refuse(notSupported, "cublasLt: types %u, %u, %u, %u", a.type, b.type, c.type, d.type);
@@ -309,13 +309,13 @@ EMU_EXPORT int cublasLtMatmul(int* handle, Description* op, const float* alpha, 
   const uintptr_t pointers[] = {pointerA, pointerB, pointerC, pointerD};
   for (int i = 0; i < 4; i++) {
     if (pointers[i] == 0 || pointers[i] % algorithm.alignment[i] != 0)
-      return refuse(invalidValue, "cublasLtMatmul: %c at 0x%zx, where the heuristic was told of multiples of %d", "ABCD"[i], (size_t)pointers[i],
+      return refuse(invalidValue, "cublasLtMatmul: %c at 0x%zx, but the heuristic was called with multiples of %d", "ABCD"[i], (size_t)pointers[i],
                     algorithm.alignment[i]);
   }
   if (algorithm.workspace > workspaceBytes || (algorithm.workspace > 0 && (workspace == 0 || workspace % 16 != 0)))
-    return refuse(invalidValue, "cublasLtMatmul: a workspace of %zu bytes at 0x%zx, of which the algorithm needs %zu", workspaceBytes, (size_t)workspace,
+    return refuse(invalidValue, "cublasLtMatmul: a workspace of %zu bytes at 0x%zx; the algorithm needs %zu bytes", workspaceBytes, (size_t)workspace,
                   (size_t)algorithm.workspace);
-  if (pointerC == pointerD && (c->ld != d->ld || c->stride != d->stride)) return refuse(invalidValue, "cublasLtMatmul: C in the place of D has another layout");
+  if (pointerC == pointerD && (c->ld != d->ld || c->stride != d->stride)) return refuse(invalidValue, "cublasLtMatmul: C is D but has another layout");
   calls++;
   const Product product{*a,     *b,   *d,         pointerA,   pointerB, pointerC, pointerD, workspace, op->transA ? a->rows : a->columns,
                         *alpha, *beta, op->transA, op->transB, algorithm.parts};

@@ -60,10 +60,10 @@ Mbarrier& barrierAt(void* at, const char* what, Where where) {
     Mbarrier& barrier = barriers[i];
     if (barrier.address != (uintptr_t)at) continue;
     if (barrier.by != run.thread && barrier.initialized >= run.barrierClock)
-      stop(launchFailed, where, "race: %s at a barrier that thread %d initialized, with no __syncthreads since", what, barrier.by);
+      stop(launchFailed, where, "race: %s at a barrier that thread %d initialized, without __syncthreads since", what, barrier.by);
     return barrier;
   }
-  stop(launchFailed, where, "%s at %s, which is no initialized barrier", what, sharedPlace((uintptr_t)at).c_str());
+  stop(launchFailed, where, "%s at %s, which is not an initialized barrier", what, sharedPlace((uintptr_t)at).c_str());
 }
 
 /// Copies a box, one row of its inner dimension at a time. Elements outside of the matrix are zeros.
@@ -132,7 +132,7 @@ void checkSource(const Box& box, Where where) {
       if (!inArena(from)) stop(illegalAddress, where, "a copy of a box from 0x%zx, which is not device memory", (size_t)from);
       const size_t bytes = (last - first) * map.elementBytes;
       readGlobal(from, bytes, where);
-      if (writtenInLaunch(from, bytes)) stop(launchFailed, where, "a copy of a box from 0x%zx, where this launch has written: the copy engine need not see that", (size_t)from);
+      if (writtenInLaunch(from, bytes)) stop(launchFailed, where, "a copy of a box from 0x%zx, which this launch has written: the copy engine may not see the new values", (size_t)from);
     }
 }
 
@@ -157,7 +157,7 @@ void resetBarriers() {
 void checkBarriers() {
   for (int i = 0; i < barriersInUse; i++)
     if (!barriers[i].boxes.empty())
-      stop(launchFailed, {nullptr, 0}, "the block ends while a box is on its way to %s", sharedPlace(barriers[i].boxes[0].to).c_str());
+      stop(launchFailed, {nullptr, 0}, "the block ends while a copy of a box to %s is in flight", sharedPlace(barriers[i].boxes[0].to).c_str());
 }
 
 std::string barrierStates() {
@@ -166,7 +166,7 @@ std::string barrierStates() {
     const Mbarrier& barrier = barriers[i];
     if (barrier.waiting.empty()) continue;
     char line[200];
-    snprintf(line, sizeof line, "; %s, phase %u, misses %d of %d arrivals and %lld bytes", sharedPlace(barrier.address).c_str(), barrier.phase,
+    snprintf(line, sizeof line, "; %s, phase %u, is missing %d of %d arrivals and %lld bytes", sharedPlace(barrier.address).c_str(), barrier.phase,
              barrier.missing, barrier.arrivals, (long long)barrier.bytes - (long long)barrier.copied);
     text += line;
   }
@@ -265,7 +265,7 @@ void syncWarpgroup(const char* file, int line) {
 /// Starts a copy.
 static void copy(Box box, Mbarrier& barrier, Where where) {
   box.bytes = (size_t)box.map.box[0] * box.map.box[1] * box.map.box[2] * box.map.elementBytes;
-  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarrierInit() after initBarrier()");
+  if (!barrier.fenced) stop(launchFailed, where, "a copy uses a barrier without fenceBarrierInit() after initBarrier()");
   if (!inShared(box.to)) stop(illegalAddress, where, "a copy of a box to 0x%zx, which is not shared memory", (size_t)box.to);
   if (checksOn) {
     checkSource(box, where);
@@ -284,12 +284,12 @@ void tmaLoad(void* shared, const void* map, void* at, int x, int y, int z, const
   if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
   Box box{};
   memcpy(&box.map, map, sizeof box.map);
-  if (box.map.magic != boxMapMagic || box.map.rank != 3) stop(launchFailed, where, "this is no tensor map of rank 3");
+  if (box.map.magic != boxMapMagic || box.map.rank != 3) stop(launchFailed, where, "the parameter is not a tensor map of rank 3");
   box.to = (uintptr_t)shared;
   box.at[0] = x, box.at[1] = y, box.at[2] = z;
   const uint32_t alignment = box.map.swizzle == swizzle128 ? 1024 : 128;
   if (inShared(box.to) && sharedAddress(shared) % alignment != 0)
-    stop(misalignedAddress, where, "misaligned: a box goes to %s, not to a multiple of %u", sharedPlace(box.to).c_str(), alignment);
+    stop(misalignedAddress, where, "misaligned: a box is copied to %s, which is not a multiple of %u", sharedPlace(box.to).c_str(), alignment);
   copy(box, barrierAt(at, "a copy", where), where);
 }
 
@@ -298,7 +298,7 @@ void bulkLoad(void* shared, const void* global, int bytes, void* at, const char*
   const Where where{file, line};
   walk("bulkLoad", file, line);
   if (((uintptr_t)shared | (uintptr_t)global | (uintptr_t)bytes) % 16 != 0)
-    stop(misalignedAddress, where, "misaligned: a copy of %d bytes from 0x%zx to 0x%zx, which are to be multiples of 16", bytes, (size_t)global, (size_t)(uintptr_t)shared);
+    stop(misalignedAddress, where, "misaligned: a copy of %d bytes from 0x%zx to 0x%zx, which must be multiples of 16", bytes, (size_t)global, (size_t)(uintptr_t)shared);
   if (bytes < 16 || bytes > 1024) stop(launchFailed, where, "a copy of %d bytes; 16 to 1024 are emulated", bytes);
   Box box{};
   box.map.rank = 3;

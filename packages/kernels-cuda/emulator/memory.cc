@@ -198,7 +198,7 @@ void readGlobalSlow(uintptr_t address, size_t bytes, Where where) {
     stop(illegalAddress, where, "out of bounds: read of %zu bytes at 0x%zx, %s", bytes, (size_t)address, describe(bad).c_str());
   if (const uintptr_t bad = firstWithout(address, bytes, 4)) {
     const auto& [start, allocation] = *std::prev(allocations.upper_bound(bad));
-    stop(illegalAddress, where, "uninitialized: read of %zu bytes at 0x%zx, which nothing wrote; byte %zu of the %zu at 0x%zx", bytes,
+    stop(illegalAddress, where, "uninitialized: read of %zu bytes at 0x%zx; byte %zu of the %zu at 0x%zx", bytes,
          (size_t)address, (size_t)(bad - start), allocation.bytes, (size_t)start);
   }
 }

@@ -220,7 +220,7 @@ EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const
   if (const int status = enter("ncclCommInitRankConfig"); status != success) return status;
   if (!comm || ranks < 1 || rank < 0 || rank >= ranks) return invalidArgument;
   if (!config || config->magic != 0xcafebeef || config->size < sizeof(Config) || config->version < 21800)
-    return refuse(invalidArgument, "ncclCommInitRankConfig: no configuration of 2.18 or later");
+    return refuse(invalidArgument, "ncclCommInitRankConfig: the configuration is not of version 2.18 or later");
   if (config->blocking != 0) return refuse(invalidArgument, "ncclCommInitRankConfig: communicators that block are not emulated");
   Comm* fresh = new Comm{};
   fresh->folder = id.folder;
@@ -231,7 +231,7 @@ EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const
   const Place place{(int)getpid(), moe_emulator_device()};
   if (access(arrivalOf(*fresh, rank).c_str(), F_OK) == 0 || !write(arrivalOf(*fresh, rank), &place, sizeof place)) {
     delete fresh;
-    return refuse(invalidArgument, "ncclCommInitRankConfig: rank %d is there already, or %s is not", rank, id.folder);
+    return refuse(invalidArgument, "ncclCommInitRankConfig: rank %d exists already, or %s does not", rank, id.folder);
   }
   living++;
   *comm = fresh;
@@ -298,8 +298,8 @@ EXPORT int ncclCommFinalize(Comm* comm) {
 EXPORT int ncclCommDestroy(Comm* comm) {
   if (const int status = enter("ncclCommDestroy"); status != success) return status;
   if (!comm) return success;
-  if (!comm->ended || comm->state != success) return refuse(invalidArgument, "ncclCommDestroy: not finalized, which would wait for the other ranks");
-  if (comm->queued > 0) refuse(0, "ncclCommDestroy: messages are under way");
+  if (!comm->ended || comm->state != success) return refuse(invalidArgument, "ncclCommDestroy: the communicator is not finalized, so this would wait for the other ranks");
+  if (comm->queued > 0) refuse(0, "ncclCommDestroy: messages are in flight");
   leave(comm);
   return success;
 }

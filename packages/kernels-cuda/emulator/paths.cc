@@ -76,7 +76,7 @@ void meetPaths(int warp) {
       const int more = passed(lane).steps > passed(0).steps ? lane : 0;
       const auto& [what, file, line] = passed(more).at;
       const Step& latest = passed(more).latest;
-      stop(launchFailed, {file, line}, "%s is a whole warp's, and warp %d has not met since its lanes went different ways: lane %d comes from %s (%s:%d), lane %d does not; a __syncwarp() is missing",
+      stop(launchFailed, {file, line}, "%s is warp-wide, but warp %d has not converged since its lanes diverged: lane %d comes from %s (%s:%d), lane %d does not; a __syncwarp() is missing",
            what, warp, more, latest.what, baseName(latest.file), latest.line, lane - more);
     }
   forget(warp);

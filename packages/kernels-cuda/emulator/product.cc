@@ -111,7 +111,7 @@ void checkDescriptor(uint64_t descriptor, bool across, int rows, const char* nam
     stop(launchFailed, where, "operand %s: swizzle %d and a stride of %d bytes; only 1 (128 bytes) and 1024 are emulated", name, (int)swizzle, (int)stride);
   const Operand operand(descriptor, across);
   if (offset != 0 || (operand.start & (across ? 0x3ff : 0x380)) != 0 || (across && operand.next % 1024 != 0))
-    stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is no multiple of 1024", name, operand.start, (int)offset);
+    stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is not a multiple of 1024", name, operand.start, (int)offset);
   if (!checksOn) return;
   // One lane checks every line; the other lanes only check whether they have waited at all.
   for (int line = 0; line < (run.lane == 0 ? operand.lines(rows) : 1); line++)
@@ -199,12 +199,12 @@ int columnOf(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 void checkMarks(const float* d, int n, Where where) {
   for (int i = 0; i < n / 2; i++)
     if (memcmp(d + i, &mark, 4) != 0)
-      stop(launchFailed, where, "sum %d was written while products that add to it are on their way", i);
+      stop(launchFailed, where, "accumulator %d was written while wgmmas that use it are in flight", i);
 }
 
 void checkLeft(const Product& product, Where where) {
   if (product.registers && memcmp(product.left, product.leftAt, sizeof product.left) != 0)
-    stop(launchFailed, where, "a left operand in registers was written while products that read it are on their way");
+    stop(launchFailed, where, "an A operand in registers was written while wgmmas that read it are in flight");
 }
 
 /// The index of these accumulators among those in flight; new ones are added.
@@ -213,11 +213,11 @@ int sumsAt(Warpgroup& group, float* d, int n, Where where) {
   for (int s = 0; s < mostSums; s++) {
     if (group.sums[s].at[me] != d) continue;
     checkMarks(d, n, where);
-    if (group.sums[s].n != n) stop(launchFailed, where, "products of widths %d and %d add to the same sums", group.sums[s].n, n);
+    if (group.sums[s].n != n) stop(launchFailed, where, "wgmmas of widths %d and %d use the same accumulators", group.sums[s].n, n);
     return s;
   }
   Queue& queue = group.queues[me];
-  if (!queue.fenced) stop(launchFailed, where, "a product without wgmmaFence() since the sums were this thread's");
+  if (!queue.fenced) stop(launchFailed, where, "a wgmma without wgmmaFence() since this thread accessed the accumulators");
   for (int s = 0; s < mostSums; s++) {
     Sums& sums = group.sums[s];
     if (sums.at[me]) continue;
@@ -229,7 +229,7 @@ int sumsAt(Warpgroup& group, float* d, int n, Where where) {
     }
     return s;
   }
-  stop(outOfResources, where, "the emulator has room for %d arrays of sums at once", mostSums);
+  stop(outOfResources, where, "the emulator supports %d accumulators in flight", mostSums);
 }
 
 /// Computes the products whose groups must have completed, and returns accumulators that no other product uses.
@@ -238,7 +238,7 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
   for (int t = 1; t < groupThreads; t++) {
     const Queue& other = group.queues[t];
     if (other.count != first.count || !std::equal(first.products, first.products + first.count, other.products))
-      stop(launchFailed, where, "thread %d of the warpgroup has asked for %d products and thread 0 for %d, or for others: all 128 must ask for the same", t,
+      stop(launchFailed, where, "thread %d of the warpgroup has issued %d wgmmas and thread 0 %d, or different ones: all 128 threads must issue the same", t,
            other.count, first.count);
   }
   const int firstWarp = run.thread / groupThreads * 4;
@@ -303,14 +303,14 @@ void wgmmaCommit(const char* file, int line) {
 static void ask(float* d, Product product) {
   const Where where{product.file, product.line};
   const int end = (run.thread / groupThreads + 1) * groupThreads;
-  if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
+  if (end > threadsOfBlock()) stop(launchFailed, where, "a wgmma of a warpgroup with only %d threads", threadsOfBlock() % groupThreads);
   atAligned("a product", product.file, product.line);
   if (!product.registers) checkDescriptor(product.a, product.acrossA, 64, "a", where);
   checkDescriptor(product.b, product.acrossB, product.n, "b", where);
   used = true;
   Warpgroup& group = warpgroup();
   Queue& queue = group.queues[run.thread % groupThreads];
-  if (queue.count == mostQueued) stop(outOfResources, where, "%d products that nobody waited for", mostQueued);
+  if (queue.count == mostQueued) stop(outOfResources, where, "%d wgmmas without a wait", mostQueued);
   product.sums = sumsAt(group, d, product.n, where);
   product.group = queue.groups;
   queue.products[queue.count++] = product;
@@ -333,7 +333,7 @@ void waitForProducts(int pending, const char* file, int line) {
   if (group.arrived == 0) {
     group.file = file, group.line = line, group.pending = pending;
   } else if (group.line != line || group.file != file || group.pending != pending) {
-    stop(launchFailed, where, "wgmmaWait without all threads: others of the warpgroup are at line %d", group.line);
+    stop(launchFailed, where, "wgmmaWait without all threads: others of the warpgroup wait at line %d", group.line);
   }
   if (++group.arrived < groupThreads) return waitInWarp("wgmmaWait", file, line);
   group.arrived = 0;
@@ -351,16 +351,16 @@ void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where whe
       const uint32_t when = readAt[line][w];
       if (when < run.barrierClock) continue;
       if (when == inFlight)
-        stop(launchFailed, where, "race: %s to %s, from which products of warp %d on their way read", what, sharedPlace(address).c_str(), w);
+        stop(launchFailed, where, "race: %s to %s, which wgmmas of warp %d in flight read", what, sharedPlace(address).c_str(), w);
       if (w != run.warp && heard[run.thread][ofProducts + w] <= when)
-        stop(launchFailed, where, "race: %s to %s, from which warp %d may still read: it has not arrived at a barrier that this thread waited for since", what,
+        stop(launchFailed, where, "race: %s to %s, which warp %d may still read: it has not arrived at a barrier that this thread has waited for since", what,
              sharedPlace(address).c_str(), w);
     }
 }
 
 void checkProducts() {
   if (used && warpgroup().queues[run.thread % groupThreads].count > 0)
-    stop(launchFailed, {nullptr, 0}, "a thread returns while products that it asked for are on their way");
+    stop(launchFailed, {nullptr, 0}, "a thread returns while its wgmmas are in flight");
 }
 
 void dropProducts() {

@@ -232,10 +232,10 @@ PTX_OP void syncNamed(uint32_t name, uint32_t threads, const char* file, int lin
 
 /// A wgmma, computed immediately. Accesses to accumulators and operands in flight are checked in kernels that the host
 /// compiler built.
-template <int N, class Ask>
-PTX_OP void productNow(float (&d)[N], Ask ask, const char* file, int line) {
+template <int N, class Call>
+PTX_OP void computeWgmma(float (&d)[N], Call call, const char* file, int line) {
   emu::wgmmaFence(file, line);
-  ask(d);
+  call(d);
   emu::wgmmaCommit(file, line);
   emu::waitForProducts(0, file, line);
 }

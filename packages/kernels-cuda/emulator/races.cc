@@ -91,7 +91,7 @@ bool writtenInLaunch(uintptr_t address, size_t bytes) {
 void checkConstant(const void* pointer, size_t bytes, const char* file, int line) {
   const uintptr_t address = (uintptr_t)pointer;
   if (address - globalStart < globalBytes && writtenInLaunch(address, bytes))
-    stop(launchFailed, {file, line}, "a load by way of the cache of constants (ld.global.nc) from 0x%zx, where this launch has written: __restrict__ is wrong", (size_t)address);
+    stop(launchFailed, {file, line}, "a read-only load (ld.global.nc) from 0x%zx, which this launch has written: __restrict__ is wrong", (size_t)address);
 }
 
 void raceWrite(uintptr_t address, size_t bytes, bool atomic, Where where) {

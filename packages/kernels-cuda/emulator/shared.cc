@@ -91,7 +91,7 @@ std::string placeOf(uintptr_t address) {
        now, placeOf(address).c_str(), before, nameOf(who).c_str(), run.thread);
 }
 [[noreturn]] void early(uintptr_t address, Where where) {
-  stop(launchFailed, where, "race: access to %s, to which an asynchronous copy is on its way that was not waited for", placeOf(address).c_str());
+  stop(launchFailed, where, "race: access to %s while an asynchronous copy to it is in flight", placeOf(address).c_str());
 }
 [[noreturn]] void unwritten(uintptr_t address, Where where) {
   stop(illegalAddress, where, "uninitialized: read of %s, which no thread of the block has written (or not yet: is a barrier missing?)", placeOf(address).c_str());
@@ -100,7 +100,7 @@ std::string placeOf(uintptr_t address) {
 [[noreturn]] void outside(uintptr_t address, size_t bytes, Where where) {
   const size_t at = address - region;
   if (at < dynamicEnd)
-    stop(illegalAddress, where, "out of bounds: access of %zu bytes at %s, of which the launch asked for %u", bytes, placeOf(address).c_str(),
+    stop(illegalAddress, where, "out of bounds: access of %zu bytes at %s; the launch has %u bytes", bytes, placeOf(address).c_str(),
          run.dynamicShared);
   stop(illegalAddress, where, "out of bounds: access of %zu bytes outside every shared array, at %s", bytes, placeOf(address).c_str());
 }
@@ -299,7 +299,7 @@ void checkReaders(uintptr_t address, size_t bytes, Where where) {
         fenced = fence != 0 && (w == run.warp || fence < run.barrierClock || heard[run.thread][w] > fence);
       }
       if (!fenced)
-        stop(launchFailed, where, "race: a box goes to %s, which warp %d has read, with no fenceProxyAsync() before it told", placeOf(at).c_str(), w);
+        stop(launchFailed, where, "race: a box is copied to %s, which warp %d has read without fenceProxyAsync() before it arrived", placeOf(at).c_str(), w);
     }
   });
 }
@@ -321,7 +321,7 @@ void checkOperand(uintptr_t address, size_t bytes, Where where) {
     const int thread = cell.writer & 0x3ff;
     const uint32_t fence = fenceAfter(thread, cell.writeClock);
     if (fence == 0 || !ordered(fence, (Who)thread))
-      stop(launchFailed, where, "a product reads %s, which thread %d has written and not made visible by fenceProxyAsync() before it told", placeOf(at).c_str(), thread);
+      stop(launchFailed, where, "a wgmma reads %s, which thread %d has written without fenceProxyAsync() before it arrived", placeOf(at).c_str(), thread);
   });
 }
 bool orderedBefore(uint32_t clock, int thread) { return ordered(clock, (Who)thread); }

@@ -178,7 +178,7 @@ async function compile({ source, file, stamp, only, targets }, key) {
   let { code, output } = await run('nvcc', args, 'pipe')
   if (code === 0 && options.jit) ({ code, output } = await assemble(temporary, arch))
   if (code !== 0) return output || `exit code ${code}`
-  // Products of a warpgroup that the compiler serialized, because something accesses their accumulators in between; and all other warnings.
+  // wgmmas that the compiler serialized, because something accesses their accumulators in between; and all other warnings.
   const said = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected|warning|Performance Loss).*/i)
   if (said) return said[0]
   const resources = parseResources(output)
@@ -240,7 +240,7 @@ function resourcesOf({ stamp }) {
 /** Writes one line per kernel: registers on each architecture, and spilled bytes and stack frame if not zero. */
 function writeReport(modules, version) {
   const lines = [
-    `Registers a thread of each kernel by architecture (CUDA ${version}), static shared memory, and spills, which hot kernels must not have.`,
+    `Registers per thread of each kernel by architecture (CUDA ${version}), bytes of static shared memory, and bytes of register spills.`,
     `Written by scripts/build-fatbins.mjs.`,
     '',
     ['kernel'.padEnd(52), ...published.map(arch => `sm_${arch}`.padStart(7)), ' shared', '  spilled'].join(''),

@@ -2,8 +2,8 @@
 //
 //   node scripts/machine-code.mjs [MODULE…]
 //
-// It follows every path through a kernel, tracks the products of warpgroups in flight, and fails if an instruction accesses a register that one of them uses for its accumulator or left
-// operand. It also fails if a kernel uses local memory, ends with products in flight, waits after each of several products, or has waited for all of them before the first exponential.
+// It follows every path through a kernel, tracks the wgmmas in flight, and fails if an instruction accesses a register that one of them uses for its accumulator or its A
+// operand. It also fails if a kernel uses local memory, ends with wgmmas in flight, waits after each of several wgmmas, or has waited for all of them before the first exponential.
 import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
@@ -18,18 +18,18 @@ const modules = readdirSync(existsSync(fatbins) ? fatbins : root)
   .sort()
 const columns = [
   ['instructions', 14],
-  ['products', 10],
+  ['wgmma', 7],
   ['groups', 8],
   ['waits', 7],
   ['loop', 8],
-  ['in it', 7],
+  ['wgmma', 7],
   ['exp', 5],
-  ['beside', 8],
+  ['overlap', 9],
 ]
 const lines = [
-  "Machine code of Hopper's kernels that multiply: instructions, products of warpgroups, groups in which they are committed, waits for groups; of the loop with most products",
-  'the instructions, products and exponentials among them, and how many of those are computed beside products. Written by scripts/machine-code.mjs, which fails where registers of',
-  'products on their way are touched.',
+  "Machine code of Hopper's kernels that use wgmma: instructions, wgmmas, the groups in which they are committed, and waits for groups; then, for the loop with",
+  'most wgmmas, its instructions, its wgmmas, its exponentials, and how many of these overlap with wgmmas in flight. Written by scripts/machine-code.mjs, which fails',
+  'if an instruction accesses registers of wgmmas in flight.',
   '',
   `${'kernel'.padEnd(56)}${columns.map(([name, width]) => name.padStart(width)).join('')}`,
 ]
@@ -41,27 +41,27 @@ let faults = 0
 if (modules.length === 0) fail('found no fatbins; run node scripts/build-fatbins.mjs first')
 for (const module of named.length > 0 ? named : modules) {
   for (const [name, code] of [...disassemble(join(fatbins, `${module}.fatbin`))].sort(([a], [b]) => (a < b ? -1 : 1))) {
-    const products = code.filter(isProduct)
+    const products = code.filter(isWgmma)
     for (const fault of faultsOf(code)) fail(`${name}: ${fault}`)
     if (products.length === 0) continue
     const groups = products.filter(({ operands }) => operands.includes('gsb0')).length
     const waits = code.filter(isWait).length
-    // A wait after each of several products means that ptxas has serialized them.
+    // A wait after each of several wgmmas means that ptxas has serialized them.
     if (products.length > 4 && groups > products.length / 2)
-      fail(`${name}: ${products.length} products in ${groups} groups`)
+      fail(`${name}: ${products.length} wgmmas in ${groups} groups`)
     const loop = loopOf(code)
-    const { all, beside } = exponentialsOf(loop)
+    const { all, overlapping } = exponentialsOf(loop)
     // With only two groups, the second multiplies the result of the first.
-    if (all > 0 && beside === 0 && groups > 2) fail(`${name}: all products are waited for before the first exponential`)
+    if (all > 0 && overlapping === 0 && groups > 2) fail(`${name}: waits for all wgmmas before the first exponential`)
     const numbers = [
       code.length,
       products.length,
       groups,
       waits,
       loop.length,
-      loop.filter(isProduct).length,
+      loop.filter(isWgmma).length,
       all,
-      beside,
+      overlapping,
     ]
     lines.push(name.padEnd(56) + numbers.map((x, i) => String(x).padStart(columns[i][1])).join(''))
   }
@@ -103,7 +103,7 @@ function disassemble(file) {
   return kernels
 }
 
-function isProduct({ op }) {
+function isWgmma({ op }) {
   return /^[HQI]GMMA/.test(op)
 }
 function isWait({ op }) {
@@ -113,30 +113,30 @@ function targetOf({ op, operands }) {
   return op.startsWith('BRA') ? Number.parseInt(operands.at(-1).match(/0x[0-9a-f]+$/)?.[0] ?? 'x', 16) : undefined
 }
 
-/** The innermost loop with the most products. */
+/** The innermost loop with the most wgmmas. */
 function loopOf(code) {
   const loops = code.flatMap((instruction, end) => {
     const target = targetOf(instruction)
     const begin = target === undefined ? -1 : code.findIndex(({ at }) => at === target)
     return begin >= 0 && begin <= end ? [code.slice(begin, end + 1)] : []
   })
-  const count = loop => loop.filter(isProduct).length
+  const count = loop => loop.filter(isWgmma).length
   return loops.reduce((best, loop) => {
     const [more, most] = [count(loop), count(best)]
     return more > most || (more === most && more > 0 && loop.length < best.length) ? loop : best
   }, [])
 }
 
-/** The number of exponentials in a loop, and how many of them run while products are in flight. */
+/** The number of exponentials in a loop, and how many of them run while wgmmas are in flight. */
 function exponentialsOf(loop) {
-  const found = { all: 0, beside: 0 }
-  let underway = false
+  const found = { all: 0, overlapping: 0 }
+  let inFlight = false
   for (const instruction of loop) {
-    if (isProduct(instruction)) underway = true
-    else if (isWait(instruction) && Number(instruction.operands[1]) === 0) underway = false
+    if (isWgmma(instruction)) inFlight = true
+    else if (isWait(instruction) && Number(instruction.operands[1]) === 0) inFlight = false
     if (instruction.op !== 'MUFU.EX2') continue
     found.all++
-    if (underway) found.beside++
+    if (inFlight) found.overlapping++
   }
   return found
 }
@@ -163,13 +163,13 @@ function accessesOf({ op, operands }) {
   return { written, read }
 }
 
-/** Instructions that access registers of products in flight, on any path. */
+/** Instructions that access registers of wgmmas in flight, on any path. */
 function faultsOf(code) {
   const found = new Set()
   const indexOf = new Map(code.map(({ at }, i) => [at, i]))
   const targets = new Set(code.map(targetOf))
   const seen = new Set()
-  // Per path: products that are not committed, and committed groups, oldest first.
+  // Per path: wgmmas that are not committed, and committed groups, oldest first.
   const paths = [{ from: 0, open: [], closed: [] }]
   for (let path = paths.pop(); path; path = paths.pop()) {
     let { from: i, open, closed } = path
@@ -182,18 +182,19 @@ function faultsOf(code) {
         seen.add(key)
       }
       const report = what => found.add(`at 0x${at.toString(16)} ${what}: ${text}`)
-      const underway = [...closed.flat(), ...open]
+      const inFlight = [...closed.flat(), ...open]
       if (/^(LDL|STL)/.test(op)) report('local memory')
-      if (isProduct(instruction)) {
-        const sums = registers(operands[0], Number(op.match(/64x(\d+)x/)[1]) / 2)
+      if (isWgmma(instruction)) {
+        const accumulator = registers(operands[0], Number(op.match(/64x(\d+)x/)[1]) / 2)
         const left = registers(operands[1], 4)
-        for (const other of underway) {
-          if (left.some(r => other.sums.includes(r))) report('a left operand among sums on their way')
-          if (sums[0] !== other.sums[0] && sums.some(r => other.sums.includes(r)))
-            report('sums among others on their way')
-          if (sums.some(r => other.left.includes(r))) report('sums among left operands on their way')
+        for (const other of inFlight) {
+          if (left.some(r => other.accumulator.includes(r))) report('the A operand is in an accumulator in flight')
+          if (accumulator[0] !== other.accumulator[0] && accumulator.some(r => other.accumulator.includes(r)))
+            report('the accumulator overlaps with another one in flight')
+          if (accumulator.some(r => other.left.includes(r)))
+            report('the accumulator overlaps with an A operand in flight')
         }
-        open = [...open, { sums, left }]
+        open = [...open, { accumulator, left }]
         if (operands.includes('gsb0')) {
           closed = [...closed, open]
           open = []
@@ -206,10 +207,10 @@ function faultsOf(code) {
         continue
       }
       const { written, read } = accessesOf(instruction)
-      for (const { sums, left } of underway) {
-        if (written.some(r => sums.includes(r))) report('writes sums on their way')
-        if (written.some(r => left.includes(r))) report('writes a left operand on its way')
-        if (read.some(r => sums.includes(r))) report('reads sums on their way')
+      for (const { accumulator, left } of inFlight) {
+        if (written.some(r => accumulator.includes(r))) report('writes an accumulator in flight')
+        if (written.some(r => left.includes(r))) report('writes an A operand in flight')
+        if (read.some(r => accumulator.includes(r))) report('reads an accumulator in flight')
       }
       const target = targetOf(instruction)
       if (target !== undefined) {
@@ -217,7 +218,7 @@ function faultsOf(code) {
         if (predicate === undefined && !/^!?U?P\d/.test(operands[0])) break
       }
       if (op === 'EXIT' && predicate === undefined) {
-        if (underway.length > 0) report('ends with products on their way')
+        if (inFlight.length > 0) report('ends with wgmmas in flight')
         break
       }
     }

@@ -16,8 +16,8 @@ import {
 } from './test-backend.ts'
 
 /**
- * The suite runs every case twice and wants the same bits. The emulator runs the blocks and threads of the second run in reverse, so that a result
- * that depends on their order, through global memory too, does not pass. Called after the forward and after the backward pass of each run.
+ * The suite runs every case twice and expects identical bits. The emulator runs blocks and threads of the second run in reverse order, so that a result
+ * that depends on their order, also through global memory, fails. Called after the forward and after the backward pass of each run.
  */
 function reverseEverySecondRun(): () => void {
   if (unavailable || onDevice) return () => {}
@@ -30,7 +30,7 @@ function reverseEverySecondRun(): () => void {
   }
 }
 
-// A fault ends a backend for good, so each check has its own. Products once more by Hopper's instructions.
+// A fault makes a backend unusable, so each check has its own. Products are also tested with the Hopper kernels.
 const names = backendSuite(testBackend).map(check => check.name)
 
 for (const wgmma of wgmmaVariants) {
@@ -55,20 +55,17 @@ for (const wgmma of wgmmaVariants) {
   }
 }
 
-test.skipIf(unavailable || onDevice)(
-  "products are Hopper's where that is asked for and the device is one",
-  async () => {
-    for (const wgmma of [false, true]) {
-      const backend = await testBackend({ wgmma })
-      expect(backend.wgmma).toBe(wgmma)
-      backend.dispose()
-    }
-    emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', 100)
-    const newer = await createBackend({ ...emulator, wgmma: true })
-    expect(newer.wgmma).toBe(false)
-    newer.dispose()
-  },
-)
+test.skipIf(unavailable || onDevice)('products use the Hopper kernels if enabled and on a Hopper device', async () => {
+  for (const wgmma of [false, true]) {
+    const backend = await testBackend({ wgmma })
+    expect(backend.wgmma).toBe(wgmma)
+    backend.dispose()
+  }
+  emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', 100)
+  const newer = await createBackend({ ...emulator, wgmma: true })
+  expect(newer.wgmma).toBe(false)
+  newer.dispose()
+})
 
 describe.skipIf(unavailable || onDevice)('MOE_CUDA_WGMMA', () => {
   afterEach(() => {
@@ -99,13 +96,13 @@ describe.skipIf(unavailable || onDevice)('MOE_CUDA_WGMMA', () => {
     expect(await usedWith(value, { wgmma })).toEqual(ops)
   })
 
-  test('names an op that has none', async () => {
+  test('an op without a Hopper kernel is an error that names it', async () => {
     await expect(usedWith('attention,softmax')).rejects.toMatchObject({ code: 'E_CONFIG' })
   })
 })
 
-test.skipIf(unavailable)('no fused op of the suite fell back to its decomposition, but for experts in f32', () => {
-  // What lies between their products is f32 then, however they are called.
+test.skipIf(unavailable)('no fused op of the suite uses its decomposition, except experts in f32', () => {
+  // Without bf16, activations between the products are f32 anyway.
   const declined = ['routedExperts', 'routedExpertsBackward']
   const fallen = fallbacks().filter(({ backend }) => backend === 'kernels-cuda')
   expect(fallen.filter(({ op }) => !declined.includes(op))).toEqual([])

@@ -1,4 +1,4 @@
-/** @file The emulated cuBLASLt itself: right products come out right, and what the real one forbids, or would leave to luck, is refused. */
+/** @file Tests of the emulated cuBLASLt: products are correct, and calls that the real library forbids, or that would only work by luck, are rejected. */
 import koffi from 'koffi'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { emulatedCublasLt } from './test-backend.ts'
@@ -46,7 +46,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     'int cublasLtMatmul(uint64_t h, uint64_t op, const void* alpha, uint64_t a, uint64_t la, uint64_t b, uint64_t lb, const void* beta, uint64_t c, uint64_t lc, uint64_t d, uint64_t ld, const void* algo, uint64_t workspace, size_t bytes, uint64_t stream)',
   )
 
-  /** D = 2 A B + 3 C of 2 x k times k x 2 matrices by columns, with what a test has otherwise. */
+  /** D = 2 A B + 3 C of column-major matrices, 2 x k times k x 2. A test overrides what differs. */
   function product(
     k: number,
     otherwise: Partial<Record<'lda' | 'pointerB' | 'workspace' | 'alignment' | 'd', number>>,
@@ -95,7 +95,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(device.report()).toBe('')
   })
 
-  test('k in two parts, in the workspace', () => {
+  test('split-K through the workspace', () => {
     const { run, d, needed } = product(400, {})
     expect(needed).toBe(2 * 2 * 2 * 4)
     expect(run()).toBe(0)
@@ -104,7 +104,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(result(d)[0]).toBeCloseTo(2 * sum + 3, -2)
   })
 
-  test('it runs when its stream does, and again in a graph', () => {
+  test('it runs in stream order, and again in a graph', () => {
     const stream = device.stream()
     const { run, d, results } = product(2, {})
     expect(device.call('cuMemsetD8Async', d, 0, 16, 0)).toBe(0)
@@ -124,7 +124,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(result(d)[0]).toBe(17)
   })
 
-  test('attributes of another size, or that do not exist', () => {
+  test('attributes of the wrong size and unknown attributes are rejected', () => {
     expect(set('MatmulDesc')(description(), 3, BigInt64Array.of(1n), 8)).toBe(invalidValue)
     expect(set('MatmulDesc')(description(), 99, Int32Array.of(1), 4)).toBe(invalidValue)
     expect(set('MatrixLayout')(layout(2, 2), 5, BigInt64Array.of(1n), 8)).toBe(invalidValue)
@@ -132,7 +132,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(set('MatrixLayout')(0, 5, Int32Array.of(1), 4)).toBe(invalidValue)
   })
 
-  test('products that cannot be', () => {
+  test('impossible products are rejected', () => {
     expect(product(2, { lda: 1 }).asked).toBe(invalidValue)
     expect(device.report()).toMatch(/refused: cublasLt: A has an ld of 1 for 2 rows/)
     const ask = (op: number, la: number, lb: number, lc: number) =>
@@ -148,9 +148,9 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(ask(description(), batched, layout(3, 2), layout(2, 2))).toBe(invalidValue)
   })
 
-  test('pointers, workspace and algorithm that are not what the heuristic was asked for', () => {
+  test('pointers, workspace and algorithm must match the call of the heuristic', () => {
     expect(product(2, { pointerB: 4, alignment: 16 }).run()).toBe(invalidValue)
-    expect(device.report()).toMatch(/B at 0x.*where the heuristic was told of multiples of 16/)
+    expect(device.report()).toMatch(/B at 0x.*but the heuristic was called with multiples of 16/)
     expect(product(400, { workspace: 8 }).run()).toBe(invalidValue)
     expect(device.report()).toMatch(/a workspace of 8 bytes at .*needs 32/)
     const other = product(3, {}).results

@@ -1,4 +1,4 @@
-/** @file What the emulator makes of Hopper's copy engine, its barriers and the products of a warpgroup: right ones, and every kind of wrong one. */
+/** @file Tests of the emulated TMA copies, mbarriers and wgmma: correct uses, and every kind of error. */
 import { readFileSync } from 'node:fs'
 import koffi from 'koffi'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
@@ -93,7 +93,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     return map.slice()
   }
 
-  /** Small integers, which bf16 holds, two to a word. */
+  /** Small integers, which bf16 represents exactly, two per word. */
   const matrix = (rows: number, columns: number, f: (row: number, column: number) => number) => {
     const words = new Int32Array((rows * columns) / 2)
     const halves = new Uint16Array(words.buffer)
@@ -106,7 +106,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   const a = (row: number, k: number) => ((row * 7 + k * 3) % 11) - 5
   const b = (row: number, k: number) => ((row * 5 + k * 2) % 13) - 6
 
-  /** d = a b^T over two steps of 64 from `x` on; a has 60 rows, 126 columns in lines of 128. */
+  /** d = a b^T over two steps of 64 from `x` on; a has 60 rows and 126 columns, with a row stride of 128. */
   const run = (mode: Mode, x = 0) => {
     const d = device.upload(new Float32Array(64 * 128))
     const left = encoded(matrix(64, 128, a), { sizes: [126, 60, 1] })
@@ -135,55 +135,55 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   })
 
   test.each<[Mode, number, string]>([
-    ['noWait', launchFailed, 'an asynchronous copy is on its way'],
+    ['noWait', launchFailed, 'while an asynchronous copy to it is in flight'],
     ['oneWarpWaits', launchFailed, 'written by the copy engine'],
-    ['waitsForTheOther', launchFailed, 'an asynchronous copy is on its way'],
-    ['tooFewBytes', launchFailed, 'misses 0 of 1 arrivals and -16 bytes'],
-    ['noSyncthreads', launchFailed, 'initialized, with no __syncthreads since'],
+    ['waitsForTheOther', launchFailed, 'while an asynchronous copy to it is in flight'],
+    ['tooFewBytes', launchFailed, 'is missing 0 of 1 arrivals and -16 bytes'],
+    ['noSyncthreads', launchFailed, 'initialized, without __syncthreads since'],
     ['noFenceBarrierInit', launchFailed, 'without fenceBarrierInit()'],
     ['arrivesTwice', launchFailed, 'an arrival at byte 0 of shared array barriers'],
-    ['arrivesForOthers', launchFailed, 'products of warp 1 on their way read'],
-    ['misalignedStage', misalignedAddress, 'not to a multiple of 1024'],
+    ['arrivesForOthers', launchFailed, 'which wgmmas of warp 1 in flight read'],
+    ['misalignedStage', misalignedAddress, 'which is not a multiple of 1024'],
     ['refillsTooEarly', launchFailed, 'threads wait for each other'],
-    ['refillsInFlight', launchFailed, 'from which warp 0 may still read'],
-    ['leavesABox', launchFailed, 'the block ends while a box is on its way'],
-    ['oneThreadLess', launchFailed, 'all 128 must ask for the same'],
+    ['refillsInFlight', launchFailed, 'which warp 0 may still read'],
+    ['leavesABox', launchFailed, 'the block ends while a copy of a box'],
+    ['oneThreadLess', launchFailed, 'all 128 threads must issue the same'],
     ['noWgmmaFence', launchFailed, 'without wgmmaFence()'],
-    ['writesSums', launchFailed, 'sum 3 was written while products'],
-    ['oneWarpLess', launchFailed, 'returns while products'],
-    ['noWaitProducts', launchFailed, 'returns while products'],
-    ['threadsWrite', launchFailed, 'has written and not made visible by fenceProxyAsync()'],
-    ['oneLaneFirst', launchFailed, 'wgmmaFence is a whole warp'],
-    ['oneLaneBetween', launchFailed, 'wgmmaWait is a whole warp'],
-  ])('%s is found', (mode, code, text) => {
+    ['writesSums', launchFailed, 'accumulator 3 was written while wgmmas'],
+    ['oneWarpLess', launchFailed, 'returns while its wgmmas are in flight'],
+    ['noWaitProducts', launchFailed, 'returns while its wgmmas are in flight'],
+    ['threadsWrite', launchFailed, 'has written without fenceProxyAsync()'],
+    ['oneLaneFirst', launchFailed, 'wgmmaFence is warp-wide'],
+    ['oneLaneBetween', launchFailed, 'wgmmaWait is warp-wide'],
+  ])('%s is reported', (mode, code, text) => {
     const { status, report } = run(mode)
     expect(report).toContain(text)
     expect(status).toBe(code)
   })
 
-  test('where lanes of a warp went different ways, and where they should have met', () => {
+  test('divergence is reported with where lanes diverged and where they had to be converged', () => {
     const source = readFileSync(new URL('../emulator/tests/hopper.cu', import.meta.url), 'utf8').split('\n')
     const lineOf = (text: string) => 1 + source.findIndex(line => line.includes(text))
     const { report } = run('oneLaneBetween')
-    expect(report).toMatch(/^moe_test_hopper, block \(0, 0, 0\), thread .*: wgmmaWait is a whole warp's, and warp 1 /)
+    expect(report).toMatch(/^moe_test_hopper, block \(0, 0, 0\), thread .*: wgmmaWait is warp-wide, but warp 1 /)
     expect(report).toContain(
       `lane 0 comes from wait (hopper.cu:${lineOf('mode == lanesMeet) && threadIdx.x == 32')}), lane 1 does not`,
     )
     expect(report).toContain(`[hopper.cu:${lineOf('wgmmaWait<0>(sums)')}]`)
   })
 
-  test.each([0, 1])('lanes of a warp come together to mma and ldmatrix (meet before: %i)', meets => {
+  test.each([0, 1])('mma and ldmatrix require a converged warp (converges before: %i)', meets => {
     for (const [loads, name] of ['mmaBf16', 'ldmatrix4'].entries()) {
       device.reset()
       device.set('capability', 90)
       const launched = device.launch('moe_test_aligned', 1, 32, 'p i i', [device.allocate(128), loads, meets])
       expect(launched || device.synchronize()).toBe(meets ? 0 : launchFailed)
-      expect(device.report()).toContain(meets ? '' : `${name} is a whole warp's, and warp 0 has not met`)
+      expect(device.report()).toContain(meets ? '' : `${name} is warp-wide, but warp 0 has not converged`)
       if (!meets) expect(device.report()).toContain('lane 3 comes from wait')
     }
   })
 
-  test('sums that are read while products are on their way are no numbers', () => {
+  test('accumulators read while wgmmas are in flight are NaN', () => {
     const { d, status, report } = run('readsSums')
     expect({ status, report }).toEqual({ status: 0, report: '' })
     expect(device.download(d, Float32Array, 128).every(Number.isNaN)).toBe(true)
@@ -196,7 +196,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const launched = device.launch('moe_test_boxes', 1, 64, 'p p t i', [y, x, encoded(x, options), mode])
     return { y, status: launched || device.synchronize(), report: device.report() }
   }
-  test.each([0, 1, 5, 9, 11])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
+  test.each([0, 1, 5, 9, 11])('threads may read boxes for which they or their warp have waited (%i)', mode => {
     const { y, status, report } = boxes(mode)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     expect(device.download(y, Float32Array, 64)).toEqual(Float32Array.from({ length: 64 }, (_, i) => i))
@@ -205,12 +205,12 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [2, 'written by the copy engine'],
     [3, 'read by thread 0'],
     [4, 'threads wait for each other'],
-    [6, 'which are to be multiples of 16'],
-    [7, 'with no fenceProxyAsync() before it told'],
+    [6, 'which must be multiples of 16'],
+    [7, 'without fenceProxyAsync() before it arrived'],
     [8, 'read by thread 0 without a barrier'],
-    [10, 'with no fenceProxyAsync() before it told'],
-    [12, 'where this launch has written'],
-  ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
+    [10, 'without fenceProxyAsync() before it arrived'],
+    [12, 'which this launch has written'],
+  ])('boxes that are read or overwritten too early, or misaligned, are reported (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)
     expect(status).toBe(mode === 6 ? misalignedAddress : launchFailed)
@@ -229,7 +229,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [1, 'right'],
     [0, 'leftAcross'],
     [0, 'leftRegisters'],
-  ])('operands that threads have written, k across memory (reversed: %i, %s)', (reversed, mode) => {
+  ])('operands written by threads, MN-major (reversed: %i, %s)', (reversed, mode) => {
     device.set('reversed', reversed)
     const { d, status, report } = operands(mode)
     device.set('reversed', 0)
@@ -243,26 +243,26 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
       }
   })
   test.each<[OperandMode, number, string]>([
-    ['noFenceProxyAsync', launchFailed, 'not made visible by fenceProxyAsync()'],
-    ['fencesTooLate', launchFailed, 'not made visible by fenceProxyAsync()'],
+    ['noFenceProxyAsync', launchFailed, 'has written without fenceProxyAsync()'],
+    ['fencesTooLate', launchFailed, 'has written without fenceProxyAsync()'],
     ['noSyncWarpgroup', illegalAddress, 'is a barrier missing?'],
     ['oneWarpElsewhere', launchFailed, 'syncWarpgroup without all threads'],
     ['writesInFlight', launchFailed, 'a thread writes to byte'],
-    ['writesTooEarly', launchFailed, 'from which warp 1 may still read'],
-    ['registersInFlight', launchFailed, 'a left operand in registers was written'],
-    ['misalignedAcross', misalignedAddress, 'its first row is no multiple of 1024'],
-  ])('%s is found', (mode, code, text) => {
+    ['writesTooEarly', launchFailed, 'which warp 1 may still read'],
+    ['registersInFlight', launchFailed, 'an A operand in registers was written'],
+    ['misalignedAcross', misalignedAddress, 'its first row is not a multiple of 1024'],
+  ])('%s is reported', (mode, code, text) => {
     const { status, report } = operands(mode)
     expect(report).toContain(text)
     expect(status).toBe(code)
   })
 
-  test('a parameter that is no tensor map', () => {
+  test('a parameter that is not a tensor map is reported', () => {
     const d = device.allocate(4)
     const args = [d, new Uint8Array(128), new Uint8Array(128), 1, 0, 0]
     expect(device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared: 32 << 10 })).toBe(0)
     expect(device.synchronize()).toBe(launchFailed)
-    expect(device.report()).toContain('no tensor map')
+    expect(device.report()).toContain('not a tensor map')
   })
 
   test.each<[string, Partial<Encoded> & { readonly pointer?: number }]>([
@@ -279,12 +279,12 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ["at most the swizzle's", { swizzle: 2 }],
     ['the data type', { type: 40 }],
     ['the swizzle', { swizzle: 9 }],
-  ])('maps that a driver refuses: %s', (text, { pointer = 0, ...options }) => {
+  ])('tensor maps that a driver rejects: %s', (text, { pointer = 0, ...options }) => {
     expect(encode(device.allocate(16384) + pointer, options)).toBe(1)
     expect(device.report()).toContain(text)
   })
 
-  test.each([80, 89, 100, 120])('capability %i takes no machine code of Hopper', capability => {
+  test.each([80, 89, 100, 120])('capability %i rejects machine code for Hopper', capability => {
     const image = Buffer.from('moe-emulated-module matmul-sm90a\n\0')
     expect(device.loadModule(image)).toBe(0)
     device.set('capability', capability)

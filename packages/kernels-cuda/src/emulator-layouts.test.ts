@@ -1,6 +1,6 @@
 /**
- * @file Where elements lie in registers and in shared memory, beside an independent source: layouts, descriptors and offsets are as CuTe (CUTLASS 4.7) prints
- * them for the same instructions and tiles.
+ * @file Compares the layouts of elements in registers and shared memory with an independent source: layouts, descriptors and offsets as CuTe (CUTLASS 4.7)
+ * prints them for the same instructions and tiles.
  */
 import koffi from 'koffi'
 import { afterEach, describe, expect, test } from 'vitest'
@@ -18,17 +18,17 @@ const offsetOf = (shape: Tree, stride: Tree, index: number): number => {
     return sum + offsetOf(inner, (stride as readonly Tree[])[i], at)
   }, 0)
 }
-/** CuTe's notation of a layout, shape:stride, as a function of two coordinates. */
+/** Parses CuTe's notation of a layout, shape:stride, to a function of two coordinates. */
 function layout(text: string) {
   const [shape, stride] = text
     .split(':')
     .map(part => JSON.parse(part.replaceAll('(', '[').replaceAll(')', ']')) as Tree[])
   return (i: number, j: number) => offsetOf(shape[0], stride[0], i) + offsetOf(shape[1], stride[1], j)
 }
-/** Sw<3,4,3> of the bytes of an element of two. */
+/** Sw<3,4,3> on the byte address of a 2-byte element. */
 const swizzled = (element: number) => (element * 2) ^ ((((element * 2) >> 7) & 7) << 4)
 
-/** Tiles of 64 of k, by outer index and k. CuTe's names: Layout_K_SW128_Atom, Layout_MN_SW128_Atom; [outer, k, byte] are single elements. */
+/** Tiles of 64 k, by outer index and k. CuTe's names: Layout_K_SW128_Atom, Layout_MN_SW128_Atom; [outer, k, byte] are single elements. */
 const tiles = {
   along64: {
     at: layout('((8,8),(64,1)):((64,512),(1,0))'),
@@ -83,7 +83,7 @@ const tiles = {
 type Tile = keyof typeof tiles
 const byteOf = (tile: Tile, outer: number, k: number) => swizzled(tiles[tile].at(outer, k))
 
-/** Small integers, which all formats hold. */
+/** Small integers, which all formats represent exactly. */
 const a = (row: number, k: number) => ((row * 7 + k * 3) % 11) - 5
 const b = (row: number, k: number) => ((row * 5 + k * 2) % 13) - 6
 const product = (row: number, column: number, from: number, depth: number) => {
@@ -98,7 +98,7 @@ const float32 = (x: number) => {
 }
 const bf16 = (x: number) => float32(x) >>> 16
 
-describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
+describe.skipIf(unbuilt)('layouts match those of CuTe', () => {
   const device = openEmulator()
   device.set('capability', 90)
   afterEach(() => device.reset())
@@ -120,11 +120,11 @@ describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
     return image
   }
 
-  test.each(Object.keys(tiles) as Tile[])('the notation, read here, gives single elements of %s', tile => {
+  test.each(Object.keys(tiles) as Tile[])('the layout notation as parsed here gives the elements of %s', tile => {
     for (const [outer, k, byte] of tiles[tile].elements) expect(byteOf(tile, outer, k)).toBe(byte)
   })
 
-  // A box of 64 columns: the columns are k along memory, and outer indices across it.
+  // A box of 64 columns: the columns are k if K-major, and outer indices if MN-major.
   test.each<[Tile, number]>([
     ['along64', 64],
     ['along128', 128],
@@ -172,7 +172,7 @@ describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
     launch('moe_test_descriptors', 1, 'p p i i i', [along, across, rows, row, k], 1024 + 128)
     return [along, across].map(at => new BigUint64Array(device.download(at, Int32Array, 2).buffer)[0])
   }
-  /** make_gmma_desc<Major::K> at address 0, of the tile of some rows, by first row and k. */
+  /** make_gmma_desc<Major::K> at address 0, for the tile with that many rows, by first row and k. */
   test.each([
     [256, 0, 0, 0x4000004000010000n],
     [256, 0, 48, 0x4000004000010006n],
@@ -186,7 +186,7 @@ describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
   ])('descriptors with k along memory: %i rows, from (%i, %i) on', (rows, row, k, descriptor) => {
     expect(descriptors(rows, row, k)[0]).toBe(descriptor)
   })
-  /** make_gmma_desc<Major::MN> of the tile of so many of k, by first column and k. (Of 64 columns alone CuTe has no distance to the next 64.) */
+  /** make_gmma_desc<Major::MN> for the tile with that many k, by first column and k. (With only 64 columns, CuTe sets no stride to the next 64.) */
   test.each([
     [64, 0, 0, 0x4000004002000000n],
     [64, 0, 48, 0x4000004002000180n],
@@ -196,7 +196,7 @@ describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
     expect(descriptors(rows, column, k)[1]).toBe(descriptor)
   })
 
-  /** CLayout of SM90_64x128x16_F32BF16BF16: of a thread's sums the place row + 64 column; and ALayout_64x16 of the left operand in registers. */
+  /** CLayout of SM90_64x128x16_F32BF16BF16: the position row + 64 column of a thread's accumulators; and ALayout_64x16 of the A operand in registers. */
   const sumsOfGroup = layout('((4,8,4),(2,2,16)):((128,1,16),(64,8,512))')
   const leftOfGroup = layout('((4,8,4),(2,2,2)):((128,1,16),(64,8,512))')
   test.each([
@@ -262,7 +262,7 @@ describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
     expect(device.download(d, Float32Array, 128)).toEqual(expected)
   })
 
-  /** DstLayout of SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T, in bits of what the lanes name, 128 each. */
+  /** DstLayout of SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T, in bits of the rows that the lanes pass, 128 each. */
   test.each([
     [0, '(32,(32,4)):(32,(1,1024))'],
     [1, '((4,8),(16,2,4)):((256,16),(1,128,1024))'],

@@ -1,6 +1,6 @@
 /**
- * @file Kernels written in PTX, on the emulator: what scripts/ptx.mjs makes of instructions that are no operator of C++, beside what "Parallel Thread
- * Execution ISA" says of them.
+ * @file Runs kernels written in PTX on the emulator: compares the instructions that are not C++ operators, as translated by scripts/ptx.mjs, with their
+ * definition in "Parallel Thread Execution ISA".
  */
 import { afterEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
@@ -12,7 +12,7 @@ describe.skipIf(unbuilt)('PTX', () => {
   const device = openEmulator()
   afterEach(() => device.reset())
 
-  /** Runs one block, and gives words of 32 bits for each thread. */
+  /** Runs one block and returns the 32-bit words of each thread. */
   const run = (
     name: string,
     threads: number,
@@ -28,7 +28,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     return Array.from({ length: threads }, (_, i) => Array.from(values.subarray(i * words, (i + 1) * words)))
   }
 
-  test('bits of integers', () => {
+  test('integer bit instructions', () => {
     const words = [0, 1, -1, 7, 0x12345678, -0x80000000, 0x7fffffff, -123456789]
     const lines = words.flatMap((a, i) =>
       [0, 5, 31, 32, 40].map((n, j) => [a, words[(i + j) % words.length]!, n] as const),
@@ -40,7 +40,7 @@ describe.skipIf(unbuilt)('PTX', () => {
       const word = (x: bigint) => Number(BigInt.asIntN(32, x))
       const bit = (x: number, at: number) => (at > 31 ? 0n : (wide(x) >> BigInt(at)) & 1n)
       const field = (signed: boolean) => {
-        // 9 bits from n on; what lies beyond the register is zero, or the sign.
+        // 9 bits from n on; bits beyond the register are zero, or the sign.
         const sign = signed ? bit(a, Math.min(n + 8, 31)) : 0n
         let value = 0n
         for (let k = 0; k < 32; k++) value |= (k < 9 && n + k <= 31 ? bit(a, n + k) : sign) << BigInt(k)
@@ -74,7 +74,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('floating point', () => {
+  test('floating-point instructions', () => {
     const values = [
       0,
       -0,
@@ -123,7 +123,7 @@ describe.skipIf(unbuilt)('PTX', () => {
       expect(floatOf(word[5]!), label).toBe(-smaller(-a, -b))
       expect(word[6]! & 0x7fffffff, label).toBe(bitsOf(b) & 0x7fffffff)
       if (!Number.isNaN(a)) expect(word[6]! < 0, label).toBe(a < 0 || Object.is(a, -0))
-      // Products of these numbers and the sum are exact in f64 where they are below 2^53.
+      // Products of these numbers and the sum are exact in f64 if they are below 2^53.
       if (Math.abs(a * b) < 2 ** 25) expect(floatOf(word[7]!), label).toBe(down(a * b + 12582913))
       const [ordered, unordered] = [a < b, isNan || a < b]
       expect(word[8], label).toBe((ordered ? 1 : 0) + (unordered ? 10 : 0) + (!isNan && a !== b ? 0 : 100))
@@ -142,7 +142,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('what the lanes of a warp do together', () => {
+  test('warp-wide instructions', () => {
     const input = Int32Array.from({ length: 32 }, (_, i) => i * 37 + 1)
     const upload = device.upload(input)
     const got = run('moe_test_ptx_lanes', 32, 'p p', out => [upload, out], 12)
@@ -171,13 +171,13 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('what a launch writes and reads as a constant is found', () => {
+  test('a read-only load of memory that the launch has written is reported', () => {
     const out = device.upload(new Int32Array(1))
     expect(device.launch('moe_test_ptx_constant', 1, 1, 'p', [out]) || device.synchronize()).toBe(719)
-    expect(device.report()).toContain('where this launch has written: __restrict__ is wrong')
+    expect(device.report()).toContain('which this launch has written: __restrict__ is wrong')
   })
 
-  test('memories and parameters', () => {
+  test('state spaces and parameters', () => {
     const block = new Uint8Array(128)
     block.set(new Uint8Array(Int32Array.of(11, 22, 33, 44).buffer))
     const [word] = run('moe_test_ptx_memory', 1, 'p b f', out => [out, block, 1.5], 12, 64)

@@ -1,4 +1,4 @@
-/** @file The emulator itself, driven as a driver: right kernels compute right, and every kind of wrong one is found. */
+/** @file Tests of the emulator through the driver API: correct kernels give correct results, and every kind of error is reported. */
 import koffi from 'koffi'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
@@ -14,13 +14,13 @@ describe.skipIf(unbuilt)('emulator', () => {
   afterEach(() => device.reset())
 
   const numbers = (n: number, f = (i: number) => i) => Float32Array.from({ length: n }, (_, i) => f(i))
-  /** Runs a kernel of one block to its end: status and report. */
+  /** Runs a kernel with one block and returns status and report. */
   const run = (name: string, block: number, signature: string, args: readonly number[], shared = 0) => {
     const launched = device.launch(name, 1, block, signature, args, { shared })
     return { status: launched || device.synchronize(), report: device.report() }
   }
 
-  describe('what is right', () => {
+  describe('correct kernels', () => {
     test('grids and blocks in three dimensions', () => {
       const y = device.allocate(4 * 12 * 24)
       expect(device.launch('moe_test_indices', [2, 3, 2], [4, 2, 3], 'p', [y])).toBe(0)
@@ -28,7 +28,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       for (let i = 0; i < values.length; i++) expect(values[i]).toBe(Math.floor(i / 24) * 10000 + (i % 24))
     })
 
-    test('a block reduction (shared memory, barriers, shuffles) without alarm', () => {
+    test('a block reduction (shared memory, barriers, shuffles) reports no fault', () => {
       const x = numbers(4 * 300, i => Math.sin(i))
       const y = device.allocate(4 * x.length)
       expect(device.launch('moe_test_softmax', 4, 256, 'p p i', [y, device.upload(x), 300])).toBe(0)
@@ -80,7 +80,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.download(y, Int32Array, 17)).toEqual(bins)
     })
 
-    test('arguments of every kind', () => {
+    test('arguments of every type', () => {
       const y = device.allocate(20)
       const x = device.upload(numbers(1, () => 7))
       expect(run('moe_test_arguments', 32, 'p i l f i i i p p', [y, -3, 2 ** 24, 0.5, 1, 2, 3, y, x])).toEqual({
@@ -95,7 +95,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       ['bf16', 16],
       ['tf32', 8],
     ])('a %s product through fragments is the plain product', (kind, depth) => {
-      // Few enough bits that both formats and every order of sums are exact.
+      // So few bits that both formats and every order of summation are exact.
       const a = numbers(16 * depth, i => ((i * 7) % 17) - 8)
       const b = numbers(depth * 8, i => ((i * 5) % 13) - 6)
       const d = device.allocate(4 * 128)
@@ -112,7 +112,7 @@ describe.skipIf(unbuilt)('emulator', () => {
         }
     })
 
-    test('the same in the reverse order of blocks and threads', () => {
+    test('results are the same with blocks and threads in reverse order', () => {
       const x = device.upload(numbers(4 * 300, i => Math.sin(i)))
       const results = [0, 1].map(reversed => {
         device.set('reversed', reversed)
@@ -124,21 +124,21 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(results[1]).toEqual(results[0])
     })
 
-    test('halves and bytes of a word, written by different threads, are no race', () => {
+    test('halves and bytes of a word written by different threads are not a race', () => {
       const y = device.allocate(1024)
       expect(run('moe_test_shared_halves', 256, 'p', [y])).toEqual({ status: 0, report: '' })
       expect(device.download(y, Float32Array, 256).every(value => value === 255)).toBe(true)
     })
   })
 
-  describe('what is wrong', () => {
+  describe('faulty kernels', () => {
     const fails = (what: { status: number; report: string }, status: number, ...parts: readonly string[]) => {
       expect(what.report).not.toBe('')
       for (const part of parts) expect(what.report).toContain(part)
       expect(what.status).toBe(status)
     }
 
-    test('out of bounds, with the place', () => {
+    test('an access out of bounds is reported with its source line', () => {
       const x = device.upload(numbers(100))
       const what = run('moe_test_past_the_end', 256, 'p p i', [device.allocate(400), x, 100])
       fails(
@@ -151,14 +151,14 @@ describe.skipIf(unbuilt)('emulator', () => {
         'block (0, 0, 0)',
       )
     })
-    test('before the start', () =>
+    test('access before the start of a buffer', () =>
       fails(
         run('moe_test_before_the_start', 256, 'p p', [device.allocate(1024), device.upload(numbers(256))]),
         illegalAddress,
         '4 bytes before the 1024 bytes',
       ))
     test('null pointer', () => fails(run('moe_test_null', 256, 'p', [0]), illegalAddress, 'null pointer'))
-    test('memory of the host', () => {
+    test('host memory', () => {
       const host = numbers(256)
       fails(run('moe_test_null', 256, 'p', [Number(koffi.address(host))]), illegalAddress, 'not device memory')
     })
@@ -167,13 +167,13 @@ describe.skipIf(unbuilt)('emulator', () => {
       device.free(y)
       fails(run('moe_test_null', 256, 'p', [y]), illegalAddress, 'which were freed')
     })
-    test('memory that nothing wrote', () =>
+    test('uninitialized memory', () =>
       fails(
         run('moe_test_copy', 256, 'p p l', [device.allocate(1024), device.allocate(1024), 256]),
         illegalAddress,
         'uninitialized',
       ))
-    test('download of memory that nothing wrote', () => {
+    test('download of uninitialized memory', () => {
       const y = device.allocate(1024)
       expect(() => device.download(y, Float32Array, 256)).toThrow('700')
       expect(device.report()).toMatch('uninitialized')
@@ -184,24 +184,24 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(run('moe_test_copy4', 256, 'p p i', [y, x, 256])).toEqual({ status: 0, report: '' })
       fails(run('moe_test_copy4', 256, 'p p i', [y, x + 4, 255]), misalignedAddress, 'misaligned', 'float4')
     })
-    test('shared memory that nothing wrote', () =>
+    test('uninitialized shared memory', () =>
       fails(
         run('moe_test_shared_unwritten', 256, 'p', [device.allocate(1024)]),
         illegalAddress,
         'byte 28 of shared array tile',
       ))
-    test('read of what another thread writes, without a barrier', () => {
+    test('reading what another thread has written without a barrier', () => {
       expect(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
       fails(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 0]), illegalAddress, 'barrier')
     })
-    test('overwritten while others may still read', () => {
+    test('overwriting shared memory that others may still read', () => {
       expect(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 1])).toEqual({
         status: 0,
         report: '',
       })
       fails(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
     })
-    test('__syncwarp orders the lanes of a warp, and no others', () => {
+    test('__syncwarp orders only the lanes of a warp', () => {
       expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({
         status: 0,
         report: '',
@@ -210,7 +210,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       device.reset()
       fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 32, 1]), illegalAddress, 'barrier')
     })
-    test('dynamic shared memory beyond what the launch asked for', () => {
+    test('dynamic shared memory beyond the size of the launch', () => {
       expect(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 255], 1024)).toEqual({ status: 0, report: '' })
       fails(
         run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 256], 1024),
@@ -224,7 +224,7 @@ describe.skipIf(unbuilt)('emulator', () => {
         'byte -4 of dynamic',
       )
     })
-    test('an index outside an array, though inside the memory', () =>
+    test('an index outside of its array but inside the buffer', () =>
       fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
     const onDevice = (mode: number) => {
       const y = device.upload(new Int32Array(256))
@@ -235,34 +235,35 @@ describe.skipIf(unbuilt)('emulator', () => {
       ])
       return { status: launched || device.synchronize(), report: device.report() }
     }
-    test.each([0, 5, 6, 7])('blocks and threads that share no device memory, or meet (%i)', mode =>
-      expect(onDevice(mode)).toEqual({ status: 0, report: '' }),
+    test.each([0, 5, 6, 7])(
+      'no race is reported if blocks or threads access different words, or synchronize (%i)',
+      mode => expect(onDevice(mode)).toEqual({ status: 0, report: '' }),
     )
     test.each([
       [1, 'read', 'another block of this launch has written'],
       [2, 'write', 'another block of this launch has written'],
       [3, 'write', 'another block of this launch has read'],
       [4, 'read', 'thread 0 of this block has written without a barrier since'],
-    ])('blocks and threads that share device memory and do not meet (%i)', (mode, what, before) =>
+    ])('a race on device memory is reported (%i)', (mode, what, before) =>
       fails(onDevice(mode), launchFailed, `race: ${what} of device memory at 0x`, before),
     )
-    test('a barrier that a thread never reaches', () =>
+    test('a barrier that one thread does not reach', () =>
       fails(
         run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]),
         launchFailed,
         '255 of 256 threads',
         '1 returned (the first is 5)',
       ))
-    test('barriers at different places', () =>
+    test('threads of a block at different barriers', () =>
       fails(run('moe_test_divergent', 256, 'p', [device.allocate(1024)]), launchFailed, 'divergent barrier'))
-    test('a shuffle without all lanes', () => {
+    test('a shuffle that not all lanes reach', () => {
       fails(run('moe_test_missing_lanes', 256, 'p', [device.allocate(1024)]), launchFailed, 'wait at a shuffle')
       device.reset()
       fails(run('moe_test_missing_lanes', 16, 'p', [device.allocate(1024)]), launchFailed, 'this warp has only 16')
       device.reset()
       fails(run('moe_test_partial_mask', 256, 'p', [device.allocate(1024)]), launchFailed, 'mask 0x0000ffff')
     })
-    test('division by zero; a stack that overflows', () => {
+    test('division by zero and stack overflow', () => {
       fails(run('moe_test_divide', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'division by zero')
       device.reset()
       expect(run('moe_test_deep', 32, 'p i', [device.allocate(128), 10])).toEqual({ status: 0, report: '' })
@@ -274,7 +275,7 @@ describe.skipIf(unbuilt)('emulator', () => {
         const y = device.allocate(256)
         return { y, ...run('moe_test_async', 32, 'p p i', [y, device.upload(numbers(128)), mode]) }
       }
-      test('waited for, with a barrier: the data; zeros where the source is not valid', () => {
+      test('copies are visible after a wait and a barrier; invalid sources give zeros', () => {
         const { y, status, report } = copies(0)
         expect({ status, report }).toEqual({ status: 0, report: '' })
         const values = device.download(y, Float32Array, 64)
@@ -287,8 +288,8 @@ describe.skipIf(unbuilt)('emulator', () => {
         ['not waited for', 1],
         ['without a barrier', 2],
         ['waited for too few groups', 3],
-      ])('%s: found', (_, mode) => fails(copies(mode), launchFailed, 'race'))
-      test('and without checks, stale until the thread that asked for them waits', () => {
+      ])('a race is reported: %s', (_, mode) => fails(copies(mode), launchFailed, 'race'))
+      test('without checks, the target is stale until the issuing thread waits', () => {
         device.set('checks', 0)
         try {
           const { y, status } = copies(1)
@@ -301,7 +302,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       })
     })
 
-    test('launches that a driver refuses leave the context as it is', () => {
+    test('launches that a driver rejects leave the context usable', () => {
       const y = device.allocate(1024)
       expect(device.launch('moe_test_null', 1, 512, 'p', [y])).toBe(701)
       expect(device.launch('moe_test_null', 0, 256, 'p', [y])).toBe(1)
@@ -315,7 +316,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.allowShared('moe_test_dynamic', 256 << 10)).toBe(1)
     })
 
-    test('static and dynamic shared memory are 48 KiB together where no attribute allows more', () => {
+    test('static and dynamic shared memory together are limited to 48 KiB unless an attribute allows more', () => {
       const async = (shared: number) => device.launch('moe_test_async', 1, 32, 'p p i', [y, y, 0], { shared })
       const y = device.upload(new Float32Array(128))
       expect(async(0)).toBe(0)
@@ -327,11 +328,11 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.synchronize()).toBe(0)
     })
 
-    test('static and dynamic shared memory are no more together than a block may have', () => {
+    test('static and dynamic shared memory together are limited to the maximum of a block', () => {
       const most = 166912
       const both = () => device.launch('moe_test_shared_both', 1, 32, 'p', [device.allocate(128)], { shared: most })
       expect(device.allowShared('moe_test_shared_both', most)).toBe(0)
-      // How much is static is known when it runs.
+      // The size of static shared memory is only known once the kernel has run.
       fails({ status: both() || device.synchronize(), report: device.report() }, 701, 'and 166912 of dynamic')
       device.reset()
       expect(both()).toBe(1)
@@ -346,7 +347,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.allocate(16)).toBeGreaterThan(0)
     })
 
-    test('injected: a launch that fails when it runs, a call that fails at once', () => {
+    test('injected failures: of a launch when it runs, of a call immediately', () => {
       const y = device.allocate(1024)
       device.fail('launch', 2, launchFailed)
       expect(device.launch('moe_test_null', 1, 256, 'p', [y])).toBe(0)
@@ -362,7 +363,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.synchronize()).toBe(0)
     })
 
-    test('images that are none', () => {
+    test('invalid module images are rejected', () => {
       expect(device.loadModule(Buffer.from('not a module, but long enough to look at'))).toBe(200)
       expect(device.loadModule(Buffer.from('50ed55ba01001000', 'hex'))).toBe(209)
       expect(device.loadModule(Buffer.from('moe-emulated-module of-nobody\n\0'))).toBe(209)
@@ -370,7 +371,7 @@ describe.skipIf(unbuilt)('emulator', () => {
   })
 
   describe('streams', () => {
-    test('work waits until somebody asks twice', () => {
+    test('work does not run before the second query', () => {
       const stream = device.stream()
       const event = device.event()
       const y = device.allocate(1024)
@@ -400,7 +401,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.download(b, Float32Array, 1)[0]).toBe(2)
     })
 
-    test('a stream that does not wait for another runs before it; one that waits runs after', () => {
+    test('a stream runs before another one unless it waits for it', () => {
       const [one, two] = [device.stream(), device.stream()]
       const event = device.event()
       const y = device.allocate(1024)
@@ -417,7 +418,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.report()).toMatch('uninitialized')
     })
 
-    test('allocation and release in stream order', () => {
+    test('stream-ordered allocation and release', () => {
       const stream = device.stream()
       const y = device.allocate(1024, stream)
       device.launch('moe_test_null', 1, 256, 'p', [y], { stream })
@@ -427,7 +428,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.call('cuStreamSynchronize', stream)).toBe(illegalAddress)
     })
 
-    test('time passes between events', () => {
+    test('events measure elapsed time', () => {
       const [start, end] = [device.event(), device.event()]
       const x = device.upload(numbers(1 << 16))
       const y = device.allocate(4 << 16)
@@ -441,7 +442,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(milliseconds[0]).toBeGreaterThan(0)
     })
 
-    test('no more memory than there is, and all of it back', () => {
+    test('memory is limited, and everything can be freed', () => {
       const before = device.memory()
       expect(() => device.allocate(before.total + 1)).toThrow('2')
       const part = device.allocate(2 ** 20)
@@ -465,7 +466,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       return Number(word[0])
     }
 
-    test('a captured launch runs at every replay, on what its inputs hold then', () => {
+    test('a captured launch runs at every replay, with the current contents of its inputs', () => {
       const stream = device.stream()
       const x = device.upload(numbers(256))
       const [y, z] = [device.allocate(1024), device.allocate(1024)]
@@ -487,7 +488,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.report()).toBe('')
     })
 
-    test('new parameters for a captured launch', () => {
+    test('parameters of a captured launch can be replaced', () => {
       const stream = device.stream()
       const x = device.upload(numbers(256))
       const [y, z] = [device.allocate(1024), device.allocate(1024)]
@@ -511,7 +512,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(() => device.download(y, Float32Array, 256)).toThrow('700')
     })
 
-    test('what waits for the device may not happen in a capture', () => {
+    test('calls that wait for the device are not permitted during a capture', () => {
       const stream = device.stream()
       const { status, graph } = capture(stream, () => expect(device.call('cuStreamSynchronize', stream)).toBe(900))
       expect({ status, graph }).toEqual({ status: 901, graph: 0 })

@@ -7,14 +7,14 @@ for (const check of graphSuite(() => testBackend({ guarded: false }))) {
   test.skipIf(unavailable)(check.name, () => check.run())
 }
 
-test.skipIf(unavailable)('guarded memory is refused, as a graph would record it', async () => {
+test.skipIf(unavailable)('graphs cannot be captured with guarded memory', async () => {
   const backend = await testBackend()
   expect(() => backend.capture(() => {})).toThrow(/^capture: with `guarded`/)
   backend.dispose()
 })
 
 test.skipIf(!wgmmaVariants.includes(true))(
-  'products of Hopper: the graph has its own copy of what the copy engine knows of a matrix',
+  'products on Hopper: a graph has its own copies of tensor maps',
   async () => {
     const backend = await testBackend({ guarded: false, wgmma: true })
     const [a, b] = [randn([130, 96], new Random(1), { backend }), randn([140, 96], new Random(2), { backend })]
@@ -31,7 +31,7 @@ test.skipIf(!wgmmaVariants.includes(true))(
 )
 
 describe.skipIf(unavailable).each(productVariants)('$precision, wgmma $wgmma', ({ precision, wgmma }) => {
-  test('attention over a cache in pages follows the pages and lengths that are written', async () => {
+  test('attention over a paged cache uses the pages and lengths written before a replay', async () => {
     const backend = await testBackend({ guarded: false, wgmma })
     const i32 = (values: number[], ...shape: number[]) => fromHost(Int32Array.from(values), shape, 'i32', backend)
     const q = randn([2, 1, 4, 48], new Random(1), { backend })
@@ -51,18 +51,21 @@ describe.skipIf(unavailable).each(productVariants)('$precision, wgmma $wgmma', (
   })
 })
 
-test.skipIf(unavailable)('graphs one after the other take no more memory than the first', async () => {
-  const backend = await testBackend({ guarded: false })
-  const x = randn([300, 1000], new Random(1), { backend })
-  const run = () => scope(() => [x.mul(2).exp().sum(), x.slice([0, 0], [20, 30]).exp()])
-  const reserved: number[] = []
-  for (let i = 0; i < 4; i++) {
-    const graph = backend.capture(run)
-    graph.replay()
-    for (const tensor of graph.result) tensor.dispose()
-    graph.dispose()
-    reserved.push(backend.stats().peakReservedBytes)
-  }
-  expect(reserved).toEqual(reserved.map(() => reserved[0]))
-  backend.dispose()
-})
+test.skipIf(unavailable)(
+  'capturing and freeing graphs repeatedly takes no more memory than the first one',
+  async () => {
+    const backend = await testBackend({ guarded: false })
+    const x = randn([300, 1000], new Random(1), { backend })
+    const run = () => scope(() => [x.mul(2).exp().sum(), x.slice([0, 0], [20, 30]).exp()])
+    const reserved: number[] = []
+    for (let i = 0; i < 4; i++) {
+      const graph = backend.capture(run)
+      graph.replay()
+      for (const tensor of graph.result) tensor.dispose()
+      graph.dispose()
+      reserved.push(backend.stats().peakReservedBytes)
+    }
+    expect(reserved).toEqual(reserved.map(() => reserved[0]))
+    backend.dispose()
+  },
+)

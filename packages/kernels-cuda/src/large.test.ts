@@ -1,18 +1,18 @@
 /**
- * @file Ops at the sizes of real models, where tiles are many and large and offsets are beyond 2^31 bytes: a few elements of each result beside sums in f64. The
- * emulator has the same cases, smaller.
+ * @file Ops at the sizes of real models, with many large tiles and offsets beyond 2^31 bytes: compares a few elements of each result with sums in f64. The
+ * emulator runs the same cases at smaller sizes.
  */
 import { type HostArray, Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { integers, onCuda, output } from './test-against-cpu.ts'
 import { onDevice, productVariants, unavailable } from './test-backend.ts'
 
-// Their tiles are chosen as in use.
+// Tiles are chosen as in normal use.
 if (onDevice) delete process.env['MOE_CUDA_MULTIPROCESSORS']
 
 const full = (size: number, small: number) => (onDevice ? size : small)
 
-/** Numbers with few bits, repeated: a period that divides no row. */
+/** Numbers with few bits, repeated with a period that divides no row length. */
 function numbers(seed: number, ...shape: number[]) {
   const data = new Float32Array(shape.reduce((a, b) => a * b, 1))
   const period = Math.min(data.length, 2 ** 20 + 7)
@@ -21,7 +21,7 @@ function numbers(seed: number, ...shape: number[]) {
   return { data, shape }
 }
 
-/** First, last, and some between. */
+/** The first index, the last, and some in between. */
 function some(n: number, count = 6): number[] {
   const random = new Random(n)
   const between = Array.from({ length: count }, () => random.integer(n))
@@ -34,7 +34,7 @@ function sum(n: number, term: (i: number) => number): number {
   return total
 }
 
-/** Names all that are wrong. */
+/** Lists all wrong elements. */
 class Samples {
   readonly #wrong: string[] = []
   #count = 0
@@ -100,7 +100,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
   )
 
   test(
-    'products of experts, and the gradients of their weights',
+    'products per expert, and the gradients of their weights',
     async () => {
       const [experts, k, n] = [full(32, 5), full(7168, 80), full(2048, 270)]
       const ends = Array.from({ length: experts + 1 }, (_, e) => Math.round((full(32768, 600) * e * e) / experts ** 2))
@@ -131,14 +131,14 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
     seconds,
   )
 
-  // In f32 not every device has room for the widest.
+  // In f32, not every device has enough shared memory for the widest heads.
   test.each([{ Dk: 192, Dv: 128 }, ...(precision === 'bf16' ? [{ Dk: 256, Dv: 256 }] : [])])(
-    'attention, forward and back, $Dk and $Dv features',
+    'attention, forward and backward, $Dk and $Dv features',
     async ({ Dk, Dv }) => {
       const [T, H] = [full(8192, 200), full(16, 2)]
       const [q, k, v] = [numbers(1, 1, T, H, Dk), numbers(2, 1, T, H, Dk), numbers(3, 1, T, H, Dv)]
       const dout = numbers(4, 1, T, H, Dv)
-      // Few keys of many count, or results would be nearly zero.
+      // Few of the many keys have weight; otherwise results would be nearly zero.
       const attrs = { causal: true, scale: 0.75, precision }
       const outputs = [output(1, T, H, Dv), output(1, H, T)]
       const [out, lse] = await onCuda('attention', [q, k, v], attrs, outputs, options)
@@ -197,14 +197,14 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
     { dtype: 'bf16', page: 64 },
     { dtype: 'bf16', page: 16 },
   ] as const)(
-    'absorbed decode, cache in $dtype, pages of $page',
+    'absorbed decoding, cache in $dtype, pages of $page',
     async ({ dtype, page }) => {
       const [B, S, H, C, V] = [full(64, 2), full(4096, 192), full(128, 16), 576, 512]
       const lengths = Array.from({ length: B }, (_, b) => S - ((b * 61) % (S >> 1)))
       const [q, cache] = [numbers(1, B, 1, H, C), numbers(2, B, S, C)]
       const attrs = { scale: 0.4, valueDim: V, precision }
       const pages = B * (page === 0 ? 1 : S / page)
-      // The number of pages has no other factors than 2 and 3.
+      // The number of pages has only the prime factors 2 and 3.
       const table = Array.from({ length: pages }, (_, i) => (i * 5 + 1) % pages)
       const rowOf = (b: number, j: number) =>
         page === 0 ? b * S + j : table[b * (S / page) + Math.floor(j / page)] * page + (j % page)

@@ -1,6 +1,6 @@
 /**
- * @file Every launch is one that the device takes, on each kind of device that there is machine code for: threads, registers, shared memory as nvcc reports it. The emulated device refuses
- * grids and blocks that a real one would, and runs none of the kernels here, so that sizes may be those of DeepSeek-V3.
+ * @file Checks that every launch is valid on each kind of device with published machine code: threads, registers and shared memory as reported by nvcc. The emulated device
+ * rejects the grids and blocks that a real one would. It does not run the kernels here, so sizes can be those of DeepSeek-V3.
  */
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -36,7 +36,7 @@ import { createBackend } from './backend.ts'
 import { Modules } from './modules.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
-/** KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"). */
+/** Maximum shared memory of a block in KiB, by compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"). */
 const sharedMemory = new Map([
   [80, 163],
   [86, 99],
@@ -46,12 +46,12 @@ const sharedMemory = new Map([
   [120, 99],
 ])
 const architectures = [...sharedMemory.keys()]
-/** Of a multiprocessor, and so of a block. A warp gets them in pieces of 256 from one of four schedulers, which have as many each. */
+/** Registers of a multiprocessor, and so the maximum of a block. A warp gets them in units of 256 from one of four schedulers, each with a quarter of them. */
 const mostRegisters = 65_536
 
 interface Kernel {
   readonly name: string
-  /** A thread's by architecture, where the kernel is there. */
+  /** Registers per thread by architecture; undefined if the kernel is not built for it. */
   readonly registers: ReadonlyArray<number | undefined>
   readonly staticShared: number
 }
@@ -67,11 +67,11 @@ const reported: Kernel[] = readFileSync(join(import.meta.dirname, '..', 'device'
     }
   })
 
-/** What a layer of DeepSeek-V3 and its training ask for, with fewer experts and a smaller vocabulary, and sizes that other tiles and other heads are for. Nothing has values. */
+/** The ops of a layer of DeepSeek-V3 and of its training, with fewer experts and a smaller vocabulary, and sizes for other tiles and heads. Tensors are uninitialized. */
 function ops(backend: Backend): Record<string, () => unknown> {
   const made = (dtype: DType, ...shape: number[]) => full(shape, 0, { dtype, backend })
   const given = (...shape: number[]) => made('f32', ...shape)
-  /** As parameters are, but freed with what else an op has made. */
+  /** Like a parameter, but freed with the other tensors of an op. */
   const learned = (...shape: number[]) => {
     const tensor = given(...shape)
     tensor.tracked = true
@@ -201,7 +201,7 @@ function ops(backend: Backend): Record<string, () => unknown> {
   return all
 }
 
-// As many as an H100 has, which tiles are chosen for.
+// The number of multiprocessors of an H100, for which tiles are chosen.
 process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '132'
 
 describe.skipIf(unavailable || onDevice)('launches', () => {
@@ -224,7 +224,7 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
     resetEmulator()
   })
 
-  test('blocks have the registers that they need, and static shared memory', () => {
+  test('every kernel fits the registers and static shared memory of a multiprocessor', () => {
     const bounds = new Map(
       (emulatorFunction('const char* moe_emulator_kernels()')() as string)
         .split('\n')
@@ -267,7 +267,7 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
     }
   }
 
-  test('were tried with nearly all large kernels', () => {
+  test('cover nearly all large kernels', () => {
     const large = reported.filter(({ name }) => /attention|matmul|experts|entropy|router|norm|softmax/.test(name))
     const never = large.filter(({ name }) => !launched.has(name))
     expect(never.length, never.map(({ name }) => name).join(' ')).toBeLessThan(large.length / 8)

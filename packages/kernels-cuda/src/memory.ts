@@ -38,7 +38,7 @@ interface RoundedCopy {
 }
 
 /** The form of a contiguous bf16 copy, element by element in the order of the tensor. */
-export const asItLies = 'bf16'
+export const contiguousForm = 'bf16'
 
 /** Freed pieces by size class. A captured graph has its own pool, so that nobody else writes to the memory in which it computes. */
 export interface Pool {
@@ -192,7 +192,7 @@ export class Memory {
       known.isUnread = false
       return { pointer: known.pointer, isFilled: true }
     }
-    if (form === asItLies && of.kind !== '') this.#kindsRounded.add(of.kind)
+    if (form === contiguousForm && of.kind !== '') this.#kindsRounded.add(of.kind)
     return { pointer: this.#addRounded(of, form, bytes, false), isFilled: false }
   }
 
@@ -203,7 +203,7 @@ export class Memory {
    */
   roundedBy(output: CudaBuffer, kind: string): number {
     output.kind = `${this.#op} ${kind}`
-    return this.#kindsRounded.has(output.kind) ? this.#addRounded(output, asItLies, output.bytes / 2, true) : 0
+    return this.#kindsRounded.has(output.kind) ? this.#addRounded(output, contiguousForm, output.bytes / 2, true) : 0
   }
 
   #addRounded(of: CudaBuffer, form: string, bytes: number, isUnread: boolean): number {

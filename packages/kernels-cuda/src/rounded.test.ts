@@ -1,4 +1,4 @@
-/** @file Operands in fewer bits are made once and shared by the products that need them, and never outlive the elements that they were made of. */
+/** @file Rounded copies of operands are computed once, shared by all products that need them, and never outlive the values they were computed from. */
 import {
   adamwStep,
   attention,
@@ -30,13 +30,13 @@ describe.skipIf(unavailable)('operands in bf16', () => {
   const normal = (...shape: number[]) => randn(shape, random, { backend })
   const product = (x: Tensor, w: Tensor) => x.matmul(w, { transposeB: true, precision: 'bf16' })
   const values = async (x: Tensor) => Array.from(await x.values())
-  /** The product of tensors that nobody has multiplied before. */
+  /** A product of new tensors. */
   async function anew(x: Tensor, w: Tensor): Promise<number[]> {
     const [a, b] = [x, w].map(async t => tensor(await t.values(), t.shape, { backend }))
     return values(product(await a, await b))
   }
 
-  test('are rounded once for all products, forward and backward', () => {
+  test('are rounded once for all products of the forward and backward pass', () => {
     const x = new Parameter(normal(64, 32))
     const [w, u] = [new Parameter(normal(48, 32)), new Parameter(normal(48, 32))]
     const seed = normal(64, 48)
@@ -45,7 +45,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
       scope(fn)
       return backend.stats().launches - before
     }
-    // Of the first, two operands and the product; of the second, one operand less.
+    // First product: two operands and the product. Second product: one operand less.
     expect([launches(() => product(x, w)), launches(() => product(x, u)), launches(() => product(x, u))]).toEqual([
       2, 2, 1,
     ])
@@ -57,7 +57,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     expect(passes).toBe(4)
   })
 
-  test('follow a parameter through optimizer steps in place', async () => {
+  test('are updated when an optimizer step changes a parameter in place', async () => {
     const [x, w] = [normal(64, 32), new Parameter(normal(48, 32))]
     const [m, v] = [full([48, 32], 0, { backend }), full([48, 32], 0, { backend })].map(t => new Parameter(t))
     const attrs = { lr: 0.5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 }
@@ -67,7 +67,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     expect(await values(product(x, w))).toEqual(await anew(x, w))
   })
 
-  test('follow what is written and what is set in place', async () => {
+  test('are updated after writes and in-place updates', async () => {
     let x = normal(64, 32)
     const w = normal(48, 32)
     product(x, w)
@@ -77,7 +77,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     expect(await values(product(x, w))).toEqual(await anew(x, w))
   })
 
-  test('of what a graph writes are those of its latest replay, inside of it and outside', async () => {
+  test('of tensors that a graph writes reflect its latest replay, inside and outside of the graph', async () => {
     const [x, w, change] = [normal(64, 32), new Parameter(normal(48, 32)), normal(48, 32)]
     const step = () =>
       scope(() => {
@@ -90,7 +90,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     for (let i = 0; i < 3; i++) {
       backend.write(x, random.normal(64 * 32))
       const expected = await anew(x, w)
-      // Made between replays, of the weight and of a result.
+      // Computed between replays, from the weight and from a result.
       product(x, w)
       if (i > 0) product(graph.result, graph.result)
       graph.replay()
@@ -101,7 +101,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     graph.dispose()
   })
 
-  test('are no tensors, go with theirs, and when an op fails', async () => {
+  test('do not count as tensors, and are freed with their tensor and when an op fails', async () => {
     const [x, w] = [normal(64, 32), normal(48, 32)]
     const before = backend.stats()
     product(x, w).dispose()
@@ -146,7 +146,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     weights = [make(H * (N + R), hidden), make(H * (N + V), hidden)]
     ropeKey = make(B, T, 1, R).detach()
     angles = [make(T, R / 2).detach(), make(T, R / 2).detach()]
-    // What does not change is rounded once.
+    // Tensors that do not change are rounded once.
     scope(() => weights.map(w => latent.matmul(w, { transposeB: true, precision: 'bf16' })))
   })
   afterEach(() => backend.dispose())
@@ -176,7 +176,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     return { values, launches }
   }
 
-  test('are rounded by the op that makes them, once the latest of their kind were read so', async () => {
+  test('are rounded by the op that computes them, once the latest outputs of this kind were read as bf16', async () => {
     const first = await pass('bf16')
     const second = await pass('bf16')
     // Queries, keys and values at once; the gradients of queries, and of keys and values.
@@ -187,7 +187,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     expect((await pass('bf16', true)).values[0]).toEqual(first.values[0])
   })
 
-  test('are so no longer once nobody has read one', async () => {
+  test('are no longer rounded when none was read as bf16', async () => {
     const [first, second] = [await pass('bf16'), await pass('bf16')]
     const wide = await pass('f32')
     const [third, fourth] = [await pass('bf16'), await pass('bf16')]
@@ -196,7 +196,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     expect((await pass('f32')).values).toEqual(wide.values)
   })
 
-  test('follow what is written to them', async () => {
+  test('are updated when they are written to', async () => {
     await pass('bf16')
     const x = make(B, T, H, N + R)
     const q = rope(x, angles[0], angles[1])
@@ -207,7 +207,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     expect(await out.values()).toEqual(await expected.values())
   })
 
-  test('are in a recorded step as outside', async () => {
+  test('behave in a recorded step as outside of it', async () => {
     const backend = await testBackend({ wgmma, guarded: false })
     const [x, kv, key] = [
       [B, T, H, N + R],
@@ -234,7 +234,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
 })
 
 describe.skipIf(unavailable).each(wgmmaVariants)('operands in fp8, wgmma %s', wgmma => {
-  test('are rounded once for each axis that is summed over, and follow the parameter', async () => {
+  test('are quantized once per axis that is summed over, and again when the parameter changes', async () => {
     const backend = await testBackend({ guarded: false, wgmma })
     const random = new Random(7)
     const normal = (...shape: number[]) => randn(shape, random, { backend })

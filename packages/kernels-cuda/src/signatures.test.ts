@@ -1,4 +1,4 @@
-/** @file Every kernel of every .cu file is launched by somebody, with the parameters that it has. */
+/** @file Checks that every kernel in every .cu file has a launcher, with the kernel's parameters. */
 import { expect, test } from 'vitest'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
@@ -22,7 +22,7 @@ function asked(): string[] {
   return [...found].sort()
 }
 
-/** Parameters as PTX has them: pointers are integers, arrays and structures are bytes. */
+/** Parameters as in PTX: pointers are integers, arrays and structures are bytes. */
 function inPtx(signature: string): string {
   const bytes: Record<string, number> = { p: 8, l: 8, i: 4, f: 4 }
   return signature
@@ -31,7 +31,7 @@ function inPtx(signature: string): string {
     .replaceAll(/\bt\b/g, 'b[128]')
 }
 
-/** The same of every kernel that was compiled: lines of `module name bounds signature`. */
+/** The signatures of all compiled kernels: lines of `module name bounds signature`. */
 function compiled(): string[] {
   const lines = (emulatorFunction('const char* moe_emulator_kernels()')() as string).split('\n')
   return lines

@@ -1,4 +1,4 @@
-/** @file What goes wrong with GPUs: each a clear error, the process alive, the last checkpoint whole. */
+/** @file GPU failures: each gives a clear error, the process survives, and the last checkpoint is intact. */
 import { spawnSync } from 'node:child_process'
 import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -20,7 +20,7 @@ import { createBackend } from './backend.ts'
 import type { CudaOptions } from './open.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
-// Read when the emulator starts; every test of this file is content with it.
+// Read when the emulator starts; suits every test of this file.
 process.env['MOE_EMULATOR_MEMORY'] = String(2 ** 26)
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-cuda-'))
@@ -37,7 +37,7 @@ async function failure(options: CudaOptions): Promise<MoeError> {
 }
 
 describe('without a driver', () => {
-  test('E_NO_BACKEND says what was tried, and firstAvailable goes on', async () => {
+  test('E_NO_BACKEND says what was tried, and firstAvailable tries the next backend', async () => {
     const error = await failure({ driver: join(folder, 'libcuda.so.1') })
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
     expect(error.message).toMatch(/found no NVIDIA driver \(.*libcuda\.so\.1.*install the NVIDIA driver/s)
@@ -92,7 +92,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect((await createBackend({ ...emulator, kernels })).name).toBe('kernels-cuda')
   })
 
-  test('kernels for other devices, corrupt kernels, no kernels', async () => {
+  test('kernels for other devices, corrupt kernels and missing kernels are errors', async () => {
     const kernels = join(folder, 'foreign')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
     writeFileSync(join(kernels, 'fill.fatbin'), 'something else')
@@ -104,7 +104,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(none.message).toMatch(/nothing.*manifest\.json.*build-fatbins/s)
   })
 
-  test('a device that is too old', () => {
+  test('a device that is too old is an error', () => {
     const program = `
       import { createBackend } from ${JSON.stringify(join(import.meta.dirname, 'index.ts'))}
       await createBackend(${JSON.stringify(emulator)}).catch(error => console.log(error.code, error.message))`
@@ -113,7 +113,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(stdout).toMatch(/E_NO_BACKEND .*compute capability 7\.5, but 8\.0 \(Ampere\) or newer is required/)
   })
 
-  test('an option for a device that does not exist', async () => {
+  test('the index of a missing device is an error', async () => {
     expect(await failure({ ...emulator, device: 7 })).toMatchObject({ code: 'E_CONFIG' })
   })
 
@@ -131,7 +131,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       /^fill: cannot allocate 16\.0 MiB: \d tensors already use \d+\.0 MiB \(allocated by: fill/,
     )
     for (const one of held) one.dispose()
-    // What was freed is kept in pieces of 16 MiB: a larger one needs them given back first.
+    // Freed memory is cached in pieces of 16 MiB; a larger allocation requires that they are released first.
     const large = full([2 ** 23], 3, { backend })
     expect([...(await large.slice([0], [2]).values())]).toEqual([3, 3])
     backend.dispose()
@@ -140,7 +140,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     limited.dispose()
   })
 
-  describe.each([0, 1])('a device that reads memory of the host by itself: %i', reads => {
+  describe.each([0, 1])('a device that can read host memory: %i', reads => {
     const set = (value: number) =>
       emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', value)
     beforeEach(() => set(reads))
@@ -160,7 +160,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       },
     )
 
-    test('uploads take no more memory of the host than the first ones', async () => {
+    test('repeated uploads take no more host memory than the first ones', async () => {
       const backend = await fresh()
       const x = tensor(new Float32Array(40_000), undefined, { backend })
       for (let i = 0; i < 50; i++) {
@@ -173,7 +173,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     })
   })
 
-  test('an upload does not wait for what was launched before it', async () => {
+  test('an upload does not wait for kernels launched before it', async () => {
     emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 1)
     const backend = await fresh()
     fail('launch', 1, 719)
@@ -184,7 +184,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 0)
   })
 
-  test('disposed with a read pending, and used afterwards: nothing reaches the driver', async () => {
+  test('after disposal with a pending read, no call reaches the driver', async () => {
     const backend = await fresh()
     const x = full([1000], 2, { backend })
     const graph = backend.capture(() => x.mul(2))
@@ -202,7 +202,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(emulatorFunction('const char* moe_emulator_report()')()).toBe('')
   })
 
-  test('two backends share the context until the last one goes', async () => {
+  test('two backends share the context until the last one is disposed', async () => {
     const backend = await fresh()
     const other = await createBackend(emulator)
     backend.dispose()
@@ -210,7 +210,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     other.dispose()
   })
 
-  test('two processes on one device', async () => {
+  test('two processes can use one device', async () => {
     const backend = await fresh()
     const program = `
       import { createBackend } from ${JSON.stringify(join(import.meta.dirname, 'index.ts'))}
@@ -226,7 +226,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     backend.dispose()
   })
 
-  describe('two generations at once', () => {
+  describe('two generations at the same time', () => {
     const config = {
       ...presets.tiny,
       vocab_size: 64,
@@ -246,7 +246,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       return ids
     }
 
-    test('are those of one after the other, also when one is given up in the middle of a replay', async () => {
+    test('give the same tokens as one after the other, even if one is cancelled during a replay', async () => {
       const backend = await fresh()
       const model = new DeepSeek(config, { seed: 1, backend })
       const alone = await made(model, { maxTokens: 10, speculative: true })
@@ -266,7 +266,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     })
 
     test.each([10, 80, 400])(
-      'both end with the error of a device lost at launch %i, and nothing is left',
+      'both end with the error of a device lost at launch %i, and nothing stays allocated',
       async after => {
         const backend = await fresh()
         const model = new DeepSeek(config, { seed: 1, backend })
@@ -285,7 +285,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     )
   })
 
-  test('a device lost during training: the step fails, and the run goes on from the last checkpoint', async () => {
+  test('a device lost during training: the step fails, and the run resumes from the last checkpoint', async () => {
     const backend = await fresh()
     setDefaultBackend(backend)
     const config = { ...presets.tiny, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1 }

@@ -1,4 +1,4 @@
-/** @file The same training code and seed give the losses of kernels-cpu: routing, balance bias, MTP, clipping and optimizer included. */
+/** @file The same training code and seed give the same losses as kernels-cpu, with routing, balance bias, MTP, clipping and optimizer. */
 import { type Backend, fallbacks, type Precision, Random, setDefaultBackend } from '@moe/core'
 import { assertClose } from '@moe/core/testing'
 import { DeepSeek, type DeepSeekConfigInput, presets, type Recompute } from '@moe/deepseek'
@@ -25,7 +25,7 @@ const config: DeepSeekConfigInput = {
   initializer_range: 0.1,
 }
 
-/** Tokens that mostly follow from the one before, so that there is something to learn, in texts of so many. */
+/** Texts of tokens that mostly follow from the previous one, so that there is something to learn. */
 function data(size = 2000): TokenDataset {
   const random = new Random(3)
   let token = 1
@@ -74,8 +74,8 @@ describe.skipIf(unavailable)('twenty steps', () => {
   test.each([...denseVariants, ...inFp8])(
     'in $precision, $by',
     async ({ precision, options }) => {
-      // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps. In bf16, and in what fp8 leaves in bf16, the CPU may
-      // multiply in f32: operands differ by 2^-9, and so do choices of experts that are nearly tied.
+      // f32 rounding of 20 steps: a relative error of at most 2e-5 per step, growing with the steps. In bf16, and where fp8 uses bf16, the CPU may
+      // multiply in f32: operands differ by 2^-9, and so may choices between nearly tied experts.
       const relative = precision === 'f32' ? 5e-4 : 2e-2
       const expected = await losses(await createCpuBackend(), precision)
       expect(expected).toHaveLength(20)
@@ -83,14 +83,14 @@ describe.skipIf(unavailable)('twenty steps', () => {
       const backend = await testBackend({ guarded: false, ...options })
       assertClose('losses', await losses(backend, precision), expected, { relative, absolute: 0 })
       backend.dispose()
-      // The emulator takes its time.
+      // The emulator is slow.
     },
     180_000,
   )
 })
 
 test.skipIf(unavailable)(
-  'a recorded step, of one micro-batch or several, is the one op by op, bit for bit, and launches a handful of times',
+  'a recorded step, with one micro-batch or several, is bitwise identical to separate ops, with a few launches',
   async () => {
     for (const accumulate of [1, 2]) {
       const runs: number[][] = []
@@ -111,7 +111,7 @@ test.skipIf(unavailable)(
         backend.dispose()
       }
       expect(runs[1]).toEqual(runs[0])
-      // One step op by op and one that is recorded, of five.
+      // Of five steps, one runs op by op and one is recorded.
       expect(launches[1]).toBeLessThan(0.5 * launches[0])
     }
   },
@@ -119,7 +119,7 @@ test.skipIf(unavailable)(
 )
 
 test.skipIf(unavailable)(
-  'what is recomputed changes no bit of the losses, recorded or not, and whole layers hold less memory',
+  'recomputation changes no bit of the losses, recorded or not, and recomputing whole layers saves memory',
   async () => {
     const runs: number[][] = []
     const peaks: number[] = []
@@ -138,7 +138,7 @@ test.skipIf(unavailable)(
 )
 
 test.skipIf(unavailable).each(productVariants)(
-  'texts that share a row see nothing of each other, recorded or not, in $precision, wgmma $wgmma',
+  'packed texts do not affect each other, recorded or not, in $precision, wgmma $wgmma',
   async ({ precision, wgmma }) => {
     const options = { steps: 6, isolate: true }
     const runs: number[][] = []

@@ -22,7 +22,7 @@ describe('without a GPU', () => {
     expect(error.message).toMatch(/npm install webgpu/)
   })
 
-  test.skipIf(gpu !== null)('one in software is left to those who ask for it', async () => {
+  test.skipIf(gpu !== null)('a software adapter is used only on request', async () => {
     const adapter =
       "{ info: { vendor: 'google', architecture: '', device: '', description: 'SwiftShader', isFallbackAdapter: true }, limits: {} }"
     process.env.MOE_WEBGPU = `data:text/javascript,export const create = () => ({ requestAdapter: async () => (${adapter}) })`
@@ -33,7 +33,7 @@ describe('without a GPU', () => {
     expect(asked.message).toMatch(/could not be opened/)
   })
 
-  test('an option that there is not is refused', () => {
+  test('an unknown option is rejected', () => {
     expect(() => webgpuBackend({} as GpuDevice, { nam: 'x' } as never)).toThrow(
       expect.objectContaining({ code: 'E_CONFIG' }),
     )
@@ -43,7 +43,7 @@ describe('without a GPU', () => {
 describe.skipIf(gpu === null)('on a GPU', () => {
   const backend = gpu as Backend
 
-  test('more kernels than are submitted together, on memory that goes round', async () => {
+  test('more kernels than one submission, with reused memory', async () => {
     const random = new Random(3)
     const values = random.normal(40 * 30)
     const on = (where: Backend) =>
@@ -59,7 +59,7 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     for (const x of [actual, expected]) x.dispose()
   })
 
-  test('what is uploaded into memory that work yet to be done reads does not change that work', async () => {
+  test('an upload into reused memory does not change earlier work that reads it', async () => {
     const x = tensor(new Float32Array(1000).fill(1), [1000], { backend })
     const y = x.add(1)
     x.dispose()
@@ -70,14 +70,14 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     z.dispose()
   })
 
-  test('many are read at once', async () => {
+  test('many concurrent downloads', async () => {
     const made = Array.from({ length: 20 }, (_, i) => full([300], i, { backend }))
     const read = await Promise.all(made.map(x => x.values()))
     expect(read.map(values => values[299])).toEqual(made.map((_, i) => i))
     for (const x of made) x.dispose()
   })
 
-  test('more elements than one axis of workgroups counts', async () => {
+  test('more elements than the limit of workgroups along an axis', async () => {
     const size = 65_535 * 64 + 77
     const x = full([size], 2, { backend })
     const y = scope(() => x.add(1).sum())
@@ -86,14 +86,14 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     y.dispose()
   })
 
-  test('a tensor that is larger than the GPU binds is an error, and the backend goes on', async () => {
+  test('a tensor larger than the binding limit is an error, and the backend stays usable', async () => {
     expect(() => full([2 ** 31], 1, { backend })).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
     const x = full([3], 2, { backend })
     expect(await x.values()).toEqual(Float32Array.of(2, 2, 2))
     x.dispose()
   })
 
-  test('targets that are left out of a loss', async () => {
+  test('ignored targets', async () => {
     const logits = randn([4, 9], new Random(1), { backend })
     const targets = tensor(Int32Array.of(3, -100, 8, 9), [4], { backend })
     const loss = scope(() => crossEntropy(logits, targets, { ignoreIndex: -100 }))
@@ -104,7 +104,7 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     for (const x of [logits, targets, loss]) x.dispose()
   })
 
-  test('kept memory is given back', async () => {
+  test('cached memory is released', async () => {
     const before = backend.stats()
     full([5000], 1, { backend }).dispose()
     await backend.trim?.()

@@ -8,8 +8,8 @@ const ready = (limits?: Parameters<typeof testDevice>[0]) => {
   return { ...gpu, backend: webgpuBackend(gpu.device) }
 }
 
-describe('what is asked of the device', () => {
-  test('work that comes again has its buffers and its bind groups', () => {
+describe('calls to the device', () => {
+  test('repeated work reuses its buffers and bind groups', () => {
     const { backend, calls } = ready()
     const x = tensor([1, 2, 3], [3], { backend })
     const round = () => {
@@ -37,7 +37,7 @@ describe('what is asked of the device', () => {
     expect(calls.submit).toBe(3)
   })
 
-  test('memory that is destroyed is first made sure to be needed no more', () => {
+  test('pending work is submitted before its memory is destroyed', () => {
     const { backend, calls } = ready()
     const x = tensor(new Float32Array(1000), [1000], { backend })
     x.exp().dispose()
@@ -47,7 +47,7 @@ describe('what is asked of the device', () => {
   })
 })
 
-describe('what goes wrong', () => {
+describe('errors', () => {
   const failing = async (fail: (gpu: ReturnType<typeof ready>) => void, code: string, message: RegExp) => {
     const gpu = ready()
     const x = tensor([1, 2], [2], { backend: gpu.backend })
@@ -70,7 +70,7 @@ describe('what goes wrong', () => {
       /binding 3 is too small.*please report/,
     ))
 
-  test('a device that is lost', () =>
+  test('a lost device', () =>
     failing(gpu => gpu.lose('driver was reset'), 'E_BACKEND', /the GPU was lost: driver was reset.*last checkpoint/))
 
   test('the first error is reported', () =>

@@ -1,4 +1,4 @@
-/** @file Dense products by cuBLASLt: on the emulator by a stand-in that checks what it is told, with MOE_CUDA_CUBLASLT=1 on a device by the real one. */
+/** @file Dense products with cuBLASLt: on the emulator with a replacement that checks its arguments, with MOE_CUDA_CUBLASLT=1 on a device with the real library. */
 import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
@@ -30,15 +30,15 @@ afterAll(() => rmSync(folder, { recursive: true }))
 const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))
 const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
-/** Odd sizes, one of each, k that the heuristic sums up in two parts. */
+/** Odd sizes, sizes of 1, and a k for which the heuristic chooses split-K. */
 const sizes = [
-  { name: 'whole pieces', m: 64, n: 128, k: 64 },
+  { name: 'multiples of tiles', m: 64, n: 128, k: 64 },
   { name: 'odd sizes', m: 37, n: 41, k: 29 },
   { name: 'one column', m: 130, n: 1, k: 7 },
   { name: 'one k', m: 9, n: 5, k: 1 },
-  { name: 'k in parts', m: 30, n: 41, k: 2101 },
+  { name: 'split-K', m: 30, n: 41, k: 2101 },
   { name: 'a batch', batch: 5, m: 33, n: 17, k: 21 },
-  { name: 'a batch, k in parts', batch: 3, m: 20, n: 12, k: 300 },
+  { name: 'a batch, split-K', batch: 3, m: 20, n: 12, k: 300 },
 ]
 
 describe.skipIf(unavailable).each(cublasLtVariants)('cuBLASLt', options => {
@@ -73,7 +73,7 @@ describe.skipIf(unavailable).each(cublasLtVariants)('cuBLASLt', options => {
 
   for (const check of graphSuite(() => testBackend({ guarded: false, ...options }))) test(check.name, () => check.run())
 
-  test.each(precisions)('a graph has workspace of its own, %s', async precision => {
+  test.each(precisions)('a graph has its own workspace, %s', async precision => {
     const backend = await testBackend({ guarded: false, ...options })
     const make = (seed: number, shape: number[]) => randn(shape, new Random(seed), { backend })
     const [a, b, other] = [make(1, [40, 600]), make(2, [30, 600]), make(3, [40, 600])]
@@ -83,7 +83,7 @@ describe.skipIf(unavailable).each(cublasLtVariants)('cuBLASLt', options => {
     const graph = backend.capture(() => product(a))
     const expected = await product(other).values()
     backend.write(a, await other.values())
-    // What runs in between takes the memory that was free.
+    // Ops in between use the memory that was free.
     const busy = Array.from({ length: 6 }, (_, i) => make(4 + i, [40, 600]).matmul(b, { transposeB: true, precision }))
     graph.replay()
     expect(await graph.result.values()).toEqual(expected)
@@ -111,7 +111,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   type Backend = Awaited<ReturnType<typeof createBackend>>
   const multiply = (backend: Backend, precision: WidePrecision = 'bf16') =>
     runOp(backend, 'matmul', inputs, attrs(precision), outputs)
-  /** Our kernels' result. */
+  /** The result of our own kernels. */
   const own = async (options: CudaOptions = {}) => (await onCuda('matmul', inputs, attrs('bf16'), outputs, options))[0]
 
   async function failure(action: () => Promise<unknown>): Promise<MoeError> {
@@ -123,7 +123,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     throw new Error('it worked')
   }
 
-  /** As if the library were installed in a toolkit. */
+  /** Makes the library look like part of a toolkit. */
   function install(): void {
     const lib = join(mkdtempSync(join(folder, 'toolkit-')), 'lib64')
     mkdirSync(lib)
@@ -140,7 +140,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     setVersion(130101)
   })
 
-  test('takes products, but not those of few rows or without elements; gives everything back', async () => {
+  test('computes products except those with few rows or no elements, and frees everything', async () => {
     const before = living()
     const backend = await open()
     expect(backend.cublasLt).toBe('13.1.1')
@@ -160,19 +160,19 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     }
     expect(calls() - start).toBe(3)
     expect(backend.stats().handles).toBe(0)
-    // The handle, and two products with a description and three layouts each.
+    // The handle, and two products with a descriptor and three layouts each.
     expect(living() - before).toBe(9)
     backend.dispose()
     backend.dispose()
     expect(living()).toBe(before)
   })
 
-  test('products that differ in one thing only', async () => {
+  test('products that differ in a single property are distinguished', async () => {
     resetEmulator()
     const { cuda, memory, stream } = await openCuda({ ...emulator, cublasLt: emulatedCublasLt })
     const product = gemm(cuda)
     const random = new Random(9)
-    /** Numbers with gaps of NaN behind each row, and where they lie. */
+    /** Uploads numbers with NaN padding after each row. */
     const matrix = (rows: number, ld: number, columns: number) => {
       const host = random.normal(rows * ld).map((x, i) => (i % ld < columns ? x : Number.NaN))
       const { pointer } = memory.allocate(host.byteLength)
@@ -191,7 +191,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       { batch: 3, lda: 16 },
       { add: true },
     ]
-    // Twice: the second time they are known.
+    // Twice: the second time they are cached.
     for (const variation of [...variations, ...variations]) {
       const { transposeA, transposeB, lda, ldb, batch, add } = { ...base, ...variation }
       const [a, b, c] = [lda, ldb, size].map(ld => matrix(batch * size, ld, size))
@@ -217,7 +217,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     stream.dispose()
   })
 
-  test('descriptions of products are kept up to a number', async () => {
+  test('the number of cached descriptions of products is limited', async () => {
     const usual = limits.plans
     limits.plans = 2
     onTestFinished(() => {
@@ -235,7 +235,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test.each([false, true])('where the heuristic knows no algorithm our own kernels go on, wgmma %s', async wgmma => {
+  test.each([false, true])('our own kernels are used if the heuristic returns no algorithm, wgmma %s', async wgmma => {
     const expected = await own({ wgmma })
     const backend = await open({ wgmma })
     fail('cublasLtMatmulAlgoGetHeuristic', 1, 15)
@@ -246,7 +246,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test("beside Hopper's products", async () => {
+  test('together with the Hopper kernels', async () => {
     const backend = await open({ wgmma: true })
     const start = calls()
     for (const { transposeA, transposeB } of forms) {
@@ -278,7 +278,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test('a lost device is named as such', async () => {
+  test('a lost device is reported as such', async () => {
     const backend = await open()
     await multiply(backend)
     fail('launch', 1, 719)
@@ -288,7 +288,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test('measured: tried at the first product of its sizes, then kept; while a graph is recorded our own', async () => {
+  test('measured: timed at the first product of each size, then reused; captures use our own kernels', async () => {
     install()
     const expected = await own()
     const backend = await testBackend({ cublasLt: 'measured', guarded: false })
@@ -308,7 +308,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
 
     const first = await download(run())
     expect(distance(first, expected)).toBeLessThan(2e-6)
-    // Two algorithms, each once to be loaded and three times; then the choice.
+    // Two algorithms, each run once to be loaded and three times to be timed; then the selected one.
     const taken = calls() - start - 8
     expect([0, 1]).toContain(taken)
     expect(await download(run())).toEqual(first)
@@ -319,7 +319,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test('measured: what is added to stays as it was', async () => {
+  test('measured: timing does not change the accumulator of the product', async () => {
     install()
     const [rows, classes, features] = [20, 300, 24]
     const random = new Random(3)
@@ -341,8 +341,8 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     })
   })
 
-  describe('finding it', () => {
-    test('it is off unless asked for, and the environment asks as the option does', async () => {
+  describe('search for the library', () => {
+    test('it is off by default, and the environment variable works like the option', async () => {
       install()
       const versionWith = async (value: string | undefined, option?: boolean) => {
         if (value === undefined) delete process.env['MOE_CUDA_CUBLASLT']
@@ -363,7 +363,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       expect(await versionWith('0', true)).toBe('13.1.1')
     })
 
-    test('one that does not fit the driver or does not start is skipped silently', async () => {
+    test('a library that does not fit the driver or fails to start is skipped silently', async () => {
       install()
       setVersion(140000)
       const newer = await testBackend({ cublasLt: true })
@@ -401,7 +401,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   })
 })
 
-/** An empty file where a library may be. */
+/** Creates an empty file at a possible path of the library. */
 function put(...path: string[]): string {
   const file = join(folder, ...path)
   mkdirSync(dirname(file), { recursive: true })
@@ -409,7 +409,7 @@ function put(...path: string[]): string {
   return file
 }
 
-test('places, in order: the loader, toolkits, Python environments', () => {
+test('search order: the loader, toolkits, Python environments', () => {
   const expected = [
     put('cuda', 'lib64', 'libcublasLt.so.12'),
     put('venv', 'lib', 'python3.12', 'site-packages', 'nvidia', 'cu13', 'lib', 'libcublasLt.so.13'),
@@ -430,7 +430,7 @@ test('places, in order: the loader, toolkits, Python environments', () => {
   ])
 })
 
-test('places on Windows', () => {
+test('search order on Windows', () => {
   const expected = [
     put('v13.0', 'bin', 'x64', 'cublasLt64_13.dll'),
     put('v12.8', 'bin', 'cublasLt64_12.dll'),
@@ -446,14 +446,14 @@ test('places on Windows', () => {
   expect(candidates(environment, 'win32')).toEqual(['cublasLt64_13.dll', 'cublasLt64_12.dll', ...expected])
 })
 
-test('the fastest way is the one with the shortest run, the first of equals', () => {
+test('the fastest candidate is the one with the shortest run; ties go to the first', () => {
   const runs: number[] = []
   const times: Record<number, number[]> = { 0: [3, 3, 3], 1: [9, 2, 9], 2: [2, 4, 4] }
-  const ways = [0, 1, 2].map(i => () => {
+  const candidates = [0, 1, 2].map(i => () => {
     runs.push(i)
   })
-  const chosen = fastest(ways, way => {
-    way()
+  const chosen = fastest(candidates, candidate => {
+    candidate()
     return times[runs[runs.length - 1]].shift() as number
   })
   expect(chosen).toBe(1)

@@ -161,11 +161,11 @@ export class CublasLt {
     // With `add`, the contents of c are still needed.
     const to = add ? this.#memory.scratch(batch * m * n * 4).pointer : c
     const workspace = this.#workspace(Math.max(...plan.algorithms.map(({ workspaceBytes }) => workspaceBytes)))
-    const ways = [
+    const candidates = [
       () => ownProduct(to, false),
       ...plan.algorithms.map(algorithm => () => this.#run(plan, algorithm, workspace, asked, to, false)),
     ]
-    return fastest(ways, way => this.#stream.milliseconds(way)) + own
+    return fastest(candidates, candidate => this.#stream.milliseconds(candidate)) + own
   }
 
   #plan(asked: Asked, c: number): Plan {

@@ -1,4 +1,4 @@
-/** @file Numbers and declarations of the driver API beside NVIDIA's own header: values from cuda.h 13.0, and the header itself where there is one. */
+/** @file Compares constants and declarations of the driver API with NVIDIA's header: with values from cuda.h 13.0, and with the header itself if it is installed. */
 import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
@@ -10,7 +10,7 @@ import { attribute } from './device.ts'
 import { prototypes } from './driver.ts'
 import { fatal, fixes, status } from './status.ts'
 
-/** Ours, under the names of cuda.h, and its values. */
+/** Our constants, by their names in cuda.h, and the header's values. */
 const numbers: ReadonlyArray<[name: string, ours: number, header: number]> = [
   ['CUDA_SUCCESS', status.success, 0],
   ['CUDA_ERROR_OUT_OF_MEMORY', status.outOfMemory, 2],
@@ -34,7 +34,7 @@ const numbers: ReadonlyArray<[name: string, ours: number, header: number]> = [
   ['CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE', encoding.fillWithZeros, 0],
 ]
 
-/** Statuses that have advice of their own, by the names that it is for. */
+/** Statuses with their own advice, by name. */
 const advice = {
   2: 'OUT_OF_MEMORY',
   3: 'NOT_INITIALIZED',
@@ -53,13 +53,13 @@ const advice = {
 }
 
 test.each(numbers)('%s', (_, ours, header) => expect(ours).toBe(header))
-test('statuses with advice', () => expect(Object.keys(fixes)).toEqual(Object.keys(advice)))
+test('status codes with advice are those of the header', () => expect(Object.keys(fixes)).toEqual(Object.keys(advice)))
 
 const headers = [process.env['CUDA_HOME'], process.env['CUDA_PATH'], '/usr/local/cuda']
   .map(root => join(root ?? '', 'include', 'cuda.h'))
   .filter(existsSync)
   .map(file => readFileSync(file, 'utf8'))
-/** Other versions may have newer forms of a function. */
+/** Other versions of the header may declare newer versions of a function. */
 const commented = headers.find(text => /#define CUDA_VERSION 13\d{3}\b/.test(text)) ?? ''
 
 describe.skipIf(commented === '')('cuda.h of this machine (skipped where no toolkit of CUDA 13 is installed)', () => {
@@ -74,10 +74,10 @@ describe.skipIf(commented === '')('cuda.h of this machine (skipped where no tool
   }
 
   test.each(numbers)('%s', (name, _, header) => expect(values.get(name)).toBe(header))
-  test('names of statuses with advice', () => {
+  test('names of status codes with advice', () => {
     for (const [code, name] of Object.entries(advice)) expect(values.get(`CUDA_ERROR_${name}`)).toBe(Number(code))
   })
-  test('after what it calls the end of the process, the device is lost', () => {
+  test('statuses that the header calls unrecoverable mark the device as lost', () => {
     const ends = [
       ...commented.matchAll(/process must be terminated\s+\*?\s*and relaunched\.\s*\*\/\s*CUDA_\w+\s*=\s*(\d+)/g),
     ]
@@ -85,7 +85,7 @@ describe.skipIf(commented === '')('cuda.h of this machine (skipped where no tool
     for (const [, code] of ends) expect(fatal).toContain(Number(code))
   })
 
-  /** What a parameter takes in a call: 8 bytes, or those of an int or a char. */
+  /** The size class of a parameter: 8 bytes, or that of an int or a char. */
   const bytesOf = (parameter: string) => {
     if (
       /\*|\[|size_t|long long|64_t|CUdeviceptr|CU(context|stream|event|module|function|graph|graphExec|graphNode)\b/i.test(
@@ -98,7 +98,7 @@ describe.skipIf(commented === '')('cuda.h of this machine (skipped where no tool
   const parameters = (list: string) => list.split(',').map(bytesOf)
   test.each(Object.entries(prototypes))('%s', (name, prototype) => {
     const [, symbol, ours] = prototype.match(/^int (\w+)\((.*)\)$/) as RegExpMatchArray
-    // The current version of a function is a macro, perhaps of the default stream's kind.
+    // The current version of a function is a macro, possibly for the per-thread default stream.
     const versions = [...text.matchAll(new RegExp(`#\\s*define\\s+${name}\\s+(?:__CUDA_API_PT[SD]Z\\()?(\\w+)`, 'g'))]
     const older = ['cuEventElapsedTime'] // which older drivers have alone
     if (!older.includes(name)) expect([name, ...versions.map(([, version]) => version)].at(-1)).toBe(symbol)

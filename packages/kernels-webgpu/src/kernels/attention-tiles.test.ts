@@ -42,13 +42,13 @@ const cases: readonly Sizes[] = [
 
 const backend = (await testBackend()) as Backend
 
-describe.skipIf(backend === null)('attention by tiles', () => {
-  test.each(cases)('$T queries, $S keys, features $Dk and $Dv, $H heads, $G of keys', async sizes => {
+describe.skipIf(backend === null)('tiled attention', () => {
+  test.each(cases)('$T queries, $S keys, $Dk and $Dv features, $H heads, $G key heads', async sizes => {
     const { causal = true } = sizes
     await compareWithReference(backend, inputsOf(sizes), (q, k, v) => [attention(q, k, v, { causal })])
   })
 
-  test.each([0, 1, 2, 3])('any lengths and starts, draw %i', async seed => {
+  test.each([0, 1, 2, 3])('random lengths and starts, seed %i', async seed => {
     const random = new Random(seed)
     const [B, T, S] = [3, 20 + random.integer(60), 20 + random.integer(120)]
     const lengths = [0, random.integer(S + 1), S]
@@ -61,7 +61,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     })
   })
 
-  test('tiles of another text are not multiplied', async () => {
+  test('tiles of other packed texts are skipped', async () => {
     const [T, D] = [128, 8]
     const half = (T * D) / 2
     const starts = Array.from({ length: T }, (_, t) => (t < T / 2 ? 0 : T / 2))
@@ -80,7 +80,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     expect(Number.isNaN(found[0][0])).toBe(true)
   })
 
-  test('a sequence that is NaN leaves the one before it alone', async () => {
+  test('NaN in a sequence does not affect the previous one', async () => {
     const [T, D] = [40, 8]
     const shape = [2, T, 1, D]
     const [q, k, v, dout] = [1, 2, 3, 4].map(seed => {
@@ -98,7 +98,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     }
   })
 
-  test('a score that is NaN makes its query NaN, and no other', async () => {
+  test('a NaN score makes only its query NaN', async () => {
     const [T, D] = [40, 4]
     const [q, k, v] = inputsOf({ T, Dk: D, Dv: D })
     const data = Float32Array.from(q.data)
@@ -114,7 +114,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     expect(Number.isNaN(lse[7])).toBe(true)
   })
 
-  test('features that do not fit are declined', async () => {
+  test('too many features are declined', async () => {
     const attrs = { causal: true, scale: 1, precision: 'f32' } as const
     const inputs = inputsOf({ T: 20, Dk: 257, Dv: 8 })
     await expect(runOp(backend, 'attention', inputs, attrs, [])).rejects.toThrow('declined')

@@ -15,7 +15,7 @@ describe.skipIf(backend === null)('attention of few queries', () => {
     // Keys in parts, of which some see nothing.
     { T: 1, S: 2100, H: 4, G: 4, Dk: 12, Dv: 8 },
     { T: 2, S: 1031, H: 3, G: 1, Dk: 3, Dv: 5 },
-  ])('$T queries, $S keys, $H heads, $G of keys, features $Dk and $Dv', async ({ T, S, H, G, Dk, Dv }) => {
+  ])('$T queries, $S keys, $H heads, $G key heads, $Dk and $Dv features', async ({ T, S, H, G, Dk, Dv }) => {
     const inputs = [normal([2, T, H, Dk]), normal([2, S, G, Dk], 0.9), normal([2, S, G, Dv])]
     await compareWithReference(backend, inputs, (q, k, v) => [attention(q, k, v).detach()])
     const starts = Array.from({ length: 2 * T }, (_, n) => Math.floor((S * n) / (2 * T)) - 1)
@@ -29,7 +29,7 @@ describe.skipIf(backend === null)('attention of few queries', () => {
     { T: 1, H: 6, C: 80, V: 64, lengths: [1500, 0, 3] },
     { T: 4, H: 3, C: 33, V: 10, lengths: [1024, 2, 1027] },
     { T: 2, H: 130, C: 576, V: 512, lengths: [20] },
-  ])('latents, $T queries, $H heads, rows in use $lengths', async ({ T, H, C, V, lengths }) => {
+  ])('latent cache: $T queries, $H heads, lengths $lengths', async ({ T, H, C, V, lengths }) => {
     const [B, P] = [lengths.length, 128]
     const M = Math.ceil(Math.max(...lengths) / P) + 1
     // What is not in use is NaN: it is never read.
@@ -59,7 +59,7 @@ describe.skipIf(backend === null)('attention of few queries', () => {
 })
 
 describe.skipIf(backend === null)('topk', () => {
-  test.each([64, 65, 300, 1000])('of %i, ties and NaN among them', async size => {
+  test.each([64, 65, 300, 1000])('rows of %i with ties and NaN', async size => {
     const random = new Random(size)
     const data = Float32Array.from({ length: 3 * size }, () => random.integer(20))
     data.fill(Number.NaN, size, size + 10)

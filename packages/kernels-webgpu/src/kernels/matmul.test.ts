@@ -25,7 +25,7 @@ describe.skipIf(backend === null)('matmul', () => {
     [40, 36, 1100],
     [33, 70, 515],
   ]
-  test.each(sizes)('%i x %i over %i, turned or not, alone and in batches', async (m, n, k) => {
+  test.each(sizes)('%i x %i over %i, transposed or not, single and batched', async (m, n, k) => {
     for (const transposeA of flags) {
       for (const transposeB of flags) {
         for (const lead of [[], [3]]) {
@@ -39,7 +39,7 @@ describe.skipIf(backend === null)('matmul', () => {
   })
 })
 
-describe.skipIf(backend === null)('more matrices than a device counts along an axis', () => {
+describe.skipIf(backend === null)('more matrices than the limit of workgroups along an axis', () => {
   const { matrices } = productLimits
   afterEach(() => {
     productLimits.matrices = matrices
@@ -93,14 +93,14 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     { N: 66, V: 131, D: 33, most: elements },
     { N: 1, V: 7, D: 4, most: elements },
     { N: 3, V: 1, D: 8, most: elements },
-  ])('$N rows, $V classes, $D features, $most elements at once', async ({ N, V, D, most }) => {
+  ])('$N rows, $V classes, $D features, $most elements per part', async ({ N, V, D, most }) => {
     limits.elements = most
     const targets = Array.from({ length: N }, (_, i) => [(i * 37) % V, V - 1, -100, V, -1][i % 5])
     const inputs = [normal([N, D]), normal([V, D], 0.4), integers(targets)]
     await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)])
   })
 
-  test('logits far below zero, where a class that there is not would have an infinite share', async () => {
+  test('very negative logits: padding of the classes does not contribute', async () => {
     const x = { data: new Array(8).fill(10), shape: [2, 4] }
     const w = normal([5, 4])
     const inputs = [x, { ...w, data: Array.from(w.data, value => value - 6) }, integers([4, 0])]
@@ -108,7 +108,7 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     await compareWithReference(backend, inputs, (a, b, t) => [linearCrossEntropy(a, b, t)], tolerance)
   })
 
-  test('logits that are large', async () => {
+  test('large logits', async () => {
     const inputs = [normal([5, 8], 30), normal([140, 8], 10), integers([0, 64, 139, 7, 100])]
     const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 1,000, times weights of the gradient
     await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)], tolerance)

@@ -14,13 +14,13 @@ const some = (dtype: DType, shape: readonly number[]): HostInput => {
 const exactly = (inputs: readonly HostInput[], op: (...inputs: Tensor[]) => Tensor[]) =>
   compareWithReference(backend, inputs, op, tolerances.exact)
 
-describe.skipIf(backend === null).each(small)('%s: elements whose neighbours in a word are of others', dtype => {
+describe.skipIf(backend === null).each(small)('%s: words shared by elements of different rows', dtype => {
   test.each([
     [1, 1, 1],
     [3, 5, 7],
     [9, 33, 6],
     [2, 64, 8],
-  ])('%i x %i x %i turned, cut, repeated', async (a, b, c) => {
+  ])('%i x %i x %i transposed, sliced, repeated', async (a, b, c) => {
     await exactly([some(dtype, [a, b, c])], x => [
       x.permute([2, 0, 1]),
       x.permute([1, 0, 2]),
@@ -36,7 +36,7 @@ describe.skipIf(backend === null).each(small)('%s: elements whose neighbours in 
     [67, [3, 5, 2, 1]],
     [40, [4, 8, 0, 6]],
     [300, [1, 2]],
-  ])('%i rows joined, of %j', async (rows, widths) => {
+  ])('%i rows concatenated, widths %j', async (rows, widths) => {
     const parts = widths.map(width => some(dtype, [rows, width]))
     await exactly(parts, (...xs) => [concat(xs, 1)])
     await exactly(
@@ -45,7 +45,7 @@ describe.skipIf(backend === null).each(small)('%s: elements whose neighbours in 
     )
   })
 
-  test.each([1, 3, 6, 8])('rows of %i, taken and replaced', async width => {
+  test.each([1, 3, 6, 8])('rows of %i, gathered and replaced', async width => {
     const index = integers([4, 0, 69, -1, 70, 4, 33, 34, 32])
     await exactly([some(dtype, [70, width]), index], (x, rows) => [x.takeRows(rows), x.takeRows(rows.reshape([3, 3]))])
     await exactly([some(dtype, [70, width]), index, some(dtype, [9, width])], (x, rows, source) => [
@@ -55,12 +55,12 @@ describe.skipIf(backend === null).each(small)('%s: elements whose neighbours in 
 })
 
 describe.skipIf(backend === null)('casts', () => {
-  test('every f8e4m3', async () => {
+  test('every f8e4m3 value', async () => {
     const data = Array.from({ length: 256 }, (_, code) => fromF8e4m3(code))
     await exactly([{ data, shape: [256], dtype: 'f8e4m3' }], x => [x.cast('f32'), x.cast('i32'), x.cast('bf16')])
   })
 
-  test('to f8e4m3 and bf16, at and beside what is between two, and where numbers end', async () => {
+  test('to f8e4m3 and bf16, at and near rounding ties and at the limits of the range', async () => {
     const numbers = Array.from({ length: 127 }, (_, code) => fromF8e4m3(code))
     const between = numbers.flatMap((x, i) => (i === 0 ? [] : [(x + numbers[i - 1]) / 2]))
     const near = [...numbers, ...between].flatMap(x => [x, x * (1 + 2 ** -20), x * (1 - 2 ** -20)])

@@ -55,7 +55,7 @@ describe.skipIf(backend === null)('routerTopk', () => {
   }
   const zeros = new Array<number>(8).fill(0)
 
-  test('NaN is chosen last, and groups that have to count it', async () => {
+  test('NaN is chosen last, and so are groups whose score includes it', async () => {
     const { NaN: none } = Number
     const logits = [none, 5, 1, 2, 0, none, none, 3]
     expect(await chosen(logits, zeros, { ...v3, topK: 7 })).toEqual([1, 7, 3, 2, 4, 0, 5])
@@ -64,14 +64,14 @@ describe.skipIf(backend === null)('routerTopk', () => {
     expect(await chosen(logits, zeros, { ...one, groupScore: 'max' })).toEqual([3, 2])
   })
 
-  test('of equal groups the first is kept, even if another has the best expert', async () => {
+  test('of equal groups the first is selected, even if another has the best expert', async () => {
     const bias = [0, 0, 2, 2, 3, 1, 2, 2]
     expect(await chosen(zeros, bias, { ...v3, topK: 1, groups: 4, topGroups: 1 })).toEqual([2])
     expect(await chosen(zeros, bias, { ...v3, topK: 3, groups: 4, topGroups: 2 })).toEqual([4, 2, 3])
   })
 })
 
-describe.skipIf(backend === null)('tokens to their experts and back', () => {
+describe.skipIf(backend === null)('permuteTokens and combineTokens', () => {
   test.each([
     { N: 1, K: 1, E: 1, D: 3 },
     { N: 0, K: 2, E: 4, D: 3 },

@@ -49,7 +49,7 @@ function storedWeight(format: WeightFormat, block: Block, shape: readonly number
 
 const tolerance = (k: number) => ({ relative: 5e-5, absolute: 2e-6 * Math.max(k, 10) })
 
-describe.skipIf(backend === null)('quantizedMatmul, and back by the untransposed product', () => {
+describe.skipIf(backend === null)('quantizedMatmul and its gradient', () => {
   const cases: ReadonlyArray<readonly [m: number, n: number, k: number, block: Block]> = [
     [1, 130, 384, [1, 32]],
     // Few rows: as many as are taken together, and one more.
@@ -76,7 +76,7 @@ describe.skipIf(backend === null)('quantizedMatmul, and back by the untransposed
     }
   })
 
-  test('what is not a number stays in its row', async () => {
+  test('NaN stays in its row', async () => {
     for (const [format, dtype] of [
       ['fp8', 'f8e4m3'],
       ['bf16', 'bf16'],
@@ -96,7 +96,7 @@ describe.skipIf(backend === null)('quantizedMatmul, and back by the untransposed
   })
 })
 
-describe.skipIf(backend === null)('quantizedGroupedMatmul, and back', () => {
+describe.skipIf(backend === null)('quantizedGroupedMatmul and its gradient', () => {
   const cases: ReadonlyArray<readonly [rows: number, n: number, k: number, block: Block, offsets: readonly number[]]> =
     [
       [17, 12, 8, [1, 8], [0, 3, 3, 17]],

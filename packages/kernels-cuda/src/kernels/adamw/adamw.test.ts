@@ -14,14 +14,14 @@ import { testBackend, unavailable } from '../../test-backend.ts'
 
 const attrs: AdamwAttrs = { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 }
 
-/** Of moments as they are stored, and as they are before that. */
+/** The moments as stored, and before they are rounded. */
 function expectRounded(dtype: 'f32' | 'bf16', stored: HostArray, exact: Float64Array): void {
   if (dtype === 'f32') {
     assertClose('moments', stored, exact)
     return
   }
   const off = Int32Array.from(stored, (bits, i) => Math.abs(bits - toBf16(exact[i]))).filter(codes => codes > 0)
-  // Sums in f32 lie on the other side of a tie once in some 2^14 times, and give its neighbour then.
+  // About once in 2^14 times, an f32 sum is on the other side of a rounding tie and gives the neighbouring value.
   expect(off.length).toBeLessThanOrEqual(stored.length / 2000)
   expect(off.every(codes => codes === 1)).toBe(true)
 }
@@ -63,7 +63,7 @@ describe.skipIf(unavailable)('adamwStep', () => {
         const stored = await Promise.all(state.slice(1).map(backend.download))
         for (const [i, exact] of moments.entries())
           expectRounded(dtype, stored[i], exact)
-          // The next step begins with what is stored.
+          // The next step starts from the stored values.
         ;[m, v] = stored.map(data => decodeHost(dtype, data))
       }
       expect(backend.stats().bytes).toBe(bytes)
@@ -72,7 +72,7 @@ describe.skipIf(unavailable)('adamwStep', () => {
     },
   )
 
-  test('a tensor that somebody else holds is not changed', async () => {
+  test('a tensor with another owner is not changed', async () => {
     const backend = await testBackend()
     const shape = [2]
     const make = (...data: number[]): Value => {

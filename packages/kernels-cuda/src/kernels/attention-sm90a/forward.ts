@@ -14,7 +14,7 @@ const threads = 256
 const sharedBytes = (dk: number, dv: number, keys: number) => (rows * dk + stages * keys * (dk + dv)) * 2 + 1024
 
 /** For benchmarks: whether the two warpgroups alternate products, so that one's exponentials overlap with the other's products. */
-export const order = { turns: false }
+export const schedule = { pingpong: false }
 
 /** Takes the op's inputs and outputs, none of which may be empty. Returns false if the heads are too large. */
 export type AttentionForward = (
@@ -38,14 +38,14 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     keys: forward,
     plain: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}`),
     withStarts: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_starts`),
-    inTurns: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_turns`),
+    pingpong: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_turns`),
   }))
   return (out, lse, { q, k, v, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, keys, plain, withStarts, inTurns } = engine
+    const { dk, dv, keys, plain, withStarts, pingpong } = engine
     const boxed = boxedHeads(cuda, round, [
       { of: q, features: dk },
       { of: k, features: dk },
@@ -53,7 +53,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     ])
     const [queries] = boxed(rows)
     const [, ...keysAndValues] = boxed(keys)
-    const launch = starts ? withStarts : order.turns ? inTurns : plain
+    const launch = starts ? withStarts : schedule.pingpong ? pingpong : plain
     launch(
       { grid: [Math.ceil(T / rows), H, B], block: threads, shared: sharedBytes(dk, dv, keys) },
       out,

@@ -11,7 +11,7 @@ import {
   unavailable,
   wgmmaVariants,
 } from '../../test-backend.ts'
-import { order } from '../attention-sm90a/forward.ts'
+import { schedule } from '../attention-sm90a/forward.ts'
 
 interface Size {
   readonly name: string
@@ -23,26 +23,26 @@ interface Size {
   readonly Dk: number
   readonly Dv: number
   readonly causal: boolean
-  /** If not Dk ** -0.5. */
+  /** Defaults to Dk ** -0.5. */
   readonly scale?: number
   readonly lengths?: readonly number[]
-  /** The first key that query t of sequence b sees. */
+  /** The first key that query t of sequence b attends to. */
   readonly starts?: (t: number, b: number) => number
 }
 
-/** The last of these places that is not behind t. */
+/** The last of these positions that is not after t. */
 const lastOf = (t: number, ...begins: number[]) => begins.findLast(begin => begin <= t) ?? 0
 
-/** Numbers from 0 to n - 1 in no order. */
+/** Pseudo-random numbers from 0 to n - 1. */
 const anyOf = (n: number, t: number, b: number) => ((t * 7919 + b * 104_729) % 65_537) % n
 
-// Several tiles of queries and of keys in every engine, and heads that fill its tiles or only a part of them.
+// Several tiles of queries and keys in every engine, with heads that fill its tiles or only a part of them.
 const sizes: readonly Size[] = [
   { name: 'MLA heads', B: 1, T: 150, S: 150, H: 2, G: 2, Dk: 192, Dv: 128, causal: true },
   { name: 'MLA heads, shared', B: 1, T: 70, S: 330, H: 2, G: 1, Dk: 192, Dv: 128, causal: true, lengths: [300] },
-  { name: 'MLA heads, tiles in all stages again', B: 1, T: 140, S: 660, H: 1, G: 1, Dk: 192, Dv: 128, causal: true },
+  { name: 'MLA heads, stages reused', B: 1, T: 140, S: 660, H: 1, G: 1, Dk: 192, Dv: 128, causal: true },
   {
-    name: 'a first query that misses one key of a tile',
+    name: 'a first query that attends to all but one key of a tile',
     B: 1,
     T: 10,
     S: 136,
@@ -60,7 +60,7 @@ const sizes: readonly Size[] = [
   { name: 'heads that nearly fill a tile', B: 1, T: 70, S: 70, H: 2, G: 2, Dk: 60, Dv: 60, causal: true },
   { name: 'the widest heads', B: 1, T: 150, S: 150, H: 2, G: 2, Dk: 256, Dv: 256, causal: true },
   {
-    name: 'the widest heads, shared, tiles in all stages again',
+    name: 'the widest heads, shared, stages reused',
     B: 1,
     T: 140,
     S: 420,
@@ -77,7 +77,7 @@ const sizes: readonly Size[] = [
   { name: 'several tiles of keys', B: 1, T: 200, S: 400, H: 2, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [390] },
   { name: 'many more queries than keys', B: 1, T: 140, S: 6, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },
   {
-    name: 'texts in a row',
+    name: 'packed texts',
     B: 2,
     T: 330,
     S: 330,
@@ -89,7 +89,7 @@ const sizes: readonly Size[] = [
     starts: (t, b) => (b === 0 ? lastOf(t, 40, 127, 129, 256) : lastOf(t, 200)),
   },
   {
-    name: 'texts of whole tiles in a row',
+    name: 'packed texts of whole tiles',
     B: 1,
     T: 384,
     S: 384,
@@ -101,7 +101,7 @@ const sizes: readonly Size[] = [
     starts: t => lastOf(t, 128, 192, 224, 256),
   },
   {
-    name: 'texts in a row, the last queries',
+    name: 'packed texts, only the last queries',
     B: 1,
     T: 150,
     S: 400,
@@ -113,7 +113,7 @@ const sizes: readonly Size[] = [
     starts: t => lastOf(t + 250, 3, 270, 390),
   },
   {
-    name: 'starts in no order, also behind the own place',
+    name: 'unordered starts, some after the query',
     B: 3,
     T: 200,
     S: 230,
@@ -126,7 +126,7 @@ const sizes: readonly Size[] = [
     starts: (t, b) => anyOf(260, t, b),
   },
   {
-    name: 'starts in no order, not causal',
+    name: 'unordered starts, not causal',
     B: 2,
     T: 140,
     S: 200,
@@ -139,7 +139,7 @@ const sizes: readonly Size[] = [
     starts: (t, b) => anyOf(210, t, b),
   },
   {
-    name: 'falling starts',
+    name: 'decreasing starts',
     B: 1,
     T: 260,
     S: 260,
@@ -151,7 +151,7 @@ const sizes: readonly Size[] = [
     starts: t => 259 - t,
   },
   {
-    name: 'blocks of queries that see none, and the last that sees all',
+    name: 'blocks of queries without keys, and a last one with all keys',
     B: 1,
     T: 300,
     S: 300,
@@ -163,7 +163,7 @@ const sizes: readonly Size[] = [
     starts: t => (t < 140 ? 2 ** 31 - 1 : t < 299 ? t - 1 : -(2 ** 31)),
   },
   {
-    name: 'the widest heads, texts in a row',
+    name: 'the widest heads, packed texts',
     B: 2,
     T: 200,
     S: 200,
@@ -175,7 +175,7 @@ const sizes: readonly Size[] = [
     starts: (t, b) => (b === 0 ? lastOf(t, 31, 33, 128) : lastOf(t, 79, 80)),
   },
   {
-    name: 'nearly the widest heads, starts in no order',
+    name: 'nearly the widest heads, unordered starts',
     B: 1,
     T: 140,
     S: 170,
@@ -210,9 +210,9 @@ afterEach(() => {
   if (!unavailable) reverseOrder(false)
 })
 
-describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that take turns', () => {
+describe.skipIf(unavailable || !wgmmaVariants.includes(true))('pingpong scheduling', () => {
   afterEach(() => {
-    order.turns = false
+    schedule.pingpong = false
   })
   test.each(sizes.filter(({ starts }) => starts === undefined))(
     '$name',
@@ -223,14 +223,14 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that t
       const attrs = { causal, scale: Dk ** -0.5, precision: 'bf16' } as const
       const run = () => onCuda('attention', inputs, attrs, [output(B, T, H, Dv), output(B, H, T)], { wgmma: true })
       const expected = await run()
-      order.turns = true
+      schedule.pingpong = true
       expect(await run()).toEqual(expected)
       reverseOrder(true)
       expect(await run()).toEqual(expected)
     },
   )
 
-  // As nvcc makes them, products are done where they are asked for.
+  // In translated kernels, wgmmas are computed when they are issued.
   test.skipIf(onDevice || translated).each([false, true])(
     'the products of the two alternate, threads reversed: %s',
     async reversed => {
@@ -242,13 +242,13 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that t
         await onCuda('attention', inputs, attrs, [output(B, T, H, Dv), output(B, H, T)], { wgmma: true })
         return emulatorFunction('const char* moe_emulator_products()')() as string
       }
-      // Of the first tile of keys, of the next ones with the values before them, and of the last values, for which nobody waits.
+      // The first tile of keys, the next ones with the previous values, and the last values, for which no warpgroup waits.
       const inTurns = /^01(0011){4}(01|10)$/
       reverseOrder(reversed)
       const usual = await run()
       expect(usual).toHaveLength(20)
       expect(usual).not.toMatch(inTurns)
-      order.turns = true
+      schedule.pingpong = true
       expect(await run()).toMatch(inTurns)
     },
   )
@@ -267,7 +267,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
       return
     }
     const expected = await onCpu('attention', [q, k, v, ...seen], attrs, outputs)
-    // Keys and values behind the end of a sequence do not matter.
+    // Keys and values after the end of a sequence do not matter.
     lengths?.forEach((length, b) => {
       for (const { data, shape } of [k, v]) {
         const size = shape[1] * shape[2] * shape[3]
@@ -302,7 +302,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
   test.each([
     { Dk: 64, Dv: 64 },
     { Dk: 192, Dv: 128 },
-  ])('texts of whole tiles read nothing of each other, $Dk and $Dv features', async ({ Dk, Dv }) => {
+  ])('packed texts of whole tiles do not read each other, $Dk and $Dv features', async ({ Dk, Dv }) => {
     const [size, H] = [128, 2]
     const T = 2 * size
     const random = new Random(Dk)

@@ -36,7 +36,7 @@ test.skipIf(unavailable).each(dtypes.flatMap(from => dtypes.filter(to => to !== 
     const [y] = backend.primitives.cast([{ handle, shape, dtype: from }], { dtype: to }, [{ shape, dtype: to }])
     const result = await backend.download({ handle: y, shape, dtype: to })
     backend.dispose()
-    // As numbers, because NaN has many bits.
+    // Compared as numbers, because NaN has many bit patterns.
     const wanted = hostArray(to, x.length)
     wanted.set(Array.from(expected[to]()))
     expect([...decodeHost(to, result)]).toEqual([...decodeHost(to, wanted)])

@@ -23,7 +23,7 @@ describe.skipIf(unavailable)('crossEntropy', () => {
     await compareWithReference([normal([rows, classes], 5), targets], (x, t) => [crossEntropy(x, t, { ignoreIndex })])
   })
 
-  test('-Infinity is a class that cannot be, and NaN stays in its row', async () => {
+  test('-Infinity is an impossible class, and NaN stays in its row', async () => {
     const low = Number.NEGATIVE_INFINITY
     const logits = new Float32Array(4 * 40).fill(low)
     logits[3] = 5

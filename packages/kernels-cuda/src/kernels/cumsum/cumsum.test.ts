@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 
-// Rows of one warp and of a block, columns with one thread and with several, each with tails.
+// Rows processed by a warp and by a block, columns with one and with several threads, each with partial tiles.
 test.skipIf(unavailable).each([
   [[3, 200], 1],
   [[2, 5003], 1],

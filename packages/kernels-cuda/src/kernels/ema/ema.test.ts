@@ -11,7 +11,7 @@ describe.skipIf(unavailable)('emaStep', () => {
     const backend = await testBackend()
     const shape = [n]
     const value = (data: Float32Array): Value => ({ handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' })
-    // What is there before the first value counts for nothing.
+    // The previous contents do not matter at the first step.
     let average = value(random.normal(n))
     const sums = new Float64Array(n)
     const bytes = backend.stats().bytes
@@ -31,7 +31,7 @@ describe.skipIf(unavailable)('emaStep', () => {
     backend.dispose()
   })
 
-  test('a tensor that somebody else holds is not changed', async () => {
+  test('a tensor with another owner is not changed', async () => {
     const backend = await testBackend()
     const make = (...data: number[]): Value => {
       return { handle: backend.upload(Float32Array.from(data), [2], 'f32'), shape: [2], dtype: 'f32' }

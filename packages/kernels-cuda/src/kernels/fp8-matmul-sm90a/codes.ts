@@ -1,7 +1,7 @@
 /** @file Operands of Hopper's fp8 products: codes with k contiguous, and scales. */
 import { fp8Tile } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { type Fp8Operand, placeFor, sizesOf, stripes } from '../fp8-operand/fp8-operand.ts'
+import { type Fp8Operand, operandMemory, sizesOf, stripes } from '../fp8-operand/fp8-operand.ts'
 
 /** Number of rows if every expert's rows start at a multiple of a tile and are padded with zeros (packed-rows.cuh). */
 export const packedRows = (rows: number, experts: number) => (Math.floor(rows / fp8Tile) + experts) * fp8Tile
@@ -19,14 +19,18 @@ export interface Fp8Codes {
 
 type CodesShape = Pick<Fp8Codes, 'matrices' | 'outer' | 'k'>
 
-/** Memory for codes, allocated by `place`. */
-function placeCodes(cuda: Cuda, shape: CodesShape, place: (bytes: number) => { pointer: number; isFilled: boolean }) {
+/** Memory for codes, allocated by `allocate`. */
+function allocateCodes(
+  cuda: Cuda,
+  shape: CodesShape,
+  allocate: (bytes: number) => { pointer: number; isFilled: boolean },
+) {
   const { matrices, outer, k } = shape
   const ld = Math.ceil(k / 16) * 16
   const ldScales = Math.ceil(outer / fp8Tile) * fp8Tile
   const codeBytes = Math.ceil((matrices * outer * ld) / 256) * 256
   const scaleBytes = matrices * Math.ceil(k / fp8Tile) * ldScales * 4
-  const { pointer, isFilled } = place(codeBytes + scaleBytes)
+  const { pointer, isFilled } = allocate(codeBytes + scaleBytes)
   const scales = pointer + codeBytes
   // They are copied in tiles of rows.
   if (!isFilled && ldScales > outer) cuda.clear(scales, scaleBytes)
@@ -35,8 +39,8 @@ function placeCodes(cuda: Cuda, shape: CodesShape, place: (bytes: number) => { p
 
 /** Scratch memory for the codes of one matrix. */
 export function scratchCodes(cuda: Cuda, outer: number, k: number): Fp8Codes {
-  const place = (bytes: number) => ({ ...cuda.scratch(bytes), isFilled: false })
-  return placeCodes(cuda, { matrices: 1, outer, k }, place).codes
+  const allocate = (bytes: number) => ({ ...cuda.scratch(bytes), isFilled: false })
+  return allocateCodes(cuda, { matrices: 1, outer, k }, allocate).codes
 }
 
 /** The operand as codes with k contiguous. Equal runs become matrices; runs given by offsets become one matrix, in which each starts at a tile. */
@@ -50,7 +54,7 @@ export function fp8AsCodes(cuda: Cuda): (operand: Fp8Operand) => Fp8Codes {
     const k = operand.along ? columns : offsets === 0 ? rows / runs : packedRows(rows, runs)
     const form = `fp8, ${operand.along} ${matrices} ${outer}`
     const shape = { matrices, outer, k }
-    const { codes, isFilled } = placeCodes(cuda, shape, bytes => placeFor(cuda, operand, form, bytes))
+    const { codes, isFilled } = allocateCodes(cuda, shape, bytes => operandMemory(cuda, operand, form, bytes))
     if (isFilled) return codes
     const { pointer, scales, ld, ldScales } = codes
     const from = pointerOf(operand.value)

@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { hopperFp8Bits, keepFp8Bits, onDevice, testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
 
-/** Whole numbers to 8 in tiles whose scales differ: nothing is rounded, and sums are exact, in the few bits that Hopper keeps, too. */
+/** Integers up to 8 in tiles with different scales: nothing is rounded, and sums are exact, also with the 14 bits that Hopper retains. */
 function numbers(size: number, seed: number): Float32Array {
   return new Random(seed)
     .normal(size)
@@ -12,7 +12,7 @@ function numbers(size: number, seed: number): Float32Array {
 
 const f32 = (...shape: number[]) => ({ shape, dtype: 'f32' as const })
 
-/** a [m, k] times b [n, k] transposed, added in f64. */
+/** a [m, k] times the transpose of b [n, k], summed in f64. */
 function product(
   m: number,
   n: number,
@@ -30,7 +30,7 @@ function product(
   }
   return c
 }
-/** The first places where they differ: a failure that prints whole matrices takes minutes. */
+/** The first differences; a failure that prints whole matrices takes minutes. */
 function differences(found: ArrayLike<number>, expected: Float32Array): string[] {
   const wrong: string[] = []
   for (let i = 0; i < expected.length && wrong.length < 5; i++) {
@@ -43,7 +43,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
   beforeEach(() => keepFp8Bits(hopperFp8Bits))
   afterEach(() => keepFp8Bits(0))
 
-  // More steps than stages, more tiles than one, ends of both, k in parts; the large one in one form, as the others differ in how operands are rounded.
+  // More steps than stages, several tiles, partial ones, split-K. The large case has only one layout, because layouts only differ in how operands are quantized.
   test.each([
     { m: 300, n: 140, k: 1100 },
     { m: 1, n: 1, k: 1 },
@@ -76,7 +76,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
   ])('with %i bits of a sum, %i and %i: %i', async (bits, large, small, expected) => {
     keepFp8Bits(bits)
     const backend = await testBackend({ wgmma })
-    // 256 squared, which 257 is rounded to; small numbers of that scale are exact.
+    // 257 is rounded to 256, which is then squared; small numbers with this scale are exact.
     const a = Float32Array.of(large, small, 2 * Math.sign(large))
     const b = Float32Array.of(Math.abs(large), Math.abs(small), 256)
     const inputs = [a, b].map(data => ({ data, shape: [1, 3] }))
@@ -91,7 +91,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
   const rows = 340
   const at = { data: offsets, shape: [experts + 1], dtype: 'i32' as const }
 
-  test.each([true, false])('a product per expert, transposed: %s', async transposeW => {
+  test.each([true, false])('products per expert, transposed: %s', async transposeW => {
     const [x, weight] = [numbers(rows * k, 3), numbers(experts * n * k, 4)]
     const backend = await testBackend({ wgmma })
     const inputs = [
@@ -114,7 +114,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
     expect(differences(y, expected)).toEqual([])
   })
 
-  test('the gradient of experts’ weights', async () => {
+  test('gradients of the experts’ weights', async () => {
     const [x, dy] = [numbers(rows * k, 5), numbers(rows * n, 6)]
     const backend = await testBackend({ wgmma })
     const inputs = [{ data: x, shape: [rows, k] }, { data: dy, shape: [rows, n] }, at]

@@ -37,7 +37,7 @@ export function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
 }
 
 /** Memory for a rounded operand: cached until the tensor changes, or only for this op if the result depends on offsets. */
-export function placeFor(cuda: Cuda, { value, offsets }: Fp8Operand, form: string, bytes: number) {
+export function operandMemory(cuda: Cuda, { value, offsets }: Fp8Operand, form: string, bytes: number) {
   if (offsets === undefined && bytes > 0) return cuda.rounded(value, form, bytes)
   return { pointer: cuda.scratch(bytes).pointer, isFilled: false }
 }
@@ -50,7 +50,7 @@ export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
     const { rows, columns, tiles, runs, offsets } = sizesOf(operand)
     const ld = paddedColumns(columns)
     const form = `fp8 in bf16, ${operand.along} ${runs} ${columns}`
-    const { pointer, isFilled } = placeFor(cuda, operand, form, rows * ld * 2)
+    const { pointer, isFilled } = operandMemory(cuda, operand, form, rows * ld * 2)
     if (isFilled) return { pointer, ld }
     const from = pointerOf(operand.value)
     if (operand.along) along({ grid: [Math.ceil(rows / 8), tiles], block: 256 }, pointer, from, rows, columns, ld)

@@ -33,7 +33,7 @@ describe.skipIf(unavailable)('globalNorm', () => {
     expect(Math.abs(parts[0] + parts[1] + parts[2] - Math.sqrt(squares))).toBeLessThanOrEqual(1e-12 * norm)
   })
 
-  test('large and small squares neither overflow nor vanish', async () => {
+  test('squares neither overflow nor underflow', async () => {
     for (const size of [1e30, 1e-30]) {
       const { norm } = await normOf([[3 * size, 0], [4 * size]])
       expect(norm / (5 * size)).toBeCloseTo(1, 6)

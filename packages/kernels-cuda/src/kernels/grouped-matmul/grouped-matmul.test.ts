@@ -5,7 +5,7 @@ import { productVariants, unavailable } from '../../test-backend.ts'
 
 const cases = [
   { name: 'empty experts, first, last and between', offsets: [0, 0, 1, 1, 30, 130, 130], rows: 130, k: 33, n: 130 },
-  { name: 'rows behind the last expert', offsets: [0, 20, 50, 51], rows: 150, k: 40, n: 70 },
+  { name: 'rows after the last expert', offsets: [0, 20, 50, 51], rows: 150, k: 40, n: 70 },
   { name: 'no expert has rows', offsets: [0, 0, 0], rows: 4, k: 8, n: 9 },
   {
     name: 'more experts than a warp has lanes',
@@ -16,7 +16,7 @@ const cases = [
   },
   { name: 'large tiles', offsets: [0, 250, 260, 400], rows: 400, k: 70, n: 520 },
   { name: 'few rows', offsets: [0, 1, 1, 10, 12, 12], rows: 14, k: 600, n: 37 },
-  { name: 'nothing to sum up', offsets: [0, 2], rows: 2, k: 0, n: 3 },
+  { name: 'k = 0', offsets: [0, 2], rows: 2, k: 0, n: 3 },
 ]
 
 describe.skipIf(unavailable).each(productVariants)(

@@ -14,21 +14,21 @@ const ignoreIndex = -100
 const ofOneClass = 2 ** -21 + 2 ** -23
 const unusual = [ignoreIndex, -1, 999_999]
 
-// Tails in rows, classes and features; working memory for a part of the vocabulary alone.
+// Partial tiles of rows, classes and features; working memory for only a part of the vocabulary.
 const cases = [
   { name: 'one of each', rows: 1, classes: 1, features: 1, skip: 0 },
   { name: 'large tiles', rows: 300, classes: 1100, features: 20, skip: 4 },
   { name: 'large tiles, many steps', rows: 130, classes: 800, features: 330, skip: 5 },
   { name: 'small tiles, many steps', rows: 140, classes: 121, features: 523, skip: 6 },
-  { name: 'whole tiles and most of one', rows: 300, classes: 504, features: 24, skip: 3 },
-  { name: 'chunks of whole tiles', rows: 300, classes: 1024, features: 24, skip: 3, chunkBytes: 320_000 },
+  { name: 'full tiles and a partial one', rows: 300, classes: 504, features: 24, skip: 3 },
+  { name: 'chunks of full tiles', rows: 300, classes: 1024, features: 24, skip: 3, chunkBytes: 320_000 },
   { name: 'one class more than a tile', rows: 129, classes: 257, features: 64, skip: 0 },
   { name: 'no features', rows: 9, classes: 5, features: 0, skip: 2 },
-  { name: 'no row counts', rows: 3, classes: 5, features: 4, skip: 1 },
+  { name: 'all targets ignored', rows: 3, classes: 5, features: 4, skip: 1 },
   { name: 'no rows', rows: 0, classes: 5, features: 4, skip: 0 },
   { name: 'chunks of the vocabulary', rows: 70, classes: 650, features: 41, skip: 3, chunkBytes: 40_000 },
   {
-    name: 'chunks of a weight that is rounded as a whole',
+    name: 'chunks of a weight that is rounded at once',
     rows: 1100,
     classes: 300,
     features: 24,
@@ -38,7 +38,7 @@ const cases = [
   { name: 'chunks and many rows', rows: 1100, classes: 300, features: 24, skip: 7, chunkBytes: 1 },
 ]
 
-/** Some targets do not count where `skip` is not zero. */
+/** If not zero, every `skip`-th target is ignored. */
 const targetsOf = (rows: number, classes: number, skip: number) =>
   integers(
     ...Array.from({ length: rows }, (_, i) =>
@@ -46,7 +46,7 @@ const targetsOf = (rows: number, classes: number, skip: number) =>
     ),
   )
 
-/** Working memory for so much, until the test ends. */
+/** Sets the size of working memory until the test ends. */
 function limitChunks(bytes: number) {
   const usual = limits.chunkBytes
   limits.chunkBytes = bytes
@@ -60,7 +60,7 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     limitChunks(chunkBytes)
     const random = new Random(rows + classes)
     const x = exact(random, rows, features)
-    // Logits of about one, however many features.
+    // Logits of about 1 for any number of features.
     const scale = 2 ** -Math.round(Math.log2(features + 1) / 2)
     const { data, shape } = exact(random, classes, features)
     const weight = { data: Float32Array.from(data, w => w * scale), shape }
@@ -86,7 +86,7 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     })
   })
 
-  test('the same bits in every run and order', async () => {
+  test('results are bitwise identical in every run, in any order of blocks', async () => {
     limitChunks(1)
     const [rows, classes, features] = [150, 700, 130]
     const random = new Random(5)
@@ -109,13 +109,13 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     expect(await run()).toEqual(first)
   })
 
-  test.each([-1, 1])('logits far from zero (%i)', async sign => {
+  test.each([-1, 1])('large logits do not overflow (%i)', async sign => {
     const [rows, classes, features] = [3, 5, 8]
     const random = new Random(7)
     const weight = Float32Array.from(exact(random, classes, features).data, w => sign * (w + 64))
     const inputs = [
       { data: new Float32Array(rows * features).fill(1), shape: [rows, features] },
-      // Halves, which bf16 has up to 128.
+      // Multiples of a half, which bf16 represents up to 128.
       { data: weight.map(w => Math.round(w * 2) / 2), shape: [classes, features] },
       integers(0, 1, 4),
     ]
@@ -156,7 +156,7 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
   })
 })
 
-test('chunks fill multiprocessors', () => {
+test('chunks fill all multiprocessors', () => {
   const [large] = hopperTiles
   const chunk = (most: number, rows: number, features: number) =>
     evenChunk({ multiprocessors: 132 }, hopperTiles, large, most, { rows, features })

@@ -1,6 +1,6 @@
 /** @file Shared by the launchers of matrix products: operands, tile sizes, and the dense product. */
 import type { Value, WidePrecision } from '@moe/core'
-import { asItLies } from '../../memory.ts'
+import { contiguousForm } from '../../memory.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { hopperProduct, tilesOfForm } from '../matmul-sm90a/product.ts'
 
@@ -48,26 +48,26 @@ export function roundToBf16(cuda: Cuda): Round {
     `p[${mostRounded}] p[${mostRounded}] l[${mostRounded}] i[${mostRounded}] i[${mostRounded}]`,
   )
   return matrices => {
-    const placed = matrices.map(matrix => {
+    const rounded = matrices.map(matrix => {
       const { pointer: from, rows, columns, ld = paddedColumns(columns), to, of } = matrix
-      const form = ld === columns ? asItLies : `bf16 ${columns} ${ld}`
+      const form = ld === columns ? contiguousForm : `bf16 ${columns} ${ld}`
       const known = of && rows * ld > 0 ? cuda.rounded(of, form, rows * ld * 2) : undefined
       const pointer = known?.pointer ?? to ?? cuda.scratch(rows * ld * 2).pointer
       return { from, rows, columns, ld, pointer, isFilled: known?.isFilled ?? false }
     })
-    const wanted = placed.filter(({ isFilled }) => !isFilled)
-    if (wanted.length > 0) {
-      const most = Math.max(...wanted.map(({ rows, ld }) => (rows * ld) / 8))
+    const unfilled = rounded.filter(({ isFilled }) => !isFilled)
+    if (unfilled.length > 0) {
+      const most = Math.max(...unfilled.map(({ rows, ld }) => (rows * ld) / 8))
       kernel(
-        { grid: [Math.min(Math.ceil(most / 256), cuda.multiprocessors * 16), wanted.length], block: 256 },
-        wanted.map(x => x.pointer),
-        wanted.map(x => x.from),
-        wanted.map(x => x.rows),
-        wanted.map(x => x.columns),
-        wanted.map(x => x.ld),
+        { grid: [Math.min(Math.ceil(most / 256), cuda.multiprocessors * 16), unfilled.length], block: 256 },
+        unfilled.map(x => x.pointer),
+        unfilled.map(x => x.from),
+        unfilled.map(x => x.rows),
+        unfilled.map(x => x.columns),
+        unfilled.map(x => x.ld),
       )
     }
-    return placed
+    return rounded
   }
 }
 

@@ -16,23 +16,23 @@ interface Size {
   readonly k: number
 }
 
-// Which tile is chosen depends on the number of multiprocessors: these are for the emulator's four.
+// The choice of a tile depends on the number of multiprocessors; these sizes are for the emulator's four.
 const sizes: readonly Size[] = [
   { name: 'tiles of 128 x 128', precision: 'f32', batch: 8, m: 125, n: 127, k: 37 },
   { name: 'tiles of 64 x 64', precision: 'f32', m: 130, n: 70, k: 65 },
-  { name: 'more than a band of tiles', precision: 'f32', m: 1100, n: 70, k: 5 },
+  { name: 'more than one band of tiles', precision: 'f32', m: 1100, n: 70, k: 5 },
   { name: 'tiles of 128 x 256', precision: 'bf16', batch: 8, m: 125, n: 251, k: 70 },
   { name: 'tiles of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 127, k: 161 },
   { name: 'tiles of 64 x 64', precision: 'bf16', m: 130, n: 70, k: 200 },
-  { name: 'whole tiles of 128 x 128 and most of one', precision: 'f32', batch: 4, m: 125, n: 252, k: 20 },
-  { name: 'whole tiles of 128 x 256 and most of one', precision: 'bf16', batch: 4, m: 125, n: 508, k: 40 },
-  { name: 'most of a tile of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 124, k: 40 },
-  { name: 'a width between, of 128 x 144 where there is one', precision: 'bf16', m: 509, n: 144, k: 200 },
-  { name: 'most of it', precision: 'bf16', m: 509, n: 140, k: 70 },
-  { name: 'a width between, of 128 x 192', precision: 'bf16', m: 509, n: 192, k: 390 },
-  { name: 'most of it, which are no fours', precision: 'bf16', m: 509, n: 190, k: 70 },
-  { name: 'k in parts', precision: 'bf16', m: 30, n: 41, k: 2101 },
-  { name: 'k in parts', precision: 'f32', m: 30, n: 41, k: 2101 },
+  { name: 'full tiles of 128 x 128 and a partial one', precision: 'f32', batch: 4, m: 125, n: 252, k: 20 },
+  { name: 'full tiles of 128 x 256 and a partial one', precision: 'bf16', batch: 4, m: 125, n: 508, k: 40 },
+  { name: 'a partial tile of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 124, k: 40 },
+  { name: 'tiles of 128 x 144 where they exist', precision: 'bf16', m: 509, n: 144, k: 200 },
+  { name: 'a partial tile of 128 x 144', precision: 'bf16', m: 509, n: 140, k: 70 },
+  { name: 'tiles of 128 x 192', precision: 'bf16', m: 509, n: 192, k: 390 },
+  { name: 'a partial tile of 128 x 192, columns not a multiple of 4', precision: 'bf16', m: 509, n: 190, k: 70 },
+  { name: 'split-K', precision: 'bf16', m: 30, n: 41, k: 2101 },
+  { name: 'split-K', precision: 'f32', m: 30, n: 41, k: 2101 },
 ]
 const fewRows = ['f32', 'bf16'].flatMap(precision =>
   [1, 3, 8].flatMap(m => [
@@ -44,7 +44,7 @@ const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB =
 
 describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
   const options = { wgmma }
-  // The same sizes have other tiles, and what is not bf16 or has few rows has nothing to do with it.
+  // With wgmma, the same sizes use other tiles. f32 and few rows are not affected.
   const affected = wgmma ? sizes.filter(({ precision }) => precision === 'bf16') : [...sizes, ...fewRows]
   test.each(affected)('$name, $precision', async ({ precision, batch, m, n, k }) => {
     const random = new Random(m)
@@ -57,7 +57,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
     }
   })
 
-  test('the same bits in every run', async () => {
+  test('results are bitwise identical in every run', async () => {
     const random = new Random(1)
     for (const precision of ['f32', 'bf16'] as const) {
       const inputs = [exact(random, 70, 2100), exact(random, 33, 2100)]
@@ -92,7 +92,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
   })
 })
 
-// As on an H100, for 4,096 tokens: what waves of whole tiles leave idle is the most of what choices lose.
+// For 4,096 tokens on an H100: the idle multiprocessors of the last wave are most of what a wrong choice costs.
 test.each([
   ['q_a_proj', 1536, '128x192'],
   ['q_b_proj', 24576, '128x256'],

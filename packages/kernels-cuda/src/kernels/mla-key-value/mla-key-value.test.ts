@@ -3,7 +3,7 @@ import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
 import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
-// Four features at a time and one; more than the grid's threads have at a time.
+// Four features at a time and one; more elements than threads of the grid.
 const shapes = [
   { P: 5, H: 16, N: 128, R: 64, V: 128 },
   { P: 300, H: 4, N: 32, R: 16, V: 36 },

@@ -4,14 +4,14 @@ import { testBackend, unavailable } from '../../test-backend.ts'
 import { borders } from './movement.ts'
 import { unitOf } from './units.ts'
 
-test('units divide everything', () => {
+test('the unit divides all sizes and strides', () => {
   expect(unitOf(64, 48)).toBe(16)
   expect(unitOf(64, 48, 4)).toBe(4)
   expect(unitOf(3)).toBe(1)
   expect(unitOf(0)).toBe(16)
 })
 
-test('axes without a border are merged', () => {
+test('axes without padding are merged', () => {
   expect(borders([2, 3, 4], [0, 1, 0], [2, 5, 4])).toEqual([
     [20, 12, 4, 1],
     [2, 2, 0, 12],
@@ -19,14 +19,14 @@ test('axes without a border are merged', () => {
   expect(borders([], [], [])).toEqual([[1, 1, 0, 1]])
 })
 
-/** Element i is i mod 251, which every dtype holds as bits. */
+/** Element i has the bits of i mod 251. */
 function counting(dtype: DType, shape: Shape): HostArray {
   const data = hostArray(dtype, sizeOf(shape))
   for (let i = 0; i < data.length; i++) data[i] = i % 251
   return data
 }
 
-/** y[index] = x[from(index)] where that is inside of x, otherwise `value`. */
+/** y[index] = x[from(index)] if that is inside of x, otherwise `value`. */
 function moved(
   x: HostArray,
   from: Shape,
@@ -66,7 +66,7 @@ describe.skipIf(unavailable)('on the device', () => {
     return y
   }
 
-  // Tiles with tails, many small transposes, narrow ones, runs of 16 bytes and less, and the same order after all.
+  // Partial tiles, many small transposes, narrow ones, runs of 16 bytes and less, and permutations that change nothing.
   test.each(
     dtypes.flatMap(dtype =>
       [

@@ -33,7 +33,7 @@ describe.skipIf(unavailable)('quantize', () => {
     expect(q).toEqual(Uint8Array.from(x, (v, i) => toF8e4m3(Math.fround(v / want[blockOf(i)]))))
   })
 
-  test('NaN spoils its own block only', async () => {
+  test('NaN affects only its own block', async () => {
     const backend = await testBackend()
     const data = [1, Number.NaN, 2, 4]
     const [q, scale] = await runOp(backend, 'quantize', [{ data, shape: [1, 4] }], { block: [1, 2] }, [

@@ -16,14 +16,14 @@ import { limits } from './quantized-matmul.ts'
 
 interface Size {
   readonly name: string
-  /** Ends of experts' rows; without them the product is dense. */
+  /** The ends of the experts' rows; without them, the product is dense. */
   readonly offsets?: readonly number[]
   readonly m: number
   readonly n: number
   readonly k: number
   readonly block: readonly [rows: number, columns: number]
   readonly chunkBytes?: number
-  /** Kernels differ by precision. */
+  /** Whether the kernels depend on the precision. */
   readonly rounds?: boolean
 }
 
@@ -39,7 +39,7 @@ const dense: readonly Size[] = [
   { name: 'chunks of columns, odd sizes', rounds: true, m: 70, n: 520, k: 71, block: [7, 10], chunkBytes: 1 },
 ]
 
-/** Offsets of experts with so many rows each. */
+/** The offsets of experts with these numbers of rows. */
 function ends(...rows: number[]): number[] {
   const offsets = [0]
   for (const count of rows) offsets.push(offsets[offsets.length - 1] + count)
@@ -89,7 +89,7 @@ const grouped: readonly Size[] = [
   { name: 'no expert has rows', rounds: true, offsets: ends(0, 0), m: 20, n: 33, k: 40, block: [1, 8] },
 ]
 
-/** Weights of size about 1 and their scales. */
+/** Weights with a magnitude of about 1 and their scales. */
 function stored(format: WeightFormat, { offsets, n, k, block }: Size): HostInput[] {
   const random = new Random(n + k)
   const lead = offsets === undefined ? [] : [offsets.length - 1]
@@ -116,7 +116,7 @@ function useChunks(bytes = limits.chunkBytes) {
   })
 }
 
-/** Forwards, and back to x. */
+/** Checks the forward pass and the gradient of x. */
 async function check(format: WeightFormat, precision: WidePrecision, size: Size, x = normal([size.m, size.k])) {
   const { offsets, n, k, block, chunkBytes } = size
   useChunks(chunkBytes)
@@ -141,7 +141,7 @@ describe.skipIf(unavailable).each(['bf16', 'fp8', 'int8', 'int4'] as const)('pro
     test.each(grouped.filter(matters))('experts: $name', size => check(format, precision, size))
   })
 
-  test('infinities, NaN and large numbers in rows of their own', async () => {
+  test('infinities, NaN and large numbers stay in their rows', async () => {
     const [m, k] = [6, 96]
     const x = normal([m, k])
     const { NaN: nan, POSITIVE_INFINITY: high } = Number
@@ -151,7 +151,7 @@ describe.skipIf(unavailable).each(['bf16', 'fp8', 'int8', 'int4'] as const)('pro
     await check(format, 'f32', { name: '', m, n: 20, k, block: [4, 32] }, x)
   })
 
-  test.each(grouped)('what experts without rows hold does not matter: $name', async size => {
+  test.each(grouped)('weights of experts without rows are not read: $name', async size => {
     const { m, n, k, block, chunkBytes, offsets = [] } = size
     useChunks(chunkBytes)
     const x = normal([m, k], 0.1)

@@ -4,7 +4,7 @@ import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 import { columnLaunch, reducePasses, rowLaunch } from './reduce.ts'
 
-test('neighbouring axes are one pass', () => {
+test('neighbouring axes are reduced in one pass', () => {
   expect(reducePasses([5, 6, 7], [1, 2])).toEqual([[5, 42, 1]])
   expect(reducePasses([5, 1, 7], [0, 2])).toEqual([[1, 35, 1]])
   expect(reducePasses([5, 6, 7], [0, 2])).toEqual([

@@ -3,7 +3,7 @@ import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
 import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
-// Rows that a warp has, several to each of its turns, and rows that a block has, beyond what it holds in registers.
+// Rows processed by a warp, several per warp, and rows processed by a block, longer than it holds in registers.
 describe.skipIf(unavailable)('rmsNorm', () => {
   test.each([
     [1, 1],

@@ -3,7 +3,7 @@ import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
 import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
-// Positions that share a block, that fill one, and that take several; four features at a time and one. F features are put in front.
+// Positions that share a block, that fill one, and that take several; four features at a time and one. F features are prepended.
 const shapes: ReadonlyArray<Record<'B' | 'T' | 'H' | 'D' | 'R', number> & { readonly F?: number }> = [
   { B: 2, T: 19, H: 1, D: 64, R: 64 },
   { B: 1, T: 3, H: 16, D: 192, R: 64 },

@@ -64,7 +64,7 @@ function dot(size: number, left: (i: number) => number, error: (i: number) => nu
 
 /**
  * Operands count as exact: they hold numbers of bf16. Rounded are gate's and up's results, SwiGLU's, the experts' output, dinner, dgate, dup, the weighted inner rows
- * and rows of dx; SwiGLU's errors go on by the slope of silu. Errors of second order and those of sums in f32 are for the caller's margin.
+ * and rows of dx; errors of SwiGLU propagate with the slope of silu. Second-order errors and those of f32 sums must be covered by the margin of the caller.
  */
 export function expectedOf({ N, K, E, D, I, x, gate, up, down, weights, chosen, dout }: Numbers): Results {
   const make = (size: number) => ({ values: new Float64Array(size), bounds: new Float64Array(size) })

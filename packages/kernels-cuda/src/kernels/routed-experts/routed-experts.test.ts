@@ -29,20 +29,20 @@ type Case = Sizes & { readonly name: string; readonly among?: readonly number[] 
 
 const cases: readonly Case[] = [
   { name: 'empty experts, first, last and between', N: 70, K: 3, E: 6, D: 40, I: 24, among: [1, 2, 4] },
-  { name: 'sizes that are no multiples', N: 50, K: 2, E: 3, D: 33, I: 17 },
-  { name: 'even sizes that are no multiples of 8', N: 90, K: 2, E: 2, D: 30, I: 22 },
+  { name: 'odd sizes', N: 50, K: 2, E: 3, D: 33, I: 17 },
+  { name: 'even sizes that are not multiples of 8', N: 90, K: 2, E: 2, D: 30, I: 22 },
   { name: 'more experts than a warp has lanes', N: 130, K: 4, E: 40, D: 24, I: 40 },
   { name: 'several tiles of features', N: 150, K: 1, E: 2, D: 300, I: 9 },
   { name: 'several tiles of inner features', N: 70, K: 2, E: 1, D: 12, I: 290 },
   { name: 'rows that fill tiles', N: 256, K: 1, E: 2, D: 16, I: 16 },
   { name: 'large tiles of gate and up', N: 250, K: 1, E: 1, D: 20, I: 102 },
-  { name: 'whole tiles and most of one', N: 130, K: 1, E: 1, D: 504, I: 120 },
+  { name: 'full tiles and a partial one', N: 130, K: 1, E: 1, D: 504, I: 120 },
   { name: 'few rows of odd sizes', N: 3, K: 2, E: 4, D: 5, I: 7 },
-  { name: 'slots behind the last expert', N: 80, K: 2, E: 3, D: 24, I: 16, among: [0, 2, 3] },
+  { name: 'slots after the last expert', N: 80, K: 2, E: 3, D: 24, I: 16, among: [0, 2, 3] },
   { name: 'one of each', N: 1, K: 1, E: 1, D: 1, I: 1 },
 ]
 
-/** Precisions in which rows between the products are in fewer bits, with the ways of multiplying in them. */
+/** Precisions in which activations between the products are stored in fewer bits, with and without wgmma. */
 const variants = wgmmaVariants.flatMap(wgmma => (['bf16', 'fp8'] as const).map(precision => ({ precision, wgmma })))
 type Variant = (typeof variants)[number]
 
@@ -51,7 +51,7 @@ function chosenOf({ N, K, E, among = Array.from({ length: E }, (_, e) => e) }: C
   return Int32Array.from({ length: N * K }, () => among[random.integer(among.length)])
 }
 
-/** Normal numbers that bf16 has, weights of products so that results are of size 1. */
+/** Normally distributed numbers that bf16 represents exactly; weights are scaled so that results have a magnitude of 1. */
 function normalNumbers(sizes: Case): Numbers {
   const { N, K, E, D, I } = sizes
   const random = new Random(N)
@@ -69,7 +69,7 @@ function normalNumbers(sizes: Case): Numbers {
   }
 }
 
-/** With more bits than bf16 has: those of the operands in fp8 are rounded once. */
+/** With more bits than bf16: operands in fp8 are rounded only once. */
 function finer(numbers: Numbers): Numbers {
   const { x, gate, up, down, dout } = numbers
   const [a, b, c, d, e] = [x, gate, up, down, dout].map(data => data.map(value => value * (1 + 2 ** -9 / 3)))
@@ -77,8 +77,8 @@ function finer(numbers: Numbers): Numbers {
 }
 
 /**
- * Powers of two such that no rounding changes anything: tokens and gradients have one element each, down one a row; gate's results are so large that silu
- * is the identity.
+ * Powers of two for which no rounding changes anything: tokens and gradients have one nonzero element each, down one per row; gate's results are so large that
+ * silu is the identity.
  */
 function exactNumbers(sizes: Case): Numbers {
   const { N, K, E, D, I } = sizes
@@ -102,13 +102,13 @@ function exactNumbers(sizes: Case): Numbers {
   }
 }
 
-/** Where and how to compute. */
+/** The backend and how it computes. */
 interface On {
   readonly backend: CudaBackend
   readonly precision: Variant['precision']
 }
 
-/** Parameters on a backend; those that are frozen get no gradient. */
+/** Parameters on a backend. Frozen ones get no gradient. */
 function parametersOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
   const { N, K, E, D, I } = numbers
   const shapes = { x: [N, D], gate: [E, I, D], up: [E, I, D], down: [E, D, I], weights: [N, K] }
@@ -125,7 +125,7 @@ function forward(
   { x, weights, ...experts }: ReturnType<typeof parametersOf>,
 ): Tensor {
   const indices = tensor(numbers.chosen, [numbers.N, numbers.K], { backend })
-  // What is chosen beyond the experts is nobody's.
+  // Indices beyond the experts belong to no expert.
   const { offsets, ...plan } = dispatchPlan(indices, numbers.E + 1)
   const own = { ...plan, offsets: offsets.narrow(0, 0, numbers.E + 1) }
   return withPrecision(precision, () => routedExperts(x, experts, weights, own))
@@ -133,7 +133,7 @@ function forward(
 
 type Found = Readonly<Record<string, Float32Array | null>>
 
-/** Results here, and that the device did not decline. */
+/** The results on this backend. Checks that the device did not decline the op. */
 async function resultsOf(numbers: Numbers, on: On, frozen: readonly string[] = []): Promise<Found> {
   const { backend } = on
   const declined = JSON.stringify(fallbacks())
@@ -164,20 +164,20 @@ async function onBackend<T>({ wgmma, precision }: Variant, fn: (on: On) => Promi
   }
 }
 
-/** In bf16. */
+/** Checks results in bf16. */
 function expectWithinBounds(found: Found, numbers: Numbers): void {
   for (const [name, { values, bounds }] of Object.entries(expectedOf(numbers)) as Array<[string, Results['out']]>) {
     const actual = found[name] as Float32Array
     const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0)
-    // Second orders, and sums in f32.
+    // Margin for second-order errors and f32 sums.
     const beyond = actual.findIndex((value, i) => !(Math.abs(value - values[i]) <= bounds[i] * 1.05 + largest * 1e-5))
     expect(beyond, `${name}[${beyond}] is ${actual[beyond]}, not ${values[beyond]} +- ${bounds[beyond]}`).toBe(-1)
-    // Half a dozen roundings, each with a variance of a sixth of 2^-16 at most.
+    // About six roundings, each with a variance of at most a sixth of 2^-16.
     if (numbers.N > 10) expect(normalizedError(actual, values), name).toBeLessThan(2 ** -15)
   }
 }
 
-/** In fp8, with what products of rows give rounded to that: mean square errors. */
+/** Checks the mean square errors of results in fp8, where results of products are rounded. */
 function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, most: number): void {
   for (const [name, values] of Object.entries(fp8ResultsOf(numbers, rounding))) {
     expect(normalizedError(found[name] as Float32Array, values), name).toBeLessThan(most)
@@ -185,43 +185,46 @@ function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, most:
 }
 
 /**
- * Mean square error of what Hopper's tensor cores keep. Each of four times 33 numbers loses up to 2^-13 of about the size of the sum, which is 2^-11 of it
- * in all, and so moves one in 2^8 or fewer to the next number of fp8, 2^-3 away.
+ * Mean square error of accumulation with 14 bits on Hopper's tensor cores. Each of 4 times 33 terms loses up to 2^-13 of about the magnitude of the sum, which
+ * is 2^-11 in total, and so moves at most one in 2^8 to the next fp8 value, 2^-3 away.
  */
 const inFewBits = 2 ** -14
 
 describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $wgmma', variant => {
   const { precision, wgmma } = variant
 
-  test.each(cases)('$name: exact numbers', async sizes => {
+  test.each(cases)('$name: integers, exact results', async sizes => {
     const numbers = exactNumbers(sizes)
     const found = await onBackend(variant, on => resultsOf(numbers, on))
     for (const [name, { values }] of Object.entries(expectedOf(numbers))) {
-      // All are multiples of a half; silu is less than the identity by 1e-12.
+      // All results are multiples of a half; silu differs from the identity by 1e-12.
       const wrong = found[name]?.findIndex((value, i) => value !== Math.round(values[i] * 2) / 2) as number
       expect(wrong, `${name}[${wrong}] is ${found[name]?.[wrong]}, not ${values[wrong]}`).toBe(-1)
     }
   })
 
-  test.each(cases)('$name: normal numbers', async sizes => {
+  test.each(cases)('$name: normally distributed numbers', async sizes => {
     const numbers = precision === 'fp8' ? finer(normalNumbers(sizes)) : normalNumbers(sizes)
     const found = await onBackend(variant, on => resultsOf(numbers, on))
-    // But for sums in f32 that lie on another side of a step than those in f64. SwiGLU off by 2^-21 moves one in 2^12 to the next number of bf16, and few of these to that of fp8.
+    // Differences come from f32 sums on another side of a rounding step than f64 sums. An error of 2^-21 in SwiGLU moves one in 2^12 to the next bf16 value, and few of these to the next fp8 value.
     if (precision === 'fp8') expectRounded(found, numbers, 'bf16', inexact ? inFewBits : 2 ** -26)
     else expectWithinBounds(found, numbers)
   })
 
-  test.skipIf(precision !== 'fp8' || !wgmma).each(cases)('$name: normal numbers, in sums of few bits', async sizes => {
-    const numbers = finer(normalNumbers(sizes))
-    keepFp8Bits(hopperFp8Bits)
-    try {
-      expectRounded(await onBackend(variant, on => resultsOf(numbers, on)), numbers, 'bf16', inFewBits)
-    } finally {
-      keepFp8Bits(0)
-    }
-  })
+  test.skipIf(precision !== 'fp8' || !wgmma).each(cases)(
+    '$name: normally distributed numbers, with 14-bit accumulation',
+    async sizes => {
+      const numbers = finer(normalNumbers(sizes))
+      keepFp8Bits(hopperFp8Bits)
+      try {
+        expectRounded(await onBackend(variant, on => resultsOf(numbers, on)), numbers, 'bf16', inFewBits)
+      } finally {
+        keepFp8Bits(0)
+      }
+    },
+  )
 
-  test('the same bits in every run, in any order of blocks', async () => {
+  test('results are bitwise identical in every run, in any order of blocks', async () => {
     const numbers = normalNumbers(cases[0])
     const first = await onBackend(variant, on => resultsOf(numbers, on))
     const second = await onBackend(variant, on => {
@@ -231,7 +234,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     expect(second).toEqual(first)
   })
 
-  test('frozen parameters change no other gradient, and cost nothing', async () => {
+  test('frozen parameters change no other gradient and cost nothing', async () => {
     const numbers = normalNumbers(cases[0])
     const names = ['x', 'gate', 'up', 'down', 'weights']
     await onBackend(variant, async on => {
@@ -249,7 +252,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
             frozen.includes(name) ? null : all.found[`d${name}`],
           )
         }
-        // The gradient of the gates comes with that of SwiGLU.
+        // The gradient of the routing weights is computed along with that of SwiGLU.
         if (frozen.join() !== 'weights') expect(launches, `without ${frozen}`).toBeLessThan(all.launches)
       }
     })
@@ -271,11 +274,11 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     expect(finite(found.out, D)).toEqual(others([4], 60))
     expect(finite(found.dx, D)).toEqual(others([4, 7], 60))
     expect(finite(found.dweights, 1)).toEqual(others([4, 7], 60))
-    // Tokens 4 and 7 are expert 2's.
+    // Tokens 4 and 7 are routed to expert 2.
     for (const name of ['dgate', 'dup', 'ddown']) expect(finite(found[name], D * I), name).toEqual(others([2], E))
   })
 
-  test('keeps the results of gate and up in bf16 and nothing else, and only for a gradient', async () => {
+  test('saves only the results of gate and up, in bf16, and only if a gradient is needed', async () => {
     const numbers = normalNumbers(cases[0])
     const { N, K, I, D } = numbers
     await onBackend(variant, async ({ backend }) => {
@@ -298,7 +301,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     })
   })
 
-  test('launches what it has to, whether or not something is kept', async () => {
+  test('launches the expected kernels, with and without saved activations', async () => {
     await onBackend(variant, async ({ backend }) => {
       const numbers = normalNumbers(cases[0])
       const names = ['x', 'gate', 'up', 'down', 'weights']
@@ -309,7 +312,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
           const plan = dispatchPlan(tensor(numbers.chosen, [numbers.N, numbers.K], { backend }), numbers.E)
           const before = backend.stats().launches
           withPrecision(precision, () => routedExperts(x, experts, weights, plan))
-          // In bf16 rounding, gathering, gate and up with SwiGLU, down, combining; in fp8 each operand is rounded by itself, and gate, up and SwiGLU are three.
+          // In bf16: rounding, gather, gate and up with SwiGLU, down, combine. In fp8, each operand is quantized separately, and gate, up and SwiGLU are three kernels.
           expect(backend.stats().launches - before).toBe(precision === 'bf16' ? 5 : 10)
         })
         for (const one of Object.values(parameters)) one.dispose()
@@ -317,7 +320,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     })
   })
 
-  test('declines what the ops one by one do better, and nothing is no trouble', async () => {
+  test('declines sizes for which separate ops are better, and accepts empty inputs', async () => {
     await onBackend(variant, async ({ backend }) => {
       const declined = () =>
         fallbacks().find(({ backend: name, op }) => name === backend.name && op === 'routedExperts')?.count ?? 0
@@ -340,7 +343,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     })
   })
 
-  test('a graph replays it, with other tokens', async () => {
+  test('a graph replays it with other tokens', async () => {
     const numbers = normalNumbers(cases[0])
     const backend = await testBackend({ wgmma, guarded: false })
     const parameters = parametersOf(numbers, backend)
@@ -365,7 +368,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     backend.dispose()
   })
 
-  test('without memory is an error that leaves nothing behind', async () => {
+  test('an out-of-memory error leaves nothing allocated', async () => {
     const numbers = normalNumbers(cases[0])
     const backend = await testBackend({ wgmma, guarded: false, memoryLimit: 120_000 })
     const parameters = parametersOf(numbers, backend)
@@ -378,9 +381,9 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
   })
 })
 
-test.skipIf(unavailable).each(wgmmaVariants)('in fp8 the ops one by one agree, wgmma %s', async wgmma => {
+test.skipIf(unavailable).each(wgmmaVariants)('in fp8 the separate ops give the same results, wgmma %s', async wgmma => {
   const numbers = normalNumbers(cases[0])
   const found = await onBackend({ precision: 'fp8', wgmma }, on => resultsOf(numbers, on))
-  // Rounding to bf16 first moves one number in 32 or so to the next one of fp8, of which neighbours are 2^-4 apart.
+  // Rounding to bf16 first moves about one number in 32 to the next fp8 value; neighbours are 2^-4 apart.
   expectRounded(found, numbers, 'f32', 2 ** -11)
 })

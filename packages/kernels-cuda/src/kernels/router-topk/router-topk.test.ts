@@ -57,7 +57,7 @@ describe.skipIf(unavailable)('routerTopk', () => {
     },
   )
 
-  test('ties go to the lowest index, zeros of both signs are equal', async () => {
+  test('ties go to the lowest index, and zeros of both signs are equal', async () => {
     const c = { N: 1, E: 300, topK: 32 }
     const first = [...Array(32).keys()]
     expect((await choices(c, new Float32Array(300), new Float32Array(300))).indices).toEqual(first)
@@ -67,7 +67,7 @@ describe.skipIf(unavailable)('routerTopk', () => {
     expect((await choices(groups, new Float32Array(300), new Float32Array(300))).indices).toEqual(first.slice(0, 8))
   })
 
-  test('experts outside the kept groups are never chosen, whatever the signs', async () => {
+  test('experts outside of the selected groups are never chosen, whatever the signs', async () => {
     const c = { N: 1, E: 8, topK: 4, groups: 4, topGroups: 2 }
     const logits = new Float32Array(8)
     const bias = Float32Array.of(-9, -9, -3, -3, -5, -5, -2, -7)

@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 
-/** `n` rows below `rows`, one of them very often, some outside. */
+/** `n` indices of rows: one of them very often, some out of range. */
 function hotIndex(n: number, rows: number): Int32Array {
   const random = new Random(n)
   return Int32Array.from({ length: n }, () => (random.next() < 0.3 ? 2 : Math.floor(random.next() * (rows + 2)) - 1))
@@ -32,7 +32,7 @@ describe.skipIf(unavailable)('on the device', () => {
     backend.dispose()
   })
 
-  // Few sources look among each other for the last one; many are entered in a table.
+  // With few sources, blocks search for the last one; with many, a table contains it.
   test.each([
     [60, 20, 4],
     [300, 50, 1030],
@@ -58,7 +58,7 @@ describe.skipIf(unavailable)('on the device', () => {
     backend.dispose()
   })
 
-  // Rows of 1, 2, 4, 8 and 16 bytes and their multiples, as units from 1 to 16 bytes.
+  // Rows of 1, 2, 4, 8 and 16 bytes and multiples of them, moved in units of 1 to 16 bytes.
   const dtypes: readonly DType[] = ['u8', 'bf16', 'f32']
   test.each(dtypes.flatMap(dtype => [1, 3, 4, 6, 32].map(width => [dtype, width] as const)))(
     'takeRows of %s rows of %i',

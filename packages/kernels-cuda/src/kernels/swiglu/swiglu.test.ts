@@ -4,7 +4,7 @@ import { unavailable } from '../../test-backend.ts'
 import { compareWithReference, normal } from '../../test-compare-with-reference.ts'
 
 describe.skipIf(unavailable)('swiglu', () => {
-  // More than the grid's threads have at a time.
+  // More elements than threads of the grid.
   test.each([0, 3, 70_001])('%i elements', async n => {
     await compareWithReference(
       [normal([n], 4), normal([1, n])].map(x => ({ ...x, shape: [n] })),

@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 
-// More than 4096 elements are sorted in chunks and merged; an odd number of chunks leaves one alone.
+// More than 4096 elements are sorted in chunks and merged; an odd number of chunks leaves one unpaired.
 test.skipIf(unavailable).each([
   [3, 1, 1],
   [2, 100, 7],
@@ -12,7 +12,7 @@ test.skipIf(unavailable).each([
   [1, 13_000, 5000],
 ])('%i rows of %i, k = %i', async (rows, n, k) => {
   const backend = await testBackend()
-  // Few different values, so that ties are many.
+  // Few distinct values, so there are many ties.
   const x = new Random(n).normal(rows * n).map(v => Math.round(v * 50))
   x[n >> 1] = Number.NaN
   x[n >> 2] = -0
