@@ -73,10 +73,10 @@ std::string placeOf(const Comm& comm, int from, int to, uint64_t number) {
   return comm.folder + "/" + std::to_string(from) + "-" + std::to_string(to) + "-" + std::to_string(number);
 }
 std::string arrivalOf(const Comm& comm, int rank) { return comm.folder + "/came-" + std::to_string(rank); }
-/// Where a rank is, in the file of its arrival.
-struct Place {
+/// The process and device of a rank, stored in the file that announces it.
+struct Location {
   int process, device;
-  bool operator==(const Place& other) const { return process == other.process && device == other.device; }
+  bool operator==(const Location& other) const { return process == other.process && device == other.device; }
 };
 std::string departureOf(const Comm& comm, int rank) { return comm.folder + "/left-" + std::to_string(rank); }
 
@@ -103,15 +103,15 @@ bool take(const Comm& comm, const Message& message, int* status) {
   return true;
 }
 
-/// Devices of one process are told apart; other processes have emulated devices of their own.
-int checkPlaces(const Comm& comm) {
-  std::vector<Place> places((size_t)comm.ranks);
+/// Checks that ranks of one process use different devices. Other processes have their own emulated devices.
+int checkLocations(const Comm& comm) {
+  std::vector<Location> locations((size_t)comm.ranks);
   for (int rank = 0; rank < comm.ranks; rank++) {
     FILE* file = fopen(arrivalOf(comm, rank).c_str(), "rb");
-    if (!file || fread(&places[(size_t)rank], 1, sizeof(Place), file) != sizeof(Place)) places[(size_t)rank] = {-1, rank};
+    if (!file || fread(&locations[(size_t)rank], 1, sizeof(Location), file) != sizeof(Location)) locations[(size_t)rank] = {-1, rank};
     if (file) fclose(file);
     for (int other = 0; other < rank; other++)
-      if (places[(size_t)other] == places[(size_t)rank])
+      if (locations[(size_t)other] == locations[(size_t)rank])
         return refuse(invalidUsage, "ncclCommInitRankConfig: ranks %d and %d are on one device", other, rank);
   }
   return success;
@@ -228,7 +228,7 @@ EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const
   fresh->rank = rank;
   fresh->sent.resize((size_t)ranks);
   fresh->received.resize((size_t)ranks);
-  const Place place{(int)getpid(), moe_emulator_device()};
+  const Location place{(int)getpid(), moe_emulator_device()};
   if (access(arrivalOf(*fresh, rank).c_str(), F_OK) == 0 || !write(arrivalOf(*fresh, rank), &place, sizeof place)) {
     delete fresh;
     return refuse(invalidArgument, "ncclCommInitRankConfig: rank %d exists already, or %s does not", rank, id.folder);
@@ -246,7 +246,7 @@ EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
   if (!comm->met) {
     comm->met = true;
     for (int rank = 0; rank < comm->ranks; rank++) comm->met &= access(arrivalOf(*comm, rank).c_str(), F_OK) == 0;
-    if (comm->met) comm->state = checkPlaces(*comm);
+    if (comm->met) comm->state = checkLocations(*comm);
   } else if (comm->state == inProgress) {
     // Now the requested operations are put into the streams.
     comm->state = success;

@@ -17,7 +17,7 @@ struct Primary {
 };
 constexpr int mostDevices = 8;
 extern Primary primaries[mostDevices];
-/// The context that is current on the calling thread, or null. What a thread creates belongs to it.
+/// The context that is current on the calling thread, or null. Everything a thread creates belongs to it.
 extern thread_local Primary* current;
 inline int deviceOf(const Primary* owner) { return (int)(owner - primaries); }
 
@@ -29,7 +29,7 @@ struct Function {
 
 struct Event {
   Primary* owner = current;
-  uint64_t recorded = 0, done = 0;  // sequence numbers of the latest record, asked for and run
+  uint64_t recorded = 0, done = 0;  // sequence numbers of the latest record: requested and completed
   struct Stream* stream = nullptr;
   double seconds = 0;
   bool timed = true;
@@ -84,7 +84,7 @@ struct Stream {
   bool captureRelaxed = false;
 };
 
-/// All that a process has of its devices. Never destroyed: kernels may run until the end.
+/// Everything a process has on its devices. Never destroyed, because kernels may run until the end.
 struct Context {
   Status error = ok;  // sticky
   bool lazy = true;
@@ -107,15 +107,15 @@ Status enqueue(Stream& stream, Operation operation);
 /// process.
 Status runThrough(Stream& stream, uint64_t sequence);
 Status runAll(Stream& stream);
-/// Runs what the streams of the current context hold.
+/// Runs all operations in the streams of the current context.
 Status runEverything();
 /// Repeats `run` until it is ready, for calls that wait.
 Status waitFor(const std::function<Status()>& run);
 Status waitForEverything();
 Stream* streamOf(void* handle);
-/// Destroys a stream that holds nothing. Other streams no longer wait for it.
+/// Destroys an empty stream. Other streams no longer wait for it.
 void removeStream(Stream* stream);
-/// Whether work that waits for other ranks is in a stream of the current context.
+/// True if a stream of the current context contains work that waits for other ranks.
 bool waitsForRanks();
 
 }  // namespace emu

@@ -5,7 +5,7 @@ import { type CudaBackend, createBackend } from './backend.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
 describe.skipIf(unavailable)('uploads', () => {
-  // The emulator can be told to read host memory late: situations.test.ts. Whether a driver does is seen only on a device.
+  // The emulator can be set to read host memory late (situations.test.ts). Only a real device shows whether a driver does so.
   test.each([3, 40_000, 400_000, 4_000_000])(
     '%i numbers may change as soon as the call returns, while the device is busy',
     async n => {
@@ -69,7 +69,7 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
     expect(report()).toBe('')
   })
 
-  test('a read, a wait and a measurement go on when the backend of the other device is disposed of', async () => {
+  test('a read, a wait and a timing complete although the backend of the other device is disposed', async () => {
     const [one, other] = await both()
     const x = doubled(one, 4)
     const queue = one.interop.queue()
@@ -84,7 +84,7 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
     expect(report()).toBe('')
   })
 
-  test('a backend on the first device outlives one on the second, and the other way round', async () => {
+  test('a backend on either device outlives one on the other', async () => {
     for (const goes of [0, 1]) {
       const backends = await both()
       backends[goes].dispose()

@@ -1,4 +1,4 @@
-/** @file The emulator with several devices: what belongs to one context may not be used while another one is current. */
+/** @file The emulator with several devices: objects of one context cannot be used while another one is current. */
 import koffi from 'koffi'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
@@ -24,14 +24,14 @@ describe.skipIf(unbuilt)('emulated devices', () => {
 
   const fill = (y: number, stream: number) => device.launch('moe_test_null', 1, 256, 'p', [y], { stream })
 
-  test('a thread without a current context can create nothing', () => {
+  test('a thread without a current context cannot create anything', () => {
     expect(device.call('cuCtxSetCurrent', 0)).toBe(0)
     expect(() => device.allocate(16)).toThrow(`${invalidContext}`)
     expect(() => device.stream()).toThrow(`${invalidContext}`)
     expect(device.report()).toMatch('without a context that is current on this thread')
   })
 
-  test('a kernel and a stream are of the current context', () => {
+  test('kernels and streams belong to the current context', () => {
     const y = device.allocate(1024)
     const stream = device.stream()
     expect(fill(y, stream)).toBe(0)
@@ -46,7 +46,7 @@ describe.skipIf(unbuilt)('emulated devices', () => {
     expect(device.report()).toMatch('of device 0, on a stream of device 1, while the context of device 0 is current')
   })
 
-  test('an event is recorded on a stream of its own device, and queried from any', () => {
+  test('an event is recorded on a stream of its own device and can be queried from any', () => {
     const [stream, event] = [device.stream(), device.event()]
     device.use(1)
     expect(device.call('cuEventRecord', device.event(), stream)).toBe(invalidHandle)
@@ -56,7 +56,7 @@ describe.skipIf(unbuilt)('emulated devices', () => {
     expect(device.call('cuEventQuery', event)).toBe(0)
   })
 
-  test('waiting for the device waits for the work of the current context alone', () => {
+  test('synchronizing waits only for work of the current context', () => {
     const [stream, event, y] = [device.stream(), device.event(), device.allocate(1024)]
     fill(y, stream)
     device.call('cuEventRecord', event, stream)
@@ -66,7 +66,7 @@ describe.skipIf(unbuilt)('emulated devices', () => {
     expect(device.call('cuEventQuery', event)).toBe(0)
   })
 
-  test('copies may not overlap', () => {
+  test('overlapping copies are rejected', () => {
     const [stream, x] = [device.stream(), device.upload(new Float32Array(64))]
     const copy = (to: number, bytes: number) => device.call('cuMemcpyDtoDAsync_v2', to, x, bytes, stream)
     expect(copy(x + 128, 128)).toBe(0)
