@@ -21,7 +21,8 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses, then g
   --batch N       rows of 256 tokens per step (default 8)
   --optimizer O   muon (default; learns faster at this size) or adamw
   --lr X          peak learning rate (default 1e-2; use 3e-3 for adamw)
-  --precision P   precision of matrix products: bf16 (default), f32, or fp8 (as in DeepSeek-V3's training)
+  --precision P   precision of matrix products: f32, bf16, or fp8 (as in DeepSeek-V3's training); default: bf16 if it
+                  is faster than f32 on this machine
   --seed N        seed of the weights and of the data order (default 0)
   --out DIR       output folder (default runs/quickstart)
   --resume        continue the run in the output folder
@@ -42,7 +43,7 @@ function readOptions() {
       batch: { type: 'string', default: '8' },
       optimizer: { type: 'string', default: 'muon' },
       lr: { type: 'string', default: '1e-2' },
-      precision: { type: 'string', default: 'bf16' },
+      precision: { type: 'string' },
       seed: { type: 'string', default: '0' },
       out: { type: 'string', default: 'runs/quickstart' },
       resume: { type: 'boolean', default: false },
@@ -71,9 +72,9 @@ function readOptions() {
   for (const name of ['minutes', 'lr'] as const)
     expect(name, Number(values[name]) > 0 && Number.isFinite(Number(values[name])), 'a number above 0')
   expect('optimizer', ['muon', 'adamw'].includes(values.optimizer), 'muon or adamw')
-  const precision = precisions.find(name => name === values.precision)
+  const precision: Precision | undefined = precisions.find(name => name === values.precision)
   expect('precision', precision !== undefined, 'f32, bf16 or fp8')
-  return { ...values, precision: precision as Precision }
+  return { ...values, precision }
 }
 
 interface Address {
@@ -127,7 +128,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
 
   say('watch       npm run watch (in another terminal) shows the run in a browser')
 
-  const { precision } = options
+  const precision = options.precision ?? (backend.bf16Matmul ? 'bf16' : 'f32')
   const optimizer = options.optimizer as 'muon' | 'adamw'
   const batchSize = Number(options.batch)
   const steps = checkpoint
