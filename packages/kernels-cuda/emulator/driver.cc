@@ -137,9 +137,9 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, status};
   }
 }
-/// Sets "readsHost", "idle", "devices" (one by default), "checks", "lazy", "reversed", "fp8Bits", "approximate" and
-/// "capability", overriding the environment variables. Checks can only be switched on after a reset, because what
-/// happened without them was not tracked.
+/// Sets "readsHost", "idle", "devices" (one by default), "checks", "lazy", "reversed", "fp8Bits", "approximate",
+/// "deviceSums" and "capability", overriding the environment variables. Checks can only be switched on after a reset,
+/// because what happened without them was not tracked.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
   cuInit(0);
@@ -149,6 +149,7 @@ EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   if (strcmp(name, "idle") == 0) context().idle = value != 0;
   if (strcmp(name, "fp8Bits") == 0) fp8Bits = value;
   if (strcmp(name, "approximate") == 0) approximate = value;
+  if (strcmp(name, "deviceSums") == 0) deviceSums = value;
   if (strcmp(name, "capability") == 0) capabilityNow = value;
   if (strcmp(name, "devices") == 0) devices = value < mostDevices ? value : mostDevices;
   if (strcmp(name, "checks") == 0) {
@@ -183,6 +184,8 @@ EMU_EXPORT int cuInit(unsigned) {
     fp8Bits = bits ? atoi(bits) : 0;
     const char* off = getenv("MOE_EMULATOR_APPROXIMATE");
     approximate = off && strcmp(off, "1") == 0;
+    const char* sums = getenv("MOE_EMULATOR_DEVICE_SUMS");
+    deviceSums = sums && strcmp(sums, "1") == 0;
     findImage();
     reserveStacks();
     reserveMemory();

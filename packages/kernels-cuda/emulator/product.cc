@@ -137,29 +137,11 @@ float fromF8e4m3(uint8_t bits) {
   return bits & 0x80 ? -size : size;
 }
 
-/// The value of the last retained bit of a number of this magnitude.
-float lastBitOf(float size) {
+/// The value of the last of the `bits` retained bits of a number of this magnitude.
+double lastBitOf(double size, int bits) {
   int exponent;
-  frexpf(size, &exponent);
-  return ldexpf(1.f, exponent - fp8Bits);
-}
-
-/// Adds `sum` and the products of 32 pairs as Hopper's tensor cores do (DeepSeek-V3 report, 3.3.2): all terms are
-/// aligned to the largest one, bits below the retained ones are truncated, and so are those of the result.
-float addFp8(float sum, const float* left, const float (*right)[256], int column) {
-  float products[32], largest = fabsf(sum);
-  for (int k = 0; k < 32; k++) {
-    products[k] = left[k] * right[k][column];
-    largest = fmaxf(largest, fabsf(products[k]));
-    if (products[k] != products[k]) return NAN;
-  }
-  if (largest == 0.f) return 0.f;
-  const float bit = lastBitOf(largest), scale = 1.f / bit;
-  float total = truncf(sum * scale);
-  for (int k = 0; k < 32; k++) total += truncf(products[k] * scale);
-  if (total == 0.f) return 0.f;
-  const float last = lastBitOf(total);
-  return truncf(total / last) * last * bit;
+  frexp(size, &exponent);
+  return ldexp(1., exponent - bits);
 }
 
 /// Computes the product at this position of all threads' queues.
@@ -180,9 +162,14 @@ void multiply(Warpgroup& group, int place) {
     }
   for (int row = 0; row < product.n; row++)
     for (int k = 0; k < size; k++) right[k][row] = element(b, row, k);
-  const bool cut = product.fp8 && fp8Bits > 0;
+  const bool cut = product.fp8 ? fp8Bits > 0 : deviceSums != 0;
   for (int i = 0; i < 64 && cut; i++)
-    for (int j = 0; j < product.n; j++) sums.values[i][j] = addFp8(sums.values[i][j], left[i], right, j);
+    for (int j = 0; j < product.n; j++) {
+      double products[32];
+      for (int k = 0; k < size; k++) products[k] = (double)left[i][k] * right[k][j];
+      float& sum = sums.values[i][j];
+      sum = product.fp8 ? addAligned(sum, products, size, fp8Bits, fp8Bits) : addAligned(sum, products, size);
+    }
   for (int i = 0; i < 64 && !cut; i++)
     for (int j = 0; j < product.n; j += 8) {
       Row8 sum;
@@ -275,6 +262,22 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 
 int fp8Bits;
 int approximate;
+int deviceSums;
+
+float addAligned(float sum, const double* products, int count, int bits, int resultBits) {
+  double largest = fabs(sum), plain = sum;
+  for (int k = 0; k < count; k++) {
+    largest = fmax(largest, fabs(products[k]));
+    plain += products[k];
+  }
+  if (largest == 0. || !isfinite(plain)) return (float)plain;
+  const double bit = lastBitOf(largest, bits);
+  double total = trunc(sum / bit);
+  for (int k = 0; k < count; k++) total += trunc(products[k] / bit);
+  if (total == 0.) return 0.f;
+  const double last = lastBitOf(total, resultBits);
+  return (float)(trunc(total / last) * last * bit);
+}
 
 void fenceProxyAsync() {
   touched[run.warp] |= 1u << run.lane;

@@ -77,6 +77,15 @@ struct Where {
 [[noreturn]] void stop(Status status, Where where, const char* format, ...) __attribute__((format(printf, 3, 4)));
 [[noreturn]] void abandonLaunch(Status status);
 
+// --- tensor cores (product.cc) ---
+
+/// Whether products in bf16 and TF32 are summed as on Hopper, rather than one after the other.
+extern int deviceSums;
+/// Adds a sum and products as tensor cores do: all terms are aligned to the largest one and truncated after `bits` bits,
+/// and the result after `resultBits`. The defaults are Hopper's for bf16 and TF32, of which it adds 16 and 8 products at
+/// a time (arXiv:2511.10909); fp8 retains 14 bits (DeepSeek-V3 report, 3.3.2).
+float addAligned(float sum, const double* products, int count, int bits = 26, int resultBits = 24);
+
 // --- stacks and contexts (fibers.cc) ---
 
 void reserveStacks();

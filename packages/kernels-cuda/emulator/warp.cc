@@ -81,7 +81,13 @@ inline void multiply(Slot* slots, LoadA loadA, LoadB loadB) {
     const int g = lane / 4, t = lane % 4 * 2;
     d[g][t] = v.v[0], d[g][t + 1] = v.v[1], d[g + 8][t] = v.v[2], d[g + 8][t + 1] = v.v[3];
   }
-  for (int half = 0; half < 16; half += 8) {
+  for (int i = 0; i < 16 && deviceSums; i++)
+    for (int j = 0; j < 8; j++) {
+      double products[Depth];
+      for (int k = 0; k < Depth; k++) products[k] = (double)a[i][k] * b[k][j];
+      d[i][j] = addAligned(d[i][j], products, Depth);
+    }
+  for (int half = 0; half < 16 && !deviceSums; half += 8) {
     Row8 sum[8];
     for (int i = 0; i < 8; i++) sum[i] = d[half + i];
     for (int k = 0; k < Depth; k++)

@@ -107,10 +107,10 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   const b = (row: number, k: number) => ((row * 5 + k * 2) % 13) - 6
 
   /** d = a b^T over two steps of 64 from `x` on; a has 60 rows and 126 columns, with a row stride of 128. */
-  const run = (mode: Mode, x = 0) => {
+  const run = (mode: Mode, x = 0, values = { a, b }) => {
     const d = device.upload(new Float32Array(64 * 128))
-    const left = encoded(matrix(64, 128, a), { sizes: [126, 60, 1] })
-    const right = encoded(matrix(128, 128, b), { sizes: [126, 128, 1], strides: [256, 32768], box: [64, 128, 1] })
+    const left = encoded(matrix(64, 128, values.a), { sizes: [126, 60, 1] })
+    const right = encoded(matrix(128, 128, values.b), { sizes: [126, 128, 1], strides: [256, 32768], box: [64, 128, 1] })
     const shared = 64 * 128 + 128 * 128 + 1024
     const args = [d, left, right, 2, x, modes.indexOf(mode)]
     const launched = device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared })
@@ -132,6 +132,22 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
         if (i < 60) for (let k = Math.max(x, 0); k < Math.min(x + 128, 126); k++) sum += a(i, k) * b(j, k)
         expect(values[128 * i + j]).toBe(sum)
       }
+  })
+
+  test.each([
+    [0, 2 ** -12, 1], // one after the other: each is half of the last bit of 1, and rounded away
+    [1, 2 ** -12, 1 + 7 * 2 ** -23], // 16 at a time: 15 halves, of which the last is cut off
+    [1, 2 ** -13, 1], // behind the bits to which all are aligned
+  ])('sums as on a device (%i): 1 and 15 squares of %f', (deviceSums, small, expected) => {
+    const value = (_: number, k: number) => (k === 0 ? 1 : k < 16 ? small : 0)
+    device.set('deviceSums', deviceSums)
+    try {
+      const { d, status } = run('right', 0, { a: value, b: value })
+      expect(status).toBe(0)
+      expect(device.download(d, Float32Array, 1)[0]).toBe(expected)
+    } finally {
+      device.set('deviceSums', 0)
+    }
   })
 
   test.each<[Mode, number, string]>([
