@@ -49,11 +49,11 @@ const optionNames: { readonly [Op in keyof OptionsByOp]: { readonly [Name in key
   MergedTokenSplitter: { rate: true, random: true },
 }
 
-type Is = (value: unknown) => boolean
-type Rule = readonly [wanted: string, is: Is, needed?: true]
+type Test = (value: unknown) => boolean
+type Rule = readonly [expected: string, test: Test, required?: true]
 
 /** Validation of inputs: what is expected, how to check it, and how to fix it. */
-const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is: Is, fix: string] } = {
+const inputRules: { readonly [Op in keyof OptionsByOp]?: readonly [expected: string, test: Test, fix: string] } = {
   trainBpe: [
     'an iterable of texts',
     input => input === undefined || Symbol.iterator in Object(input),
@@ -76,7 +76,7 @@ const random: Rule = [
 ]
 
 /** Validation of option values that would otherwise be misinterpreted or fail later. */
-const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
+const optionRules: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
   trainBpe: {
     preTokenizer: [
       'a name, a RegExp or { patterns: [text, ...] }',
@@ -113,8 +113,8 @@ const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rul
   MergedTokenSplitter: { random },
 }
 
-function isChoice(value: unknown, name: string, is: Is): boolean {
-  return typeof value === 'string' || value instanceof RegExp || is(Object(value)[name])
+function isChoice(value: unknown, name: string, test: Test): boolean {
+  return typeof value === 'string' || value instanceof RegExp || test(Object(value)[name])
 }
 
 function isTexts(value: unknown): boolean {
@@ -157,14 +157,14 @@ export function validateCall<Op extends keyof OptionsByOp>(op: Op, options: Opti
       throw refuse(`unknown option ${name}`, `known options are ${names}`)
     }
   }
-  for (const [name, [wanted, is, needed = false]] of Object.entries<Rule>(values[op] ?? {})) {
+  for (const [name, [expected, test, required = false]] of Object.entries<Rule>(optionRules[op] ?? {})) {
     const value = options[name as keyof typeof options]
-    if (value === undefined ? !needed : is(value)) continue
-    throw refuse(`${name} is ${describe(value)}`, `pass ${wanted}`)
+    if (value === undefined ? !required : test(value)) continue
+    throw refuse(`${name} is ${describe(value)}`, `pass ${expected}`)
   }
-  const [wanted, is, fix] = inputs[op] ?? []
-  if (is?.(input) === false) {
-    const problem = `expected ${wanted}, got ${describe(input)}`
+  const [expected, test, fix] = inputRules[op] ?? []
+  if (test?.(input) === false) {
+    const problem = `expected ${expected}, got ${describe(input)}`
     throw new TokenizerError({ code: 'E_DATA', op, problem, fix })
   }
 }
