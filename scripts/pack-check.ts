@@ -36,6 +36,7 @@ const problems: string[] = []
 try {
   const packages = [...foldersIn('packages'), ...foldersIn(join('packages', 'kernels-cpu', 'npm'))].flatMap(pack)
   for (const { manifest, tarball } of packages) await lint(manifest, tarball)
+  for (const folder of foldersIn('packages')) problems.push(...bundledByMistake(folder))
   await installAndImport(packages)
   const bytes = packages.reduce((sum, { tarball }) => sum + statSync(tarball).size, 0)
   console.log(`${packages.length} packages packed (${(bytes / 1e3).toFixed(0)} kB), installed and imported`)
@@ -66,6 +67,21 @@ function pack(folder: string): Packed[] {
 
 function hasLibrary(folder: string): boolean {
   return readdirSync(folder).some(name => name.startsWith('moe-cpu-'))
+}
+
+/** Reports sources of other packages in the files for Node: a bundled package has no access to its own files, such as kernels. */
+function bundledByMistake(folder: string): string[] {
+  const dist = join(folder, 'dist')
+  if (!existsSync(dist)) return []
+  return readdirSync(dist)
+    .filter(name => name.endsWith('.js.map'))
+    .flatMap(name => {
+      const { sources } = JSON.parse(readFileSync(join(dist, name), 'utf8')) as { sources: string[] }
+      const foreign = sources.filter(source => !source.startsWith('../src/'))
+      return foreign.length === 0
+        ? []
+        : [`${folder}: dist/${name.slice(0, -4)} contains ${foreign[0]} of another package`]
+    })
 }
 
 async function lint(manifest: Manifest, tarball: string): Promise<void> {

@@ -18,7 +18,15 @@ const usual: Options = {
  * files.
  */
 export function library(entry: Record<string, string>): Config {
-  return defineConfig({ ...usual, entry, platform: 'node', dts: true, clean: ['!browser/**'] })
+  // Without skipNodeModulesBundle, optional dependencies are bundled, and then do not find their own files.
+  return defineConfig({
+    ...usual,
+    entry,
+    platform: 'node',
+    skipNodeModulesBundle: true,
+    dts: true,
+    clean: ['!browser/**'],
+  })
 }
 
 /**

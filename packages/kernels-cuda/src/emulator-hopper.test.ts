@@ -110,7 +110,11 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   const run = (mode: Mode, x = 0, values = { a, b }) => {
     const d = device.upload(new Float32Array(64 * 128))
     const left = encoded(matrix(64, 128, values.a), { sizes: [126, 60, 1] })
-    const right = encoded(matrix(128, 128, values.b), { sizes: [126, 128, 1], strides: [256, 32768], box: [64, 128, 1] })
+    const right = encoded(matrix(128, 128, values.b), {
+      sizes: [126, 128, 1],
+      strides: [256, 32768],
+      box: [64, 128, 1],
+    })
     const shared = 64 * 128 + 128 * 128 + 1024
     const args = [d, left, right, 2, x, modes.indexOf(mode)]
     const launched = device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared })

@@ -16,7 +16,7 @@ export type GrammarReply = { readonly number: number } & ({ readonly value: unkn
 
 /** Opens a host on a new thread, or on the calling thread if no thread can be started. */
 export async function openGrammars(vocabulary: Vocabulary): Promise<GrammarHost> {
-  const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './worker.js'
+  const name = import.meta.url.endsWith('.ts') ? './grammar-worker.ts' : './moe-grammar-worker.js'
   let thread: ThreadedGrammars | undefined
   try {
     const { Worker } = await import('node:worker_threads')
