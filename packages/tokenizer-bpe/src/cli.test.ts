@@ -63,10 +63,8 @@ test('exits with 1 for failures and 2 for invalid usage', () => {
     status: 2,
     stderr: expect.stringContaining('missing --vocab-size N'),
   })
-  expect(run(['train', 'corpus.txt', '--vocab-size', 'x']).stderr).toContain(
-    '--vocab-size: expected a whole number, got x',
-  )
-  expect(run(['decode', '1', 'x']).stderr).toContain('expected ids, got x')
+  expect(run(['train', 'corpus.txt', '--vocab-size', 'x']).stderr).toContain('--vocab-size is "x", expected an integer')
+  expect(run(['decode', '1', 'x']).stderr).toContain('ID is "x", expected an integer')
   expect(run(['train', '--nope'])).toMatchObject({
     status: 2,
     stderr: 'moe-tokenizer: unknown option --nope\nSee moe-tokenizer --help.\n',
