@@ -101,13 +101,15 @@ describe('each rank', () => {
           return new AdamW(parameters)
         }
         // Without padding: all steps are of one kind.
-        await trainSmall(own, { ranks: of(ranks), record, steps: 4, onEvent, optimizer, batchSize: 1 }, { mtp: 0 })
+        const settings = { record, steps: 4, ema: 0.9, onEvent, optimizer, batchSize: 1 }
+        await trainSmall(own, { ranks: of(ranks), ...settings }, { mtp: 0 })
         own.dispose()
         return { shard, after, peak }
       })
     const [shared, all] = [await bytes(ranks => ranks), await bytes(apart)]
     for (const [rank, { shard, after, peak }] of shared.entries()) {
-      const saved = 2 * 4 * (all[rank].shard - shard)
+      // Two moments and the average.
+      const saved = 3 * 4 * (all[rank].shard - shard)
       expect(saved).toBeGreaterThan(0)
       if (!record) expect(all[rank].after - after).toBe(saved)
       expect(all[rank].peak - peak).toBeGreaterThan(0.5 * saved)
@@ -210,7 +212,7 @@ describe.each<
 })
 
 describe('a checkpoint', () => {
-  const six = { schedule: () => 1, batchSize: 1, checkpointEvery: 3, keepCheckpoints: 5 }
+  const six = { schedule: () => 1, batchSize: 1, checkpointEvery: 3, keepCheckpoints: 5, ema: 0.8 }
   const model = { mtp: 0 }
   const ways: Record<string, (options: Options) => Promise<Trained>> = {
     'one rank': options => trainSmall(backend, { ...six, accumulate: 6, ...options }, model),
@@ -232,6 +234,12 @@ describe('a checkpoint', () => {
     const file = (of: string) => join(folders[of], 'checkpoints', 'step-000003', 'optimizer.safetensors')
     const [like, state] = [await tensorsIn(file('one rank')), await readFile(file('two that have all of it'))]
     for (const from of Object.keys(ways)) expect(await tensorsIn(file(from))).toEqual(like)
+    const averages = (of: string, step: number) =>
+      readFile(join(folders[of], 'checkpoints', `step-00000${step}`, 'ema', 'model.safetensors'))
+    const averagesOf = Object.fromEntries(
+      await Promise.all(Object.keys(ways).map(async from => [from, await averages(from, 8)] as const)),
+    )
+    expect(averagesOf['two'].equals(averagesOf['two that have all of it'])).toBe(true)
     // Where the order of additions is the same, so is everything.
     if (name === 'AdamW') expect((await readFile(file('two'))).equals(state)).toBe(true)
     expect(digestOf(ends['two'])).toBe(digestOf(ends['two that have all of it']))
@@ -240,7 +248,10 @@ describe('a checkpoint', () => {
         const resume = join(folders[from], 'checkpoints', 'step-000003')
         const resumed = await train({ ...optimizer, out: folders[from], resume })
         expect(resumed.steps.map(({ step }) => step)).toEqual([4, 5, 6, 7, 8])
-        if (from === to || to === 'two that have all of it') expect(digestOf(resumed)).toBe(digestOf(ends[from]))
+        if (from === to || to === 'two that have all of it') {
+          expect(digestOf(resumed)).toBe(digestOf(ends[from]))
+          expect((await averages(from, 8)).equals(averagesOf[from])).toBe(true)
+        }
         for (const [i, { loss }] of resumed.steps.entries())
           expect(loss).toBeCloseTo(ends['one rank'].steps[3 + i].loss, 3)
       }
@@ -248,14 +259,36 @@ describe('a checkpoint', () => {
   })
 
   test('with a shard of two micro-batches is that of one rank, bit for bit', async () => {
-    const options = { schedule: () => 1 }
+    const options = { schedule: () => 1, ema: 0.8 }
     const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
     const [first] = await sharing(2, { ...options, out }, model)
     const one = await trainSmall(backend, { ...options, accumulate: 2, out: ofOne }, model)
     expect(digestOf(first)).toBe(digestOf(one))
-    const [state, like] = [out, ofOne].map(of => join(of, 'checkpoints', 'step-000008', 'optimizer.safetensors'))
-    expect((await readFile(state)).equals(await readFile(like))).toBe(true)
+    for (const file of ['optimizer.safetensors', 'ema/model.safetensors']) {
+      const [own, like] = [out, ofOne].map(of => join(of, 'checkpoints', 'step-000008', file))
+      expect((await readFile(own)).equals(await readFile(like))).toBe(true)
+    }
   })
+})
+
+test.each<[string, number, Options]>([
+  ['two ranks', 2, {}],
+  ['two ranks, recorded', 2, { record: true, precision: 'bf16' }],
+  ['seven ranks, which split token tables', 7, {}],
+  ['seven ranks, recorded', 7, { record: true }],
+  ['40 ranks, some of which average nothing', 40, {}],
+])('averaged weights are those of ranks that average the whole model: %s', async (_, size, options) => {
+  const settings = { ...options, batchSize: 1, steps: 5, checkpointEvery: 3, ema: 0.8 }
+  const model = { dense: true, mtp: 0 }
+  const [shared, whole] = [await temporaryFolder(), await temporaryFolder()]
+  await sharing(size, { ...settings, out: shared }, model)
+  await replicated(size, { ...settings, out: whole }, model)
+  for (const step of [3, 5]) {
+    const [own, like] = [shared, whole].map(out =>
+      readFile(join(out, 'checkpoints', `step-00000${step}`, 'ema', 'model.safetensors')),
+    )
+    expect((await own).equals(await like)).toBe(true)
+  }
 })
 
 test('an optimizer that does not say whose state it has is kept whole by every rank', async () => {

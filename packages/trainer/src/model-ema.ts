@@ -1,17 +1,34 @@
 /** @file The exponential moving average of a run's weights, as a complete model. */
-import type { NamedParameter } from '@moe/core'
+import { type NamedParameter, ParameterShard } from '@moe/core'
 import type { ModelOnRanks } from './model-on-ranks.ts'
 import { Ema } from './optim/ema.ts'
+import { canShard, type Ranks } from './ranks.ts'
 
-/** Averages what this rank trains. Together with those of the other ranks, the averages form the complete model. */
+/** The ranks of a run, as options of `train` resolve to. */
+interface RunRanks {
+  readonly ranks?: Ranks | undefined
+  /** Set if each rank trains a part of the model. */
+  readonly onRanks?: ModelOnRanks | undefined
+}
+
+/**
+ * Averages the weights that this rank trains, or its share of them if several ranks have the whole model. Together with
+ * those of the other ranks, the averages form the complete model.
+ */
 export class ModelEma {
   readonly #ema: Ema
   readonly #onRanks: ModelOnRanks | undefined
+  /**
+   * The share of a model that all ranks have. Not that of the optimizer, whose row ranges recorded steps keep at their
+   * addresses.
+   */
+  readonly #shard: ParameterShard | undefined
 
-  /** @param onRanks if each rank trains a part of the model */
-  constructor(parameters: readonly NamedParameter[], decay: number, onRanks: ModelOnRanks | undefined) {
-    this.#ema = new Ema(onRanks?.parameters ?? parameters, { decay })
+  constructor(parameters: readonly NamedParameter[], decay: number, { ranks, onRanks }: RunRanks = {}) {
     this.#onRanks = onRanks
+    if (onRanks === undefined && ranks !== undefined && ranks.size > 1 && canShard(ranks))
+      this.#shard = new ParameterShard(parameters, ranks)
+    this.#ema = new Ema((onRanks ?? this.#shard)?.parameters ?? parameters, { decay })
   }
 
   /** Number of steps whose weights are averaged. */
@@ -21,7 +38,9 @@ export class ModelEma {
 
   /** Adds the current weights to the average. Call it after each step. */
   update(): void {
+    this.#shard?.takeRows()
     this.#ema.update()
+    this.#shard?.freeRows()
   }
 
   /**
@@ -31,11 +50,11 @@ export class ModelEma {
   async withAverages<T>(fn: () => Promise<T>): Promise<T> {
     this.#swap()
     try {
-      await this.#onRanks?.gather()
+      await this.#gather()
       return await fn()
     } finally {
       this.#swap()
-      await this.#onRanks?.gather()
+      await this.#gather()
     }
   }
 
@@ -46,15 +65,23 @@ export class ModelEma {
   async restore(steps: number): Promise<void> {
     this.#swap()
     this.#ema.steps = steps
-    await this.#onRanks?.gather()
+    await this.#gather()
   }
 
   #swap(): void {
     this.#onRanks?.release()
+    this.#shard?.takeAll()
     this.#ema.swap()
   }
 
+  async #gather(): Promise<void> {
+    await this.#onRanks?.gather()
+    await this.#shard?.gather()
+    this.#shard?.freeRows()
+  }
+
   dispose(): void {
+    this.#shard?.freeRows()
     this.#ema.dispose()
   }
 }

@@ -94,7 +94,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /**
    * Decay of an exponential moving average (EMA) of the weights, for example 0.999. Evaluations then report the EMA as
    * well, and checkpoints contain it as a model of its own. Training itself is unaffected. Takes 4 bytes per parameter
-   * on the device. Default: no EMA.
+   * on the device, divided among the ranks of data parallelism. Default: no EMA.
    */
   readonly ema?: number
   /** Seed of the data order and of sampling. Default 0. */

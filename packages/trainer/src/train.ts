@@ -67,7 +67,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   let ema: ModelEma | undefined
   let run: Run | undefined
   try {
-    if (settings.ema !== undefined) ema = new ModelEma(parameters, settings.ema, onRanks)
+    if (settings.ema !== undefined) ema = new ModelEma(parameters, settings.ema, settings)
     run = new Run(model, settings, data, parameters, updating, ema, interrupts)
     return await run.execute()
   } catch (error) {
