@@ -47,10 +47,10 @@ export class Replicated {
   }
 
   /** The parameters whose gradients this rank adds to the norm, such that each gradient counts once over all ranks. */
-  counted(of: (named: NamedParameter) => boolean = () => true): Parameter[] {
+  counted(): Parameter[] {
     return this.#groups.flatMap(({ parameters, ranks, shard }) => {
       if (shard === null && ranks !== null && ranks.rank !== 0) return []
-      return trainedOf((shard?.parameters ?? parameters).filter(of))
+      return trainedOf(shard?.parameters ?? parameters)
     })
   }
 

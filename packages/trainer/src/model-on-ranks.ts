@@ -7,6 +7,7 @@ import {
   namedAdapters,
   namedParameters,
   namedStreams,
+  type Parameter,
   type Precision,
   type Shape,
   scope,
@@ -102,6 +103,8 @@ export class StepsOnRanks implements Steps {
   readonly #onRanks: ModelOnRanks
   readonly #optimizer: Optimizer
   readonly #options: { readonly clip: number; readonly precision: Precision }
+  /** A parameter on the backend of the model. This rank's own parameters may be none, if there are many ranks. */
+  readonly #like: Parameter
 
   constructor(
     model: TrainableModel,
@@ -113,6 +116,7 @@ export class StepsOnRanks implements Steps {
     this.#onRanks = onRanks
     this.#optimizer = optimizer
     this.#options = options
+    this.#like = namedParameters(model)[0].parameter
   }
 
   async step(
@@ -142,14 +146,14 @@ export class StepsOnRanks implements Steps {
     } catch (error) {
       if (!isMoeError(error, 'E_NAN')) throw error
       // All ranks throw this error, so all can gather the cause.
-      const found = await gatherValues(ranks, await findNonFinite(parameters), parameters[0].parameter)
+      const found = await gatherValues(ranks, await findNonFinite(parameters), this.#like)
       const first = found.find(where => where?.kind === 'value') ?? found.find(where => where !== null) ?? null
       throw stepError(first, step, error.details as { loss: number; gradNorm: number })
     }
   }
 
   #update(lr: number, gradNorm: number): void {
-    const { backend } = this.#onRanks.parameters[0].parameter
+    const { backend } = this.#like
     scope(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip)))
     this.#zeroGradients()
   }

@@ -1,5 +1,14 @@
 /** @file Expert parallelism: training steps of a model whose routed experts are sharded over ranks. */
-import { checkOptions, fromHost, full, type LocalParameter, type Module, namedParameters, type Tensor } from '@moe/core'
+import {
+  type Backend,
+  checkOptions,
+  fromHost,
+  full,
+  type LocalParameter,
+  type Module,
+  namedParameters,
+  type Tensor,
+} from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
@@ -52,6 +61,7 @@ export class ExpertParallel<Batch> {
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
   readonly dataShard: { readonly rank: number; readonly world: number }
   readonly #model: ExpertParallelModel<Batch>
+  readonly #backend: Backend
   readonly #shards: ExpertShards
   readonly #replicated: Replicated
 
@@ -79,6 +89,7 @@ export class ExpertParallel<Batch> {
     const { expertParallelSize = ranks.size } = options
     this.#shards = new ExpertShards(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
     this.parameters = namedParameters(model).map(named => this.#shards.own(named))
+    this.#backend = this.parameters[0].parameter.backend
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
       { parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined), ranks: this.#shards.ranks.same },
@@ -104,13 +115,14 @@ export class ExpertParallel<Batch> {
   async step(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<ParallelStepResult> {
     checkOptions('ExpertParallel.step', options, { precision: true })
     checkBatches('ExpertParallel', batches)
-    if (!this.parameters.some(({ parameter }) => parameter.trainable))
+    // Not `parameters`: with many ranks, the shard of this one may be empty.
+    if (!namedParameters(this.#model).some(({ parameter }) => parameter.trainable))
       throw configError('ExpertParallel', 'all parameters are frozen', 'set trainable on the parameters to train')
     const { precision } = options
     await this.#replicated.gather()
     this.#shards.takeOwn()
     this.#replicated.zeroGradients()
-    const { backend } = this.parameters[0].parameter
+    const backend = this.#backend
     const passes = batches.map(batch => this.#model.inPieces(batch))
     const positions = await this.#positions(passes.map(({ count }) => count))
     const sums: Record<string, number> = {}
@@ -177,8 +189,7 @@ export class ExpertParallel<Batch> {
   }
 
   async #sum(numbers: readonly number[]): Promise<number[]> {
-    const { backend } = this.parameters[0].parameter
-    const own = fromHost(Float32Array.from(numbers), [numbers.length], 'f32', backend)
+    const own = fromHost(Float32Array.from(numbers), [numbers.length], 'f32', this.#backend)
     const [sum] = await this.ranks.allReduce([own]).finally(() => own.dispose())
     const values = Array.from(await sum.values())
     sum.dispose()

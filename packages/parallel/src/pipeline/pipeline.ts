@@ -9,14 +9,15 @@ import {
   namedParameters,
   type Parameter,
   type Tensor,
+  zeros,
 } from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { type ExpertParallelLayer, ExpertShards, expertRanks } from '../experts/expert-shards.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
-import { Replicated } from '../replicated.ts'
+import { type Replicas, Replicated } from '../replicated.ts'
 import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
-import { holdersOf, sumReplicas } from './replicas.ts'
+import { heldInRounds, holdersOf } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
 /** A model that supports pipeline parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
@@ -123,19 +124,13 @@ export class Pipeline<Batch> {
             expertRanks('Pipeline', ranks, expertParallelSize, { stride: length, overlapping: true }),
           )
     this.parameters = Array.from(named.values(), each => this.#shards?.own(each) ?? each)
-    this.#replicated = new Replicated([
-      { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks: this.#replicas },
-      {
-        parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined),
-        ranks: this.#shards?.ranks.same ?? null,
-      },
-    ])
+    this.#replicated = new Replicated(this.#replicaGroups(expertParallelSize))
     this.#freeOthers()
   }
 
   /**
-   * Shards the optimizer state of parameters that several pipelines hold (ZeRO-1): each rank updates its shard for all pipelines, and updated weights are exchanged at the
-   * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
+   * Shards the optimizer state of parameters that several ranks hold (ZeRO-1), in several pipelines or on two ranks of one (DualPipe): each rank updates its shard for all of
+   * them, and updated weights are exchanged at the start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
    * `train` does.
    */
   shardOptimizer(): void {
@@ -171,14 +166,10 @@ export class Pipeline<Batch> {
       ...(shards && { route: pass => shards.routeIn(pass) }),
     })
     const numbers = await this.#overReplicas([sums.loss, ...Object.values(sums.metrics)])
-    const rowsOf = (parameter: Parameter) => shards?.rows.get(parameter) ?? parameter
-    await sumReplicas(this.#schedule, this.#line, stage => this.#parametersOf(stage).map(rowsOf))
     shards?.completeGradients()
+    this.#completeGradients()
     await this.#replicated.sumGradients()
-    // Count parameters that several ranks of a pipeline hold once.
-    const first = this.#firstHere()
-    const counted = this.#replicated.counted(({ name }) => first.has(name))
-    const gradNorm = await gradientNorm(this.ranks, counted, activations.backend ?? defaultBackend())
+    const gradNorm = await gradientNorm(this.ranks, this.#replicated.counted(), activations.backend ?? defaultBackend())
     const [loss, ...metrics] = numbers
     const names = Object.keys(sums.metrics)
     return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
@@ -257,12 +248,37 @@ export class Pipeline<Batch> {
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
 
-  /** Names of the parameters that no lower rank of this pipeline holds. */
-  #firstHere(): Set<string> {
-    const holders = this.#holders()
-    const named = this.#model.parameters.flat()
-    const first = named.filter(({ parameter }) => holders.get(parameter)?.[0] === this.#line.rank)
-    return new Set(first.map(({ name }) => name))
+  /** Where several ranks of a pipeline hold a parameter, the pass of one may leave it without a gradient: gives it zeros, to be summed. */
+  #completeGradients(): void {
+    for (const [whole, holders] of this.#holders()) {
+      const parameter = this.#shards?.rows.get(whole) ?? whole
+      if (holders.length > 1 && holders.includes(this.#line.rank) && parameter.trainable)
+        parameter.grad ??= zeros(parameter.shape, { backend: parameter.backend })
+    }
+  }
+
+  /** This rank's parameters by the ranks of all pipelines that hold them. */
+  #replicaGroups(expertParallelSize: number): Replicas[] {
+    const { ranks, parameters } = this
+    const { rank: place, size: length } = this.#line
+    const pipelines = Array.from({ length: ranks.size / length }, (_, at) => at)
+    const sameShard = pipelines.filter(at => (at - this.dataShard.rank) % expertParallelSize === 0)
+    const groupOf = (pipelines: readonly number[], holders: readonly number[]) => {
+      const members = pipelines.flatMap(at => holders.map(holder => at * length + holder))
+      // All ranks create all groups, also those of a single rank.
+      const group = ranks.group(members)
+      return members.length === 1 ? null : group
+    }
+    const own = new Map(parameters.map(named => [named.parameter, named]))
+    return heldInRounds(this.#holders()).flatMap(round => {
+      const alone = { holders: [place], parameters: [] }
+      const { holders, parameters } = round.find(({ holders }) => holders.includes(place)) ?? alone
+      const replicated = parameters.flatMap(parameter => own.get(parameter) ?? [])
+      const all = { parameters: replicated, ranks: groupOf(pipelines, holders) }
+      if (this.#shards === null) return [all]
+      const experts = parameters.flatMap(parameter => own.get(this.#shards?.rows.get(parameter) as Parameter) ?? [])
+      return [all, { parameters: experts, ranks: groupOf(sameShard, holders) }]
+    })
   }
 
   #holders() {

@@ -18,6 +18,35 @@ export function holdersOf(
   return holders
 }
 
+/** Parameters that the same ranks of a pipeline hold. */
+export interface HeldParameters {
+  /** The ranks, lowest first. */
+  readonly holders: readonly number[]
+  readonly parameters: readonly Parameter[]
+}
+
+/**
+ * Returns the parameters of a pipeline by the ranks that hold them, in the same order on all ranks, and in rounds: no rank is in two sets of a round, so that the sets of a round can
+ * be groups of a communicator at the same time.
+ */
+export function heldInRounds(holdersOfEach: ReadonlyMap<Parameter, readonly number[]>): HeldParameters[][] {
+  const sets = new Map<string, { holders: readonly number[]; parameters: Parameter[] }>()
+  for (const [parameter, holders] of holdersOfEach) {
+    const set = sets.get(holders.join()) ?? { holders, parameters: [] }
+    set.parameters.push(parameter)
+    sets.set(holders.join(), set)
+  }
+  const rounds: HeldParameters[][] = []
+  for (const set of sets.values()) {
+    const isFree = (round: readonly HeldParameters[]) =>
+      round.every(({ holders }) => !holders.some(rank => set.holders.includes(rank)))
+    const round = rounds.find(isFree)
+    if (round === undefined) rounds.push([set])
+    else round.push(set)
+  }
+  return rounds
+}
+
 /**
  * Sums the gradients of each parameter that several ranks hold, over these ranks; all of them get the same bits. Needed for schedules with a stage on two ranks (DualPipe) and for
  * parameters that several stages use. All ranks call it after `runSchedule`, before computing the gradient norm.
