@@ -19,6 +19,8 @@ export interface StartEvent {
   readonly steps: number
   /** Steps done before this process resumed the run; 0 for a new run. */
   readonly fromStep: number
+  /** Positions of these steps. */
+  readonly fromTokens: number
   /**
    * Positions of the next step, over all ranks that train together; 0 if it depends on texts that the model samples.
    */
@@ -120,7 +122,7 @@ export interface EvaluationEvent extends Evaluation {
   readonly type: 'evaluation'
   /** Steps done. */
   readonly step: number
-  /** Whether this is the final evaluation, on all of the data. */
+  /** Whether this is the final evaluation, which uses more of the data. */
   readonly final: boolean
   /** The same evaluation of the EMA weights, if the run keeps them. */
   readonly ema?: Evaluation

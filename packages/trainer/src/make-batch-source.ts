@@ -4,7 +4,7 @@ import { DatasetBatches } from './data/dataset-batches.ts'
 import { sourcesOf } from './data/mixture.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import type { TrainableModel } from './model.ts'
-import { isRolloutsOrPreferences, type ResolvedOptions, type TokenData } from './options.ts'
+import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions, type TokenData } from './options.ts'
 import { PreferenceBatches } from './rewards/preference-batches.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import { RolloutBatches } from './rewards/rollout-batches.ts'
@@ -30,5 +30,6 @@ export function makeBatchSource(
   const isolate = settings.isolate ?? (isolates && sourcesOf(data.training).some(({ data }) => data.examples !== null))
   const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
   const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
-  return new DatasetBatches(model, order, { validation: data.validation, precision })
+  const finalTokens = evaluationLimit(settings, { final: true })
+  return new DatasetBatches(model, order, { validation: data.validation, precision, finalTokens })
 }

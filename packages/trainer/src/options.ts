@@ -118,7 +118,8 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /** Steps between evaluations on held-out data; 0 to evaluate only at the end. Default 0. */
   readonly evalEvery?: number
   /**
-   * Held-out tokens of these evaluations, spread evenly over the data. The final evaluation uses all. Default 32,768.
+   * Held-out tokens of these evaluations, spread evenly over the data. The final evaluation uses up to 32 times as many
+   * (a million by default). Infinity for all. Default 32,768.
    */
   readonly evalTokens?: number
   /**
@@ -210,6 +211,13 @@ export const defaults = {
   keepCheckpoints: 2,
 } as const
 
+/**
+ * Maximum number of held-out tokens of an evaluation. The final one is a better estimate, but must not take longer than
+ * the training if a large corpus has much held-out data.
+ */
+export const evaluationLimit = ({ evalTokens }: Pick<ResolvedOptions, 'evalTokens'>, { final }: { final: boolean }) =>
+  final ? 32 * evalTokens : evalTokens
+
 export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule' | 'loadsEvery'>> &
   Omit<TrainOptions, 'ranks'> & {
     readonly ranks?: Ranks | undefined
@@ -237,8 +245,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     }
   }
   integer('steps', 1)
-  for (const name of ['batchSize', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const)
-    integer(name, 1)
+  for (const name of ['batchSize', 'world', 'keepCheckpoints', 'checkpointEvery'] as const) integer(name, 1)
+  if (merged.evalTokens !== Number.POSITIVE_INFINITY) integer('evalTokens', 1)
   if (typeof merged.accumulate !== 'function') integer('accumulate', 1)
   integer('sequenceLength', 2)
   for (const name of ['seed', 'rank', 'evalEvery'] as const) integer(name, 0)

@@ -42,7 +42,7 @@ export interface TrainResult {
    */
   readonly trainingLoss: number
   /**
-   * Evaluation on all held-out data after the last step. The numbers are NaN without held-out data, or if the run did
+   * Evaluation after the last step, on all held-out data or on as much as `evalTokens` allows. The numbers are NaN without held-out data, or if the run did
    * not finish.
    */
   readonly validation: Evaluation

@@ -204,7 +204,7 @@ describe('resuming', () => {
     const first = await run({ out, resume: 'auto', ...stopAfter(3) })
     expect(first.events[0]).toMatchObject({ type: 'start', fromStep: 0 })
     const second = await run({ out, resume: 'auto' })
-    expect(second.events[0]).toMatchObject({ type: 'start', fromStep: 3 })
+    expect(second.events[0]).toMatchObject({ type: 'start', fromStep: 3, fromTokens: first.result.tokens })
     const third = await run({ out, resume: 'auto' })
     expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'evaluating', 'evaluation', 'end'])
   })

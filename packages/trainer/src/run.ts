@@ -25,7 +25,7 @@ import { StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
-import { isRolloutsOrPreferences, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
+import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { useRankStreams } from './rank-streams.ts'
 import {
   checkSameInitialState,
@@ -184,12 +184,12 @@ export class Run {
       // With a stride, the first multiple of it that is not before the due step.
       const isDue = (every: number) => every > 0 && this.step % every < source.stride
       if (isDue(settings.checkpointEvery)) await this.save()
-      if (isDue(settings.evalEvery)) await this.evaluate(settings.evalTokens)
+      if (isDue(settings.evalEvery)) await this.evaluate({ final: false })
       stop = await this.reasonToStop(limit)
     }
     await this.save()
     if (stop !== null && this.step < settings.steps) return this.stopped(stop)
-    const validation = await this.evaluate(undefined)
+    const validation = await this.evaluate({ final: true })
     if (validation === null) return this.stopped('interrupted')
     return this.finish('finished', validation)
   }
@@ -332,8 +332,9 @@ export class Run {
   }
 
   /** @returns null if it was interrupted */
-  async evaluate(limit: number | undefined): Promise<RunEvaluation | null> {
+  async evaluate({ final }: { readonly final: boolean }): Promise<RunEvaluation | null> {
     const { source, interrupts } = this
+    const limit = evaluationLimit(this.settings, { final })
     if (source.validationTokens === 0) return noEvaluation
     this.log?.flush()
     await this.gather()
@@ -349,7 +350,7 @@ export class Run {
     const ofEma = await this.ema?.withAverages(async () => (ofWeights === null ? null : evaluatePart(1)))
     if (ofWeights === null || ofEma === null) return null
     const evaluation = { ...ofWeights, ...(ofEma && { ema: ofEma }) }
-    this.events.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...evaluation })
+    this.events.emit({ type: 'evaluation', step: this.step, final, ...evaluation })
     await this.events.settled()
     return evaluation
   }
@@ -474,6 +475,7 @@ export class Run {
       parameters: parameterCount(this.model),
       steps: settings.steps,
       fromStep: this.step,
+      fromTokens: this.tokens,
       tokensPerStep: source.tokensInStep(this.step) * this.size,
       tokens: this.totalTokens,
       ...(source.textsPerStep > 0 && { textsPerStep: source.textsPerStep }),

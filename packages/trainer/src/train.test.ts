@@ -217,6 +217,26 @@ describe('a run', () => {
     }
   })
 
+  test('limits the final evaluation to 32 times evalTokens, and says so', async () => {
+    const final = async (evalTokens?: number) => {
+      const { result, events } = await run({ steps: 2, ...(evalTokens && { evalTokens }) })
+      const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+      return { tokens: result.validation.tokens, notices }
+    }
+    const all = data.validation.predictable
+    expect(all).toBeGreaterThan(64)
+    expect(await final()).toEqual({ tokens: all, notices: [] })
+    expect(await final(Number.POSITIVE_INFINITY)).toEqual({ tokens: all, notices: [] })
+    const { tokens, notices } = await final(2)
+    expect(tokens).toBeGreaterThan(32)
+    // The first window counts all of its 8 positions, later ones only the second half.
+    expect(tokens).toBeLessThan(64 + 8)
+    expect(notices).toEqual([
+      `the final evaluation uses about 64 of ${data.validation.length} held-out tokens, spread evenly over them (to use all, pass evalTokens: Infinity)`,
+    ])
+    expect(await errorOf(run({ evalTokens: 0.5 }))).toMatchObject({ code: 'E_CONFIG' })
+  })
+
   test('stores what a listener logs, with the step', async () => {
     const out = join(await temporaryFolder(), 'logging')
     const onEvent: TrainListener = (event, { log }) => {

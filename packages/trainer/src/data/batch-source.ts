@@ -5,8 +5,8 @@ import type { SourceProgress } from './training-order.ts'
 
 /** How an evaluation is limited, reported and interrupted. */
 export interface SourceEvaluationOptions {
-  /** Tokens to evaluate on. Default: all. */
-  readonly limit: number | undefined
+  /** Maximum number of tokens to evaluate on, for a data set. */
+  readonly limit: number
   readonly signal: AbortSignal
   readonly onProgress: (done: number) => void
 }

@@ -10,25 +10,30 @@ import { namedStreams, sourcesOf } from './mixture.ts'
 import type { TokenStream } from './token-stream.ts'
 import type { SourceProgress, TrainingOrder } from './training-order.ts'
 
+interface DatasetOptions {
+  readonly validation: TokenData['validation']
+  readonly precision: Precision
+  /** Maximum number of held-out tokens of the final evaluation. */
+  readonly finalTokens: number
+}
+
 /** Rows of a data set in the order of a `TrainingOrder`. */
 export class DatasetBatches implements BatchSource {
   readonly #model: TrainableModel
   readonly #order: TrainingOrder
   readonly #validation: TokenData['validation']
   readonly #precision: Precision
+  readonly #finalTokens: number
   readonly textsPerStep = 0
   readonly stride = 1
   readonly metrics = {}
 
-  constructor(
-    model: TrainableModel,
-    order: TrainingOrder,
-    { validation, precision }: { readonly validation: TokenData['validation']; readonly precision: Precision },
-  ) {
+  constructor(model: TrainableModel, order: TrainingOrder, { validation, precision, finalTokens }: DatasetOptions) {
     this.#model = model
     this.#order = order
     this.#validation = validation
     this.#precision = precision
+    this.#finalTokens = finalTokens
   }
 
   get #sources() {
@@ -66,12 +71,23 @@ export class DatasetBatches implements BatchSource {
 
   get notices(): string[] {
     const { endTokens } = this.#model
-    return this.#sources.flatMap(({ name, data }) => {
+    const ofSources = this.#sources.flatMap(({ name, data }) => {
       const prefix = name && `${name}: `
       return [this.#truncation(data), endTokenMismatch(endTokens, data)].flatMap(text =>
         text === undefined ? [] : prefix + text,
       )
     })
+    const unused = this.#unusedValidation
+    return unused === undefined ? ofSources : [...ofSources, unused]
+  }
+
+  get #unusedValidation(): string | undefined {
+    const streams = namedStreams(this.#validation)
+    const share = this.#finalTokens / streams.length
+    const used = streams.reduce((sum, [, { length }]) => sum + Math.min(length, share), 0)
+    if (used >= this.validationTokens) return undefined
+    const [some, all] = [used, this.validationTokens].map(count => Math.floor(count).toLocaleString('en-US'))
+    return `the final evaluation uses about ${some} of ${all} held-out tokens, spread evenly over them (to use all, pass evalTokens: Infinity)`
   }
 
   #truncation(data: TokenStream): string | undefined {

@@ -153,12 +153,16 @@ function fitting(parts: readonly string[], width: number): string[] {
 function startLine(event: StartEvent): string {
   const from = event.fromStep > 0 ? `, resuming after step ${event.fromStep}` : ''
   const epochs = event.epochs >= 9.95 ? event.epochs.toFixed(0) : event.epochs.toFixed(1)
-  const grows = event.tokens > 0 && event.tokens !== event.steps * event.tokensPerStep
-  const tokens = grows ? event.tokens / event.steps : event.tokensPerStep
+  // Of the steps to come: those before may have had other batch sizes.
+  const left = event.steps - event.fromStep
+  const mean = event.tokens > 0 && left > 0 ? (event.tokens - event.fromTokens) / left : event.tokensPerStep
+  const grows = mean !== event.tokensPerStep
+  const steps =
+    event.fromStep > 0 && left > 0 ? `steps ${event.fromStep + 1} to ${event.steps}` : `${event.steps} steps`
   const size = event.textsPerStep
     ? `${event.textsPerStep} texts`
-    : `${grows ? 'on average ' : ''}${grouped(Math.round(tokens))} tokens`
-  return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${size}, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
+    : `${grows ? 'on average ' : ''}${grouped(Math.round(mean))} tokens`
+  return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${steps} of ${size}, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
 }
 
 function sourcesLine(sources: NonNullable<StartEvent['sources']>): string {

@@ -23,6 +23,7 @@ const start: StartEvent = {
   parameters: 12_500_000,
   steps: 40,
   fromStep: 0,
+  fromTokens: 0,
   tokensPerStep: 2048,
   tokens: 40 * 2048,
   trainingTokens: 2_100_000,
@@ -68,6 +69,19 @@ describe('progress', () => {
       'step 40/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 0:00',
       '',
     ])
+  })
+
+  test('says how many tokens the steps to come have, whatever those before had', () => {
+    const line = (event: Partial<StartEvent>) => {
+      let text = ''
+      progress({ stream: { write: part => (text += part) } })({ ...start, ...event })
+      return text.slice(text.indexOf(';') + 2, text.indexOf(', 0.0 epochs'))
+    }
+    const resumed = { steps: 15, fromStep: 5, fromTokens: 5 * 1024, tokensPerStep: 256 }
+    expect(line({ ...resumed, tokens: 5 * 1024 + 10 * 256 })).toBe('steps 6 to 15 of 256 tokens')
+    expect(line({ ...resumed, tokens: 5 * 1024 + 10 * 300 })).toBe('steps 6 to 15 of on average 300 tokens')
+    expect(line({ ...resumed, fromStep: 15, tokens: 5 * 1024 })).toBe('15 steps of 256 tokens')
+    expect(line({ tokens: 40 * 3000 })).toBe('40 steps of on average 3,000 tokens')
   })
 
   test('redraws one line on a terminal at a limited rate, and clears it for other lines', () => {

@@ -18,6 +18,7 @@ const start: StartEvent = {
   parameters: 12,
   steps: 4,
   fromStep: 0,
+  fromTokens: 0,
   tokensPerStep: 8,
   tokens: 0,
   trainingTokens: 100,

@@ -75,7 +75,7 @@ test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', 
     weight.zeroGrad()
   }
   const measured = await source.evaluate({
-    limit: undefined,
+    limit: Number.POSITIVE_INFINITY,
     signal: new AbortController().signal,
     onProgress: done => expect(done).toBe(1),
   })

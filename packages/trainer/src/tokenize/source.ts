@@ -2,7 +2,9 @@
 import { isUtf8 } from 'node:buffer'
 import { createReadStream, type ReadStream, statSync } from 'node:fs'
 import type { Transform } from 'node:stream'
-import * as zlib from 'node:zlib'
+// The default import, because bundlers turn functions of a namespace into named imports, and Node 20 has no
+// `createZstdDecompress` to import.
+import zlib from 'node:zlib'
 import { MoeError } from '@moe/core'
 import { parquetTexts } from './parquet.ts'
 import { type Texts, textOf, unreadable } from './record.ts'

@@ -21,7 +21,7 @@ export interface ValidationPoint {
   readonly reward?: number
   /** The same numbers for the EMA weights, if the run keeps them. */
   readonly ema?: Omit<ValidationPoint, 'step' | 'ema' | 'final'>
-  /** Whether this is the final evaluation, on all of the data. */
+  /** Whether this is the final evaluation, which uses more of the data. */
   readonly final: boolean
 }
 
