@@ -5,20 +5,19 @@ import {
   addAdapters,
   mergeAdapters,
   namedAdapters,
-  Random,
   setDefaultBackend,
   stateDict,
   trainable,
   type WeightFormat,
 } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { DeepSeek } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { modelFolder } from './checkpoints/model-folder.ts'
-import { TokenDataset } from './data/token-dataset.ts'
 import { evaluate } from './evaluate.ts'
 import type { TrainEvent } from './events.ts'
 import type { TrainOptions } from './options.ts'
+import { smallConfig, smallData } from './test-deepseek.ts'
 import { removeTemporaryFolders, temporaryFolder } from './test-model.ts'
 import { train } from './train.ts'
 
@@ -26,29 +25,8 @@ const backend = await createBackend()
 setDefaultBackend(backend)
 afterAll(() => backend.dispose())
 
-const config: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 3,
-  num_attention_heads: 2,
-  n_routed_experts: 8,
-  num_experts_per_tok: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.3,
-  num_nextn_predict_layers: 1,
-}
-
-const random = new Random(3)
-const documents = Array.from({ length: 3 }, () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38)))
 const settings = {
-  data: { training: TokenDataset.fromTokens(documents) },
+  data: { training: smallData() },
   steps: 8,
   batchSize: 2,
   sequenceLength: 8,
@@ -62,7 +40,7 @@ let base: string
 beforeAll(async () => {
   folder = await temporaryFolder()
   base = join(folder, 'base')
-  const model = new DeepSeek(config, { seed: 1 })
+  const model = new DeepSeek(smallConfig, { seed: 1 })
   await model.save(base)
   model.dispose()
   return removeTemporaryFolders

@@ -3,36 +3,17 @@ import { existsSync } from 'node:fs'
 import { readFile, rm, truncate } from 'node:fs/promises'
 import { join } from 'node:path'
 import { openCheckpoint, stateSource } from '@moe/checkpoint'
-import {
-  disposeModule,
-  loadStateDict,
-  type MoeError,
-  Parameter,
-  Random,
-  setDefaultBackend,
-  stateDict,
-  tensor,
-} from '@moe/core'
+import { disposeModule, loadStateDict, type MoeError, Parameter, Random, stateDict, tensor } from '@moe/core'
 import fc from 'fast-check'
-import { afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { evaluate } from './evaluate.ts'
 import type { EvaluationEvent, TrainEvent } from './events.ts'
 import { modelFolder } from './index.ts'
 import { Ema } from './optim/ema.ts'
 import type { TrainOptions } from './options.ts'
-import { readMetrics } from './report/metrics-log.ts'
-import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from './test-model.ts'
+import { BigramModel, temporaryFolder } from './test-model.ts'
+import { data, numbersOf, run, settings, stopAfter } from './test-run.ts'
 import { train } from './train.ts'
-
-const backend = roundingBackend()
-beforeAll(() => setDefaultBackend(backend))
-afterEach(async () => {
-  await removeTemporaryFolders()
-  expect(backend.stats().handles).toBe(0)
-})
-
-const data = letterData()
-const settings = { data, steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false } as const
 
 type Weights = Readonly<Record<string, readonly number[]>>
 
@@ -41,25 +22,15 @@ async function weightsOf(model: BigramModel): Promise<Weights> {
   return Object.fromEntries(await Promise.all(all))
 }
 
-/** Trains a new model; the weights after each step, and the events. */
-async function run(options: Partial<TrainOptions> = {}) {
+/** Trains a new model, and also returns the weights after each step. */
+async function runWithWeights(options: Partial<TrainOptions> = {}) {
   const model = new BigramModel()
-  const events: TrainEvent[] = []
   const weights: Weights[] = []
-  try {
-    const result = await train(model, {
-      ...settings,
-      ...options,
-      async onEvent(event, reporter) {
-        events.push(event)
-        if (event.type === 'step') weights.push(await weightsOf(model))
-        return options.onEvent?.(event, reporter)
-      },
-    })
-    return { result, events, weights }
-  } finally {
-    disposeModule(model)
+  const onEvent: TrainOptions['onEvent'] = async (event, reporter) => {
+    if (event.type === 'step') weights.push(await weightsOf(model))
+    return options.onEvent?.(event, reporter)
   }
+  return { ...(await run({ ...options, model, onEvent })), weights }
 }
 
 const evaluations = (events: readonly TrainEvent[]) =>
@@ -144,8 +115,8 @@ describe('Ema', () => {
 describe('a run with ema', () => {
   test('takes the same steps as without, and its averages equal a float64 computation', async () => {
     const [without, out] = [await temporaryFolder(), await temporaryFolder()]
-    const plain = await run({ out: without, evalEvery: 4 })
-    const { result, events, weights } = await run({ out, evalEvery: 4, ema: 0.8, checkpointEvery: 5 })
+    const plain = await runWithWeights({ out: without, evalEvery: 4 })
+    const { result, events, weights } = await runWithWeights({ out, evalEvery: 4, ema: 0.8, checkpointEvery: 5 })
     expect(weights).toEqual(plain.weights)
     expect(result.ema?.loss).not.toBe(result.validation.loss)
     expect(evaluations(events).map(({ loss }) => loss)).toEqual(evaluations(plain.events).map(({ loss }) => loss))
@@ -209,19 +180,6 @@ describe('a run with ema', () => {
 })
 
 describe('a run that goes on', () => {
-  /** Interrupts after a step. */
-  function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
-    const controller = new AbortController()
-    return {
-      signal: controller.signal,
-      onEvent: event => {
-        if (event.type === 'step' && event.step === step) controller.abort()
-      },
-    }
-  }
-  const numbersOf = (out: string) =>
-    readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
-
   test('resumes its averages bit for bit', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     const straight = await run({ out: whole, ema: 0.9 })
@@ -241,12 +199,12 @@ describe('a run that goes on', () => {
     }
     expect(await differences({ ema: 0.9 })).toEqual(['ema: saved with nothing, now 0.9'])
     const allowed = { out, resume: true, allowChanges: true }
-    const begun = await run({ ...allowed, ema: 0.9, ...stopAfter(8) })
+    const begun = await runWithWeights({ ...allowed, ema: 0.9, ...stopAfter(8) })
     expectClose(await stored(modelFolder(out, { ema: true })), averaged(begun.weights, 0.9))
     expect(await differences({ ema: 0.8 })).toEqual(['ema: saved with 0.9, now 0.8'])
     expect(await differences({})).toEqual(['ema: saved with 0.9, now nothing'])
     // It has not forgotten that averages began with step 6.
-    const rest = await run({ out, resume: true, ema: 0.9 })
+    const rest = await runWithWeights({ out, resume: true, ema: 0.9 })
     const all = [...begun.weights, ...rest.weights]
     expectClose(await stored(modelFolder(out, { ema: true })), averaged(all, 0.9))
     await run({ ...allowed, steps: 14 })

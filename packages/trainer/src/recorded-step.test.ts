@@ -9,16 +9,16 @@ import {
   Random,
   stateDict,
 } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { auxFree } from '@moe/router'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
-import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import type { StepEvent } from './events.ts'
 import { AdamW } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { TrainOptions } from './options.ts'
+import { smallConfig, smallData } from './test-deepseek.ts'
 import { train } from './train.ts'
 import { TrainingSteps } from './training-steps.ts'
 
@@ -46,35 +46,10 @@ function counting() {
   return { backend, counts }
 }
 
-const tiny: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 3,
-  num_attention_heads: 2,
-  n_routed_experts: 8,
-  num_experts_per_tok: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.3,
-  num_nextn_predict_layers: 2,
-}
-
-/** 23 windows of 8: with 2 rows of 8 in a step, the last step of an epoch reaches into the next, and holds padding. */
-function data(): TokenDataset {
-  const random = new Random(3)
-  return TokenDataset.fromTokens(
-    Array.from({ length: 3 }, () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))),
-  )
-}
+const tiny: DeepSeekConfigInput = { ...smallConfig, num_nextn_predict_layers: 2 }
 
 const settings = {
-  data: { training: data() },
+  data: { training: smallData() },
   batchSize: 2,
   sequenceLength: 8,
   lr: 5e-3,
@@ -139,13 +114,13 @@ describe('recorded steps equal steps op by op', () => {
     ['Muon with a momentum in bf16', { moments: 'bf16', optimizer: 'muon' }],
     ['no clipping', { clip: Number.POSITIVE_INFINITY }],
     ['a norm that is clipped', { clip: 0.01 }],
-    ['evaluation in between', { evalEvery: 3, data: { training: data(), validation: data() } }],
+    ['evaluation in between', { evalEvery: 3, data: { training: smallData(), validation: smallData() } }],
   ])('%s', async (_name, options) => {
     expect((await both({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
   })
 
   test('with an EMA that is evaluated in between, on the same graphs', async () => {
-    const options: Partial<TrainOptions> = { evalEvery: 3, data: { training: data(), validation: data() } }
+    const options: Partial<TrainOptions> = { evalEvery: 3, data: { training: smallData(), validation: smallData() } }
     const without = await run(options)
     for (const precision of ['f32', 'bf16'] as const) {
       const { counts, steps, weights } = await both({ ...options, precision, ema: 0.9 })
@@ -156,8 +131,8 @@ describe('recorded steps equal steps op by op', () => {
 
   test('a growing batch: further micro-batches need no new graph', async () => {
     const accumulate = (step: number) => [1, 1, 2, 2, 2, 3, 3, 4, 4, 5][step]
-    const { counts } = await both({ accumulate, data: { training: data(), validation: data() } })
-    const steady = await both({ accumulate: 2, data: { training: data(), validation: data() } })
+    const { counts } = await both({ accumulate, data: { training: smallData(), validation: smallData() } })
+    const steady = await both({ accumulate: 2, data: { training: smallData(), validation: smallData() } })
     expect(counts.captures).toBeLessThanOrEqual(steady.counts.captures + 3)
     expect(counts.replays).toBeGreaterThan(3 + 4 + 4 + 5)
   })
@@ -365,7 +340,7 @@ describe('TrainingSteps', () => {
     const steps = new TrainingSteps(model, parameters, optimizer, { record })
     // An order in which the window with padding comes late.
     const { batchSize, sequenceLength } = settings
-    const order = new TrainingOrder(data(), { batchSize, sequenceLength, seed: 2, lookahead: model.lookahead })
+    const order = new TrainingOrder(smallData(), { batchSize, sequenceLength, seed: 2, lookahead: model.lookahead })
     const dispose = () => {
       steps.dispose()
       optimizer.dispose()

@@ -2,15 +2,15 @@
 import { existsSync } from 'node:fs'
 import { appendFile, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type InitOptions, Random, type Tensor } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import type { InitOptions, Tensor } from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, CapacityMoE } from '@moe/router'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
-import { TokenDataset } from '../data/token-dataset.ts'
 import type { LoadsEvent, TrainEvent } from '../events.ts'
 import type { LayerLoad } from '../model.ts'
 import type { TrainOptions } from '../options.ts'
+import { smallConfig, smallData } from '../test-deepseek.ts'
 import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
 import { cutLoads, LoadSums, readLoads } from './loads-log.ts'
@@ -22,31 +22,11 @@ afterEach(removeTemporaryFolders)
 
 const [experts, topK, speed] = [8, 2, 0.01]
 const config: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 3,
-  num_attention_heads: 2,
+  ...smallConfig,
   n_routed_experts: experts,
   num_experts_per_tok: topK,
   n_group: 4,
   topk_group: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.3,
-  num_nextn_predict_layers: 1,
-}
-
-/** 17 windows of 8: some rows hold padding. */
-function data(): TokenDataset {
-  const random = new Random(3)
-  const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
-  return TokenDataset.fromTokens([document(), document(), document()])
 }
 
 interface Counted {
@@ -131,7 +111,7 @@ async function run<Model extends DeepSeek>(model: Model, options: Partial<TrainO
   const settings = { steps: 8, batchSize: 2, sequenceLength: 8, lr: 5e-3, progress: false, handleSignals: false }
   try {
     await train(model, {
-      data: { training: data() },
+      data: { training: smallData() },
       ...settings,
       ...options,
       onEvent(event, reporter) {

@@ -1,12 +1,13 @@
 /** @file A DeepSeek, with experts and an MTP module, learns from rewards on a backend that records. */
 import { join } from 'node:path'
 import { namedParameters } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekConfigInput } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, expect, test } from 'vitest'
 import { modelFolder } from '../checkpoints/model-folder.ts'
 import type { StepEvent, TrainEvent } from '../events.ts'
 import type { TrainOptions } from '../options.ts'
+import { smallConfig } from '../test-deepseek.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
 import { evaluateRewards } from './evaluate-rewards.ts'
@@ -20,25 +21,7 @@ afterEach(async () => {
   expect(backend.stats().handles).toBe(0)
 })
 
-const tiny: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 3,
-  num_attention_heads: 2,
-  n_routed_experts: 8,
-  num_experts_per_tok: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.1,
-  num_nextn_predict_layers: 1,
-  eos_token_id: 1,
-}
+const tiny: DeepSeekConfigInput = { ...smallConfig, initializer_range: 0.1, eos_token_id: 1 }
 
 const prompts = Array.from({ length: 12 }, (_, i) => ({
   tokens: Array.from({ length: 3 + (i % 5) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
