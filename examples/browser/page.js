@@ -56,7 +56,9 @@ async function open() {
   setDefaultBackend(backend)
   const tokenizerFile = await fetch(new URL('tokenizer.json', folder))
   if (!tokenizerFile.ok)
-    throw new Error(`no model found (tokenizer.json: HTTP ${tokenizerFile.status}); run npm start to train one`)
+    throw new Error(
+      `no model with a tokenizer.json found (HTTP ${tokenizerFile.status}); run npm start to train one, or pass tokenizer to train`,
+    )
   const tokenizer = await BpeTokenizer.fromJSONAsync(await tokenizerFile.text())
   const model = await DeepSeek.fromPretrained(folder, {
     onProgress: ({ bytes, totalBytes }) => show(`${(bytes / 1e6).toFixed(1)} of ${(totalBytes / 1e6).toFixed(1)} MB`),

@@ -167,6 +167,7 @@ function showButtons() {
   resumeButton.hidden = busy !== '' || !(kept?.step > 0 && kept.step < kept.steps)
   for (const field of [text, file, speeches, model, steps]) field.disabled = training
   writeButton.disabled = training || !hasModel
+  written.dataset.empty = hasModel ? 'Press Continue to generate text with the model.' : 'Train a model first.'
   writeButton.textContent = busy === 'writing' ? 'Stop' : 'Continue'
   download.disabled = busy !== '' || !hasModel
 }

@@ -22,8 +22,8 @@ export const known = [
   { group: 'Loss', name: 'bitsPerByte', title: 'Held-out data', unit: 'bits per byte', validation: 'bitsPerByte' },
   { group: 'Loss', name: 'loss', title: 'Objective', unit: 'minimized loss' },
   { group: 'Loss', name: 'mtp', title: 'Multi-token prediction', unit: 'nats per token' },
-  { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'busiest expert over mean, minus 1' },
-  { group: 'Experts', name: 'maxVioWorst', title: 'MaxVio, worst layer', unit: 'busiest expert over mean, minus 1' },
+  { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'max load / mean load − 1' },
+  { group: 'Experts', name: 'maxVioWorst', title: 'MaxVio, worst layer', unit: 'max load / mean load − 1' },
   { group: 'Experts', name: 'deadExperts', title: 'Dead experts', unit: 'in all layers' },
   { group: 'Experts', name: 'balance', title: 'Balance loss', unit: '' },
   { group: 'Optimization', name: 'lr', title: 'Learning rate', unit: '' },
@@ -48,7 +48,9 @@ export class Chart {
     this.what = what
     this.zoom = zoom
     this.element = element('section', 'chart')
-    const header = element('header', '', element('h3', '', what.title), element('span', 'unit', what.unit))
+    const unit = element('span', 'unit', what.unit)
+    unit.title = what.unit
+    const header = element('header', '', element('h3', '', what.title), unit)
     this.#at = header.appendChild(element('span', 'at'))
     this.#box = element('div', 'plot')
     this.#legend = element('ul', '')
@@ -112,7 +114,11 @@ export class Chart {
         if (points.length === 0) continue
         // A chart without a training curve.
         const own = what.logged !== undefined || what.name === 'bitsPerByte'
-        this.#lines.push({ run, index: series.length, mark: `${own ? '' : ' held-out'}${averaged ? ' EMA' : ''}` })
+        this.#lines.push({
+          run,
+          index: series.length,
+          mark: averaged ? 'EMA' : own ? '' : 'held-out',
+        })
         const { stroke } = run.colors
         const filled = own && !averaged
         const marks = { show: true, size: filled ? 6 : 8, width: 2, stroke, fill: filled ? stroke : view.theme.card }
@@ -223,14 +229,19 @@ export class Chart {
     const { left, idxs } = u.cursor
     const hovered = left >= 0 && idxs
     this.#at.textContent = hovered ? `at ${Math.round(u.posToVal(left, 'x')).toLocaleString('en-US')}` : ''
-    this.#legend.replaceChildren(
-      ...this.#lines.flatMap(({ run, index, mark = '' }) => {
-        const values = u.data[index]
-        const value = hovered ? values[idxs[index]] : values.findLast(one => one !== null && one !== undefined)
-        if (value === null || value === undefined) return []
-        return [element('li', '', swatch(run), element('i', '', `${run.name}${mark}`), element('b', '', short(value)))]
-      }),
-    )
+    const entries = new Map()
+    for (const { run, index, mark = '' } of this.#lines) {
+      const values = u.data[index]
+      const value = hovered ? values[idxs[index]] : values.findLast(one => one !== null && one !== undefined)
+      if (value === null || value === undefined) continue
+      if (!entries.has(run)) {
+        const name = element('i', '', run.name)
+        name.title = run.name
+        entries.set(run, element('li', '', swatch(run), name))
+      }
+      entries.get(run).append(...(mark === '' ? [] : [element('span', 'mark', mark)]), element('b', '', short(value)))
+    }
+    this.#legend.replaceChildren(...entries.values())
   }
 }
 

@@ -1,4 +1,4 @@
-/** @file Number formats, smoothing and axis ticks. */
+/** @file Number formats, titles of logged numbers, smoothing and axis ticks. */
 
 /**
  * Formats a number with at most four significant digits, and k, M, G for large ones.
@@ -37,6 +37,23 @@ export function clock(seconds) {
   const two = (/** @type {number} */ value) => String(value).padStart(2, '0')
   const minutes = Math.floor(whole / 60) % 60
   return hours > 0 ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`
+}
+
+const heldOutUnits = { loss: 'nats per token', bitsPerByte: 'bits per byte' }
+
+/**
+ * Group, title and unit of the chart of a logged number. The evaluations of held-out sources are logged as
+ * `validation/SOURCE/loss` and `validation/SOURCE/bitsPerByte`.
+ * @param {string} name
+ */
+export function titleOfLogged(name) {
+  const [, source, what] = /^validation\/(.+)\/(loss|bitsPerByte)$/.exec(name) ?? []
+  if (source === undefined) return { group: 'Logged', title: name, unit: '' }
+  return {
+    group: 'Held-out sources',
+    title: source,
+    unit: heldOutUnits[/** @type {keyof typeof heldOutUnits} */ (what)],
+  }
 }
 
 /**

@@ -1,7 +1,7 @@
 /** @file The dashboard: shows the data from the server as a list of runs and as charts. */
 import { Chart, element, known, swatch } from './charts.js'
 import { Experts } from './experts.js'
-import { clock, short } from './numbers.js'
+import { clock, short, titleOfLogged } from './numbers.js'
 import { joined, wanted } from './zoom.js'
 
 /**
@@ -124,6 +124,7 @@ function redraw() {
 }
 
 function list() {
+  $('controls').hidden = runs.size === 0
   if (runs.size === 0) {
     $('runs').replaceChildren(
       element(
@@ -223,10 +224,11 @@ function drawCharts() {
   const others = [...names]
     .filter(name => name !== 'tokens' && !known.some(one => one.name === name))
     .map(name => ({ group: 'Other', name, title: name, unit: '' }))
-  const logged = [...new Set(shown.flatMap(({ state }) => Object.keys(state.logged)))].map(name => {
-    const group = name.startsWith('validation/') ? 'Held-out sources' : 'Logged'
-    return { group, name: `logged ${name}`, title: name, unit: '', logged: name }
-  })
+  const logged = [...new Set(shown.flatMap(({ state }) => Object.keys(state.logged)))].map(name => ({
+    ...titleOfLogged(name),
+    name: `logged ${name}`,
+    logged: name,
+  }))
   for (const what of [...known, ...others, ...logged]) {
     let chart = charts.get(what.name)
     if (!chart) {

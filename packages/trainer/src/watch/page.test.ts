@@ -5,6 +5,15 @@ const page = (name: string) => import(new URL(`../../page/${name}`, import.meta.
 const { centred, colorOf, shadeOfBias, shadeOfShare, shares, summaryOf } = await page('loads.js')
 const { joined, wanted } = await page('zoom.js')
 
+test('logged numbers of held-out sources are titled by source, others by their name', async () => {
+  const { titleOfLogged } = await page('numbers.js')
+  const heldOut = (title: string, unit: string) => ({ group: 'Held-out sources', title, unit })
+  expect(titleOfLogged('validation/web/loss')).toEqual(heldOut('web', 'nats per token'))
+  expect(titleOfLogged('validation/code/rust/bitsPerByte')).toEqual(heldOut('code/rust', 'bits per byte'))
+  for (const title of ['accuracy', 'validation/accuracy', 'tasks/validation/web/loss'])
+    expect(titleOfLogged(title)).toEqual({ group: 'Logged', title, unit: '' })
+})
+
 describe('loads', () => {
   test('are shares of the mean, and shades by powers of two', () => {
     expect(shares([0, 1, 2, 5])).toEqual([0, 0.5, 1, 2.5])
