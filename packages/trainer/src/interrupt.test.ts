@@ -38,6 +38,7 @@ test('Ctrl-C finishes the step, saves, explains how to resume, and the next run 
   const steps = readMetrics(`${out}/metrics.jsonl`).length
   expect(steps).toBeGreaterThanOrEqual(20)
   const checkpoint = latestCheckpoint(out)
+  expect(first.output.errors).toContain('note SIGINT: training stops after the current step; a second signal exits')
   expect(checkpoint).toMatch(new RegExp(`step-0*${steps}$`))
   expect(first.output.errors).toContain(
     `interrupted after step ${steps} of 100000: saved ${checkpoint}; run the same command`,

@@ -10,12 +10,12 @@ export interface Interrupts {
 
 /**
  * @param processSignals whether to handle SIGINT and SIGTERM of this process
- * @param report is called when one of them arrives, for runs without a progress line
+ * @param report is called with a message when one of them arrives
  */
 export function watchInterrupts(
   given: AbortSignal | undefined,
   processSignals: boolean,
-  report?: (text: string) => void,
+  report?: (message: string) => void,
 ): Interrupts {
   const controller = new AbortController()
   const onGiven = () => controller.abort(given?.reason)
@@ -23,7 +23,7 @@ export function watchInterrupts(
   given?.addEventListener('abort', onGiven, { once: true })
   const onSignal = (name: string) => {
     controller.abort(new Error(name))
-    report?.(`${name}: training stops after the current step; a second signal exits at once\n`)
+    report?.(`${name}: training stops after the current step; a second signal exits at once`)
   }
   const stopListening = processSignals ? onInterrupt(onSignal) : () => {}
   return {

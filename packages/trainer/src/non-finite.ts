@@ -89,6 +89,9 @@ export async function nonFiniteStepOnRanks(
   return stepError(value ?? found.find(where => where !== null) ?? null, step, seen)
 }
 
+const AFTER_NON_FINITE =
+  'start again with a lower lr or clip, or resume from an earlier checkpoint with these and allowChanges: true'
+
 /** The same for a known cause. */
 export function stepError(
   where: NonFinite | null,
@@ -100,7 +103,7 @@ export function stepError(
     code: 'E_NAN',
     op: 'train',
     problem: `step ${step} has loss ${seen.loss} and gradient norm ${seen.gradNorm}, ${cause}`,
-    fix: 'the step was not applied and earlier checkpoints are intact; resume from one with a lower lr or clip',
+    fix: `the step was not applied; ${AFTER_NON_FINITE}`,
     details: { step, loss: seen.loss, gradNorm: seen.gradNorm, parameter: where?.name, kind: where?.kind },
   })
 }
@@ -112,7 +115,7 @@ export async function nonFiniteModel(model: Module, step: number): Promise<MoeEr
     code: 'E_NAN',
     op: 'train',
     problem: `after step ${step} the model contains ${where === null ? 'weights whose norm overflows f32' : `non-finite numbers, first in ${place(where)}`}`,
-    fix: 'it was not saved and earlier checkpoints are intact; resume from one with a lower lr or clip',
+    fix: `it was not saved; ${AFTER_NON_FINITE}`,
     details: { step, parameter: where?.name, kind: where?.kind },
   })
 }

@@ -327,7 +327,10 @@ describe('bad checkpoints are refused and change nothing', () => {
       code: 'E_CHECKPOINT',
       message: expect.stringMatching(/not a checkpoint of a training run/),
     })
-    expect(await refused(out, { resume: join(out, 'nothing') })).toMatchObject({ code: 'E_CHECKPOINT' })
+    expect(await refused(out, { resume: join(out, 'nothing') })).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringMatching(/no such folder; the latest checkpoint of the run is .*step-\d+$/),
+    })
   })
 
   test('a state of another program', async () => {

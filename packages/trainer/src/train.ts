@@ -61,11 +61,21 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
     onRanks === undefined
       ? await shardOptimizer(settings.ranks, parameters, make)
       : { optimizer: make(onRanks.parameters) }
-  // Without a progress line, Ctrl-C would seem to have no effect.
-  const report = settings.progress === false ? (text: string) => standardError().write(text) : undefined
-  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, report)
   let ema: ModelEma | undefined
   let run: Run | undefined
+  // A step may take long, and Ctrl-C would seem to have no effect.
+  const report = (message: string) => {
+    if (settings.progress === false || run === undefined) {
+      standardError().write(`${message}\n`)
+      return
+    }
+    try {
+      run.events.emit({ type: 'notice', message })
+    } catch {
+      // Within a signal handler, the error of a listener would end the process.
+    }
+  }
+  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, report)
   try {
     if (settings.ema !== undefined) ema = new ModelEma(parameters, settings.ema, settings)
     run = new Run(model, settings, data, parameters, updating, ema, interrupts)

@@ -155,8 +155,8 @@ export function saveError(previous: string | undefined, path: string, step: numb
     problem: `saving step ${step} failed: ${reasonOf(cause)}`,
     fix:
       previous === undefined
-        ? 'the run has no earlier checkpoint; free disk space, close programs that have its files open, or choose another folder'
-        : `${previous} is intact: free disk space or close programs that have files of the run open, then resume from it`,
+        ? 'the run has no earlier checkpoint; free disk space, make the folder writable, close programs that have its files open, or choose another folder'
+        : `${previous} is intact: free disk space, make the folder writable or close programs that have files of the run open, then resume from it`,
     details: { step, previous },
     cause,
   })

@@ -1,5 +1,5 @@
 /** @file A run in a folder on disk. */
-import { rmSync } from 'node:fs'
+import { existsSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { type FolderLocation, pathOf } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
@@ -37,7 +37,17 @@ export class DiskRun implements RunFolder {
   }
 
   async named(path: string) {
-    return stored(path)
+    if (existsSync(path)) return stored(path)
+    const latest = latestCheckpoint(this.path)
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: 'cannot resume from it: there is no such folder',
+      fix:
+        latest === undefined
+          ? 'pass a step-… folder in the checkpoints folder of a run'
+          : `the latest checkpoint of the run is ${latest}`,
+    })
   }
 
   async others({ path }: StoredCheckpoint) {

@@ -1,6 +1,6 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, readFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, unlinkSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
@@ -8,6 +8,7 @@ import { afterEach, expect, test, vi } from 'vitest'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { lockFolder } from './folder-lock.ts'
 
+vi.mock('node:fs', { spy: true })
 afterEach(removeTemporaryFolders)
 
 test('a folder is locked once and unlocked', async () => {
@@ -47,6 +48,27 @@ test('the lock of a running process is respected', async () => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
   expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to .*remove .*training.lock`))
+})
+
+test('a read-only file system is named, although Node reports ENOENT for it', async () => {
+  const out = join(await temporaryFolder(), 'new', 'run')
+  const fails = (code: string) => () => {
+    throw Object.assign(new Error(`${code}: mkdir`), { code })
+  }
+  vi.mocked(mkdirSync).mockImplementationOnce(fails('ENOENT')).mockImplementationOnce(fails('EROFS'))
+  expect(() => lockFolder(out)).toThrow(/cannot be used: EROFS/)
+  expect(vi.mocked(mkdirSync)).toHaveBeenLastCalledWith(join(out, '..'))
+})
+
+test('unlocking a folder that has become read-only is no error', async () => {
+  const out = await temporaryFolder()
+  const unlock = lockFolder(out)
+  vi.mocked(unlinkSync).mockImplementationOnce(() => {
+    throw Object.assign(new Error('EROFS: unlink'), { code: 'EROFS' })
+  })
+  unlock()
+  expect(existsSync(join(out, 'training.lock'))).toBe(true)
+  lockFolder(out)()
 })
 
 test('an invalid folder is E_CONFIG', async () => {

@@ -1,7 +1,7 @@
 /** @file Allows one training or tokenization per folder at a time: a lock file names the process that writes. */
-import { mkdirSync, readFileSync, realpathSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, realpathSync, unlinkSync, writeFileSync } from 'node:fs'
 import { hostname } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import { MoeError } from '@moe/core'
 
 const LOCK_FILE = 'training.lock'
@@ -20,7 +20,7 @@ export function lockFolder(out: string, op = 'train'): () => void {
   const refuse = (problem: string, fix: string, cause?: unknown) =>
     new MoeError({ code: 'E_CONFIG', op, problem, fix, cause })
   try {
-    mkdirSync(out, { recursive: true })
+    createFolder(out)
     // The native variant also normalizes case on case-insensitive file systems.
     const path = join(realpathSync.native(out), LOCK_FILE)
     // If a killed process left the file behind, remove it and try again.
@@ -32,17 +32,43 @@ export function lockFolder(out: string, op = 'train'): () => void {
           `wait for it, or choose another out (if that process is unrelated, remove ${path})`,
         )
       }
-      rmSync(path, { force: true })
+      unlinkIfPresent(path)
       if (!created(path)) throw refuse(`another process is starting in ${out}`, 'wait for it, or choose another out')
     }
     held.add(path)
     return () => {
       held.delete(path)
-      rmSync(path, { force: true })
+      try {
+        unlinkSync(path)
+      } catch {
+        // The lock of a process that ended is ignored. An error here would hide the one that ended the run.
+      }
     }
   } catch (cause) {
     if (cause instanceof MoeError) throw cause
     throw refuse(`the folder ${out} cannot be used: ${(cause as Error).message}`, 'choose another out', cause)
+  }
+}
+
+/** Creates a folder and those above it. */
+function createFolder(path: string): void {
+  try {
+    mkdirSync(path, { recursive: true })
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error
+    // Node reports ENOENT for a read-only file system. The first missing folder alone fails with the actual reason.
+    let first = resolve(path)
+    while (!existsSync(dirname(first))) first = dirname(first)
+    mkdirSync(first)
+    throw error
+  }
+}
+
+function unlinkIfPresent(path: string): void {
+  try {
+    unlinkSync(path)
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error
   }
 }
 

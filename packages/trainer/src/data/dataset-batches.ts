@@ -77,8 +77,14 @@ export class DatasetBatches implements BatchSource {
         text === undefined ? [] : prefix + text,
       )
     })
-    const unused = this.#unusedValidation
-    return unused === undefined ? ofSources : [...ofSources, unused]
+    return [...ofSources, ...[this.#repetition, this.#unusedValidation].flatMap(text => text ?? [])]
+  }
+
+  /** A warning if one step contains the data more than once. */
+  get #repetition(): string | undefined {
+    const times = this.epochs(1)
+    if (times <= 1) return undefined
+    return `each step uses the training data ${times.toFixed(1)} times: use a smaller batchSize, or more data`
   }
 
   get #unusedValidation(): string | undefined {
