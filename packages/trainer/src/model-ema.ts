@@ -12,14 +12,14 @@ interface RunRanks {
 }
 
 /**
- * Averages the weights that this rank trains, or its share of them if several ranks have the whole model. Together with
+ * Averages the weights that this rank trains, or its shard of them if several ranks have the whole model. Together with
  * those of the other ranks, the averages form the complete model.
  */
 export class ModelEma {
   readonly #ema: Ema
   readonly #onRanks: ModelOnRanks | undefined
   /**
-   * The share of a model that all ranks have. Not that of the optimizer, whose row ranges recorded steps keep at their
+   * The shard of a model that all ranks have. Not that of the optimizer, whose row ranges recorded steps keep at their
    * addresses.
    */
   readonly #shard: ParameterShard | undefined
