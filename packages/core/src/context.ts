@@ -1,6 +1,6 @@
 /** @file The few global settings: default backend, recording, precision, and counts of fallbacks. */
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
-import { describe, isMoeError, MoeError, shown } from './errors.ts'
+import { describe, isMoeError, MoeError, needFunction, shown } from './errors.ts'
 import { checkOptions } from './options.ts'
 import type { Tensor } from './tensor.ts'
 
@@ -36,15 +36,19 @@ export const context: Context = {
  * @throws MoeError E_ATTR if it is not a backend, for example a promise of one
  */
 export function setDefaultBackend(backend: Backend): void {
-  if (backend?.primitives === undefined) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'setDefaultBackend',
-      problem: `the backend is ${describe(backend)}`,
-      fix: "pass an awaited backend: setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))",
-    })
-  }
+  checkBackend('setDefaultBackend', backend)
   context.backend = backend
+}
+
+/** Checks that a caller passed a backend, and not a promise of one. Internal. @throws MoeError E_ATTR */
+export function checkBackend(op: string, backend: Backend): void {
+  if (backend?.primitives !== undefined) return
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: `the backend is ${describe(backend)}`,
+    fix: "pass an awaited backend: await firstAvailable([() => import('@moe/kernels-cpu')])",
+  })
 }
 
 /** Returns the backend set by `setDefaultBackend`. @throws MoeError E_NO_BACKEND if none was set */
@@ -127,6 +131,7 @@ function synchronous<T>(op: string, result: T): T {
 
 /** Runs a synchronous function without recording its ops for `backward`. */
 export function noGrad<T>(fn: () => T): T {
+  needFunction('noGrad', fn)
   const before = context.recording
   context.recording = false
   try {
@@ -181,6 +186,7 @@ export function checkPrecision(op: string, precision: Precision): void {
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
   checkPrecision('withPrecision', precision)
+  needFunction('withPrecision', fn)
   const before = context.precision
   context.precision = precision
   try {

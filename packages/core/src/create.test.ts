@@ -41,16 +41,18 @@ test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async ()
 
 test('invalid shapes are rejected before they reach a backend', () => {
   for (const shape of [[-1], [2.5], [Number.NaN], [-2, -3]]) {
-    expect(() => zeros(shape), `zeros ${shape}`).toThrow(refusal(/is not a valid size/))
+    expect(() => zeros(shape), `zeros ${shape}`).toThrow(refusal(/^zeros: expected sizes that are non-negative/))
     expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(refusal())
   }
-  expect(() => tensor([1, 2, 3], [2])).toThrow(refusal(/got 3 values for shape \[2\], which has 2 elements/))
-  expect(() => arange(-1)).toThrow(refusal())
-  expect(() => arange(2.5)).toThrow(refusal())
+  expect(() => tensor([1, 2, 3], [2])).toThrow(
+    refusal(/^tensor: got 3 values for shape \[2\]; pass 2 values, or their shape/),
+  )
 })
 
 test('a size that is a string is shown as a string', () => {
-  expect(() => zeros(['3'] as unknown as number[])).toThrow(refusal(/full: "3" in \[3\] is not a valid size/))
+  expect(() => zeros(['3'] as unknown as number[])).toThrow(
+    refusal(/^zeros: .* got \["3"\]; pass a shape such as \[2, 3\]/),
+  )
 })
 
 test('dtype names of other libraries are rejected with a list of ours', () => {

@@ -1,9 +1,9 @@
 /** @file Functions that create tensors: from host numbers, a constant or random numbers. */
 import type { Backend, Shape, TensorSpec } from './backend.ts'
-import { defaultBackend } from './context.ts'
-import { type DType, encodeHost, type HostArray } from './dtype.ts'
-import { describe } from './errors.ts'
-import { attrError, needKnownDtype, needSizes, shapeError } from './infer.ts'
+import { checkBackend, defaultBackend } from './context.ts'
+import { type DType, encodeHost, type HostArray, hostArray } from './dtype.ts'
+import { describe, MoeError, shown } from './errors.ts'
+import { attrError, isSize, needKnownDtype, needSizes, shapeError } from './infer.ts'
 import { checkOptions, type OptionNames } from './options.ts'
 import type { Random } from './random.ts'
 import { showShape, sizeOf } from './shape.ts'
@@ -19,32 +19,43 @@ export interface CreateOptions {
 
 const createNames: OptionNames<CreateOptions> = { dtype: true, backend: true }
 
-/** A tensor is accepted as options too, for its dtype and backend: `zeros(shape, x)`. */
-function checkCreate(op: string, options: CreateOptions): void {
+/**
+ * Checks shape, dtype and backend. A tensor is accepted as options too, for its dtype and backend: `zeros(shape, x)`.
+ */
+function checkCreate(op: string, shape: Shape, options: CreateOptions): void {
   if (!(options instanceof Tensor)) checkOptions(op, options, createNames)
+  needSizes(op, shape)
+  if (options.dtype !== undefined) needKnownDtype(op, options.dtype)
+  if (options.backend !== undefined) checkBackend(op, options.backend)
 }
 
-/**
- * Returns a tensor with every element set to `value`.
- * @throws MoeError E_SHAPE if a size is negative or not an integer, E_DTYPE for an unknown dtype
- */
-export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
-  checkCreate('full', options)
+function filled(op: string, shape: Shape, value: number, options: CreateOptions = {}): Tensor {
+  checkCreate(op, shape, options)
   const { dtype = 'f32', backend = defaultBackend() } = options
-  needSizes('full', shape)
-  needKnownDtype('full', dtype)
   const specs: TensorSpec[] = [{ shape, dtype }]
   return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
 }
 
+/**
+ * Returns a tensor with every element set to `value`.
+ * @throws MoeError E_SHAPE if a size is negative or not an integer, E_DTYPE for an unknown dtype, E_ATTR if `value` is
+ * not a number
+ */
+export function full(shape: Shape, value: number, options?: CreateOptions): Tensor {
+  if (typeof value !== 'number') {
+    throw attrError('full', `the value is ${describe(value)}, expected a number`, 'pass one: full([2, 3], 0.5)')
+  }
+  return filled('full', shape, value, options)
+}
+
 /** Returns a tensor of zeros. @throws MoeError E_SHAPE if a size is negative or not an integer */
 export function zeros(shape: Shape, options?: CreateOptions): Tensor {
-  return full(shape, 0, options)
+  return filled('zeros', shape, 0, options)
 }
 
 /** Returns a tensor of ones. @throws MoeError E_SHAPE if a size is negative or not an integer */
 export function ones(shape: Shape, options?: CreateOptions): Tensor {
-  return full(shape, 1, options)
+  return filled('ones', shape, 1, options)
 }
 
 /**
@@ -55,11 +66,12 @@ export function ones(shape: Shape, options?: CreateOptions): Tensor {
  */
 export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
   needNumbers(values)
-  checkCreate('tensor', options)
+  const sizes = shape ?? [values.length]
+  checkCreate('tensor', sizes, options)
   const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
   const dtype = options.dtype ?? natural
-  needKnownDtype('tensor', dtype)
-  return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
+  needCount('tensor', values.length, sizes)
+  return upload(encodeHost(dtype, values), sizes, dtype, options.backend)
 }
 
 /** Rejects values that would silently become NaN. */
@@ -70,28 +82,46 @@ function needNumbers(values: ArrayLike<number> | undefined): void {
   throw attrError('tensor', problem, 'pass a flat array of numbers and the shape: tensor([1, 2, 3, 4], [2, 2])')
 }
 
-/** Creates a tensor from a host array that already contains the bits of the dtype. The array is copied. */
-export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
-  needSizes('fromHost', shape)
-  needKnownDtype('fromHost', dtype)
-  if (sizeOf(shape) !== data.length) {
-    throw shapeError(
-      'fromHost',
-      `got ${data.length} values for shape ${showShape(shape)}, which has ${sizeOf(shape)} elements`,
-    )
-  }
-  return new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
+/** Checks that an array is of the kind that carries the dtype. Other kinds would upload other bits. */
+function needHostArray(data: HostArray, dtype: DType): void {
+  const expected = hostArray(dtype, 0)[Symbol.toStringTag]
+  if (data?.[Symbol.toStringTag] === expected) return
+  throw new MoeError({
+    code: 'E_DTYPE',
+    op: 'fromHost',
+    problem: `expected a ${expected} for ${dtype}, got ${describe(data)}`,
+    fix: 'pass such an array, or numbers to tensor(values, shape, { dtype })',
+  })
+}
+
+function needCount(op: string, count: number, shape: Shape): void {
+  const size = sizeOf(shape)
+  if (size === count) return
+  throw shapeError(op, `got ${count} values for shape ${showShape(shape)}`, `pass ${size} values, or their shape`)
+}
+
+const upload = (data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor =>
+  new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
+
+/**
+ * Creates a tensor from a host array that already contains the bits of the dtype. The array is copied.
+ * @throws MoeError E_SHAPE if the number of values does not match the shape, E_DTYPE for another kind of array
+ */
+export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend?: Backend): Tensor {
+  checkCreate('fromHost', shape, { dtype, backend })
+  needHostArray(data, dtype)
+  needCount('fromHost', data.length, shape)
+  return upload(data, shape, dtype, backend)
 }
 
 /** Returns the integers 0, 1, …, n-1 as i32, on `backend` (default: the one set by `setDefaultBackend`). */
 export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
-  checkCreate('arange', options)
-  return fromHost(
-    Int32Array.from({ length: n }, (_, i) => i),
-    [n],
-    'i32',
-    options.backend,
-  )
+  if (!isSize(n)) {
+    throw attrError('arange', `n is ${shown(n)}, expected a non-negative integer`, 'pass the number of elements')
+  }
+  checkCreate('arange', [n], options)
+  const values = Int32Array.from({ length: n }, (_, i) => i)
+  return upload(values, [n], 'i32', options.backend)
 }
 
 function needRandom(op: string, random: Random | undefined): void {
@@ -100,20 +130,25 @@ function needRandom(op: string, random: Random | undefined): void {
 }
 
 /**
- * Returns an f32 tensor of normally distributed numbers with mean 0 and the given standard deviation `std` (default 1), on
- * `backend` (default: the one set by `setDefaultBackend`).
- * @throws MoeError E_ATTR if no generator is passed
+ * Returns an f32 tensor of normally distributed numbers with mean 0 and the given standard deviation `std` (default 1),
+ * on `backend` (default: the one set by `setDefaultBackend`).
+ * @throws MoeError E_ATTR if no generator is passed or `std` is invalid, E_SHAPE for an invalid shape
  */
 export function randn(shape: Shape, random: Random, options: { std?: number; backend?: Backend } = {}): Tensor {
   needRandom('randn', random)
   checkOptions('randn', options, { std: true, backend: true })
-  return fromHost(random.normal(sizeOf(shape), options.std), shape, 'f32', options.backend)
+  const { std = 1, backend } = options
+  checkCreate('randn', shape, { backend })
+  if (!(Number.isFinite(std) && std >= 0)) {
+    throw attrError('randn', `std is ${shown(std)}, expected a number of at least 0`, 'pass a standard deviation')
+  }
+  return upload(random.normal(sizeOf(shape), std), shape, 'f32', backend)
 }
 
 /**
  * Returns an f32 tensor of uniformly distributed numbers in [`low`, `high`), by default [0, 1), on `backend` (default:
  * the one set by `setDefaultBackend`).
- * @throws MoeError E_ATTR if no generator is passed
+ * @throws MoeError E_ATTR if no generator is passed or `low` and `high` are no range, E_SHAPE for an invalid shape
  */
 export function rand(
   shape: Shape,
@@ -123,7 +158,11 @@ export function rand(
   needRandom('rand', random)
   checkOptions('rand', options, { low: true, high: true, backend: true })
   const { low = 0, high = 1, backend } = options
+  checkCreate('rand', shape, { backend })
+  if (!(Number.isFinite(low) && Number.isFinite(high) && low <= high)) {
+    throw attrError('rand', `low is ${shown(low)} and high is ${shown(high)}`, 'pass numbers with low <= high')
+  }
   const values = random.uniform(sizeOf(shape))
   for (let i = 0; i < values.length; i++) values[i] = low + (high - low) * values[i]
-  return fromHost(values, shape, 'f32', backend)
+  return upload(values, shape, 'f32', backend)
 }

@@ -92,6 +92,17 @@ export function shown(value: unknown): string {
   return typeof value === 'object' || typeof value === 'function' ? describe(value) : String(value)
 }
 
+/** Checks that a caller passed a function. Internal. @throws MoeError E_ATTR */
+export function needFunction(op: string, fn: unknown): void {
+  if (typeof fn === 'function') return
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: `expected a function, got ${describe(fn)}`,
+    fix: `pass one, such as ${op}(() => …)`,
+  })
+}
+
 /** Describes in a few words what a caller passed by mistake. Internal. */
 export function describe(value: unknown): string {
   if (value === null || value === undefined) return `${value}`

@@ -28,20 +28,24 @@ export function needDtype(op: string, name: string, value: Value, ...allowed: DT
   })
 }
 
-/** Checks an input's shape; -1 matches any size. @throws MoeError E_SHAPE */
-export function needShape(op: string, name: string, value: Value, expected: Shape): void {
+/**
+ * Checks an input's shape; -1 matches any size.
+ * @param fix what to pass, if the expected shape does not say it
+ * @throws MoeError E_SHAPE
+ */
+export function needShape(op: string, name: string, value: Value, expected: Shape, fix?: string): void {
   const { shape } = value
   let ok = shape.length === expected.length
   for (let i = 0; ok && i < shape.length; i++) ok = expected[i] === -1 || shape[i] === expected[i]
   if (ok) return
   const wanted = `[${expected.map(size => (size === -1 ? '*' : size)).join(',')}]`
-  throw shapeError(op, `${name} has shape ${showShape(shape)}, expected ${wanted}`, undefined, { shape, expected })
+  throw shapeError(op, `${name} has shape ${showShape(shape)}, expected ${wanted}`, fix, { shape, expected })
 }
 
 /** Checks that sizes or axes are passed as an array, not one by one. @throws MoeError E_SHAPE */
-export function needList(op: string, name: string, value: unknown): void {
+export function needList(op: string, name: string, value: unknown, fix = 'pass an array such as [2, 3]'): void {
   if (Array.isArray(value)) return
-  throw shapeError(op, `${name} is ${shown(value)}, not an array`, 'pass an array such as [2, 3]')
+  throw shapeError(op, `${name} is ${shown(value)}, not an array`, fix)
 }
 
 /** Checks that a dtype exists. @throws MoeError E_DTYPE */
@@ -62,7 +66,9 @@ export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
 export function needSizes(op: string, shape: Shape): void {
   needList(op, 'the shape', shape)
   for (let i = 0; i < shape.length; i++) {
-    if (!isSize(shape[i])) throw shapeError(op, `${shown(shape[i])} in ${showShape(shape)} is not a valid size`)
+    if (isSize(shape[i])) continue
+    const problem = `expected sizes that are non-negative integers, got ${shown(shape)}`
+    throw shapeError(op, problem, 'pass a shape such as [2, 3]', { shape })
   }
 }
 
@@ -141,7 +147,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     if (x.shape.length === 0 || !Number.isInteger(k) || k < 1 || k > size) {
       throw shapeError(
         'topk',
-        `k = ${k} is out of range for the last axis of ${showShape(x.shape)}`,
+        `k is ${shown(k)}, out of range for the last axis of ${showShape(x.shape)}`,
         'pass a k from 1 to the size of that axis',
       )
     }
@@ -182,7 +188,8 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
 
   takeRows([x, index]) {
     needDtype('takeRows', 'index', index, 'i32')
-    if (x.shape.length === 0) throw shapeError('takeRows', 'the input is a scalar, which has no rows')
+    if (x.shape.length === 0)
+      throw shapeError('takeRows', 'x is a scalar, which has no rows', 'pass a tensor with at least one axis')
     return [{ shape: index.shape.concat(x.shape.slice(1)), dtype: x.dtype }]
   },
 
@@ -194,9 +201,13 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
       throw shapeError(
         'scatterAddRows',
         `the shape of source, ${showShape(source.shape)}, does not start with the shape of index, ${showShape(index.shape)}`,
+        'pass one row of source for each entry of index',
       )
     }
-    if (!Number.isInteger(rows) || rows < 0) throw shapeError('scatterAddRows', `rows = ${rows} is not a valid size`)
+    if (!isSize(rows)) {
+      const problem = `rows is ${shown(rows)}, expected a non-negative integer`
+      throw shapeError('scatterAddRows', problem, 'pass the number of rows of the result')
+    }
     return [{ shape: [rows, ...source.shape.slice(rank)], dtype: source.dtype }]
   },
 
@@ -217,7 +228,8 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     const seen = new Set(axes)
     const valid = axes.length === x.shape.length && seen.size === axes.length
     if (!valid || axes.some(axis => !(Number.isInteger(axis) && axis >= 0 && axis < x.shape.length))) {
-      throw shapeError('permute', `axes [${axes}] are not a permutation of the axes of ${showShape(x.shape)}`)
+      const problem = `axes [${axes}] are not a permutation of the axes of ${showShape(x.shape)}`
+      throw shapeError('permute', problem, `pass each axis from 0 to ${x.shape.length - 1} once`)
     }
     return [{ shape: axes.map(axis => x.shape[axis]), dtype: x.dtype }]
   },

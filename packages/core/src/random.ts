@@ -3,7 +3,7 @@
  * 3"). The same bits on every backend.
  */
 import { shown } from './errors.ts'
-import { attrError } from './infer.ts'
+import { attrError, isSize } from './infer.ts'
 
 /** High 32 bits of the product of an unsigned word and the multiplier `high * 65536 + low`, as an i32. */
 function mulHigh(high: number, low: number, word: number): number {
@@ -47,6 +47,15 @@ function block(
   out[at + 1] = c1
   out[at + 2] = c2
   out[at + 3] = c3
+}
+
+function needLength(op: string, length: number): void {
+  if (isSize(length)) return
+  throw attrError(
+    op,
+    `the length is ${shown(length)}, expected a non-negative integer`,
+    'pass how many numbers to draw',
+  )
 }
 
 /** Words generated per batch. */
@@ -102,13 +111,17 @@ export class Random {
     return ((words[0] >>> 5) * 67108864 + (words[1] >>> 6)) / 9007199254740992
   }
 
-  /** Returns a uniform integer in 0 .. n-1. */
+  /** Returns a uniform integer in 0 .. n-1. @throws MoeError E_ATTR if n is not a positive integer */
   integer(n: number): number {
+    if (!Number.isSafeInteger(n) || n < 1) {
+      throw attrError('Random.integer', `n is ${shown(n)}, expected a positive integer`, 'pass the number of values')
+    }
     return Math.floor(this.next() * n)
   }
 
-  /** Returns `length` uniform f32 numbers in [0, 1). */
+  /** Returns `length` uniform f32 numbers in [0, 1). @throws MoeError E_ATTR for an invalid length */
   uniform(length: number): Float32Array {
+    needLength('Random.uniform', length)
     const out = new Float32Array(length)
     for (let i = 0; i < length; i += batch) {
       const count = Math.min(batch, length - i)
@@ -118,8 +131,19 @@ export class Random {
     return out
   }
 
-  /** Returns `length` normal f32 numbers with mean 0 and the given standard deviation (Box-Muller in f64). */
+  /**
+   * Returns `length` normal f32 numbers with mean 0 and the given standard deviation (Box-Muller in f64).
+   * @throws MoeError E_ATTR for an invalid length or deviation
+   */
   normal(length: number, std = 1): Float32Array {
+    needLength('Random.normal', length)
+    if (!(Number.isFinite(std) && std >= 0)) {
+      throw attrError(
+        'Random.normal',
+        `std is ${shown(std)}, expected a number of at least 0`,
+        'pass a standard deviation',
+      )
+    }
     const out = new Float32Array(length)
     for (let i = 0; i < length; i += batch) {
       const count = Math.min(batch, length - i)

@@ -1,5 +1,5 @@
 /** @file Lifetimes: what is created inside a scope and not returned from it is freed when the scope ends. */
-import { MoeError } from './errors.ts'
+import { MoeError, needFunction } from './errors.ts'
 
 /** An object with device memory that a scope can own. */
 export abstract class Scoped {
@@ -37,6 +37,7 @@ let created: Scoped[] | null = null
  * @throws MoeError E_ATTR if the function returns a promise
  */
 export function scope<T>(fn: () => T): T {
+  needFunction('scope', fn)
   const outer = current
   const own = enterScope()
   let result: T
@@ -66,6 +67,7 @@ export class Lifetime {
 
   /** Runs a synchronous function. The tensors it creates, including its result, live until `dispose()`. */
   run<T>(fn: () => T): T {
+    needFunction('Lifetime.run', fn)
     const outer = current
     current = this.#scope
     try {
@@ -115,6 +117,7 @@ export function leaveScope(own: Scope, outer: Scope | null): void {
  * memory or any other reason, everything it created is freed, including parameters and kept tensors.
  */
 export function disposeOnError<T>(fn: () => T): T {
+  needFunction('disposeOnError', fn)
   const outer = created
   const own = outer ?? []
   const before = own.length

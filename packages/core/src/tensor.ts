@@ -21,14 +21,15 @@ import type {
   UnaryCode,
   Value,
 } from './backend.ts'
-import { checkPrecision, context, widePrecision } from './context.ts'
+import { checkBackend, checkPrecision, context, widePrecision } from './context.ts'
 import { type DType, decodeHost, type HostArray, isFloat } from './dtype.ts'
-import { describe, MoeError } from './errors.ts'
-import { attrError, infer, inferReshape, isSize, needSizes, shapeError } from './infer.ts'
+import { describe, MoeError, shown } from './errors.ts'
+import { attrError, infer, inferReshape, isSize, needDtype, needList, needSizes, shapeError } from './infer.ts'
+import { inputName } from './input-names.ts'
 import { needTensor } from './need-tensor.ts'
 import { checkOptions } from './options.ts'
 import { Scoped, scope } from './scope.ts'
-import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
+import { normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
 /** A recorded op: what `backward` needs to propagate gradients from its outputs to its inputs. */
 export interface TapeNode {
@@ -197,6 +198,7 @@ export class Tensor extends Scoped implements Value {
 
   /** Copies the tensor to another backend, without history. */
   async to(backend: Backend): Promise<Tensor> {
+    checkBackend('to', backend)
     const data = await this.data()
     return new Tensor(backend, backend.upload(data, this.shape, this.dtype), this.shape, this.dtype)
   }
@@ -325,6 +327,7 @@ export class Tensor extends Scoped implements Value {
   }
   /** Mean over the given axes (default: all), f32; 0 if there are no elements. @throws MoeError E_ATTR */
   mean(axes?: number | readonly number[], keepDims = false): Tensor {
+    needDtype('mean', 'input', this, 'f32')
     return composed([this], () => {
       const total = reduce('sum', this, axes, keepDims)
       return total.mul(total.size === 0 ? 0 : total.size / this.size)
@@ -382,28 +385,37 @@ export class Tensor extends Scoped implements Value {
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
     needSizes('expand', shape)
-    if (shape.length < this.rank || !sameShape(broadcastShapes('expand', this.shape, shape), shape)) {
-      throw shapeError('expand', `${showShape(this.shape)} does not broadcast to ${showShape(shape)}`)
+    const lead = shape.length - this.rank
+    if (lead < 0 || !this.shape.every((size, i) => size === 1 || size === shape[lead + i])) {
+      const problem = `${showShape(this.shape)} does not broadcast to ${showShape(shape)}`
+      throw shapeError('expand', problem, 'counting axes from the right, change only sizes of 1, or add leading axes')
     }
     return composed([this], () => {
-      const grown = this.reshape([...new Array<number>(shape.length - this.rank).fill(1), ...this.shape])
+      const grown = this.reshape([...new Array<number>(lead).fill(1), ...this.shape])
       return sameShape(grown.shape, shape) ? grown : runTo('expand', [grown], {}, shape)
     })
   }
   /** Takes `sizes[i]` elements from `starts[i]` on along every axis i. */
   slice(starts: readonly number[], sizes: readonly number[]): Tensor {
+    needList('slice', 'starts', starts)
+    needList('slice', 'sizes', sizes)
     const fits =
       starts.length === this.rank &&
       sizes.length === this.rank &&
       this.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
     if (!fits) {
-      throw shapeError('slice', `from [${starts}] of size [${sizes}] is out of range for ${showShape(this.shape)}`)
+      const problem = `starts ${shown(starts)} and sizes ${shown(sizes)} are out of range for ${showShape(this.shape)}`
+      throw shapeError('slice', problem, 'pass a start and a size for each axis, with start + size at most its size')
     }
     return sameShape(sizes, this.shape) ? this : runTo('slice', [this], { starts }, sizes)
   }
-  /** Takes elements `start` to `end - 1` of one axis. */
+  /** Takes elements `start` to `end - 1` of one axis. @throws MoeError E_SHAPE, E_ATTR */
   narrow(axis: number, start: number, end: number): Tensor {
     const at = normalizeAxis('narrow', axis, this.rank)
+    if (!isSize(start) || !isSize(end) || start > end || end > this.shape[at]) {
+      const problem = `start ${shown(start)} and end ${shown(end)} are out of range for axis ${axis} of ${showShape(this.shape)}`
+      throw shapeError('narrow', problem, `pass 0 <= start <= end <= ${this.shape[at]}; the end is exclusive`)
+    }
     const starts = new Array<number>(this.rank).fill(0)
     const sizes = this.shape.slice()
     starts[at] = start
@@ -412,8 +424,11 @@ export class Tensor extends Scoped implements Value {
   }
   /** Adds `before[i]` elements in front of axis i and `after[i]` behind it, all equal to `value`. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
+    needList('pad', 'before', before)
+    needList('pad', 'after', after)
     if (before.length !== this.rank || after.length !== this.rank || ![...before, ...after].every(isSize)) {
-      throw shapeError('pad', `before [${before}] and after [${after}] do not fit ${showShape(this.shape)}`)
+      const problem = `before ${shown(before)} and after ${shown(after)} do not fit ${showShape(this.shape)}`
+      throw shapeError('pad', problem, 'pass a non-negative integer for each axis in both')
     }
     return runTo(
       'pad',
@@ -426,7 +441,8 @@ export class Tensor extends Scoped implements Value {
 
 // --- dispatch ---
 
-function alive(op: string, tensor: Tensor): void {
+/** Checks that a tensor was not freed. Internal. @throws MoeError E_DISPOSED */
+export function alive(op: string, tensor: Tensor): void {
   if (tensor.handle !== null) return
   throw new MoeError({
     code: 'E_DISPOSED',
@@ -442,7 +458,7 @@ function check(op: string, inputs: readonly Tensor[], code?: string): Backend {
   const backend = inputs[0]?.backend
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i]
-    if (input?.backend === undefined) needTensor(op, `input ${i}`, input)
+    if (input?.backend === undefined) needTensor(code ?? op, inputName(op, i), input)
     if (input.handle === null) alive(code ?? op, input)
     if (input.backend !== backend) {
       throw new MoeError({
@@ -593,11 +609,11 @@ function unary(code: UnaryCode, x: Tensor): Tensor {
  * Turns a number beside a tensor into a scalar of the tensor's dtype and backend, which lives as long as the op needs
  * it.
  */
-function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
+function withNumber(code: string, x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
   if (x.dtype === 'i32' && !Number.isInteger(value)) {
     throw new MoeError({
       code: 'E_DTYPE',
-      op: 'number',
+      op: code,
       problem: `${value} would lose its fraction, because the tensor is i32`,
       fix: "cast the tensor with .cast('f32') first",
     })
@@ -611,13 +627,13 @@ function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): T
 }
 
 function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {
-  if (typeof b === 'number') return withNumber(a, b, scalar => run('binary', [a, scalar], binaryAttrs[code]))
+  if (typeof b === 'number') return withNumber(code, a, b, scalar => run('binary', [a, scalar], binaryAttrs[code]))
   needTensor(code, 'rhs', b)
   return run('binary', [a, b], binaryAttrs[code])
 }
 
 function compare(code: CompareCode, a: Tensor, b: Tensor | number): Tensor {
-  if (typeof b === 'number') return withNumber(a, b, scalar => run('compare', [a, scalar], { code }))
+  if (typeof b === 'number') return withNumber(code, a, b, scalar => run('compare', [a, scalar], { code }))
   needTensor(code, 'rhs', b)
   return run('compare', [a, b], { code })
 }
@@ -628,6 +644,7 @@ function reduce(
   axes: number | readonly number[] | undefined,
   keepDims: boolean,
 ): Tensor {
+  if (axes !== undefined && typeof axes !== 'number') needList(code, 'axes', axes)
   const list = axes === undefined ? x.shape.map((_, i) => i) : typeof axes === 'number' ? [axes] : axes
   const normal = [...new Set(list.map(axis => normalizeAxis(code, axis, x.rank)))].sort((a, b) => a - b)
   if (normal.length === 0) return x

@@ -3,6 +3,7 @@ import type { PrimitiveName } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
+import { needList } from '../infer.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
@@ -45,6 +46,7 @@ export function backward(loss: Tensor, options: BackwardOptions = {}): void {
  */
 export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
   checkOptions('gradients', options, names)
+  needList('gradients', 'of', of, 'pass an array of tensors')
   const found = new Map<Tensor, Tensor>()
   const wanted = new Set(of)
   const collect = (leaf: Tensor, gradient: Tensor) => {

@@ -3,6 +3,7 @@
  */
 import { context, noGrad, withPrecision } from '../context.ts'
 import { full } from '../create.ts'
+import { needFunction } from '../errors.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Lifetime, scope } from '../scope.ts'
 import { record, type Tensor } from '../tensor.ts'
@@ -86,6 +87,7 @@ export function checkpoint<T extends Tensor | readonly Tensor[]>(
   fn: (...inputs: Tensor[]) => T,
   ...inputs: Tensor[]
 ): T {
+  needFunction('checkpoint', fn)
   if (!context.recording) return fn(...inputs)
   return recordAsOneOp(fn, inputs).result
 }

@@ -3,6 +3,7 @@
  */
 import { noGrad } from '../context.ts'
 import { MoeError } from '../errors.ts'
+import { needList } from '../infer.ts'
 import { showShape } from '../shape.ts'
 import type { TapeNode, Tensor } from '../tensor.ts'
 import {
@@ -59,6 +60,8 @@ export function backwardInput(
   inputs: readonly Tensor[],
   gradients: ReadonlyArray<Tensor | null> = [],
 ): SplitBackward {
+  for (const [name, list] of Object.entries({ outputs, inputs, gradients }))
+    needList('backwardInput', name, list, 'pass an array of tensors')
   for (const [i, output] of outputs.entries()) checkSeed(output, gradients[i] ?? undefined)
   for (const input of inputs) checkInput(input)
   const found = new Map<Tensor, Tensor>()

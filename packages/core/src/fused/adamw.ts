@@ -2,7 +2,7 @@
 import type { AdamwAttrs } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { full } from '../create.ts'
-import { needDtype, needShape } from '../infer.ts'
+import { needDtype, needList, needShape } from '../infer.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
@@ -70,6 +70,7 @@ export function adamwStep(
 
 /** Returns the square root of the sum of squares over all tensors, a scalar on the device. */
 export function globalNorm(tensors: readonly Tensor[]): Tensor {
+  needList('globalNorm', 'the argument', tensors, 'pass an array of tensors')
   return noGrad(() => runFused(globalNormDefinition, tensors, { parts: false })[0])
 }
 

@@ -64,7 +64,7 @@ function maskedScores(q: Tensor, k: Tensor, seen: Seen, attrs: AttentionAttrs): 
 
 function inferAttention(op: string, q: Tensor, k: Tensor, v: Tensor, { lengths, starts }: Seen): void {
   for (const [name, value] of Object.entries({ q, k, v })) needDtype(op, name, value, 'f32')
-  needShape(op, 'q', q, [-1, -1, -1, -1])
+  needShape(op, 'q', q, [-1, -1, -1, -1], 'pass q [B, T, H, Dk], k [B, S, G, Dk] and v [B, S, G, Dv]')
   const [batch, , heads, features] = q.shape
   needShape(op, 'k', k, [batch, -1, -1, features])
   needShape(op, 'v', v, [batch, k.shape[1], k.shape[2], -1])
@@ -150,7 +150,7 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
   infer([q, cache, lengths, pages], { valueDim }) {
     needDtype('latentAttention', 'q', q, 'f32')
     needDtype('latentAttention', 'cache', cache, 'f32', 'bf16')
-    needShape('latentAttention', 'q', q, [-1, -1, -1, -1])
+    needShape('latentAttention', 'q', q, [-1, -1, -1, -1], 'pass q [B, T, H, C]')
     needShape('latentAttention', 'cache', cache, [pages === undefined ? q.shape[0] : -1, -1, q.shape[3]])
     needDtype('latentAttention', 'lengths', lengths, 'i32')
     needShape('latentAttention', 'lengths', lengths, [q.shape[0]])

@@ -58,10 +58,16 @@ const adamw = { lr: 1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weightDecay: 0, step: 
 
 const wrong: Record<string, Array<[what: string, call: () => unknown, message: RegExp]>> = {
   softmax: [
-    ['a scalar', () => softmax(f()), /\[\] has no last axis/],
+    ['a scalar', () => softmax(f()), /a scalar, which has no last axis; pass x \[\.\.\., D\]/],
     ['integers', () => softmax(i([1], 1)), /has dtype i32, expected f32; cast it/],
   ],
-  rmsNorm: [['a weight of another size', () => rmsNorm(f(2, 3), f(2)), /weight has shape \[2\], expected \[3\]/]],
+  rmsNorm: [
+    [
+      'a weight of another size',
+      () => rmsNorm(f(2, 3), f(2)),
+      /x has shape \[2,3\], the weight \[2\]; pass x \[\.\.\., 2\]/,
+    ],
+  ],
   swiglu: [['different shapes', () => swiglu(f(2, 3), f(3)), /up has shape \[3\], expected \[2,3\]/]],
   rope: [
     ['three axes', () => rope(f(2, 3, 4), f(3, 2), f(3, 2)), /pass x \[B,T,H,D\]/],

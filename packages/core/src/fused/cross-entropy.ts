@@ -24,7 +24,7 @@ export const crossEntropyDefinition: FusedDefinition<'crossEntropy'> = {
   infer([logits, targets]) {
     needDtype('crossEntropy', 'logits', logits, 'f32')
     needDtype('crossEntropy', 'targets', targets, 'i32')
-    needShape('crossEntropy', 'logits', logits, [-1, -1])
+    needShape('crossEntropy', 'logits', logits, [-1, -1], 'reshape them to [N, V]')
     needShape('crossEntropy', 'targets', targets, [logits.shape[0]])
     return [
       { shape: targets.shape, dtype: 'f32' },
@@ -68,7 +68,7 @@ export const linearCrossEntropyDefinition: FusedDefinition<'linearCrossEntropy'>
     for (const [name, value] of Object.entries({ input: x, weight }))
       needDtype('linearCrossEntropy', name, value, 'f32')
     needDtype('linearCrossEntropy', 'targets', targets, 'i32')
-    needShape('linearCrossEntropy', 'input', x, [-1, -1])
+    needShape('linearCrossEntropy', 'x', x, [-1, -1], 'reshape it to [N, D]')
     needShape('linearCrossEntropy', 'weight', weight, [-1, x.shape[1]])
     needShape('linearCrossEntropy', 'targets', targets, [x.shape[0]])
     return [

@@ -11,7 +11,7 @@ export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
   name: 'dispatchPlan',
   infer([indices], { experts }) {
     needDtype('dispatchPlan', 'indices', indices, 'i32')
-    needShape('dispatchPlan', 'indices', indices, [-1, -1])
+    needShape('dispatchPlan', 'indices', indices, [-1, -1], 'pass indices [N, K]: K experts for each token')
     if (!Number.isInteger(experts) || experts < 1) {
       throw attrError('dispatchPlan', `experts = ${experts} is not a positive integer`, 'pass the number of experts')
     }

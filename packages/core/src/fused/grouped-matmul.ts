@@ -17,10 +17,10 @@ export const groupedMatmulDefinition: FusedDefinition<'groupedMatmul'> = {
   infer([x, weight, offsets], { transposeW }) {
     for (const [name, value] of Object.entries({ input: x, weight })) needDtype('groupedMatmul', name, value, 'f32')
     needDtype('groupedMatmul', 'offsets', offsets, 'i32')
-    needShape('groupedMatmul', 'input', x, [-1, -1])
+    needShape('groupedMatmul', 'x', x, [-1, -1], 'reshape it to [N, K]')
     const inner = x.shape[1]
     needShape('groupedMatmul', 'weight', weight, transposeW ? [-1, -1, inner] : [-1, inner, -1])
-    needShape('groupedMatmul', 'offsets', offsets, [weight.shape[0] + 1])
+    needShape('groupedMatmul', 'offsets', offsets, [weight.shape[0] + 1], 'pass the offsets of dispatchPlan')
     return [{ shape: [x.shape[0], weight.shape[transposeW ? 1 : 2]], dtype: 'f32' }]
   },
   // Multiplies all rows by every expert's weight and masks the rest: E times the work, but nothing is read back.

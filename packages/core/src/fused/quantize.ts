@@ -2,7 +2,7 @@
 
 import { full } from '../create.ts'
 import { f8e4m3Max } from '../dtype.ts'
-import { attrError, needDtype, needShape } from '../infer.ts'
+import { attrError, needDtype, needList, needShape } from '../infer.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 
 export const quantizeDefinition: FusedDefinition<'quantize'> = {
@@ -10,7 +10,8 @@ export const quantizeDefinition: FusedDefinition<'quantize'> = {
   infer([x], { block }) {
     needDtype('quantize', 'input', x, 'f32')
     needShape('quantize', 'input', x, [-1, -1])
-    if (!block.every(size => Number.isInteger(size) && size >= 1)) {
+    needList('quantize', 'block', block)
+    if (block.length !== 2 || !block.every(size => Number.isInteger(size) && size >= 1)) {
       throw attrError('quantize', `block = [${block}] is invalid`, 'pass two positive integers, such as [128, 128]')
     }
     return [

@@ -3,6 +3,7 @@ import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat } from '.
 import { noGrad, widePrecision } from '../context.ts'
 import { full } from '../create.ts'
 import type { DType } from '../dtype.ts'
+import { shown } from '../errors.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
 import { scope } from '../scope.ts'
 import { showShape, sizeOf } from '../shape.ts'
@@ -39,11 +40,15 @@ const zeroCodes: Readonly<Record<WeightFormat, number>> = { bf16: 0, fp8: 0, int
 
 const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
 
+/** Checks a format that a caller passed. Internal. @throws MoeError E_ATTR */
+export function checkFormat(op: string, format: WeightFormat): void {
+  if (Object.hasOwn(usualBlocks, format)) return
+  const formats = Object.keys(usualBlocks).join(', ')
+  throw attrError(op, `unknown weight format ${shown(format)}`, `choose one of ${formats}`)
+}
+
 function checkBlock(op: string, { format, block }: Pick<QuantizedAttrs, 'format' | 'block'>): void {
-  if (!Object.hasOwn(usualBlocks, format)) {
-    const formats = Object.keys(usualBlocks).join(', ')
-    throw attrError(op, `unknown weight format ${JSON.stringify(format)}`, `choose one of ${formats}`)
-  }
+  checkFormat(op, format)
   const whole = block.length === 2 && block.every(size => Number.isInteger(size) && size >= 1)
   if (whole && (format !== 'int4' || block[1] % 2 === 0)) return
   const fix = format === 'int4' ? 'pass two positive integers, the second even, such as [1, 32]' : undefined

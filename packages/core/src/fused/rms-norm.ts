@@ -1,5 +1,6 @@
 /** @file RMSNorm (Zhang & Sennrich 2019), over the last axis. */
-import { needDtype, needShape } from '../infer.ts'
+import { needDtype, needShape, shapeError } from '../infer.ts'
+import { showShape } from '../shape.ts'
 import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 export const rmsNormDefinition: FusedDefinition<'rmsNorm'> = {
@@ -7,7 +8,12 @@ export const rmsNormDefinition: FusedDefinition<'rmsNorm'> = {
   infer([x, weight]) {
     needDtype('rmsNorm', 'input', x, 'f32')
     needDtype('rmsNorm', 'weight', weight, 'f32')
-    needShape('rmsNorm', 'weight', weight, [x.shape[x.rank - 1]])
+    needShape('rmsNorm', 'weight', weight, [-1])
+    const [features] = weight.shape
+    if (x.shape[x.rank - 1] !== features) {
+      const problem = `x has shape ${showShape(x.shape)}, the weight ${showShape(weight.shape)}`
+      throw shapeError('rmsNorm', problem, `pass x [..., ${features}]`)
+    }
     return [x, { shape: x.shape.slice(0, -1), dtype: 'f32' }]
   },
   decompose([x, weight], { eps }) {

@@ -41,7 +41,7 @@ export const routerTopkDefinition: FusedDefinition<'routerTopk'> = {
   infer([logits, bias], attrs) {
     needDtype('routerTopk', 'logits', logits, 'f32')
     needDtype('routerTopk', 'bias', bias, 'f32')
-    needShape('routerTopk', 'logits', logits, [-1, -1])
+    needShape('routerTopk', 'logits', logits, [-1, -1], 'reshape them to [N, E]')
     const [rows, experts] = logits.shape
     needShape('routerTopk', 'bias', bias, [experts])
     checkAttrs(experts, attrs)

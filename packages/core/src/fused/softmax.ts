@@ -2,7 +2,6 @@
 
 import { full } from '../create.ts'
 import { needDtype, shapeError } from '../infer.ts'
-import { showShape } from '../shape.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 
 /**
@@ -18,7 +17,7 @@ export const softmaxDefinition: FusedDefinition<'softmax'> = {
   name: 'softmax',
   infer([x]) {
     needDtype('softmax', 'input', x, 'f32')
-    if (x.rank === 0) throw shapeError('softmax', `${showShape(x.shape)} has no last axis`)
+    if (x.rank === 0) throw shapeError('softmax', 'x is a scalar, which has no last axis', 'pass x [..., D]')
     return [x]
   },
   decompose([x]) {

@@ -9,7 +9,7 @@ import { disposeOnError, keep, scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { pacer } from '../turns.ts'
 import { Embedding, OutputHead } from './layers.ts'
-import { type Module, type NamedParameter, namedParameters, weightPath } from './module.ts'
+import { type Module, type NamedParameter, namedParameters, parametersOf, weightPath } from './module.ts'
 import { type Adapter, Parameter } from './parameter.ts'
 import { denseWeight, modulesOf, QuantizedParameter, quantizedRows, rowsPerChunk, weightShape } from './quantized.ts'
 
@@ -57,7 +57,7 @@ export function addAdapters(module: Module, options: AdapterOptions = {}): void 
     throw configError(`rank is ${rank}`, 'pass a positive integer, such as 16')
   if (!(Number.isFinite(alpha) && alpha > 0))
     throw configError(`alpha is ${alpha}`, 'pass a positive number, such as 32')
-  if (namedAdapters(module).length > 0) {
+  if (adaptersOf('addAdapters', module).length > 0) {
     throw configError(
       'the module already has adapters',
       'merge them with mergeAdapters first, or train the existing ones',
@@ -137,7 +137,11 @@ function choose(module: Module, targets: AdapterOptions['targets']): NamedParame
 
 /** Returns the weights of a module that have an adapter, each once. */
 export function namedAdapters(module: Module): NamedAdapter[] {
-  return namedParameters(module).flatMap(named => {
+  return adaptersOf('namedAdapters', module)
+}
+
+function adaptersOf(op: string, module: Module): NamedAdapter[] {
+  return parametersOf(op, module).flatMap(named => {
     const { adapter } = named.parameter
     return adapter === null ? [] : [{ ...named, adapter }]
   })
@@ -152,7 +156,7 @@ export function namedAdapters(module: Module): NamedAdapter[] {
  */
 export async function mergeAdapters(module: Module): Promise<void> {
   const paced = pacer()
-  for (const { parameter } of namedAdapters(module)) {
+  for (const { parameter } of adaptersOf('mergeAdapters', module)) {
     if (parameter instanceof QuantizedParameter) await mergeQuantized(parameter)
     else parameter.assign(noGrad(() => keep(scope(() => denseWeight(parameter)))))
     detachAdapter(parameter)
@@ -184,7 +188,7 @@ async function mergeQuantized(parameter: QuantizedParameter): Promise<void> {
 
 /** Removes the adapters and discards what they have learned: the module is as before `addAdapters`. */
 export function removeAdapters(module: Module): void {
-  for (const { parameter } of namedAdapters(module)) detachAdapter(parameter)
+  for (const { parameter } of adaptersOf('removeAdapters', module)) detachAdapter(parameter)
   unfreeze(module)
 }
 

@@ -2,12 +2,14 @@
 
 import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
 import type { Backend, WeightFormat } from '../backend.ts'
-import { noGrad, widePrecision, withPrecision } from '../context.ts'
+import { checkBackend, noGrad, widePrecision, withPrecision } from '../context.ts'
 import { ones, randn, zeros } from '../create.ts'
-import { MoeError } from '../errors.ts'
-import { zeroWeight } from '../fused/quantized-matmul.ts'
+import { describe, MoeError, shown } from '../errors.ts'
+import { checkFormat, zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
+import { needDtype, needSizes } from '../infer.ts'
+import { needTensor } from '../need-tensor.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
 import { Random } from '../random.ts'
 import { keep, scope } from '../scope.ts'
@@ -40,6 +42,33 @@ export interface InitOptions {
 /** The names of `InitOptions`, for options that extend them. @internal */
 export const initNames: OptionNames<InitOptions> = { random: true, std: true, backend: true, weights: true }
 
+function configError(op: string, problem: string, fix: string): MoeError {
+  return new MoeError({ code: 'E_CONFIG', op, problem, fix })
+}
+
+function checkInit(op: string, init: InitOptions): void {
+  checkOptions(op, init, initNames)
+  const { std, random, backend, weights } = init
+  if (std !== undefined && !(Number.isFinite(std) && std >= 0)) {
+    throw configError(op, `std is ${shown(std)}, expected a number of at least 0`, 'pass a small number, such as 0.02')
+  }
+  if (random !== undefined && typeof random?.fork !== 'function') {
+    throw configError(op, `random is ${describe(random)}, not a generator`, 'pass { random: new Random(seed) }')
+  }
+  if (backend !== undefined) checkBackend(op, backend)
+  if (weights !== undefined) checkFormat(op, weights)
+}
+
+/** Checks the arguments of a layer's constructor. @throws MoeError E_CONFIG, E_ATTR */
+function checkLayer(op: string, sizes: Readonly<Record<string, number>>, init: InitOptions): void {
+  for (const [name, size] of Object.entries(sizes)) {
+    if (Number.isInteger(size) && size >= 1) continue
+    const call = `new ${op}(${Object.keys(sizes).join(', ')})`
+    throw configError(op, `${name} is ${shown(size)}, expected a positive integer`, `pass sizes: ${call}`)
+  }
+  checkInit(op, init)
+}
+
 let defaultSeed = 0
 let defaultStreams = 0
 
@@ -48,7 +77,7 @@ let defaultStreams = 0
  * uses the next stream.
  */
 export function seedDefaultRandom(seed: number): void {
-  defaultSeed = seed
+  defaultSeed = new Random(seed).seed
   defaultStreams = 0
 }
 
@@ -68,7 +97,8 @@ function nextFork(init: InitOptions, name: string): Random {
 
 /** Creates a parameter of normally distributed numbers from the generator's next fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
-  checkOptions('normalParameter', init, initNames)
+  needSizes('normalParameter', shape)
+  checkInit('normalParameter', init)
   return weightParameter(shape, name, { ...init, weights: undefined })
 }
 
@@ -77,7 +107,8 @@ export function normalParameter(shape: readonly number[], name: string, init: In
  * tables.
  */
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
-  checkOptions('weightParameter', init, initNames)
+  needSizes('weightParameter', shape)
+  checkInit('weightParameter', init)
   const { weights, std = 0.02, backend } = init
   const random = nextFork(init, name)
   const draws = pendingDraws()
@@ -104,7 +135,7 @@ export function weightParameter(shape: readonly number[], name: string, init: In
  * the same name.
  */
 export function forkInit(init: InitOptions, name: string): InitOptions {
-  checkOptions('forkInit', init, initNames)
+  checkInit('forkInit', init)
   return { ...init, random: nextFork(init, name) }
 }
 
@@ -114,10 +145,10 @@ export class Linear extends Module {
   weight: Parameter
   override readonly quantizable = ['weight']
 
-  /** Creates normally distributed weights `[outputs, inputs]`. @throws MoeError E_CONFIG for an unknown option */
+  /** Creates normally distributed weights `[outputs, inputs]`. @throws MoeError E_CONFIG for an invalid size or option */
   constructor(inputs: number, outputs: number, init: InitOptions = {}) {
     super()
-    checkOptions('Linear', init, initNames)
+    checkLayer('Linear', { inputs, outputs }, init)
     this.weight = weightParameter([outputs, inputs], 'weight', init)
   }
 
@@ -143,15 +174,17 @@ export class Embedding extends Module {
   weight: Parameter
   override readonly quantizable = ['weight']
 
-  /** Creates a table of normally distributed numbers. @throws MoeError E_CONFIG for an unknown option */
+  /** Creates a table of normally distributed numbers. @throws MoeError E_CONFIG for an invalid size or option */
   constructor(rows: number, features: number, init: InitOptions = {}) {
     super()
-    checkOptions('Embedding', init, initNames)
+    checkLayer('Embedding', { rows, features }, init)
     this.weight = weightParameter([rows, features], 'weight', init)
   }
 
   /** Maps ids i32 `[...]` to `[..., features]`. */
   forward(ids: Tensor): Tensor {
+    needTensor('Embedding', 'ids', ids)
+    needDtype('Embedding', 'ids', ids, 'i32')
     return embeddingRows(this.weight, ids)
   }
 }
@@ -163,18 +196,13 @@ export class RmsNorm extends Module {
   /** Added to the mean square before the square root. */
   readonly eps: number
 
-  /** Creates a norm over `features` features. @throws MoeError E_CONFIG if `eps` is not a number of at least 0 */
+  /** Creates a norm over `features` features. @throws MoeError E_CONFIG for an invalid size, `eps` or option */
   constructor(features: number, eps = 1e-6, init: InitOptions = {}) {
     super()
-    checkOptions('RmsNorm', init, initNames)
+    checkLayer('RmsNorm', { features }, init)
     if (!Number.isFinite(eps) || eps < 0) {
-      const fix = 'pass a small number, such as 1e-6'
-      throw new MoeError({
-        code: 'E_CONFIG',
-        op: 'RmsNorm',
-        problem: `eps is ${eps}, expected a number of at least 0`,
-        fix,
-      })
+      const problem = `eps is ${shown(eps)}, expected a number of at least 0`
+      throw configError('RmsNorm', problem, 'pass a small number, such as 1e-6')
     }
     this.weight = new Parameter(ones([features], { backend: init.backend }))
     this.eps = eps
@@ -202,11 +230,11 @@ export class SwigluMlp extends Module {
 
   /**
    * Creates a network with `features` inputs and outputs and `hidden` features in between.
-   * @throws MoeError E_CONFIG for an unknown option
+   * @throws MoeError E_CONFIG for an invalid size or option
    */
   constructor(features: number, hidden: number, init: InitOptions = {}) {
     super()
-    checkOptions('SwigluMlp', init, initNames)
+    checkLayer('SwigluMlp', { features, hidden }, init)
     this.gate_proj = new Linear(features, hidden, forkInit(init, 'gate_proj'))
     this.up_proj = new Linear(features, hidden, forkInit(init, 'up_proj'))
     this.down_proj = new Linear(hidden, features, forkInit(init, 'down_proj'))

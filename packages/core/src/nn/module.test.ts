@@ -185,7 +185,7 @@ describe('initialization', () => {
 })
 
 describe('Parameter', () => {
-  test('exchange swaps memory and changes both versions', async () => {
+  test('swap exchanges memory and changes both versions', async () => {
     const [one, other] = [new Parameter(tensor([1, 2])), new Parameter(tensor([3, 4]), { trainable: false })]
     const before = [one.handle, other.handle]
     one.swap(other)
@@ -193,7 +193,9 @@ describe('Parameter', () => {
     expect(await one.values()).toEqual(Float32Array.of(3, 4))
     expect([one.trainable, other.trainable, one.version, other.version]).toEqual([true, false, 1, 1])
     const longer = new Parameter(tensor([1, 2, 3]))
-    expect(() => one.swap(longer)).toThrow('exchange: a parameter f32 [2] on reference cannot take f32 [3]')
+    expect(() => one.swap(longer)).toThrow(
+      'swap: the parameter is f32 [2] on reference, but the other tensor is f32 [3]',
+    )
     expect(await other.values()).toEqual(Float32Array.of(1, 2))
     for (const parameter of [one, other, longer]) parameter.dispose()
   })
@@ -215,9 +217,12 @@ describe('Parameter', () => {
     const parameter = new Parameter(tensor([1, 2]))
     const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
     const cases: Array<[Tensor, RegExp]> = [
-      [tensor([1]), /f32 \[2\] on reference cannot take f32 \[1\] on reference/],
-      [tensor(Int32Array.of(1, 2)), /cannot take i32 \[2\]/],
-      [tensor([1, 2], [2], { backend: other }), /on elsewhere/],
+      [
+        tensor([1]),
+        /f32 \[2\] on reference, but the other tensor is f32 \[1\] on reference; pass a tensor of shape \[2\]/,
+      ],
+      [tensor(Int32Array.of(1, 2)), /is i32 \[2\] on reference; cast it with \.cast\('f32'\)/],
+      [tensor([1, 2], [2], { backend: other }), /on elsewhere; copy it/],
     ]
     for (const [next, message] of cases) {
       expect(() => parameter.assign(next)).toThrow(message)

@@ -51,7 +51,12 @@ export interface NamedStream {
  * @throws MoeError E_ATTR if `module` is not a Module
  */
 export function namedParameters(module: Module, prefix = ''): NamedParameter[] {
-  return Array.from(leaves('namedParameters', module, prefix)).flatMap(({ name, value, slice }) => {
+  return parametersOf('namedParameters', module, prefix)
+}
+
+/** `namedParameters` for other functions, whose name errors report. Internal. */
+export function parametersOf(op: string, module: Module, prefix = ''): NamedParameter[] {
+  return Array.from(leaves(op, module, prefix)).flatMap(({ name, value, slice }) => {
     if (!(value instanceof Parameter)) return []
     const { adapter } = value
     const weight = named(value, name, slice)
@@ -84,26 +89,36 @@ export function namedStreams(module: Module, prefix = ''): NamedStream[] {
   )
 }
 
-/** Returns the trainable parameters of a module. */
+/** Returns the trainable parameters of a module. @throws MoeError E_ATTR if `module` is not a Module */
 export function trainable(module: Module): Parameter[] {
-  return namedParameters(module)
+  return trainableOf('trainable', module)
+}
+
+const trainableOf = (op: string, module: Module): Parameter[] =>
+  parametersOf(op, module)
     .map(({ parameter }) => parameter)
     .filter(parameter => parameter.trainable)
-}
 
 /** Returns the number of elements of all trainable parameters. */
 export function parameterCount(module: Module): number {
-  return trainable(module).reduce((sum, parameter) => sum + parameter.size, 0)
+  return trainableOf('parameterCount', module).reduce((sum, parameter) => sum + parameter.size, 0)
 }
 
 /** Frees all gradients of a module. */
 export function zeroGrad(module: Module): void {
-  for (const { parameter } of namedParameters(module)) parameter.zeroGrad()
+  for (const { parameter } of parametersOf('zeroGrad', module)) parameter.zeroGrad()
 }
 
 /** Frees every parameter of a module. */
 export function disposeModule(module: Module): void {
-  for (const { parameter } of namedParameters(module)) parameter.dispose()
+  for (const { parameter } of parametersOf('disposeModule', module)) parameter.dispose()
+}
+
+/** Checks that a caller passed a module. Internal. @throws MoeError E_ATTR */
+export function needModule(op: string, module: Module): void {
+  if (module instanceof Module) return
+  const fix = 'pass an awaited instance of a class that extends Module from this copy of @moe/core'
+  throw attrError(op, `the module is ${describe(module)}`, fix)
 }
 
 /** The value of a field, or an item of an array in one. */
@@ -116,10 +131,7 @@ interface Leaf {
 
 /** Yields all objects in a module and its descendants, each once. Descends into modules and arrays. */
 function* leaves(op: string, module: Module, prefix: string): Generator<Leaf> {
-  if (!(module instanceof Module)) {
-    const fix = 'pass an awaited instance of a class that extends Module from this copy of @moe/core'
-    throw attrError(op, `the module is ${describe(module)}`, fix)
-  }
+  needModule(op, module)
   yield* visit({ name: prefix, value: module, slice: undefined }, new Set())
 }
 

@@ -1,9 +1,10 @@
 /** @file Persistent tensors: modules contain them, optimizers change them, checkpoints store them. */
 import { MoeError } from '../errors.ts'
+import { needTensor } from '../need-tensor.ts'
 import { checkOptions } from '../options.ts'
 import { keep } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { Tensor } from '../tensor.ts'
+import { alive, Tensor } from '../tensor.ts'
 
 /**
  * A low-rank adapter of a weight `[N, K]` (or `[E, N, K]`, one per expert): the effective weight is W + scale B A, with
@@ -43,6 +44,8 @@ export class Parameter extends Tensor {
    */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
     checkOptions('Parameter', options, { trainable: true })
+    needTensor('Parameter', 'the initial value', initial)
+    alive('Parameter', initial)
     super(initial.backend, initial.handle, initial.shape, initial.dtype)
     keep<Tensor>(this)
     initial.handle = null
@@ -60,11 +63,12 @@ export class Parameter extends Tensor {
 
   /**
    * Replaces the elements by those of `next` and takes ownership of its memory. `next` must not be used afterwards.
-   * @throws MoeError E_SHAPE if shape, dtype or backend differ
+   * @throws MoeError E_SHAPE if shape, dtype or backend differ, E_DISPOSED if `next` was freed
    */
   assign(next: Tensor): void {
-    if (!sameShape(next.shape, this.shape) || next.dtype !== this.dtype || next.backend !== this.backend)
-      throw unlike('assign', this, next)
+    needTensor('assign', 'the new value', next)
+    alive('assign', next)
+    needSimilar('assign', this, next)
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle
     next.handle = null
@@ -74,8 +78,8 @@ export class Parameter extends Tensor {
   /** Swaps memory with another parameter. @throws MoeError E_SHAPE if shape, dtype or backend differ */
   swap(other: Parameter): void {
     const { handle } = this
-    if (!sameShape(other.shape, this.shape) || other.dtype !== this.dtype || other.backend !== this.backend)
-      throw unlike('exchange', this, other)
+    needTensor('swap', 'the other parameter', other)
+    needSimilar('swap', this, other)
     this.handle = other.handle
     other.handle = handle
     this.version++
@@ -99,9 +103,20 @@ export class Parameter extends Tensor {
   }
 }
 
-const unlike = (op: string, own: Tensor, next: Tensor) =>
-  new MoeError({
+/** Checks that one tensor can replace the other. @throws MoeError E_SHAPE */
+function needSimilar(op: string, own: Tensor, next: Tensor): void {
+  const { backend, dtype, shape } = own
+  let fix: string
+  if (!sameShape(next.shape, shape)) fix = `pass a tensor of shape ${showShape(shape)}`
+  else if (next.dtype !== dtype) fix = `cast it with .cast('${dtype}')`
+  else if (next.backend !== backend) fix = 'copy it with await x.to(parameter.backend)'
+  else return
+  const another = next.backend !== backend && next.backend.name === backend.name ? 'another ' : ''
+  throw new MoeError({
     code: 'E_SHAPE',
     op,
-    problem: `a parameter ${own.dtype} ${showShape(own.shape)} on ${own.backend.name} cannot take ${next.dtype} ${showShape(next.shape)} on ${next.backend.name}`,
+    problem: `the parameter is ${dtype} ${showShape(shape)} on ${backend.name}, but the other tensor is ${next.dtype} ${showShape(next.shape)} on ${another}${next.backend.name}`,
+    fix,
+    details: { expected: { dtype, shape }, found: { dtype: next.dtype, shape: next.shape } },
   })
+}

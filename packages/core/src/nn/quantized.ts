@@ -5,22 +5,23 @@ import type { Shape, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { fromHost } from '../create.ts'
 import { dtypeBytes } from '../dtype.ts'
-import { MoeError } from '../errors.ts'
+import { describe, MoeError } from '../errors.ts'
 import { groupedMatmul } from '../fused/grouped-matmul.ts'
 import {
+  checkFormat,
   dequantizeWeight,
   type QuantizedWeight,
   quantizedGroupedMatmul,
   quantizedMatmul,
   quantizeWeight,
 } from '../fused/quantized-matmul.ts'
-import { shapeError } from '../infer.ts'
+import { attrError, needDtype, shapeError } from '../infer.ts'
 import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
 import { concat, disposeRecorded, type Tensor } from '../tensor.ts'
 import { pacer, runSync, runYielding } from '../turns.ts'
-import { Module, namedParameters } from './module.ts'
+import { Module, namedParameters, needModule } from './module.ts'
 import { type Adapter, Parameter } from './parameter.ts'
 
 /**
@@ -122,7 +123,7 @@ export class QuantizedParameter extends Parameter {
   #misfit(shape: Shape): MoeError {
     const wanted = showShape(this.#weight.shape)
     const problem = `a weight of shape ${wanted} cannot take elements of shape ${showShape(shape)}`
-    return new MoeError({ code: 'E_SHAPE', op: 'assign', problem })
+    return shapeError('assign', problem, `pass a tensor of shape ${wanted}`)
   }
 
   override dispose(): void {
@@ -270,6 +271,8 @@ function plainLinear(x: Tensor, weight: Parameter): Tensor {
  */
 export function linear(x: Tensor, weight: Parameter): Tensor {
   needTensor('linear', 'x', x)
+  needDtype('linear', 'x', x, 'f32')
+  if (x.rank === 1) return linear(x.reshape([1, x.size]), weight).reshape([-1])
   const { adapter } = weight
   if (adapter === null) return plainLinear(x, weight)
   const lead = x.shape.slice(0, -1)
@@ -326,6 +329,8 @@ export function modulesOf(module: Module, found = new Set<Module>()): Set<Module
  * promise resolves.
  */
 export async function quantizeWeights(module: Module, format: WeightFormat): Promise<void> {
+  checkFormat('quantizeWeights', format)
+  needModule('quantizeWeights', module)
   const paced = pacer()
   const stored = new Map<Parameter, QuantizedParameter>()
   for (const part of modulesOf(module)) {
@@ -358,6 +363,9 @@ export function weightBytes(of: Module | Parameter): WeightBytes {
     const all = namedParameters(of).map(({ parameter }) => weightBytes(parameter))
     const total = (key: keyof WeightBytes) => all.reduce((sum, one) => sum + one[key], 0)
     return { elements: total('elements'), bytes: total('bytes') }
+  }
+  if (!(of instanceof Parameter)) {
+    throw attrError('weightBytes', `expected a module or a parameter, got ${describe(of)}`, 'pass one of them')
   }
   const scale = of instanceof QuantizedParameter ? of.weight.scale : null
   return { elements: sizeOf(weightShape(of)), bytes: bytesOf(of) + (scale === null ? 0 : bytesOf(scale)) }

@@ -1,4 +1,5 @@
 /** @file Reduces gradients over several ranks. */
+import { needList } from '../infer.ts'
 import type { Tensor } from '../tensor.ts'
 import type { Parameter } from './parameter.ts'
 
@@ -16,6 +17,7 @@ export async function reduceGradients(
   parameters: readonly Parameter[],
   reduce: (gradients: readonly Tensor[]) => Promise<readonly Tensor[] | undefined>,
 ): Promise<void> {
+  needList('reduceGradients', 'the first argument', parameters, 'pass an array of parameters')
   const left = parameters.filter(({ grad }) => grad !== null)
   while (left.length > 0) {
     const group: Parameter[] = []

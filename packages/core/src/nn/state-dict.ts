@@ -6,7 +6,7 @@ import { describe, MoeError } from '../errors.ts'
 import { attrError } from '../infer.ts'
 import { checkOptions } from '../options.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { type Module, type NamedParameter, namedParameters } from './module.ts'
+import { type Module, type NamedParameter, parametersOf } from './module.ts'
 import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
@@ -40,7 +40,7 @@ export interface StateSource {
  * slices.
  */
 export function stateDict(module: Module): StateEntry[] {
-  return namedParameters(module).flatMap(entriesOf)
+  return parametersOf('stateDict', module).flatMap(entriesOf)
 }
 
 /** The elements as checkpoints store them: weights in 8 or 4 bits become the f32 values that they represent. */
@@ -106,7 +106,7 @@ export async function loadStateDict(module: Module, source: StateSource, options
   const { ignore = () => false, optional = () => false } = options
   if (Array.isArray(source) || typeof source?.info !== 'function') throw noSource(describe(source))
   const available = new Set(source.keys())
-  const parameters = namedParameters(module)
+  const parameters = parametersOf('loadStateDict', module)
   const missing: string[] = []
   const misshaped: string[] = []
   const known = new Set<string>()
@@ -190,6 +190,8 @@ function mismatch(missing: string[], unexpected: string[], misshaped: string[]):
 
 /** Returns a state source for entries in memory, such as those from `stateDict`. */
 export function entriesSource(entries: Iterable<StateEntry>): StateSource {
+  if (typeof entries?.[Symbol.iterator] !== 'function')
+    throw attrError('entriesSource', `the entries are ${describe(entries)}`, 'pass those of stateDict(module)')
   const byName = new Map([...entries].map(entry => [entry.name, entry]))
   const get = (name: string) => byName.get(name) as StateEntry
   return { keys: () => byName.keys(), info: get, read: name => get(name).data() }
