@@ -179,12 +179,14 @@ test('an invalid model, communicator, option or list of micro-batches is an erro
     )
     const model = newModel()
     const [batch] = batchesOf(1, model)
-    await expect(make(model, ranks)().step(batch as never)).rejects.toThrow(
+    const parallel = make(model, ranks)()
+    await expect(parallel.step(batch as never)).rejects.toThrow(
       'the micro-batches are not an array; pass [batch]',
     )
-    await expect(make(model, ranks)().step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
+    await expect(parallel.step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
       'unknown option precison; did you mean precision?',
     )
+    expect(make(model, ranks)).toThrow('already freed')
     const frozen = newModel()
     for (const parameter of trainable(frozen)) parameter.trainable = false
     await expect(make(frozen, ranks)().step([batch])).rejects.toThrow('all parameters are frozen; set trainable')
