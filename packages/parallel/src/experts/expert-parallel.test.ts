@@ -180,9 +180,7 @@ test('an invalid model, communicator, option or list of micro-batches is an erro
     const model = newModel()
     const [batch] = batchesOf(1, model)
     const parallel = make(model, ranks)()
-    await expect(parallel.step(batch as never)).rejects.toThrow(
-      'the micro-batches are not an array; pass [batch]',
-    )
+    await expect(parallel.step(batch as never)).rejects.toThrow('the micro-batches are not an array; pass [batch]')
     await expect(parallel.step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
       'unknown option precison; did you mean precision?',
     )

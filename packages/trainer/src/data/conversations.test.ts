@@ -225,6 +225,10 @@ describe('examples', () => {
     )
     refuses(() => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1, 0] }]), /none of the 2 tokens is learned/)
     refuses(() => TokenDataset.fromExamples([]), /0 tokens/)
+    const misspelled = { tokens: [1, 2], loss_mask: [0, 1] }
+    expect(() => TokenDataset.fromExamples([misspelled])).toThrow(
+      expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(/loss_mask.*lossMask/) }),
+    )
     const late = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], lossMask: [0, 0, 0, 1] }])
     refuses(
       () => new TrainingOrder(late, { sequenceLength: 2, lookahead: 1, batchSize: 1 }),

@@ -166,7 +166,8 @@ export class TokenDataset implements TokenStream {
    *
    * @param options `textBytes`, of the learned parts, is needed for bits per byte. Ids must be below `vocabSize`
    *   (default: the highest id plus one). `padding` (default 0) fills rows
-   * @throws MoeError E_DATA if `tokens` and `lossMask` of an example differ in length, or if there is nothing to learn
+   * @throws MoeError E_DATA if `tokens` and `lossMask` of an example differ in length, or if there is nothing to learn;
+   *   E_CONFIG if an example has other fields
    */
   static fromExamples(
     examples: Iterable<Example>,
@@ -177,7 +178,10 @@ export class TokenDataset implements TokenStream {
     const starts: number[] = []
     const begins: number[] = []
     const ends = new Set<number>()
-    for (const { tokens, lossMask } of examples) {
+    for (const example of examples) {
+      // A misspelled mask would train on all tokens.
+      checkOptions('TokenDataset.fromExamples', example, { tokens: true, lossMask: true })
+      const { tokens, lossMask } = example
       if (lossMask !== undefined && lossMask.length !== tokens.length) {
         throw new MoeError({
           code: 'E_DATA',

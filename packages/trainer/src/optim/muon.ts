@@ -109,7 +109,7 @@ export class Muon implements StagedOptimizer {
   readonly #momentum: number
   readonly #iterations: number
   readonly #precision: Precision
-  readonly #takes: (named: NamedParameter) => boolean
+  readonly #trainedByMuon: (named: NamedParameter) => boolean
 
   /**
    * @param parameters of the model, as `namedParameters` returns them, or those of this rank
@@ -123,8 +123,8 @@ export class Muon implements StagedOptimizer {
     checkPrecision('Muon', precision)
     const { weightDecay = 0.1, moments = 'f32' } = others
     checkMoments('Muon', moments, [momentum])
-    this.#takes = named => named.parameter.trainable && filter(named)
-    const own = parameters.filter(this.#takes)
+    this.#trainedByMuon = named => named.parameter.trainable && filter(named)
+    const own = parameters.filter(this.#trainedByMuon)
     for (const named of own) checkComplete(named)
     const momenta = zeroState(
       own.map(({ parameter }) => parameter),
@@ -151,7 +151,7 @@ export class Muon implements StagedOptimizer {
   }
 
   settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>> {
-    const own = parameters.filter(this.#takes)
+    const own = parameters.filter(this.#trainedByMuon)
     const rest = parameters.filter(named => !own.includes(named))
     const [momentum, iterations, precision] = [this.#momentum, this.#iterations, this.#precision]
     return { momentum, iterations, precision, matrices: own.length, adamw: this.#rest.settings(rest) }
