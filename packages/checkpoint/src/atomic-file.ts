@@ -4,6 +4,7 @@ import { randomBytes } from 'node:crypto'
 import { type FileHandle, open, rm } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { fileError } from './checkpoint-error.ts'
+import { flushFile, flushFolder } from './flush.ts'
 import { renameWithRetry } from './rename-with-retry.ts'
 
 /** Appends bytes to the file that is being written. */
@@ -26,7 +27,7 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
     const file = handle
     await produce(bytes => writeAll(file, path, bytes))
     try {
-      await handle.sync()
+      await flushFile(handle)
       await handle.close()
       handle = undefined
       await renameWithRetry(temporary, path)
@@ -38,7 +39,7 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
     await rm(temporary, { force: true }).catch(() => {})
     throw error
   }
-  await syncFolder(dirname(path))
+  await flushFolder(dirname(path))
 }
 
 /** Node rejects single writes of 2 GiB or more. */
@@ -63,17 +64,3 @@ const writeError = (path: string, cause: unknown) =>
     cause,
     'an existing file is unchanged; free disk space, close programs that have the file open, or choose another folder, then save again',
   )
-
-/** Makes a rename durable across a power failure, on systems that can flush a folder. */
-export async function syncFolder(path: string): Promise<void> {
-  try {
-    const folder = await open(path, 'r')
-    try {
-      await folder.sync()
-    } finally {
-      await folder.close()
-    }
-  } catch {
-    // Windows and some network file systems cannot.
-  }
-}

@@ -4,6 +4,7 @@ export { adapterBase, loadAdapters } from './adapters/load-adapters.ts'
 export { type SaveAdaptersOptions, saveAdapters } from './adapters/save-adapters.ts'
 export { type Conversion, type ConvertOptions, convertCheckpoint } from './convert-checkpoint.ts'
 export { type DirectoryHandle, isDirectoryHandle, type WritableFile } from './directory-handle.ts'
+export { flushFile, flushFolder } from './flush.ts'
 export {
   type Fetch,
   type Folder,

@@ -2,9 +2,10 @@
 
 import { mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type Append, syncFolder, writeAtomically } from './atomic-file.ts'
+import { type Append, writeAtomically } from './atomic-file.ts'
 import { fileError } from './checkpoint-error.ts'
 import { type DirectoryHandle, handleTarget, isDirectoryHandle } from './directory-handle.ts'
+import { flushFolder } from './flush.ts'
 import { pathOf } from './path-of.ts'
 
 /** A folder to write to: a path, a file URL, or a folder handle of a browser. */
@@ -80,6 +81,6 @@ export function diskTarget(path: string): TargetFolder {
       rm(pathOf(name), { force: true }).catch(cause => {
         throw fileError(pathOf(name), 'removing', cause)
       }),
-    flush: () => syncFolder(path),
+    flush: () => flushFolder(path),
   }
 }

@@ -4,9 +4,9 @@
  */
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
-import { pathOf, renameWithRetry } from '@moe/checkpoint'
+import { flushFolder, pathOf, renameWithRetry } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
@@ -84,7 +84,7 @@ export async function publishCheckpoint(
     await removeLeftovers(folder)
     await mkdir(temporary)
     await write(temporary)
-    await syncPath(temporary)
+    await flushFolder(temporary)
     if (existsSync(path)) await renameWithRetry(path, replaced)
     await renameWithRetry(temporary, path)
     await pointLatest(folder, name)
@@ -124,7 +124,7 @@ async function pointLatest(folder: string, name: string): Promise<void> {
   const temporary = join(folder, `.${LATEST_FILE}.tmp`)
   await writeFile(temporary, `${name}\n`)
   await renameWithRetry(temporary, join(folder, LATEST_FILE))
-  await syncPath(folder)
+  await flushFolder(folder)
 }
 
 /** Removes what a killed process left incomplete, and what could not be removed earlier. */
@@ -132,13 +132,6 @@ async function removeLeftovers(folder: string): Promise<void> {
   for (const name of await readdir(folder)) {
     if (name.startsWith(temporaryPrefix)) await removeIfPossible(join(folder, name))
   }
-}
-
-/** Makes renames in a folder survive a power failure, on systems that can flush folders. */
-async function syncPath(path: string): Promise<void> {
-  const handle = await open(path, 'r').catch(() => undefined)
-  await handle?.sync().catch(() => {})
-  await handle?.close()
 }
 
 /** The problem of an error without its fix, for use in another error. */

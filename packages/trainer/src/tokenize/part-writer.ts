@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { type FileHandle, open, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { flushFile } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { encodeIndex, idTypeFor } from '../data/indexed-file.ts'
 import type { PartRecord, ShardRecord } from '../data/token-manifest.ts'
@@ -128,7 +129,7 @@ export class PartWriter {
 
   async #finishShard(): Promise<void> {
     const { path, bin, lengths } = await this.#opened()
-    await Promise.all([bin.sync(), lengths.sync()])
+    await Promise.all([flushFile(bin), flushFile(lengths)])
     await this.close()
     const bytes = await readFile(`${path}${LENGTHS_ENDING}`)
     const sizes = new Int32Array(bytes.buffer, bytes.byteOffset, this.#openDocuments)
@@ -141,7 +142,7 @@ export class PartWriter {
 
   /** Flushes to disk and returns the progress. */
   async save(): Promise<PartState> {
-    await Promise.all([this.#shard?.bin.sync(), this.#shard?.lengths.sync()])
+    if (this.#shard) await Promise.all([flushFile(this.#shard.bin), flushFile(this.#shard.lengths)])
     return { ...this.#record(), open: { tokens: this.#openTokens, documents: this.#openDocuments } }
   }
 
@@ -186,7 +187,7 @@ async function writeIndex(path: string, sizes: Int32Array, idBytes: 2 | 4): Prom
       await writeAll(handle, part, at)
       at += part.byteLength
     }
-    await handle.sync()
+    await flushFile(handle)
   } finally {
     await handle.close()
   }

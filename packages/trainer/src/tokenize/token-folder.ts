@@ -2,7 +2,7 @@
 import { existsSync, readFileSync } from 'node:fs'
 import { open, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
-import { renameWithRetry } from '@moe/checkpoint'
+import { flushFile, renameWithRetry } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { decodeManifest, encodeManifest, MANIFEST_FILE, type TokenManifest } from '../data/token-manifest.ts'
 import type { Batch, Place } from './batches.ts'
@@ -165,7 +165,7 @@ async function writeWhole(path: string, text: string): Promise<void> {
   const handle = await open(`${path}.tmp`, 'w')
   try {
     await handle.writeFile(text)
-    await handle.sync()
+    await flushFile(handle)
   } finally {
     await handle.close()
   }

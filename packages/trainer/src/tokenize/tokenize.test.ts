@@ -1,13 +1,14 @@
 import { execFile, spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { appendFileSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { open } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import * as zlib from 'node:zlib'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { parquetWriteFile } from 'hyparquet-writer'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { TokenDataset } from '../data/token-dataset.ts'
 import { tokenFiles } from '../data/token-files.ts'
 import { drawFor } from './document-draw.ts'
@@ -341,4 +342,19 @@ describe('moe-trainer tokenize', () => {
       stderr: expect.stringContaining('no file matches'),
     })
   }, 30_000)
+})
+
+test("works without FileHandle.sync, which Yarn's Plug'n'Play does not implement", async () => {
+  const source = file('plug-and-play.jsonl', jsonl(documents))
+  const handle = await open(source)
+  const sync = vi.spyOn(Object.getPrototypeOf(handle), 'sync').mockImplementation(() => {
+    throw new Error('Method not implemented.')
+  })
+  try {
+    const { training } = await tokenized(source)
+    expect(shown(training)).toEqual(inMemory(documents))
+  } finally {
+    sync.mockRestore()
+    await handle.close()
+  }
 })
