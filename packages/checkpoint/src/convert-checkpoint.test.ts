@@ -57,17 +57,17 @@ describe('convertCheckpoint', () => {
     await expect(convertCheckpoint(source, folder, { rename: () => 'same' })).rejects.toThrow(/"same" occurs twice/)
   })
 
-  it('streams: a tensor is read when those before it are on disk, one at a time', async () => {
+  it('reads one tensor at a time, after the previous ones are on disk', async () => {
     const folder = await temporaryFolder()
     const elements = 2 ** 19
     const keys = Array.from({ length: 9 }, (_, i) => `layers.${i}.weight`)
-    const isDiskPath = async () => {
+    const bytesOnDisk = async () => {
       const files = await readdir(folder, { recursive: true, withFileTypes: true })
       const sizes = files.filter(file => file.isFile()).map(file => stat(join(file.parentPath, file.name)))
       return (await Promise.all(sizes)).reduce((sum, { size }) => sum + size, 0)
     }
     let reading = 0
-    const waiting: number[] = []
+    const unwritten: number[] = []
     const source: TensorSource = {
       path: 'made up',
       metadata: {},
@@ -78,17 +78,17 @@ describe('convertCheckpoint', () => {
       info: () => ({ dtype: 'f32', shape: [elements], bytes: 4 * elements, file: 'made up' }),
       async read(key) {
         reading++
-        // Of bf16 tensors before this one, what is not written yet.
-        waiting.push(keys.indexOf(key) * elements * 2 - (await isDiskPath()))
+        // Bytes of the previous tensors (in bf16) that are not on disk yet.
+        unwritten.push(keys.indexOf(key) * elements * 2 - (await bytesOnDisk()))
         const data = new Float32Array(elements).fill(keys.indexOf(key))
         expect(reading--).toBe(1)
         return { dtype: 'f32', shape: [elements], data }
       },
     }
     await convertCheckpoint(source, folder, { dtype: 'bf16', maxShardBytes: 3 * elements })
-    expect(waiting).toHaveLength(9)
-    // Only the writer's own buffer of 1 MiB may lie between.
-    expect(Math.max(...waiting)).toBeLessThanOrEqual(2 ** 20)
+    expect(unwritten).toHaveLength(9)
+    // The writer's buffer of 1 MiB.
+    expect(Math.max(...unwritten)).toBeLessThanOrEqual(2 ** 20)
     await using copy = await openCheckpoint(folder)
     expect((await copy.read('layers.8.weight')).data[elements - 1]).toBe(toBf16(8))
   })
@@ -106,7 +106,7 @@ describe('convertCheckpoint', () => {
 })
 
 describe('fromF32', () => {
-  it('rounds as the codecs of core do, for every bit pattern', () => {
+  it('rounds like the conversions of core, for any bit pattern', () => {
     const bits = fc.uint32Array({ minLength: 1, maxLength: 64 })
     const edges = Uint32Array.of(0x7fffffff, 0xffffffff, 0x7f800001, 0x7f7fffff, 0x3f808000, 0x3f818000, 1, 0x80000000)
     fc.assert(

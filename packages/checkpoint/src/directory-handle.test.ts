@@ -17,14 +17,14 @@ async function contents(folder: TestDirectory): Promise<Record<string, number[]>
   return Object.fromEntries(await Promise.all(checkpoint.keys().map(read)))
 }
 
-test('a checkpoint is saved into the handle of a folder, and opened from it', async () => {
+test('a checkpoint is saved to a directory handle and opened from it', async () => {
   const folder = new TestDirectory('model')
   const saved = await saveCheckpoint(folder, [entry('a', [1, 2]), entry('b', [3])])
   expect(saved.files).toEqual(['model.safetensors'])
   expect(await contents(folder)).toEqual({ a: [1, 2], b: [3] })
 })
 
-test('shards take the place of a file and the other way round, and nothing of the earlier checkpoint stays', async () => {
+test('saving replaces a single file with shards and vice versa, and removes all files of the earlier checkpoint', async () => {
   const folder = new TestDirectory('model')
   await saveCheckpoint(folder, [entry('a', [1]), entry('b', [2])])
   const sharded = await saveCheckpoint(folder, [entry('a', [3]), entry('b', [4])], { maxShardBytes: 4 })
@@ -36,7 +36,7 @@ test('shards take the place of a file and the other way round, and nothing of th
   expect(await contents(folder)).toEqual({ a: [5] })
 })
 
-test('a storage that is full leaves what was there, and nothing else', async () => {
+test('saving to full storage fails, keeps the earlier checkpoint and leaves no partial file', async () => {
   const folder = new TestDirectory('model')
   await expect(saveCheckpoint(folder, [entry('big', new Array(600_000).fill(1))])).resolves.toBeDefined()
   folder.quota.bytes = 1_500_000
@@ -52,14 +52,14 @@ test('a storage that is full leaves what was there, and nothing else', async () 
   expect([...fresh.entries.keys()]).toEqual([])
 })
 
-test('errors of whoever makes the numbers pass through', async () => {
+test('an error thrown by the data function of an entry is not wrapped', async () => {
   const folder = new TestDirectory('model')
   const failing = { ...entry('a', [1]), data: () => Promise.reject(new RangeError('of the caller')) }
   await expect(saveCheckpoint(folder, [failing])).rejects.toThrow(new RangeError('of the caller'))
   expect([...folder.entries.keys()]).toEqual([])
 })
 
-test('what is missing, or a folder, is told by name', async () => {
+test('errors name what is missing or is a folder; the option root is rejected', async () => {
   const folder = new TestDirectory('model')
   await expect(openCheckpoint(folder)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: 'model' })
   await folder.getDirectoryHandle('model.safetensors', { create: true })
@@ -67,7 +67,7 @@ test('what is missing, or a folder, is told by name', async () => {
   await expect(openCheckpoint(folder, { root: '/' })).rejects.toMatchObject({ code: 'E_ATTR' })
 })
 
-test('where there is no Node, a path is refused by the function that was given it', async () => {
+test('without Node, a path is rejected with the name of the called function', async () => {
   const versions = Object.getOwnPropertyDescriptor(process, 'versions') as PropertyDescriptor
   Object.defineProperty(process, 'versions', { value: {}, configurable: true })
   try {

@@ -11,7 +11,7 @@ import { writeSafetensors } from './write-safetensors.ts'
 const weight = 'model.layers.0.mlp.up_proj.weight'
 
 describe('block scales', () => {
-  it('dequantize to the weight that torch computes, also with blocks cut off at both edges', async () => {
+  it('dequantize to the same weight as PyTorch, with partial blocks at both edges', async () => {
     await using file = await readSafetensors(fixture('fp8-blocks.safetensors'))
     expect(file.info(weight)).toMatchObject({ dtype: 'f8e4m3', shape: [192, 320] })
     expect(file.info(`${weight}_scale_inv`).shape).toEqual([2, 3])
@@ -43,14 +43,14 @@ describe('block scales', () => {
     expect((await readF32(checkpoint, 'w')).data).toEqual(Float32Array.of(4, -8))
   })
 
-  it('are not needed: f8e4m3 alone is widened', async () => {
+  it('are optional: without them, f8e4m3 is widened', async () => {
     const path = join(await temporaryFolder(), 'a.safetensors')
     await copyFile(fixture('half-values.safetensors'), path)
     await using file = await readSafetensors(path)
     expect((await readF32(file, 'f8_e4m3')).data[0x38]).toBe(1)
   })
 
-  it('follow a block size of the caller', () => {
+  it('apply to blocks of a custom size', () => {
     const q = { shape: [2, 3], data: new Uint8Array(6).fill(0x38) }
     const scale = { shape: [2, 2], data: Float32Array.of(1, 2, 3, 4) }
     expect(dequantizeFp8Blocks(q, scale, [1, 2])).toEqual(Float32Array.of(1, 1, 2, 3, 3, 4))
@@ -85,27 +85,30 @@ describe('block scales', () => {
     }
   })
 
-  it.each([[[0, 128]], [[128, 1.5]], [[-1, 1]]] as [[number, number]][])('of blocks of %j are refused', block => {
-    const one = { shape: [1, 1], data: new Uint8Array(1) }
-    const scale = { shape: [1, 1], data: new Float32Array(1) }
-    expect(() => dequantizeFp8Blocks(one, scale, block)).toThrow(
-      /expected two positive block sizes, got .*; pass weight_block_size/,
-    )
-  })
+  it.each([[[0, 128]], [[128, 1.5]], [[-1, 1]]] as [[number, number]][])(
+    'are rejected for the invalid block size %j',
+    block => {
+      const one = { shape: [1, 1], data: new Uint8Array(1) }
+      const scale = { shape: [1, 1], data: new Float32Array(1) }
+      expect(() => dequantizeFp8Blocks(one, scale, block)).toThrow(
+        /expected two positive block sizes, got .*; pass weight_block_size/,
+      )
+    },
+  )
 
   it.each([
     [[2, 2], [1, 2], /needs scales \[1, 1\], got \[1, 2\]; pass weight_block_size/],
     [[129, 1], [1, 1], /needs scales \[2, 1\]/],
     [[4], [1, 1], /expected a matrix with block scales, got the shape \[4\]/],
     [[2, 2], [1], /got \[1\]/],
-  ])('of another shape are refused: weight %j, scales %j', (shape, scaleShape, fault) => {
+  ])('are rejected if the shapes do not fit: weight %j, scales %j', (shape, scaleShape, fault) => {
     const size = (s: number[]) => s.reduce((a, b) => a * b)
     const q = { shape, data: new Uint8Array(size(shape)) }
     const scale = { shape: scaleShape, data: new Float32Array(size(scaleShape)) }
     expect(() => dequantizeFp8Blocks(q, scale)).toThrow(fault)
   })
 
-  it('of a wrong shape are rejected with the names of file and tensor', async () => {
+  it('of a wrong shape are rejected with the path of the file and the name of the tensor', async () => {
     const path = join(await temporaryFolder(), 'a.safetensors')
     await writeSafetensors(path, [
       { name: 'w', dtype: 'f8e4m3', shape: [1, 2], data: new Uint8Array(2) },

@@ -9,8 +9,8 @@ import { rawFile, temporaryFile, temporaryFolder } from './test-files.ts'
 
 const f32 = (shape: unknown, ...offsets: unknown[]) => ({ dtype: 'F32', shape, data_offsets: offsets })
 
-/** Opens the file and returns the error that it must give. */
-async function refusal(bytes: Uint8Array): Promise<Error> {
+/** Opens a file with these bytes and returns the expected error. */
+async function rejection(bytes: Uint8Array): Promise<Error> {
   const path = await temporaryFile(bytes)
   const error = await readSafetensors(path).then(
     file => file.close().then(() => undefined),
@@ -31,7 +31,7 @@ describe('a malicious file', () => {
     ['header of 2^53 + 1 bytes', rawFile({}, 0, 2n ** 53n + 1n), /claims 9007199254740993 bytes, more than/],
     ['header of no bytes', rawFile('', 0), /header has only 0 bytes/],
     ['header of 100 MB', rawFile(`{${' '.repeat(1e8)}}`, 0), /claims 100000002 bytes, more than the limit of 33554432/],
-    ['header that is no object', rawFile([], 0), /does not start with/],
+    ['header that is not an object', rawFile([], 0), /does not start with/],
     ['header after a byte order mark', rawFile('\ufeff{}', 0), /does not start with/],
     ['header cut off', rawFile('{"a":', 0), /header is invalid/],
     ['header with text after it', rawFile('{} x', 0), /header is invalid/],
@@ -47,7 +47,7 @@ describe('a malicious file', () => {
       rawFile('{"a":{"dtype":"U8","shape":[1],"shape":[9],"data_offsets":[0,1]}}', 1),
       /duplicate key "shape"/,
     ],
-    ['tensor that is no object', rawFile({ a: 3 }, 0), /tensor "a" is described by (3|null), expected an object/],
+    ['tensor that is not an object', rawFile({ a: 3 }, 0), /tensor "a" is described by (3|null), expected an object/],
     ['tensor that is null', rawFile({ a: null }, 0), /tensor "a" is described by (3|null), expected an object/],
     [
       'unknown dtype',
@@ -88,23 +88,23 @@ describe('a malicious file', () => {
     ],
     ['overlap', rawFile({ a: f32([2], 0, 8), b: f32([1], 4, 8) }, 8), /tensor "b" overlaps tensor "a"/],
     ['the same bytes twice', rawFile({ a: f32([1], 0, 4), b: f32([1], 0, 4) }, 4), /tensor "b" overlaps tensor "a"/],
-    ['hole in front', rawFile({ a: f32([1], 4, 8) }, 8), /4 bytes between the header and tensor "a"/],
+    ['gap before the first tensor', rawFile({ a: f32([1], 4, 8) }, 8), /4 bytes between the header and tensor "a"/],
     [
-      'hole between',
+      'gap between tensors',
       rawFile({ a: f32([1], 0, 4), b: f32([1], 8, 12) }, 12),
       /4 bytes between tensor "a" and tensor "b"/,
     ],
     ['bytes at the end', rawFile({ a: f32([1], 0, 4) }, 9), /5 bytes after tensor "a"/],
     ['data without a tensor', rawFile({}, 1), /1 bytes after the header/],
-    ['metadata that is no object', rawFile({ __metadata__: 'x' }, 0), /__metadata__ is not an object of strings/],
+    ['metadata that is not an object', rawFile({ __metadata__: 'x' }, 0), /__metadata__ is not an object of strings/],
     ['metadata with numbers', rawFile({ __metadata__: { a: 1 } }, 0), /__metadata__ is not an object of strings/],
-  ])('is refused: %s', async (_, bytes, fault) => {
-    expect((await refusal(bytes)).message).toMatch(fault)
+  ])('is rejected: %s', async (_, bytes, fault) => {
+    expect((await rejection(bytes)).message).toMatch(fault)
   })
 
-  it('cannot fill the log with its error', async () => {
+  it('gets an error message of limited length', async () => {
     const name = 'n'.repeat(1e6)
-    const error = await refusal(rawFile({ [name]: f32(Array(1e5).fill(-1), 0, 4) }, 4))
+    const error = await rejection(rawFile({ [name]: f32(Array(1e5).fill(-1), 0, 4) }, 4))
     expect(error.message.length).toBeLessThan(1000)
   })
 
@@ -120,20 +120,20 @@ describe('a malicious file', () => {
     }
   })
 
-  it('never gives anything but E_CHECKPOINT or a header that lies inside the file, whatever bytes are changed', () => {
+  it('with any bytes changed gives E_CHECKPOINT, or tensors inside the file', () => {
     const good = rawFile({ a: f32([2], 0, 8), b: { dtype: 'BF16', shape: [1, 3], data_offsets: [8, 14] } }, 14)
     const edits = fc.array(fc.tuple(fc.nat(good.length - 1), fc.nat(255)), { minLength: 1, maxLength: 4 })
     fc.assert(
       fc.property(edits, fc.option(fc.nat(good.length)), (changes, cut) => {
         const bytes = good.slice(0, cut ?? good.length)
         for (const [at, value] of changes) if (at < bytes.length) bytes[at] = value
-        checkOrRefuse(bytes)
+        expectValidOrRejected(bytes)
       }),
       { numRuns: 2000 },
     )
   })
 
-  it('nor does any JSON value in place of a field', () => {
+  it('with any JSON values as fields gives E_CHECKPOINT, or tensors inside the file', () => {
     const size = fc.oneof(fc.nat(20), fc.constantFrom(-1, 0.5, 2 ** 53, 1e300, null, '4'))
     const entry = fc.record(
       {
@@ -148,14 +148,14 @@ describe('a malicious file', () => {
       fc.oneof(entry, fc.jsonValue()),
     )
     fc.assert(
-      fc.property(header, fc.nat(20), (value, data) => checkOrRefuse(rawFile(value, data))),
+      fc.property(header, fc.nat(20), (value, data) => expectValidOrRejected(rawFile(value, data))),
       { numRuns: 2000 },
     )
   })
 })
 
-/** Either the bytes are refused with our error, or each tensor lies inside them, on bytes of its own. */
-function checkOrRefuse(bytes: Uint8Array): void {
+/** Expects either E_CHECKPOINT or tensors that cover the data without overlap. */
+function expectValidOrRejected(bytes: Uint8Array): void {
   try {
     const length = headerLength('x', bytes.subarray(0, 8), bytes.length, 1 << 20)
     const { entries } = parseHeader('x', bytes.subarray(8, 8 + length), bytes.length)
@@ -173,7 +173,7 @@ function checkOrRefuse(bytes: Uint8Array): void {
 }
 
 describe('an unusual but valid header', () => {
-  it('may list tensors in any order, share an offset with an empty tensor, and hold unknown fields', () => {
+  it('may list tensors in any order, share an offset with an empty tensor, and contain unknown fields', () => {
     const bytes = rawFile(
       { b: f32([1], 8, 12), a: { ...f32([2], 0, 8), note: 'x' }, none: f32([0, 3], 0, 0), last: f32([0], 12, 12) },
       12,
@@ -184,7 +184,7 @@ describe('an unusual but valid header', () => {
 })
 
 describe('encodeHeader', () => {
-  it('is read back as it was given, with the data at a multiple of 8', () => {
+  it('returns a header that parses to the same entries and ends at a multiple of 8 bytes', () => {
     const dtype = fc.constantFrom<StoredDType>('f64', 'f32', 'bf16', 'f16', 'f8e4m3', 'i64', 'u8', 'bool')
     const entry = fc.record({ name: fc.string({ unit: 'grapheme', minLength: 1 }), dtype, shape: fc.array(fc.nat(9)) })
     const entries = fc.uniqueArray(entry, { selector: e => e.name })

@@ -22,7 +22,7 @@ async function sharded(edit: (index: Index) => void = () => {}): Promise<string>
   return folder
 }
 
-/** Files below the folder that this process holds open; known on Linux only. */
+/** Returns the files in the folder that this process has open; only on Linux. */
 async function openFiles(folder: string): Promise<string[]> {
   if (process.platform !== 'linux') return []
   const links = (await readdir('/proc/self/fd')).map(fd => readlink(`/proc/self/fd/${fd}`).catch(() => ''))
@@ -78,17 +78,17 @@ describe('a sharded checkpoint', () => {
   })
 })
 
-describe('a bad index', () => {
+describe('an invalid index', () => {
   it.each<[string, (index: Index) => void, RegExp]>([
     ['without weight_map', index => Reflect.deleteProperty(index, 'weight_map'), /no "weight_map" object/],
     ['with a list for weight_map', index => Object.assign(index, { weight_map: [] }), /no "weight_map" object/],
     ['with a number for a file', index => Object.assign(index.weight_map, { a: 3 }), /assigns tensor "a" to 3/],
     [
-      'leading up',
+      'with a path out of the folder',
       index => Object.assign(index.weight_map, { a: '../x.safetensors' }),
       /to "..\/x.safetensors"; shards must/,
     ],
-    ['leading up by itself', index => Object.assign(index.weight_map, { a: '..' }), /to ".."/],
+    ['with the parent folder as a file', index => Object.assign(index.weight_map, { a: '..' }), /to ".."/],
     ['with an absolute path', index => Object.assign(index.weight_map, { a: '/etc/passwd' }), /to "\/etc\/passwd"/],
     ['with a backslash', index => Object.assign(index.weight_map, { a: '..\\x' }), /plain file names/],
     ['with a NUL', index => Object.assign(index.weight_map, { a: 'a\0b' }), /plain file names/],
@@ -112,7 +112,7 @@ describe('a bad index', () => {
       index => Object.assign(index.weight_map, { 'lm_head.weight': shard(1) }),
       /tensor "lm_head.weight" is missing in model-00001/,
     ],
-  ])('is refused: %s', async (_, edit, fault) => {
+  ])('is rejected: %s', async (_, edit, fault) => {
     const folder = await sharded(edit)
     const error = await openCheckpoint(folder).then(
       () => undefined,
@@ -139,7 +139,7 @@ describe('a bad index', () => {
     )
   })
 
-  it('is refused when it is not JSON, or names a tensor twice', async () => {
+  it('is rejected if it is not JSON, names a tensor twice or is null', async () => {
     const folder = await sharded()
     await writeFile(join(folder, INDEX), '{')
     await expect(openCheckpoint(folder)).rejects.toThrow(/the index is invalid/)
@@ -150,8 +150,8 @@ describe('a bad index', () => {
   })
 })
 
-describe.skipIf(process.platform === 'win32' /* links need a privilege there */)('links', () => {
-  it('out of the folder are refused, for shards, indexes and single files', async () => {
+describe.skipIf(process.platform === 'win32' /* creating links needs a privilege */)('links', () => {
+  it('to files outside the folder are rejected, for shards, indexes and single files', async () => {
     const folder = await sharded()
     const outside = join(folder, '..', 'elsewhere')
     await mkdir(outside)
@@ -169,7 +169,7 @@ describe.skipIf(process.platform === 'win32' /* links need a privilege there */)
     await expect(openCheckpoint(folder)).rejects.toThrow(/model.safetensors: it is a link to/)
   })
 
-  it('into a folder whose name merely begins alike are refused', async () => {
+  it('to a sibling folder whose name starts with that of the checkpoint are rejected', async () => {
     const folder = await sharded()
     await mkdir(`${folder}-other`)
     await rename(join(folder, shard(1)), join(`${folder}-other`, 'x'))
@@ -177,7 +177,7 @@ describe.skipIf(process.platform === 'win32' /* links need a privilege there */)
     await expect(openCheckpoint(folder)).rejects.toThrow(/is a link to/)
   })
 
-  it('inside the folder, or inside a root that the caller trusts, are followed', async () => {
+  it('to files in the folder, or in the given root, are followed', async () => {
     const folder = await sharded()
     await rename(join(folder, shard(1)), join(folder, 'blob'))
     await symlink('blob', join(folder, shard(1)))
@@ -192,7 +192,7 @@ describe.skipIf(process.platform === 'win32' /* links need a privilege there */)
     expect((await checkpoint.read('model.layers.0.mlp.up_proj.weight')).shape).toEqual([8, 4])
   })
 
-  it('to the checkpoint itself are followed: the caller named it', async () => {
+  it('to the checkpoint folder itself are followed', async () => {
     const folder = await sharded()
     const link = join(folder, '..', 'latest')
     await symlink(folder, link)
@@ -204,14 +204,14 @@ describe.skipIf(process.platform === 'win32' /* links need a privilege there */)
 })
 
 describe('a folder', () => {
-  it('without a checkpoint, or missing, is reported as such', async () => {
+  it('without a checkpoint, and a missing folder, are reported', async () => {
     const folder = await temporaryFolder()
     await expect(openCheckpoint(folder)).rejects.toThrow(`${folder}: the folder has neither model.safetensors nor`)
     await rm(folder, { recursive: true })
     await expect(openCheckpoint(folder)).rejects.toThrow(`${folder}: opening failed: no such file or folder`)
   })
 
-  it('or a single file opens the same way', async () => {
+  it('with model.safetensors opens like the file itself', async () => {
     const folder = await temporaryFolder()
     await copyFile(fixture('dtypes.safetensors'), join(folder, 'model.safetensors'))
     for (const path of [folder, join(folder, 'model.safetensors')]) {

@@ -11,7 +11,7 @@ import { writeSafetensors } from './write-safetensors.ts'
 
 const entries = [{ name: 'a', dtype: 'u8', shape: [1], data: Uint8Array.of(7) }] as const
 
-test('file URLs are paths', async () => {
+test('file URLs are accepted as paths', async () => {
   const folder = join(await temporaryFolder(), 'ä model')
   await saveCheckpoint(pathToFileURL(folder), entries)
   await writeSafetensors(pathToFileURL(join(folder, 'other.safetensors')), entries)
@@ -24,7 +24,7 @@ test('file URLs are paths', async () => {
   }
 })
 
-describe('what is no path is refused', () => {
+describe('an invalid location is rejected:', () => {
   const none = undefined as unknown as string
   it.each([
     ['openCheckpoint', () => openCheckpoint(none)],
@@ -33,27 +33,27 @@ describe('what is no path is refused', () => {
     ['saveCheckpoint', () => saveCheckpoint(none, entries)],
     ['readGguf', () => readGguf(none)],
     ['writeGguf', () => writeGguf(none, { metadata: {}, tensors: [] })],
-  ])('%s', async (op, call) => {
+  ])('undefined for %s', async (op, call) => {
     await expect(call()).rejects.toMatchObject({ code: 'E_ATTR', op, message: expect.stringContaining('undefined') })
   })
 
-  it.each(['https://example.org/model', new URL('http://example.org/model')])('%s, to write to', async address => {
+  it.each(['https://example.org/model', new URL('http://example.org/model')])('%s for saving', async address => {
     const refused = { code: 'E_ATTR', message: expect.stringContaining('example.org/model') }
     await expect(saveCheckpoint(address, entries)).rejects.toMatchObject(refused)
     await expect(writeSafetensors(address, entries)).rejects.toMatchObject(refused)
   })
 
-  it('a URL of another protocol', async () => {
+  it('a URL of an unsupported protocol', async () => {
     await expect(openCheckpoint(new URL('ftp://example.org/model'))).rejects.toMatchObject({ code: 'E_ATTR' })
   })
 
-  it('an address with a password in it, which is not shown', async () => {
+  it('a URL with a password, which the message does not contain', async () => {
     const error = await openCheckpoint('https://me:secret@example.org/model').catch((e: Error) => e)
     expect(error).toMatchObject({ code: 'E_ATTR', message: expect.stringContaining('example.org') })
     expect((error as Error).message).not.toContain('secret')
   })
 
-  it('a folder of the disk that an address or files would have to lie in', async () => {
+  it('a web address or a list of files with the option root', async () => {
     for (const location of ['https://example.org/model', []])
       await expect(openCheckpoint(location, { root: 'models' })).rejects.toMatchObject({ code: 'E_ATTR' })
   })

@@ -9,7 +9,7 @@ import { toF32 } from './to-f32.ts'
 
 const values = [0, -0, 1, -2.5, 3.140625, 448]
 
-describe('a file that Python wrote', () => {
+describe("a file written by Python's safetensors", () => {
   it('returns every dtype, shape and name', async () => {
     const { dtypes } = JSON.parse(await readFile(fixture('files.json'), 'utf8')) as {
       dtypes: Record<string, { dtype: string; shape: number[] }>
@@ -105,7 +105,7 @@ describe('an open file', () => {
     await expect(file.read('x')).rejects.toThrow(/no tensor "x"; call keys\(\)/)
   })
 
-  it('refuses to read after it is closed, which may happen twice', async () => {
+  it('rejects reads after it is closed, and can be closed twice', async () => {
     const file = await readSafetensors(fixture('dtypes.safetensors'))
     await file.close()
     await file.close()
@@ -121,7 +121,7 @@ describe('an open file', () => {
     await expect(file.read(last)).rejects.toThrow(/it was truncated after it was opened/)
   })
 
-  it('accepts a larger header only when asked', async () => {
+  it('rejects a header above maxHeaderBytes', async () => {
     const header = `{${' '.repeat(1000)}}`
     const path = await temporaryFile(rawFile(header, 0))
     await expect(readSafetensors(path, { maxHeaderBytes: 500 })).rejects.toThrow(
@@ -132,10 +132,10 @@ describe('an open file', () => {
   })
 })
 
-describe('a system that moves few bytes at a time', () => {
+describe('if the system transfers fewer bytes than requested', () => {
   const content = Uint8Array.from({ length: 20 }, (_, i) => i)
 
-  it('is called again until all bytes are read', async () => {
+  it('readRange continues until all bytes are read', async () => {
     const read = async (out: Uint8Array, offset: number, length: number, position: number) => {
       const bytes = Math.min(length, 3)
       out.set(content.subarray(position, position + bytes), offset)
@@ -145,7 +145,7 @@ describe('a system that moves few bytes at a time', () => {
     expect(await readRange(file, 4, 11)).toEqual(content.slice(4, 15))
   })
 
-  it('is called again until all bytes are written', async () => {
+  it('writeAll continues until all bytes are written', async () => {
     const written: number[] = []
     const write = async (bytes: Uint8Array, offset: number, length: number) => {
       const bytesWritten = Math.min(length, 3)

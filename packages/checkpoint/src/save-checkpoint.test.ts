@@ -33,7 +33,7 @@ describe('saveCheckpoint', () => {
     expect(await valueIn(folder)).toBe(1)
   })
 
-  it('fills shards in order; a tensor above the limit gets its own', async () => {
+  it('fills shards in order; a tensor above the limit gets its own shard', async () => {
     const folder = await temporaryFolder()
     const big: TensorEntry = { name: 'big', dtype: 'u8', shape: [100], data: new Uint8Array(100) }
     const [a, b, c, d] = entries(4, 1)
@@ -58,7 +58,7 @@ describe('saveCheckpoint', () => {
     ['shards by one file', 40, 1e9],
     ['shards by as many shards', 40, 40],
     ['shards by more shards', 40, 16],
-  ])('replaces %s, leaving nothing of the old and everything else', async (_, first, second) => {
+  ])('replaces %s, and removes only the files of the old checkpoint', async (_, first, second) => {
     const folder = await temporaryFolder()
     await writeFile(join(folder, 'config.json'), '{}')
     await saveCheckpoint(folder, entries(4, 1), { maxShardBytes: first })
@@ -72,28 +72,25 @@ describe('saveCheckpoint', () => {
     ['one file, by shards', 1e9, 40],
     ['shards', 40, 40],
     ['shards, by one file', 40, 1e9],
-  ])(
-    'keeps the previous checkpoint at every moment until the new one is complete, and when it fails: %s',
-    async (_, first, second) => {
-      const folder = await temporaryFolder()
-      await saveCheckpoint(folder, entries(4, 1), { maxShardBytes: first })
-      const before = (await readdir(folder)).sort()
-      const watching = entries(4, 2).map((entry, i) => ({
-        ...entry,
-        data: async () => {
-          expect(await valueIn(folder)).toBe(1)
-          if (i === 3) throw new Error('stop')
-          return entry.data as Float32Array
-        },
-      }))
-      await expect(saveCheckpoint(folder, watching, { maxShardBytes: second })).rejects.toThrow('stop')
-      expect(await valueIn(folder)).toBe(1)
-      expect((await readdir(folder)).sort()).toEqual(before)
-    },
-  )
+  ])('keeps the previous checkpoint readable while saving, and if saving fails: %s', async (_, first, second) => {
+    const folder = await temporaryFolder()
+    await saveCheckpoint(folder, entries(4, 1), { maxShardBytes: first })
+    const before = (await readdir(folder)).sort()
+    const watching = entries(4, 2).map((entry, i) => ({
+      ...entry,
+      data: async () => {
+        expect(await valueIn(folder)).toBe(1)
+        if (i === 3) throw new Error('stop')
+        return entry.data as Float32Array
+      },
+    }))
+    await expect(saveCheckpoint(folder, watching, { maxShardBytes: second })).rejects.toThrow('stop')
+    expect(await valueIn(folder)).toBe(1)
+    expect((await readdir(folder)).sort()).toEqual(before)
+  })
 
-  // A folder, because it cannot be removed as a file, like one that is open on Windows.
-  it('an old shard that cannot be removed stays, and the save is done', async () => {
+  // The old shard is a folder because a folder cannot be removed as a file, like an open file on Windows.
+  it('succeeds if an old shard cannot be removed', async () => {
     const folder = await temporaryFolder()
     await mkdir(join(folder, 'old.safetensors'))
     await writeFile(join(folder, INDEX), JSON.stringify({ weight_map: { a: 'old.safetensors' } }))
@@ -102,7 +99,7 @@ describe('saveCheckpoint', () => {
     expect((await readdir(folder)).sort()).toEqual([...files, 'old.safetensors'].sort())
   })
 
-  it('a single file that shards cannot replace stays alone, and the save fails', async () => {
+  it('fails and leaves no shards if the old single file cannot be removed', async () => {
     const folder = await temporaryFolder()
     await mkdir(join(folder, 'model.safetensors'))
     await expect(saveCheckpoint(folder, entries(4, 1), { maxShardBytes: 40 })).rejects.toMatchObject({

@@ -15,7 +15,7 @@ class Two extends Module {
 beforeAll(() => setDefaultBackend(referenceBackend()))
 
 describe('stateSource', () => {
-  it.each([1e9, 48])('gives a module back what was saved of it, in shards of %d bytes', async maxShardBytes => {
+  it.each([1e9, 48])('restores a saved module, with shards of at most %d bytes', async maxShardBytes => {
     const folder = await temporaryFolder()
     const saved = new Two()
     saved.first.weight.assign(

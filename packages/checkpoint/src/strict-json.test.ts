@@ -5,7 +5,7 @@ import { parseStrictJson } from './strict-json.ts'
 const parse = (text: string) => parseStrictJson(new TextEncoder().encode(text), 64)
 
 describe('parseStrictJson', () => {
-  it('reads what JSON.parse reads', () => {
+  it('returns the same values as JSON.parse', () => {
     fc.assert(
       fc.property(fc.jsonValue({ maxDepth: 8 }), fc.constantFrom(undefined, 2), (value, indent) => {
         const text = JSON.stringify(value, null, indent)
@@ -25,11 +25,11 @@ describe('parseStrictJson', () => {
     ['inside a nested object', '{"t":{"dtype":"F32","dtype":"U8"}}'],
     ['after a string with quotes and braces', '{"a":"\\"}{[","a":1}'],
     ['empty', '{"":1,"":2}'],
-  ])('refuses a duplicate key: %s', (_, text) => {
+  ])('rejects a duplicate key: %s', (_, text) => {
     expect(() => parse(text)).toThrow(/duplicate key/)
   })
 
-  it('finds a duplicate wherever it is put', () => {
+  it('rejects a duplicate key at any position', () => {
     fc.assert(
       fc.property(fc.uniqueArray(fc.string(), { minLength: 2 }), fc.nat(), fc.nat(), (keys, i, j) => {
         const twice = keys.toSpliced(i % (keys.length + 1), 0, keys[j % keys.length])
@@ -39,12 +39,12 @@ describe('parseStrictJson', () => {
     )
   })
 
-  it('refuses deep nesting before it can exhaust the stack', () => {
+  it('rejects deep nesting before it exhausts the stack', () => {
     expect(() => parse('['.repeat(5_000_000))).toThrow(/deeper than 64/)
     expect(() => parse('{"a":'.repeat(1_000_000))).toThrow(/deeper than 64/)
   })
 
-  it('refuses bytes that are not UTF-8, and text that is not JSON', () => {
+  it('rejects bytes that are not UTF-8, and text that is not JSON', () => {
     expect(() => parseStrictJson(new Uint8Array([0x22, 0xff, 0x22]), 4)).toThrow(/UTF-8/)
     for (const text of ['', '{', '{"a"', '"a', '{"a":1}}', "{'a':1}", '\ufeff{}', '"\\']) {
       expect(() => parse(text)).toThrow(SyntaxError)

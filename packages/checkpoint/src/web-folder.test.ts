@@ -11,28 +11,29 @@ import { fixture, rawFile, temporaryFolder } from './test-files.ts'
 
 const MB = 2 ** 20
 
-/** Answers with `files` by path, by ranges. */
+/** A local web server. */
 interface Site {
   readonly address: string
-  /** `range` of each request, or `all`, behind its path. */
-  readonly asked: string[]
+  /** Path and byte range (or `all`) of each request, for example `/a 0-99`. */
+  readonly requests: string[]
 }
 
 interface Behaviour {
-  /** May answer in place of the site, or change the headers. */
+  /** Is called before the site responds; returns whether it has responded itself. */
   answer?(request: IncomingMessage, response: ServerResponse, bytes: Uint8Array | undefined): boolean | undefined
   ranges?: boolean
 }
 
+/** Starts a server that serves `files` by path, with range requests unless `ranges` is false. */
 async function site(
   files: Readonly<Record<string, Uint8Array>>,
   { answer, ranges = true }: Behaviour = {},
 ): Promise<Site> {
-  const asked: string[] = []
+  const requests: string[] = []
   const server = createServer((request, response) => {
     const path = (request.url as string).replace(/\?.*/, '')
     const { range } = request.headers
-    asked.push(`${request.url} ${range?.replace('bytes=', '') ?? 'all'}`)
+    requests.push(`${request.url} ${range?.replace('bytes=', '') ?? 'all'}`)
     const bytes = files[path]
     if (answer?.(request, response, bytes)) return
     if (!bytes) return void response.writeHead(404).end('none')
@@ -51,7 +52,7 @@ async function site(
     server.close()
     server.closeAllConnections()
   })
-  return { address: `http://127.0.0.1:${(server.address() as AddressInfo).port}`, asked }
+  return { address: `http://127.0.0.1:${(server.address() as AddressInfo).port}`, requests }
 }
 
 /** A file of u8 tensors of these sizes, named a, b, ..., whose bytes are all different from their neighbours'. */
@@ -88,7 +89,7 @@ const failure = (opening: Promise<unknown>) =>
   )
 
 describe('a checkpoint on the web', () => {
-  it.each([true, false])('gives what the one on the disk gives, ranges %s', async ranges => {
+  it.each([true, false])('contains the same tensors as on disk, with range requests: %s', async ranges => {
     const { address } = await site({ ...sharded, '/d/model.safetensors': dtypes }, { ranges })
     for (const [folder, local] of [
       ['/m', 'sharded'],
@@ -118,8 +119,8 @@ describe('a checkpoint on the web', () => {
     await expect(readSafetensors(`${address}/none`)).rejects.toThrow(`${address}/none: no such file`)
   })
 
-  it('is read in aligned blocks, each once while tensors come in order', async () => {
-    const { address, asked } = await site({ '/model.safetensors': large })
+  it('is read in aligned blocks, each requested once if tensors are read in order', async () => {
+    const { address, requests } = await site({ '/model.safetensors': large })
     await using checkpoint = await openCheckpoint(address)
     const start = large.length - 30 * MB - 10
     const at = { a: 0, b: 3 * MB, c: 9 * MB, d: 9 * MB + 10, e: 29 * MB + 10 }
@@ -130,49 +131,49 @@ describe('a checkpoint on the web', () => {
     }
     const block = (first: number, end: number) =>
       `/model.safetensors ${first * 4 * MB}-${Math.min(end * 4 * MB, large.length) - 1}`
-    expect(asked).toEqual([`/model.safetensors 0-${4 * MB - 1}`, block(1, 3), block(3, 7), block(7, 8)])
+    expect(requests).toEqual([`/model.safetensors 0-${4 * MB - 1}`, block(1, 3), block(3, 7), block(7, 8)])
     await Promise.all(['a', 'c', 'e'].map(key => checkpoint.read(key)))
-    expect(asked).toHaveLength(4)
+    expect(requests).toHaveLength(4)
   })
 
   it('receives one request for concurrent reads of the same block', async () => {
-    const { address, asked } = await site({ '/model.safetensors': fileOf(4 * MB, 10, 20, 30) })
+    const { address, requests } = await site({ '/model.safetensors': fileOf(4 * MB, 10, 20, 30) })
     await using checkpoint = await openCheckpoint(address)
     await Promise.all(['b', 'c', 'd'].map(key => checkpoint.read(key)))
-    expect(asked).toHaveLength(2)
+    expect(requests).toHaveLength(2)
   })
 
   it('caches at most 64 MiB, and requests evicted blocks again', async () => {
-    const { address, asked } = await site({ '/model.safetensors': fileOf(10, 80 * MB, 10) })
+    const { address, requests } = await site({ '/model.safetensors': fileOf(10, 80 * MB, 10) })
     await using checkpoint = await openCheckpoint(address)
     const before = await checkpoint.read('a')
     await checkpoint.read('b')
-    const requests = asked.length
+    const requestsBefore = requests.length
     expect(await checkpoint.read('a')).toEqual(before)
-    expect(asked).toHaveLength(requests + 1)
+    expect(requests).toHaveLength(requestsBefore + 1)
   })
 
   it('encodes file names as one path segment, and keeps the query of the folder', async () => {
     const name = 'a?b#c %2e%2e.safetensors'
     const index = { weight_map: Object.fromEntries([...'abcde'].map(key => [key, name])) }
-    const { address, asked } = await site({
+    const { address, requests } = await site({
       '/m/model.safetensors.index.json': new TextEncoder().encode(JSON.stringify(index)),
       [`/m/${encodeURIComponent(name)}`]: large,
     })
     await using checkpoint = await openCheckpoint(`${address}/m?token=secret`)
     expect(checkpoint.info('a').file).toBe(`${address}/m/${encodeURIComponent(name)}`)
-    expect(asked.every(request => /^\/m\/[^/]+\?token=secret /.test(request))).toBe(true)
+    expect(requests.every(request => /^\/m\/[^/]+\?token=secret /.test(request))).toBe(true)
     const error = await failure(openCheckpoint(`${address}/none?token=secret`))
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.not.stringContaining('secret') })
   })
 
   it.each(['../x', '..', '/etc/passwd', 'http://127.0.0.1/x', 'a\\b'])(
-    'does not leave its folder for %s',
+    'requests no shard outside its folder: %s',
     async name => {
       const index = new TextEncoder().encode(JSON.stringify({ weight_map: { a: name } }))
-      const { address, asked } = await site({ '/m/model.safetensors.index.json': index })
+      const { address, requests } = await site({ '/m/model.safetensors.index.json': index })
       await expect(openCheckpoint(`${address}/m`)).rejects.toThrow(/shards must be plain file names/)
-      expect(asked.map(request => request.split(' ')[0])).toEqual([
+      expect(requests.map(request => request.split(' ')[0])).toEqual([
         '/m/model.safetensors',
         '/m/model.safetensors.index.json',
       ])
@@ -207,28 +208,31 @@ describe('a checkpoint on the web', () => {
   })
 
   it('is downloaded as a whole if the page cannot see its length', async () => {
-    const { address, asked } = await site({ '/model.safetensors': large })
+    const { address, requests } = await site({ '/model.safetensors': large })
     const hidden = async (to: string, init: RequestInit) => {
       const { status, body } = await fetch(to, init)
       return new Response(body, { status })
     }
     await using checkpoint = await openCheckpoint(address, { fetch: hidden as never })
     expect((await checkpoint.read('c')).data).toHaveLength(10)
-    expect(asked.map(request => request.split(' ')[1])).toEqual([`0-${4 * MB - 1}`, 'all'])
+    expect(requests.map(request => request.split(' ')[1])).toEqual([`0-${4 * MB - 1}`, 'all'])
   })
 })
 
-describe('a server that', () => {
+describe('reading reports a server that', () => {
   const model = { '/model.safetensors': large }
   const open = async (answer: Behaviour['answer'], options: OpenOptions = {}, ranges = true) => {
     const { address } = await site(model, { answer, ranges })
     return failure(openCheckpoint(address, options).then(checkpoint => checkpoint.read('d')))
   }
-  /** An answer with these headers, to the first request or to all behind it. */
-  const later = (from: number, change: (response: ServerResponse, first: number) => void): Behaviour['answer'] => {
+  /** Answers requests for bytes at `from` or later with `respond`, which gets the first requested byte. */
+  const answerFrom = (
+    from: number,
+    respond: (response: ServerResponse, first: number) => void,
+  ): Behaviour['answer'] => {
     return ({ headers }, response) => {
       const first = Number(/\d+/.exec(headers.range ?? '0')?.[0])
-      if (first >= from) change(response, first)
+      if (first >= from) respond(response, first)
       return response.writableEnded
     }
   }
@@ -236,63 +240,73 @@ describe('a server that', () => {
     response.writeHead(206, { 'content-range': range }).end(new Uint8Array(bytes))
 
   it.each<[string, Behaviour['answer'], RegExp]>([
-    ['has nothing', (_, response) => !!response.writeHead(404).end(), /neither model.safetensors nor/],
+    ['has no files', (_, response) => !!response.writeHead(404).end(), /neither model.safetensors nor/],
     [
-      'refuses',
+      'denies access',
       (_, response) => !!response.writeHead(403).end(),
       /responded with 403 Forbidden; the file may be private/,
     ],
     [
-      'fails',
+      'is unavailable',
       (_, response) => !!response.writeHead(503).end(),
       /responded with 503 Service Unavailable; try again later/,
     ],
     [
-      'has a page for every address',
+      'serves an HTML page for every path',
       (_, response) => !!response.writeHead(200, { 'content-type': 'text/html; charset=utf-8' }).end('<!doctype html>'),
       /neither model.safetensors nor/,
     ],
     [
-      'has an empty file',
+      'serves an empty file',
       (_, response) => !!response.writeHead(416, { 'content-range': 'bytes */0' }).end(),
       /0 bytes are too few/,
     ],
     [
-      'sends other bytes',
-      later(0, part('bytes 1-4194304/99999999', 4 * MB)),
+      'sends another range',
+      answerFrom(0, part('bytes 1-4194304/99999999', 4 * MB)),
       /sent the range "bytes 1-4194304\/99999999" when asked for bytes 0 to 4194303/,
     ],
-    ['begins later', later(0, part('bytes 1-4194303/99999999', 4 * MB)), /sent the range "bytes 1-4194303/],
-    ['sends less', later(0, part('bytes 0-99/99999999', 100)), /sent the range/],
-    ['does not know the length', later(0, part('bytes 0-4194303/*', 4 * MB)), /sent the range/],
-    ['claims an impossible length', later(0, part('bytes 0-4194303/99999999999999999999', 4 * MB)), /sent the range/],
-    ['claims another range later', later(1, part(`bytes 0-4194303/${large.length}`, 4 * MB)), /sent the range/],
     [
-      'says more than it sends',
-      later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 10)(response)),
+      'omits the first byte',
+      answerFrom(0, part('bytes 1-4194303/99999999', 4 * MB)),
+      /sent the range "bytes 1-4194303/,
+    ],
+    ['sends a shorter range', answerFrom(0, part('bytes 0-99/99999999', 100)), /sent the range/],
+    ['does not know the length', answerFrom(0, part('bytes 0-4194303/*', 4 * MB)), /sent the range/],
+    [
+      'claims an impossible length',
+      answerFrom(0, part('bytes 0-4194303/99999999999999999999', 4 * MB)),
+      /sent the range/,
+    ],
+    ['repeats the first range', answerFrom(1, part(`bytes 0-4194303/${large.length}`, 4 * MB)), /sent the range/],
+    [
+      'sends fewer bytes than its headers announce',
+      answerFrom(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 10)(response)),
       /sent only 10 of the requested 16777216 bytes/,
     ],
     [
-      'sends more than it says',
-      later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 17 * MB)(response)),
+      'sends more bytes than its headers announce',
+      answerFrom(1, (response, first) =>
+        part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 17 * MB)(response),
+      ),
       /sent more than the requested 16777216 bytes/,
     ],
     [
-      'answers with everything later',
-      later(1, response => response.writeHead(200).end(large)),
+      'sends the whole file for a later range',
+      answerFrom(1, response => response.writeHead(200).end(large)),
       /the whole file in response to a range request/,
     ],
-    ['has lost it later', later(1, response => response.writeHead(404).end()), /responded with 404 Not Found/],
+    ['loses the file', answerFrom(1, response => response.writeHead(404).end()), /responded with 404 Not Found/],
     [
-      'has another file later',
-      later(1, (response, first) =>
+      'changes the size of the file',
+      answerFrom(1, (response, first) =>
         part(`bytes ${first}-${first + 16 * MB - 1}/${large.length + 1}`, 16 * MB)(response),
       ),
       /changed while it was read: its size was \d+ bytes and is now \d+/,
     ],
-    ['hangs up', (_, response) => !!response.destroy(), /the request failed/],
+    ['closes the connection', (_, response) => !!response.destroy(), /the request failed/],
     [
-      'hangs up in the middle',
+      'closes the connection during a response',
       (_, response) => {
         response.writeHead(206, { 'content-range': `bytes 0-4194303/${large.length}`, 'content-length': 4 * MB })
         response.write(new Uint8Array(1000), () => response.destroy())
@@ -300,18 +314,18 @@ describe('a server that', () => {
       },
       /the connection broke after \d+ bytes/,
     ],
-  ])('reports an error: %s', async (_, answer, fault) => {
+  ])('%s', async (_, answer, fault) => {
     const error = await open(answer)
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(fault) })
     expect((error as Error).message).toMatch(/^http:\/\/127/)
   })
 
-  it('reports a truncated file without range requests', async () => {
+  it('truncates a file without range requests', async () => {
     const cut = await open((_, response) => !!response.writeHead(200).end(large.subarray(0, 5 * MB)))
     expect(cut).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringContaining('truncated') })
   })
 
-  it.each(['etag', 'last-modified'])('reports a file whose %s changes', async header => {
+  it.each(['etag', 'last-modified'])('changes the %s of the file', async header => {
     let value = 0
     const error = await open((_, response) => void response.setHeader(header, `"${value++}"`))
     expect(error).toMatchObject({
@@ -319,13 +333,13 @@ describe('a server that', () => {
     })
   })
 
-  it('reports that it cannot be reached', async () => {
+  it('cannot be reached', async () => {
     const { address } = await site({})
     const error = await failure(openCheckpoint(address.replace(/:\d+$/, ':1')))
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/the request failed: .*/) })
   })
 
-  it('can be asked again after a failure', async () => {
+  it('fails once, and succeeds on the next read', async () => {
     let broken = true
     const { address } = await site(model, {
       answer: ({ headers }, response) =>
@@ -338,17 +352,17 @@ describe('a server that', () => {
   })
 })
 
-describe('a signal ends', () => {
+describe('aborting the signal', () => {
   const reason = new Error('enough')
   const aborted = { code: 'E_ABORTED', cause: reason }
 
-  it('a request that is not answered, and an answer that does not end', async () => {
-    for (const begun of [false, true]) {
+  it('ends a request without a response, and one whose response does not end', async () => {
+    for (const responding of [false, true]) {
       const { address } = await site(
         { '/model.safetensors': large },
         {
           answer: (_, response) => {
-            if (begun) response.writeHead(206, { 'content-range': `bytes 0-4194303/${large.length}` }).write('x')
+            if (responding) response.writeHead(206, { 'content-range': `bytes 0-4194303/${large.length}` }).write('x')
             return true
           },
         },
@@ -361,7 +375,7 @@ describe('a signal ends', () => {
     }
   })
 
-  it('what would be read later, on the web and on the disk', async () => {
+  it('rejects later reads, on the web and on disk', async () => {
     const { address } = await site({ '/model.safetensors': large })
     for (const location of [address, fixture('sharded')]) {
       const stop = new AbortController()
@@ -372,20 +386,22 @@ describe('a signal ends', () => {
   })
 })
 
-describe('files at hand', () => {
-  const given = () =>
+describe('a list of files', () => {
+  const shardFiles = () =>
     Object.entries(sharded).map(([path, bytes]) => new File([Uint8Array.from(bytes)], path.replace('/m/', '')))
 
-  it('are a checkpoint', async () => {
+  it('opens as a checkpoint', async () => {
     await using here = await openCheckpoint(fixture('sharded'))
-    await using there = await openCheckpoint(given())
+    await using there = await openCheckpoint(shardFiles())
     for (const key of here.keys()) expect(await there.read(key)).toEqual(await here.read(key))
     expect(there.info('lm_head.weight').file).toBe('model-00003-of-00003.safetensors')
   })
 
-  it('that lack one, or have one twice, are refused', async () => {
-    await expect(openCheckpoint(given().slice(0, 3))).rejects.toThrow(/model-0000\d.*: opening failed: no such file/)
-    await expect(openCheckpoint([...given(), ...given()])).rejects.toThrow(
+  it('is rejected if a file is missing or occurs twice', async () => {
+    await expect(openCheckpoint(shardFiles().slice(0, 3))).rejects.toThrow(
+      /model-0000\d.*: opening failed: no such file/,
+    )
+    await expect(openCheckpoint([...shardFiles(), ...shardFiles()])).rejects.toThrow(
       /2 files are named model.safetensors.index.json/,
     )
     await expect(openCheckpoint([])).rejects.toThrow('the given files: the folder has neither')

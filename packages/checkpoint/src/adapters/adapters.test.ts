@@ -33,7 +33,7 @@ beforeEach(async () => {
   folder = await temporaryFolder()
 })
 
-/** A stack of experts, an own weight, a vector. */
+/** Contains every kind of parameter: linear layers, stacked expert weights, a matrix of its own and a vector. */
 class Block extends Module {
   mix = new Linear(6, 4, { random: new Random(1) })
   net = new SwigluMlp(6, 5, { random: new Random(2) })
@@ -61,7 +61,7 @@ const readConfig = async () => JSON.parse(await readFile(configFile(), 'utf8')) 
 const changeConfig = async (changes: object) =>
   writeFile(configFile(), JSON.stringify({ ...(await readConfig()), ...changes }))
 
-/** Writes the tensors again, changed, without the digest of the base. */
+/** Rewrites the tensor file with changed entries and without the digest of the base. */
 async function changeTensors(change: (entries: TensorEntry[]) => TensorEntry[]): Promise<void> {
   await using file = await readSafetensors(tensorFile())
   const entries: TensorEntry[] = []
@@ -74,7 +74,7 @@ async function changeTensors(change: (entries: TensorEntry[]) => TensorEntry[]):
 }
 
 describe('saved adapters', () => {
-  test('come back beside a fresh base, and into the same adapters', async () => {
+  test('load into a base without adapters, and into adapters of the same shape', async () => {
     const block = adapted()
     await saveAdapters(folder, block, { base: 'some/model' })
     const fresh = new Block()
@@ -89,7 +89,7 @@ describe('saved adapters', () => {
     expect(await valuesOf(other)).toEqual(await valuesOf(block))
   })
 
-  test('are two files, which name the base, the matrices and what they stand beside', async () => {
+  test("are written as PEFT's config and tensor file, with its keys", async () => {
     await saveAdapters(folder, adapted(), { base: 'some/model' })
     expect(await readConfig()).toMatchObject({
       base_model_name_or_path: 'some/model',
@@ -109,14 +109,14 @@ describe('saved adapters', () => {
     expect(file.keys().length).toBe(2 * (1 + 3 + 3))
   })
 
-  test('beside some of several weights that end alike, paths are named in full', async () => {
+  test('list full paths of weights in target_modules if the last path segment is ambiguous', async () => {
     const block = new Block()
     addAdapters(block, { rank: 1, targets: ['net.up_proj', 'mix'] })
     await saveAdapters(folder, block)
     expect((await readConfig())['target_modules']).toEqual(['mix', 'net.up_proj'])
   })
 
-  test('fit the base in fewer bits and the other way about', async () => {
+  test('of a quantized base load into a dense one, and vice versa', async () => {
     const block = adapted()
     await quantizeWeights(block, 'int8')
     await saveAdapters(folder, block)
@@ -129,7 +129,7 @@ describe('saved adapters', () => {
     expect(await valuesOf(stored)).toEqual(await valuesOf(block))
   })
 
-  test('may be in bf16, with the scale of rank-stabilized ones', async () => {
+  test('may be in bf16, and use the scale of rank-stabilized LoRA', async () => {
     const block = adapted()
     await saveAdapters(folder, block)
     await changeTensors(entries =>
@@ -143,14 +143,14 @@ describe('saved adapters', () => {
     expect(Math.abs(first[0] / expected[0] - 1)).toBeLessThan(2 ** -8)
   })
 
-  test('of a module without adapters, or with something else that is trained, there are none', async () => {
+  test('are not written for a module without adapters, or with other trainable parameters', async () => {
     await expect(saveAdapters(folder, new Block())).rejects.toMatchObject({ code: 'E_CONFIG' })
     const block = adapted()
     block.scale.trainable = true
     await expect(saveAdapters(folder, block)).rejects.toThrow(/scale is trainable but not an adapter/)
   })
 
-  test('of one layer alone', async () => {
+  test('can belong to a single layer', async () => {
     const layer = new Linear(3, 2)
     addAdapters(layer, { rank: 1 })
     await saveAdapters(folder, layer)
@@ -160,28 +160,28 @@ describe('saved adapters', () => {
   })
 })
 
-describe('what does not fit is refused, and nothing is changed', () => {
-  const refused = async (message: RegExp, block = new Block()) => {
+describe('loadAdapters rejects, without changing the module:', () => {
+  const expectRejection = async (message: RegExp, block = new Block()) => {
     const before = await Promise.all(namedParameters(block).map(({ parameter }) => parameter.values()))
-    const kept = trainable(block).length
+    const trainableBefore = trainable(block).length
     const { handles } = backend.stats()
     await expect(loadAdapters(block, folder)).rejects.toThrow(message)
     await expect(loadAdapters(block, folder)).rejects.toMatchObject({ code: 'E_CHECKPOINT' })
     expect(await Promise.all(namedParameters(block).map(({ parameter }) => parameter.values()))).toEqual(before)
-    expect(trainable(block).length).toBe(kept)
+    expect(trainable(block).length).toBe(trainableBefore)
     expect(backend.stats().handles).toBe(handles)
   }
   beforeEach(() => saveAdapters(folder, adapted()))
 
-  test('no files', async () => {
+  test('missing files', async () => {
     folder = join(folder, 'none')
-    await refused(/adapter_config\.json.*no such file/s)
+    await expectRejection(/adapter_config\.json.*no such file/s)
     await mkdir(folder)
     await writeFile(configFile(), '{"peft_type":"LORA","r":2,"lora_alpha":4}')
-    await refused(/adapter_model\.safetensors.*no such file/s)
+    await expectRejection(/adapter_model\.safetensors.*no such file/s)
     await rm(configFile())
     await mkdir(configFile())
-    await refused(/not a regular file/)
+    await expectRejection(/not a regular file/)
   })
 
   test.each<[string, RegExp]>([
@@ -190,9 +190,9 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ['{"r":1,"r":2}', /duplicate key/],
     ['{'.repeat(100), /nested/],
     ['{"peft_type":"LOHA"}', /peft_type is "LOHA"/],
-  ])('a config of %j', async (text, message) => {
+  ])('the config %j', async (text, message) => {
     await writeFile(configFile(), text)
-    await refused(message)
+    await expectRejection(message)
   })
 
   test.each<[string, unknown]>([
@@ -208,43 +208,47 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ['rank_pattern', { mix: 4 }],
     ['target_parameters', ['experts.gate_up_proj']],
     ['init_lora_weights', 'pissa'],
-  ])('%s: %j', async (field, value) => {
+  ])('the config field %s: %j', async (field, value) => {
     await changeConfig({ [field]: value })
-    await refused(new RegExp(field))
+    await expectRejection(new RegExp(field))
   })
 
-  test('a rank that the tensors do not have, even an enormous one', async () => {
+  test('a rank that differs from the shapes of the tensors, however large', async () => {
     await changeConfig({ r: 3 })
-    await refused(/has shape \[2,6\], expected \[3,6\] for rank 3/)
+    await expectRejection(/has shape \[2,6\], expected \[3,6\] for rank 3/)
     await changeConfig({ r: 2 ** 50 })
-    await refused(/for rank 1125899906842624/)
+    await expectRejection(/for rank 1125899906842624/)
   })
 
   test.each<[string, RegExp, (entries: TensorEntry[]) => TensorEntry[]]>([
-    ['none', /no adapters/, () => []],
-    ['a half', /lora_B.weight" is missing/, entries => entries.filter(({ name }) => !name.includes('mix.lora_B'))],
+    ['no adapters', /no adapters/, () => []],
     [
-      'an expert too few',
+      'a missing lora_B',
+      /lora_B.weight" is missing/,
+      entries => entries.filter(({ name }) => !name.includes('mix.lora_B')),
+    ],
+    [
+      'a missing expert',
       /only 2 of the 3 experts/,
       entries => entries.filter(({ name }) => !name.includes('model.1.up_proj')),
     ],
     [
-      'an unknown weight',
+      'an adapter of an unknown weight',
       /the module has no weight matrix "mux"/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('mix', 'mux') })),
     ],
     [
-      'a vector',
+      'an adapter of a vector',
       /the module has no weight matrix "scale"/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('mix', 'scale') })),
     ],
     [
-      'a weight that is used otherwise',
+      'an adapter of a matrix that takes no adapters',
       /table/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('net.up_proj', 'table') })),
     ],
     [
-      'no adapter',
+      'a key without lora_A or lora_B',
       /is not the key of an adapter matrix/,
       entries => [
         ...entries,
@@ -252,22 +256,22 @@ describe('what does not fit is refused, and nothing is changed', () => {
       ],
     ],
     [
-      'that of PEFT for embeddings',
+      "PEFT's adapters of embeddings",
       /is not the key of an adapter matrix/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('lora_', 'lora_embedding_') })),
     ],
     [
-      'other names',
+      'keys with another prefix',
       /is not the key of an adapter matrix/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.slice(1) })),
     ],
     [
-      'turned',
+      'transposed matrices',
       /has shape \[6,2\], expected \[2,6\]/,
       entries => entries.map(entry => ({ ...entry, shape: [...entry.shape].reverse() })),
     ],
     [
-      'not a number',
+      'NaN',
       /contains NaN at index 3/,
       entries =>
         entries.map(entry =>
@@ -277,7 +281,7 @@ describe('what does not fit is refused, and nothing is changed', () => {
         ),
     ],
     [
-      'infinite',
+      'Infinity',
       /contains Infinity/,
       entries =>
         entries.map(entry =>
@@ -288,40 +292,40 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ],
   ])('tensors: %s', async (_, message, change) => {
     await changeTensors(change)
-    await refused(message)
+    await expectRejection(message)
   })
 
-  test('a file that is cut off', async () => {
+  test('a truncated file', async () => {
     const bytes = await readFile(tensorFile())
     for (const length of [0, 7, 60, bytes.length - 1]) {
       await writeFile(tensorFile(), bytes.subarray(0, length))
-      await refused(/adapter_model\.safetensors/)
+      await expectRejection(/adapter_model\.safetensors/)
     }
   })
 
-  test('another base: other vectors, names or shapes', async () => {
+  test('adapters of a base with other values or shapes of vectors and matrices', async () => {
     const scaled = new Block()
     scaled.scale.assign(scaled.scale.mul(1.1).detach())
-    await refused(/a different base model/, scaled)
+    await expectRejection(/a different base model/, scaled)
     const larger = Object.assign(new Block(), { table: new Parameter(randn([7, 6], new Random(1))) })
-    await refused(/a different base model/, larger)
+    await expectRejection(/a different base model/, larger)
   })
 
-  test('a module that has others', async () => {
+  test('adapters that differ from those of the module in rank, targets or alpha', async () => {
     const other = new Block()
     addAdapters(other, { rank: 3, alpha: 5 })
-    await refused(/which differ from those of the module/, other)
+    await expectRejection(/which differ from those of the module/, other)
     const fewer = new Block()
     addAdapters(fewer, { rank: 2, alpha: 5, targets: ['mix'] })
-    await refused(/which differ from those of the module/, fewer)
-    const louder = new Block()
-    addAdapters(louder, { rank: 2, alpha: 6 })
-    await refused(/which differ from those of the module/, louder)
+    await expectRejection(/which differ from those of the module/, fewer)
+    const otherAlpha = new Block()
+    addAdapters(otherAlpha, { rank: 2, alpha: 6 })
+    await expectRejection(/which differ from those of the module/, otherAlpha)
   })
 })
 
 describe('adapterBase', () => {
-  test('finds the folder of the base, from where the adapters are', async () => {
+  test('returns the folder of the base model, resolved from the folder of the adapters', async () => {
     const base = join(folder, 'base')
     await saveCheckpoint(base, [])
     await writeFile(join(base, 'config.json'), '{}')
@@ -334,7 +338,7 @@ describe('adapterBase', () => {
     expect(await adapterBase(join(folder, 'none'))).toBeUndefined()
   })
 
-  test.each([undefined, 'owner/name', '/none'])('says so where it is not: %s', async base => {
+  test.each([undefined, 'owner/name', '/none'])('rejects a base model that is not a local folder: %s', async base => {
     await saveAdapters(folder, adapted(), { base })
     await expect(adapterBase(folder)).rejects.toThrow(
       base === undefined ? /names no base model/ : /is not a folder on this machine/,

@@ -14,7 +14,7 @@ import { type GgufTensor, writeGguf } from './write-gguf.ts'
 const encodings: readonly GgufEncoding[] = ['f32', 'f16', 'bf16', 'q8_0', 'q4_0']
 
 describe("a file of llama.cpp's Python package", () => {
-  it('is read, metadata of every type', async () => {
+  it('is read with metadata of every type', async () => {
     await using file = await readGguf(fixture('python.gguf'))
     const values = Object.fromEntries(
       [...file.metadata].filter(([key]) => key.startsWith('test.')).map(([key, { value }]) => [key.slice(5), value]),
@@ -41,11 +41,11 @@ describe("a file of llama.cpp's Python package", () => {
     expect(file.tensors.get('q4_0')).toMatchObject({ type: 'q4_0', shape: [40, 64], bytes: 80 * 18 })
   })
 
-  it.each(encodings.slice(1))('holds the very bytes that %s gives here', async type => {
+  it.each(encodings.slice(1))('contains the bytes that encodeGguf produces for %s', async type => {
     await using file = await readGguf(fixture('python.gguf'))
     const values = await file.readF32('values')
-    const theirs = await file.read(type)
-    expect(Buffer.compare(encodeGguf(type, values), theirs)).toBe(0)
+    const stored = await file.read(type)
+    expect(Buffer.compare(encodeGguf(type, values), stored)).toBe(0)
     const step = { f16: 2 ** -11, bf16: 2 ** -8, q8_0: 1 / 127, q4_0: 1 / 8 }[type as 'f16']
     const decoded = await file.readF32(type)
     for (let block = 0; block < values.length; block += 32) {
@@ -57,7 +57,7 @@ describe("a file of llama.cpp's Python package", () => {
   })
 })
 
-describe('what is written', () => {
+describe('a written GGUF file', () => {
   const metadata: Record<string, GgufValue> = {
     'general.architecture': { type: 'string', value: 'llama' },
     'llama.block_count': { type: 'u32', value: 3 },
@@ -85,13 +85,13 @@ describe('what is written', () => {
     { name: 'last', type: 'bf16', shape: [1], values: () => Float32Array.of(1) },
   ]
 
-  it('is read by an independent reader', async () => {
+  it("is read by Hugging Face's parser", async () => {
     const path = join(await temporaryFolder(), 'a.gguf')
     const bytes = await writeGguf(path, { metadata, tensors: tensors() })
     const file = await readFile(path)
     expect(file.length).toBe(bytes)
-    const theirs = await parseWithHuggingFace(path, { allowLocalFile: true })
-    expect(theirs.metadata).toMatchObject({
+    const parsed = await parseWithHuggingFace(path, { allowLocalFile: true })
+    expect(parsed.metadata).toMatchObject({
       version: 3,
       tensor_count: 7n,
       kv_count: 11n,
@@ -104,14 +104,14 @@ describe('what is written', () => {
       'a.nested': [[1, 2], ['x']],
       'a.empty': [],
     })
-    expect(theirs.tensorInfos.map(({ name, shape }) => [name, shape])).toEqual([
+    expect(parsed.tensorInfos.map(({ name, shape }) => [name, shape])).toEqual([
       ['odd', [3n]],
       ...encodings.map(type => [`t.${type}`, [64n, 2n, 3n]]),
       ['last', [1n]],
     ])
-    const start = Number(theirs.tensorDataOffset)
+    const start = Number(parsed.tensorDataOffset)
     expect(start % 32).toBe(0)
-    for (const { name, offset, dtype } of theirs.tensorInfos) {
+    for (const { name, offset, dtype } of parsed.tensorInfos) {
       expect(Number(offset) % 32).toBe(0)
       const type = { 0: 'f32', 1: 'f16', 2: 'q4_0', 8: 'q8_0', 30: 'bf16' }[dtype as number] as GgufEncoding
       if (!name.startsWith('t.')) continue
@@ -122,7 +122,7 @@ describe('what is written', () => {
     }
   })
 
-  it('is read back, value for value', async () => {
+  it('is read back with the same metadata and values', async () => {
     const path = join(await temporaryFolder(), 'a.gguf')
     await writeGguf(path, { metadata, tensors: tensors() })
     await using file = await readGguf(path)
@@ -138,7 +138,7 @@ describe('what is written', () => {
     }
   })
 
-  it('comes in parts of whole rows, with progress', async () => {
+  it('is the same if a tensor is given in parts of whole rows; progress is reported', async () => {
     const folder = await temporaryFolder()
     const steps: number[] = []
     async function* parts() {
@@ -154,19 +154,23 @@ describe('what is written', () => {
 
   it.each<[string, Partial<GgufTensor>, RegExp]>([
     ['a name that is too long', { name: 'x'.repeat(64) }, /1 to 63 bytes/],
-    ['five sizes', { shape: [1, 1, 1, 1, 384] }, /use 1 to 4 positive integers/],
-    ['no size', { shape: [] }, /use 1 to 4 positive integers/],
-    ['an empty size', { shape: [0, 4] }, /positive integers/],
-    ['rows that are no whole blocks', { type: 'q8_0', shape: [8, 48] }, /multiple of 32 elements; use f16/],
+    ['five dimensions', { shape: [1, 1, 1, 1, 384] }, /use 1 to 4 positive integers/],
+    ['no dimensions', { shape: [] }, /use 1 to 4 positive integers/],
+    ['a dimension of 0', { shape: [0, 4] }, /positive integers/],
+    ['rows that are not whole blocks', { type: 'q8_0', shape: [8, 48] }, /multiple of 32 elements; use f16/],
     ['an unknown type', { type: 'q5_k' as 'f32' }, /q8_0 or q4_0/],
     ['too few values', { shape: [7, 64] }, /needs 448 elements, got 384/],
     ['too many values', { shape: [5, 64] }, /needs 320 elements, got more/],
-    ['parts of rows', { shape: [3, 256] }, /a row has 256/],
+    ['a partial row', { shape: [3, 256] }, /a row has 256/],
     ['infinities in blocks', { type: 'q4_0', values: new Float32Array(384).fill(-Infinity) }, /not finite.*bf16/],
     ['a NaN in q4_0', { type: 'q4_0', values: values.map((x, i) => (i === 3 ? NaN : x)) }, /not finite/],
     ['a NaN in q8_0', { type: 'q8_0', values: values.map((x, i) => (i === 3 ? NaN : x)) }, /not finite/],
-    ['numbers beyond f16', { type: 'f16', values: new Float32Array(384).fill(7e4) }, /does not fit into f16/],
-  ])('is refused with %s, and leaves what was there', async (_, change, message) => {
+    [
+      'values beyond the range of f16',
+      { type: 'f16', values: new Float32Array(384).fill(7e4) },
+      /does not fit into f16/,
+    ],
+  ])('is rejected with %s, and the existing file stays', async (_, change, message) => {
     const folder = await temporaryFolder()
     await writeFile(join(folder, 'a.gguf'), 'before')
     const tensor: GgufTensor = { name: 'x', type: 'f32', shape: [6, 64], values, ...change }
@@ -180,19 +184,19 @@ describe('what is written', () => {
   it.each<[string, GgufValue, RegExp]>([
     ['a number out of range', { type: 'u8', value: 256 }, /is 256, expected u8/],
     ['a fraction', { type: 'i32', value: 0.5 }, /is 0.5, expected i32/],
-    ['half a character', { type: 'string', value: '\ud83d' }, /expected string/],
+    ['a lone surrogate', { type: 'string', value: '\ud83d' }, /expected string/],
     [
-      'a number for text',
+      'a number in an array of strings',
       { type: 'array', of: 'string', value: [1] as unknown as string[] },
       /is "1", expected string/,
     ],
     ['an unknown type', { type: 'f16', value: 1 } as unknown as GgufValue, /unknown type "f16"/],
-  ])('has no metadata with %s', async (_, value, message) => {
+  ])('is rejected with metadata that contains %s', async (_, value, message) => {
     const path = join(await temporaryFolder(), 'a.gguf')
     await expect(writeGguf(path, { metadata: { key: value }, tensors: [] })).rejects.toThrow(message)
   })
 
-  it('rejects duplicate names, and can be cancelled', async () => {
+  it('is not written if names are duplicate or the signal is aborted', async () => {
     const folder = await temporaryFolder()
     const tensor: GgufTensor = { name: 'x', type: 'f32', shape: [6, 64], values }
     const path = join(folder, 'a.gguf')
@@ -204,14 +208,14 @@ describe('what is written', () => {
   })
 })
 
-describe('files from strangers', () => {
-  /** A header from numbers (u32 where they are numbers, u64 where they are big), texts with their length, and zeros of data. */
+describe('corrupt or malicious GGUF files', () => {
+  /** Encodes numbers as u32, bigints as u64, and strings with their length; copies bytes. */
   const raw = (...parts: Array<number | bigint | string | Uint8Array>): Uint8Array =>
     Buffer.concat(
       parts.map(part => {
         if (part instanceof Uint8Array) return part
         const bytes = Buffer.alloc(8)
-        if (typeof part === 'number') return bytes.writeUInt32LE(part) === 4 ? bytes.subarray(0, 4) : bytes
+        if (typeof part === 'number') return bytes.subarray(0, bytes.writeUInt32LE(part))
         if (typeof part === 'bigint') {
           bytes.writeBigUInt64LE(part)
           return bytes
@@ -226,22 +230,26 @@ describe('files from strangers', () => {
   const f32 = (name: string, offset: bigint) => [name, 1, 4n, 0, offset] as const
 
   it.each<[string, Uint8Array, RegExp]>([
-    ['nothing', new Uint8Array(0), /0 bytes are too few/],
+    ['an empty file', new Uint8Array(0), /0 bytes are too few/],
     ['another format', raw(Buffer.from('PK\x03\x04'), data), /does not start with "GGUF"/],
     ['version 1', raw(magic, 1, data), /version 1.*versions 2 and 3/],
     ['big-endian numbers', raw(magic, 0x03000000, data), /big-endian/],
     ['more tensors than bytes', raw(magic, 3, 2n ** 62n, 0n, data), /claims 4611686018427387904 tensors/],
     ['more entries than bytes', raw(magic, 3, 0n, 2n ** 40n, data), /claims 1099511627776 metadata entries/],
-    ['a text longer than the file', raw(magic, 3, 0n, 1n, 2n ** 50n, data), /bytes of text, more than/],
+    ['a string longer than the file', raw(magic, 3, 0n, 1n, 2n ** 50n, data), /bytes of text, more than/],
     ['an array longer than the file', raw(magic, 3, 0n, 1n, 'k', 9, 4, 2n ** 61n, data), /elements of u32/],
-    ['deep arrays', raw(magic, 3, 0n, 1n, 'k', 9, ...Array(20).fill([9, 1n]).flat(), data), /nested deeper than 8/],
+    [
+      'deeply nested arrays',
+      raw(magic, 3, 0n, 1n, 'k', 9, ...Array(20).fill([9, 1n]).flat(), data),
+      /nested deeper than 8/,
+    ],
     ['an unknown value type', raw(magic, 3, 0n, 1n, 'k', 13, data), /unknown type 13 at byte 33/],
     ['a boolean of 2', raw(magic, 3, 0n, 1n, 'k', 7, 2, data), /boolean 2/],
     ['text that is not UTF-8', raw(magic, 3, 0n, 1n, 1n, Uint8Array.of(0xff), 4, 7, data), /not valid UTF-8/],
-    ['a key twice', raw(magic, 3, 0n, 2n, ...entry, ...entry, data), /duplicate metadata key "k"/],
-    ['a tensor twice', raw(magic, 3, 2n, 0n, ...f32('a', 0n), ...f32('a', 32n), data), /duplicate tensor "a"/],
+    ['a duplicate key', raw(magic, 3, 0n, 2n, ...entry, ...entry, data), /duplicate metadata key "k"/],
+    ['a duplicate tensor', raw(magic, 3, 2n, 0n, ...f32('a', 0n), ...f32('a', 32n), data), /duplicate tensor "a"/],
     ['overlapping tensors', raw(magic, 3, 2n, 0n, 'b', 1, 9n, 0, 0n, ...f32('a', 32n), data), /"b" and "a" overlap/],
-    ['a tensor off its place', raw(magic, 3, 1n, 0n, ...f32('a', 4n), data), /offset 4, not a multiple of 32/],
+    ['a misaligned tensor', raw(magic, 3, 1n, 0n, ...f32('a', 4n), data), /offset 4, not a multiple of 32/],
     ['a tensor beyond the end', raw(magic, 3, 1n, 0n, ...f32('a', 2n ** 40n), data), /but the file has/],
     [
       'an offset beyond 2^53',
@@ -249,19 +257,19 @@ describe('files from strangers', () => {
       /invalid offset 1152921504606846976/,
     ],
     ['sizes beyond 2^53', raw(magic, 3, 1n, 0n, 'a', 2, 2n ** 40n, 2n ** 40n, 0, 0n, data), /invalid shape/],
-    ['too many sizes', raw(magic, 3, 1n, 0n, 'a', 400, 1n, data), /400 dimensions/],
-    ['half a block', raw(magic, 3, 1n, 0n, 'a', 1, 33n, 8, 0n, data), /q8_0 has the invalid shape \[33\]/],
+    ['too many dimensions', raw(magic, 3, 1n, 0n, 'a', 400, 1n, data), /400 dimensions/],
+    ['a partial block', raw(magic, 3, 1n, 0n, 'a', 1, 33n, 8, 0n, data), /q8_0 has the invalid shape \[33\]/],
     ['an unknown element type', raw(magic, 3, 1n, 0n, 'a', 1, 32n, 99, 0n, data), /element type 99/],
     ['a long name', raw(magic, 3, 1n, 0n, 'x'.repeat(90), 1, 4n, 0, 0n, data), /name of more than 63 bytes/],
     ['an alignment of 3', raw(magic, 3, 0n, 1n, 'general.alignment', 4, 3, data), /multiple of 8/],
-  ])('%s is refused', async (_, bytes, message) => {
+  ])('are rejected: %s', async (_, bytes, message) => {
     const failure = await readGguf(await temporaryFile(bytes, 'a.gguf')).catch(error => error)
     expect(isMoeError(failure, 'E_CHECKPOINT')).toBe(true)
     expect(failure.message).toMatch(message)
     expect(failure.message.length).toBeLessThan(400)
   })
 
-  it('headers above the size limit are rejected, smaller ones are read in steps', async () => {
+  it('are rejected if the header exceeds the size limit; smaller headers are read in steps', async () => {
     const value: GgufValue = {
       type: 'array',
       of: 'string',
@@ -274,7 +282,7 @@ describe('files from strangers', () => {
     expect(file.metadata.get('tokens')).toEqual(value)
   })
 
-  it('a corrupt byte or a truncation is at worst rejected', async () => {
+  it('are read or rejected with E_CHECKPOINT after any changed byte or truncation', async () => {
     const path = join(await temporaryFolder(), 'a.gguf')
     const good = await readFile(fixture('python.gguf'))
     const header = 1400
