@@ -7,6 +7,10 @@ writes packages/attention-mla/fixtures/<case>.safetensors and <case>.json. Tenso
     inv_freq [rope / 2], weight.<name> (checkpoint names below self_attn), output [B, T, D],
     cache.c_kv [B, T, kv_lora] (after its norm) and cache.k_rope [B, T, rope] (after RoPE, adjacent pairs as in the
     released code), grad_output, grad.hidden_states, grad.weight.<name>.
+
+The sparse cases are DeepseekV32Attention and GlmMoeDsaAttention, whose indexer gets no gradient. Their seed is the first one for
+which no selection is nearer than MIN_MARGIN to a tie; topk [B, T, K] i32 are the selected positions, ascending, -1 where a query
+sees fewer keys.
 """
 
 import copy
@@ -16,6 +20,8 @@ import torch
 from fixture_file import ROOT, deterministic, provenance, save_record, save_tensors
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek_v32
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_moe_dsa
 
 OUT = ROOT / "packages/attention-mla/fixtures"
 BASE = dict(
@@ -23,6 +29,8 @@ BASE = dict(
     qk_rope_head_dim=8, v_head_dim=10, max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-5,
 )
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
+SPARSE = dict(index_topk=4, index_n_heads=6, index_head_dim=12)
+MIN_MARGIN = 1e-3
 CASES = {
     "q-lora": dict(seed=11, config={}, starts=[0, 0], note="with q_lora, plain RoPE"),
     "no-q-lora": dict(seed=12, config=dict(q_lora_rank=None, rope_theta=50000.0), starts=[0, 3],
@@ -33,17 +41,83 @@ CASES = {
     "yarn-mscale": dict(seed=14, config=dict(rope_scaling=dict(YARN, mscale=0.5, mscale_all_dim=0.8), q_lora_rank=None,
                                              max_position_embeddings=163840), starts=[7, 0],
                         note="YaRN with unequal mscale: cos and sin carry their ratio, the softmax scale mscale_all_dim"),
+    "sparse": dict(seed=15, config=SPARSE, starts=[0, 3], classes=(deepseek_v32, "DeepseekV32"),
+                   note="sparse attention of DeepSeek-V3.2 to 4 of 10 keys"),
+    "sparse-interleaved": dict(
+        seed=16, config=dict(SPARSE, index_topk=3, indexer_rope_interleave=True), starts=[0, 0], classes=(glm_moe_dsa, "GlmMoeDsa"),
+        note="sparse attention of GLM-5, whose indexer rotates adjacent features"),
 }
+
+
+class SelectionCheck:
+    """Watches the indexers of a model: keeps the last selection of each, and the smallest margin of all."""
+
+    def __init__(self):
+        self.margin, self.seen = float("inf"), {}
+
+    def watch(self, model):
+        for name, module in model.named_modules():
+            if name.split(".")[-1] == "indexer":
+                module.register_forward_hook(lambda m, args, out, key=name: self.check(key, m, args, out), with_kwargs=False)
+
+    def check(self, key, indexer, args, out):
+        """Recomputes the scores from eq. 1 of the report, in f64 and without the class."""
+        hidden, compressed, (cos, sin), mask = (args[0].double(), args[1].double(), tuple(t.double() for t in args[2]), args[3])
+        heads, features, rope = indexer.n_heads, indexer.head_dim, indexer.qk_rope_head_dim
+        weight = lambda name: getattr(indexer, name).weight.double()
+        q = (compressed @ weight("wq_b").T).unflatten(-1, (heads, features))
+        k = torch.nn.functional.layer_norm(hidden @ weight("wk").T, (features,), weight("k_norm"), indexer.k_norm.bias.double(), 1e-6)
+        half, interleaved = rope // 2, "Glm" in type(indexer).__name__
+        c, s = cos[..., :half], sin[..., :half]
+
+        def turn(x, c, s):
+            x = x.clone()
+            a, b = (x[..., 0:rope:2], x[..., 1:rope:2]) if interleaved else (x[..., :half], x[..., half:rope])
+            a, b = a * c - b * s, b * c + a * s
+            return torch.cat([a, b, x[..., rope:]], -1)
+
+        q, k = turn(q, c[:, :, None], s[:, :, None]), turn(k, c, s)
+        w = hidden @ weight("weights_proj").T * heads**-0.5 * features**-0.5
+        scores = torch.einsum("bth,bths->bts", w, torch.einsum("bthd,bsd->bths", q, k).relu())
+        visible = mask.expand(scores.shape) if mask.dtype == torch.bool else (mask == 0).expand(scores.shape)
+        ordered, positions = scores.masked_fill(~visible, float("-inf")).sort(-1, descending=True)
+        count = out.shape[-1]
+        if count < scores.shape[-1]:
+            gap = (ordered[..., count - 1] - ordered[..., count])[ordered[..., count].isfinite()]
+            self.margin = min([self.margin, *gap.flatten().tolist()])
+        own = lambda t: torch.where(visible.gather(-1, t), t, -1).sort(-1).values
+        chosen = own(out.long())
+        if self.margin > 0 and not torch.equal(chosen, own(positions[..., :count])):
+            raise SystemExit(f"{key}: this version of transformers departs from eq. 1 of the report; fixture not written")
+        self.seen[key] = chosen.int()
 
 
 def write_case(case):
     spec = CASES[case]
-    deterministic(spec["seed"])
-    g = torch.Generator().manual_seed(spec["seed"])
-    config = DeepseekV3Config(**{**BASE, **copy.deepcopy(spec["config"])})
+    for seed in range(spec["seed"], 1000, 100):
+        if write_with_seed(case, spec, seed):
+            return
+    raise SystemExit(f"{case}: no seed keeps the selection {MIN_MARGIN} away from a tie")
+
+
+def classes(spec):
+    """The configuration, the attention and the rotary embedding of a case."""
+    if "classes" not in spec:
+        return DeepseekV3Config, DeepseekV3Attention, DeepseekV3RotaryEmbedding
+    module, prefix = spec["classes"]
+    return tuple(getattr(module, prefix + name) for name in ("Config", "Attention", "RotaryEmbedding"))
+
+
+def write_with_seed(case, spec, seed):
+    deterministic(seed)
+    g = torch.Generator().manual_seed(seed)
+    make_config, make_attention, make_rotary = classes(spec)
+    config = make_config(**{**BASE, **copy.deepcopy(spec["config"])})
     config._attn_implementation = "eager"
-    attention = DeepseekV3Attention(config, layer_idx=0).eval()
-    rotary = DeepseekV3RotaryEmbedding(config)
+    attention = make_attention(config, layer_idx=0).eval()
+    rotary = make_rotary(config)
+    check = SelectionCheck()
+    check.watch(attention)
     with torch.no_grad():
         for name, p in attention.named_parameters():
             noise = torch.randn(p.shape, generator=g)
@@ -53,7 +127,9 @@ def write_case(case):
     positions = torch.tensor(spec["starts"])[:, None] + torch.arange(time)[None]
     cos, sin = rotary(hidden, positions)
     causal = torch.full((time, time), float("-inf")).triu(1)[None, None]
-    output, _ = attention(hidden, (cos, sin), causal)
+    output = attention(hidden, (cos, sin), causal)[0]
+    if check.margin < MIN_MARGIN:
+        return False
     grad_output = torch.randn(output.shape, generator=g)
     output.backward(grad_output)
 
@@ -70,16 +146,19 @@ def write_case(case):
         "grad.hidden_states": hidden.grad,
     }
     tensors |= {f"weight.{k}": v for k, v in attention.named_parameters()}
-    tensors |= {f"grad.weight.{k}": v.grad for k, v in attention.named_parameters()}
+    tensors |= {f"grad.weight.{k}": v.grad for k, v in attention.named_parameters() if v.grad is not None}
+    tensors |= {"topk": chosen for chosen in check.seen.values()}
     size = save_tensors(OUT / f"{case}.safetensors", tensors)
-    keys = ["rope_theta", "rope_scaling", *[k for k in BASE if k != "rope_theta"]]
+    keys = ["rope_theta", "rope_scaling", *[k for k in BASE if k != "rope_theta"], *SPARSE, "indexer_rope_interleave"]
     given = {**BASE, **spec["config"]}
     save_record(OUT / f"{case}.json", {
-        "about": spec["note"], **provenance(spec["seed"]), "config": {k: given[k] for k in keys if k in given},
+        "about": spec["note"], **provenance(seed), "config": {k: given[k] for k in keys if k in given},
         "softmaxScale": attention.scaling, "ropeScale": rotary.attention_scaling,
         "innerNormEps": attention.kv_a_layernorm.variance_epsilon,
     })
-    print(f"{case}: {size} bytes, softmax scale {attention.scaling:.6f}, rope scale {rotary.attention_scaling:.6f}")
+    print(f"{case}: {size} bytes, softmax scale {attention.scaling:.6f}, rope scale {rotary.attention_scaling:.6f}, "
+          f"selection margin {check.margin:.1e}")
+    return True
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ export interface MlaConfig {
   readonly rope_scaling?: RopeScaling | null
   /** Whether to rotate adjacent features, as in the released layout (default), instead of halves. */
   readonly rope_interleave?: boolean
+  /**
+   * Number of keys that a query attends to, selected by a lightning indexer (DeepSeek-V3.2). Requires q_lora_rank.
+   * Default null: all keys, without an indexer.
+   */
+  readonly index_topk?: number | null
+  /** Number of heads of the indexer. */
+  readonly index_n_heads?: number
+  /** Features of the queries and the key of the indexer, of which the first qk_rope_head_dim are rotated. */
+  readonly index_head_dim?: number
+  /** Whether the indexer rotates adjacent features, as in GLM, instead of halves (default). */
+  readonly indexer_rope_interleave?: boolean
 }
 
 export const mlaNames: OptionNames<MlaConfig> = {
@@ -56,6 +67,10 @@ export const mlaNames: OptionNames<MlaConfig> = {
   rope_theta: true,
   rope_scaling: true,
   rope_interleave: true,
+  index_topk: true,
+  index_n_heads: true,
+  index_head_dim: true,
+  indexer_rope_interleave: true,
 }
 
 const scalingNames: OptionNames<RopeScaling> = {
@@ -87,6 +102,20 @@ export function ropeProblems({
   return problems
 }
 
+/** Returns the problems of the settings of the indexer. */
+function indexerProblems(config: MlaConfig): string[] {
+  if (config.index_topk == null) return []
+  const problems: string[] = []
+  for (const key of ['index_topk', 'index_n_heads', 'index_head_dim'] as const) {
+    const size = config[key]
+    if (!Number.isInteger(size) || Number(size) < 1) problems.push(`${key} = ${shown(size)} is not a positive integer`)
+  }
+  const { index_head_dim: features = 0, qk_rope_head_dim: ropeDim } = config
+  if (features < ropeDim) problems.push(`index_head_dim = ${features} is less than qk_rope_head_dim = ${ropeDim}`)
+  if (config.q_lora_rank === null) problems.push('index_topk requires q_lora_rank: the indexer reads compressed queries')
+  return problems
+}
+
 /** Checks the configuration of an MLA layer. @throws MoeError E_CONFIG that lists all problems */
 export function checkMlaConfig(config: MlaConfig): void {
   checkShared('MultiHeadLatentAttention', config, mlaNames)
@@ -107,7 +136,7 @@ export function checkMlaConfig(config: MlaConfig): void {
     problems.push(`q_lora_rank = ${shown(config.q_lora_rank)} is neither null nor a positive integer`)
   }
   if (config.qk_rope_head_dim % 2 !== 0) problems.push(`qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
-  problems.push(...ropeProblems(config))
+  problems.push(...ropeProblems(config), ...indexerProblems(config))
   if (problems.length > 0) {
     throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadLatentAttention', problem: problems.join('; ') })
   }

@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/attention-mla. */
-export type { CacheDType, CacheMemoryOptions } from './cache/cache-rows.ts'
+export type { CacheDType, CacheFeatures, CacheMemoryOptions, RowKind } from './cache/cache-rows.ts'
 export {
   type CacheCost,
   type CacheOptions,
@@ -11,6 +11,8 @@ export {
 export { PagedBatch, PagedCache, type PagedCacheOptions, PagedSequence } from './cache/paged-cache.ts'
 export type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
 export type { MlaConfig, RopeScaling } from './config.ts'
+export { LayerNorm } from './layer-norm.ts'
+export { type IndexQueries, LightningIndexer } from './lightning-indexer.ts'
 export { type MhaConfig, type MhaForwardOptions, type MhaOptions, MultiHeadAttention } from './mha.ts'
 export { type MlaForwardOptions, type MlaOptions, MultiHeadLatentAttention } from './mla.ts'
 export {

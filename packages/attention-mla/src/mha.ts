@@ -61,7 +61,7 @@ export interface MhaOptions extends InitOptions {
 }
 
 /** Options of a forward pass. */
-export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
+export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo' | 'onIndexerLoss' | 'dense'>
 
 const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, starts: true, cache: true, layer: true }
 

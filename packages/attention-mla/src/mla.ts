@@ -1,14 +1,18 @@
 /**
- * @file Multi-head Latent Attention (DeepSeek-V2 report 2.1, V3 report eq. 1-11).
+ * @file Multi-head Latent Attention (DeepSeek-V2 report 2.1, V3 report eq. 1-11), and its sparse form with a lightning
+ * indexer (DeepSeek-V3.2 report 2.1).
  *
- * Legend: B batch, T time, H heads, N nope features, R rope features, V value features, C kv_lora_rank.
+ * Legend: B batch, T time, H heads, N nope features, R rope features, V value features, C kv_lora_rank, S keys, K keys
+ * that the indexer selects.
  */
 import {
   type AttentionOptions,
+  arange,
   attention,
   type Backend,
   checkOptions,
   checkShared,
+  concat,
   denseWeight,
   disposeAfterUse,
   forkInit,
@@ -35,10 +39,13 @@ import {
   withKept,
   withRecomputed,
 } from '@moe/core'
+import type { CacheFeatures } from './cache/cache-rows.ts'
 import { latentFeatures } from './cache/kv-cache.ts'
 import { type CacheStep, needSequences, type SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
+import { bestKeys, indexScores, LightningIndexer } from './lightning-indexer.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
+import { chunkSize, sparseAttention } from './sparse-attention.ts'
 
 /** Options of an MLA layer: initialization and shared tables. */
 export interface MlaOptions extends InitOptions {
@@ -68,6 +75,16 @@ export interface MlaForwardOptions {
   readonly layer?: number
   /** Up to this many new tokens are computed in absorbed form; for more, keys and values are expanded. Default 8. */
   readonly absorbUpTo?: number
+  /**
+   * Receives the loss of the indexer, `[B, T]` (DeepSeek-V3.2 report eq. 4): for each token, how much the index scores
+   * of its keys diverge from its attention to them. It trains the indexer alone. Not with a cache.
+   */
+  readonly onIndexerLoss?: (loss_BT: Tensor) => void
+  /**
+   * If true, tokens attend to all keys instead of those that the indexer selects, and the loss of the indexer covers
+   * all keys (eq. 3): to warm up a new indexer. Not with a cache. Default false.
+   */
+  readonly dense?: boolean
 }
 
 const forwardNames: OptionNames<MlaForwardOptions> = {
@@ -76,6 +93,8 @@ const forwardNames: OptionNames<MlaForwardOptions> = {
   cache: true,
   layer: true,
   absorbUpTo: true,
+  onIndexerLoss: true,
+  dense: true,
 }
 
 /**
@@ -115,6 +134,8 @@ export class MultiHeadLatentAttention extends Module {
   kv_b_proj: Linear
   /** W_O `[hidden_size, heads * v]` (eq. 11). */
   o_proj: Linear
+  /** Selects the keys of sparse attention; only present if index_topk is set. */
+  declare indexer?: LightningIndexer
   /**
    * Recomputes queries, keys and values from the latents in the backward pass instead of keeping them (V3 report
    * 3.2.3). The attention itself is not recomputed. May be changed between passes. Default false.
@@ -144,19 +165,20 @@ export class MultiHeadLatentAttention extends Module {
     this.kv_a_layernorm = new RmsNorm(latent, latentNormEps, init)
     this.kv_b_proj = new Linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), child('kv_b_proj'))
     this.o_proj = new Linear(heads * config.v_head_dim, hidden, child('o_proj'))
+    if (config.index_topk != null) this.indexer = new LightningIndexer(config, child('indexer'))
     this.#config = config
     this.#scale = softmaxScale(config)
     this.#rotary = sharedRotary(rotary, config)
   }
 
-  /** Elements that a cache of this layer stores per token: the latent and the rope key. */
-  get cacheFeatures(): number {
+  /** Elements that a cache of this layer stores per token: latent and rope key, and the key of the indexer. */
+  get cacheFeatures(): CacheFeatures {
     return latentFeatures('MultiHeadLatentAttention', this.#config)
   }
 
   /**
    * Maps x `[batch, time, hidden]` to the same shape. With a cache, gradients are not recorded, and up to `absorbUpTo`
-   * tokens attend to the latents directly.
+   * tokens attend to the latents directly; if there are more than index_topk keys, all tokens do.
    * @throws MoeError E_SHAPE, E_CONFIG
    */
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
@@ -171,13 +193,16 @@ export class MultiHeadLatentAttention extends Module {
       const through = this.recompute ? withRecomputed : withKept
       return through(
         (queryInput, keyInput) => {
-          const flat = this.#queries(queryInput)
+          const flat = this.#queries(this.#compressed(queryInput))
           const q = this.#rotate(flat, tables)
           // No gradient rule reads it, nor `kv` below.
           disposeAfterUse(flat)
           return [q, ...this.#keyValue(this.#latent(keyInput), this.#rotate(this.#ropeKey(keyInput), tables))]
         },
-        (q, k, v) => this.#attend(q, k, v, { starts }),
+        (q, k, v) =>
+          this.#isSparse(time, options)
+            ? this.#attendSparse(x_BTD, down, tables, [q, k, v], options)
+            : this.#attend(q, k, v, { starts }),
         down,
         both,
       )
@@ -202,11 +227,16 @@ export class MultiHeadLatentAttention extends Module {
     return { down: (this.q_proj ?? (this.q_a_proj as Linear)).forward(x), both: this.kv_a_proj_with_mqa.forward(x) }
   }
 
+  /** The normalized compressed queries `[B, T, q_lora_rank]`. Without compression, `down` itself. */
+  #compressed(down: Tensor): Tensor {
+    return this.q_a_layernorm?.forward(down) ?? down
+  }
+
   /** Queries `[B, T, H, N + R]`, with the rope part not yet rotated. */
-  #queries(down: Tensor): Tensor {
+  #queries(compressed: Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim } = this.#config
-    const flat = this.q_proj ? down : (this.q_b_proj as Linear).forward((this.q_a_layernorm as RmsNorm).forward(down))
-    return flat.reshape([down.shape[0], down.shape[1], heads, nope + ropeDim])
+    const flat = this.q_b_proj?.forward(compressed) ?? compressed
+    return flat.reshape([compressed.shape[0], compressed.shape[1], heads, nope + ropeDim])
   }
 
   /** Rotates the last R features of each head. They follow the other features of x, or those of `plain`. */
@@ -245,6 +275,35 @@ export class MultiHeadLatentAttention extends Module {
     return this.o_proj.forward(out.reshape([batch, time, v.shape[2] * v.shape[3]]))
   }
 
+  /** Whether a forward pass of so many tokens without a cache needs the indexer. */
+  #isSparse(time: number, { dense = false, onIndexerLoss }: MlaForwardOptions): boolean {
+    const { index_topk: count } = this.#config
+    return count != null && (onIndexerLoss !== undefined || (time > count && !dense))
+  }
+
+  /** The output for tokens x whose keys are their own, with the losses of the indexer. Its input gets no gradient. */
+  #attendSparse(
+    x: Tensor,
+    down: Tensor,
+    tables: RotaryTables,
+    [q, k, v]: readonly [Tensor, Tensor, Tensor],
+    { starts, dense = false, onIndexerLoss }: MlaForwardOptions,
+  ): Tensor {
+    const indexer = this.indexer as LightningIndexer
+    const input = x.detach()
+    const compressed = noGrad(() => this.#compressed(down)).detach()
+    const ofIndexer = onIndexerLoss === undefined ? noGrad : <T>(fn: () => T) => fn()
+    const index = ofIndexer(() => ({
+      ...indexer.queries(input, compressed, tables),
+      keys: indexer.keys(input, tables),
+    }))
+    const count = this.#config.index_topk as number
+    const wanted = { scale: this.#scale, count, starts, dense, loss: onIndexerLoss !== undefined }
+    const { out, loss } = sparseAttention(q, k, v, index, wanted)
+    if (loss !== undefined) onIndexerLoss?.(loss)
+    return this.o_proj.forward(out.reshape([out.shape[0], out.shape[1], v.shape[2] * v.shape[3]]))
+  }
+
   #cached(x: Tensor, cache: SequenceCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
     const { layer = 0, absorbUpTo = 8 } = options
     const [batch, time] = x.shape
@@ -252,20 +311,100 @@ export class MultiHeadLatentAttention extends Module {
     const oneHead = (t: Tensor) => t.reshape([batch, time, 1, t.shape[2]])
     const row = this.#rotate(oneHead(both), tables, oneHead(this.#latent(both)))
     cache.write(layer, row.reshape(both.shape))
-    const q = this.#queries(down)
+    const compressed = this.#compressed(down)
+    const q = this.#queries(compressed)
     const step = cache.next(time)
-    if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), step)
-    const rows = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
+    const isShort = time <= absorbUpTo
+    const keys = Math.max(...cache.lengths) + time
+    if (this.indexer !== undefined) {
+      cache.write(layer, this.indexer.keys(x, tables), 'index')
+      // The shapes of short passes, which may be recorded, depend on the capacity instead of the length.
+      const within = isShort ? cache.capacity : keys
+      if (within > (this.#config.index_topk as number)) {
+        return this.#selectedForward(x, compressed, q, tables, cache, layer, step, within)
+      }
+    }
+    if (isShort) {
+      const { lengths, pages } = step
+      return this.#absorbedForward(q, tables, qAbsorbed =>
+        latentAttention(qAbsorbed, cache.rows(layer), lengths, { ...this.#latentOptions, pages }),
+      )
+    }
+    const rows = cache.first(layer, keys).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
     const [k, v] = this.#keyValue(latents, this.#ropeKey(rows))
     return this.#attend(this.#rotate(q, tables), k, v, { lengths: step.lengths })
   }
 
-  /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */
-  #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, rows: Tensor, step: CacheStep): Tensor {
+  /**
+   * Attends to the cached keys that the indexer selects, in latent space: each query reads its rows as pages of one row.
+   * `within` is the number of positions among which to select.
+   */
+  #selectedForward(
+    x: Tensor,
+    compressed: Tensor,
+    q_BTHD: Tensor,
+    tables: RotaryTables,
+    cache: SequenceCache,
+    layer: number,
+    step: CacheStep,
+    within: number,
+  ): Tensor {
+    const { num_attention_heads: heads, index_topk, index_n_heads: indexHeads = 0 } = this.#config
+    const count = index_topk as number
+    const { backend } = x
+    const [batch, time] = x.shape
+    const flat = (rows: Tensor) => rows.reshape([rows.shape[0] * rows.shape[1], rows.shape[2]])
+    const rowOf_BS = step.positionRows()
+    const stored = cache.rows(layer, 'index')
+    const keys_BSI =
+      step.pages === undefined ? stored.narrow(1, 0, within) : flat(stored).takeRows(rowOf_BS.narrow(1, 0, within))
+    const keys = keys_BSI.cast('f32')
+    const { q: indexQ, weights } = (this.indexer as LightningIndexer).queries(x, compressed, tables)
+    const firstOf_B11 = arange(batch, { backend }).mul(cache.capacity).reshape([batch, 1, 1])
+    const pool = flat(cache.rows(layer)).reshape([-1, 1, cache.features])
+    const chunk = chunkSize(batch * Math.max(within * indexHeads, heads * cache.features))
+    const outs: Tensor[] = []
+    for (let from = 0; from < time; from += chunk) {
+      const to = Math.min(time, from + chunk)
+      const part = (t: Tensor) => t.narrow(t.rank === 2 ? 0 : 1, from, to)
+      outs.push(
+        scope(() => {
+          const scores = indexScores({ q: part(indexQ), weights: part(weights) }, keys)
+          // The number of keys that each query sees.
+          const limits_BT1 = step.lengths
+            .reshape([batch, 1, 1])
+            .add(arange(to - from, { backend }).reshape([1, to - from, 1]))
+            .add(from + 1 - time)
+          const positions = bestKeys(scores, limits_BT1, count)
+          const rows = rowOf_BS.reshape([rowOf_BS.size]).takeRows(positions.add(firstOf_B11))
+          const queries = batch * (to - from)
+          const lengths = limits_BT1.reshape([queries]).minimum(count)
+          const pages = rows.reshape([queries, count])
+          const turn = { cos: part(tables.cos), sin: part(tables.sin) }
+          return this.#absorbedForward(part(q_BTHD), turn, q =>
+            latentAttention(q.reshape([queries, 1, heads, cache.features]), pool, lengths, {
+              ...this.#latentOptions,
+              pages,
+            }),
+          )
+        }),
+      )
+    }
+    return outs.length === 1 ? outs[0] : concat(outs, 1)
+  }
+
+  get #latentOptions() {
+    return { scale: this.#scale, valueDim: this.#config.kv_lora_rank }
+  }
+
+  /**
+   * Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c).
+   * @param attend maps absorbed queries `[B, T, H, C + R]` to sums of latents, with B * T * H * C elements
+   */
+  #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, attend: (q_BTHC: Tensor) => Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     const [batch, time] = q_BTHD.shape
-    const { lengths, pages } = step
     const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
     // With a single token, the heads are already the leading axis.
     const one = batch * time === 1
@@ -274,7 +413,7 @@ export class MultiHeadLatentAttention extends Module {
       one ? t.reshape([1, 1, heads, t.shape[2]]) : t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
     const qLatent = perToken(up(byHead(q_BTHD.narrow(3, 0, nope))))
     const q = this.#rotate(q_BTHD, tables, qLatent)
-    const context_BTHC = latentAttention(q, rows, lengths, { scale: this.#scale, valueDim: rank, pages })
+    const context_BTHC = attend(q).reshape([batch, time, heads, rank])
     const out = perToken(down(byHead(context_BTHC)))
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))
   }

@@ -24,6 +24,23 @@ const cacheDTypes: readonly CacheDType[] = ['f32', 'bf16']
 export const cacheError = (code: ErrorCode, method: string, problem: string, fix?: string): MoeError =>
   new MoeError({ code, op: `KvCache.${method}`, problem, fix })
 
+/** Elements of the rows that a layer stores for each token. */
+export interface CacheFeatures {
+  /** What attention reads: the latent and the rope key, or keys and values. */
+  readonly attention: number
+  /** The key of a lightning indexer; 0 for attention without one. */
+  readonly index: number
+}
+
+/** Which of the rows of a layer. */
+export type RowKind = keyof CacheFeatures
+
+const rowKinds: readonly RowKind[] = ['attention', 'index']
+
+/** Accepts a number for caches without index keys. */
+export const cacheFeaturesOf = (features: number | CacheFeatures): CacheFeatures =>
+  typeof features === 'number' ? { attention: features, index: 0 } : features
+
 /** Options of every kind of cache. */
 export interface CacheMemoryOptions {
   /** Number of attention layers, each of which has its own rows. */
@@ -51,17 +68,16 @@ export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: Cache
 export interface RowsShape {
   readonly blocks: number
   readonly perBlock: number
-  /** Elements of a row. */
-  readonly features: number
+  readonly features: CacheFeatures
 }
 
-/** Rows `[blocks, perBlock, features]` of each layer, overwritten in place if the backend can. */
+/** Rows `[blocks, perBlock, features]` of each kind and layer, overwritten in place if the backend can. */
 export class CacheRows {
-  readonly features: number
+  readonly features: CacheFeatures
   readonly dtype: CacheDType
   readonly layers: number
   readonly backend: Backend
-  #rows: Tensor[]
+  readonly #rows: Readonly<Record<RowKind, Tensor[]>>
   /** How often rows were moved to other memory. */
   moves = 0
 
@@ -70,58 +86,74 @@ export class CacheRows {
     this.dtype = dtype
     this.layers = layers
     this.backend = backend
-    this.#rows = keep(scope(() => Array.from({ length: layers }, () => this.#empty(blocks, perBlock))))
+    const perLayer = (kind: RowKind) =>
+      Array.from({ length: features[kind] === 0 ? 0 : layers }, () => this.#empty(kind, blocks, perBlock))
+    this.#rows = keep(scope(() => ({ attention: perLayer('attention'), index: perLayer('index') })))
+  }
+
+  /** Elements of all kinds of rows, per token and layer. */
+  get elements(): number {
+    return this.features.attention + this.features.index
   }
 
   /** Returns the rows of a layer. @throws MoeError E_ATTR, E_DISPOSED */
-  of(layer: number): Tensor {
-    const rows = this.#rows[layer]
+  of(layer: number, kind: RowKind = 'attention'): Tensor {
+    const rows = this.#rows[kind][layer]
     if (rows !== undefined) return rows
-    if (this.#rows.length === 0) throw cacheError('E_DISPOSED', 'rows', 'the cache was disposed')
-    const problem = `layer ${layer} does not exist in a cache of ${this.#rows.length} layers`
+    const { length } = this.#rows.attention
+    if (length === 0) throw cacheError('E_DISPOSED', 'rows', 'the cache was disposed')
+    if (this.features[kind] === 0) {
+      const problem = 'the cache stores no keys of an indexer'
+      throw cacheError('E_ATTR', 'rows', problem, 'create it with the cacheFeatures of the attention')
+    }
+    const problem = `layer ${layer} does not exist in a cache of ${length} layers`
     throw cacheError('E_ATTR', 'rows', problem, 'create the cache with more layers')
   }
 
   /** Writes `source [..., features]`, rounded to the dtype, over the rows of a layer at `index i32 [n]`. */
-  write(layer: number, index: Tensor, source: Tensor): void {
-    const old = this.of(layer)
+  write(layer: number, kind: RowKind, index: Tensor, source: Tensor): void {
+    const old = this.of(layer, kind)
     const { shape } = old
     scope(() => {
-      const rounded = source.detach().cast(this.dtype).reshape([index.size, this.features])
+      const rounded = source.detach().cast(this.dtype).reshape([index.size, shape[2]])
       // The reshape shares memory with `old`. Once `old` is disposed, the rows are written in place.
-      let flat = old.reshape([shape[0] * shape[1], this.features])
+      let flat = old.reshape([shape[0] * shape[1], shape[2]])
       old.dispose()
       try {
         flat = setRows(flat, index, rounded, { donate: true })
       } finally {
         // If there was not enough memory, the old rows stay.
-        this.#rows[layer] = keep(flat.reshape(shape))
+        this.#rows[kind][layer] = keep(flat.reshape(shape))
       }
     })
   }
 
   /** Grows to more blocks, or to more rows in each block. */
   grow(to: { readonly blocks: number; readonly perBlock: number }): void {
+    for (const kind of rowKinds) this.#growKind(kind, to)
+  }
+
+  #growKind(kind: RowKind, to: { readonly blocks: number; readonly perBlock: number }): void {
     // Layer by layer: if memory runs out, layers that have grown stay so, and a retry continues with the others.
-    for (const [layer, old] of this.#rows.entries()) {
+    for (const [layer, old] of this.#rows[kind].entries()) {
       const [blocks, perBlock] = old.shape
       if (blocks === to.blocks && perBlock === to.perBlock) continue
       const more =
         blocks === to.blocks
-          ? () => concat([old, this.#empty(blocks, to.perBlock - perBlock)], 1)
-          : () => concat([old, this.#empty(to.blocks - blocks, perBlock)], 0)
-      this.#rows[layer] = keep(scope(more))
+          ? () => concat([old, this.#empty(kind, blocks, to.perBlock - perBlock)], 1)
+          : () => concat([old, this.#empty(kind, to.blocks - blocks, perBlock)], 0)
+      this.#rows[kind][layer] = keep(scope(more))
       old.dispose()
       this.moves++
     }
   }
 
-  #empty(blocks: number, perBlock: number): Tensor {
-    return scope(() => zeros([blocks, perBlock, this.features], { backend: this.backend }).cast(this.dtype))
+  #empty(kind: RowKind, blocks: number, perBlock: number): Tensor {
+    const shape = [blocks, perBlock, this.features[kind]]
+    return scope(() => zeros(shape, { backend: this.backend }).cast(this.dtype))
   }
 
   dispose(): void {
-    for (const rows of this.#rows) rows.dispose()
-    this.#rows = []
+    for (const kind of rowKinds) for (const rows of this.#rows[kind].splice(0)) rows.dispose()
   }
 }

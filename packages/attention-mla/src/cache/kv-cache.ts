@@ -4,7 +4,16 @@
  */
 import { checkOptions, checkShared, defaultBackend, dtypeBytes, type OptionNames, type Tensor } from '@moe/core'
 import { type MlaConfig, mlaNames } from '../config.ts'
-import { type CacheDType, type CacheMemoryOptions, CacheRows, checkSizes, memoryNames } from './cache-rows.ts'
+import {
+  type CacheDType,
+  type CacheFeatures,
+  type CacheMemoryOptions,
+  CacheRows,
+  cacheFeaturesOf,
+  checkSizes,
+  memoryNames,
+  type RowKind,
+} from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
 /** Memory per token over all layers of a model, for the latent cache and for expanded keys and values. */
@@ -17,18 +26,20 @@ export interface CacheCost {
   readonly expandedBytes: number
 }
 
-/** The part of a configuration that determines the row size of the latent cache. */
-export type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
+/** The part of a configuration that determines the size of the rows of a latent cache. */
+export type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim' | 'index_topk' | 'index_head_dim'>
 
-/** Returns the number of elements per token and layer of a latent cache. */
-export function latentFeatures(op: string, config: LatentSizes): number {
+/** Returns the sizes of the rows of a latent cache: the latent with the rope key, and the key of the indexer. */
+export function latentFeatures(op: string, config: LatentSizes): CacheFeatures {
   checkShared<Partial<MlaConfig>>(op, config, mlaNames)
-  return config.kv_lora_rank + config.qk_rope_head_dim
+  const { kv_lora_rank, qk_rope_head_dim, index_topk, index_head_dim } = config
+  return { attention: kv_lora_rank + qk_rope_head_dim, index: index_topk == null ? 0 : (index_head_dim ?? 0) }
 }
 
 /** Computes the cache memory per token from a configuration, without creating a cache. `dtype` defaults to f32. */
 export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType = 'f32'): CacheCost {
-  const elements = layers * latentFeatures('cacheCost', config)
+  const features = latentFeatures('cacheCost', config)
+  const elements = layers * (features.attention + features.index)
   const { qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
   const expanded = layers * heads * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
   return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
@@ -50,14 +61,16 @@ export class KvCache extends SequenceCache {
 
   /**
    * Allocates the cache.
-   * @param features elements per token and layer: `cacheFeatures` of the attention
+   * @param features elements per token and layer: `cacheFeatures` of the attention. A number stands for rows that
+   * attention reads, without those of an indexer.
    * @throws MoeError E_CONFIG for sizes that are not positive integers, or an unsupported dtype
    */
-  constructor(features: number, options: CacheOptions) {
+  constructor(features: number | CacheFeatures, options: CacheOptions) {
     checkOptions(new.target.name, options, names)
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
     checkSizes({ layers, batch, capacity }, dtype)
-    super(batch, new CacheRows({ blocks: batch, perBlock: capacity, features }, { layers, dtype, backend }))
+    const shape = { blocks: batch, perBlock: capacity, features: cacheFeaturesOf(features) }
+    super(batch, new CacheRows(shape, { layers, dtype, backend }))
     this.#capacity = capacity
   }
 
@@ -73,9 +86,9 @@ export class KvCache extends SequenceCache {
     return null
   }
 
-  /** Bytes per token over all layers: layers * features elements. */
+  /** Bytes per token over all layers, including the keys of indexers. */
   get bytesPerToken(): number {
-    return this.memory.layers * this.features * dtypeBytes[this.dtype]
+    return this.memory.layers * this.memory.elements * dtypeBytes[this.dtype]
   }
 
   /** Bytes currently allocated. */
@@ -87,8 +100,8 @@ export class KvCache extends SequenceCache {
     return sequence * this.#capacity + position
   }
 
-  first(layer: number, time: number): Tensor {
-    return this.rows(layer).narrow(1, 0, time)
+  first(layer: number, time: number, kind?: RowKind): Tensor {
+    return this.rows(layer, kind).narrow(1, 0, time)
   }
 
   reserve(time: number): void {
@@ -107,7 +120,10 @@ export class KvCache extends SequenceCache {
   }
 }
 
-/** A cache of compressed keys and values: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
+/**
+ * A cache of compressed keys and values: kv_lora_rank + qk_rope_head_dim elements per token and layer, and
+ * index_head_dim more with sparse attention.
+ */
 export class LatentCache extends KvCache {
   /** Allocates the cache, with rows of the size that the configuration determines. @throws MoeError E_CONFIG */
   constructor(config: LatentSizes, options: CacheOptions) {

@@ -13,7 +13,16 @@ import {
   type OptionNames,
   type Tensor,
 } from '@moe/core'
-import { type CacheMemoryOptions, CacheRows, cacheError, checkSizes, memoryNames } from './cache-rows.ts'
+import {
+  type CacheFeatures,
+  type CacheMemoryOptions,
+  CacheRows,
+  cacheError,
+  cacheFeaturesOf,
+  checkSizes,
+  memoryNames,
+  type RowKind,
+} from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
 /** Options of a paged cache. */
@@ -79,10 +88,11 @@ export class PagedCache {
 
   /**
    * Allocates the first pages.
-   * @param features elements per token and layer: `cacheFeatures` of the attention
+   * @param features elements per token and layer: `cacheFeatures` of the attention. A number stands for rows that
+   * attention reads, without those of an indexer.
    * @throws MoeError E_CONFIG for sizes that are not positive integers, or an unsupported dtype
    */
-  constructor(features: number, options: PagedCacheOptions) {
+  constructor(features: number | CacheFeatures, options: PagedCacheOptions) {
     checkOptions('PagedCache', options, names)
     const { layers, tokens, pageSize = 64, lookahead = 0, dtype = 'f32', backend = defaultBackend() } = options
     checkSizes({ layers, tokens, pageSize, ...(lookahead !== 0 && { lookahead }) }, dtype)
@@ -90,7 +100,8 @@ export class PagedCache {
     this.#lookahead = lookahead
     this.#limit = Math.ceil(tokens / pageSize)
     const blocks = Math.min(pagesAtFirst, this.#limit)
-    this.#memory = new CacheRows({ blocks, perBlock: pageSize, features }, { layers, dtype, backend })
+    const shape = { blocks, perBlock: pageSize, features: cacheFeaturesOf(features) }
+    this.#memory = new CacheRows(shape, { layers, dtype, backend })
     this.#add(blocks)
   }
 
@@ -106,8 +117,8 @@ export class PagedCache {
 
   /** Bytes currently allocated. */
   get bytes(): number {
-    const { layers, features, dtype } = this.#memory
-    return this.#users.length * this.pageSize * layers * features * dtypeBytes[dtype]
+    const { layers, elements, dtype } = this.#memory
+    return this.#users.length * this.pageSize * layers * elements * dtypeBytes[dtype]
   }
 
   /**
@@ -294,10 +305,11 @@ export class PagedBatch extends SequenceCache {
     return page * this.#pageSize + (position % this.#pageSize)
   }
 
-  first(layer: number, time: number): Tensor {
-    const rows = this.rows(layer)
-    const flat = rows.reshape([rows.shape[0] * rows.shape[1], this.features])
-    return flat.takeRows(this.#firstRows(time)).reshape([this.batch, time, this.features])
+  first(layer: number, time: number, kind?: RowKind): Tensor {
+    const rows = this.rows(layer, kind)
+    const [blocks, perBlock, features] = rows.shape
+    const flat = rows.reshape([blocks * perBlock, features])
+    return flat.takeRows(this.#firstRows(time)).reshape([this.batch, time, features])
   }
 
   #firstRows(time: number): Tensor {

@@ -1,7 +1,7 @@
 /** @file The interface between attention and a cache of earlier tokens, independent of where the rows are stored. */
-import { type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
+import { arange, type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
 import type { RotaryEmbedding, RotaryTables } from '../rotary.ts'
-import { type CacheRows, cacheError } from './cache-rows.ts'
+import { type CacheRows, cacheError, type RowKind } from './cache-rows.ts'
 
 /** Prompts have steps that occur once; decoding repeats short steps, which are kept up to this many tokens. */
 const longestKeptStep = 16
@@ -26,9 +26,9 @@ export abstract class SequenceCache {
     this.memory = memory
   }
 
-  /** Elements per token and layer. */
+  /** Elements that attention reads per token and layer; without the keys of an indexer. */
   get features(): number {
-    return this.memory.features
+    return this.memory.features.attention
   }
 
   /** Dtype of the rows. */
@@ -58,17 +58,17 @@ export abstract class SequenceCache {
 
   /**
    * Returns all rows of a layer in blocks, `[blocks, rows of a block, features]`, in the cache's dtype. A block is a
-   * sequence or a page.
+   * sequence or a page. `kind` is what attention reads (default), or the keys of the layer's indexer.
    */
-  rows(layer: number): Tensor {
-    return this.memory.of(layer)
+  rows(layer: number, kind: RowKind = 'attention'): Tensor {
+    return this.memory.of(layer, kind)
   }
 
   /**
    * Returns the first `time` rows of each sequence, `[batch, time, features]`. Rows at or past a sequence's length are
    * undefined.
    */
-  abstract first(layer: number, time: number): Tensor
+  abstract first(layer: number, time: number, kind?: RowKind): Tensor
 
   /**
    * Returns where the next `time` tokens of each sequence are stored. The step belongs to the cache, which updates and
@@ -91,14 +91,15 @@ export abstract class SequenceCache {
    * `advance` once all layers have written.
    * @throws MoeError E_SHAPE for rows of another shape
    */
-  write(layer: number, rows: Tensor): void {
+  write(layer: number, rows: Tensor, kind: RowKind = 'attention'): void {
     const [batch, time, features] = rows.shape
-    if (batch !== this.batch || features !== this.features) {
-      const room = `a cache of ${this.batch} sequences with ${this.features} features`
+    const expected = this.memory.features[kind]
+    if (batch !== this.batch || features !== expected) {
+      const room = `a cache of ${this.batch} sequences with ${expected} features`
       throw cacheError('E_SHAPE', 'write', `rows of shape [${rows.shape}] do not fit ${room}`)
     }
     this.reserve(time)
-    this.memory.write(layer, this.next(time).index, rows)
+    this.memory.write(layer, kind, this.next(time).index, rows)
   }
 
   /**
@@ -190,6 +191,23 @@ export class CacheStep {
       this.#rotary.set(rotary, tables)
     }
     return tables
+  }
+
+  /**
+   * Returns the index of the row that stores each position of each sequence, `i32 [batch, capacity]`. It is computed on
+   * the device from the pages, so that captured graphs see their current values. Positions for which a sequence has no
+   * page have an index of one of its other rows.
+   */
+  positionRows(): Tensor {
+    const { batch, capacity, backend } = this.#cache
+    if (this.pages === undefined) return arange(batch * capacity, { backend }).reshape([batch, capacity])
+    const width = this.pages.shape[1]
+    const perPage = capacity / width
+    return this.pages
+      .reshape([batch, width, 1])
+      .mul(perPage)
+      .add(arange(perPage, { backend }).reshape([1, 1, perPage]))
+      .reshape([batch, capacity])
   }
 
   /** Updates the tensors to the current state of the cache. */

@@ -1,0 +1,121 @@
+/**
+ * @file Attention over the keys that a lightning indexer selects, in multi-head form and with gradients (DeepSeek-V3.2
+ * report 2.1). Queries are processed in chunks, so that memory does not grow with the square of the time.
+ *
+ * Legend: B batch, T time, S keys, H heads, D features of queries and keys, V of values; n queries of a chunk, K
+ * selected keys. J and I: lightning-indexer.ts.
+ */
+import {
+  arange,
+  checkpoint,
+  concat,
+  full,
+  isRecording,
+  noGrad,
+  ones,
+  scatterAddRows,
+  scope,
+  softmax,
+  type Tensor,
+  where,
+} from '@moe/core'
+import { type IndexQueries, indexScores } from './lightning-indexer.ts'
+
+/** Maximum number of scores of a chunk: 64 MiB. Tests reduce it. */
+export const limits = { scores: 2 ** 24 }
+
+/** Returns the number of queries of a chunk, given the scores of each query. */
+export const chunkSize = (scoresPerQuery: number): number => Math.max(1, Math.floor(limits.scores / scoresPerQuery))
+
+/** What the attention reads of the indexer: its queries, and the keys `[B, T, I]` of the same tokens. */
+export interface IndexInputs extends IndexQueries {
+  readonly keys: Tensor
+}
+
+interface SparseOptions {
+  readonly scale: number
+  /** Number of keys that a query attends to, K. */
+  readonly count: number
+  /** First key that each query sees, `i32 [B, T]`. */
+  readonly starts: Tensor | undefined
+  /** Attends to all keys instead of the best. */
+  readonly dense: boolean
+  /** Whether to compute the loss of the indexer, and record it for gradients. */
+  readonly loss: boolean
+}
+
+/**
+ * Causal attention of `q [B, T, H, D]` to `k [B, T, H, D]` and `v [B, T, H, V]` of the same tokens, each query to the
+ * `count` keys with the best index scores. Returns `[B, T, H, V]` and, if requested, the loss `[B, T]` of the indexer:
+ * for each query, the divergence KL(p || softmax(index scores)) over the keys that it attends to, where p is the mean
+ * of the attention probabilities of all heads, without gradient (eq. 4; with `dense`, eq. 3).
+ */
+export function sparseAttention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  index: IndexInputs,
+  options: SparseOptions,
+): { readonly out: Tensor; readonly loss: Tensor | undefined } {
+  const [batch, time, heads] = q.shape
+  const step = chunkSize(batch * time * Math.max(heads, index.q.shape[2]))
+  const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
+  const inputs = [byHead(q), byHead(k), byHead(v), index.q, index.weights, index.keys]
+  const outs: Tensor[] = []
+  const losses: Tensor[] = []
+  const run: typeof checkpoint = isRecording() ? checkpoint : (fn, ...given) => scope(() => fn(...given))
+  for (let from = 0; from < time; from += step) {
+    const to = Math.min(time, from + step)
+    const [out, ...loss] = run((...given) => attendChunk(given, from, to, options), ...inputs)
+    outs.push(out)
+    losses.push(...loss)
+  }
+  return { out: byHead(concat(outs, 2)), loss: options.loss ? concat(losses, 1) : undefined }
+}
+
+/** Attention of the queries `from` to `to - 1`: `[B, H, n, V]`, then the loss `[B, n]` if requested. */
+function attendChunk(inputs: readonly Tensor[], from: number, to: number, options: SparseOptions): readonly Tensor[] {
+  const [q, k, v, indexQ, weights, indexKeys] = inputs
+  const { scale, count, dense } = options
+  const queries = { q: indexQ.narrow(1, from, to), weights: weights.narrow(1, from, to) }
+  const ranked = () => indexScores(queries, indexKeys.narrow(1, 0, to))
+  const index = options.loss ? ranked() : null
+  const seen = noGrad(() => {
+    const visible = visibleKeys(from, to, options.starts, q)
+    if (dense || to <= count) return visible
+    return visible.mul(chosenKeys(index ?? ranked(), visible, count))
+  }).eq(1)
+  const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
+  const scores = q.narrow(2, from, to).matmul(k.narrow(2, 0, to), { transposeB: true }).mul(scale)
+  const [batch, time, keys] = seen.shape
+  const p = softmax(mask(scores, seen.reshape([batch, 1, time, keys])))
+  const out = p.matmul(v.narrow(2, 0, to))
+  if (index === null) return [out]
+  const target = p.detach().mean(1)
+  const masked = mask(index, seen)
+  const shifted = index.sub(masked.detach().max(-1, true))
+  const total = mask(shifted, seen).exp().sum(-1, true)
+  const difference = target.maximum(1e-30).log().sub(shifted.sub(total.log()))
+  return [out, target.mul(difference).sum(-1)]
+}
+
+/** 1 for the keys that a query may see: `i32 [B or 1, n, to]`. */
+function visibleKeys(from: number, to: number, starts: Tensor | undefined, { backend }: Tensor): Tensor {
+  const keys = arange(to, { backend })
+  const causal = keys.reshape([1, 1, to]).le(keys.narrow(0, from, to).reshape([1, to - from, 1])).cast('i32')
+  if (starts === undefined) return causal
+  const [batch] = starts.shape
+  const first = starts.narrow(1, from, to).reshape([batch, to - from, 1])
+  return causal.mul(first.le(keys.reshape([1, 1, to])).cast('i32'))
+}
+
+/** 1 for the `count` best keys of each query by `scores [B, n, S]`, of those that are visible: `i32 [B, n, S]`. */
+function chosenKeys(scores: Tensor, visible: Tensor, count: number): Tensor {
+  const { backend } = scores
+  const [batch, time, keys] = scores.shape
+  const queries = batch * time
+  const { indices } = where(visible.eq(1), scores, full([], Number.NEGATIVE_INFINITY, scores)).topk(count)
+  const rows = arange(queries, { backend }).mul(keys).reshape([queries, 1])
+  const flat = indices.reshape([queries, count]).add(rows).reshape([queries * count])
+  return scatterAddRows(flat, ones([queries * count], { dtype: 'i32', backend }), queries * keys).reshape(scores.shape)
+}
