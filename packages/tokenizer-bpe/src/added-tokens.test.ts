@@ -30,22 +30,22 @@ function split(contents: readonly string[], text: string): (string | number)[] {
   return found
 }
 
-/** The same, by trying all tokens at all positions. */
+/** The same by trying all tokens at all positions, as the expected result. */
 function bruteForce(contents: readonly string[], text: string): (string | number)[] {
   const found: (string | number)[] = []
-  let held = ''
+  let pending = ''
   for (let at = 0; at < text.length; ) {
     const here = contents.filter(content => text.startsWith(content, at))
-    if (here.length === 0) held += text[at++]
+    if (here.length === 0) pending += text[at++]
     else {
       const longest = here.reduce((a, b) => (b.length > a.length ? b : a))
-      if (held !== '') found.push(held)
-      held = ''
+      if (pending !== '') found.push(pending)
+      pending = ''
       found.push(contents.indexOf(longest))
       at += longest.length
     }
   }
-  return held === '' ? found : [...found, held]
+  return pending === '' ? found : [...found, pending]
 }
 
 let state = 5
@@ -58,7 +58,7 @@ const word = (letters: string, length: number) => {
   return Array.from({ length }, () => all[below(all.length)]).join('')
 }
 
-describe('the leftmost, and of those the longest, added token is found', () => {
+describe('AddedTokenFinder finds the leftmost, longest token', () => {
   test.each([
     ['by the trie', 12],
     ['by the automaton', 240],

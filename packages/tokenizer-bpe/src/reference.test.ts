@@ -79,7 +79,7 @@ describe("DeepSeek-V3's tokenizer.json", () => {
     })
   })
 
-  test('gives the same offsets', () => {
+  test('encodes with the same offsets', () => {
     offsets.forEach((expected, i) => {
       // Hugging Face counts characters, this package UTF-16 units.
       const units = [0]
@@ -109,11 +109,11 @@ describe("DeepSeek-V3's tokenizer.json", () => {
   })
 })
 
-describe('pieces', () => {
+describe('pre-tokenizers', () => {
   const { texts, configs } = fixture<Pieces>('pre-tokenizers')
 
   for (const [name, { config, lengths }] of Object.entries(configs)) {
-    test(name, () => {
+    test(`${name} splits into the same pieces`, () => {
       const preTokenizer = compilePreTokenizer(config)
       texts.forEach((text, i) => {
         expect(pieceLengths(preTokenizer, text), JSON.stringify(text)).toEqual(lengths[i])
@@ -148,7 +148,7 @@ function pieceLengths(preTokenizer: ReturnType<typeof compilePreTokenizer>, text
   return lengths
 }
 
-describe('characters that match', () => {
+describe('patterns match the same characters:', () => {
   const { characters, matches } = fixture<Patterns>('patterns')
 
   test.each(Object.entries(matches))('%s', (source, expected) => {

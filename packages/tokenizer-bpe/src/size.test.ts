@@ -65,7 +65,7 @@ async function bundle(code: string): Promise<Bundle> {
   }
 }
 
-test('encoding and decoding in a browser only loads what the file needs', async () => {
+test('a page that encodes and decodes loads only the chunks that its tokenizer file needs', async () => {
   const { first, added, later } = await bundle(
     `import { BpeTokenizer } from './dist/browser.js'\nglobalThis.tokenizer = BpeTokenizer`,
   )
@@ -92,7 +92,7 @@ test('encoding and decoding in a browser only loads what the file needs', async 
   expect(first + added('cl100k', 'normalizer')).toBeLessThan(16_050)
 }, 60_000)
 
-test('everything, including training', async () => {
+test('a bundle of everything, including training, stays small', async () => {
   const { first } = await bundle(`import * as all from './dist/browser.js'\nglobalThis.all = all`)
   expect(first).toBeLessThan(33_250)
 }, 60_000)

@@ -7,7 +7,7 @@ import { build } from 'esbuild'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { type BpeTokenizer, trainBpe } from '../index.ts'
 
-/** Workers started by a test, and those that got a request. */
+/** Workers that a test has started, and those that have received a request. */
 const started: Worker[] = []
 const used = new Set<Worker>()
 process.on('worker', worker => {
@@ -23,10 +23,10 @@ beforeEach(() => {
 })
 
 const tokenizer = () => trainBpe(['a text of a few words'], { vocabSize: 260, preTokenizer: 'deepseek-v3' })
-/** Larger than a request, so that each text is a request. */
+/** Returns a text larger than a request, so that each text is sent separately. */
 const long = (word: string) => `${word} `.repeat(Math.ceil(2 ** 20 / (word.length + 1)))
 
-/** Faster than `toEqual`. */
+/** Checks that `own.encode` gives the same ids; faster than `toEqual`. */
 function expectSame(ids: readonly Uint32Array[], own: BpeTokenizer, texts: readonly string[]): void {
   texts.forEach((text, i) => {
     const expected = own.encode(text)
@@ -36,7 +36,7 @@ function expectSame(ids: readonly Uint32Array[], own: BpeTokenizer, texts: reado
 }
 
 describe('worker threads of encodeBatch', () => {
-  test('a bundle encodes without them, and does not run a worker.js beside it', async () => {
+  test('are not used in a bundle, which does not run a worker.js beside it either', async () => {
     const folder = mkdtempSync(join(tmpdir(), 'moe-bundle-'))
     try {
       const outfile = join(folder, 'bundle.mjs')

@@ -81,7 +81,7 @@ test.each([
   ['Chinese, whole characters, any ranks', CHINESE, false, true],
   ['several scripts', MIXED, true, true],
   ['several scripts, any bytes', MIXED, true, false],
-])('short, long and split pieces merge alike: %s', (_name, alphabet, rising, whole) => {
+])('pieces of any length, merged whole or split, give the reference tokens: %s', (_name, alphabet, rising, whole) => {
   const random = randomNumbers(rising ? 1 : 2)
   for (let round = 0; round < 100; round++) {
     const { text, pairs } = randomVocabulary(random, alphabet, rising, whole)

@@ -175,7 +175,7 @@ test.each([
   ['a doubling list', doubled('[1]', 60, '{{ n.x | length }}')],
   ['a search', doubled("'aaaa'", 15, "{% set y = n.x ~ 'b' ~ n.x %}{{ y in (n.x ~ n.x ~ n.x) }}")],
   ['replacement of letters by long texts', doubled("'aaaa'", 12, "{{ n.x.replace('a', n.x) }}")],
-  ['the same with a filter', doubled("'aaaa'", 12, "{{ n.x | replace('a', n.x) }}")],
+  ['replacement with a filter', doubled("'aaaa'", 12, "{{ n.x | replace('a', n.x) }}")],
 ])('ChatTemplate stops a template that takes too long: %s', async (_, chat_template) => {
   const template = await ChatTemplate.from({ chat_template })
   expect(() => template.render(conversation)).toThrow(

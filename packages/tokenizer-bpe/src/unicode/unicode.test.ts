@@ -4,7 +4,7 @@ import { classOf, isFilled } from './classes.ts'
 import { fillFromEngine } from './engine-classes.ts'
 import { fillFromTable } from './pinned-classes.ts'
 
-test('the corrected classes of the engine equal those of the table', () => {
+test("the classes derived from the engine's regular expressions equal those of the table", () => {
   fillFromTable()
   const pinned = classOf.slice()
   classOf.fill(0, 0x80)
