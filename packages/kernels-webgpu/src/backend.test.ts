@@ -15,7 +15,7 @@ describe('without a GPU', () => {
     else process.env.MOE_WEBGPU = before
   })
 
-  test.skipIf(gpu !== null)('says what to install', async () => {
+  test.skipIf(gpu !== null)('createBackend says what to install', async () => {
     process.env.MOE_WEBGPU = 'no-such-package-of-webgpu'
     const error = await createBackend().catch(cause => cause)
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
@@ -29,8 +29,8 @@ describe('without a GPU', () => {
     const error = await createBackend().catch(cause => cause)
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
     expect(error.message).toMatch(/google SwiftShader.*software: true/s)
-    const asked = await createBackend({ software: true }).catch(cause => cause)
-    expect(asked.message).toMatch(/could not be opened/)
+    const requested = await createBackend({ software: true }).catch(cause => cause)
+    expect(requested.message).toMatch(/could not be opened/)
   })
 
   test('an unknown option is rejected', () => {
@@ -40,26 +40,26 @@ describe('without a GPU', () => {
   })
 })
 
-describe.skipIf(gpu === null)('on a GPU', () => {
+describe.skipIf(gpu === null)('a backend on a GPU', () => {
   const backend = gpu as Backend
 
-  test('more kernels than one submission, with reused memory', async () => {
+  test('runs more kernels than fit one submission, with reused memory', async () => {
     const random = new Random(3)
     const values = random.normal(40 * 30)
-    const on = (where: Backend) =>
+    const run = (backend: Backend) =>
       noGrad(() =>
         scope(() => {
-          let x = tensor(values, [40, 30], { backend: where })
+          let x = tensor(values, [40, 30], { backend })
           for (let i = 0; i < 300; i++) x = softmax(x.add(0.1)).mul(3).sub(1).reshape([30, 40]).permute([1, 0])
           return x
         }),
       )
-    const [actual, expected] = [on(backend), on(referenceBackend())]
+    const [actual, expected] = [run(backend), run(referenceBackend())]
     assertClose('300 rounds', await actual.values(), await expected.values(), { relative: 1e-3, absolute: 1e-4 })
     for (const x of [actual, expected]) x.dispose()
   })
 
-  test('an upload into reused memory does not change earlier work that reads it', async () => {
+  test('uploads into reused memory without changing earlier work that reads it', async () => {
     const x = tensor(new Float32Array(1000).fill(1), [1000], { backend })
     const y = x.add(1)
     x.dispose()
@@ -70,14 +70,14 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     z.dispose()
   })
 
-  test('many concurrent downloads', async () => {
-    const made = Array.from({ length: 20 }, (_, i) => full([300], i, { backend }))
-    const read = await Promise.all(made.map(x => x.values()))
-    expect(read.map(values => values[299])).toEqual(made.map((_, i) => i))
-    for (const x of made) x.dispose()
+  test('completes concurrent downloads with the right values', async () => {
+    const tensors = Array.from({ length: 20 }, (_, i) => full([300], i, { backend }))
+    const read = await Promise.all(tensors.map(x => x.values()))
+    expect(read.map(values => values[299])).toEqual(tensors.map((_, i) => i))
+    for (const x of tensors) x.dispose()
   })
 
-  test('more elements than the limit of workgroups along an axis', async () => {
+  test('computes more elements than workgroups fit along one axis', async () => {
     const size = 65_535 * 64 + 77
     const x = full([size], 2, { backend })
     const y = scope(() => x.add(1).sum())
@@ -86,14 +86,14 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     y.dispose()
   })
 
-  test('a tensor larger than the binding limit is an error, and the backend stays usable', async () => {
+  test('rejects a tensor above the binding limit, and stays usable', async () => {
     expect(() => full([2 ** 31], 1, { backend })).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
     const x = full([3], 2, { backend })
     expect(await x.values()).toEqual(Float32Array.of(2, 2, 2))
     x.dispose()
   })
 
-  test('ignored targets', async () => {
+  test('computes a loss of 0 for ignored and invalid targets', async () => {
     const logits = randn([4, 9], new Random(1), { backend })
     const targets = tensor(Int32Array.of(3, -100, 8, 9), [4], { backend })
     const loss = scope(() => crossEntropy(logits, targets, { ignoreIndex: -100 }))
@@ -104,7 +104,7 @@ describe.skipIf(gpu === null)('on a GPU', () => {
     for (const x of [logits, targets, loss]) x.dispose()
   })
 
-  test('cached memory is released', async () => {
+  test('works after cached memory is released', async () => {
     const before = backend.stats()
     full([5000], 1, { backend }).dispose()
     await backend.trim?.()

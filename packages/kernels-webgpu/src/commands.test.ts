@@ -15,7 +15,7 @@ describe('calls to the device', () => {
     const round = () => {
       const made = [x]
       for (let i = 0; i < 5; i++) made.push(made[i].exp())
-      // What was freed last would be another's turn each time, five rounds long.
+      // If the buffer freed last were reused first, buffers would rotate among the tensors and need new bind groups for five rounds.
       for (const i of [1, 5, 4, 3, 2]) made[i].dispose()
     }
     round()
@@ -48,33 +48,37 @@ describe('calls to the device', () => {
 })
 
 describe('errors', () => {
-  const failing = async (fail: (gpu: ReturnType<typeof ready>) => void, code: string, message: RegExp) => {
+  const expectFailure = async (fail: (gpu: ReturnType<typeof ready>) => void, code: string, message: RegExp) => {
     const gpu = ready()
     const x = tensor([1, 2], [2], { backend: gpu.backend })
     expect(await x.values()).toEqual(Float32Array.of(0, 0))
     fail(gpu)
-    const told = expect.objectContaining({ code, message: expect.stringMatching(message) })
-    await expect(x.add(1).values()).rejects.toEqual(told)
-    // It stays so: what was submitted with what failed has not run.
-    await expect(x.values()).rejects.toEqual(told)
-    await expect(gpu.backend.sync()).rejects.toEqual(told)
+    const expected = expect.objectContaining({ code, message: expect.stringMatching(message) })
+    await expect(x.add(1).values()).rejects.toEqual(expected)
+    // Later calls fail as well, because the work submitted together with the failed work has not run.
+    await expect(x.values()).rejects.toEqual(expected)
+    await expect(gpu.backend.sync()).rejects.toEqual(expected)
   }
 
-  test('out of memory', () =>
-    failing(gpu => gpu.report(new GPUOutOfMemoryError('no 5 GB')), 'E_OUT_OF_MEMORY', /no 5 GB.*smaller batch/))
+  test('running out of memory fails this and all later calls', () =>
+    expectFailure(gpu => gpu.report(new GPUOutOfMemoryError('no 5 GB')), 'E_OUT_OF_MEMORY', /no 5 GB.*smaller batch/))
 
-  test('a kernel that the device rejects', () =>
-    failing(
+  test('a kernel that the device rejects fails this and all later calls', () =>
+    expectFailure(
       gpu => gpu.report(new Error('binding 3 is too small')),
       'E_BACKEND',
       /binding 3 is too small.*please report/,
     ))
 
-  test('a lost device', () =>
-    failing(gpu => gpu.lose('driver was reset'), 'E_BACKEND', /the GPU was lost: driver was reset.*last checkpoint/))
+  test('a lost device fails this and all later calls', () =>
+    expectFailure(
+      gpu => gpu.lose('driver was reset'),
+      'E_BACKEND',
+      /the GPU was lost: driver was reset.*last checkpoint/,
+    ))
 
-  test('the first error is reported', () =>
-    failing(
+  test('the first of several errors is reported', () =>
+    expectFailure(
       gpu => {
         gpu.report(new Error('first'))
         gpu.lose('then')

@@ -2,7 +2,7 @@
 import type { Backend } from '@moe/core'
 import { createBackend } from './backend.ts'
 
-/** A backend for all tests of a file; null if there is no GPU, which MOE_REQUIRE_WEBGPU=1 makes an error. */
+/** Creates a backend for all tests of a file. Without a GPU it returns null, or throws if MOE_REQUIRE_WEBGPU is 1. */
 export async function testBackend(): Promise<Backend | null> {
   try {
     return await createBackend({ software: true })

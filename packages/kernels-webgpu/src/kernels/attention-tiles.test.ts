@@ -25,13 +25,13 @@ const cases: readonly Sizes[] = [
   // Heads of DeepSeek-V3.
   { T: 40, H: 2, Dk: 192, Dv: 128 },
   { T: 1, S: 70, Dk: 192, Dv: 128 },
-  // The largest rows that there are, and others that their vectors do not fill.
+  // The largest supported heads, and heads that are not multiples of a vector.
   { T: 40, H: 2, Dk: 256, Dv: 256 },
   { T: 70, S: 100, H: 2, G: 1, Dk: 255, Dv: 193 },
   { B: 2, T: 20, S: 70, Dk: 256, Dv: 12, causal: false },
   { T: 20, Dk: 191, Dv: 129 },
   { T: 33, Dk: 128, Dv: 192 },
-  // Round a block of queries and a tile of keys.
+  // Near the size of a block of queries and of a tile of keys.
   ...[17, 31, 32, 33, 63, 64, 65].map(T => ({ T, Dk: 12, Dv: 8 })),
   { T: 18, S: 128, Dk: 4, Dv: 4 },
   { T: 18, S: 129, Dk: 5, Dv: 3, H: 2 },
@@ -48,7 +48,7 @@ describe.skipIf(backend === null)('tiled attention', () => {
     await compareWithReference(backend, inputsOf(sizes), (q, k, v) => [attention(q, k, v, { causal })])
   })
 
-  test.each([0, 1, 2, 3])('random lengths and starts, seed %i', async seed => {
+  test.each([0, 1, 2, 3])('matches the reference for random lengths and starts, seed %i', async seed => {
     const random = new Random(seed)
     const [B, T, S] = [3, 20 + random.integer(60), 20 + random.integer(120)]
     const lengths = [0, random.integer(S + 1), S]
@@ -61,7 +61,7 @@ describe.skipIf(backend === null)('tiled attention', () => {
     })
   })
 
-  test('tiles of other packed texts are skipped', async () => {
+  test('skips tiles of other packed texts', async () => {
     const [T, D] = [128, 8]
     const half = (T * D) / 2
     const starts = Array.from({ length: T }, (_, t) => (t < T / 2 ? 0 : T / 2))
@@ -69,12 +69,12 @@ describe.skipIf(backend === null)('tiled attention', () => {
       const data = new Random(seed).normal(T * D)
       return { data: data.fill(Number.NaN, 0, half), shape: [1, T, 1, D] }
     })
-    const seen = [integers([T]), integers(starts, [1, T])]
+    const ranges = [integers([T]), integers(starts, [1, T])]
     const like = { shape: [1, T, 1, D], dtype: 'f32' } as const
     const lseSpec = { shape: [1, 1, T], dtype: 'f32' } as const
     const attrs = { causal: true, scale: 1, precision: 'f32' } as const
-    const [out, lse] = await runOp(backend, 'attention', [q, k, v, ...seen], attrs, [like, lseSpec])
-    const given = [q, k, v, { data: out, shape: like.shape }, { data: lse, shape: lseSpec.shape }, dout, ...seen]
+    const [out, lse] = await runOp(backend, 'attention', [q, k, v, ...ranges], attrs, [like, lseSpec])
+    const given = [q, k, v, { data: out, shape: like.shape }, { data: lse, shape: lseSpec.shape }, dout, ...ranges]
     const found = await runOp(backend, 'attentionBackward', given, attrs, [like, like, like])
     for (const values of [out, ...found]) expect([...values.slice(half)].every(Number.isFinite)).toBe(true)
     expect(Number.isNaN(found[0][0])).toBe(true)
@@ -114,7 +114,7 @@ describe.skipIf(backend === null)('tiled attention', () => {
     expect(Number.isNaN(lse[7])).toBe(true)
   })
 
-  test('too many features are declined', async () => {
+  test('declines more than 256 features', async () => {
     const attrs = { causal: true, scale: 1, precision: 'f32' } as const
     const inputs = inputsOf({ T: 20, Dk: 257, Dv: 8 })
     await expect(runOp(backend, 'attention', inputs, attrs, [])).rejects.toThrow('declined')

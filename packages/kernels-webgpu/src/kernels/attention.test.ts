@@ -12,15 +12,15 @@ describe.skipIf(backend === null)('attention of few queries', () => {
     { T: 3, S: 40, H: 6, G: 2, Dk: 5, Dv: 7 },
     { T: 16, S: 16, H: 2, G: 1, Dk: 640, Dv: 512 },
     { T: 5, S: 3, H: 1, G: 1, Dk: 8, Dv: 129 },
-    // Keys in parts, of which some see nothing.
+    // Keys split into parts, some of which no query attends to.
     { T: 1, S: 2100, H: 4, G: 4, Dk: 12, Dv: 8 },
     { T: 2, S: 1031, H: 3, G: 1, Dk: 3, Dv: 5 },
   ])('$T queries, $S keys, $H heads, $G key heads, $Dk and $Dv features', async ({ T, S, H, G, Dk, Dv }) => {
     const inputs = [normal([2, T, H, Dk]), normal([2, S, G, Dk], 0.9), normal([2, S, G, Dv])]
     await compareWithReference(backend, inputs, (q, k, v) => [attention(q, k, v).detach()])
     const starts = Array.from({ length: 2 * T }, (_, n) => Math.floor((S * n) / (2 * T)) - 1)
-    const seen = [integers([S, Math.min(S, T + 1)]), integers(starts, [2, T])]
-    await compareWithReference(backend, [...inputs, ...seen], (q, k, v, lengths, starts) => [
+    const ranges = [integers([S, Math.min(S, T + 1)]), integers(starts, [2, T])]
+    await compareWithReference(backend, [...inputs, ...ranges], (q, k, v, lengths, starts) => [
       attention(q, k, v, { lengths, starts, causal: T % 2 === 1 }).detach(),
     ])
   })
@@ -32,7 +32,7 @@ describe.skipIf(backend === null)('attention of few queries', () => {
   ])('latent cache: $T queries, $H heads, lengths $lengths', async ({ T, H, C, V, lengths }) => {
     const [B, P] = [lengths.length, 128]
     const M = Math.ceil(Math.max(...lengths) / P) + 1
-    // What is not in use is NaN: it is never read.
+    // Unused rows are NaN and must never be read.
     const data = new Random(2).normal(B * M * P * C)
     lengths.forEach((length, b) => {
       data.fill(Number.NaN, (b * M * P + length) * C, (b + 1) * M * P * C)
@@ -43,14 +43,14 @@ describe.skipIf(backend === null)('attention of few queries', () => {
       Array.from({ length: B * M }, (_, n) => n),
       [B, M],
     )
-    const inPages = (dtype: 'f32' | 'bf16') =>
+    const comparePaged = (dtype: 'f32' | 'bf16') =>
       compareWithReference(
         backend,
         [q, { data, shape: [B * M, P, C], dtype }, integers(lengths), pages],
         (x, cache, rows, pages) => [latentAttention(x.detach(), cache.detach(), rows, { ...options, pages })],
       )
-    await inPages('bf16')
-    const { outputs } = await inPages('f32')
+    await comparePaged('bf16')
+    const { outputs } = await comparePaged('f32')
     const inRows = [q, { data, shape: [B, M * P, C] }, integers(lengths)]
     const spec = { shape: [B, T, H, V], dtype: 'f32' } as const
     const [y] = await runOp(backend, 'latentAttention', inRows, { ...options, precision: 'f32' }, [spec])
@@ -59,14 +59,17 @@ describe.skipIf(backend === null)('attention of few queries', () => {
 })
 
 describe.skipIf(backend === null)('topk', () => {
-  test.each([64, 65, 300, 1000])('rows of %i with ties and NaN', async size => {
-    const random = new Random(size)
-    const data = Float32Array.from({ length: 3 * size }, () => random.integer(20))
-    data.fill(Number.NaN, size, size + 10)
-    data.fill(Number.NEGATIVE_INFINITY, 2 * size + 1)
-    await compareWithReference(backend, [{ data, shape: [3, size] }], x => {
-      const { values, indices } = x.detach().topk(40)
-      return [values, indices]
-    })
-  })
+  test.each([64, 65, 300, 1000])(
+    'selects the same elements as the reference in rows of %i with ties and NaN',
+    async size => {
+      const random = new Random(size)
+      const data = Float32Array.from({ length: 3 * size }, () => random.integer(20))
+      data.fill(Number.NaN, size, size + 10)
+      data.fill(Number.NEGATIVE_INFINITY, 2 * size + 1)
+      await compareWithReference(backend, [{ data, shape: [3, size] }], x => {
+        const { values, indices } = x.detach().topk(40)
+        return [values, indices]
+      })
+    },
+  )
 })

@@ -15,13 +15,13 @@ describe.skipIf(backend === null)('matmul', () => {
     [65, 63, 17],
     [68, 132, 20],
     [5, 4, 36],
-    // Few rows: as many as are taken together, and one more.
+    // Few rows: up to the four that are computed together, and one more.
     ...[1, 3, 4, 5].map(m => [m, 130, 68] as const),
     [2, 7, 131],
     [4, 129, 5],
     [1, 1, 1],
     [3, 5, 0],
-    // k in parts, whose last is short.
+    // k split into parts, with a partial last one.
     [40, 36, 1100],
     [33, 70, 515],
   ]
@@ -39,13 +39,13 @@ describe.skipIf(backend === null)('matmul', () => {
   })
 })
 
-describe.skipIf(backend === null)('more matrices than the limit of workgroups along an axis', () => {
+describe.skipIf(backend === null)('batched matmul with more matrices than workgroups along an axis', () => {
   const { matrices } = productLimits
   afterEach(() => {
     productLimits.matrices = matrices
   })
 
-  test.each([1, 5])('of %i rows', async rows => {
+  test.each([1, 5])('matrices of %i rows', async rows => {
     productLimits.matrices = 3
     const [a, b] = [normal([7, rows, 20]), normal([7, 20, 9])]
     await compareWithReference(backend, [a, b], (x, y) => [x.matmul(y)])
@@ -54,13 +54,13 @@ describe.skipIf(backend === null)('more matrices than the limit of workgroups al
 
 describe.skipIf(backend === null)('groupedMatmul', () => {
   const cases: ReadonlyArray<readonly [rows: number, n: number, k: number, offsets: readonly number[]]> = [
-    // Where tiles end and experts begin.
+    // Experts that begin at the end of a tile and beside it.
     [129, 8, 12, [0, 64, 128, 128, 129]],
     [130, 66, 20, [0, 0, 1, 65, 66, 130]],
     [200, 5, 7, [0, 0, 0, 200, 200]],
     [17, 12, 8, [0, 3, 3, 17]],
     [70, 4, 4, [0, 70]],
-    // Few rows; rows of nobody; none at all.
+    // Few rows; rows that belong to no expert; no rows.
     [16, 130, 68, [0, 1, 1, 2, 5, 16]],
     [1, 9, 33, [0, 0, 1, 1]],
     [9, 5, 16, [0, 2, 6]],
@@ -87,20 +87,20 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
   })
 
   test.each([
-    // More than a tile of each, in parts of one tile of classes, the last of them short, also of four.
-    { N: 70, V: 515, D: 36, most: 1 },
-    { N: 65, V: 192, D: 20, most: 65 * 128 },
-    { N: 66, V: 131, D: 33, most: elements },
-    { N: 1, V: 7, D: 4, most: elements },
-    { N: 3, V: 1, D: 8, most: elements },
-  ])('$N rows, $V classes, $D features, $most elements per part', async ({ N, V, D, most }) => {
-    limits.elements = most
+    // More than one tile of rows and features, and parts of one tile of classes, the last of which is partial.
+    { N: 70, V: 515, D: 36, partElements: 1 },
+    { N: 65, V: 192, D: 20, partElements: 65 * 128 },
+    { N: 66, V: 131, D: 33, partElements: elements },
+    { N: 1, V: 7, D: 4, partElements: elements },
+    { N: 3, V: 1, D: 8, partElements: elements },
+  ])('$N rows, $V classes, $D features, $partElements elements per part', async ({ N, V, D, partElements }) => {
+    limits.elements = partElements
     const targets = Array.from({ length: N }, (_, i) => [(i * 37) % V, V - 1, -100, V, -1][i % 5])
     const inputs = [normal([N, D]), normal([V, D], 0.4), integers(targets)]
     await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)])
   })
 
-  test('very negative logits: padding of the classes does not contribute', async () => {
+  test('padding of the classes does not contribute to very negative logits', async () => {
     const x = { data: new Array(8).fill(10), shape: [2, 4] }
     const w = normal([5, 4])
     const inputs = [x, { ...w, data: Array.from(w.data, value => value - 6) }, integers([4, 0])]
@@ -108,7 +108,7 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     await compareWithReference(backend, inputs, (a, b, t) => [linearCrossEntropy(a, b, t)], tolerance)
   })
 
-  test('large logits', async () => {
+  test('large logits do not overflow', async () => {
     const inputs = [normal([5, 8], 30), normal([140, 8], 10), integers([0, 64, 139, 7, 100])]
     const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 1,000, times weights of the gradient
     await compareWithReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)], tolerance)

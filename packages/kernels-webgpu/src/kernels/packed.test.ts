@@ -7,21 +7,21 @@ import { integers, normal } from '../test-inputs.ts'
 const backend = (await testBackend()) as Backend
 const small: readonly DType[] = ['u8', 'bf16', 'f8e4m3']
 
-const some = (dtype: DType, shape: readonly number[]): HostInput => {
+const randomInput = (dtype: DType, shape: readonly number[]): HostInput => {
   const { data } = normal(shape)
   return { data: Array.from(data, x => (dtype === 'u8' ? Math.round(Math.abs(100 * x)) % 256 : x)), shape, dtype }
 }
 const exactly = (inputs: readonly HostInput[], op: (...inputs: Tensor[]) => Tensor[]) =>
   compareWithReference(backend, inputs, op, tolerances.exact)
 
-describe.skipIf(backend === null).each(small)('%s: words shared by elements of different rows', dtype => {
+describe.skipIf(backend === null).each(small)('%s, where elements of different rows share words:', dtype => {
   test.each([
     [1, 1, 1],
     [3, 5, 7],
     [9, 33, 6],
     [2, 64, 8],
   ])('%i x %i x %i transposed, sliced, repeated', async (a, b, c) => {
-    await exactly([some(dtype, [a, b, c])], x => [
+    await exactly([randomInput(dtype, [a, b, c])], x => [
       x.permute([2, 0, 1]),
       x.permute([1, 0, 2]),
       x.narrow(1, Math.min(1, b - 1), b),
@@ -37,25 +37,28 @@ describe.skipIf(backend === null).each(small)('%s: words shared by elements of d
     [40, [4, 8, 0, 6]],
     [300, [1, 2]],
   ])('%i rows concatenated, widths %j', async (rows, widths) => {
-    const parts = widths.map(width => some(dtype, [rows, width]))
+    const parts = widths.map(width => randomInput(dtype, [rows, width]))
     await exactly(parts, (...xs) => [concat(xs, 1)])
     await exactly(
-      widths.map(width => some(dtype, [width, rows])),
+      widths.map(width => randomInput(dtype, [width, rows])),
       (...xs) => [concat(xs, 0)],
     )
   })
 
   test.each([1, 3, 6, 8])('rows of %i, gathered and replaced', async width => {
     const index = integers([4, 0, 69, -1, 70, 4, 33, 34, 32])
-    await exactly([some(dtype, [70, width]), index], (x, rows) => [x.takeRows(rows), x.takeRows(rows.reshape([3, 3]))])
-    await exactly([some(dtype, [70, width]), index, some(dtype, [9, width])], (x, rows, source) => [
+    await exactly([randomInput(dtype, [70, width]), index], (x, rows) => [
+      x.takeRows(rows),
+      x.takeRows(rows.reshape([3, 3])),
+    ])
+    await exactly([randomInput(dtype, [70, width]), index, randomInput(dtype, [9, width])], (x, rows, source) => [
       setRows(x, rows, source),
     ])
   })
 })
 
 describe.skipIf(backend === null)('casts', () => {
-  test('every f8e4m3 value', async () => {
+  test('of every f8e4m3 value', async () => {
     const data = Array.from({ length: 256 }, (_, code) => fromF8e4m3(code))
     await exactly([{ data, shape: [256], dtype: 'f8e4m3' }], x => [x.cast('f32'), x.cast('i32'), x.cast('bf16')])
   })

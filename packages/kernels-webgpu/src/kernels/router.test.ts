@@ -56,15 +56,15 @@ describe.skipIf(backend === null)('routerTopk', () => {
   const zeros = new Array<number>(8).fill(0)
 
   test('NaN is chosen last, and so are groups whose score includes it', async () => {
-    const { NaN: none } = Number
-    const logits = [none, 5, 1, 2, 0, none, none, 3]
+    const { NaN: nan } = Number
+    const logits = [nan, 5, 1, 2, 0, nan, nan, 3]
     expect(await chosen(logits, zeros, { ...v3, topK: 7 })).toEqual([1, 7, 3, 2, 4, 0, 5])
     const one = { ...v3, topK: 2, groups: 4, topGroups: 1 }
     expect(await chosen(logits, zeros, one)).toEqual([3, 2])
     expect(await chosen(logits, zeros, { ...one, groupScore: 'max' })).toEqual([3, 2])
   })
 
-  test('of equal groups the first is selected, even if another has the best expert', async () => {
+  test('the first of equal groups is selected, even if another contains the best expert', async () => {
     const bias = [0, 0, 2, 2, 3, 1, 2, 2]
     expect(await chosen(zeros, bias, { ...v3, topK: 1, groups: 4, topGroups: 1 })).toEqual([2])
     expect(await chosen(zeros, bias, { ...v3, topK: 3, groups: 4, topGroups: 2 })).toEqual([4, 2, 3])

@@ -22,14 +22,14 @@ const backend = (await testBackend()) as Backend
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
 
 interface Stored {
-  /** Codes, and scales where there are some. */
+  /** Codes, and scales unless the format is bf16. */
   readonly parts: readonly HostInput[]
   weight(q: Tensor, scale: Tensor | undefined): QuantizedWeight
 }
 
 type Block = readonly [rows: number, columns: number]
 
-/** Every integer code occurs, also those that no rounding gives; values are of size about 1. */
+/** Returns random weights with a magnitude of about 1. All integer codes occur, even those that quantization never produces. */
 function storedWeight(format: WeightFormat, block: Block, shape: readonly number[]): Stored {
   const [rows, columns] = shape.slice(-2)
   const lead = shape.slice(0, -2)
@@ -52,17 +52,17 @@ const tolerance = (k: number) => ({ relative: 5e-5, absolute: 2e-6 * Math.max(k,
 describe.skipIf(backend === null)('quantizedMatmul and its gradient', () => {
   const cases: ReadonlyArray<readonly [m: number, n: number, k: number, block: Block]> = [
     [1, 130, 384, [1, 32]],
-    // Few rows: as many as are taken together, and one more.
+    // Few rows: up to the four that are computed together, and one more.
     [3, 37, 132, [1, 4]],
     [4, 19, 260, [3, 8]],
     [5, 64, 128, [1, 128]],
-    // Rows that begin within words, and blocks that end within four neighbours.
+    // Rows that begin within a word, and blocks that end within a group of four columns.
     [1, 9, 1, [1, 2]],
     [2, 33, 131, [1, 6]],
     [2, 33, 130, [2, 6]],
     [66, 70, 67, [5, 10]],
     [65, 66, 68, [7, 6]],
-    // Columns in parts.
+    // Columns split into parts.
     [7, 12, 1100, [128, 128]],
     [0, 5, 8, [1, 32]],
     [2, 0, 8, [1, 32]],
@@ -76,7 +76,7 @@ describe.skipIf(backend === null)('quantizedMatmul and its gradient', () => {
     }
   })
 
-  test('NaN stays in its row', async () => {
+  test('NaN affects only its row', async () => {
     for (const [format, dtype] of [
       ['fp8', 'f8e4m3'],
       ['bf16', 'bf16'],
@@ -105,7 +105,7 @@ describe.skipIf(backend === null)('quantizedGroupedMatmul and its gradient', () 
       [16, 130, 68, [1, 32], [0, 1, 1, 2, 5, 16]],
       [9, 5, 16, [2, 6], [0, 2, 6]],
       [150, 8, 7, [1, 2], [0, 2, 6]],
-      // A row for each of many.
+      // Many experts with one row each.
       [20, 5, 12, [1, 4], Array.from({ length: 25 }, (_, i) => Math.min(i, 20))],
       [0, 8, 8, [1, 8], [0, 0]],
     ]
@@ -135,7 +135,7 @@ describe.skipIf(backend === null)('memory', () => {
     ['fp8', 1 + 4 / 128 ** 2],
     ['int8', 1 + 4 / 128],
     ['int4', 0.5 + 4 / 32],
-  ] as const)('a weight in %s takes %d bytes a number', async (format, bytes) => {
+  ] as const)('a weight in %s takes %d bytes per element', async (format, bytes) => {
     const before = backend.stats().bytes
     const model = new Model(backend)
     await quantizeWeights(model, format)
