@@ -36,6 +36,7 @@ describe('MoeError', () => {
   test('fix, details and cause are optional', () => {
     const plain = new MoeError({ code: 'E_NAN', op: 'step 3', problem: 'the loss is NaN' })
     expect(plain.message).toBe('step 3: the loss is NaN')
+    expect(plain.fix).toBeUndefined()
     expect(plain.details).toEqual({})
     expect('cause' in plain).toBe(false)
   })

@@ -41,6 +41,7 @@ export interface ErrorInfo {
 /** The error that every `@moe` package throws. Its message has the form `op: problem; fix`. */
 export class MoeError extends Error {
   readonly #problem: string
+  readonly #fix: string | undefined
   /** Permanent identifier of the kind of error. Check this rather than the message. */
   readonly code: ErrorCode
   /** The operation, method or file that failed. */
@@ -60,6 +61,7 @@ export class MoeError extends Error {
     this.code = info.code
     this.op = info.op
     this.#problem = info.problem
+    this.#fix = info.fix
     this.details = info.details ?? {}
   }
 
@@ -69,6 +71,11 @@ export class MoeError extends Error {
    */
   get problem(): string {
     return this.#problem
+  }
+
+  /** What the caller can do about it. A getter, as `problem`. */
+  get fix(): string | undefined {
+    return this.#fix
   }
 }
 

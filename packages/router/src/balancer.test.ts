@@ -1,4 +1,4 @@
-import { gradients, Random, randn, setDefaultBackend, type Tensor, tensor, zeros } from '@moe/core'
+import { defaultBackend, gradients, Random, randn, scope, setDefaultBackend, type Tensor, tensor, zeros } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
@@ -128,6 +128,18 @@ const config: RouterConfig = {
 }
 
 describe('balancers', () => {
+  test('updates of a custom balancer are not recorded, and leave nothing behind', () => {
+    const custom: Balancer = { update: (bias, load) => bias.assign(bias.add(load.cast('f32').mul(-0.01))) }
+    const layer = new MoELayer(config, { random: new Random(4), std: 0.5, balancer: custom })
+    layer.gate.e_score_correction_bias!.trainable = true // would record the update
+    const x = randn([2, 6, 8], new Random(5))
+    const handles = () => defaultBackend().stats().handles
+    scope(() => layer.forward(x, { training: true }))
+    const counted = handles()
+    layer.rebalance()
+    expect(handles()).toBeLessThan(counted) // the counts are freed, and nothing is added
+  })
+
   /** Runs one training pass and returns the balancer's loss, or null. */
   async function lossOf(balancer: Balancer): Promise<number | null> {
     const layer = new MoELayer(config, { random: new Random(4), std: 0.5, balancer })

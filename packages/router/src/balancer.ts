@@ -36,7 +36,10 @@ export interface Balancer {
    * completed optimizer steps.
    */
   loss?(pass: RoutingPass, step: number): Tensor | null
-  /** Updates the selection bias from the loads `[E]` of the whole batch. Called once per optimizer step. */
+  /**
+   * Updates the selection bias from the loads `i32 [E]` of the whole batch. Called once per optimizer step, inside `scope` and
+   * `noGrad`.
+   */
   update?(bias: Parameter, load: Tensor, step: number): void
 }
 

@@ -16,6 +16,7 @@ import {
   Module,
   MoeError,
   needAxes,
+  noGrad,
   type OptionNames,
   SwigluMlp,
   scope,
@@ -228,7 +229,8 @@ export class MoELayer extends Module {
     const { reduce, step = this.step } = options
     const load = this.#load.total
     const bias = this.gate.e_score_correction_bias
-    if (load !== null && bias && !isFrozen(bias)) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
+    if (load !== null && bias && !isFrozen(bias))
+      scope(() => noGrad(() => this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)))
     this.#load.reset()
     this.#kept.reset()
     this.step = step + 1

@@ -1,6 +1,6 @@
 import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { disposeModule, Module, namedParameters, stateDict, tensor } from '@moe/core'
+import { disposeModule, Module, MoeError, namedParameters, stateDict, tensor } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
@@ -58,6 +58,17 @@ describe('failures lose nothing', () => {
     expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free disk space/)
     expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
     expect(message.match(/free (some|disk) space/g)).toHaveLength(1)
+  })
+
+  test('an error that is not one of the file system keeps its fix', async () => {
+    const out = await temporaryFolder()
+    class Unready extends BigramModel {
+      async save(): Promise<void> {
+        throw new MoeError({ code: 'E_CONFIG', op: 'save', problem: 'no name is set', fix: 'set model.name' })
+      }
+    }
+    const { message } = await errorOf(run({ out, checkpointEvery: 4, model: new Unready() }))
+    expect(message).toMatch(/saving step 4 failed: save: no name is set; the run has no earlier checkpoint; set model\.name$/)
   })
 
   test('a full disk at the first checkpoint leaves an empty list', async () => {

@@ -7,6 +7,7 @@ import {
   namedAdapters,
   namedParameters,
   namedStreams,
+  noGrad,
   type Parameter,
   type Precision,
   type Shape,
@@ -154,7 +155,9 @@ export class StepsOnRanks implements Steps {
 
   #update(lr: number, gradNorm: number): void {
     const { backend } = this.#like
-    scope(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip)))
+    scope(() =>
+      noGrad(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip))),
+    )
     this.#zeroGradients()
   }
 

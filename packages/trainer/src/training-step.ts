@@ -100,7 +100,7 @@ export async function trainingStep(
         ? await nonFiniteStep(model, step, numbers)
         : await nonFiniteStepOnRanks(model, sharded, step, numbers)
     const update = () => {
-      optimizer.step(lr, gradScale)
+      scope(() => noGrad(() => optimizer.step(lr, gradScale)))
       zeroGradients(trained)
     }
     const afterwards = async () => (await model.afterStep?.(ranks && (counts => ranks.allReduce(counts)))) ?? {}

@@ -142,14 +142,18 @@ export function reasonOf(cause: unknown): string {
 
 /** @param previous path of the checkpoint that was saved last */
 export function saveError(previous: string | undefined, path: string, step: number, cause: unknown): MoeError {
+  const failedInFileSystem = !isMoeError(cause) || cause.details.errno !== undefined
+  const fix =
+    (!failedInFileSystem && cause.fix) ||
+    'free disk space, make the folder writable, close programs that have its files open, or choose another folder'
   return new MoeError({
     code: 'E_CHECKPOINT',
     op: path,
     problem: `saving step ${step} failed: ${reasonOf(cause)}`,
     fix:
       previous === undefined
-        ? 'the run has no earlier checkpoint; free disk space, make the folder writable, close programs that have its files open, or choose another folder'
-        : `${previous} is intact: free disk space, make the folder writable or close programs that have files of the run open, then resume from it`,
+        ? `the run has no earlier checkpoint; ${fix}`
+        : `${previous} is intact; ${fix}, then resume from it`,
     details: { step, previous },
     cause,
   })

@@ -34,7 +34,10 @@ export interface Optimizer {
    * of the complete model, of which this optimizer may update only a part.
    */
   settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>>
-  /** Updates every parameter that has a gradient. `gradScale []` multiplies the gradients. */
+  /**
+   * Updates every parameter that has a gradient. `gradScale []` multiplies the gradients. Runs inside `scope` and
+   * `noGrad`, so intermediate results are freed and not recorded; state that outlives the call is a `Parameter`.
+   */
   step(lr: number, gradScale: Tensor): void
   /** The optimizer state, with unique names. */
   entries(): OptimizerEntry[]
