@@ -2,7 +2,8 @@
 
     .venv-reference/bin/python tools/reference/relatives.py [CASE ...]
 
-writes packages/deepseek/fixtures/glm-<case>/ (Glm4MoeLiteForCausalLM), youtu-<case>/ (YoutuForCausalLM) and kimi-k25/, files and tensors as in
+writes packages/deepseek/fixtures/glm-<case>/ (Glm4MoeLiteForCausalLM), youtu-<case>/ (YoutuForCausalLM), v32-<case>/
+(DeepseekV32ForCausalLM), dsa-<case>/ (GlmMoeDsaForCausalLM) and kimi-k25/, files and tensors as in
 deepseek_v3.py, and packages/deepseek/fixtures/relatives-sizes.json: parameters of the released models, counted on transformers' own modules without
 memory for them.
 
@@ -20,7 +21,7 @@ import torch
 from fixture_file import deterministic, provenance, save_record, save_tensors
 from safetensors.torch import load_file
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
-from whole_model import FAMILIES, OUT, make_config, write_case
+from whole_model import FAMILIES, OUT, YARN, make_config, write_case
 
 GLM = dict(
     vocab_size=48, hidden_size=24, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -34,8 +35,21 @@ YOUTU = dict(
     kv_lora_rank=12, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64,
     rope_theta=1600000.0, bos_token_id=0, eos_token_id=1,
 )
+V32 = dict(
+    vocab_size=48, hidden_size=24, intermediate_size=32, moe_intermediate_size=4, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, routed_scaling_factor=2.5, kv_lora_rank=12,
+    q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_group=4, topk_group=2, first_k_dense_replace=1,
+    max_position_embeddings=163840, rope_theta=10000.0, rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=1.0), bos_token_id=0,
+    eos_token_id=1, topk_method="noaux_tc", scoring_func="sigmoid", index_topk=4, index_n_heads=8, index_head_dim=6,
+)
+DSA = {**GLM, "moe_intermediate_size": 4, "first_k_dense_replace": 1, "index_topk": 3, "index_n_heads": 6, "index_head_dim": 8,
+       "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1}
 
 CASES = {
+    "v32-mtp": dict(
+        config=dict(num_nextn_predict_layers=1), bias="mixed",
+        note="DeepSeek-V3.2: attention to 4 of 12 keys, YaRN, an MTP layer with an indexer of its own"),
+    "dsa-glm": dict(config={}, bias="mixed", note="the shape of GLM-5: attention to 3 of 12 keys, by indexers that rotate adjacent features"),
     "glm-mtp": dict(
         config=dict(num_nextn_predict_layers=1, moe_intermediate_size=4, hidden_size=20), bias="mixed",
         note="the shape of GLM-4.7-Flash: values as wide as queries, one dense layer, one group, an MTP layer behind the last"),
@@ -49,9 +63,11 @@ CASES = {
         note="untied, queries not compressed, halves turned; right padding: the last 5 tokens of row 1 carry no loss"),
 }
 
+BASES = {"glm": GLM, "youtu": YOUTU, "v32": V32, "dsa": DSA}
 RELEASED = {
     "glm-4.7-flash": ("glm", {}),
     "youtu-llm-2b": ("youtu", {}),
+    "deepseek-v3.2": ("v32", {}),
 }
 
 VISION = dict(num_attention_heads=1, num_hidden_layers=1, hidden_size=8, intermediate_size=8, pos_emb_height=2, pos_emb_width=2, patch_size=2)
@@ -96,7 +112,7 @@ def sizes():
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or CASES:
         family, _, case = wanted.partition("-")
-        write_case(family, case, {"glm": GLM, "youtu": YOUTU}[family], CASES[wanted])
+        write_case(family, case, BASES[family], CASES[wanted])
     if not sys.argv[1:]:
         kimi()
         sizes()

@@ -11,10 +11,12 @@ import torch
 from fixture_file import ROOT, deterministic, provenance, save_record, save_tensors
 from released_gate import margin, v2_choice, v2_gate, v3_choice, v3_gate
 from safetensors.torch import load_file
+from selection import SelectionCheck
 from torch.nn import functional as F
 from transformers import (
-    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig,
-    Glm4MoeLiteForCausalLM, LlamaConfig, LlamaForCausalLM, YoutuConfig, YoutuForCausalLM,
+    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV32Config,
+    DeepseekV32ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, LlamaConfig,
+    LlamaForCausalLM, YoutuConfig, YoutuForCausalLM,
 )
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
@@ -29,7 +31,8 @@ OUT = ROOT / "packages/deepseek/fixtures"
 FAMILIES = {
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM), "glm": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
-    "youtu": (YoutuConfig, YoutuForCausalLM),
+    "youtu": (YoutuConfig, YoutuForCausalLM), "v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
 }
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
 
@@ -47,11 +50,13 @@ def family_of(config):
 
 @contextlib.contextmanager
 def knowing_mtp(config):
-    """GLM's class knows nothing of the MTP layers that its files have: it is told while they are made."""
+    """The classes of GLM and V3.2 know nothing of the MTP layers that their files have: they are told while these are made."""
     told = {} if hasattr(config, "num_mtp_layers") else {
         "num_mtp_layers": config.num_nextn_predict_layers,
         "mtp_mlp_layer_types": ["sparse"] * config.num_nextn_predict_layers,
     }
+    if getattr(config, "layer_types", None):
+        told["mtp_layer_types"] = config.layer_types[-1:] * config.num_nextn_predict_layers
     for name, value in told.items():
         setattr(config, name, value)
     yield
@@ -176,14 +181,16 @@ def on_disk(joint, config):
 
 
 def gradients(joint, config):
-    """Gradients under the on-disk names: a copy of the model whose parameters are its gradients, saved the same way."""
+    """Gradients under the on-disk names: a copy of the model whose parameters are its gradients, saved the same way.
+
+    The indexers of sparse attention have none in transformers."""
     twin = copy.deepcopy(joint)
     with torch.no_grad():
         for p, source in zip(twin.parameters(), joint.parameters(), strict=True):
             p.copy_(torch.zeros_like(p) if source.grad is None else source.grad)
     copies = ("e_score_correction_bias", "shared_head.head.weight")
     tensors, _ = on_disk(twin, config)
-    own = lambda key: not key.endswith(copies) and not (key.startswith("model.layers.") and key.endswith(".embed_tokens.weight"))
+    own = lambda key: not key.endswith(copies) and ".indexer." not in key and not (key.startswith("model.layers.") and key.endswith(".embed_tokens.weight"))
     return {k: v for k, v in tensors.items() if own(k) and v.numel() > 0}
 
 
@@ -263,16 +270,18 @@ def write_case(family, case, base, spec):
         joint = Joint(config).eval()
         randomize(joint, generator, spec.get("bias"))
         batch = make_batch(config, generator, spec.get("pad", 0))
+        selection = SelectionCheck()
         check.watch(joint)
+        selection.watch(joint)
         loss, named = joint(*batch)
         seen, trapped = dict(check.seen), check.trapped
         loss.backward()
         all_losses, norms = adamw_losses(joint, batch, decay_vectors=True)
         matrix_losses, _ = adamw_losses(joint, batch, decay_vectors=False)
-        if check.margin >= MIN_MARGIN:
+        if min(check.margin, selection.margin) >= MIN_MARGIN:
             break
     else:
-        raise SystemExit(f"{case}: no seed below 1000 keeps routing {MIN_MARGIN} away from a tie")
+        raise SystemExit(f"{case}: no seed below 1000 keeps routing and selection {MIN_MARGIN} away from a tie")
 
     if spec.get("bias") == "negative" and trapped == 0:
         raise SystemExit(f"{case}: a zero mask would pass")
@@ -305,6 +314,8 @@ def write_case(family, case, base, spec):
         "tokensThatAZeroMaskWouldMisroute": trapped,
         "released": "every routing decision, ten steps included, was compared with tools/reference/released_gate.py",
     }
+    if selection.margin < float("inf"):
+        record["selectionMargin"] = selection.margin
     if joint.mtp is not None:
         record["mtpWeight"] = MTP_WEIGHT
     save_record(folder / "fixture.json", record)

@@ -49,9 +49,9 @@ export interface MlaConfig {
    */
   readonly index_topk?: number | null
   /** Number of heads of the indexer. */
-  readonly index_n_heads?: number
+  readonly index_n_heads?: number | null
   /** Features of the queries and the key of the indexer, of which the first qk_rope_head_dim are rotated. */
-  readonly index_head_dim?: number
+  readonly index_head_dim?: number | null
   /** Whether the indexer rotates adjacent features, as in GLM, instead of halves (default). */
   readonly indexer_rope_interleave?: boolean
 }
@@ -110,9 +110,11 @@ function indexerProblems(config: MlaConfig): string[] {
     const size = config[key]
     if (!Number.isInteger(size) || Number(size) < 1) problems.push(`${key} = ${shown(size)} is not a positive integer`)
   }
-  const { index_head_dim: features = 0, qk_rope_head_dim: ropeDim } = config
-  if (features < ropeDim) problems.push(`index_head_dim = ${features} is less than qk_rope_head_dim = ${ropeDim}`)
-  if (config.q_lora_rank === null) problems.push('index_topk requires q_lora_rank: the indexer reads compressed queries')
+  const { index_head_dim: features, qk_rope_head_dim: ropeDim } = config
+  if (features != null && features < ropeDim)
+    problems.push(`index_head_dim = ${features} is less than qk_rope_head_dim = ${ropeDim}`)
+  if (config.q_lora_rank === null)
+    problems.push('index_topk requires q_lora_rank: the indexer reads compressed queries')
   return problems
 }
 

@@ -11,12 +11,14 @@ export class LayerNorm extends Module {
   /** `[features]`, initially 0. */
   bias: Parameter
 
+  /** Creates a norm over `features` features. */
   constructor(features: number, backend?: Backend) {
     super()
     this.weight = new Parameter(ones([features], { backend }))
     this.bias = new Parameter(zeros([features], { backend }))
   }
 
+  /** Maps x `[..., features]` to the same shape. */
   forward(x: Tensor): Tensor {
     const centered = x.sub(x.mean(-1, true))
     const variance = centered.mul(centered).mean(-1, true)

@@ -38,9 +38,11 @@ export class LightningIndexer extends Module {
   /** The configuration must have been checked. @internal */
   constructor(config: MlaConfig, init: InitOptions) {
     super()
-    const { index_n_heads: heads = 0, index_head_dim: features = 0, hidden_size: hidden } = config
+    const { hidden_size: hidden } = config
+    const heads = config.index_n_heads as number
+    const features = config.index_head_dim as number
     const child = (name: string) => forkInit(init, name)
-    this.wq_b = new Linear(config.q_lora_rank ?? 0, heads * features, child('wq_b'))
+    this.wq_b = new Linear(config.q_lora_rank as number, heads * features, child('wq_b'))
     this.wk = new Linear(hidden, features, child('wk'))
     this.k_norm = new LayerNorm(features, init.backend)
     this.weights_proj = new Linear(hidden, heads, { ...child('weights_proj'), weights: undefined })

@@ -350,8 +350,9 @@ export class MultiHeadLatentAttention extends Module {
     step: CacheStep,
     within: number,
   ): Tensor {
-    const { num_attention_heads: heads, index_topk, index_n_heads: indexHeads = 0 } = this.#config
-    const count = index_topk as number
+    const { num_attention_heads: heads } = this.#config
+    const count = this.#config.index_topk as number
+    const indexHeads = this.#config.index_n_heads as number
     const { backend } = x
     const [batch, time] = x.shape
     const flat = (rows: Tensor) => rows.reshape([rows.shape[0] * rows.shape[1], rows.shape[2]])

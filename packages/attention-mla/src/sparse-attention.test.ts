@@ -113,7 +113,9 @@ test('with index_topk of at least the time, output and gradients are those of de
     for (const { parameter } of namedParameters(mla)) parameter.zeroGrad()
     const found = await run(mla, options)
     expect(found.length).toBe(expected.length)
-    found.forEach((values, i) => assertClose(`${i}`, values, expected[i], { relative: 1e-4, absolute: 1e-5 }))
+    for (const [i, values] of found.entries()) {
+      assertClose(`${i}`, values, expected[i], { relative: 1e-4, absolute: 1e-5 })
+    }
   }
 })
 
@@ -121,7 +123,14 @@ test('dense: true attends to all keys', async () => {
   const x = input(2, 9)
   const expected = await make(dense).forward(x).values()
   for (const options of [{}, { onIndexerLoss: () => {} }]) {
-    assertClose('out', await make().forward(x, { dense: true, ...options }).values(), expected, tolerance)
+    assertClose(
+      'out',
+      await make()
+        .forward(x, { dense: true, ...options })
+        .values(),
+      expected,
+      tolerance,
+    )
     const sparse = await make().forward(x, options).values()
     expect(Math.max(...sparse.map((value, i) => Math.abs(value - expected[i])))).toBeGreaterThan(1e-3)
   }
@@ -130,7 +139,11 @@ test('dense: true attends to all keys', async () => {
 test.each([1, 40, 400])('chunks of %i scores compute the same', async scores => {
   const mla = make()
   const x = input(2, 11)
-  const starts = fromHost(Int32Array.from({ length: 22 }, (_, i) => (i % 11 < 6 ? 0 : 6)), [2, 11], 'i32')
+  const starts = fromHost(
+    Int32Array.from({ length: 22 }, (_, i) => (i % 11 < 6 ? 0 : 6)),
+    [2, 11],
+    'i32',
+  )
   const run = async () => {
     for (const { parameter } of namedParameters(mla)) parameter.zeroGrad()
     const losses: Tensor[] = []
@@ -146,13 +159,19 @@ test.each([1, 40, 400])('chunks of %i scores compute the same', async scores => 
   const expected = await run()
   limits.scores = scores
   const found = await run()
-  found.forEach((values, i) => assertClose(`${i}`, values, expected[i], { relative: 1e-4, absolute: 1e-5 }))
+  for (const [i, values] of found.entries()) {
+    assertClose(`${i}`, values, expected[i], { relative: 1e-4, absolute: 1e-5 })
+  }
 })
 
 test('texts that share a row compute the same as alone', async () => {
   const mla = make()
   const x = input(1, 13)
-  const starts = fromHost(Int32Array.from({ length: 13 }, (_, i) => (i < 6 ? 0 : 6)), [1, 13], 'i32')
+  const starts = fromHost(
+    Int32Array.from({ length: 13 }, (_, i) => (i < 6 ? 0 : 6)),
+    [1, 13],
+    'i32',
+  )
   const losses: Tensor[] = []
   const options = { onIndexerLoss: (loss: Tensor) => void losses.push(loss) }
   const together = await mla.forward(x, { starts, ...options }).values()
@@ -370,7 +389,7 @@ describe('the loss of the indexer', () => {
     const rate = 1e-4
     let predicted = 0
     for (const { name, parameter } of namedParameters(mla)) {
-      const gradient = of.get(name)
+      const gradient = of.get(name) as Float32Array | null
       if (!gradient) continue
       predicted += rate * gradient.reduce((sum, g) => sum + g * g, 0)
       parameter.assign(parameter.detach().sub(fromHost(gradient, parameter.shape, 'f32').mul(rate)))
@@ -381,7 +400,9 @@ describe('the loss of the indexer', () => {
 })
 
 test('invalid settings of the indexer are reported together', () => {
-  expect(() => make({ ...config, index_topk: 0, index_n_heads: undefined, index_head_dim: 2, q_lora_rank: null })).toThrow(
+  expect(() =>
+    make({ ...config, index_topk: 0, index_n_heads: undefined, index_head_dim: 2, q_lora_rank: null }),
+  ).toThrow(
     /index_topk = 0.*index_n_heads = undefined.*index_head_dim = 2 is less than qk_rope_head_dim = 4.*requires q_lora_rank/,
   )
 })

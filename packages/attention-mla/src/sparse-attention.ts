@@ -86,7 +86,10 @@ function attendChunk(inputs: readonly Tensor[], from: number, to: number, option
     return visible.mul(chosenKeys(index ?? ranked(), visible, count))
   }).eq(1)
   const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
-  const scores = q.narrow(2, from, to).matmul(k.narrow(2, 0, to), { transposeB: true }).mul(scale)
+  const scores = q
+    .narrow(2, from, to)
+    .matmul(k.narrow(2, 0, to), { transposeB: true })
+    .mul(scale)
   const [batch, time, keys] = seen.shape
   const p = softmax(mask(scores, seen.reshape([batch, 1, time, keys])))
   const out = p.matmul(v.narrow(2, 0, to))
@@ -102,7 +105,10 @@ function attendChunk(inputs: readonly Tensor[], from: number, to: number, option
 /** 1 for the keys that a query may see: `i32 [B or 1, n, to]`. */
 function visibleKeys(from: number, to: number, starts: Tensor | undefined, { backend }: Tensor): Tensor {
   const keys = arange(to, { backend })
-  const causal = keys.reshape([1, 1, to]).le(keys.narrow(0, from, to).reshape([1, to - from, 1])).cast('i32')
+  const causal = keys
+    .reshape([1, 1, to])
+    .le(keys.narrow(0, from, to).reshape([1, to - from, 1]))
+    .cast('i32')
   if (starts === undefined) return causal
   const [batch] = starts.shape
   const first = starts.narrow(1, from, to).reshape([batch, to - from, 1])
@@ -116,6 +122,9 @@ function chosenKeys(scores: Tensor, visible: Tensor, count: number): Tensor {
   const queries = batch * time
   const { indices } = where(visible.eq(1), scores, full([], Number.NEGATIVE_INFINITY, scores)).topk(count)
   const rows = arange(queries, { backend }).mul(keys).reshape([queries, 1])
-  const flat = indices.reshape([queries, count]).add(rows).reshape([queries * count])
+  const flat = indices
+    .reshape([queries, count])
+    .add(rows)
+    .reshape([queries * count])
   return scatterAddRows(flat, ones([queries * count], { dtype: 'i32', backend }), queries * keys).reshape(scores.shape)
 }

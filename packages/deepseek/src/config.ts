@@ -8,6 +8,7 @@ import {
   type ModelTypeName,
   modelTypeOf,
   modelTypes,
+  sparseTypes,
   textConfig,
   toV3Keys,
   unreadable,
@@ -93,7 +94,7 @@ const denseFields = z.object({
 const latentFields = z.object({
   /** Architecture. Default `deepseek_v3`. `kimi_k2` is the same as `deepseek_v3`. */
   model_type: z
-    .enum(['deepseek_v3', 'deepseek_v2', 'glm4_moe_lite', 'youtu', 'kimi_k2'])
+    .enum(['deepseek_v3', 'deepseek_v32', 'deepseek_v2', 'glm4_moe_lite', 'glm_moe_dsa', 'youtu', 'kimi_k2'])
     .default('deepseek_v3')
     .transform(type => (type === 'kimi_k2' ? aliases[type] : type)),
   ...common,
@@ -140,6 +141,20 @@ const latentFields = z.object({
   v_head_dim: size,
   /** Whether RoPE rotates adjacent features (released layout) instead of halves. Default true. */
   rope_interleave: z.boolean().default(true),
+  /** Number of keys that a query attends to in sparse attention (V3.2), selected by an indexer in each layer. Null or undefined: all, without an indexer. */
+  index_topk: optionalSize,
+  /** Number of heads of the indexers. */
+  index_n_heads: optionalSize,
+  /** Size of the queries and keys of the indexers, of which the first qk_rope_head_dim have rotary embedding. */
+  index_head_dim: optionalSize,
+  /** Whether the RoPE of indexers rotates adjacent features, as in GLM, instead of halves. Default false. */
+  indexer_rope_interleave: z.boolean().default(false),
+  /** Every layer has its own indexer; always `full`. */
+  indexer_types: z.array(z.literal('full')).nullish(),
+  /** The same, as a number of layers that share an indexer; always 1. */
+  index_topk_freq: z.literal(1).nullish(),
+  /** The same, as one letter per layer; always F. */
+  index_topk_pattern: z.string().regex(/^F*$/).nullish(),
   /** Number of MTP modules, which follow the last layer. Default 0. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
   /** Whether MTP modules have their own embeddings and heads. Not a key of the released models, whose readers always share them. */
@@ -162,7 +177,15 @@ export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
 export interface DeepSeekConfig
   extends Omit<
     Fields,
-    'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta' | 'partial_rotary_factor' | 'mlp_layer_types'
+    | 'model_type'
+    | 'rope_scaling'
+    | 'rope_parameters'
+    | 'rope_theta'
+    | 'partial_rotary_factor'
+    | 'mlp_layer_types'
+    | 'indexer_types'
+    | 'index_topk_freq'
+    | 'index_topk_pattern'
   > {
   /** The `model_type` under which the model is saved. For Kimi K2 it is `deepseek_v3`. */
   readonly model_type: ModelTypeName
@@ -205,7 +228,8 @@ export function parseConfig(input: unknown): DeepSeekConfig {
       details: { problems },
     })
   }
-  const { rope_parameters, rope_scaling, partial_rotary_factor, mlp_layer_types, ...rest } = result.data
+  const { rope_parameters, rope_scaling, partial_rotary_factor, mlp_layer_types, ...others } = result.data
+  const { indexer_types, index_topk_freq, index_topk_pattern, ...rest } = others
   const { topk_method, scoring_func, rope_theta } = rest
   return {
     ...rest,
@@ -291,6 +315,10 @@ function withoutLatents({
     topk_method: 'greedy',
     norm_topk_prob: false,
     routed_scaling_factor: 1,
+    index_topk: null,
+    index_n_heads: null,
+    index_head_dim: null,
+    indexer_rope_interleave: false,
     num_nextn_predict_layers: 0,
     mtp_separate_embeddings: false,
     moe_layer_freq: 1,
@@ -325,6 +353,14 @@ function crossChecks(config: CheckedFields): string[] {
       topK !== null && topK <= experts && topK > kept,
       `num_experts_per_tok = ${topK} exceeds the ${kept} experts of the kept groups`,
     )
+  }
+  const { index_topk, index_head_dim, q_lora_rank, model_type } = config
+  const isSparse = modelTypes[model_type].isSparse === true
+  add(index_topk !== null && !isSparse, `index_topk = ${index_topk}, but only ${sparseTypes} have sparse attention`)
+  if (isSparse) {
+    add(q_lora_rank === null, 'q_lora_rank is missing: the indexers read compressed queries')
+    const tooSmall = index_head_dim !== null && index_head_dim < rotary
+    add(tooSmall, `index_head_dim = ${index_head_dim} is less than qk_rope_head_dim = ${rotary}`)
   }
   add(
     config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
@@ -410,8 +446,10 @@ function denseHfConfig(config: DeepSeekConfig): Record<string, unknown> {
 
 function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
   const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...others } = config
-  const { mtp_separate_embeddings, ...rest } = others
+  const { mtp_separate_embeddings, ...most } = others
+  const { index_topk, index_n_heads, index_head_dim, indexer_rope_interleave, ...rest } = most
   const { architecture, write } = modelTypes[config.model_type]
+  const indexer = index_topk === null ? {} : { index_topk, index_n_heads, index_head_dim, indexer_rope_interleave }
   const experts =
     n_routed_experts === null
       ? { first_k_dense_replace: config.num_hidden_layers }
@@ -426,6 +464,7 @@ function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
     architectures: [architecture],
     ...rest,
     ...experts,
+    ...indexer,
     ...(mtp_separate_embeddings ? { mtp_separate_embeddings } : {}),
     num_key_value_heads: config.num_attention_heads,
     torch_dtype: 'float32',

@@ -10,7 +10,7 @@ export interface ParameterCount {
   readonly active: number
   /** Parameters used per token without the embedding, which is a lookup without multiplications. */
   readonly activeWithoutEmbedding: number
-  /** One attention layer. */
+  /** One attention layer, including its indexer. */
   readonly attention: number
   /** One MoE layer: experts, shared experts, gate and bias (0 without experts). */
   readonly moe: number
@@ -43,7 +43,7 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
   const attention =
     config.model_type === 'llama'
       ? 2 * out + 2 * hidden * config.num_key_value_heads * config.v_head_dim
-      : queries + keysValues + out
+      : queries + keysValues + out + indexerParameters(config)
   const expert = 3 * hidden * config.moe_intermediate_size
   const experts = config.n_routed_experts ?? 0
   const bias = config.topk_method === 'noaux_tc' ? experts : 0
@@ -67,4 +67,10 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     dense,
     mtp: (mtpLayer + separate) * config.num_nextn_predict_layers,
   }
+}
+
+function indexerParameters(config: DeepSeekConfig): number {
+  const { index_n_heads: heads, index_head_dim: features, q_lora_rank: rank, hidden_size: hidden } = config
+  if (config.index_topk === null || heads === null || features === null || rank === null) return 0
+  return heads * features * rank + hidden * (features + heads) + 2 * features
 }

@@ -24,7 +24,7 @@ import {
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
-/** Options of a layer: cache and text boundaries of the attention, and those of the MoE layer. */
+/** Options of a layer: those of the attention, and those of the MoE layer. */
 export interface LayerOptions extends MoEForwardOptions {
   /** Cache of the earlier tokens, to which the new ones are added. Inference only. */
   readonly cache?: SequenceCache
@@ -32,12 +32,18 @@ export interface LayerOptions extends MoEForwardOptions {
   readonly layer?: number
   /** As in `MlaForwardOptions`: where the text of each token starts in its row. */
   readonly starts?: Tensor
+  /** As in `MlaForwardOptions`: receives the loss of the indexer, `[B, T]`. Only for layers with sparse attention. */
+  readonly onIndexerLoss?: (loss: Tensor) => void
+  /** As in `MlaForwardOptions`: whether sparse attention covers all keys. */
+  readonly dense?: boolean
 }
 
 export const layerNames: OptionNames<LayerOptions> = {
   cache: true,
   layer: true,
   starts: true,
+  onIndexerLoss: true,
+  dense: true,
   training: true,
   mask: true,
   undropped: true,
@@ -99,22 +105,25 @@ export class DecoderLayer extends Module {
   }
 
   #forward(x: Tensor, options: LayerOptions): Tensor {
-    const { cache, layer, starts, ...watched } = options
+    const { cache, layer, starts, onIndexerLoss, dense, ...watched } = options
     const { mlp } = this
     const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
     return part(() => {
-      const attended = part(() => this.attend(x, { cache, layer, starts }))
+      const attended = part(() => this.attend(x, { cache, layer, starts, onIndexerLoss, dense }))
       const more = (normal: Tensor) => (mlp instanceof MoELayer ? mlp.forward(normal, watched) : mlp.forward(normal))
       return plus(attended, this.#behind(this.post_attention_layernorm, attended, more))
     })
   }
 
   /** Runs the first half of the layer: attention with its residual connection. The second half is `mlp` after `post_attention_layernorm`, likewise. */
-  attend(x: Tensor, options: LayerOptions): Tensor {
-    return plus(
-      x,
-      this.#behind(this.input_layernorm, x, normal => this.self_attn.forward(normal, options)),
-    )
+  attend(x: Tensor, { cache, layer, starts, onIndexerLoss, dense }: LayerOptions): Tensor {
+    const { self_attn: attention } = this
+    const seen = { cache, layer, starts }
+    const run = (normal: Tensor) =>
+      attention instanceof MultiHeadLatentAttention
+        ? attention.forward(normal, { ...seen, onIndexerLoss, dense })
+        : attention.forward(normal, seen)
+    return plus(x, this.#behind(this.input_layernorm, x, run))
   }
 
   #behind(norm: RmsNorm, x: Tensor, fn: (normal: Tensor) => Tensor): Tensor {
@@ -143,6 +152,7 @@ export class DecoderLayer extends Module {
         ...options,
         onBalanceLoss: collect(losses, options.onBalanceLoss),
         onBalancerLoss: collect(losses, options.onBalancerLoss),
+        onIndexerLoss: collect(losses, options.onIndexerLoss),
         onLoad: collect(loads, options.onLoad),
       })
       own = results.length
@@ -170,8 +180,8 @@ interface Reported {
 }
 
 /** Whether intermediate results can be freed early, because neither gradients nor callbacks need them. */
-export const isTransient = ({ onLoad, onBalanceLoss, onBalancerLoss }: LayerOptions): boolean =>
-  !isRecording() && !onLoad && !onBalanceLoss && !onBalancerLoss
+export const isTransient = ({ onLoad, onBalanceLoss, onBalancerLoss, onIndexerLoss }: LayerOptions): boolean =>
+  !isRecording() && !onLoad && !onBalanceLoss && !onBalancerLoss && !onIndexerLoss
 
 /** The two fields that are not null in a configuration with experts. */
 function experts(config: DeepSeekConfig): { n_routed_experts: number; num_experts_per_tok: number } {

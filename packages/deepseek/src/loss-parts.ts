@@ -8,7 +8,7 @@ import { denseWeight, linearCrossEntropy, type Tensor } from '@moe/core'
 import { idsAhead, inverseCountAt, type MtpModule, mtpDepthLoss, type TokenRows, targetsAt } from '@moe/mtp'
 import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
 import type { DeepSeek } from './model.ts'
-import { factorAt, type HostInputs, type LossTensors, maskAt } from './training-loss.ts'
+import { factorAt, type HostInputs, type LossTensors, maskAt, meanOverTokens } from './training-loss.ts'
 
 /** What the model contributes besides its parts. */
 export interface LossSource {
@@ -21,7 +21,7 @@ export interface LossSource {
 export class LossParts {
   /** Scalars whose sum is the loss. */
   readonly losses: Tensor[] = []
-  /** Detached scalars of the parts that have run: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` (mean over layers, as in `DeepSeekLoss`). */
+  /** Detached scalars of the parts that have run: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` and `indexer` (means over layers, as in `DeepSeekLoss`). */
   readonly metrics: Record<string, Tensor> = {}
   readonly #model: DeepSeek
   readonly #inputs: LossTensors
@@ -62,6 +62,12 @@ export class LossParts {
 
   /** Options of decoder layers (depth 0) and of the blocks of MTP modules. */
   optionsAt(depth: number): LayerOptions {
+    const mask = maskAt(this.#inputs, depth)
+    const { objective, trainsIndexers, model } = this.#model
+    const onIndexerLoss = (losses: Tensor) => {
+      const loss = meanOverTokens(losses, mask)
+      this.#add('indexer', loss.mul(factorAt(this.#inputs, 'indexer')), loss, 1 / model.layers.length)
+    }
     const balance = (loss: Tensor) => {
       this.#add('balance', this.#balancer ? loss : loss.mul(factorAt(this.#inputs, 'balance')), loss, 1 / this.#layers)
     }
@@ -69,7 +75,9 @@ export class LossParts {
       training: true,
       starts: this.#inputs.starts,
       undropped: this.#inputs.undropped,
-      mask: maskAt(this.#inputs, depth),
+      mask,
+      dense: objective.indexerWarmup,
+      ...(trainsIndexers && { onIndexerLoss }),
       ...(this.#balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
     }
   }

@@ -14,6 +14,8 @@ interface Written {
 interface ModelType {
   /** The class in transformers that opens models of this type. */
   readonly architecture: string
+  /** Whether attention is sparse, with an indexer in every layer. */
+  readonly isSparse?: true
   /** Defaults that differ from those of V3. */
   readonly defaults: Json
   /** Values that all models of this type have. Readers of this type ignore these keys. */
@@ -34,6 +36,13 @@ const noExperts = Object.fromEntries(
 
 const types = {
   deepseek_v3: { architecture: 'DeepseekV3ForCausalLM', defaults: {} },
+  /** DeepSeek-V3.2: sparse attention. */
+  deepseek_v32: {
+    architecture: 'DeepseekV32ForCausalLM',
+    isSparse: true,
+    defaults: { index_topk: 2048, index_n_heads: 64, index_head_dim: 128 },
+    fixed: { indexer_rope_interleave: false },
+  },
   deepseek_v2: {
     architecture: 'DeepseekV2ForCausalLM',
     defaults: { topk_method: 'greedy', norm_topk_prob: false },
@@ -51,6 +60,27 @@ const types = {
     read: json => ({
       ...json,
       first_k_dense_replace: json.first_k_dense_replace ?? leadingDense(json.mlp_layer_types) ?? 1,
+    }),
+    write: config => ({ mlp_layer_types: layerKinds(config) }),
+  },
+  /** GLM-5: sparse attention. */
+  glm_moe_dsa: {
+    architecture: 'GlmMoeDsaForCausalLM',
+    isSparse: true,
+    defaults: {
+      n_shared_experts: 1,
+      routed_scaling_factor: 2.5,
+      rms_norm_eps: 1e-5,
+      max_position_embeddings: 202752,
+      index_topk: 2048,
+      index_n_heads: 32,
+      index_head_dim: 128,
+      indexer_rope_interleave: true,
+    },
+    fixed: { topk_method: 'noaux_tc', scoring_func: 'sigmoid', indexer_rope_interleave: true },
+    read: json => ({
+      ...json,
+      first_k_dense_replace: json.first_k_dense_replace ?? leadingDense(json.mlp_layer_types) ?? 3,
     }),
     write: config => ({ mlp_layer_types: layerKinds(config) }),
   },
@@ -79,6 +109,12 @@ export type ModelTypeName = keyof typeof types
 
 export const modelTypes: Readonly<Record<ModelTypeName, ModelType>> = types
 
+/** The names of the types with sparse attention. */
+export const sparseTypes = Object.entries(modelTypes)
+  .filter(([, { isSparse }]) => isSparse)
+  .map(([name]) => name)
+  .join(' and ')
+
 /** Other names of supported types, which transformers does not know. */
 export const aliases = { kimi_k2: 'deepseek_v3' } as const satisfies Readonly<Record<string, ModelTypeName>>
 
@@ -88,14 +124,12 @@ const multimodal: ReadonlySet<unknown> = new Set(['kimi_k25', 'kimi_vl'])
 /** Related models that are not supported, and why. */
 const unsupportedTypes: Readonly<Record<string, string>> = {
   axk1: 'it has a norm after the experts',
-  axk2: 'its attention is sparse',
-  deepseek_v32: 'its attention is sparse',
-  deepseek_v4: 'its attention is sparse',
+  axk2: 'its attention is sparse in another way',
+  deepseek_v4: 'its attention is sparse in another way',
   dots1: 'its attention has no latents',
   glm4_moe: 'its attention has no latents',
-  glm5_next: 'its attention is sparse',
-  glm_moe_dsa: 'its attention is sparse',
-  hy_v4: 'its attention is sparse',
+  glm5_next: 'its attention is sparse in another way',
+  hy_v4: 'its attention is sparse in another way',
   kimi_linear: 'most of its attention is linear',
   longcat_flash: 'its layers have two attention blocks each, and zero-computation experts',
   minicpm3: 'it scales embeddings, residuals and logits',

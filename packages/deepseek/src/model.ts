@@ -85,6 +85,7 @@ import {
   type LossTensors,
   lossInputs,
   maskAt,
+  meanOverTokens,
   type StagedDeepSeek,
   uploadInputs,
 } from './training-loss.ts'
@@ -259,7 +260,7 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Returns the training loss of rows of T + lookahead tokens: mean next-token cross-entropy + λ MTP loss + α balance loss. With `training: false`, only the first is computed and loads are not counted.
+   * Returns the training loss of rows of T + lookahead tokens: mean next-token cross-entropy + λ MTP loss + α balance loss + indexer losses. With `training: false`, only the first is computed and loads are not counted.
    * Positions before `from` carry no loss. If rows have `weights`, the first is the mean of the weighted losses, and MTP modules, which are not weighted, give no gradient to the main model.
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
@@ -281,8 +282,11 @@ export class DeepSeek extends Module {
     return {
       inputs: rows => this.#lossInputs(rows, true),
       stepInputs: () => {
-        const { mtpDetached, mtpAcceptance: measured } = this.#objective
-        return { arrays: this.#factors(), kind: `${mtpDetached} ${measured}` }
+        const { mtpDetached, mtpAcceptance: measured, indexerWarmup } = this.#objective
+        return {
+          arrays: this.#factors(),
+          kind: `${mtpDetached} ${measured} ${indexerWarmup} ${this.trainsIndexers}`,
+        }
       },
       loss: inputs => {
         const loads: Tensor[] = []
@@ -349,9 +353,14 @@ export class DeepSeek extends Module {
 
   /** Inputs that depend on the step. */
   #factors(): HostInputs {
-    const { mtpWeight, balanceWeight } = this.#objective
-    const data = Float32Array.of(scheduled(mtpWeight, this.step), scheduled(balanceWeight, this.step))
-    return { factors: { data, shape: [2] } }
+    const { mtpWeight, balanceWeight, indexerWeight } = this.#objective
+    const weights = [mtpWeight, balanceWeight, indexerWeight].map(weight => scheduled(weight, this.step))
+    return { factors: { data: Float32Array.from(weights), shape: [weights.length] } }
+  }
+
+  /** Whether training computes the losses of the indexers. @internal */
+  get trainsIndexers(): boolean {
+    return this.#config.index_topk !== null && this.#objective.indexerWeight !== 0
   }
 
   /** Runs the ops of the loss. With `onLoad`, the loads of the layers are passed to it, in the order of `moeLayers`, and not counted. */
@@ -364,7 +373,18 @@ export class DeepSeek extends Module {
     const gather = (loss: Tensor) => balance.push(loss)
     const wanted = this.#balancer ? { onBalancerLoss: gather } : { onBalanceLoss: gather }
     const watched = training ? { training: !onLoad, undropped, onLoad, ...wanted } : {}
-    const layerOptions = (depth: number): LayerOptions => ({ ...watched, starts, mask: maskAt(inputs, depth) })
+    const indexing: Tensor[] = []
+    const layerOptions = (depth: number): LayerOptions => {
+      const mask = maskAt(inputs, depth)
+      const onIndexerLoss = (losses: Tensor) => void indexing.push(meanOverTokens(losses, mask))
+      return {
+        ...watched,
+        ...(training && this.trainsIndexers && { onIndexerLoss }),
+        ...(training && { dense: this.#objective.indexerWarmup }),
+        starts,
+        mask,
+      }
+    }
     const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
     const head = denseWeight(this.lm_head.weight)
     const flat = hidden.reshape([batch * time, this.#config.hidden_size])
@@ -388,6 +408,11 @@ export class DeepSeek extends Module {
       const total = balance.reduce((sum, part) => sum.add(part))
       metrics.balance = total.mul(1 / balance.length).detach()
       loss = loss.add(this.#balancer ? total : total.mul(factorAt(inputs, 'balance')))
+    }
+    if (indexing.length > 0) {
+      const total = indexing.reduce((sum, part) => sum.add(part))
+      metrics.indexer = total.mul(1 / indexing.length).detach()
+      loss = loss.add(total.mul(factorAt(inputs, 'indexer')))
     }
     return { loss, nll: nll.detach(), nlls: nlls.detach(), metrics }
   }

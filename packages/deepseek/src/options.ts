@@ -17,6 +17,16 @@ export interface Objective {
   biasSpeed: Scheduled
   /** Whether to train only the MTP modules with their loss, without gradients to the main model. Default false. */
   mtpDetached: boolean
+  /**
+   * Weight of the loss that trains the indexers of sparse attention (V3.2 report, eq. 3 and 4). It gives no gradient to the rest of the model. 0 saves the time to compute it, for example if
+   * indexers are frozen. Default 1.
+   */
+  indexerWeight: Scheduled
+  /**
+   * Whether training uses attention to all keys instead of sparse attention, so that new indexers learn to rank all keys before the model depends on them (V3.2 report, dense warm-up stage). Evaluation
+   * and generation stay sparse. Default false.
+   */
+  indexerWarmup: boolean
   /** Whether to log, with each training loss, the share of drafts that the main model would accept at each depth. This computes the logits of all depths. Default false. */
   mtpAcceptance: boolean
 }
@@ -39,7 +49,7 @@ export interface DeepSeekOptions {
   readonly backend?: Backend
   /** Format of quantized weights, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor while they are read. Default: f32. */
   readonly weights?: WeightFormat
-  /** Overrides of the defaults: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, joint training of the MTP modules. */
+  /** Overrides of the defaults: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, indexerWeight 1, joint training of the MTP modules. */
   readonly objective?: Partial<Objective>
   /** A balancer that keeps the experts evenly loaded, instead of `balanceWeight` and `biasSpeed`. */
   readonly balancer?: Balancer
@@ -58,7 +68,8 @@ export interface DeepSeekOptions {
 export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {
   /**
    * Overrides of config.json, for example `{ max_position_embeddings, rope_scaling }` for a longer context. `original_max_position_embeddings` of `rope_scaling` is by default the context that the
-   * model has been trained with. Sizes of weights cannot be changed.
+   * model has been trained with. Sizes of weights cannot be changed. `{ model_type: 'deepseek_v32', index_topk }` converts a model of another type with latent attention to sparse attention: it gets new
+   * indexers with random weights, which must be trained (see `indexerWarmup`).
    */
   readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput>
 }
@@ -85,6 +96,8 @@ export const defaultObjective: Objective = {
   balanceWeight: 1e-4,
   biasSpeed: 0.001,
   mtpDetached: false,
+  indexerWeight: 1,
+  indexerWarmup: false,
   mtpAcceptance: false,
 }
 

@@ -101,7 +101,7 @@ export class PiecewiseLoss {
     this.#arrays = arrays
   }
 
-  /** Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp` and `balance`. All are scalars, means over the micro-batch. */
+  /** Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp`, `balance` and `indexer`. All are scalars, means over the micro-batch. */
   async forward(
     pass: PieceRunner,
     route: RouteTokens,

@@ -41,6 +41,15 @@ const v3: LatentConfigInput = {
   eos_token_id: 1,
 }
 
+/** DeepSeek-V3.2: V3 with sparse attention. */
+const v32: LatentConfigInput = {
+  ...v3,
+  model_type: 'deepseek_v32',
+  index_topk: 2048,
+  index_n_heads: 64,
+  index_head_dim: 128,
+}
+
 const v2: LatentConfigInput = {
   ...v3,
   model_type: 'deepseek_v2',
@@ -256,6 +265,7 @@ const tiny: LatentConfigInput = {
 /** Named configurations. To change one, spread it: `{ ...presets.tiny, vocab_size: 8192 }`. */
 export const presets = {
   'deepseek-v3': v3,
+  'deepseek-v3.2': v32,
   'deepseek-v2': v2,
   'deepseek-v2-lite': v2Lite,
   'moonlight-16b-a3b': moonlight,

@@ -18,7 +18,20 @@ import {
   targetFolder,
   writeText,
 } from '@moe/checkpoint'
-import { checkOptions, loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
+import {
+  checkOptions,
+  keep,
+  loadStateDict,
+  MoeError,
+  namedAdapters,
+  namedParameters,
+  QuantizedParameter,
+  Random,
+  randn,
+  type StateSource,
+  scope,
+  stateDict,
+} from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
@@ -102,10 +115,11 @@ export async function loadPretrained(
 async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
   const config = await readConfig(folder)
   await using weights = await openWeights(folder)
-  checkSize(folder.path, parseConfig(config), weights.checkpoint)
+  const own = parseConfig(config)
+  checkSize(folder.path, own, weights.checkpoint)
   const model = make(config)
   try {
-    await fill(model, weights)
+    await fill(model, weights, { newIndexers: model.config.index_topk !== null && own.index_topk === null })
   } catch (error) {
     model.dispose()
     throw error
@@ -143,7 +157,12 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
   })
 }
 
-async function fill(model: DeepSeek, { checkpoint, block }: FolderWeights): Promise<void> {
+/** With `newIndexers`, the checkpoint has none, and those of the model get random weights. */
+async function fill(
+  model: DeepSeek,
+  { checkpoint, block }: FolderWeights,
+  { newIndexers = false } = {},
+): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
@@ -158,5 +177,27 @@ async function fill(model: DeepSeek, { checkpoint, block }: FolderWeights): Prom
   const tied = (key: string) => model.config.tie_word_embeddings && key === 'lm_head.weight'
   await loadStateDict(model, source, {
     ignore: key => copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq'),
+    optional: key => newIndexers && isOfIndexer(key),
   })
+  if (newIndexers) drawIndexers(model)
+}
+
+const isOfIndexer = (key: string) => key.includes('.self_attn.indexer.')
+
+/** Draws the matrices of all indexers, as the constructor would with seed 0. */
+function drawIndexers(model: DeepSeek): void {
+  const { backend } = model
+  const std = model.config.initializer_range
+  for (const { name, parameter } of namedParameters(model)) {
+    if (!isOfIndexer(name) || parameter.rank !== 2) continue
+    if (parameter instanceof QuantizedParameter) {
+      throw new MoeError({
+        code: 'E_UNSUPPORTED',
+        op: 'fromPretrained',
+        problem: 'new indexers must be trained, but quantized weights cannot be',
+        fix: 'open the model without the option weights, and train it',
+      })
+    }
+    parameter.assign(keep(scope(() => randn(parameter.shape, new Random(0).fork(name), { std, backend }))))
+  }
 }

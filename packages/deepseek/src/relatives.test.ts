@@ -84,12 +84,15 @@ const tinyYoutu: LatentConfigInput = {
 
 test('parameters to the unit: those of transformers, and those of the models made', async () => {
   const { parameters } = JSON.parse(await readFile(fixture('relatives-sizes.json'), 'utf8'))
-  const counts = (name: 'glm-4.7-flash' | 'youtu-llm-2b') => countParameters(parseConfig(presets[name]))
+  const counts = (name: 'glm-4.7-flash' | 'youtu-llm-2b' | 'deepseek-v3.2') =>
+    countParameters(parseConfig(presets[name]))
   expect(counts('glm-4.7-flash').total).toBe(parameters['glm-4.7-flash'])
+  expect(counts('deepseek-v3.2').total).toBe(parameters['deepseek-v3.2'])
   expect(counts('youtu-llm-2b')).toMatchObject({ total: parameters['youtu-llm-2b'], moe: 0, mtp: 0 })
   // 3 billion for a token, as it is sold.
   expect(counts('glm-4.7-flash').activeWithoutEmbedding / 1e9).toBeCloseTo(3.4, 0)
-  for (const config of [tinyGlm, tinyYoutu]) {
+  const tinySparse = { index_topk: 8, index_n_heads: 3, index_head_dim: 10 }
+  for (const config of [tinyGlm, tinyYoutu, { ...tinyGlm, ...tinySparse, model_type: 'glm_moe_dsa' as const }]) {
     const model = new DeepSeek(config)
     const { total, mtp } = countParameters(model.config)
     expect(namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)).toBe(total + mtp)
@@ -196,6 +199,8 @@ describe('a saved model opens with the same type', () => {
     ['youtu-tied', 'youtu', 'YoutuForCausalLM'],
     ['youtu-padding', 'youtu', 'YoutuForCausalLM'],
     ['kimi-k25', 'deepseek_v3', 'DeepseekV3ForCausalLM'],
+    ['v32-mtp', 'deepseek_v32', 'DeepseekV32ForCausalLM'],
+    ['dsa-glm', 'glm_moe_dsa', 'GlmMoeDsaForCausalLM'],
   ])('%s: as %s', async (name, model_type, architecture) => {
     const model = await DeepSeek.fromPretrained(fixture(name))
     const folder = join(root, name)
@@ -309,8 +314,7 @@ describe('a multimodal model', () => {
 
 describe('names of other architectures', () => {
   test.each([
-    ['deepseek_v32', 'its attention is sparse'],
-    ['glm_moe_dsa', 'its attention is sparse'],
+    ['deepseek_v4', 'its attention is sparse in another way'],
     ['mistral4', 'its queries are scaled by their positions'],
     ['axk1', 'it has a norm after the experts'],
     ['glm4_moe', 'its attention has no latents'],
@@ -318,7 +322,7 @@ describe('names of other architectures', () => {
     ['toString', 'it is not of this architecture'],
     [7, 'it is not of this architecture'],
   ])('%s is refused: %s', async (model_type, why) => {
-    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v2, glm4_moe_lite, youtu, llama, kimi_k2, and the text models of kimi_k25, kimi_vl`
+    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v32, deepseek_v2, glm4_moe_lite, glm_moe_dsa, youtu, llama, kimi_k2, and the text models of kimi_k25, kimi_vl`
     // Whatever else there is: other families have other names for the same.
     expect(() => parseConfig({ ...presets.tiny, model_type, num_experts: 8 })).toThrow(message)
     const folder = await changed('v3-base', config => ({ ...config, model_type, num_experts: 8 }))

@@ -93,6 +93,7 @@ export class DeepSeekStages {
       'nll',
       ...(config.num_nextn_predict_layers > 0 ? ['mtp'] : []),
       ...(model.moeLayers.length > 0 ? ['balance'] : []),
+      ...(model.trainsIndexers ? ['indexer'] : []),
     ]
   }
 
@@ -184,7 +185,8 @@ function partCosts(config: DeepSeekConfig, sequenceLength: number): number[] {
   const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
   // On average, a position attends to half of the sequence.
   const scores = (config.num_attention_heads * features * sequenceLength) / 2
-  const layer = (i: number) => attention + scores + (isMoELayer(config, i) ? moe - idle : dense)
+  const indexScores = ((config.index_n_heads ?? 0) * (config.index_head_dim ?? 0) * sequenceLength) / 2
+  const layer = (i: number) => attention + scores + indexScores + (isMoELayer(config, i) ? moe - idle : dense)
   const head = config.vocab_size * hidden
   const layers = config.num_hidden_layers
   return [

@@ -7,7 +7,7 @@ export type HostInputs = Readonly<Record<string, { readonly data: Float32Array |
 
 /** The same inputs, uploaded to the device. */
 export interface LossTensors extends DepthTensors {
-  /** Weights λ of the MTP loss and α of the balance loss, `f32 [2]`; in training only. */
+  /** Weights of the MTP loss (λ), the balance loss (α) and the indexer loss, `f32 [3]`; in training only. */
   readonly factors?: Tensor
   /** 1 for tokens and 0 for padding, as seen by each depth, `f32 [depths + 1, B, T]`; only for batches with padding. */
   readonly mask?: Tensor
@@ -30,7 +30,7 @@ export interface DeepSeekLoss {
   /** The negative log-likelihood of each position, `[B T]`, detached; 0 for positions that carry no loss. */
   readonly nlls: Tensor
   /**
-   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; with a balancer including its factors) and, with `mtpAcceptance`, `acceptance1` and so on: the share of drafts accepted
+   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; with a balancer including its factors), `indexer` (mean over layers and positions) and, with `mtpAcceptance`, `acceptance1` and so on: the share of drafts accepted
    * at this depth and all shallower ones.
    */
   readonly metrics: Readonly<Record<string, Tensor>>
@@ -99,10 +99,18 @@ export function maskAt({ mask }: LossTensors, depth: number): Tensor | undefined
   return mask?.narrow(0, depth, depth + 1).reshape(mask.shape.slice(1))
 }
 
-/** Returns λ or α as a scalar. */
-export function factorAt({ factors }: LossTensors, of: 'mtp' | 'balance'): Tensor {
-  const at = of === 'mtp' ? 0 : 1
+/** The losses with a weight, in the order of `factors`. */
+const weighted = ['mtp', 'balance', 'indexer'] as const
+
+/** Returns the weight of a loss as a scalar. */
+export function factorAt({ factors }: LossTensors, of: (typeof weighted)[number]): Tensor {
+  const at = weighted.indexOf(of)
   return (factors as Tensor).narrow(0, at, at + 1).reshape([])
+}
+
+/** Returns the mean of an indexer's losses `[B, T]` over the tokens of the mask, which excludes padding. */
+export function meanOverTokens(losses: Tensor, mask: Tensor | undefined): Tensor {
+  return mask === undefined ? losses.mean() : losses.mul(mask).sum().div(mask.sum().maximum(1))
 }
 
 /** Returns an FNV-1a digest, computed over numbers instead of bytes. */

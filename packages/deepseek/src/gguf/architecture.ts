@@ -19,9 +19,17 @@ const string = (value: string): GgufValue => ({ type: 'string', value })
 /**
  * Returns the hyperparameters of a configuration (llama.cpp `src/llama-arch.cpp`, `src/models/deepseek2.cpp`, as of v0.5.0).
  *
- * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load
+ * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for sparse attention
  */
 export function architectureOf(config: DeepSeekConfig): Architecture {
+  if (config.index_topk !== null) {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: 'exportGguf',
+      problem: `models with sparse attention (${config.model_type}) cannot be exported: their indexers have no place in the architecture deepseek2`,
+      fix: 'run the model here, or save it in the Hugging Face layout with model.save(folder)',
+    })
+  }
   const latent = config.model_type !== 'llama'
   const name = latent ? 'deepseek2' : 'llama'
   const keys = { ...commonKeys(config), ...(latent ? latentKeys(config) : headKeys(config)), ...ropeKeys(config) }

@@ -1,0 +1,370 @@
+/** @file Models with sparse attention: generation, the loss of the indexers, conversion. Numbers of transformers: transformers.test.ts. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import {
+  adamwStep,
+  type Backend,
+  backward,
+  dispatchPlan,
+  fromHost,
+  namedParameters,
+  ones,
+  scope,
+  setDefaultBackend,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose, tolerances } from '@moe/core/testing'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, beforeEach, describe, expect, test } from 'vitest'
+import {
+  DeepSeek,
+  type DeepSeekOptions,
+  exportGguf,
+  type Generation,
+  type LatentConfigInput,
+  type PieceRunner,
+  parseConfig,
+  presets,
+  type RouteTokens,
+  type StageResult,
+} from './index.ts'
+import { makeDraftsAgree, tiny } from './test-tiny.ts'
+
+const reference = referenceBackend()
+const native = await createBackend()
+beforeEach(() => setDefaultBackend(reference))
+const root = await mkdtemp(join(tmpdir(), 'moe-sparse-'))
+afterAll(async () => {
+  native.dispose()
+  await rm(root, { recursive: true })
+})
+
+const config = {
+  ...tiny,
+  model_type: 'deepseek_v32',
+  num_nextn_predict_layers: 2,
+  index_topk: 4,
+  index_n_heads: 6,
+  index_head_dim: 6,
+} satisfies LatentConfigInput
+const rows = {
+  tokens: Int32Array.from({ length: 24 }, (_, i) => (5 * i + i * i) % 40),
+  documents: Int32Array.from({ length: 24 }, (_, i) => (i > 20 ? -1 : i >> 3)),
+  // From the third place on, tokens do not see those before it.
+  starts: Int32Array.from({ length: 24 }, (_, i) => (i % 12 < 2 ? 0 : 2)),
+  rows: 2,
+  length: 12,
+}
+
+const isOfIndexer = (name: string) => name.includes('.indexer.')
+
+async function read(text: Generation<number>): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of text) ids.push(id)
+  return ids
+}
+
+/** The most likely continuation, computed without a cache. */
+async function withoutCache(model: DeepSeek, prompt: readonly number[], count: number): Promise<number[]> {
+  const ids = [...prompt]
+  for (let i = 0; i < count; i++) {
+    const input = fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)
+    const logits = model.infer(() => model.forward(input).narrow(1, ids.length - 1, ids.length))
+    const values = await logits.values()
+    ids.push(values.indexOf(Math.max(...values)))
+    for (const tensor of [input, logits]) tensor.dispose()
+  }
+  return ids.slice(prompt.length)
+}
+
+describe.each([
+  ['the reference backend', () => reference as Backend],
+  ['a backend that records', () => native as Backend],
+])('generation on %s', (_, of) => {
+  const prompts = [
+    [3, 7, 11, 2, 30, 8, 1],
+    [4, 9],
+    [3, 7, 11, 2, 30, 8, 1, 39, 20, 21, 22, 6, 17],
+  ]
+
+  test.each([false, true])('continues as without a cache, speculative: %s', async speculative => {
+    const backend = of()
+    const { handles } = backend.stats()
+    const model = new DeepSeek(config, { seed: 3, backend })
+    makeDraftsAgree(model)
+    const expected: number[][] = []
+    for (const prompt of prompts) expected.push(await withoutCache(model, prompt, 20))
+    for (const [i, prompt] of prompts.entries()) {
+      const text = model.generate(prompt, { maxTokens: 20, speculative })
+      expect(await read(text)).toEqual(expected[i])
+      if (speculative) expect(text.stats.accepted[0]).toBeGreaterThan(0)
+    }
+    const batch = model.continuousBatch({ speculative, prefillChunkSize: 5 })
+    expect(await Promise.all(prompts.map(prompt => read(batch.generate(prompt, { maxTokens: 20 }))))).toEqual(expected)
+    batch.dispose()
+    model.dispose()
+    expect(backend.stats().handles).toBe(handles)
+  })
+
+  test('score is that of the forward pass', async () => {
+    const model = new DeepSeek(config, { seed: 3, backend: of() })
+    const [, , ids] = prompts
+    const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', of())))
+    const values = Array.from(await logits.values())
+    logits.dispose()
+    const expected = ids.slice(1).map((id, i) => {
+      const row = values.slice(i * 40, (i + 1) * 40)
+      return row[id] - Math.log(row.reduce((sum, x) => sum + Math.exp(x), 0))
+    })
+    const [scores] = await model.score([ids])
+    const found = scores.slice(1).map(each => (each as { logProb: number }).logProb)
+    assertClose('log-probabilities', found, expected, { relative: 1e-4, absolute: 1e-5 })
+    model.dispose()
+  })
+})
+
+test('a token in the cache takes latent, rope key and index key', () => {
+  const model = new DeepSeek(config, { seed: null })
+  const cache = model.makeCache({ depth: 2 })
+  expect(cache.bytesPerToken).toBe(4 * (8 + 4 + 6) * 4)
+  cache.dispose()
+  model.dispose()
+})
+
+describe('training', () => {
+  const model = (options: DeepSeekOptions = {}) => new DeepSeek(config, { seed: 3, ...options })
+
+  const gradientsOf = async (of: DeepSeek) => {
+    const all = namedParameters(of).map(async ({ name, parameter }) => {
+      const values = parameter.grad && (await parameter.grad.values())
+      parameter.zeroGrad()
+      return [name, values] as const
+    })
+    return new Map(await Promise.all(all))
+  }
+
+  test('adds the mean loss of the indexers, which gives no gradient to other parameters', async () => {
+    const run = async (indexerWeight: number) => {
+      const own = model({ objective: { indexerWeight } })
+      const numbers = scope(() => {
+        const { loss, metrics } = own.loss(rows)
+        const found = { loss: loss.detach(), indexer: metrics.indexer?.detach() }
+        backward(loss)
+        return found
+      })
+      const found = { loss: await numbers.loss.item(), indexer: await numbers.indexer?.item() }
+      const gradients = await gradientsOf(own)
+      own.dispose()
+      return { ...found, gradients }
+    }
+    const [off, one, half] = [await run(0), await run(1), await run(0.5)]
+    expect(off.indexer).toBeUndefined()
+    expect(one.indexer).toBeGreaterThan(0.01)
+    // Two layers and two modules.
+    const total = 4 * (one.indexer as number)
+    assertClose('loss', [one.loss - off.loss, half.loss - off.loss], [total, total / 2], {
+      relative: 1e-4,
+      absolute: 1e-5,
+    })
+    for (const [name, gradient] of one.gradients) {
+      const expected = isOfIndexer(name) ? half.gradients.get(name)?.map(g => 2 * g) : off.gradients.get(name)
+      if (isOfIndexer(name)) expect([name, off.gradients.get(name)]).toEqual([name, null])
+      if (gradient === null) expect([name, expected ?? null]).toEqual([name, null])
+      else assertClose(name, gradient, expected as Float32Array, tolerances.gradient)
+    }
+  })
+
+  test('padding does not count', async () => {
+    const own = model()
+    const losses = (tokens: Int32Array) => scope(() => own.loss({ ...rows, tokens }).metrics.indexer)
+    const other = rows.tokens.map((token, i) => (rows.documents[i] < 0 ? 39 - token : token))
+    const [a, b] = [losses(rows.tokens), losses(other)]
+    expect(await a.item()).toBe(await b.item())
+    for (const loss of [a, b]) loss.dispose()
+    own.dispose()
+  })
+
+  test('warm-up: attention is dense, and the indexers alone learn to rank all keys', async () => {
+    const shallow = { ...config, num_hidden_layers: 1, num_nextn_predict_layers: 0 }
+    const own = new DeepSeek(shallow, { seed: 3, objective: { indexerWarmup: true, biasSpeed: 0 } })
+    const dense = new DeepSeek({ ...shallow, index_topk: 12 }, { seed: 3 })
+    const trainingNll = async (of: DeepSeek) => {
+      const tensor = scope(() => of.loss(rows).nll)
+      const value = await tensor.item()
+      tensor.dispose()
+      return value
+    }
+    const hiddenStates = async (of: DeepSeek) => {
+      const tensor = of.infer(() => of.hidden(fromHost(rows.tokens, [2, 12], 'i32')))
+      const values = Array.from(await tensor.values())
+      tensor.dispose()
+      return values
+    }
+    const exact = await hiddenStates(dense)
+    /** How far attention to the selected keys leads from attention to all keys. */
+    const distance = async () => {
+      const found = await hiddenStates(own)
+      return found.reduce((sum, x, i) => sum + (x - exact[i]) ** 2, 0)
+    }
+    const before = await trainingNll(own)
+    expect(before).toBeCloseTo(await trainingNll(dense), 4)
+    const untrained = await distance()
+    for (const { name, parameter } of namedParameters(own)) parameter.trainable = isOfIndexer(name)
+    const trained = namedParameters(own).filter(({ parameter }) => parameter.trainable)
+    const moments = trained.map(({ parameter }) => ({ m: zeros(parameter.shape), v: zeros(parameter.shape) }))
+    const losses: number[] = []
+    for (let step = 1; step <= 30; step++) {
+      const loss = scope(() => {
+        const { loss, metrics } = own.loss(rows)
+        const value = metrics.indexer.detach()
+        backward(loss)
+        return value
+      })
+      losses.push(await loss.item())
+      loss.dispose()
+      for (const [i, { parameter }] of trained.entries()) {
+        const attrs = { lr: 0.03, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0, step }
+        const { m, v } = moments[i]
+        const next = adamwStep(parameter, parameter.grad as Tensor, m, v, ones([]), attrs)
+        parameter.assign(next.param)
+        for (const old of [m, v]) old.dispose()
+        moments[i] = next
+        parameter.zeroGrad()
+      }
+    }
+    expect(losses[29]).toBeLessThan(0.5 * losses[0])
+    expect(await trainingNll(own)).toBeCloseTo(before, 5)
+    expect(await distance()).toBeLessThan(0.7 * untrained)
+    for (const each of [own, dense]) each.dispose()
+  })
+
+  test.each(['selective', 'layers', { every: 2 }] as const)('recomputation (%j) changes no bit', async recompute => {
+    const run = async (own: DeepSeek) => {
+      const loss = scope(() => {
+        const { loss } = own.loss(rows)
+        const value = loss.detach()
+        backward(loss)
+        return value
+      })
+      const found = [await loss.item(), await gradientsOf(own)]
+      loss.dispose()
+      own.dispose()
+      return found
+    }
+    expect(await run(model({ recompute }))).toEqual(await run(model()))
+  })
+
+  const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
+
+  test.each([false, true])(
+    'stages, in pieces: %s, have the loss, the metrics and the gradients of the model',
+    async pieces => {
+      const [whole, own] = [model(), model()]
+      const expected = whole.loss(rows)
+      const split = own.inStages(4)
+      const losses: Tensor[] = []
+      let indexer = 0
+      let x: Tensor | null = null
+      const route: RouteTokens = async (layer, { x, weights, indices }) =>
+        own.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
+      for (const stage of split.step([rows]).stages) {
+        const part: StageResult = pieces ? await stage.inPieces(x, 0, together, route) : stage.forward(x, 0)
+        x = part.output ?? null
+        losses.push(...part.losses)
+        indexer += (await part.metrics.indexer?.item()) ?? 0
+      }
+      expect(split.metrics).toContain('indexer')
+      const loss = losses.reduce((sum, part) => sum.add(part))
+      assertClose(
+        'loss',
+        [await loss.item(), indexer],
+        [await expected.loss.item(), await expected.metrics.indexer.item()],
+      )
+      backward(loss)
+      backward(expected.loss)
+      const [found, wanted] = [await gradientsOf(own), await gradientsOf(whole)]
+      for (const [name, gradient] of wanted) {
+        if (gradient === null) expect([name, found.get(name)]).toEqual([name, null])
+        else assertClose(name, found.get(name) as Float32Array, gradient, tolerances.gradient)
+      }
+    },
+  )
+})
+
+describe('conversion of a model with dense attention', () => {
+  const changes = { model_type: 'deepseek_v32', index_topk: 6, index_n_heads: 4, index_head_dim: 8 } as const
+
+  test('adds random indexers; the other weights are its own', async () => {
+    const source = new DeepSeek({ ...tiny, num_nextn_predict_layers: 1 }, { seed: 7 })
+    const folder = join(root, 'dense')
+    await source.save(folder)
+    const model = await DeepSeek.fromPretrained(folder, { config: changes })
+    expect(model.config).toMatchObject(changes)
+    const own = new Map(namedParameters(source).map(({ name, parameter }) => [name, parameter]))
+    for (const { name, parameter } of namedParameters(model)) {
+      const values = Array.from(await parameter.values())
+      const from = own.get(name)
+      if (from) expect([name, values]).toEqual([name, Array.from(await from.values())])
+      else {
+        expect(isOfIndexer(name), name).toBe(true)
+        const spread = Math.sqrt(values.reduce((sum, x) => sum + x * x, 0) / values.length)
+        if (!name.includes('k_norm')) expect(spread / tiny.initializer_range).toBeCloseTo(1, 0)
+      }
+    }
+    // Saved and opened, it is the same, and its indexers must then be there.
+    const again = join(root, 'sparse')
+    await model.save(again)
+    const opened = await DeepSeek.fromPretrained(again)
+    const ids = () => fromHost(Int32Array.from(rows.tokens), [2, 12], 'i32')
+    const logits = (of: DeepSeek) => of.infer(() => of.forward(ids()))
+    expect(Array.from(await logits(opened).values())).toEqual(Array.from(await logits(model).values()))
+    await expect(DeepSeek.fromPretrained(folder, { config: changes, weights: 'int8' })).rejects.toThrow(
+      /new indexers must be trained, but quantized weights cannot be; open the model without the option weights/,
+    )
+    for (const each of [source, model, opened]) each.dispose()
+  })
+})
+
+describe('configurations', () => {
+  test('have the defaults of transformers', () => {
+    const { index_topk, index_n_heads, index_head_dim, ...rest } = config
+    expect(parseConfig(rest)).toMatchObject({ index_topk: 2048, index_n_heads: 64, index_head_dim: 128 })
+    expect(parseConfig({ ...rest, model_type: 'glm_moe_dsa' })).toMatchObject({
+      index_n_heads: 32,
+      indexer_rope_interleave: true,
+    })
+  })
+
+  test.each<[string, object, RegExp]>([
+    [
+      'an indexer in another type',
+      { model_type: 'deepseek_v3' },
+      /index_topk = 4, but only deepseek_v32 and glm_moe_dsa/,
+    ],
+    ['no compressed queries', { q_lora_rank: null }, /q_lora_rank is missing/],
+    ['a small index head', { index_head_dim: 2 }, /index_head_dim = 2 is less than qk_rope_head_dim = 4/],
+    [
+      'the rotation of GLM in V3.2',
+      { indexer_rope_interleave: true },
+      /indexer_rope_interleave = true, but deepseek_v32 always/,
+    ],
+    ['shared indexers', { model_type: 'glm_moe_dsa', indexer_types: ['full', 'shared'] }, /indexer_types\.1/],
+    ['shared indexers by number', { model_type: 'glm_moe_dsa', index_topk_freq: 4 }, /index_topk_freq/],
+    ['shared indexers by letters', { model_type: 'glm_moe_dsa', index_topk_pattern: 'FS' }, /index_topk_pattern/],
+  ])('%s is rejected', (_, change, message) => {
+    expect(() => parseConfig({ ...config, ...change })).toThrow(message)
+  })
+
+  test('GGUF has no place for indexers', async () => {
+    const model = new DeepSeek(config, { seed: null })
+    await expect(exportGguf(model, join(root, 'model.gguf'), { tokenizer: 'none' })).rejects.toMatchObject({
+      code: 'E_UNSUPPORTED',
+      problem: expect.stringContaining('sparse attention'),
+    })
+    model.dispose()
+    expect(() => parseConfig(presets['deepseek-v3.2'])).not.toThrow()
+  })
+})
