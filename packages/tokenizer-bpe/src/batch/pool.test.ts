@@ -36,12 +36,13 @@ function expectSame(ids: readonly Uint32Array[], own: BpeTokenizer, texts: reado
 }
 
 describe('worker threads of encodeBatch', () => {
-  test('are not used in a bundle, which does not run a worker.js beside it either', async () => {
+  test.each(['esm', 'cjs'] as const)('a bundle (%s) encodes without them, and ignores worker.js', async format => {
     const folder = mkdtempSync(join(tmpdir(), 'moe-bundle-'))
     try {
-      const outfile = join(folder, 'bundle.mjs')
+      const name = format === 'esm' ? 'bundle.mjs' : 'bundle.cjs'
+      const outfile = join(folder, name)
       const entry = fileURLToPath(new URL('../index.ts', import.meta.url))
-      await build({ entryPoints: [entry], bundle: true, platform: 'node', format: 'esm', outfile, logLevel: 'error' })
+      await build({ entryPoints: [entry], bundle: true, platform: 'node', format, outfile, logLevel: 'silent' })
       const mark = JSON.stringify(join(folder, 'started'))
       writeFileSync(join(folder, 'worker.js'), `require('node:fs').writeFileSync(${mark}, '')`)
       const { trainBpe: train } = (await import(
@@ -52,7 +53,7 @@ describe('worker threads of encodeBatch', () => {
       for (let batch = 0; batch < 2; batch++) {
         expect(await bundled.encodeBatch(texts, { threads: 2 })).toEqual(texts.map(text => bundled.encode(text)))
       }
-      expect(readdirSync(folder).sort()).toEqual(['bundle.mjs', 'worker.js'])
+      expect(readdirSync(folder).sort()).toEqual([name, 'worker.js'])
     } finally {
       rmSync(folder, { recursive: true })
     }

@@ -33,8 +33,8 @@ export class EncodePool {
 
   /**
    * Encodes a batch on `threads` workers (default: one per core). Starts the workers that are missing and keeps all for
-   * later batches. Returns undefined if there are no workers: in browsers, on one core, and in a bundle, which does not
-   * include the worker's file.
+   * later batches. Returns undefined if there are no workers: in browsers, on one core, and in a bundle without the
+   * worker's file.
    * @throws TokenizerError E_DATA if a text cannot be encoded or a worker fails
    */
   encode(texts: readonly string[], options: EncodeOptions, threads?: number): Promise<Uint32Array[] | undefined> {
@@ -49,12 +49,13 @@ export class EncodePool {
   async #start(threads: number | undefined): Promise<Worker[]> {
     const [workerThreads, os] = await Promise.all([builtin('node:worker_threads'), builtin('node:os')])
     const count = threads ?? os?.availableParallelism() ?? 1
-    if (!this.#available || workerThreads === undefined || count < 2) return []
+    const file = workerFile()
+    if (!this.#available || workerThreads === undefined || file === undefined || count < 2) return []
     const missing = Math.max(0, count - this.#workers.length)
     const started: Worker[] = []
     try {
       const workerData = missing > 0 ? this.#tokenizer() : ''
-      for (let i = 0; i < missing; i++) started.push(new workerThreads.Worker(workerFile(), { workerData }))
+      for (let i = 0; i < missing; i++) started.push(new workerThreads.Worker(file, { workerData }))
       await Promise.all(started.map(nextMessage))
     } catch (error) {
       for (const worker of started) void worker.terminate()
@@ -110,10 +111,16 @@ export class EncodePool {
   }
 }
 
-/** The worker's file, beside this one. Its published name is one that no file beside a user's bundle has. */
-function workerFile(): URL {
-  const name = import.meta.url.endsWith('.ts') ? './worker.ts' : './moe-tokenizer-worker.js'
-  return new URL(name, import.meta.url)
+/**
+ * The worker's file, beside this one. Its published name is one that no file beside a user's bundle has. Undefined in a
+ * CommonJS bundle made by esbuild.
+ */
+function workerFile(): URL | undefined {
+  // A variable, because webpack replaces `new URL(…, import.meta.url)` by a file that it emits.
+  const here: string | undefined = import.meta.url
+  return here === undefined
+    ? undefined
+    : new URL(here.endsWith('.ts') ? './worker.ts' : './moe-tokenizer-worker.js', here)
 }
 
 /** Resolves to the next message of a worker: null when it is ready, then replies. Rejects if the worker ends. */
