@@ -7,7 +7,6 @@
  */
 import {
   type AttentionOptions,
-  arange,
   attention,
   type Backend,
   checkOptions,
@@ -41,9 +40,10 @@ import {
 } from '@moe/core'
 import type { CacheFeatures } from './cache/cache-rows.ts'
 import { latentFeatures } from './cache/kv-cache.ts'
+import { SelectedRows } from './cache/selected-rows.ts'
 import { type CacheStep, needSequences, type SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
-import { bestKeys, indexScores, LightningIndexer } from './lightning-indexer.ts'
+import { LightningIndexer } from './lightning-indexer.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 import { chunkSize, sparseAttention } from './sparse-attention.ts'
 
@@ -350,45 +350,23 @@ export class MultiHeadLatentAttention extends Module {
     step: CacheStep,
     within: number,
   ): Tensor {
-    const { num_attention_heads: heads } = this.#config
-    const count = this.#config.index_topk as number
-    const indexHeads = this.#config.index_n_heads as number
-    const { backend } = x
+    const { num_attention_heads: heads, index_n_heads: indexHeads } = this.#config
     const [batch, time] = x.shape
-    const flat = (rows: Tensor) => rows.reshape([rows.shape[0] * rows.shape[1], rows.shape[2]])
-    const rowOf_BS = step.positionRows()
-    const stored = cache.rows(layer, 'index')
-    const keys_BSI =
-      step.pages === undefined ? stored.narrow(1, 0, within) : flat(stored).takeRows(rowOf_BS.narrow(1, 0, within))
-    const keys = keys_BSI.cast('f32')
-    const { q: indexQ, weights } = (this.indexer as LightningIndexer).queries(x, compressed, tables)
-    const firstOf_B11 = arange(batch, { backend }).mul(cache.capacity).reshape([batch, 1, 1])
-    const pool = flat(cache.rows(layer)).reshape([-1, 1, cache.features])
-    const chunk = chunkSize(batch * Math.max(within * indexHeads, heads * cache.features))
+    const selected = new SelectedRows(cache, layer, step, time, this.#config.index_topk as number, within)
+    const index = (this.indexer as LightningIndexer).queries(x, compressed, tables)
+    const chunk = chunkSize(batch * Math.max(within * (indexHeads as number), heads * cache.features))
     const outs: Tensor[] = []
     for (let from = 0; from < time; from += chunk) {
       const to = Math.min(time, from + chunk)
-      const part = (t: Tensor) => t.narrow(t.rank === 2 ? 0 : 1, from, to)
+      const part = (t: Tensor) => t.narrow(1, from, to)
       outs.push(
         scope(() => {
-          const scores = indexScores({ q: part(indexQ), weights: part(weights) }, keys)
-          // The number of keys that each query sees.
-          const limits_BT1 = step.lengths
-            .reshape([batch, 1, 1])
-            .add(arange(to - from, { backend }).reshape([1, to - from, 1]))
-            .add(from + 1 - time)
-          const positions = bestKeys(scores, limits_BT1, count)
-          const rows = rowOf_BS.reshape([rowOf_BS.size]).takeRows(positions.add(firstOf_B11))
-          const queries = batch * (to - from)
-          const lengths = limits_BT1.reshape([queries]).minimum(count)
-          const pages = rows.reshape([queries, count])
+          const { pages, lengths } = selected.select({ q: part(index.q), weights: part(index.weights) }, from)
           const turn = { cos: part(tables.cos), sin: part(tables.sin) }
-          return this.#absorbedForward(part(q_BTHD), turn, q =>
-            latentAttention(q.reshape([queries, 1, heads, cache.features]), pool, lengths, {
-              ...this.#latentOptions,
-              pages,
-            }),
-          )
+          return this.#absorbedForward(part(q_BTHD), turn, q => {
+            const perQuery = q.reshape([batch * (to - from), 1, heads, cache.features])
+            return latentAttention(perQuery, selected.pool, lengths, { ...this.#latentOptions, pages })
+          })
         }),
       )
     }

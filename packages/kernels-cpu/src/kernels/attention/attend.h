@@ -15,7 +15,7 @@ constexpr int64_t most_keys = 96;
 constexpr int few_rows = lanes / 4, few_keys = 4;
 
 // Keys and values in the layout that the products read. F32Product reads f32 in place. Bf16Product reads bf16 keys in place, unless they are paged or Dk is
-// odd. Everything else is converted or packed first.
+// odd. Everything else is copied, converted or packed first.
 struct KeyTiles {
   const float *k, *v;
   int64_t k_stride, v_stride;  // per key; v of bf16: per pair of keys
@@ -85,7 +85,10 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   if (a.rows16) return stored_tiles<Op>(a, rows_from(a, b, begin, a.rows16 + k_at, a.k_stride), n, memory);
   const KeyRows<float> k = rows_from(a, b, begin, a.k + k_at, a.k_stride), v = rows_from(a, b, begin, a.v + v_at, a.v_stride);
   if constexpr (Op::pack == 1) {
-    return {k[0], v[0], a.k_stride, a.v_stride};
+    if (a.in_place<Op>()) return {k[0], v[0], a.k_stride, a.v_stride};
+    // Only latents have pages: their values are the first features of the keys.
+    for (int64_t s = 0; s < n; s++) std::memcpy(memory.k + s * a.Dk, k[s], static_cast<size_t>(a.Dk) * 4);
+    return {memory.k, memory.k, a.Dk, a.Dk};
   } else {
 #if defined(MOE_BF16_PRODUCTS)
     pack_neighbours(k, n, a.Dk, memory.k);

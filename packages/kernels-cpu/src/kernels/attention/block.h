@@ -37,9 +37,10 @@ struct Attention {
   int64_t visible(int64_t limit, int64_t t) const {
     return causal ? std::min(limit, std::max<int64_t>(0, limit - T + t + 1)) : limit;
   }
+  // Whether f32 keys are read where they are. Those of small pages are copied to a tile, because products with few keys are slow.
   template <class Op>
   bool in_place() const {
-    return Op::pack == 1 && !rows16;
+    return Op::pack == 1 && !rows16 && !(pages && page_keys < 8);
   }
   // Whether features fill whole vectors, so that they can run along the lanes.
   template <class Op>

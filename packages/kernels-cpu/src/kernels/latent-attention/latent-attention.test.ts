@@ -107,6 +107,10 @@ const pagedCases: PagedCase[] = [
   { B: 8, T: 2, H: 33, C: 48, valueDim: 32, page: 16, lengths: [100, 3, 0, 48, 96, 47, 49, 16] },
   { B: 3, T: 2, H: 5, C: 21, valueDim: 13, page: 5, lengths: [2, 0, 803] },
   { B: 2, T: 1, H: 20, C: 96, valueDim: 64, page: 16, lengths: [40, 900] },
+  // As sparse attention reads its selected rows.
+  { B: 5, T: 1, H: 20, C: 96, valueDim: 64, page: 1, lengths: [40, 300, 0, 1, 97] },
+  { B: 1, T: 1, H: 128, C: 576, valueDim: 512, page: 1, lengths: [700] },
+  { B: 2, T: 3, H: 3, C: 21, valueDim: 13, page: 1, lengths: [5, 130] },
 ]
 
 /** Rows in pages in random order, the first of which all sequences share, and the same rows contiguously. Unused memory is NaN. */
