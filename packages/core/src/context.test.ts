@@ -29,7 +29,7 @@ afterEach(() => {
 })
 
 describe('default backend', () => {
-  test('the error explains how to set one', () => {
+  test('if none is set, the error explains how to set one', () => {
     expect(() => tensor([1])).toThrow(
       expect.objectContaining({ code: 'E_NO_BACKEND', message: expect.stringMatching(/call setDefaultBackend\(/) }),
     )
@@ -48,7 +48,7 @@ describe('default backend', () => {
     }
   })
 
-  test('is where tensors are created by default', () => {
+  test('is used for new tensors unless another one is given', () => {
     const [a, b] = [referenceBackend(), referenceBackend()]
     setDefaultBackend(a)
     expect(defaultBackend()).toBe(a)
@@ -109,11 +109,11 @@ describe('firstAvailable', () => {
     }
   })
 
-  test('an empty list is an error too', async () => {
+  test('rejects an empty list', async () => {
     await expect(firstAvailable([])).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
   })
 
-  test('rethrows errors other than missing availability', async () => {
+  test('rethrows errors that do not mean that a backend is unavailable', async () => {
     await expect(firstAvailable([failing('E_BACKEND', 'out of order'), works])).rejects.toMatchObject({
       code: 'E_BACKEND',
     })
@@ -126,7 +126,7 @@ describe('firstAvailable', () => {
   })
 })
 
-test('noGrad does not record, nests, and ends with an exception too', () => {
+test('noGrad does not record, can be nested, and also ends with an exception', () => {
   const backend = referenceBackend()
   const model = new Linear(2, 2, { backend })
   const x = ones([1, 2], { backend })
@@ -146,11 +146,11 @@ test('noGrad does not record, nests, and ends with an exception too', () => {
   expect(isRecording()).toBe(true)
 })
 
-test('settings reject asynchronous functions', async () => {
-  const refused = (op: string) =>
+test('noGrad and withPrecision reject asynchronous functions and unknown precisions', async () => {
+  const asynchronousError = (op: string) =>
     expect.objectContaining({ code: 'E_ATTR', op, message: expect.stringMatching(/synchronous function/) })
-  expect(() => noGrad(() => Promise.resolve(1))).toThrow(refused('noGrad'))
-  expect(() => withPrecision('bf16', () => Promise.resolve(1))).toThrow(refused('withPrecision'))
+  expect(() => noGrad(() => Promise.resolve(1))).toThrow(asynchronousError('noGrad'))
+  expect(() => withPrecision('bf16', () => Promise.resolve(1))).toThrow(asynchronousError('withPrecision'))
   expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(/unknown precision "fp16".*'f32', 'bf16' or 'fp8'/s)
   using x = tensor([1, 2], [1, 2], { backend: referenceBackend() })
   expect(() => x.matmul(x, { transposeB: true, precision: 'fp16' as 'f32' })).toThrow('matmul: unknown precision')
@@ -158,8 +158,8 @@ test('settings reject asynchronous functions', async () => {
 })
 
 describe('precision', () => {
-  /** Reference backend that records the precision of every matrix product. */
-  function noting(): { backend: Backend; seen: Precision[] } {
+  /** Creates a reference backend that records the precision of every matrix product. */
+  function recordingBackend(): { backend: Backend; seen: Precision[] } {
     const backend = referenceBackend()
     const seen: Precision[] = []
     const { matmul } = backend.primitives
@@ -177,7 +177,7 @@ describe('precision', () => {
   let model: Linear
   let x: Tensor
   beforeEach(() => {
-    const made = noting()
+    const made = recordingBackend()
     backend = made.backend
     seen = made.seen
     model = new Linear(4, 4, { backend })
@@ -204,18 +204,18 @@ describe('precision', () => {
     expect(currentPrecision()).toBe('f32')
   })
 
-  test('one product can override it', () => {
+  test('can be overridden for one product', () => {
     withPrecision('bf16', () => x.matmul(model.weight, { precision: 'f32' }))
     expect(seen).toEqual(['f32'])
   })
 
-  test('backward multiplies as the forward pass did, wherever it is called', () => {
+  test('is the same in the backward pass as in the forward pass, wherever backward is called', () => {
     const loss = withPrecision('bf16', () => model.forward(x).sum())
     backward(loss)
     expect(seen).toEqual(['bf16', 'bf16'])
   })
 
-  test('a recomputed forward pass multiplies as the first one did', () => {
+  test('is the same in a recomputed forward pass as in the first one', () => {
     const loss = withPrecision('bf16', () => checkpoint(input => model.forward(input), x).sum())
     backward(loss)
     expect(new Set(seen)).toEqual(new Set(['bf16']))
@@ -240,7 +240,7 @@ describe('fallbacks', () => {
     ])
   })
 
-  test('a fused kernel is used and not counted; one that declines is', async () => {
+  test('does not count a fused kernel that runs, but counts one that declines', async () => {
     const plain = referenceBackend()
     let calls = 0
     const backend: Backend = {

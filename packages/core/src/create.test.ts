@@ -8,7 +8,8 @@ import type { Tensor } from './tensor.ts'
 
 beforeEach(() => setDefaultBackend(referenceBackend()))
 const list = async (t: Tensor) => Array.from(await t.values())
-const refusal = (message = /./) => expect.objectContaining({ code: 'E_SHAPE', message: expect.stringMatching(message) })
+const rejection = (message = /./) =>
+  expect.objectContaining({ code: 'E_SHAPE', message: expect.stringMatching(message) })
 
 test('shape and dtype follow from the values', async () => {
   expect(tensor([1, 2])).toMatchObject({ shape: [2], dtype: 'f32' })
@@ -31,7 +32,7 @@ test('copies the given array, and returns new ones', async () => {
   expect(await list(x)).toEqual([1, 2])
 })
 
-test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async () => {
+test('for 16- and 8-bit floats, numbers are encoded and host arrays are bit patterns', async () => {
   const rounded = tensor([1.01], [1], { dtype: 'bf16' })
   expect(await rounded.data()).toEqual(Uint16Array.of(toBf16(1.01)))
   expect(await list(rounded)).toEqual([1.0078125])
@@ -41,30 +42,30 @@ test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async ()
 
 test('invalid shapes are rejected before they reach a backend', () => {
   for (const shape of [[-1], [2.5], [Number.NaN], [-2, -3]]) {
-    expect(() => zeros(shape), `zeros ${shape}`).toThrow(refusal(/^zeros: expected sizes that are non-negative/))
-    expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(refusal())
+    expect(() => zeros(shape), `zeros ${shape}`).toThrow(rejection(/^zeros: expected sizes that are non-negative/))
+    expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(rejection())
   }
   expect(() => tensor([1, 2, 3], [2])).toThrow(
-    refusal(/^tensor: got 3 values for shape \[2\]; pass 2 values, or their shape/),
+    rejection(/^tensor: got 3 values for shape \[2\]; pass 2 values, or their shape/),
   )
 })
 
 test('a size that is a string is shown as a string', () => {
   expect(() => zeros(['3'] as unknown as number[])).toThrow(
-    refusal(/^zeros: .* got \["3"\]; pass a shape such as \[2, 3\]/),
+    rejection(/^zeros: .* got \["3"\]; pass a shape such as \[2, 3\]/),
   )
 })
 
-test('dtype names of other libraries are rejected with a list of ours', () => {
+test('dtype names of other libraries are rejected with a list of valid ones', () => {
   const wrong = 'float32' as DType
-  const refused = expect.objectContaining({
+  const unknownDtype = expect.objectContaining({
     code: 'E_DTYPE',
     message: expect.stringMatching(/: "float32" is not a dtype; pass one of f32, bf16, f16, f8e4m3, i32, u8$/),
   })
-  expect(() => zeros([1], { dtype: wrong })).toThrow(refused)
-  expect(() => tensor([1], [1], { dtype: wrong })).toThrow(refused)
-  expect(() => fromHost(Float32Array.of(1), [1], wrong)).toThrow(refused)
-  expect(() => tensor([1]).cast(wrong)).toThrow(refused)
+  expect(() => zeros([1], { dtype: wrong })).toThrow(unknownDtype)
+  expect(() => tensor([1], [1], { dtype: wrong })).toThrow(unknownDtype)
+  expect(() => fromHost(Float32Array.of(1), [1], wrong)).toThrow(unknownDtype)
+  expect(() => tensor([1]).cast(wrong)).toThrow(unknownDtype)
 })
 
 test('random tensors contain the numbers of the stream', async () => {

@@ -114,7 +114,7 @@ const codecs: Record<string, Codec> = {
       [2 ** -10, 0],
       [3 * 2 ** -10, 0x02],
       [7.5 * 2 ** -9, 0x08],
-      // There is no infinity, so what is too large becomes the largest number.
+      // There is no infinity: values that are too large become the largest number.
       [449, 0x7e],
       [1e30, 0x7e],
       [Number.POSITIVE_INFINITY, 0x7e],
@@ -127,7 +127,7 @@ for (const [name, { encode, decode, codes, golden, rounded }] of Object.entries(
   describe(name, () => {
     const half = codes / 2
 
-    test('golden bit patterns', () => {
+    test('encodes and decodes known bit patterns', () => {
       for (const [value, bits] of golden) {
         expect(encode(value), `bits of ${value}`).toBe(bits)
         expect(decode(bits), `value of 0x${bits.toString(16)}`).toBe(value)

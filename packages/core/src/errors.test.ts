@@ -13,7 +13,7 @@ describe('MoeError', () => {
     cause,
   })
 
-  test('reads `op: problem; fix`, and carries the same as data', () => {
+  test('has the message `op: problem; fix`, and the same parts as properties', () => {
     expect(error.message).toBe('matmul: inner sizes differ; transpose one')
     expect(error).toMatchObject({ name: 'MoeError', code: 'E_SHAPE', op: 'matmul', details: { lhs: [2] }, cause })
     expect(error).toBeInstanceOf(Error)
@@ -41,7 +41,7 @@ describe('MoeError', () => {
     expect('cause' in plain).toBe(false)
   })
 
-  test('is recognized by name and code, also from another copy of the package', () => {
+  test('is recognized by name and code, even from another copy of the package', () => {
     class MoeErrorOfAnotherCopy extends Error {
       override name = 'MoeError'
       code = 'E_DTYPE'

@@ -22,7 +22,7 @@ setDefaultBackend(referenceBackend())
 const random = new Random(1)
 const normal = (...shape: number[]) => randn(shape, random)
 
-/** x `[rows, columns]`, rounded along axis `along`. */
+/** Returns x `[rows, columns]`, rounded in tiles along axis `along`. */
 function rounded(x: Tensor, along: 0 | 1): Tensor {
   const [rows, columns] = x.shape
   const layout =
@@ -33,7 +33,7 @@ function rounded(x: Tensor, along: 0 | 1): Tensor {
 }
 const transposed = { transposeB: true }
 
-test('each of the three products of a linear layer rounds its operands along the axis that it sums over', () => {
+test('each of the three products of a linear layer rounds its operands along the summed axis', () => {
   const [x, w, dy] = [new Parameter(normal(150, 260)), new Parameter(normal(140, 260)), normal(150, 140)]
   const y = withPrecision('fp8', () => x.matmul(w, transposed))
   expect(readF64(y)).toEqual(readF64(rounded(x, 1).matmul(rounded(w, 1), transposed)))
@@ -42,7 +42,7 @@ test('each of the three products of a linear layer rounds its operands along the
   expect(readF64(w.grad as Tensor)).toEqual(readF64(rounded(dy, 0).matmul(rounded(x, 0), { transposeA: true })))
 })
 
-test('tiles of an expert’s weight gradient begin at its first row', () => {
+test("the tiles for an expert's weight gradient begin at the expert's first row", () => {
   const [x, w, dy] = [new Parameter(normal(300, 9)), new Parameter(normal(2, 5, 9)), normal(300, 5)]
   const y = withPrecision('fp8', () => groupedMatmul(x, w, tensor(Int32Array.of(0, 70, 300), [3])))
   backward(y.mul(dy).sum())
@@ -56,7 +56,7 @@ test('tiles of an expert’s weight gradient begin at its first row', () => {
   expect([...readF64(w.grad as Tensor)]).toEqual(expected)
 })
 
-test('experts are their three products in fp8', () => {
+test('routedExperts rounds the operands of its three products', () => {
   const [tokens, features, inner] = [6, 16, 8]
   const experts = { gate: normal(2, inner, features), up: normal(2, inner, features), down: normal(2, features, inner) }
   const x = normal(tokens, features)
@@ -70,17 +70,17 @@ test('experts are their three products in fp8', () => {
   expect(readF64(out)).toEqual(readF64(expected))
 })
 
-test('attention, batches and the loss of the head are not in fp8', () => {
+test('attention, batched products and linearCrossEntropy do not use fp8', () => {
   const [q, batch, hidden, head] = [normal(1, 5, 2, 8), normal(2, 4, 8), normal(4, 8), normal(11, 8)]
   const targets = tensor(Int32Array.of(0, 3, 10, 1), [4])
-  const both = (fn: () => Tensor) => {
+  const expectSameInFp8 = (fn: () => Tensor) => {
     const [wide, policy] = [fn(), withPrecision('fp8', fn)]
     expect(readF64(policy)).toEqual(readF64(wide))
   }
   scope(() => {
-    both(() => attention(q, q, q))
-    both(() => batch.matmul(batch, transposed))
-    both(() => batch.matmul(batch, { ...transposed, precision: 'fp8' }))
-    both(() => linearCrossEntropy(hidden, head, targets))
+    expectSameInFp8(() => attention(q, q, q))
+    expectSameInFp8(() => batch.matmul(batch, transposed))
+    expectSameInFp8(() => batch.matmul(batch, { ...transposed, precision: 'fp8' }))
+    expectSameInFp8(() => linearCrossEntropy(hidden, head, targets))
   })
 })

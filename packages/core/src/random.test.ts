@@ -11,7 +11,7 @@ describe('philox4x32-10', () => {
     ['243f6a88 85a308d3 13198a2e 03707344', 'a4093822 299f31d0', 'd16cfe09 94fdcceb 5001e420 24126ea1'],
   ]
   for (const [counter, key, result] of vectors) {
-    test(`counter ${counter}`, () => {
+    test(`returns the known answer of Random123 for the counter ${counter}`, () => {
       const out = new Uint32Array(6)
       philox4x32(words(counter), words(key), out, 1)
       expect(Array.from(out)).toEqual([0, ...words(result), 0])
@@ -20,7 +20,7 @@ describe('philox4x32-10', () => {
 })
 
 describe('Random', () => {
-  test('a seed is an integer', () => {
+  test('rejects a seed that is not an integer', () => {
     for (const [seed, shown] of [
       ['1', '"1"'],
       [1.5, '1.5'],
@@ -65,7 +65,7 @@ describe('Random', () => {
     expect(a.normal(11)).toEqual(b.normal(11))
   })
 
-  test('normal numbers are those of Box and Muller', () => {
+  test('normal numbers equal those of the Box-Muller transform', () => {
     const n = 100_000
     const numbers = new Random(3, 4).normal(n, 0.5)
     const out = new Uint32Array(4)

@@ -49,7 +49,7 @@ describe('scope', () => {
     expect(holder.kept.disposed).toBe(false)
   })
 
-  test('what is returned belongs to the enclosing scope', () => {
+  test('a returned tensor belongs to the enclosing scope', () => {
     let passed!: Tensor
     scope(() => {
       passed = scope(() => x.mul(2))
@@ -123,7 +123,7 @@ describe('single tensors', () => {
     expect(alive()).toBe(1)
   })
 
-  test('dispose is harmless twice, and inside a scope as well', () => {
+  test('dispose may be called twice, even inside a scope', () => {
     scope(() => {
       const y = x.mul(2)
       y.dispose()

@@ -11,7 +11,7 @@ import { concat } from './tensor.ts'
 const backend = referenceBackend()
 const shapes = fc.array(fc.integer({ min: 0, max: 4 }), { maxLength: 4 })
 
-/** Two shapes that broadcast: one shape, of which each side has some axes as 1 and may lack leading ones. */
+/** Two shapes that broadcast, derived from one shape: each side has some sizes of 1, and may lack leading axes. */
 const broadcastable = fc
   .record({
     whole: shapes,
@@ -24,12 +24,12 @@ const broadcastable = fc
     ),
   )
 
-/** A tensor of normal numbers. */
-const some = (shape: readonly number[], seed: number) =>
+/** Returns a tensor of normally distributed numbers. */
+const randomTensor = (shape: readonly number[], seed: number) =>
   tensor(new Random(seed).normal(sizeOf(shape)), shape, { backend })
 
 describe('broadcasting', () => {
-  test('golden cases', () => {
+  test('combines sizes of 1, missing axes and empty axes', () => {
     expect(broadcastShapes('add', [2, 3], [3])).toEqual([2, 3])
     expect(broadcastShapes('add', [4, 1, 3], [5, 1])).toEqual([4, 5, 3])
     expect(broadcastShapes('add', [], [2, 0])).toEqual([2, 0])
@@ -43,7 +43,7 @@ describe('broadcasting', () => {
     expect(() => broadcastShapes('add', [2], [0])).toThrow(/2 != 0/)
   })
 
-  test('commutes, and has every axis from whichever side has it', () => {
+  test('is symmetric, and takes each size from a side where it is not 1', () => {
     fc.assert(
       fc.property(broadcastable, ([a, b]) => {
         const out = broadcastShapes('add', a, b)
@@ -82,8 +82,8 @@ describe('broadcasting', () => {
     fc.assert(
       fc.property(broadcastable, ([a, b]) => {
         const out = broadcastShapes('mul', a, b)
-        const x = some(a, 1)
-        const y = some(out, 2)
+        const x = randomTensor(a, 1)
+        const y = randomTensor(out, 2)
         const dot = (p: typeof x, q: typeof x) => readF64(p.mul(q).sum())[0]
         const back = unbroadcast(y, a)
         expect(back.shape).toEqual(a)
@@ -107,7 +107,7 @@ describe('moving elements', () => {
     )
     fc.assert(
       fc.property(permuted, ([shape, axes]) => {
-        const x = some(shape, 3)
+        const x = randomTensor(shape, 3)
         const y = x.permute(axes)
         expect(y.shape).toEqual(axes.map(axis => shape[axis]))
         const inverse = axes.map((_, i) => axes.indexOf(i))
@@ -125,7 +125,7 @@ describe('moving elements', () => {
       )
     fc.assert(
       fc.property(cuts, ([shape, axis, at]) => {
-        const x = some(shape, 4)
+        const x = randomTensor(shape, 4)
         const whole = concat([x.narrow(axis, 0, at), x.narrow(axis, at, shape[axis])], axis)
         expect(whole.shape).toEqual(shape)
         expect(readF64(whole)).toEqual(readF64(x))
@@ -141,7 +141,7 @@ describe('moving elements', () => {
     })
     fc.assert(
       fc.property(padded, ([shape, before, after]) => {
-        const x = some(shape, 5)
+        const x = randomTensor(shape, 5)
         const y = x.pad(before, after, 7)
         expect(y.shape).toEqual(shape.map((size, i) => before[i] + size + after[i]))
         expect(readF64(y.slice(before, shape))).toEqual(readF64(x))

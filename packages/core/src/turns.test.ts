@@ -6,8 +6,8 @@ afterEach(() => {
   globalThis.setImmediate = setImmediate
 })
 
-test.each([true, false])('yieldToEventLoop lets timers run, setImmediate %s', async there => {
-  if (!there) Reflect.deleteProperty(globalThis, 'setImmediate')
+test.each([true, false])('yieldToEventLoop lets timers run, with setImmediate: %s', async available => {
+  if (!available) Reflect.deleteProperty(globalThis, 'setImmediate')
   let fired = false
   setTimeout(() => {
     fired = true

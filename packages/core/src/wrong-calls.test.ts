@@ -8,7 +8,7 @@ const { Embedding, Linear, Parameter, Random, RmsNorm, SwigluMlp } = core
 
 beforeEach(() => core.setDefaultBackend(referenceBackend()))
 
-// Calls as in plain JavaScript, where no compiler finds the mistake.
+// Calls as in plain JavaScript, where no compiler reports the mistake.
 const as = <T>(value: unknown) => value as T
 const random = () => new Random(1)
 const x = () => ones([2, 3])
@@ -297,22 +297,22 @@ test('promises reject with the function that was called', async () => {
   await expect(core.reduceGradients(as(3), async () => [])).rejects.toThrow('not an array; pass an array of parameters')
 })
 
-test('seedDefaultRandom rejects a seed before it is used', () => {
+test('seedDefaultRandom rejects an invalid seed without using it', () => {
   expect(() => core.seedDefaultRandom(1.5)).toThrow('Random: the seed is 1.5; pass an integer')
   expect(() => new Linear(2, 2)).not.toThrow()
 })
 
-test('a vector passes a linear layer, with an adapter and quantized too', async () => {
+test('a linear layer accepts a vector, even with an adapter or quantized', async () => {
   const layer = new Linear(4, 3, { random: random() })
   const row = randn([4], new Random(2))
-  const same = async () => {
+  const expectSame = async () => {
     const y = layer.forward(row)
     expect(y.shape).toEqual([3])
     expect(await y.values()).toEqual(await layer.forward(row.reshape([1, 4])).values())
   }
-  await same()
+  await expectSame()
   core.addAdapters(layer, { rank: 2 })
-  await same()
+  await expectSame()
   await core.quantizeWeights(layer, 'int8')
-  await same()
+  await expectSame()
 })

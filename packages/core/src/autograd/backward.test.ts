@@ -85,7 +85,7 @@ describe('gradients of parameters', () => {
 })
 
 describe('options', () => {
-  test('gradient: the vector of a vector-Jacobian product', () => {
+  test('gradient is the vector of a vector-Jacobian product', () => {
     const w = parameter(2, 3)
     const seed = tensor([10, 100])
     backward(w.mul(w), { gradient: seed })
@@ -132,7 +132,7 @@ describe('options', () => {
 })
 
 describe('gradients()', () => {
-  test('of parameters and intermediates, without touching grad', () => {
+  test('returns gradients of parameters and intermediate results, and does not set grad', () => {
     const w = parameter(2, 3)
     const h = w.mul(w)
     const [byW, byH, none] = gradients(h.mul(5).sum(), [w, h, parameter(1)])
@@ -142,20 +142,20 @@ describe('gradients()', () => {
     expect(w.grad).toBeNull()
   })
 
-  test('of the loss itself is 1', () => {
+  test('returns 1 for the loss itself', () => {
     const w = parameter(2)
     const loss = w.mul(3).sum()
     expect(Array.from(readF64(gradients(loss, [loss])[0] as Tensor))).toEqual([1])
   })
 })
 
-describe('what was freed too early', () => {
+describe('freed tensors', () => {
   const freed = expect.objectContaining({
     code: 'E_DISPOSED',
     message: expect.stringMatching(/already freed; .*(backward inside|return it from its scope)/),
   })
 
-  test('a loss returned from the scope of its forward pass', () => {
+  test('backward of a loss that was returned from the scope of its forward pass throws', () => {
     const w = parameter(2, 3)
     // Sum and add need no elements of their inputs in the backward pass, but must not drop the gradient silently.
     const loss = scope(() => w.mul(2).add(1).sum())
@@ -163,7 +163,7 @@ describe('what was freed too early', () => {
     expect(w.grad).toBeNull()
   })
 
-  test('an intermediate result disposed manually', () => {
+  test('backward through a disposed intermediate result throws', () => {
     const w = parameter(2, 3)
     const h = w.mul(w)
     const loss = h.sum()
@@ -172,7 +172,7 @@ describe('what was freed too early', () => {
     expect(w.grad).toBeNull()
   })
 
-  test('an intermediate result freed by another backward pass', () => {
+  test('backward through an intermediate result that another backward pass has freed throws', () => {
     const w = parameter(2, 3)
     const h = w.mul(w)
     const [a, b] = [h.sum(), h.mul(2).sum()]
@@ -181,7 +181,7 @@ describe('what was freed too early', () => {
     expect(grad(w)).toEqual([4, 6])
   })
 
-  test('any use of a freed tensor', async () => {
+  test('every use of a freed tensor throws', async () => {
     const x = tensor([1, 2])
     x.dispose()
     expect(() => x.add(1)).toThrow(freed)
@@ -210,17 +210,17 @@ describe('what was freed too early', () => {
 describe('no gradient', () => {
   test('the error says that nothing was recorded', () => {
     const w = parameter(2)
-    const why = expect.objectContaining({
+    const noGradient = expect.objectContaining({
       code: 'E_NO_GRADIENT',
       message: expect.stringMatching(/depends on no recorded trainable parameter.*outside noGrad/),
     })
-    expect(() => backward(tensor([1]).mul(2))).toThrow(why)
-    expect(() => backward(noGrad(() => w.mul(2)))).toThrow(why)
-    expect(() => backward(w.detach())).toThrow(why)
-    expect(() => gradients(tensor([1]).sum(), [w])).toThrow(why)
+    expect(() => backward(tensor([1]).mul(2))).toThrow(noGradient)
+    expect(() => backward(noGrad(() => w.mul(2)))).toThrow(noGradient)
+    expect(() => backward(w.detach())).toThrow(noGradient)
+    expect(() => gradients(tensor([1]).sum(), [w])).toThrow(noGradient)
   })
 
-  test('source rows of setRows have none, and the failed backward pass leaves nothing behind', () => {
+  test('source rows of setRows have none, and the failed backward pass leaves no state or memory behind', () => {
     const w = parameter(1, 2, 3)
     const source = parameter(9)
     const before = alive()
@@ -231,7 +231,7 @@ describe('no gradient', () => {
       const attempt = () => backward(loss, { retainGraph: true })
       expect(attempt).toThrow(expect.objectContaining({ code: 'E_NO_GRADIENT', op: 'setRows' }))
       expect(isRecording()).toBe(true)
-      // What was sent before the failure must not be counted by the next walk.
+      // Gradients that were propagated before the failure must not be added in the next backward pass.
       source.trainable = false
       attempt()
     })
@@ -242,7 +242,7 @@ describe('no gradient', () => {
 })
 
 describe('memory', () => {
-  test('outside a scope: what was recorded is freed, the loss and the gradients stay', () => {
+  test('outside a scope, intermediate results are freed; the loss and the gradients stay', () => {
     const w = parameter(2, 3)
     const x = tensor([1, 1])
     const before = alive()
@@ -254,7 +254,7 @@ describe('memory', () => {
     expect(alive()).toBe(before)
   })
 
-  test('in a scope: handles return to the start, step after step', () => {
+  test('in a scope, no step leaves a handle behind', () => {
     const random = new Random(1)
     const mlp = new SwigluMlp(4, 8, { random })
     const norm = new RmsNorm(4)
@@ -283,7 +283,7 @@ describe('memory', () => {
   })
 })
 
-test('two hundred random graphs: gradients equal finite differences', () => {
+test('gradients of 200 random graphs equal finite differences', () => {
   for (let seed = 0; seed < 200; seed++) {
     const random = new Random(seed)
     const w = new Parameter(tensor(random.normal(6), [2, 3]))
@@ -325,7 +325,7 @@ test('two hundred random graphs: gradients equal finite differences', () => {
   }
 })
 
-test('a layer learns: gradient descent on a linear model reaches its target', () => {
+test('gradient descent on a linear model reaches its target', () => {
   const random = new Random(2)
   const model = new Linear(3, 1, { random })
   const x = randn([20, 3], random)

@@ -73,7 +73,7 @@ describe('checkpoint', () => {
     expect(grad(v)).toEqual([40])
   })
 
-  test('holds less memory between forward and backward', () => {
+  test('uses less memory between forward and backward pass', () => {
     const { mlp, x } = make()
     const bytes = (forward: () => Tensor) =>
       scope(() => {
@@ -82,48 +82,48 @@ describe('checkpoint', () => {
         return backend.stats().bytes - before
       })
     const plain = bytes(() => mlp.forward(mlp.forward(x)))
-    const light = bytes(() => checkpoint(h => mlp.forward(mlp.forward(h)), x))
-    expect(light).toBeLessThan(plain / 4)
+    const checkpointed = bytes(() => checkpoint(h => mlp.forward(mlp.forward(h)), x))
+    expect(checkpointed).toBeLessThan(plain / 4)
   })
 
   test('isRecomputing is true only during the second run', () => {
     const w = parameter(2)
-    const seen: boolean[] = []
+    const log: boolean[] = []
     const out = checkpoint(() => {
-      seen.push(isRecomputing())
+      log.push(isRecomputing())
       return w.mul(w)
     })
     expect(isRecomputing()).toBe(false)
     backward(out.sum())
     expect(isRecomputing()).toBe(false)
-    expect(seen).toEqual([false, true])
+    expect(log).toEqual([false, true])
     noGrad(() => checkpoint(() => w.mul(w)))
-    expect(seen).toHaveLength(2)
+    expect(log).toHaveLength(2)
   })
 
   test('cacheForRecompute returns the same values in the second run, also in nested checkpoints', async () => {
     const w = parameter(2)
     let state = 0
-    const seen: number[] = []
+    const log: number[] = []
     const next = () => {
       const value = cacheForRecompute(() => ++state)
-      seen.push(value)
+      log.push(value)
       return w.mul(value)
     }
     const first = checkpoint(() => next().add(checkpoint(() => next().add(next()))))
     const second = checkpoint(next)
     next()
-    expect(seen.splice(0)).toEqual([1, 2, 3, 4, 5])
+    expect(log.splice(0)).toEqual([1, 2, 3, 4, 5])
     backward(first.add(second).sum())
     // The last block runs again first; the inner one of the other block runs three times.
-    expect(seen.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
+    expect(log.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
     expect(state).toBe(5)
     next()
-    expect(seen).toEqual([6])
+    expect(log).toEqual([6])
     expect(Array.from(await (w.grad as Tensor).values())).toEqual([1 + 2 + 3 + 4])
   })
 
-  test('leaves no handle behind, in a scope or without', () => {
+  test('leaves no handle behind, inside and outside a scope', () => {
     const { mlp, x } = make()
     const before = alive()
     const step = () => {
@@ -145,7 +145,7 @@ describe('checkpoint', () => {
     expect(alive()).toBe(start)
   })
 
-  test('an error inside passes through and restores recording', () => {
+  test('passes on an error of the function and restores recording', () => {
     const w = parameter(2)
     let runs = 0
     const fail = () => {
@@ -159,7 +159,7 @@ describe('checkpoint', () => {
 })
 
 describe('a checkpoint with several results', () => {
-  test('has the gradients of all that are used, and integers have none', () => {
+  test('adds the gradients of all results that are used; integers have none', () => {
     const w = parameter(2, 3)
     const [square, order, cube] = checkpoint(x => [x.mul(w), x.topk(1).indices, x.mul(w).mul(w)] as const, w.mul(1))
     expect([square.tracked, order.tracked, cube.tracked]).toEqual([true, false, true])
@@ -179,7 +179,7 @@ describe('a checkpoint with several results', () => {
   })
 })
 
-/** x + down(swiglu(gate(norm(x)), up(norm(x)))), with the norm and the activation kept or recomputed. */
+/** x + down(swiglu(gate(norm(x)), up(norm(x)))), with the results of norm and activation saved, or if `lean` recomputed. */
 class Net extends Module {
   norm = new RmsNorm(6)
   gate: Linear
@@ -223,26 +223,26 @@ describe('withRecomputed', () => {
   const dy = () => randn([2, 5, 6], new Random(3))
   const gradientsOf = (module: Module) => namedParameters(module).map(({ parameter }) => grad(parameter))
 
-  test('gives the same numbers as without it, with half the memory between forward and backward', () => {
+  test('gives the same results and gradients as without it, and saves half as much memory for the backward pass', () => {
     const [plain, lean] = [false, true].map(isLean => {
       const net = new Net(isLean)
       return scope(() => {
         const x = input()
         const before = backend.stats().bytes
         const y = net.forward(net.forward(x))
-        const held = backend.stats().bytes - before
+        const saved = backend.stats().bytes - before
         const [dx] = gradients(y, [x], { gradient: dy(), retainGraph: true })
         const out = readF64(y)
         backward(y, { gradient: dy() })
-        return { out, dx: readF64(dx as Tensor), of: gradientsOf(net), held }
+        return { out, dx: readF64(dx as Tensor), of: gradientsOf(net), saved }
       })
     })
-    expect({ ...lean, held: 0 }).toEqual({ ...plain, held: 0 })
+    expect({ ...lean, saved: 0 }).toEqual({ ...plain, saved: 0 })
     // On this backend, the norm and the activation are separate ops, whose results are kept without recomputation.
-    expect(lean.held).toBeLessThan(plain.held / 2)
+    expect(lean.saved).toBeLessThan(plain.saved / 2)
   })
 
-  test('leaves nothing behind after a backward pass, without one, or after a failure', () => {
+  test('leaves no handle behind, after a backward pass, without one, or after a failure', () => {
     const net = new Net(true)
     const before = alive()
     const run = (how: (y: Tensor) => void) => {
@@ -289,8 +289,8 @@ describe('withRecomputed', () => {
 
   test('runs the first function twice and the second once', () => {
     const w = parameter(2)
-    const seen: string[] = []
-    const note = (what: string) => seen.push(isRecomputing() ? `${what} again` : what)
+    const log: string[] = []
+    const note = (what: string) => log.push(isRecomputing() ? `${what} again` : what)
     const out = withRecomputed(
       x => {
         note('make')
@@ -302,14 +302,14 @@ describe('withRecomputed', () => {
       },
       w.mul(1),
     )
-    expect(seen.splice(0)).toEqual(['make', 'use'])
+    expect(log.splice(0)).toEqual(['make', 'use'])
     backward(out.sum())
-    expect(seen).toEqual(['make again'])
+    expect(log).toEqual(['make again'])
     // 3 w^3
     expect(grad(w)).toEqual([9 * 4])
   })
 
-  test('does not free what is returned, and later use of the rest throws', () => {
+  test('does not free an input that is returned, but frees the others', () => {
     const w = parameter(2, 3)
     const kept: Tensor[] = []
     const out = withRecomputed(
@@ -326,7 +326,7 @@ describe('withRecomputed', () => {
     expect(grad(w)).toEqual([2, 2])
   })
 
-  test('an error in the second run propagates, and nothing is left behind', () => {
+  test('passes on an error of the second run, and leaves no handle behind', () => {
     const w = parameter(2)
     const before = alive()
     let runs = 0

@@ -50,18 +50,18 @@ describe('customGradient', () => {
     expect(numbers(x.grad)).toEqual([2, 20, 200])
   })
 
-  test('gives the gradients of the built-in op: recorded, in a checkpoint, and with backwardInput', () => {
+  test('gives the gradients of the built-in op, also in a checkpoint and with backwardInput', () => {
     const random = new Random(3)
     const [x, y] = [new Parameter(randn([4, 3], random)), new Parameter(randn([4, 3], random))]
     const linear = new Linear(3, 2, { random, std: 1 })
-    const both = (multiply: (a: Tensor, b: Tensor) => Tensor) =>
+    const gradientsWith = (multiply: (a: Tensor, b: Tensor) => Tensor) =>
       scope(() => {
         const [dx, dy] = gradients(linear.forward(multiply(x, y).mul(x)).sum(), [x, y])
         return [numbers(dx), numbers(dy)]
       })
-    const expected = both((a, b) => a.mul(b))
-    expect(both(product)).toEqual(expected)
-    expect(both((a, b) => checkpoint(product, a, b))).toEqual(expected)
+    const expected = gradientsWith((a, b) => a.mul(b))
+    expect(gradientsWith(product)).toEqual(expected)
+    expect(gradientsWith((a, b) => checkpoint(product, a, b))).toEqual(expected)
     const input = x.detach()
     input.tracked = true
     const split = backwardInput([linear.forward(product(input, y).mul(input)).sum()], [input])
@@ -92,7 +92,7 @@ describe('customGradient', () => {
     expect(numbers(x.grad)).toEqual([6, 8])
   })
 
-  test('records nothing inside, can return inputs, and leaves nothing behind', () => {
+  test('records nothing inside, can return inputs, and leaves no handle behind', () => {
     const [x, inside] = [parameter(2), parameter(5)]
     const before = alive()
     scope(() => {
@@ -123,11 +123,11 @@ describe('customGradient', () => {
 
   test.each<[what: string, rule: unknown, code: string, message: RegExp]>([
     ['another shape', () => [full([3], 1)], 'E_SHAPE', /gradient of input 0 has shape \[3\], the input \[2\]/],
-    ['too few', () => [], 'E_SHAPE', /0 gradients for 1 inputs/],
-    ['no list', () => full([2], 1), 'E_SHAPE', /for 1 inputs/],
-    ['no tensor', () => [3], 'E_ATTR', /gradient of input 0/],
+    ['too few gradients', () => [], 'E_SHAPE', /0 gradients for 1 inputs/],
+    ['a tensor instead of a list', () => full([2], 1), 'E_SHAPE', /for 1 inputs/],
+    ['a number instead of a tensor', () => [3], 'E_ATTR', /gradient of input 0/],
     ['integers', () => [tensor(Int32Array.of(1, 2))], 'E_DTYPE', /has dtype i32/],
-  ])('a rule that gives %s', (_, rule, code, message) => {
+  ])('rejects a rule that returns %s', (_, rule, code, message) => {
     const x = parameter(1, 2)
     const before = alive()
     const run = () => scope(() => backward(customGradient(value => value.mul(2), rule as () => Tensor[], x).sum()))
@@ -135,7 +135,7 @@ describe('customGradient', () => {
     expect([x.grad, alive()]).toEqual([null, before])
   })
 
-  test('rejects what is not a function or a tensor, and promises', () => {
+  test('rejects arguments that are not functions or tensors, and asynchronous functions', () => {
     const call =
       (...args: unknown[]) =>
       () =>

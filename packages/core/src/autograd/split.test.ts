@@ -52,7 +52,7 @@ const gradientsOf = (module: Module) =>
     namedParameters(module).map(({ name, parameter: { grad } }) => [name, grad && Array.from(readF64(grad))]),
   )
 
-/** Gradients of input and weights, as `backward` computes them. */
+/** Returns the gradients of input and weights that `backward` computes. */
 function whole(stage: Stage, dy: Tensor) {
   const x = new Parameter(randn([5, 6], new Random(2)))
   const [y, loss] = stage.forward(x)
@@ -61,7 +61,7 @@ function whole(stage: Stage, dy: Tensor) {
 }
 
 describe('a backward pass in two parts', () => {
-  test('equals backward: the same numbers, nothing left behind', () => {
+  test('computes the same gradients as backward, and leaves no handle behind', () => {
     const dy = randn([5, 6], new Random(3))
     const expected = whole(new Stage(), dy)
     const stage = new Stage()
@@ -120,7 +120,7 @@ describe('a backward pass in two parts', () => {
     expect(alive()).toBe(before - 1)
   })
 
-  test('leaves nothing behind when cancelled', () => {
+  test('leaves no handle behind when cancelled', () => {
     const stage = new Stage()
     const before = alive()
     scope(() => {
@@ -144,9 +144,9 @@ describe('a backward pass in two parts', () => {
     const other = input()
     expect(backwardInput([stage.forward(x)[1]], [x, other]).gradients[1]).toBeNull()
     expect(() => backwardInput([stage.forward(x)[1]], [x.add(1)])).toThrow(/intermediate result/)
-    const loose = randn([5, 6], new Random(2))
-    expect(() => backwardInput([stage.forward(x)[1]], [loose])).toThrow(/not tracked/)
+    const untracked = randn([5, 6], new Random(2))
+    expect(() => backwardInput([stage.forward(x)[1]], [untracked])).toThrow(/not tracked/)
     expect(() => backwardInput([stage.forward(x)[0]], [x])).toThrow(/shape \[5,6\]/)
-    expect(() => backwardInput([loose.sum()], [x])).toThrow(/no recorded trainable parameter/)
+    expect(() => backwardInput([untracked.sum()], [x])).toThrow(/no recorded trainable parameter/)
   })
 })

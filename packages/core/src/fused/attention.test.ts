@@ -9,11 +9,11 @@ const backend = referenceBackend()
 const i32 = (values: readonly number[], ...shape: number[]) => tensor(Int32Array.from(values), shape, { backend })
 
 test.each(['f32', 'bf16'] as const)(
-  'latent attention over random pages is the one over their rows, %s',
+  'latentAttention over random pages equals that over contiguous rows, %s',
   async dtype => {
     for (let seed = 0; seed < 40; seed++) {
       const random = new Random(seed)
-      const size = (least: number, most: number) => least + random.integer(most - least + 1)
+      const size = (min: number, max: number) => min + random.integer(max - min + 1)
       const [B, T, H, C, N, P, M] = [size(1, 3), size(1, 3), size(1, 2), 6, size(1, 5), size(1, 5), size(1, 4)]
       const lengths = Array.from({ length: B }, () => random.integer(M * P + 1))
       const table = Array.from({ length: B * M }, () => random.integer(N))
@@ -34,8 +34,8 @@ test.each(['f32', 'bf16'] as const)(
       const used = i32(lengths, B)
       const options = { scale: 0.4, valueDim: 4, precision: 'f32' } as const
       const paged = latentAttention(q, stored(cache, N, P, C), used, { ...options, pages: i32(table, B, M) })
-      const plain = latentAttention(q, stored(rows, B, M * P, C), used, options)
-      expect(await paged.values(), `seed ${seed}`).toEqual(await plain.values())
+      const contiguous = latentAttention(q, stored(rows, B, M * P, C), used, options)
+      expect(await paged.values(), `seed ${seed}`).toEqual(await contiguous.values())
     }
   },
 )

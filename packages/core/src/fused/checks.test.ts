@@ -24,7 +24,7 @@ import { swiglu } from './swiglu.ts'
  */
 const plain = referenceBackend()
 const reached = () => {
-  throw new Error('a kernel was called with input that does not fit')
+  throw new Error('a kernel was called with invalid inputs')
 }
 const backend: Backend = { ...plain, fused: Object.fromEntries(Object.keys(fusedDefinitions).map(op => [op, reached])) }
 const f = (...shape: number[]) => ones(shape, { backend })
@@ -75,12 +75,12 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['tables of two shapes', () => rope(f(1, 3, 1, 4), f(3, 2), f(3, 1)), /sin \[3,1\]/],
     ['more angles than pairs', () => rope(f(1, 3, 1, 4), f(3, 3), f(3, 3)), /R <= D/],
     [
-      'other heads in front',
+      'prepended features with another number of heads',
       () => rope(f(1, 3, 2, 4), f(3, 2), f(3, 2), { plain: f(1, 3, 1, 4) }),
       /plain has shape \[1,3,1,4\], expected \[1,3,2,\*\]/,
     ],
     [
-      'integers in front',
+      'prepended integers',
       () => rope(f(1, 1, 1, 4), f(1, 2), f(1, 2), { plain: i([1, 1, 1, 1], 1) }),
       /plain has dtype i32, expected f32/,
     ],
@@ -93,8 +93,12 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ],
     ['keys of other features', () => attention(f(1, 2, 2, 4), f(1, 2, 2, 3), f(1, 2, 2, 4)), /k has shape/],
     ['fewer values than keys', () => attention(f(1, 2, 2, 4), f(1, 3, 2, 4), f(1, 2, 2, 4)), /v has shape/],
-    ['heads that do not divide', () => attention(f(1, 2, 3, 4), f(1, 2, 2, 4), f(1, 2, 2, 4)), /expected \[1,\*,3,4\]/],
-    ['no key head', () => attention(f(1, 2, 3, 4), f(1, 2, 0, 4), f(1, 2, 0, 4)), /expected \[1,\*,3,4\]/],
+    [
+      'a number of key heads that does not divide that of the query heads',
+      () => attention(f(1, 2, 3, 4), f(1, 2, 2, 4), f(1, 2, 2, 4)),
+      /expected \[1,\*,3,4\]/,
+    ],
+    ['no key heads', () => attention(f(1, 2, 3, 4), f(1, 2, 0, 4), f(1, 2, 0, 4)), /expected \[1,\*,3,4\]/],
     [
       'lengths of another batch',
       () => attention(f(1, 2, 2, 4), f(1, 2, 2, 4), f(1, 2, 2, 4), { lengths: i([2], 1, 1) }),
@@ -103,12 +107,12 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
   ],
   latentAttention: [
     [
-      'more values than features',
+      'a valueDim above the number of features',
       () => latentAttention(f(1, 1, 2, 8), f(1, 4, 8), i([1], 4), { scale: 1, valueDim: 9 }),
       /valueDim = 9 is not in 1\.\.8/,
     ],
     [
-      'half a value',
+      'a fractional valueDim',
       () => latentAttention(f(1, 1, 2, 8), f(1, 4, 8), i([1], 4), { scale: 1, valueDim: 0.5 }),
       /valueDim = 0.5/,
     ],
@@ -133,7 +137,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       /pages has shape \[2,1\], expected \[1,\*\]/,
     ],
     [
-      'pages in one row',
+      'pages with one axis',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: i([2], 2, 1) }),
       /pages has shape \[2\], expected \[1,\*\]/,
     ],
@@ -160,21 +164,29 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['weights of other features', () => linearCrossEntropy(f(2, 3), f(5, 4), i([2], 0, 0)), /weight has shape \[5,4\]/],
   ],
   routerTopk: [
-    ['groups that do not divide', () => routerTopk(f(2, 5), f(5), router), /groups = 2 does not divide 5 experts/],
-    ['more groups than there are', () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 3 }), /topGroups = 3/],
-    ['half a group', () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 1.5 }), /topGroups = 1.5/],
     [
-      'more experts than reachable',
+      'a number of groups that does not divide that of the experts',
+      () => routerTopk(f(2, 5), f(5), router),
+      /groups = 2 does not divide 5 experts/,
+    ],
+    [
+      'a topGroups above the number of groups',
+      () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 3 }),
+      /topGroups = 3/,
+    ],
+    ['a fractional topGroups', () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 1.5 }), /topGroups = 1.5/],
+    [
+      'a topK above the number of experts in the selected groups',
       () => routerTopk(f(2, 4), f(4), { ...router, topK: 3 }),
       /topK = 3 is not in 1\.\.2/,
     ],
-    ['half an expert', () => routerTopk(f(2, 4), f(4), { ...router, topK: 1.5 }), /topK = 1.5/],
+    ['a fractional topK', () => routerTopk(f(2, 4), f(4), { ...router, topK: 1.5 }), /topK = 1.5/],
     ['a bias of another size', () => routerTopk(f(2, 4), f(3), router), /bias has shape \[3\], expected \[4\]/],
   ],
   dispatchPlan: [
     ['one axis', () => dispatchPlan(i([2], 0, 0), 2), /indices have rank 1/],
     ['no experts', () => dispatchPlan(i([1, 2], 0, 0), 0), /experts = 0 is not a positive integer/],
-    ['half an expert', () => dispatchPlan(i([1, 2], 0, 0), 2.5), /experts = 2.5/],
+    ['a fractional number of experts', () => dispatchPlan(i([1, 2], 0, 0), 2.5), /experts = 2.5/],
   ],
   permuteTokens: [
     ['a plan of other tokens', () => permuteTokens(f(3, 4), plan(4)), /order has shape \[4\], expected \[6\]/],
@@ -193,7 +205,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['a plan of other tokens', () => routedExperts(f(3, 4), nets(4, 6), f(3, 2), plan(4)), /order has shape \[4\]/],
     ['weights of other features', () => routedExperts(f(2, 4), nets(5, 6), f(2, 2), plan(4)), /gate has shape/],
     [
-      'a down that does not fit',
+      'a down projection of another shape',
       () => routedExperts(f(2, 4), { ...nets(4, 6), down: f(1, 6, 4) }, f(2, 2), plan(4)),
       /down has shape \[1,6,4\], expected \[1,4,6\]/,
     ],
@@ -205,7 +217,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
   ],
   quantize: [
     ['an empty block', () => quantize(f(4, 4), [0, 2]), /block = \[0,2\]/],
-    ['half a row', () => quantize(f(4, 4), [1.5, 2]), /block = \[1.5,2\]/],
+    ['a fractional block', () => quantize(f(4, 4), [1.5, 2]), /block = \[1.5,2\]/],
     ['one axis', () => quantize(f(4)), /input has shape \[4\]/],
   ],
   quantizedMatmul: [
@@ -215,7 +227,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       () => quantizedMatmul(f(2, 4), { ...int8(3, 4), q: f(3, 4) }),
       /weight has dtype f32, expected u8/,
     ],
-    ['no scale', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), scale: null }), /int8 requires a scale/],
+    ['a missing scale', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), scale: null }), /int8 requires a scale/],
     ['bf16 with a scale', () => quantizedMatmul(f(2, 4), { ...bf16(3, 4), scale: f(3, 1) }), /bf16 has no scale/],
     [
       'scales of other blocks',
@@ -230,7 +242,11 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['an empty block', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), block: [0, 128] }), /block = \[0,128\]/],
   ],
   quantizedGroupedMatmul: [
-    ['one weight', () => quantizedGroupedMatmul(f(2, 4), int8(3, 4), i([2], 0, 2)), /weight has shape/],
+    [
+      'a weight without an expert axis',
+      () => quantizedGroupedMatmul(f(2, 4), int8(3, 4), i([2], 0, 2)),
+      /weight has shape/,
+    ],
     [
       'offsets of other experts',
       () => quantizedGroupedMatmul(f(2, 4), int8(5, 3, 4), i([5], 0, 0, 0, 1, 2)),
@@ -248,7 +264,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
   ],
   adamwStep: [
     [
-      'a moment that is no float',
+      'an integer moment',
       () => adamwStep(f(2), f(2), i([2], 0, 0), f(2), f(), adamw),
       /m has dtype i32, expected f32 or bf16/,
     ],
@@ -268,7 +284,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       /m has shape \[3\], expected \[2\]/,
     ],
     [
-      'a scale that is no scalar',
+      'a scale that is not a scalar',
       () => adamwStep(f(2), f(2), f(2), f(2), f(1), adamw),
       /gradScale has shape \[1\], expected \[\]/,
     ],

@@ -126,7 +126,7 @@ const inFp8: Op = {
 }
 
 for (const [name, { inputs, forward }] of Object.entries({ ...ops, long: inFp8, many: inFp8, wide: inFp8 })) {
-  test(`${name}: output and gradients`, async () => {
+  test(`${name}: output and gradients equal those of PyTorch`, async () => {
     const leaves = inputs.map(key => new Parameter(get(`${name}.${key}`)))
     const out = forward(Object.fromEntries(inputs.map((key, i) => [key, leaves[i]])), cases[name])
     assertClose('output', await out.values(), raw(`${name}.output`).data, tolerance)
@@ -141,7 +141,7 @@ for (const [name, { inputs, forward }] of Object.entries({ ...ops, long: inFp8, 
 }
 
 describe('optimizer', () => {
-  test('adamw: four steps, one of them with gradients near eps', async () => {
+  test('adamw: four steps equal those of PyTorch, including one with gradients near eps', async () => {
     const { lr, eps, weightDecay, steps } = cases['adamw']
     const [beta1, beta2] = cases['adamw']['betas'] as unknown as [number, number]
     let param = get('adamw.param')
@@ -160,7 +160,7 @@ describe('optimizer', () => {
   })
 
   for (const name of ['clip', 'clip_inactive']) {
-    test(`${name}: norm and scaled gradients`, async () => {
+    test(`${name}: norm and clipped gradients equal those of PyTorch`, async () => {
       const { maxNorm, norm } = cases[name]
       const grads = [0, 1, 2].map(i => get(`${name}.grad.${i}`))
       const total = globalNorm(grads)

@@ -38,7 +38,7 @@ const needs = (input: number) => input === 0
 
 describe.each(stored)('backward pass through a weight in %s', (format, block) => {
   // One column of blocks at a time, several, and all at once.
-  test.each([1, 200, usual])('with %i elements dequantized at once', async elements => {
+  test.each([1, 200, usual])('equals that of the dequantized weight, %i elements at a time', async elements => {
     untransposedLimits.elements = elements
     const weight = quantizeWeight(randn([rows, columns], new Random(1)), format, block)
     const inputs = [randn([3, columns], new Random(2)), weight.q, ...(weight.scale === null ? [] : [weight.scale])]
@@ -50,29 +50,32 @@ describe.each(stored)('backward pass through a weight in %s', (format, block) =>
     assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
   })
 
-  test.each([1, 600, usual])('of experts, with %i elements dequantized at once', async elements => {
-    untransposedLimits.elements = elements
-    const weight = quantizeWeight(randn([3, rows, columns], new Random(1)), format, block)
-    const offsets = tensor(Int32Array.of(0, 2, 2, 6), [4])
-    const scale = weight.scale === null ? [] : [weight.scale]
-    const inputs = [randn([7, columns], new Random(2)), weight.q, offsets, ...scale]
-    const dy = randn([7, rows], new Random(3))
-    const attrs = { format, block, columns, transposeW: true, precision: 'f32' } as const
-    const back = quantizedGroupedMatmulDefinition.vjp
-    const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
-    const expected = scope(() => groupedMatmul(dy, dequantizeWeight(weight), offsets, { transposeW: false }))
-    assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
-  })
+  test.each([1, 600, usual])(
+    'of experts equals that of the dequantized weights, %i elements at a time',
+    async elements => {
+      untransposedLimits.elements = elements
+      const weight = quantizeWeight(randn([3, rows, columns], new Random(1)), format, block)
+      const offsets = tensor(Int32Array.of(0, 2, 2, 6), [4])
+      const scale = weight.scale === null ? [] : [weight.scale]
+      const inputs = [randn([7, columns], new Random(2)), weight.q, offsets, ...scale]
+      const dy = randn([7, rows], new Random(3))
+      const attrs = { format, block, columns, transposeW: true, precision: 'f32' } as const
+      const back = quantizedGroupedMatmulDefinition.vjp
+      const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
+      const expected = scope(() => groupedMatmul(dy, dequantizeWeight(weight), offsets, { transposeW: false }))
+      assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
+    },
+  )
 })
 
-test('only a piece of a large weight is in memory at a time, and nothing is left behind', async () => {
+test('a small limit reduces the peak memory of the backward pass, which leaves no handle behind', async () => {
   const weight = quantizeWeight(randn([64, 512], new Random(1)), 'int8', [1, 64])
   const inputs = [randn([2, 512], new Random(2)), weight.q, weight.scale as Tensor]
   const dy = randn([2, 64], new Random(3))
   const attrs = { format: 'int8', block: [1, 64], columns: 512, transposeW: true, precision: 'f32' } as const
   const peak = async (elements: number) => {
     untransposedLimits.elements = elements
-    // The memory that quantization needed is already free.
+    // A new backend, so that its peak does not include the memory that quantization needed.
     const own = referenceBackend()
     const [x, q, scale, gradient] = await Promise.all([...inputs, dy].map(input => input.to(own)))
     const { bytes, handles } = own.stats()

@@ -30,17 +30,17 @@ const indices = tensor(
 const plan = dispatchPlan(indices, E)
 const seed = randn([N, D], random, { backend: plain })
 
-/** A backend with a kernel that saves what its gradient needs, and a record of its calls. */
-function saving() {
-  const asked: Array<FusedAttrs['routedExperts']> = []
-  const mine = (value: Value) => keep(new Tensor(plain, value.handle, value.shape, value.dtype))
+/** Creates a backend with a kernel that saves what its gradient needs, and records the attributes of its calls. */
+function savingBackend() {
+  const calls: Array<FusedAttrs['routedExperts']> = []
+  const asTensor = (value: Value) => keep(new Tensor(plain, value.handle, value.shape, value.dtype))
   const backend: Backend = {
     ...plain,
     name: 'saving',
     fused: {
       routedExperts(values, attrs) {
-        asked.push(attrs)
-        const inputs = values.map(mine)
+        calls.push(attrs)
+        const inputs = values.map(asTensor)
         const [x, gate, up, , , order, positions, offsets] = inputs
         const results = noGrad(() => {
           const rows = permuteTokens(x, { topK: K, order, positions, offsets, counts: offsets })
@@ -51,21 +51,22 @@ function saving() {
       },
     },
   }
-  const here = (x: Tensor) => keep(new Tensor(backend, plain.primitives.reshape([x], {}, [x])[0], x.shape, x.dtype))
-  return { backend, asked, here }
+  const toBackend = (x: Tensor) =>
+    keep(new Tensor(backend, plain.primitives.reshape([x], {}, [x])[0], x.shape, x.dtype))
+  return { backend, calls, toBackend }
 }
 
 type Run = (inputs: Tensor[]) => Tensor
-/** Gradients of the wanted inputs. */
-function gradientsOf(run: Run, here: (x: Tensor) => Tensor, wanted: readonly boolean[]) {
+/** Returns the gradients of the inputs that `wanted` selects, on the backend of `toBackend`. */
+function gradientsOf(run: Run, toBackend: (x: Tensor) => Tensor, wanted: readonly boolean[]) {
   return scope(() => {
-    const inputs = [...leaves, plan.order, plan.positions, plan.offsets].map(here)
+    const inputs = [...leaves, plan.order, plan.positions, plan.offsets].map(toBackend)
     const probes = inputs.map((input, i) => {
       if (!wanted[i]) return input
       input.tracked = true
       return input.reshape([...input.shape, 1]).reshape(input.shape)
     })
-    const found = gradients(run(probes).mul(here(seed)).sum(), probes)
+    const found = gradients(run(probes).mul(toBackend(seed)).sum(), probes)
     return found.map(gradient => (gradient === null ? null : readF64(gradient)))
   })
 }
@@ -80,10 +81,10 @@ describe('the gradient computed from saved outputs of a kernel', () => {
     [false, false, true, false, false],
     [false, false, false, true, false],
     [true, false, false, false, false],
-  ])('is that of the ops one by one, of %s, %s, %s, %s, %s', (...wanted) => {
-    const { here } = saving()
+  ])('equals that of separate ops, for the inputs %s, %s, %s, %s, %s', (...wanted) => {
+    const { toBackend } = savingBackend()
     const expected = gradientsOf(composed, x => keep(x.detach()), wanted)
-    const found = gradientsOf(fused, here, wanted)
+    const found = gradientsOf(fused, toBackend, wanted)
     expect(found.map(gradient => gradient !== null)).toEqual([...wanted, false, false, false])
     found.forEach((gradient, i) => {
       if (gradient === null) return
@@ -93,30 +94,30 @@ describe('the gradient computed from saved outputs of a kernel', () => {
 })
 
 describe('routedExperts', () => {
-  const call = (here: (x: Tensor) => Tensor, isTracked: boolean) => {
-    const [x, gate, up, down, weights] = leaves.map(here)
+  const call = (toBackend: (x: Tensor) => Tensor, isTracked: boolean) => {
+    const [x, gate, up, down, weights] = leaves.map(toBackend)
     x.tracked = isTracked
-    const [order, positions, offsets, counts] = [plan.order, plan.positions, plan.offsets, plan.counts].map(here)
+    const [order, positions, offsets, counts] = [plan.order, plan.positions, plan.offsets, plan.counts].map(toBackend)
     return routedExperts(x, { gate, up, down }, weights, { topK: K, order, positions, offsets, counts })
   }
 
-  test('uses the kernel in bf16 and fp8, and saves only if a gradient may be wanted', () => {
-    const { asked, here } = saving()
-    call(here, true)
-    expect(asked).toEqual([])
+  test('uses the kernel in bf16 and fp8, and saves outputs only if a gradient may be needed', () => {
+    const { calls, toBackend } = savingBackend()
+    call(toBackend, true)
+    expect(calls).toEqual([])
     for (const precision of ['bf16', 'fp8'] as const) {
       withPrecision(precision, () => {
-        call(here, true)
-        call(here, false)
-        noGrad(() => call(here, true))
+        call(toBackend, true)
+        call(toBackend, false)
+        noGrad(() => call(toBackend, true))
       })
     }
-    expect(asked.map(({ saves, precision }) => `${precision} ${saves}`)).toEqual(
+    expect(calls.map(({ saves, precision }) => `${precision} ${saves}`)).toEqual(
       ['bf16', 'fp8'].flatMap(precision => [true, false, false].map(saves => `${precision} ${saves}`)),
     )
   })
 
-  test('does not count as a fallback without a kernel', () => {
+  test('without a kernel, is not counted as a fallback', () => {
     const before = fallbacks()
     const out = withPrecision('bf16', () => call(x => keep(x.detach()), false))
     expect(out.shape).toEqual([N, D])

@@ -80,7 +80,7 @@ class Block extends Module {
   }
 }
 
-/** Adapters as they might be after training. */
+/** Adds adapters with random values, as after training. */
 function adapted(options: AdapterOptions = {}, block = new Block()): Block {
   addAdapters(block, { rank: 2, alpha: 3, ...options })
   for (const [i, { adapter }] of namedAdapters(block).entries())
@@ -90,7 +90,7 @@ function adapted(options: AdapterOptions = {}, block = new Block()): Block {
 
 const logitsOf = (block: Block) => scope(() => noGrad(() => block.forward())).values()
 const names = (block: Block) => namedAdapters(block).map(({ name }) => name)
-const refused = (fn: () => void, code: ErrorCode = 'E_CONFIG') => {
+const rejectionOf = (fn: () => void, code: ErrorCode = 'E_CONFIG') => {
   try {
     fn()
   } catch (error) {
@@ -100,8 +100,8 @@ const refused = (fn: () => void, code: ErrorCode = 'E_CONFIG') => {
   throw new Error('expected an error')
 }
 
-describe('which weights get adapters', () => {
-  test('linear layers and experts, but neither head nor table; everything else is frozen', () => {
+describe('addAdapters', () => {
+  test('adapts linear layers and experts but neither head nor embedding, and freezes everything else', () => {
     const block = new Block()
     addAdapters(block)
     expect(names(block)).toEqual(['mix.weight', 'experts.up_proj', 'experts.down_proj'])
@@ -115,7 +115,7 @@ describe('which weights get adapters', () => {
     expect([down.shape, up.shape, scale]).toEqual([[3, 16, hidden], [3, inner, 16], 2])
   })
 
-  test('their keys are those of PEFT', () => {
+  test('names adapter matrices like PEFT', () => {
     const keys = stateDict(adapted({ targets: ['mix', 'experts.up_proj'] }))
       .map(({ name, shape }) => `${name} ${shape}`)
       .filter(name => name.includes('lora'))
@@ -131,14 +131,14 @@ describe('which weights get adapters', () => {
     expect(namedParameters(single).map(({ name }) => name)).toEqual(['weight', 'lora_A.weight', 'lora_B.weight'])
   })
 
-  test('targets are ends of paths', () => {
+  test('matches targets with the ends of paths', () => {
     expect(names(adapted({ targets: ['up_proj', 'head'] }))).toEqual(['experts.up_proj', 'head.weight'])
     expect(names(adapted({ targets: path => path.startsWith('experts.') }))).toEqual([
       'experts.up_proj',
       'experts.down_proj',
     ])
-    refused(() => adapted({ targets: () => false }))
-    const message = refused(() => adapted({ targets: ['up_proj', 'p_proj', 'embed', 'norm'] }))
+    rejectionOf(() => adapted({ targets: () => false }))
+    const message = rejectionOf(() => adapted({ targets: ['up_proj', 'p_proj', 'embed', 'norm'] }))
     expect(message).toContain('no weight is named p_proj, embed, norm')
     expect(message).toContain('mix, up_proj, down_proj, head')
   })
@@ -150,24 +150,24 @@ describe('which weights get adapters', () => {
     { alpha: 0 },
     { alpha: Number.POSITIVE_INFINITY },
     { targets: [] },
-  ])('%o is rejected, and nothing is changed', options => {
+  ])('rejects %o and changes nothing', options => {
     const block = new Block()
-    refused(() => addAdapters(block, options))
+    rejectionOf(() => addAdapters(block, options))
     expect(names(block)).toEqual([])
     expect(trainable(block).length).toBeGreaterThan(0)
   })
 
-  test('a second set of adapters, and a module without weights, are rejected', () => {
-    refused(() => addAdapters(adapted()))
-    refused(() => addAdapters(new RmsNorm(3)))
-    refused(() => addAdapters(new Embedding(3, 4)))
+  test('rejects a second set of adapters, and a module without weights to adapt', () => {
+    rejectionOf(() => addAdapters(adapted()))
+    rejectionOf(() => addAdapters(new RmsNorm(3)))
+    rejectionOf(() => addAdapters(new Embedding(3, 4)))
   })
 
-  test('a head that shares its weight with an embedding gets none', () => {
+  test('rejects a head that shares its weight with an embedding', () => {
     const block = new Block()
     block.head.weight.dispose()
     block.head.weight = block.embed.weight
-    refused(() => addAdapters(block, { targets: ['head'] }))
+    rejectionOf(() => addAdapters(block, { targets: ['head'] }))
   })
 })
 
@@ -178,7 +178,7 @@ test('new adapters do not change the output, bit for bit', async () => {
   expect(await logitsOf(block)).toEqual(before)
 })
 
-test('the same seed gives the same A, and another name a different one', async () => {
+test('the same seed gives the same A, and another seed or weight a different one', async () => {
   const start = async (seed: number) => {
     const block = new Block()
     addAdapters(block, { random: new Random(seed) })
@@ -218,7 +218,7 @@ describe.each(bases)('adapters of weights in %s', format => {
     for (const { parameter } of namedParameters(block)) if (!parameter.trainable) expect(parameter.grad).toBe(null)
   })
 
-  test('compute the same as adapters of the dequantized weights', async () => {
+  test('outputs and gradients equal those of adapters of the dequantized weights', async () => {
     const block = await make()
     const dense = adapted({ targets: ['mix', 'up_proj', 'down_proj', 'head'] })
     for (const [i, { parameter }] of namedAdapters(block).entries()) {
@@ -280,7 +280,7 @@ describe.each(bases)('adapters of weights in %s', format => {
     await mergeAdapters(block)
     expect(names(block)).toEqual([])
     if (format === 'f32') return assertClose('logits', await logitsOf(block), before, tolerances.sum)
-    // As close as the format allows: the quantized sum.
+    // The best result that the format allows is the quantized sum.
     for (const [i, parameter] of stored.entries()) {
       const shape = (parameter as QuantizedParameter).weight.shape
       const again = new Parameter(tensor(Float32Array.from(target[i]), shape))
@@ -336,7 +336,7 @@ describe('merging and removing', () => {
     }
   })
 
-  test('no tensor leaks, recorded or not', async () => {
+  test('no tensor of an adapted layer leaks, recorded or not', async () => {
     const block = adapted()
     const x = randn([5, hidden], new Random(1))
     const { mix } = block
@@ -353,19 +353,19 @@ describe('merging and removing', () => {
     expect(backend.stats().handles).toBe(handles + results.length)
   })
 
-  test('a recorded product keeps one wide result, as without an adapter', () => {
+  test('a recorded product saves one wide result, as without an adapter', () => {
     const layer = new Linear(4, 500)
     const x = randn([100, 4], new Random(1))
     x.tracked = true
-    const kept = () => {
+    const savedPerElement = () => {
       const before = backend.stats().bytes
       const y = layer.forward(x)
       const { bytes } = backend.stats()
       backward(y.sum())
       return (bytes - before) / y.size
     }
-    const plain = kept()
+    const plain = savedPerElement()
     addAdapters(layer, { rank: 2 })
-    expect(kept()).toBeLessThan(plain * 1.1)
+    expect(savedPerElement()).toBeLessThan(plain * 1.1)
   })
 })

@@ -58,23 +58,23 @@ describe('createModule', () => {
     },
   )
 
-  test('uses the same default streams', async () => {
+  test('uses the same default random streams as a constructor', async () => {
     seedDefaultRandom(3)
     const now = await numbers(new Model())
     seedDefaultRandom(3)
     expect(await numbers(await createModule(() => new Model()))).toEqual(now)
-    // Modules created afterwards are drawn at once again.
+    // Modules that are created afterwards are initialized immediately again.
     const after = await new Linear(2, 2).weight.values()
     expect(after.some(x => x !== 0)).toBe(true)
   })
 
-  test('the event loop keeps running while weights are drawn and quantized', async () => {
+  test('lets the event loop run while weights are drawn and quantized', async () => {
     const made = createModule(() => new Model({}, 40_000))
     expect(await turnsUntil(made)).toBeGreaterThan(0)
     expect(await turnsUntil(quantizeWeights(await made, 'int8'))).toBeGreaterThan(0)
   })
 
-  test('a failure at any point leaves nothing on the device', async () => {
+  test('leaves nothing on the device if it fails at any point', async () => {
     for (let uploads = 0, done = false; !done; uploads++) {
       let left = uploads
       const full = (use: () => unknown) => {

@@ -119,7 +119,7 @@ describe('namedParameters', () => {
   })
 })
 
-test('counting, gradients and freeing of a whole model', () => {
+test('parameterCount, trainable, zeroGrad and disposeModule include all parameters of a model', () => {
   const model = new Model()
   const mlp = 3 * 2 * 3
   expect(parameterCount(model)).toBe(5 * 2 + 2 * 3 + 3 * mlp)
@@ -136,14 +136,14 @@ test('counting, gradients and freeing of a whole model', () => {
 describe('initialization', () => {
   const values = async (layer: Linear) => Array.from(await layer.weight.values())
 
-  test('the same generator gives the same weights, another name others, on any backend', async () => {
-    const make = (name: string, on = backend) =>
-      new Linear(4, 4, { ...forkInit({ random: new Random(3) }, name), backend: on })
+  test('the same generator and name give the same weights on any backend, and another name others', async () => {
+    const make = (name: string, target = backend) =>
+      new Linear(4, 4, { ...forkInit({ random: new Random(3) }, name), backend: target })
     expect(await values(make('q'))).toEqual(await values(make('q', referenceBackend())))
     expect(await values(make('q'))).not.toEqual(await values(make('k')))
   })
 
-  test('modules that share a generator start differently, and the first as if it were alone', async () => {
+  test('modules that share a generator get different weights, and the first the same as alone', async () => {
     const all = async (modules: Module[]) => {
       const weights = modules.flatMap(module => namedParameters(module).map(({ parameter }) => parameter.values()))
       return (await Promise.all(weights)).map(values => Array.from(values).join())

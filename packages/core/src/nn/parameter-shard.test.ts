@@ -8,11 +8,11 @@ import { ParameterShard, partition, type ShardCommunicator } from './parameter-s
 
 const backend = referenceBackend()
 const named = (name: string, ...shape: number[]) => ({ name, parameter: new Parameter(zeros(shape, { backend })) })
-const dealt = (parameters: ReturnType<typeof named>[], ranks: number) =>
+const shardsOf = (parameters: ReturnType<typeof named>[], ranks: number) =>
   partition(parameters, ranks).map(shard => shard.map(({ named: { name }, from, to }) => `${name} ${from}-${to}`))
 
 describe('partitioning', () => {
-  test('token tables are split between rows, stacks between matrices, others not', () => {
+  test('splits embeddings and heads between rows, stacks between matrices, and nothing else', () => {
     const parameters = [
       named('model.embed_tokens.weight', 100, 4),
       named('norm.weight', 4),
@@ -20,7 +20,7 @@ describe('partitioning', () => {
       named('o_proj.weight', 12, 4),
       named('lm_head.weight', 100, 4),
     ]
-    expect(dealt(parameters, 1)).toEqual([
+    expect(shardsOf(parameters, 1)).toEqual([
       [
         'model.embed_tokens.weight 0-100',
         'norm.weight 0-4',
@@ -29,21 +29,21 @@ describe('partitioning', () => {
         'lm_head.weight 0-100',
       ],
     ])
-    expect(dealt(parameters, 4)).toEqual([
+    expect(shardsOf(parameters, 4)).toEqual([
       ['model.embed_tokens.weight 0-65'],
       ['model.embed_tokens.weight 65-100', 'norm.weight 0-4', 'up_proj 0-4'],
       ['up_proj 4-6', 'o_proj.weight 0-12', 'lm_head.weight 0-35'],
       ['lm_head.weight 35-100'],
     ])
-    expect(dealt([named('a', 3, 4), named('b'), named('c', 0, 7), named('d', 2)], 3)).toEqual([
+    expect(shardsOf([named('a', 3, 4), named('b'), named('c', 0, 7), named('d', 2)], 3)).toEqual([
       [],
       ['a 0-3'],
       ['b 0-1', 'd 0-2'],
     ])
-    expect(dealt([], 2)).toEqual([[], []])
+    expect(shardsOf([], 2)).toEqual([[], []])
   })
 
-  test.each([2, 3, 7, 16, 64])('every row belongs to one of %i ranks, and shards are close to the mean', ranks => {
+  test.each([2, 3, 7, 16, 64])('assigns every row to one of %i ranks, in shards of nearly equal size', ranks => {
     const layer = (i: number) => [
       named(`${i}.norm`, 64),
       named(`${i}.q_proj`, 48, 64),
@@ -77,19 +77,19 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
     { name: 'frozen', parameter: new Parameter(zeros([9], { backend }), { trainable: false }) },
   ]
   const [{ parameter: table }, { parameter: weight }, { parameter: unused }] = parameters
-  const given: unknown[] = []
+  const calls: unknown[] = []
   const numbers = (tensors: readonly Tensor[]) => tensors.map(each => [...readF64(each)])
   const rankStub: ShardCommunicator = {
     rank: 1,
     size: 2,
     async reduceScatterRows(shards, into) {
-      given.push(shards.map(shard => shard.map(({ tensor, from, to }) => [...tensor.shape, from, to])))
+      calls.push(shards.map(shard => shard.map(({ tensor, from, to }) => [...tensor.shape, from, to])))
       return (
         into ?? shards[1].map(({ tensor: { shape }, from, to }) => full([to - from, ...shape.slice(1)], 7, { backend }))
       )
     },
     async allGatherRows(shards, own) {
-      given.push(
+      calls.push(
         shards.map(shard => shard.map(({ tensor }) => tensor === table)),
         numbers(own),
       )
@@ -115,7 +115,7 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
     rows.assign(tensor([3, 4], [1, 2], { backend }))
     weight.assign(tensor([6], [1], { backend }))
   })
-  expect(given).toEqual([
+  expect(calls).toEqual([
     [
       [[4, 2, 0, 3]],
       [

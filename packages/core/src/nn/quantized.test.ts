@@ -47,7 +47,7 @@ class Model extends Module {
 }
 
 describe('quantizing a weight', () => {
-  /** Largest error of each format: half a unit in the last place, or half the step of a block. */
+  /** Returns the largest error of each format: half a unit in the last place, or half the step of a block. */
   const bound = (format: WeightFormat, value: number, peak: number): number => {
     if (format === 'bf16') return Math.abs(value) * 2 ** -8
     if (format === 'fp8') return Math.max(Math.abs(value) * 2 ** -4, (peak / 448) * 2 ** -10)
@@ -82,7 +82,7 @@ describe('quantizing a weight', () => {
     ['int8', [900, 16]],
     ['fp8', [900, 16]],
     ['fp8', [9, 100, 16]],
-  ] as const)('%s %j in parts: the codes of the whole, for less memory', async (format, shape) => {
+  ] as const)('%s %j: quantizing in parts gives the same codes as at once, with less memory', async (format, shape) => {
     const dense = new Parameter(rand(shape, new Random(4), { low: -1 }))
     const live = backend.stats().bytes
     const parts = quantizedParameter(dense, format, 4000)
@@ -125,7 +125,7 @@ describe.each(formats)('a model with weights in %s', format => {
       assertClose(`output ${i}`, await output.values(), await plain[i].values(), tolerances.elementwise)
   })
 
-  test('is the same whether quantized afterwards, from the start or while loading', async () => {
+  test('is the same whether it is quantized afterwards, created quantized or quantized while loading', async () => {
     const afterwards = new Experts(4)
     const entries = stateDict(new Experts(4))
     await quantizeWeights(afterwards, format)
@@ -139,7 +139,7 @@ describe.each(formats)('a model with weights in %s', format => {
   })
 })
 
-test('norms stay f32, tied weights stay tied, nothing leaks', async () => {
+test('quantizeWeights leaves norms in f32 and tied weights tied, and leaks nothing', async () => {
   const before = backend.stats().handles
   const model = new Model()
   model.head.weight.dispose()
@@ -156,33 +156,33 @@ test('norms stay f32, tied weights stay tied, nothing leaks', async () => {
 
 test('an unknown format is rejected with a list of formats', async () => {
   const wrong = 'int6' as WeightFormat
-  const refused = expect.objectContaining({
+  const unknownFormat = expect.objectContaining({
     code: 'E_ATTR',
     message: expect.stringMatching(/unknown weight format "int6"; choose one of .*int8/),
   })
-  expect(() => new Linear(4, 4, { weights: wrong })).toThrow(refused)
-  expect(() => new Linear(4, 4, { weights: wrong, std: 0 })).toThrow(refused)
-  await expect(quantizeWeights(new Linear(4, 4), wrong)).rejects.toThrow(refused)
+  expect(() => new Linear(4, 4, { weights: wrong })).toThrow(unknownFormat)
+  expect(() => new Linear(4, 4, { weights: wrong, std: 0 })).toThrow(unknownFormat)
+  await expect(quantizeWeights(new Linear(4, 4), wrong)).rejects.toThrow(unknownFormat)
 })
 
-test('loading quantizes slice by slice', async () => {
+test('loading into quantized weights quantizes slice by slice', async () => {
   const entries = stateDict(new Experts(32))
   const model = new Experts(32, 'int8')
   const whole = 32 * 16 * 24 * 8
   const before = backend.stats().bytes
-  let most = 0
+  let peak = 0
   const watched = entries.map(entry => ({
     ...entry,
     data: () => {
-      most = Math.max(most, backend.stats().bytes - before)
+      peak = Math.max(peak, backend.stats().bytes - before)
       return entry.data()
     },
   }))
   await loadStateDict(model, entriesSource(watched))
-  expect(most).toBeLessThan(whole * 1.2)
+  expect(peak).toBeLessThan(whole * 1.2)
 })
 
-test('cannot be trained, and accepts only its own shape', () => {
+test('a quantized parameter cannot be trained, and accepts only its own shape', () => {
   const { up_proj } = new Experts(2, 'int4')
   expect(up_proj.trainable).toBe(false)
   const error = (fn: () => unknown) => {

@@ -96,7 +96,7 @@ describe('stateDict', () => {
 })
 
 describe('loadStateDict', () => {
-  test('a model loads what another one stored', async () => {
+  test('restores the values of another model', async () => {
     const [from, to] = [new Model(1), new Model(2)]
     const handles = backend.stats().handles
     expect(await snapshot(to)).not.toEqual(await snapshot(from))
@@ -105,7 +105,7 @@ describe('loadStateDict', () => {
     expect(backend.stats().handles).toBe(handles)
   })
 
-  test('reads one tensor at a time, the slices of a stack too', async () => {
+  test('reads one tensor at a time, including the slices of a stack', async () => {
     const stored = entriesSource(stateDict(new Model(1)))
     let open = 0
     const read = async (name: string) => {
@@ -156,7 +156,7 @@ describe('loadStateDict', () => {
     expect(error.details['missing']).toHaveLength(50)
   })
 
-  test('a slice of another shape is named by its own key', async () => {
+  test('names a slice of another shape by its own key', async () => {
     const stored = stateDict(new Model(2)).map(item =>
       item.name === 'experts.2.up_proj.weight' ? entry(item.name, [2, 4], new Array(8).fill(0)) : item,
     )
@@ -165,7 +165,7 @@ describe('loadStateDict', () => {
     )
   })
 
-  test('keys may be ignored, and parameters left unchanged, if requested', async () => {
+  test('ignores keys and leaves parameters unchanged if requested', async () => {
     const model = new Model(1)
     const before = await model.head.weight.values()
     const stored = stateDict(new Model(2)).filter(({ name }) => name !== 'head.weight')
@@ -177,7 +177,7 @@ describe('loadStateDict', () => {
     expect(await model.head.weight.values()).toEqual(before)
   })
 
-  test('float dtypes are converted, in both directions', async () => {
+  test('converts between float dtypes', async () => {
     class Half extends Module {
       weight = new Parameter(zeros([3], { dtype: 'bf16' }))
     }
@@ -195,7 +195,7 @@ describe('loadStateDict', () => {
     }
   })
 
-  test('a source that reads too few elements is rejected', async () => {
+  test('rejects a source that reads too few elements', async () => {
     class One extends Module {
       weight = new Parameter(zeros([3]))
     }
@@ -206,7 +206,7 @@ describe('loadStateDict', () => {
   })
 })
 
-test('rejects what is not a source, and suggests how to create one', async () => {
+test('loadStateDict rejects a value that is not a source, and suggests how to create one', async () => {
   const model = new Model(1)
   const checkpoint = {
     keys: () => ['weight'],

@@ -35,14 +35,14 @@ export function normalizedError(actual: ArrayLike<number>, expected: ArrayLike<n
 /**
  * Throws an Error with the first five differing positions if arrays differ by more than the tolerance. NaN equals NaN,
  * and infinities equal themselves.
- * @param room additional tolerance of each element. Default: none
+ * @param extra additional tolerance of each element. Default: none
  */
 export function assertClose(
   label: string,
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
   tolerance: Tolerance = tolerances.elementwise,
-  room?: ArrayLike<number>,
+  extra?: ArrayLike<number>,
 ): void {
   if (actual.length !== expected.length) {
     throw new Error(`${label}: ${actual.length} values, expected ${expected.length}`)
@@ -55,7 +55,7 @@ export function assertClose(
     const e = expected[i]
     if (Object.is(a, e) || a === e || (Number.isNaN(a) && Number.isNaN(e))) continue
     const difference = Math.abs(a - e)
-    const more = room?.[i] ?? 0
+    const more = extra?.[i] ?? 0
     if (difference <= tolerance.relative * Math.abs(e) + tolerance.absolute + more) continue
     count++
     if (!(difference <= largest)) largest = difference

@@ -7,7 +7,7 @@ import { runOp } from './run-op.ts'
 const exponentOf = (x: number) => Math.floor(Math.log2(x))
 
 /**
- * A sum as Hopper computes it, in units of the last kept bit: 32 products at a time, and a separate sum for each 128.
+ * Computes a sum like Hopper, in units of the last bit that is kept: 32 products at a time, and a separate sum for each 128.
  */
 function sumInBits(bits: number, x: readonly number[], y: readonly number[]): number {
   let all = 0
@@ -28,7 +28,7 @@ function sumInBits(bits: number, x: readonly number[], y: readonly number[]): nu
   return all
 }
 
-/** f8e4m3 numbers whose tiles have the scale 1, because they contain 448. */
+/** Returns f8e4m3 numbers whose tiles have the scale 1, because they contain 448. */
 function codes(random: Random, rows: number, k: number): number[] {
   const numbers = [...random.normal(rows * k)].map(x => {
     const step = 2 ** (exponentOf(Math.abs(x) * 64 + 1e-3) - 3)
@@ -37,7 +37,7 @@ function codes(random: Random, rows: number, k: number): number[] {
   return numbers.map((x, i) => ((i % k) % 128 === 7 ? 448 : x))
 }
 
-/** The errors of sums in that many bits, relative to the bounds for 14 bits. */
+/** Returns the errors of sums with that many bits, relative to the bounds for 14 bits. */
 async function ratios(bits: number, k: number): Promise<number[]> {
   const [m, n] = [24, 24]
   const random = new Random(k)
@@ -47,23 +47,23 @@ async function ratios(bits: number, k: number): Promise<number[]> {
     { data: b, shape: [n, k] },
   ]
   const attrs = { transposeA: false, transposeB: true, precision: 'fp8' } as const
-  const on = async (backend: ReturnType<typeof referenceBackend>) =>
+  const multiply = async (backend: ReturnType<typeof referenceBackend>) =>
     (await runOp(backend, 'matmul', inputs, attrs, [{ shape: [m, n], dtype: 'f32' }]))[0]
-  const [exact, lost] = [await on(referenceBackend()), await on(fp8ErrorBounds(14))]
-  return Array.from(lost, (most, at) => {
+  const [exact, bounds] = [await multiply(referenceBackend()), await multiply(fp8ErrorBounds(14))]
+  return Array.from(bounds, (bound, at) => {
     const [i, j] = [Math.floor(at / n), at % n]
     const found = sumInBits(bits, a.slice(i * k, (i + 1) * k), b.slice(j * k, (j + 1) * k))
-    return Math.abs(found - exact[at]) / most
+    return Math.abs(found - exact[at]) / bound
   })
 }
 
 test.each([1, 33, 128, 300])('errors of sums of %i products in 14 bits are within the bounds', async k => {
   const found = (await ratios(14, k)).filter(ratio => !Number.isNaN(ratio))
   expect(Math.max(0, ...found)).toBeLessThanOrEqual(1)
-  // The bounds are not far too wide either.
+  // The bounds are not much too wide.
   if (k > 1) expect(Math.max(...found)).toBeGreaterThan(0.2)
 })
 
-test('errors of sums in 11 bits exceed them', async () => {
+test('errors of sums of products in 11 bits exceed the bounds for 14 bits', async () => {
   expect(Math.max(...(await ratios(11, 128)))).toBeGreaterThan(1)
 })

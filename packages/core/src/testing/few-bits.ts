@@ -11,7 +11,7 @@ import type { Tensor } from '../tensor.ts'
 /** Number of products that are added to a sum at once. */
 const productsPerStep = 32
 
-/** The value of the last of `bits` bits of a number of that size. */
+/** Returns the value of the last of `bits` bits of a number of that size. */
 const lastBit = (size: number, bits: number) => 2 ** (Math.floor(Math.log2(size)) + 1 - bits)
 
 /**
@@ -35,16 +35,16 @@ export function fp8ErrorBounds(bits: number): Backend {
     const columns = { outer: n, k, stepOuter: transposeB ? k : 1, stepK: transposeB ? 1 : n }
     const x = roundOperand(readF64(a) as Float64Array, rows)
     const y = roundOperand(readF64(b) as Float64Array, columns)
-    const lost = new Float32Array(sizeOf(shape))
+    const bounds = new Float32Array(sizeOf(shape))
     const products = new Float64Array(productsPerStep)
     for (let i = 0; i < m; i++) {
       for (let j = 0; j < n; j++) {
         for (let first = 0; first < k; first += fp8Tile) {
           const end = Math.min(k, first + fp8Tile)
-          let [sum, off] = [0, 0]
+          let [sum, error] = [0, 0]
           for (let from = first; from < end; from += productsPerStep) {
             const count = Math.min(productsPerStep, end - from)
-            let [total, largest] = [sum, Math.abs(sum) + off]
+            let [total, largest] = [sum, Math.abs(sum) + error]
             for (let t = 0; t < count; t++) {
               const at = from + t
               const product = x[i * rows.stepOuter + at * rows.stepK] * y[j * columns.stepOuter + at * columns.stepK]
@@ -54,16 +54,16 @@ export function fp8ErrorBounds(bits: number): Backend {
             }
             if (largest === 0) continue
             const bit = lastBit(largest, bits)
-            if (sum !== 0) off += bit
-            for (let t = 0; t < count; t++) off += products[t] % bit
+            if (sum !== 0) error += bit
+            for (let t = 0; t < count; t++) error += products[t] % bit
             sum = total
-            if (Math.abs(sum) + off > 0) off += lastBit(Math.abs(sum) + off, bits)
+            if (Math.abs(sum) + error > 0) error += lastBit(Math.abs(sum) + error, bits)
           }
-          lost[i * n + j] += off
+          bounds[i * n + j] += error
         }
       }
     }
-    return [reference.upload(lost, shape, 'f32')]
+    return [reference.upload(bounds, shape, 'f32')]
   }
   // One op, so that its gradient is that of experts, whose tiles start at their first row.
   const groupedMatmul: FusedKernels['groupedMatmul'] = (inputs, attrs, outputs) =>

@@ -22,7 +22,7 @@ export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
 export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   const checks: Record<string, (backend: Recorder) => Promise<void>> = {
     'inputs are written in place, and ops between replays do not interfere': checkInputs,
-    'setRows on a donated tensor, as in a cache': checkDonated,
+    'a replayed setRows updates a donated tensor, as in a cache': checkDonated,
     'reading during capture is rejected, and the backend works afterwards': checkRefusals,
     'a disposed graph frees its memory': checkMemory,
     'a failed capture leaves the state unchanged': checkFailure,
@@ -31,7 +31,7 @@ export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   return [
     {
       name: 'graphs: a replayed training step equals the eager one bit for bit, with changing learning rates',
-      run: async () => same(await train(await make(), true), await train(await make(), false)),
+      run: async () => expectSame(await train(await make(), true), await train(await make(), false)),
     },
     ...Object.entries(checks).map(([name, check]) => ({
       name: `graphs: ${name}`,
@@ -47,7 +47,7 @@ export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   ]
 }
 
-function same(actual: unknown, expected: unknown): void {
+function expectSame(actual: unknown, expected: unknown): void {
   const [a, b] = [JSON.stringify(actual), JSON.stringify(expected)]
   if (a !== b) throw new Error(`got ${a}, expected ${b}`)
 }
@@ -129,14 +129,14 @@ async function checkInputs(backend: Recorder): Promise<void> {
     for (const other of others) other.dispose()
     results.push(await rounded(graph.result))
   }
-  same(results, [
+  expectSame(results, [
     [12, 24, 36, 48],
     [20, 32, 44, 56],
   ])
   graph.dispose()
-  same(await rounded(graph.result), results[1])
-  await refused(() => graph.replay())
-  await refused(() => backend.write(x, Float32Array.of(1)))
+  expectSame(await rounded(graph.result), results[1])
+  await expectError(() => graph.replay())
+  await expectError(() => backend.write(x, Float32Array.of(1)))
 }
 
 async function checkDonated(backend: Recorder): Promise<void> {
@@ -150,7 +150,7 @@ async function checkDonated(backend: Recorder): Promise<void> {
   const graph = backend.capture(put)
   backend.write(index, Int32Array.of(3))
   graph.replay()
-  same([...(await cache.values())], [0, 0, 1, 2, 0, 0, 1, 2])
+  expectSame([...(await cache.values())], [0, 0, 1, 2, 0, 0, 1, 2])
   graph.dispose()
 }
 
@@ -158,24 +158,24 @@ async function checkRefusals(backend: Recorder): Promise<void> {
   const x = tensor([1, 2], [2], { backend })
   const reads: Array<Promise<unknown>> = []
   const graph = backend.capture(() => {
-    reads.push(refused(() => x.values()))
+    reads.push(expectError(() => x.values()))
     return x.neg()
   })
   await reads[0]
-  await refused(() => backend.capture(async () => {}))
+  await expectError(() => backend.capture(async () => {}))
   const mine = new Error('mine')
-  await refused(
+  await expectError(
     () =>
       backend.capture(() => {
         throw mine
       }),
     error => error === mine,
   )
-  same([...(await x.neg().values())], [-1, -2])
+  expectSame([...(await x.neg().values())], [-1, -2])
   graph.dispose()
 }
 
-async function refused(fn: () => unknown, expected: (error: unknown) => boolean = isMoeError): Promise<void> {
+async function expectError(fn: () => unknown, expected: (error: unknown) => boolean = isMoeError): Promise<void> {
   try {
     await fn()
   } catch (error) {
@@ -190,10 +190,10 @@ async function checkMemory(backend: Recorder): Promise<void> {
   const { handles } = backend.stats()
   const graph = backend.capture(() => scope(() => x.exp().add(tensor([1, 1], [2], { backend }))))
   graph.replay()
-  same((await graph.result.values()).length, 2)
+  expectSame((await graph.result.values()).length, 2)
   graph.result.dispose()
   graph.dispose()
-  same(backend.stats().handles, handles)
+  expectSame(backend.stats().handles, handles)
 }
 
 async function checkResult(backend: Recorder): Promise<void> {
@@ -203,7 +203,7 @@ async function checkResult(backend: Recorder): Promise<void> {
   graph.replay()
   graph.dispose()
   const others = Array.from({ length: 8 }, (_, i) => full([2], i, { backend }))
-  same([...(await graph.result.values())], [-1, -2])
+  expectSame([...(await graph.result.values())], [-1, -2])
   graph.result.dispose()
   for (const other of others) other.dispose()
 }
@@ -213,7 +213,7 @@ async function checkFailure(backend: Recorder): Promise<void> {
   const { handle } = x
   const { handles } = backend.stats()
   const assigns = () => x.assign(x.mul(2))
-  // As backward does with gradients that it adds up.
+  // As backward does with accumulated gradients.
   const frees = () => x.dispose()
   for (const change of [assigns, frees]) {
     const fail = () =>
@@ -221,13 +221,13 @@ async function checkFailure(backend: Recorder): Promise<void> {
         change()
         throw new Error('no')
       })
-    await refused(
+    await expectError(
       () => backend.capture(fail, { state: [x] }),
       error => (error as Error).message === 'no',
     )
-    same([x.handle === handle, backend.stats().handles], [true, handles])
+    expectSame([x.handle === handle, backend.stats().handles], [true, handles])
   }
   const other = full([4], 7, { backend })
-  same([...(await x.values())], [3, 3, 3, 3])
+  expectSame([...(await x.values())], [3, 3, 3, 3])
   for (const tensor of [x, other]) tensor.dispose()
 }

@@ -226,17 +226,17 @@ async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions):
   const withGradient = hasGradient(item)
   const { precision } = item.attrs as { precision?: Precision }
   const wider = precision === 'fp8' && !backend.fp8Matmul
-  const meant = wider ? ({ ...item, attrs: { ...item.attrs, precision: 'f32' } } as OpCase) : item
-  const expected = await evaluate(meant, referenceBackend(), {}, withGradient)
+  const expectedItem = wider ? ({ ...item, attrs: { ...item.attrs, precision: 'f32' } } as OpCase) : item
+  const expected = await evaluate(expectedItem, referenceBackend(), {}, withGradient)
   const rounds = precision === 'fp8' && !wider
-  const room = rounds ? await evaluate(item, fp8ErrorBounds(options.fp8Bits ?? 24), {}, withGradient) : undefined
+  const bounds = rounds ? await evaluate(item, fp8ErrorBounds(options.fp8Bits ?? 24), {}, withGradient) : undefined
   const actual = await evaluate(item, backend, options, withGradient)
   const again = await evaluate(item, backend, options, withGradient)
   const { tolerance = tolerances.elementwise, gradientTolerance = tolerances.gradient } = item
   const rough = precision === 'bf16' || wider
   expected.outputs.forEach((output, i) => {
     if (item.compared !== undefined && !item.compared.includes(i)) return
-    assertClose(`output ${i}`, actual.outputs[i], output, tolerance, room?.outputs[i])
+    assertClose(`output ${i}`, actual.outputs[i], output, tolerance, bounds?.outputs[i])
     if (rough) assertSmall(`output ${i}`, normalizedError(actual.outputs[i], output))
     assertClose(`output ${i}, second run`, again.outputs[i], actual.outputs[i], tolerances.exact)
   })
@@ -246,7 +246,7 @@ async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions):
       if (gradient !== own) throw new Error(`gradient of input ${i} is ${own === null ? 'missing' : 'unexpected'}`)
       return
     }
-    assertClose(`gradient of input ${i}`, own, gradient, gradientTolerance, room?.gradients[i] ?? undefined)
+    assertClose(`gradient of input ${i}`, own, gradient, gradientTolerance, bounds?.gradients[i] ?? undefined)
     if (rough) assertSmall(`gradient of input ${i}`, normalizedError(own, gradient))
     assertClose(`gradient of input ${i}, second run`, again.gradients[i] as never, own, tolerances.exact)
   })
@@ -278,7 +278,7 @@ async function checkStorage(backend: Backend, dtype: (typeof dtypes)[number]): P
   data.fill(0)
   const down = await x.data()
   assertClose('elements', down, encodeHost(dtype, [0, 1, 2, 3, 100, 7]), tolerances.exact)
-  if (down.constructor !== data.constructor) throw new Error(`${dtype} came back as ${down.constructor.name}`)
+  if (down.constructor !== data.constructor) throw new Error(`${dtype} was downloaded as ${down.constructor.name}`)
   x.dispose()
   if (backend.stats().handles !== handles) throw new Error('the handle leaked')
 }
@@ -319,9 +319,9 @@ async function checkReading(backend: Backend): Promise<void> {
     full([4], 7, { backend }).add(full([4], 1, { backend }))
   })
   const [first, own, second] = await Promise.all(reads)
-  assertClose('a sum', first, [2, 4, 6, 8], tolerances.exact)
+  assertClose('the sum', first, [2, 4, 6, 8], tolerances.exact)
   assertClose('the sum again', second, [2, 4, 6, 8], tolerances.exact)
-  assertClose('what was uploaded', own, [1, 2, 3, 4], tolerances.exact)
+  assertClose('the uploaded tensor', own, [1, 2, 3, 4], tolerances.exact)
   if (backend.stats().handles !== handles) throw new Error('handles leaked')
 }
 
