@@ -33,7 +33,7 @@ beforeAll(async () => {
 
 const buffers = () => (tf.backend() as unknown as { numDataIds(): number }).numDataIds()
 
-test('an uninitialized backend is refused with what to do', () => {
+test('an uninitialized backend is rejected with the call that initializes it', () => {
   expect.assertions(2)
   try {
     tfjsBackend(tf, { backend: 'webgpu' })
@@ -43,7 +43,7 @@ test('an uninitialized backend is refused with what to do', () => {
   }
 })
 
-test('work leaves nothing behind in TensorFlow.js, also inside tf.tidy', async () => {
+test('ops leave no tensors or buffers in TensorFlow.js, even inside tf.tidy', async () => {
   const before = { tensors: tf.memory().numTensors, buffers: buffers(), handles: backend.stats().handles }
   const x = tensor([1, 2, 3, 4], [2, 2], { backend })
   const made: Tensor[] = []
@@ -57,7 +57,7 @@ test('work leaves nothing behind in TensorFlow.js, also inside tf.tidy', async (
   expect({ tensors: tf.memory().numTensors, buffers: buffers(), handles: backend.stats().handles }).toEqual(before)
 })
 
-test('what is freed while it is read stays until it has come, as webgpu needs it', async () => {
+test('a tensor that is disposed during an asynchronous read, as on webgpu, is freed after the read', async () => {
   const kernels = tf.backend() as unknown as { read(id: object): Promise<unknown>; readSync(id: object): unknown }
   const { read } = kernels
   kernels.read = async id => {
@@ -90,7 +90,7 @@ test('bytes count shared memory once', () => {
   expect(backend.stats().bytes).toBe(before)
 })
 
-test('dispose gives everything back', () => {
+test('dispose frees all buffers', () => {
   const own = tfjsBackend(tf)
   const before = buffers()
   const x = full([4], 1, { backend: own })
@@ -101,7 +101,7 @@ test('dispose gives everything back', () => {
   x.dispose()
 })
 
-test('two backends live on one namespace, whichever is current', async () => {
+test('two backends work on one namespace of TensorFlow.js, whichever is current', async () => {
   const other = tfjsBackend(tf, { backend: 'cpu' })
   const x = tensor([1, 2], [2], { backend: other })
   const y = tensor([1, 2], [2], { backend })
@@ -111,7 +111,7 @@ test('two backends live on one namespace, whichever is current', async () => {
   for (const t of [x, y, a, b]) t.dispose()
 })
 
-test('every byte of u8 comes back, and any but 0 is true', async () => {
+test('u8 values are downloaded unchanged, and any but 0 counts as true', async () => {
   for (const reads of ['views', 'async'] as const) {
     const own = tfjsBackend(tf, { backend: 'cpu', reads })
     const bytes = Uint8Array.from({ length: 256 }, (_, i) => i)
@@ -124,7 +124,7 @@ test('every byte of u8 comes back, and any but 0 is true', async () => {
   }
 })
 
-test('more memory than wasm has is an error, and the backend goes on', async () => {
+test('allocating more memory than wasm has is an error, and the backend stays usable', async () => {
   const { bytes } = backend.stats()
   expect(() => full([2 ** 30], 1, { backend })).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
   expect(() => full([2 ** 31], 1, { backend })).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
@@ -135,8 +135,8 @@ test('more memory than wasm has is an error, and the backend goes on', async () 
 })
 
 describe('a matrix product', () => {
-  // XNNPACK packs the right side once and keeps it as long as the tensor lives; a changed right side would be multiplied by its old values.
-  test('sees the new values of a replaced parameter', async () => {
+  // XNNPACK packs the right operand once and keeps the packed copy as long as the tensor exists; after a change in place, it would use the old values.
+  test('uses the new values of an updated parameter', async () => {
     const x = tensor([1, 1], [1, 2], { backend })
     let w = tensor([1, 2, 3, 4], [2, 2], { backend })
     const first = x.matmul(w)
@@ -154,15 +154,15 @@ describe('a matrix product', () => {
   test.each([
     [3, 200, 5, 70],
     [2, 1, 64, 300],
-  ])('of %i batches, [%i, %i] x [%i] in all four layouts', async (batch, m, k, n) => {
+  ])('matches the reference in all four layouts: %i batches, [%i, %i] x [%i]', async (batch, m, k, n) => {
     const random = new Random(1)
     const [left, right] = [random.normal(batch * m * k), random.normal(batch * k * n)]
     for (const transposeA of [false, true]) {
       for (const transposeB of [false, true]) {
-        const results = [backend, referenceBackend()].map(on =>
+        const results = [backend, referenceBackend()].map(target =>
           scope(() => {
-            const a = tensor(left, transposeA ? [batch, k, m] : [batch, m, k], { backend: on })
-            const b = tensor(right, transposeB ? [batch, n, k] : [batch, k, n], { backend: on })
+            const a = tensor(left, transposeA ? [batch, k, m] : [batch, m, k], { backend: target })
+            const b = tensor(right, transposeB ? [batch, n, k] : [batch, k, n], { backend: target })
             return a.matmul(b, { transposeA, transposeB })
           }),
         )
@@ -174,27 +174,27 @@ describe('a matrix product', () => {
   })
 })
 
-/** Classifies tokens by the sum of two: an embedding that is looked up twice, a hidden layer, cross-entropy, AdamW. */
-async function train(on: Backend, steps: number): Promise<number[]> {
+/** Trains a network to add two tokens modulo 8: an embedding, a hidden layer, cross-entropy and AdamW. Returns the losses. */
+async function train(target: Backend, steps: number): Promise<number[]> {
   const random = new Random(5)
-  const embedding = new Embedding(8, 12, { random, std: 0.4, backend: on })
+  const embedding = new Embedding(8, 12, { random, std: 0.4, backend: target })
   const layers = [
-    new Linear(24, 32, { random, std: 0.4, backend: on }),
-    new Linear(32, 8, { random, std: 0.4, backend: on }),
+    new Linear(24, 32, { random, std: 0.4, backend: target }),
+    new Linear(32, 8, { random, std: 0.4, backend: target }),
   ]
   const parameters: Parameter[] = [embedding.weight, layers[0].weight, layers[1].weight]
   const pairs = Array.from({ length: 64 }, (_, i) => [i >> 3, i & 7])
-  const tokens = tensor(Int32Array.from(pairs.flat()), [64, 2], { backend: on })
+  const tokens = tensor(Int32Array.from(pairs.flat()), [64, 2], { backend: target })
   const targets = tensor(
     Int32Array.from(pairs, ([a, b]) => (a + b) % 8),
     [64],
-    { backend: on },
+    { backend: target },
   )
   const states = parameters.map(({ shape }) => ({
-    m: full(shape, 0, { backend: on }),
-    v: full(shape, 0, { backend: on }),
+    m: full(shape, 0, { backend: target }),
+    v: full(shape, 0, { backend: target }),
   }))
-  const one = full([], 1, { backend: on })
+  const one = full([], 1, { backend: target })
   const losses: number[] = []
   for (let step = 1; step <= steps; step++) {
     const loss = scope(() => {
@@ -223,7 +223,7 @@ async function train(on: Backend, steps: number): Promise<number[]> {
   return losses
 }
 
-test('a two-layer net with an embedding learns on wasm, as the reference does, and leaks nothing', async () => {
+test('a two-layer network with an embedding trains on wasm like on the reference, and leaks nothing', async () => {
   const before = { handles: backend.stats().handles, buffers: buffers() }
   const losses = await train(backend, 80)
   expect(losses[79]).toBeLessThan(losses[0] / 10)

@@ -4,7 +4,7 @@ import '@tensorflow/tfjs-backend-cpu'
 import { expect, test } from 'vitest'
 import { createBackend } from './create-backend.ts'
 
-test('wasm is the choice of firstAvailable, and computes', async () => {
+test('firstAvailable selects wasm, which computes correctly', async () => {
   const backend = await firstAvailable([() => import('./index.ts')])
   expect(backend.name).toBe('tfjs-wasm')
   const x = full([2, 3], 2, { backend })
@@ -14,7 +14,7 @@ test('wasm is the choice of firstAvailable, and computes', async () => {
   y.dispose()
 })
 
-test('the current backend of TensorFlow.js stays the current one', async () => {
+test('createBackend does not change the current backend of TensorFlow.js', async () => {
   await tf.setBackend('cpu')
   const backend = await createBackend()
   expect(backend.name).toBe('tfjs-wasm')

@@ -2,8 +2,8 @@ import * as tf from '@tensorflow/tfjs-core'
 import { expect, test, vi } from 'vitest'
 import { createBackend } from './create-backend.ts'
 
-test('where wasm does not start, plain JavaScript does the work and the reason is told', async () => {
-  const quiet = vi.spyOn(console, 'warn').mockImplementation(() => {})
+test('if wasm does not start, createBackend falls back to plain JavaScript and reports the reason', async () => {
+  const warn = vi.spyOn(console, 'warn').mockImplementation(() => {})
   tf.registerBackend('wasm', () => Promise.reject(new Error('no wasm here')), 1)
   const reasons: string[] = []
   vi.doMock('@tensorflow/tfjs-backend-wasm', () => ({}))
@@ -11,5 +11,5 @@ test('where wasm does not start, plain JavaScript does the work and the reason i
   expect(backend.name).toBe('tfjs-cpu')
   expect(reasons).toHaveLength(1)
   expect(reasons[0]).toContain('wasm')
-  quiet.mockRestore()
+  warn.mockRestore()
 })

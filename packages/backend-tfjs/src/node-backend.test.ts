@@ -5,16 +5,16 @@ import '@tensorflow/tfjs-backend-cpu'
 import { beforeAll, beforeEach, expect, test } from 'vitest'
 import { createNodeBackend } from './node-backend.ts'
 
-/** A stand-in for tfjs-node: the plain JavaScript kernels under the name `tensorflow`, on a device that the test chooses. */
+/** The device of a substitute for tfjs-node: plain JavaScript kernels under the name `tensorflow`. Tests set it. */
 const device = { isUsingGpuDevice: false }
 
-const standIn = () => Object.assign(tf.findBackendFactory('cpu')() as tf.KernelBackend, device, { firstUse: false })
+const substitute = () => Object.assign(tf.findBackendFactory('cpu')() as tf.KernelBackend, device, { firstUse: false })
 
 beforeAll(() => tf.copyRegisteredKernels('cpu', 'tensorflow'))
 
 beforeEach(() => {
   if (tf.findBackendFactory('tensorflow') !== null) tf.removeBackend('tensorflow')
-  tf.registerBackend('tensorflow', standIn, 3)
+  tf.registerBackend('tensorflow', substitute, 3)
 })
 
 const load = async () => {
@@ -22,7 +22,7 @@ const load = async () => {
   return tf
 }
 
-async function refusal(promise: Promise<unknown>): Promise<MoeError> {
+async function rejection(promise: Promise<unknown>): Promise<MoeError> {
   try {
     await promise
   } catch (error) {
@@ -36,7 +36,7 @@ test('a missing package is E_NO_BACKEND with the command that installs it', asyn
   const missing = Object.assign(new Error("Cannot find package '@tensorflow/tfjs-node-gpu'"), {
     code: 'ERR_MODULE_NOT_FOUND',
   })
-  const error = await refusal(createNodeBackend({ gpu: true, load: () => Promise.reject(missing) }))
+  const error = await rejection(createNodeBackend({ gpu: true, load: () => Promise.reject(missing) }))
   expect(error.code).toBe('E_NO_BACKEND')
   expect(error.message).toContain('not installed')
   expect(error.message).toContain('npm install @tensorflow/tfjs-node-gpu')
@@ -44,40 +44,40 @@ test('a missing package is E_NO_BACKEND with the command that installs it', asyn
 
 test('a package without its native part is E_NO_BACKEND with the reason', async () => {
   const broken = new Error('The Node.js native addon module (tfjs_binding.node) can not be found')
-  const error = await refusal(createNodeBackend({ load: () => Promise.reject(broken) }))
+  const error = await rejection(createNodeBackend({ load: () => Promise.reject(broken) }))
   expect(error.code).toBe('E_NO_BACKEND')
   expect(error.message).toContain('tfjs_binding.node')
   expect(error.cause).toBe(broken)
 })
 
-test('a silent fall back to the CPU is not called a GPU', async () => {
+test('requesting a GPU is an error if TensorFlow silently uses the CPU', async () => {
   device.isUsingGpuDevice = false
-  const error = await refusal(createNodeBackend({ gpu: true, load }))
+  const error = await rejection(createNodeBackend({ gpu: true, load }))
   expect(error.code).toBe('E_UNSUPPORTED')
   for (const hint of ['CUDA_VISIBLE_DEVICES', 'driver', 'CUDA 11.2', 'cuDNN 8.1']) expect(error.message).toContain(hint)
 })
 
-test('another current backend is refused', async () => {
+test('a package that selects another backend is rejected', async () => {
   const cpu = async () => {
     await tf.setBackend('cpu')
     return tf
   }
-  expect((await refusal(createNodeBackend({ load: cpu }))).code).toBe('E_UNSUPPORTED')
+  expect((await rejection(createNodeBackend({ load: cpu }))).code).toBe('E_UNSUPPORTED')
 })
 
-test('what Node 23 took out of node:util is back before the package loads', async () => {
+test('functions that Node 23 removed from node:util are restored before the package loads', async () => {
   const legacy = util as unknown as { isNullOrUndefined?: (value: unknown) => boolean }
   const original = legacy.isNullOrUndefined
   legacy.isNullOrUndefined = undefined
-  const seen: unknown[] = []
+  const results: unknown[] = []
   await createNodeBackend({
     load: () => {
-      seen.push(legacy.isNullOrUndefined?.(null), legacy.isNullOrUndefined?.(0))
+      results.push(legacy.isNullOrUndefined?.(null), legacy.isNullOrUndefined?.(0))
       return load()
     },
   })
   legacy.isNullOrUndefined = original
-  expect(seen).toEqual([true, false])
+  expect(results).toEqual([true, false])
 })
 
 test('products stay f32 on a GPU unless TF32 is allowed', async () => {
@@ -91,7 +91,7 @@ test('products stay f32 on a GPU unless TF32 is allowed', async () => {
   Reflect.deleteProperty(process.env, 'NVIDIA_TF32_OVERRIDE')
 })
 
-test('tensors on a backend that is no longer current say so', async () => {
+test('an op on a backend that is no longer current is an error', async () => {
   const backend = await createNodeBackend({ load })
   const x = tensor([1, 2], [2], { backend })
   await tf.setBackend('cpu')

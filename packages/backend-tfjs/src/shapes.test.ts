@@ -7,18 +7,18 @@ import '@tensorflow/tfjs-backend-wasm'
 import { describe, test } from 'vitest'
 import { tfjsBackend } from './tfjs-backend.ts'
 
-/** Small sizes, now and then none at all. */
+/** Returns a small size, sometimes 0. */
 const size = (random: Random): number => (random.next() < 0.05 ? 0 : 1 + random.integer(5))
 
 interface Draw {
   readonly random: Random
   readonly shape: number[]
-  /** Random integers in -9..9 as f32, exact everywhere. */
+  /** Creates random integers from -9 to 9 as f32, which are exact on every backend. */
   make(shape: readonly number[]): Tensor
 }
 
-/** Sizes of 1 here and there, and missing leading axes: broadcasts to the shape. */
-function narrowed({ random, shape }: Draw): number[] {
+/** Returns a shape that broadcasts to `shape`: some sizes are 1, and leading axes may be missing. */
+function broadcastable({ random, shape }: Draw): number[] {
   return shape.slice(random.integer(shape.length + 1)).map(n => (random.next() < 0.4 ? 1 : n))
 }
 
@@ -32,23 +32,23 @@ function shuffled({ random, shape }: Draw): number[] {
 }
 
 const ops: { readonly [name: string]: (draw: Draw) => Tensor } = {
-  add: draw => draw.make(draw.shape).add(draw.make(narrowed(draw))),
-  maximum: draw => draw.make(narrowed(draw)).maximum(draw.make(draw.shape)),
-  lt: draw => draw.make(narrowed(draw)).lt(draw.make(draw.shape)).cast('f32'),
+  add: draw => draw.make(draw.shape).add(draw.make(broadcastable(draw))),
+  maximum: draw => draw.make(broadcastable(draw)).maximum(draw.make(draw.shape)),
+  lt: draw => draw.make(broadcastable(draw)).lt(draw.make(draw.shape)).cast('f32'),
   where: draw => {
-    const condition = draw.make(narrowed(draw)).lt(0)
-    return where(condition, draw.make(draw.shape), draw.make(narrowed(draw)))
+    const condition = draw.make(broadcastable(draw)).lt(0)
+    return where(condition, draw.make(draw.shape), draw.make(broadcastable(draw)))
   },
   permute: draw => draw.make(draw.shape).permute(shuffled(draw)),
-  expand: draw => draw.make(narrowed(draw)).expand(draw.shape),
+  expand: draw => draw.make(broadcastable(draw)).expand(draw.shape),
   slice: draw => {
     const starts = draw.shape.map(n => draw.random.integer(n + 1))
     const sizes = draw.shape.map((n, axis) => draw.random.integer(n - starts[axis] + 1))
     return draw.make(draw.shape).slice(starts, sizes)
   },
   pad: draw => {
-    const some = () => draw.shape.map(() => draw.random.integer(3))
-    return draw.make(draw.shape).pad(some(), some(), 2.5)
+    const widths = () => draw.shape.map(() => draw.random.integer(3))
+    return draw.make(draw.shape).pad(widths(), widths(), 2.5)
   },
   concat: draw => {
     if (draw.shape.length === 0) return draw.make([])
@@ -78,7 +78,7 @@ const backends: { readonly [name: string]: () => Backend } = {
 }
 
 for (const [name, open] of Object.entries(backends)) {
-  describe(name, () => {
+  describe(`${name} matches the reference`, () => {
     for (const [op, compute] of Object.entries(ops)) {
       test(`${op} of random shapes`, async () => {
         await tf.setBackend('wasm')
@@ -86,7 +86,7 @@ for (const [name, open] of Object.entries(backends)) {
         const backend = open()
         const handles = backend.stats().handles
         for (let seed = 0; seed < 60; seed++) {
-          const [actual, expected] = [backend, referenceBackend()].map(on => {
+          const [actual, expected] = [backend, referenceBackend()].map(target => {
             const random = new Random(seed).fork(op)
             const shape = Array.from({ length: random.integer(6) }, () => size(random))
             const make = (wanted: readonly number[]) => {
@@ -94,7 +94,7 @@ for (const [name, open] of Object.entries(backends)) {
               return tensor(
                 Float32Array.from({ length: count }, () => random.integer(19) - 9),
                 wanted,
-                { backend: on },
+                { backend: target },
               )
             }
             return scope(() => compute({ random, shape, make }))
