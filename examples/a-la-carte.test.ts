@@ -24,14 +24,14 @@ function run(name: string, ...args: string[]): Promise<{ code: number | null; ou
   })
 }
 
-async function succeeds(name: string, ...args: string[]): Promise<string> {
+async function runSuccessfully(name: string, ...args: string[]): Promise<string> {
   const { code, output } = await run(name, ...args)
   expect(code, output).toBe(0)
   return output
 }
 
-test('mla-in-your-own-block: a small cache, and decoding equals the full forward pass', async () => {
-  const output = await succeeds('mla-in-your-own-block.ts')
+test('mla-in-your-own-block: the cache is small, and decoding equals the full forward pass', async () => {
+  const output = await runSuccessfully('mla-in-your-own-block.ts')
   // (32 + 8) * 4 bytes of latent and rope key, compared with 8 heads * (24 + 16) * 4.
   expect(output).toContain('160 bytes per token and layer; full keys and values would take 1280')
   expect(output).toContain('trained 9 of 9 parameters')
@@ -39,7 +39,7 @@ test('mla-in-your-own-block: a small cache, and decoding equals the full forward
 })
 
 test('router-telemetry: MaxVio falls with the bias, and stays high without it', async () => {
-  const output = await succeeds('router-telemetry.ts')
+  const output = await runSuccessfully('router-telemetry.ts')
   const rows = [...output.matchAll(/^ *(\d+) {3} *([\d.]+) +\d+ +\d+ +([\d.]+) /gm)].map(row =>
     row.slice(1).map(Number),
   )
@@ -50,7 +50,7 @@ test('router-telemetry: MaxVio falls with the bias, and stays high without it', 
 })
 
 test('mtp-on-a-plain-transformer: every depth learns', async () => {
-  const output = await succeeds('mtp-on-a-plain-transformer.ts')
+  const output = await runSuccessfully('mtp-on-a-plain-transformer.ts')
   const rows = [...output.matchAll(/^ *\d+ {3}([\d.]+) {2}([\d.]+) {2}([\d.]+)$/gm)].map(row =>
     row.slice(1).map(Number),
   )
@@ -59,7 +59,7 @@ test('mtp-on-a-plain-transformer: every depth learns', async () => {
 })
 
 test('train-a-tokenizer: saves a tokenizer.json that reads back', async () => {
-  const output = await succeeds('train-a-tokenizer.ts', folder)
+  const output = await runSuccessfully('train-a-tokenizer.ts', folder)
   expect(output).toMatch(/trained 4096 tokens/)
   expect(output).toContain('read back; all texts round-trip')
   expect(Number(output.match(/held-out text: ([\d.]+) bytes per token/)?.[1])).toBeGreaterThan(3)
@@ -69,7 +69,7 @@ test('train-a-tokenizer: saves a tokenizer.json that reads back', async () => {
 })
 
 test('several-ranks: two ranks of one process train together, and end with the same weights', async () => {
-  const output = await succeeds('several-ranks.ts', '12')
+  const output = await runSuccessfully('several-ranks.ts', '12')
   const [, before, after] = output.match(/^loss ([\d.]+) to ([\d.]+) in 12 steps of 2 x 2 rows$/m) ?? []
   expect(Number(after)).toBeLessThan(Number(before))
   const [, first, second] = output.match(/^norms of the weights on 2 ranks: (\S+) (\S+)$/m) ?? []
@@ -77,7 +77,7 @@ test('several-ranks: two ranks of one process train together, and end with the s
 })
 
 test('pipeline: stages on two ranks have the same losses as one rank', async () => {
-  const output = await succeeds('pipeline.ts', '10')
+  const output = await runSuccessfully('pipeline.ts', '10')
   const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) in stages, ([\d.]+) on one rank$/gm)].map(row =>
     row.slice(1).map(Number),
   )
@@ -89,7 +89,7 @@ test('pipeline: stages on two ranks have the same losses as one rank', async () 
 })
 
 test('experts-on-ranks: two ranks with sharded experts have the same losses as one', async () => {
-  const output = await succeeds('experts-on-ranks.ts', '10')
+  const output = await runSuccessfully('experts-on-ranks.ts', '10')
   const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) on 2 ranks, ([\d.]+) on one$/gm)].map(row =>
     row.slice(1).map(Number),
   )

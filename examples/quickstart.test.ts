@@ -25,14 +25,14 @@ function runScript(name: string, args: readonly string[], onOutput: Watch = () =
     child.stdin.end(input)
     let stdout = ''
     let stderr = ''
-    const seen = () => onOutput(stderr, () => sendSignal(child, 'SIGINT'), stdout)
+    const report = () => onOutput(stderr, () => sendSignal(child, 'SIGINT'), stdout)
     child.stdout.on('data', chunk => {
       stdout += chunk
-      seen()
+      report()
     })
     child.stderr.on('data', chunk => {
       stderr += chunk
-      seen()
+      report()
     })
     child.on('error', reject)
     child.on('close', code => resolve({ code, stdout, stderr }))
@@ -96,12 +96,12 @@ test.each([
   ['--steps', '2.5', 'expected an integer of at least 1'],
   ['--addresses', '1', 'expected an integer of at least 2'],
   ['--minutes', '0', 'expected a number above 0'],
-])('%s %s is refused before anything is written', async (option, value, what) => {
+])('%s %s is rejected before anything is written', async (option, value, what) => {
   const { code, stderr } = await run([option, value])
   expect([code, stderr]).toEqual([2, `\n${option} is "${value}", ${what}\nSee npm start -- --help.\n`])
 })
 
-test('--help', async () => {
+test('--help lists the options', async () => {
   const { code, stdout } = await run(['--help'])
   expect(code).toBe(0)
   expect(stdout).toMatch(/--resume/)

@@ -6,10 +6,10 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 
 // A program that takes a while to save after SIGINT, and counts how many it receives.
 const program = `
-let asked = 0
+let received = 0
 process.on('SIGINT', () => {
-  asked++
-  if (asked === 1) setTimeout(() => { console.log('saved, asked ' + asked); process.exit(7) }, 700)
+  received++
+  if (received === 1) setTimeout(() => { console.log('saved, received ' + received); process.exit(7) }, 700)
 })
 setTimeout(() => {}, 60_000)
 console.log('ready ' + process.pid)
@@ -28,7 +28,7 @@ beforeAll(() => {
 
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
 
-/** The driver with `name` inside, as the leader of a process group, like a command in a terminal. */
+/** Starts the driver with the program `name`, as the leader of a process group, like a command in a terminal. */
 function start(name: string): {
   driver: ChildProcess
   output: () => string
@@ -52,25 +52,25 @@ describe.skipIf(process.platform === 'win32')('runInPlace', () => {
     expect(await start('code.mjs').ended).toEqual([42, null])
   })
 
-  test('dies of the signal that the program died of', async () => {
+  test('is terminated by the signal that terminated the program', async () => {
     expect(await start('die.mjs').ended).toEqual([null, 'SIGTERM'])
   })
 
-  test('a Ctrl-C that arrives twice, from the terminal and from npm, reaches the program once and lets it finish', async () => {
+  test('delivers a Ctrl-C that arrives twice, from the terminal and from npm, only once and lets the program finish', async () => {
     const { driver, output, ended } = start('program.mjs')
     await expect.poll(output, { timeout: 30_000 }).toContain('ready')
     process.kill(-driver.pid!, 'SIGINT')
     process.kill(driver.pid!, 'SIGINT')
     expect(await ended).toEqual([7, null])
-    expect(output()).toContain('saved, asked 1')
+    expect(output()).toContain('saved, received 1')
   })
 
-  test('a program whose starter is killed is interrupted, not left behind', async () => {
+  test('interrupts the program if it is killed itself', async () => {
     const { driver, output, ended } = start('program.mjs')
     await expect.poll(output, { timeout: 30_000 }).toContain('ready')
     driver.kill('SIGKILL')
     await ended
     // The pipe stays open until the program has ended, so its output is complete.
-    expect(output()).toContain('saved, asked 1')
+    expect(output()).toContain('saved, received 1')
   })
 })
