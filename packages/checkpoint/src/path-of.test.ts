@@ -38,9 +38,9 @@ describe('an invalid location is rejected:', () => {
   })
 
   it.each(['https://example.org/model', new URL('http://example.org/model')])('%s for saving', async address => {
-    const refused = { code: 'E_ATTR', message: expect.stringContaining('example.org/model') }
-    await expect(saveCheckpoint(address, entries)).rejects.toMatchObject(refused)
-    await expect(writeSafetensors(address, entries)).rejects.toMatchObject(refused)
+    const rejection = { code: 'E_ATTR', message: expect.stringContaining('example.org/model') }
+    await expect(saveCheckpoint(address, entries)).rejects.toMatchObject(rejection)
+    await expect(writeSafetensors(address, entries)).rejects.toMatchObject(rejection)
   })
 
   it('a URL of an unsupported protocol', async () => {

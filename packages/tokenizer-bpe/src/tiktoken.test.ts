@@ -55,7 +55,7 @@ test.each([
   ['YQ== 0\nYQ== 1', 'are the same token'],
   ['YQ== 0', 'byte 0 has no token'],
   ['YQ== 99999999', 'is not below'],
-])('refuses %j', (text, problem) => {
+])('rejects %j', (text, problem) => {
   expect(() => BpeTokenizer.fromTiktoken(text, { preTokenizer: 'gpt2' })).toThrow(problem)
 })
 
@@ -122,7 +122,7 @@ describe("patterns in tiktoken's syntax", () => {
     expect([...BpeTokenizer.fromJSON(tokenizer.toJSON()).encode('123 a\n\n')]).toEqual(ids)
   })
 
-  test('an unknown name is refused, with what to pass', async () => {
+  test('an unknown name is rejected, with what to pass', async () => {
     const options = { preTokenizer: 'gpt5' as never }
     const message = 'unknown preTokenizer "gpt5"; use one of gpt2, cl100k, o200k, a RegExp or { pattern: text }'
     expect(() => BpeTokenizer.fromTiktoken(ranks(), options)).toThrow(message)

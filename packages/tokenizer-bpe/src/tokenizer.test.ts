@@ -108,13 +108,13 @@ describe('a trained tokenizer', () => {
     expect(tokenizer.decode(tokenizer.encode('a\ud800b'))).toBe('a\ufffdb')
   })
 
-  test('refuses an unknown id', () => {
+  test('rejects an unknown id', () => {
     expect(() => train().decode([320])).toThrow('decode: unknown id 320, the vocabulary has 320')
   })
 })
 
 describe('training', () => {
-  test('refuses invalid options', () => {
+  test('rejects invalid options', () => {
     expect(() => train({ vocabSize: 257, specialTokens: ['a|', 'b|'] })).toThrow(
       'vocabSize 257 is smaller than 256 bytes + 2 special tokens',
     )
@@ -122,7 +122,7 @@ describe('training', () => {
     expect(() => train({ specialTokens: ['<a>', '<a>'] })).toThrow('"<a>" is listed twice')
   })
 
-  test('refuses a corpus without text', () => {
+  test('rejects a corpus without text', () => {
     expect(() => trainBpe([], { vocabSize: 300 })).toThrow('the corpus is empty: 0 texts')
     expect(() => trainBpe(['', ''], { vocabSize: 300 })).toThrow('the corpus is empty: 2 texts')
     const bytes = Uint8Array.from({ length: 4000 }, (_, i) => (i * 2654435761) >>> 24)
@@ -189,7 +189,7 @@ test('a stream of many small parts that cannot be split takes linear time', asyn
   expect(found).toEqual([...tokenizer.encode(text)])
 })
 
-test('values other than strings are refused', () => {
+test('values other than strings are rejected', () => {
   const tokenizer = train()
   for (const wrong of [undefined, null, 5, [1], {}, Symbol('a'), Object.create(null)] as unknown as string[]) {
     for (const encode of [() => tokenizer.encode(wrong), () => tokenizer.encodeWithOffsets(wrong)]) {
@@ -200,7 +200,7 @@ test('values other than strings are refused', () => {
   }
 })
 
-test('streams refuse anything but texts and ids', async () => {
+test('streams reject anything but texts and ids', async () => {
   const tokenizer = train()
   const read = async (parts: unknown) => {
     const found: number[] = []
@@ -227,7 +227,7 @@ describe('invalid calls', () => {
   const call = (method: 'encode' | 'decode' | 'encodeWithOffsets' | 'createDecodeStream', ...given: unknown[]) =>
     expect(() => (tokenizer[method] as (...given: unknown[]) => unknown)(...given))
 
-  test('unknown options and options that are not an object are refused', async () => {
+  test('unknown options and options that are not an object are rejected', async () => {
     expect(() => trainBpe(CORPUS, { vocabSize: 300, minfrequency: 3 } as never)).toThrow(
       expect.objectContaining({
         code: 'E_CONFIG',
@@ -275,7 +275,7 @@ describe('invalid calls', () => {
     expect(call).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(wanted) }))
   })
 
-  test('ranks, texts and options of the wrong type are refused', async () => {
+  test('ranks, texts and options of the wrong type are rejected', async () => {
     for (const ranks of [null, 5, {}, new Map([[-1, Uint8Array.of(1)]]), new Map([[1, 'a']])] as never[])
       expect(() => BpeTokenizer.fromTiktoken(ranks, { preTokenizer: 'gpt2' })).toThrow(
         /expected ranks, got .*; pass the text or the bytes/,
@@ -297,7 +297,7 @@ describe('invalid calls', () => {
     expect((await trainBpeAsync(texts(), { vocabSize: 270 })).vocabSize).toBe(270)
   })
 
-  test('ids and paths of the wrong type are refused', async () => {
+  test('ids and paths of the wrong type are rejected', async () => {
     for (const ids of [undefined, null, 5, 'a', Promise.resolve([1])])
       call('decode', ids).toThrow(/expected a list of ids, got .*; pass an array/)
     for (const ids of [[70], Int32Array.of(70), new Set([70]), { length: 1, 0: 70 }]) {

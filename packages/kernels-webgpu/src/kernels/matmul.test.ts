@@ -54,7 +54,7 @@ describe.skipIf(backend === null)('batched matmul with more matrices than workgr
 
 describe.skipIf(backend === null)('groupedMatmul', () => {
   const cases: ReadonlyArray<readonly [rows: number, n: number, k: number, offsets: readonly number[]]> = [
-    // Experts that begin at the end of a tile and beside it.
+    // Experts that begin at the end of a tile and next to it.
     [129, 8, 12, [0, 64, 128, 128, 129]],
     [130, 66, 20, [0, 0, 1, 65, 66, 130]],
     [200, 5, 7, [0, 0, 0, 200, 200]],

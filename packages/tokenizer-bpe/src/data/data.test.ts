@@ -183,7 +183,7 @@ test.each([
   )
 })
 
-test('missing options and invalid inputs are refused', () => {
+test('missing options and invalid inputs are rejected', () => {
   const random = randomNumbers(1)
   const pack = (documents: unknown, options: unknown) => [...packDocuments(documents as number[][], options as never)]
   expect(() => pack([[1]], { length: 4 })).toThrow('endOfText is undefined; pass the id of a token')

@@ -84,12 +84,12 @@ test.each<[string, (json: Json) => void, string]>([
     '"<s>" has the ids 0 and 400',
   ],
   ['an empty added token', json => json.added_tokens.push({ id: 400, content: '' }), 'is empty'],
-])('refuses %s', (_, change, message) => {
+])('rejects %s', (_, change, message) => {
   expect(() => load(change)).toThrow(TokenizerError)
   expect(() => load(change)).toThrow(message)
 })
 
-test('refuses text that is not JSON', () => {
+test('rejects text that is not JSON', () => {
   expect(() => BpeTokenizer.fromJSON(good.slice(0, -20))).toThrow('not JSON')
   // Some editors write a byte order mark.
   expect(BpeTokenizer.fromJSON(`\uFEFF${good}`).toJSON()).toEqual(BpeTokenizer.fromJSON(good).toJSON())
@@ -97,7 +97,7 @@ test('refuses text that is not JSON', () => {
 })
 
 test.each(['normalizer', 'pre_tokenizer', 'post_processor', 'decoder'])(
-  'a %s that is nested too deeply is refused',
+  'a %s that is nested too deeply is rejected',
   name => {
     let deep: unknown = null
     for (let i = 0; i < 100_000; i++) deep = { type: 'Sequence', pretokenizers: [deep] }
@@ -108,7 +108,7 @@ test.each(['normalizer', 'pre_tokenizer', 'post_processor', 'decoder'])(
   },
 )
 
-test('an added token of thousands of characters is refused', () => {
+test('an added token of thousands of characters is rejected', () => {
   const huge = { id: 1000, content: 'x'.repeat(1025), special: true }
   expect(() => load(json => json.added_tokens.push(huge))).toThrow(
     'added_tokens[1].content: a token of 1025 characters is not supported',

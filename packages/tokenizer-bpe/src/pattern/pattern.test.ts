@@ -75,6 +75,6 @@ test.each([
   ['a|'.repeat(100_000), 'too long'],
   ['(?<=a+)b', 'lookbehind of variable length'],
   ['\\', 'unexpected end'],
-])('refuses %s', (source, problem) => {
+])('rejects %s', (source, problem) => {
   expect(() => new Pattern(source)).toThrow(problem)
 })
