@@ -67,11 +67,16 @@ function extract(markdown: string): Snippet[] {
 /** Compiles all snippets at once and returns messages of the form `README.md:12:3: ...`. */
 async function typecheck(): Promise<string[]> {
   if (snippets.length === 0) return []
-  const config = { extends: '../../../tsconfig.base.json', include: ['*.ts'] }
+  // Examples must compile in a new project, for which `tsc --init` chooses these settings, too.
+  const compilerOptions = { noUncheckedIndexedAccess: true, exactOptionalPropertyTypes: true }
+  const config = { extends: '../../../tsconfig.base.json', compilerOptions, include: ['*.ts'] }
   writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify(config))
   const { code, output } = await execute(process.execPath, [tsc, '-p', folder, '--pretty', 'false'], '.')
   if (code === 0) return []
-  return [inMarkdownTerms(output).replaceAll(/^(\S+\.md)\((\d+),(\d+)\)/gm, '$1:$2:$3')]
+  // The workspace's own sources are not checked with these settings.
+  const messages = output.split(/^(?=\S)/m).filter(message => !/^packages\/\S+\(\d+,\d+\): /.test(message))
+  if (messages.length === 0) return []
+  return [inMarkdownTerms(messages.join('')).replaceAll(/^(\S+\.md)\((\d+),(\d+)\)/gm, '$1:$2:$3')]
 }
 
 async function runAll(): Promise<string[]> {

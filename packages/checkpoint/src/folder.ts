@@ -47,13 +47,13 @@ export interface FolderOptions {
    * Folder on disk that must contain the files after symbolic links are resolved. Default: the checkpoint's own folder. Snapshots in the
    * Hugging Face cache consist of links; for these, pass the `models--...` folder above.
    */
-  readonly root?: string
+  readonly root?: string | undefined
   /** Performs HTTP requests instead of the global `fetch`, for example to add a token or to retry. */
-  readonly fetch?: Fetch
+  readonly fetch?: Fetch | undefined
   /** Cancels reading: pending and later reads throw `E_ABORTED`. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called as bytes are read. */
-  readonly onProgress?: (progress: ReadProgress) => void
+  readonly onProgress?: ((progress: ReadProgress) => void) | undefined
 }
 
 /** @internal */

@@ -229,7 +229,7 @@ test.each<[string, () => unknown, string]>([
   ['quantize', () => core.quantize(x(), as(128)), 'E_SHAPE quantize: block is 128, not an array;'],
   [
     'gradients',
-    () => core.gradients(weight().sum(), as(3)),
+    () => core.gradients(weight().sum(), as<core.Tensor[]>(3)),
     'E_SHAPE gradients: of is 3, not an array; pass an array of tensors',
   ],
   [

@@ -36,14 +36,14 @@ import type { DeepSeek } from './model.ts'
 /** Options of `DeepSeek.continuousBatch`. */
 export interface ContinuousBatchOptions extends SessionOptions {
   /** Maximum number of texts that are generated at once; further ones wait. Default 8. */
-  readonly maxTexts?: number
+  readonly maxTexts?: number | undefined
   /**
    * Maximum number of cached tokens of all texts, including prompts; memory is allocated when needed. A single text that reaches this size ends, as at `maxTokens`.
    * Default: the model's context length, or 2048 per text if that is more.
    */
-  readonly cacheTokens?: number
+  readonly cacheTokens?: number | undefined
   /** Maximum number of prompt tokens per pass. Between these passes, the other texts get their tokens. Default 512. */
-  readonly prefillChunkSize?: number
+  readonly prefillChunkSize?: number | undefined
 }
 
 const names: OptionNames<ContinuousBatchOptions> = {

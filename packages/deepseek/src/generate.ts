@@ -8,21 +8,21 @@ import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 /** Options of one generated text. */
 export interface TurnOptions extends SamplingOptions {
   /** Maximum number of generated tokens. Default 128. The text also ends, with the reason `length`, when prompt and text fill the model's context (`max_position_embeddings`). */
-  readonly maxTokens?: number
+  readonly maxTokens?: number | undefined
   /** Seed of the sampling. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /**
    * What ends the text besides the configuration's eos: token ids and, with a tokenizer, strings, regardless of token boundaries. Stops are not yielded.
    */
-  readonly stop?: ReadonlyArray<number | string>
+  readonly stop?: ReadonlyArray<number | string> | undefined
   /** Fills `logProbs` of the generation. The number says how many of the most likely tokens to include beside each generated token. */
-  readonly logProbs?: number
+  readonly logProbs?: number | undefined
   /** The same for the tokens of the prompt, in `promptLogProbs`. The whole prompt is then computed, even if it is cached. */
-  readonly promptLogProbs?: number
+  readonly promptLogProbs?: number | undefined
   /** Aborts generation between two tokens: the loop throws E_ABORTED, with the signal's reason as its cause. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called with every generated id, even if text is yielded. */
-  readonly onToken?: (id: number) => void
+  readonly onToken?: ((id: number) => void) | undefined
 }
 
 /** Options of all texts of a session. */
@@ -31,11 +31,11 @@ export interface SessionOptions {
    * Whether the MTP modules draft tokens (speculative decoding). Greedy text stays the same, sampled text has the same distribution. It is faster if drafts are often accepted and a pass over
    * several tokens takes little longer than over one, that is, if reading weights is the bottleneck; on a CPU it usually is not. Default false.
    */
-  readonly speculative?: boolean
+  readonly speculative?: boolean | undefined
   /** Format of the cache. bf16 takes half the memory. Default f32. */
-  readonly cacheDtype?: CacheDType
+  readonly cacheDtype?: CacheDType | undefined
   /** Precision of matrix products. Default: bf16 for quantized weights (bf16 included), else f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
 }
 
 /** Options of `DeepSeek.generate`. */

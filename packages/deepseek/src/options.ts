@@ -44,24 +44,26 @@ export type Recompute = 'selective' | 'layers' | { readonly every: number }
 /** Options of `new DeepSeek`. */
 export interface DeepSeekOptions {
   /** Seed of the random weights. Null creates zeros, which is fast, to be filled by `loadWeights`. Default 0. */
-  readonly seed?: number | null
+  readonly seed?: number | null | undefined
   /** Backend of the weights. Default: that of `setDefaultBackend`. */
-  readonly backend?: Backend
+  readonly backend?: Backend | undefined
   /** Format of quantized weights, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor while they are read. Default: f32. */
-  readonly weights?: WeightFormat
+  readonly weights?: WeightFormat | undefined
   /** Overrides of the defaults: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, indexerWeight 1, joint training of the MTP modules. */
-  readonly objective?: Partial<Objective>
+  readonly objective?: Partial<Objective> | undefined
   /** A balancer that keeps the experts evenly loaded, instead of `balanceWeight` and `biasSpeed`. */
-  readonly balancer?: Balancer
+  readonly balancer?: Balancer | undefined
   /** Token dropping in training beyond the budget of a device, as in V2. Default: no token is dropped. */
-  readonly dropping?: TokenDropping & {
-    /** Share of the sequences that lose no token in any layer, drawn for every batch from the seed, the step and its tokens. Default 0.1. */
-    readonly undropped?: number
-  }
+  readonly dropping?:
+    | (TokenDropping & {
+        /** Share of the sequences that lose no token in any layer, drawn for every batch from the seed, the step and its tokens. Default 0.1. */
+        readonly undropped?: number | undefined
+      })
+    | undefined
   /** What the backward pass recomputes, to save memory in training. Default: nothing. */
-  readonly recompute?: Recompute
+  readonly recompute?: Recompute | undefined
   /** Receives the loads and balance biases of every layer after each step. */
-  readonly monitor?: LoadMonitor
+  readonly monitor?: LoadMonitor | undefined
 }
 
 /** Options of `DeepSeek.fromPretrained`. */
@@ -71,7 +73,7 @@ export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, Fo
    * model has been trained with. Sizes of weights cannot be changed. `{ model_type: 'deepseek_v32', index_topk }` converts a model of another type with latent attention to sparse attention: it gets new
    * indexers with random weights, which must be trained (see `indexerWarmup`).
    */
-  readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput>
+  readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput> | undefined
 }
 
 export const optionNames: OptionNames<DeepSeekOptions> = {

@@ -21,28 +21,28 @@ export interface TokenConstraint {
  */
 export interface SamplingOptions {
   /** 0 always chooses the most likely token; 1 samples from the model's distribution. Default 0. */
-  readonly temperature?: number
+  readonly temperature?: number | undefined
   /** Keeps only this many of the most likely tokens. */
-  readonly topK?: number
+  readonly topK?: number | undefined
   /** Keeps the smallest set of the remaining most likely tokens whose probabilities reach this share of their sum (nucleus sampling). */
-  readonly topP?: number
+  readonly topP?: number | undefined
   /** Keeps only tokens whose probability is at least this share of the highest one. */
-  readonly minP?: number
+  readonly minP?: number | undefined
   /**
    * Divides the logits of all tokens that occur in the prompt or the generated text by this number, or multiplies them if they are negative. Values above 1 reduce repetition, also at temperature 0
    * (Keskar et al. 2019, "CTRL"). Usually 1.2. Default 1.
    */
-  readonly repetitionPenalty?: number
+  readonly repetitionPenalty?: number | undefined
   /**
    * Subtracts this number from the logit of a token for each time that it occurs in the generated text, as in OpenAI's API; the prompt does not count. From -2 to 2; values above 0 reduce repetition. Default 0.
    */
-  readonly frequencyPenalty?: number
+  readonly frequencyPenalty?: number | undefined
   /** Subtracts this number once from the logits of all tokens that occur in the generated text, as in OpenAI's API. From -2 to 2. Default 0. */
-  readonly presencePenalty?: number
+  readonly presencePenalty?: number | undefined
   /** Numbers from -100 to 100 that are added to the logits of tokens, by id, as in OpenAI's API. -100 practically excludes a token, 100 practically forces it. Default: none. */
-  readonly logitBias?: Readonly<Record<number, number>>
+  readonly logitBias?: Readonly<Record<number, number>> | undefined
   /** Restricts which tokens may come next. Default: all tokens. */
-  readonly constraint?: TokenConstraint
+  readonly constraint?: TokenConstraint | undefined
 }
 
 /** How the next token is scored. */

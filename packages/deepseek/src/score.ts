@@ -20,15 +20,15 @@ import { chunks, distinctRows, type Row, sharedPrefixes } from './shared-prefixe
 /** Options of `DeepSeek.score`. */
 export interface ScoreOptions {
   /** Number of most likely tokens to return with each token. Default 0. */
-  readonly top?: number
+  readonly top?: number | undefined
   /** For each text, the position of its first scored token; earlier ones are null. Common prefixes before it are processed once. Default 1: all tokens. */
-  readonly from?: readonly number[]
+  readonly from?: readonly number[] | undefined
   /** Precision of matrix products. Default: bf16 for quantized weights (bf16 included), else f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Aborts between two passes: the promise rejects with E_ABORTED, with the signal's reason as its cause. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called after each pass with the share of processed tokens, from 0 to 1. */
-  readonly onProgress?: (done: number) => void
+  readonly onProgress?: ((done: number) => void) | undefined
 }
 
 const names: OptionNames<ScoreOptions> = { top: true, from: true, precision: true, signal: true, onProgress: true }

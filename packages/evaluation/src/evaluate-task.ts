@@ -14,29 +14,29 @@ export interface EvaluateTaskOptions {
   /** The model's tokenizer. */
   readonly tokenizer: EvaluationTokenizer
   /** The number of examples before each item (few-shot). Default: that of the task, or 0. */
-  readonly shots?: number
+  readonly shots?: number | undefined
   /** The source of the examples. Default: the other items of the task. */
-  readonly examples?: ItemSource
+  readonly examples?: ItemSource | undefined
   /** How examples are chosen. Default: that of the task, or `each`. */
-  readonly draw?: ExampleDraw
+  readonly draw?: ExampleDraw | undefined
   /** The seed for drawing examples. Default: 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /** Evaluate only the first `limit` items. Default: all. */
-  readonly limit?: number
+  readonly limit?: number | undefined
   /** The id at the start of every text; null for none. Default: what the tokenizer adds. */
-  readonly bos?: number | null
+  readonly bos?: number | null | undefined
   /** The id before a text without context, if `bos` and the tokenizer add none. Default: `bos_token_id` of the model, or its first end token. */
-  readonly prefix?: number
+  readonly prefix?: number | undefined
   /** Arithmetic of matrix products. Default: bf16 if the weights are stored as bf16 or quantized, else f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** The number of answers generated at the same time. Default: 8. */
-  readonly maxTexts?: number
+  readonly maxTexts?: number | undefined
   /** Aborts the evaluation: the promise rejects with E_ABORTED. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called with the fraction of the work done, from 0 to 1. */
-  readonly onProgress?: (done: number) => void
+  readonly onProgress?: ((done: number) => void) | undefined
   /** Called with the result of each item, in the order of the items. */
-  readonly onItem?: (item: ItemResult) => void
+  readonly onItem?: ((item: ItemResult) => void) | undefined
 }
 
 const names: OptionNames<EvaluateTaskOptions> = {

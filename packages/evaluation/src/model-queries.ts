@@ -7,7 +7,7 @@ import type { Likelihood, ModelQueries } from './scorers.ts'
 /** A model that can be evaluated, such as a `DeepSeek`. */
 export interface EvaluatedModel {
   /** The context length, and the token at the start of texts. */
-  readonly config: { readonly max_position_embeddings: number; readonly bos_token_id?: number | null }
+  readonly config: { readonly max_position_embeddings: number; readonly bos_token_id?: number | null | undefined }
   /** Ids of the tokens that end a text. */
   readonly endTokens: readonly number[]
   /** Returns log-probabilities of texts, as `DeepSeek.score` does. */

@@ -3,7 +3,7 @@ import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
-import { Muon, type TrainOptions } from '@moe/trainer'
+import { Muon, type TrainEvent, type TrainOptions } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
 import { local } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
@@ -167,7 +167,9 @@ describe('a run of two ranks', () => {
     ])
   })
 
-  test('does not begin with different weights, or at different steps', async () => {
+  test('does not begin with different models, weights or steps', async () => {
+    const models = local(2, ranks => trainSmall(backend, { ranks }, { mtp: ranks.rank }))
+    await expect(models).rejects.toThrow(/parameters is \d+ of \d+ numbers \(\w+\) on rank 0 but \d+ of .* on rank 1/)
     const seeds = local(2, ranks => trainSmall(backend, { ranks }, { seed: ranks.rank }))
     await expect(seeds).rejects.toThrow(/rank 0 starts at step 0 with .* of norm .*, rank 1 at step 0 .*same seed/)
     const out = await temporaryFolder()
@@ -182,9 +184,14 @@ describe('a run of two ranks', () => {
   })
 
   test('applies no step that is not finite on one of them', async () => {
+    // All ranks must have the same schedule when they compare their settings.
+    let training = false
+    const onEvent = ({ type }: TrainEvent) => {
+      if (type === 'start') training = true
+    }
     const codes = await local(2, ranks => {
-      const lr = (step: number) => (step === 1 ? Number.MAX_VALUE : 1)
-      const run = trainSmall(backend, { ranks, ...(ranks.rank === 1 && { schedule: lr }) })
+      const schedule = (step: number) => (training && step === 1 && ranks.rank === 1 ? Number.MAX_VALUE : 1)
+      const run = trainSmall(backend, { ranks, schedule, onEvent })
       return run.then(
         () => 'none',
         error => `${error.code} ${error.message}`,

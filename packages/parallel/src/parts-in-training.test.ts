@@ -326,12 +326,15 @@ describe.each([
   test('a step that is not finite is applied nowhere, and all ranks say where it came from', async () => {
     const errors: unknown[] = []
     const out = await temporaryFolder()
-    const schedule = (rank: number) => (step: number) => (step === 1 && rank === 1 ? Number.MAX_VALUE : 1)
+    // All ranks must have the same schedule when they compare their settings.
+    let training = false
+    const schedule = (rank: number) => (step: number) => (training && step === 1 && rank === 1 ? Number.MAX_VALUE : 1)
     const run = together(rank => ({
       schedule: schedule(rank),
       out,
       checkpointEvery: 1,
       onEvent: event => {
+        if (event.type === 'start') training = true
         if (event.type === 'fail') errors.push(event.error)
       },
     }))
@@ -342,9 +345,13 @@ describe.each([
     expect(errors.map(String)).toEqual(
       [1, 2].map(() => expect.stringMatching(/after step 2 the model contains non-finite numbers/)),
     )
+    training = false
     const unsaved = together(rank => ({
       schedule: schedule(rank),
-      onEvent: event => void (event.type === 'fail' && errors.push(event.error)),
+      onEvent: event => {
+        if (event.type === 'start') training = true
+        if (event.type === 'fail') errors.push(event.error)
+      },
     }))
     await expect(unsaved).rejects.toThrow(
       /^train: step 3 has loss NaN and gradient norm NaN, first not finite in the values of \S+: /,
@@ -428,13 +435,20 @@ describe('what does not fit is refused in words', () => {
     )
   })
 
-  test('ranks that are none, and ranks with other plans', async () => {
+  test('values that are not ranks, and ranks with different options', async () => {
     const none = (ranks: unknown) => trainSmall(backend, { ranks } as Options)
     await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, expected the result of await mpi\(\)/)
     await expect(none({})).rejects.toThrow(/ranks is not a communicator/)
-    const plans = local(2, ranks => trainSmall(backend, { ranks, evalEvery: ranks.rank }))
-    await expect(plans).rejects.toThrow(
-      /evalEvery is 0 on rank 0 but 1 on rank 1; pass the same options to train on every rank/,
+    const different = (options: (rank: number) => Options) =>
+      local(2, ranks => trainSmall(backend, { ranks, ...options(ranks.rank) }))
+    await expect(different(evalEvery => ({ evalEvery }))).rejects.toThrow(
+      /evalEvery is 0 on rank 0 but 1 on rank 1; pass the same model, data and options to train on every rank/,
+    )
+    await expect(different(rank => ({ lr: 1e-3 + rank }))).rejects.toThrow(
+      /lr is 0\.001 on rank 0 but 1\.001 on rank 1/,
+    )
+    await expect(different(rank => (rank === 0 ? {} : { ema: 0.9 }))).rejects.toThrow(
+      /ema is not set on rank 0 but 0\.9 on rank 1/,
     )
   })
 

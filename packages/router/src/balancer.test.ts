@@ -1,4 +1,14 @@
-import { defaultBackend, gradients, Random, randn, scope, setDefaultBackend, type Tensor, tensor, zeros } from '@moe/core'
+import {
+  defaultBackend,
+  gradients,
+  Random,
+  randn,
+  scope,
+  setDefaultBackend,
+  type Tensor,
+  tensor,
+  zeros,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'

@@ -18,11 +18,11 @@ import type { TrainableModel } from './model.ts'
 /** Options of `evaluate`. */
 export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
   /** Precision of matrix products. Default f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Stops the evaluation between two batches. The promise then rejects with the signal's reason. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called after each batch with the fraction of the evaluation that is done. */
-  readonly onProgress?: (done: number) => void
+  readonly onProgress?: ((done: number) => void) | undefined
 }
 
 const names: OptionNames<EvaluateOptions> = {

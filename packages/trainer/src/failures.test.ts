@@ -68,7 +68,9 @@ describe('failures lose nothing', () => {
       }
     }
     const { message } = await errorOf(run({ out, checkpointEvery: 4, model: new Unready() }))
-    expect(message).toMatch(/saving step 4 failed: save: no name is set; the run has no earlier checkpoint; set model\.name$/)
+    expect(message).toMatch(
+      /saving step 4 failed: save: no name is set; the run has no earlier checkpoint; set model\.name$/,
+    )
   })
 
   test('a full disk at the first checkpoint leaves an empty list', async () => {

@@ -155,9 +155,7 @@ export class StepsOnRanks implements Steps {
 
   #update(lr: number, gradNorm: number): void {
     const { backend } = this.#like
-    scope(() =>
-      noGrad(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip))),
-    )
+    scope(() => noGrad(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip))))
     this.#zeroGradients()
   }
 

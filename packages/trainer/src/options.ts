@@ -53,108 +53,108 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
    */
   readonly data: Corpus | Conversations | TokenData | Rollouts | Preferences
   /** Encodes texts. It is saved with the model in every checkpoint. */
-  readonly tokenizer?: TextTokenizer
+  readonly tokenizer?: TextTokenizer | undefined
   /** Number of optimizer steps of the whole run. */
   readonly steps: number
   /** Rows per micro-batch on this rank. Default 8. */
-  readonly batchSize?: number
+  readonly batchSize?: number | undefined
   /** Trained positions per row. Default 256. */
-  readonly sequenceLength?: number
+  readonly sequenceLength?: number | undefined
   /**
    * Restricts attention to the document that a token belongs to. Conversations and examples are then packed, several to
    * a row. Needs a model that `isolates`, as DeepSeek does. Default with such a model: true for conversations,
    * examples, rollouts and preferences, as DeepSeek-V3 was fine-tuned (report, 5.1); false for texts, as it was
    * pre-trained.
    */
-  readonly isolate?: boolean
+  readonly isolate?: boolean | undefined
   /**
    * Micro-batches per step on this rank (gradient accumulation), or a function of the step, for a batch size that
    * grows: `piecewise`. Default 1, or the number that `ranks` requires.
    */
-  readonly accumulate?: MicroBatches
+  readonly accumulate?: MicroBatches | undefined
   /** Peak learning rate. Default 1e-3. */
-  readonly lr?: number
+  readonly lr?: number | undefined
   /** Multiplier of `lr` at each step. Default `warmupCosine({ steps })`. */
-  readonly schedule?: Schedule
+  readonly schedule?: Schedule | undefined
   /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
-  readonly clip?: number
+  readonly clip?: number | undefined
   /**
    * `'adamw'` (default); `'muon'`, which uses Muon for the hidden matrices and AdamW for the rest, both with the
    * settings given here; or a function that creates an optimizer from the model's parameters (with `ranks`, from those
    * that this rank updates).
    */
-  readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
+  readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer) | undefined
   /**
    * Precision of matrix products. With `'fp8'`, linear layers and experts use fp8 and the others bf16. Weights stay
    * f32. Default f32.
    */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Records a step and replays it, if backend, model and optimizer support that: see `TrainingSteps`. Default true. */
-  readonly record?: boolean
+  readonly record?: boolean | undefined
   /**
    * Decay of an exponential moving average (EMA) of the weights, for example 0.999. Evaluations then report the EMA as
    * well, and checkpoints contain it as a model of its own. Training itself is unaffected. Takes 4 bytes per parameter
    * on the device, divided among the ranks of data parallelism. Default: no EMA.
    */
-  readonly ema?: number
+  readonly ema?: number | undefined
   /** Seed of the data order and of sampling. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /**
    * This process among those that train the model together: a `Communicator` of `@moe/parallel` (data parallelism), or
    * a `Pipeline` or `ExpertParallel` of this model. Replaces `rank` and `world`. Only rank 0 writes to `out`; to
    * resume, all ranks must be able to read it.
    */
-  readonly ranks?: Ranks | ModelOnRanks
+  readonly ranks?: Ranks | ModelOnRanks | undefined
   /** Index of this process among those that share the data and nothing else. Default 0 of 1. */
-  readonly rank?: number
+  readonly rank?: number | undefined
   /** Number of processes that share the data. */
-  readonly world?: number
+  readonly world?: number | undefined
   /**
    * Folder of the run, for checkpoints, `metrics.jsonl` and `summary.json`. Default: nothing is written. In a browser,
    * a directory handle, for example `await (await navigator.storage.getDirectory()).getDirectoryHandle('run', { create:
    * true })`; it gets checkpoints and `summary.json`, but no log of the steps (use `onEvent`).
    */
-  readonly out?: string | DirectoryHandle
+  readonly out?: string | DirectoryHandle | undefined
   /** Steps between evaluations on held-out data; 0 to evaluate only at the end. Default 0. */
-  readonly evalEvery?: number
+  readonly evalEvery?: number | undefined
   /**
    * Held-out tokens of these evaluations, spread evenly over the data. The final evaluation uses up to 32 times as many
    * (a million by default). Infinity for all. Default 32,768.
    */
-  readonly evalTokens?: number
+  readonly evalTokens?: number | undefined
   /**
    * Steps per `loads` event and line of `loads.jsonl`, which sum the expert loads; 0 for none. Default: a thousandth of
    * the run, at least 10.
    */
-  readonly loadsEvery?: number
+  readonly loadsEvery?: number | undefined
   /** Steps between checkpoints. There is always one at the end. Default 200. */
-  readonly checkpointEvery?: number
+  readonly checkpointEvery?: number | undefined
   /** Number of checkpoints to keep. Default 2. */
-  readonly keepCheckpoints?: number
+  readonly keepCheckpoints?: number | undefined
   /**
    * `true`: continue from the latest checkpoint in `out`. `'auto'`: the same, or start if there is none. A path:
    * continue from that checkpoint. `false` (default): start, and refuse a folder that contains checkpoints.
    */
-  readonly resume?: boolean | 'auto' | (string & {})
+  readonly resume?: boolean | 'auto' | (string & {}) | undefined
   /**
    * Resumes even if settings differ from the checkpoint's. The run then no longer continues bit for bit. Default false.
    */
-  readonly allowChanges?: boolean
+  readonly allowChanges?: boolean | undefined
   /** Starts in a folder that contains a run, and removes that run. Default false. */
-  readonly overwrite?: boolean
+  readonly overwrite?: boolean | undefined
   /** Stops after this many seconds of training in this process, and saves a checkpoint. */
-  readonly timeLimitSeconds?: number
+  readonly timeLimitSeconds?: number | undefined
   /** Stops the run like Ctrl-C: finishes the step, saves, and returns a result with `interrupted`. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Handles SIGINT and SIGTERM while training; a second signal ends the process. Default true. */
-  readonly handleSignals?: boolean
+  readonly handleSignals?: boolean | undefined
   /** Receives every event, after the built-in listeners. */
-  readonly onEvent?: TrainListener
+  readonly onEvent?: TrainListener | undefined
   /**
    * Shows progress on standard error, or in the console of a browser; or a listener that shows it in another way.
    * Default true.
    */
-  readonly progress?: boolean | TrainListener
+  readonly progress?: boolean | TrainListener | undefined
 }
 
 const names: OptionNames<TrainOptions> = {

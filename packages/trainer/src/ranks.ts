@@ -120,27 +120,32 @@ export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Pick<
   )
 }
 
-/** What all ranks must agree on before the first step. */
+/** @throws MoeError E_CONFIG unless all ranks have the same settings */
+export function checkSameSettings(settings: ReadonlyArray<Readonly<Record<string, unknown>>>): void {
+  const [first] = settings
+  for (const [rank, own] of settings.entries()) {
+    const name = [...Object.keys(first), ...Object.keys(own)].find(name => own[name] !== first[name])
+    if (name === undefined) continue
+    throw differing(
+      `${name} is ${first[name] ?? 'not set'} on rank 0 but ${own[name] ?? 'not set'} on rank ${rank}`,
+      'pass the same model, data and options to train on every rank',
+    )
+  }
+}
+
+/** The weights and the step that a rank starts with. */
 export interface InitialState {
   readonly step: number
-  /** Settings that determine when ranks communicate. */
-  readonly plan: Readonly<Record<string, number | boolean | string>>
   /** Norms of this rank's weights by name, for comparison with other ranks that have the same parameters. */
   readonly norms: Readonly<Record<string, number>>
 }
 
 /**
- * @throws MoeError E_CONFIG unless all ranks start at the same step, with the same plan, and with the same weights in
- *   parameters that several ranks have
+ * @throws MoeError E_CONFIG unless all ranks start at the same step, and with the same weights in parameters that
+ * several ranks have
  */
 export function checkSameInitialState(states: readonly InitialState[]): void {
-  for (const [rank, { step, plan, norms }] of states.entries()) {
-    const planned = Object.keys(plan).find(name => plan[name] !== states[0].plan[name])
-    if (planned !== undefined) {
-      const [first, other] = [states[0].plan[planned], plan[planned]]
-      const problem = `${planned} is ${first} on rank 0 but ${other} on rank ${rank}`
-      throw differing(problem, 'pass the same options to train on every rank')
-    }
+  for (const [rank, { step, norms }] of states.entries()) {
     for (const [before, other] of states.slice(0, rank).entries()) {
       const unlike = Object.keys(norms).find(name => name in other.norms && other.norms[name] !== norms[name])
       if (step === other.step && unlike === undefined) continue

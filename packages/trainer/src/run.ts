@@ -25,10 +25,11 @@ import { StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
-import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
+import { evaluationLimit, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { useRankStreams } from './rank-streams.ts'
 import {
   checkSameInitialState,
+  checkSameSettings,
   gatherNumbers,
   gatherValues,
   type InitialState,
@@ -165,10 +166,11 @@ export class Run {
   async execute(): Promise<TrainResult> {
     const { settings, source } = this
     const { ranks, onRanks } = settings
+    if (ranks !== undefined) await this.checkSettingsAgree(ranks)
     const parts = onRanks ?? (this.sharded && { ranks: this.sharded.ranks, parameters: this.sharded.shard.parameters })
     if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
     await this.prepareFolder()
-    if (ranks !== undefined) await this.checkRanksAgree(ranks)
+    if (ranks !== undefined) await this.checkWeightsAgree(ranks)
     this.emitStart()
     await this.events.settled()
     if (ranks !== undefined && onRanks === undefined) this.restoreStreams = useRankStreams(ranks, this.model)
@@ -222,15 +224,21 @@ export class Run {
     return all.some(([, late]) => late === 1) ? 'time' : null
   }
 
-  /** @throws MoeError E_CONFIG if ranks start with different settings, steps or weights */
-  async checkRanksAgree(ranks: Ranks): Promise<void> {
-    const { settings, step, source, parameters, savesCheckpoints } = this
-    const { steps, checkpointEvery, evalEvery } = settings
-    const sampling = isRolloutsOrPreferences(settings.data) && { data: source.identity, seed: settings.seed }
-    const plan = { steps, checkpointEvery, evalEvery, validation: source.validationTokens > 0, ...sampling }
+  /** @throws MoeError E_CONFIG if ranks have different options, data or models */
+  async checkSettingsAgree(ranks: Ranks): Promise<void> {
+    const { checkpointEvery, evalEvery } = this.settings
+    const validation = this.source.validationTokens > 0
+    // The optimizer's settings depend on the parameters, so those are compared first.
+    const own = { parameters: this.record.parameters, ...this.record, checkpointEvery, evalEvery, validation }
+    checkSameSettings(await gatherValues<RunRecord>(ranks, own, this.parameters[0].parameter))
+  }
+
+  /** @throws MoeError E_CONFIG if ranks start at different steps or with different weights */
+  async checkWeightsAgree(ranks: Ranks): Promise<void> {
+    const { step, parameters, savesCheckpoints } = this
     // If ranks have parts of the model, the parameters that others train are freed.
     const norms = await parameterNorms(parameters.filter(({ parameter }) => parameter.handle !== null))
-    const own = { step, plan, norms, savesCheckpoints }
+    const own = { step, norms, savesCheckpoints }
     const all = await gatherValues<InitialState & { savesCheckpoints: boolean }>(ranks, own, parameters[0].parameter)
     checkSameInitialState(all)
     this.savesCheckpoints = all[0].savesCheckpoints

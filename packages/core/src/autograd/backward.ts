@@ -44,7 +44,11 @@ export function backward(loss: Tensor, options: BackwardOptions = {}): void {
  * results belong to no scope, so dispose of them yourself.
  * @throws MoeError E_NO_GRADIENT, E_DISPOSED and E_SHAPE as `backward`
  */
-export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
+export function gradients<const Of extends readonly Tensor[]>(
+  loss: Tensor,
+  of: Of,
+  options: BackwardOptions = {},
+): { -readonly [K in keyof Of]: Tensor | null } {
   checkOptions('gradients', options, names)
   needList('gradients', 'of', of, 'pass an array of tensors')
   const found = new Map<Tensor, Tensor>()
@@ -55,7 +59,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
   }
   checkSeed(loss, options.gradient)
   walk([loss], [options.gradient ?? null], options.retainGraph === true, collect, wanted)
-  return of.map(tensor => found.get(tensor) ?? null)
+  return of.map(tensor => found.get(tensor) ?? null) as { -readonly [K in keyof Of]: Tensor | null }
 }
 
 /** Checks that the loss is a scalar or has a gradient of its shape. Internal. @throws MoeError E_SHAPE */

@@ -83,7 +83,7 @@ const listed = (outputs: Outputs): readonly Tensor[] => (Array.isArray(outputs) 
  * @param fn returns one tensor or several, and the same in the second run (except for integer tensors at the end, which
  * have no gradient)
  */
-export function checkpoint<T extends Tensor | readonly Tensor[]>(
+export function checkpoint<const T extends Tensor | readonly Tensor[]>(
   fn: (...inputs: Tensor[]) => T,
   ...inputs: Tensor[]
 ): T {

@@ -1,4 +1,4 @@
-import { beforeEach, describe, expect, test } from 'vitest'
+import { beforeEach, describe, expect, expectTypeOf, test } from 'vitest'
 import type { Backend } from '../backend.ts'
 import { isRecording, noGrad, setDefaultBackend } from '../context.ts'
 import { full, randn, tensor } from '../create.ts'
@@ -130,7 +130,7 @@ describe('customGradient', () => {
   ])('rejects a rule that returns %s', (_, rule, code, message) => {
     const x = parameter(1, 2)
     const before = alive()
-    const run = () => scope(() => backward(customGradient(value => value.mul(2), rule as () => Tensor[], x).sum()))
+    const run = () => scope(() => backward(customGradient(value => value.mul(2), rule as () => [Tensor], x).sum()))
     expect(run).toThrow(expect.objectContaining({ code, message: expect.stringMatching(message) }))
     expect([x.grad, alive()]).toEqual([null, before])
   })
@@ -155,5 +155,30 @@ describe('customGradient', () => {
         tensor([1]),
       ),
     ).toThrow(/promise/)
+  })
+
+  test('types have as many gradients as there are inputs and outputs', () => {
+    const [a, b] = [parameter(1, 2), parameter(3, 4)]
+    const sumAndDifference = customGradient(
+      (x, y) => [x.add(y), x.sub(y)],
+      (gradients, { inputs, outputs }) => {
+        for (const tuple of [gradients, inputs, outputs]) expectTypeOf(tuple).toEqualTypeOf<readonly [Tensor, Tensor]>()
+        return [gradients[0], null]
+      },
+      a,
+      b,
+    )
+    expectTypeOf(sumAndDifference).toEqualTypeOf<readonly [Tensor, Tensor]>()
+    const doubled = customGradient(
+      x => x.mul(2),
+      ([gradient]) => [gradient.mul(2)],
+      a,
+    )
+    expectTypeOf(doubled).toEqualTypeOf<Tensor>()
+    const oneGradient = ([gradient]: readonly [Tensor]) => [gradient] as const
+    // @ts-expect-error: one gradient for two inputs
+    customGradient((x, y) => x.add(y), oneGradient, a, b)
+    expectTypeOf(gradients(doubled.sum(), [a, b])).toEqualTypeOf<[Tensor | null, Tensor | null]>()
+    expectTypeOf(checkpoint(x => [x.neg(), x.exp()], a)).toEqualTypeOf<readonly [Tensor, Tensor]>()
   })
 })

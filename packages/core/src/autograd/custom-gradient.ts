@@ -8,12 +8,15 @@ import { scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
 import { type GradientSource, record, type Tensor } from '../tensor.ts'
 
+/** A tensor for each element of an array type; one for a single tensor. */
+type TensorFor<T> = T extends readonly Tensor[] ? { readonly [K in keyof T]: Tensor } : readonly [Tensor]
+
 /** What a custom gradient rule gets in addition to the gradients. */
-export interface CustomGradientContext {
+export interface CustomGradientContext<Outputs = readonly Tensor[], Inputs = readonly Tensor[]> {
   /** The arguments of `forward`. */
-  readonly inputs: readonly Tensor[]
+  readonly inputs: TensorFor<Inputs>
   /** The results of `forward`. */
-  readonly outputs: readonly Tensor[]
+  readonly outputs: TensorFor<Outputs>
   /** Returns whether the gradient of that input is wanted. */
   needs(input: number): boolean
 }
@@ -22,10 +25,10 @@ export interface CustomGradientContext {
  * Maps the gradients of the outputs (zeros where there is none) to the gradients of the inputs. Each has the shape of
  * its input, or is null if there is none or it is not wanted. Ops inside the rule are not recorded.
  */
-export type CustomGradient = (
-  gradients: readonly Tensor[],
-  context: CustomGradientContext,
-) => ReadonlyArray<Tensor | null>
+export type CustomGradient<Outputs = readonly Tensor[], Inputs = readonly Tensor[]> = (
+  gradients: TensorFor<Outputs>,
+  context: CustomGradientContext<Outputs, Inputs>,
+) => { readonly [K in keyof Inputs]: Tensor | null }
 
 /**
  * Runs `forward` as one op with a custom gradient: for example a straight-through estimator, a closed form, or a
@@ -37,10 +40,10 @@ export type CustomGradient = (
  * @throws MoeError E_ATTR if `forward` or `rule` is not a function. In `backward`: E_SHAPE if the rule returns a
  * gradient of the wrong shape or the wrong number of gradients, E_DTYPE for an integer gradient
  */
-export function customGradient<T extends Tensor | readonly Tensor[]>(
-  forward: (...inputs: Tensor[]) => T,
-  rule: CustomGradient,
-  ...inputs: Tensor[]
+export function customGradient<const T extends Tensor | readonly Tensor[], Inputs extends Tensor[]>(
+  forward: (...inputs: Inputs) => T,
+  rule: CustomGradient<T, Inputs>,
+  ...inputs: Inputs
 ): T {
   for (const input of inputs) needTensor('customGradient', 'an input', input)
   if (typeof forward !== 'function' || typeof rule !== 'function') {
@@ -55,7 +58,7 @@ export function customGradient<T extends Tensor | readonly Tensor[]>(
     return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
   })
   const outputs = (Array.isArray(result) ? result : [result]) as readonly Tensor[]
-  if (context.recording) record('customGradient', inputs, null, outputs, sourceOf(rule))
+  if (context.recording) record('customGradient', inputs, null, outputs, sourceOf(rule as unknown as CustomGradient))
   return result
 }
 

@@ -25,9 +25,9 @@ export interface DocumentTokens {
   /**
    * Id of the token before every document, or null for none. Default: the tokenizer's begin token, by its usual names.
    */
-  readonly bos?: number | null
+  readonly bos?: number | null | undefined
   /** Id of the token after every document, or null for none. Default: the tokenizer's end token, by its usual names. */
-  readonly eos?: number | null
+  readonly eos?: number | null | undefined
 }
 
 /** Ids of the begin and end tokens. Without a begin token, the end token serves as both. */

@@ -26,19 +26,19 @@ import {
 /** Settings of AdamW. The learning rate is passed to each step. */
 export interface AdamWOptions {
   /** Decay rates of the first and second moment. Default [0.9, 0.95], as in DeepSeek-V3. */
-  readonly betas?: readonly [number, number]
+  readonly betas?: readonly [number, number] | undefined
   /** Added to the denominator of the update. Default 1e-8. */
-  readonly eps?: number
+  readonly eps?: number | undefined
   /** Decoupled weight decay of the parameters that `decays` selects. Default 0.1. */
-  readonly weightDecay?: number
+  readonly weightDecay?: number | undefined
   /** Whether weight decay applies to a parameter. Default `decaysMatrices`. */
-  readonly decays?: (named: NamedParameter) => boolean
+  readonly decays?: ((named: NamedParameter) => boolean) | undefined
   /**
    * Storage of both moments (for Muon, also of the momentum). Default f32. `'bf16'`, which DeepSeek-V3 uses (report,
    * 3.3.3), takes half the memory. Steps are computed in f32, and the moments are rounded afterwards. Needs decay rates
    * of at most 1 - 2^-8.
    */
-  readonly moments?: MomentDType
+  readonly moments?: MomentDType | undefined
 }
 
 /** Storage types for optimizer moments. */
