@@ -5,12 +5,12 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
-import { parseArgs } from 'node:util'
 import { addAdapters, firstAvailable, setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatMessage, ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { conversations, modelFolder, train } from '@moe/trainer'
+import { commandLine, integer, text } from './command-line.ts'
 
 const help = `Fine-tunes the model of npm start on conversations, then evaluates its answers.
 
@@ -24,14 +24,15 @@ const help = `Fine-tunes the model of npm start on conversations, then evaluates
   -h, --help    print this help
 `
 
-const { values } = parseArgs({
+const options = commandLine({
+  command: 'node examples/chat.ts',
+  help,
   options: {
-    from: { type: 'string', default: 'runs/quickstart' },
-    out: { type: 'string', default: 'runs/chat' },
-    steps: { type: 'string', default: '300' },
-    questions: { type: 'string', default: '92' },
-    adapters: { type: 'string' },
-    help: { type: 'boolean', short: 'h', default: false },
+    from: text('runs/quickstart'),
+    out: text('runs/chat'),
+    steps: integer(1, 300),
+    questions: integer(1, 92),
+    adapters: integer(1),
   },
 })
 
@@ -71,9 +72,9 @@ async function main(): Promise<void> {
       () => import('@moe/backend-tfjs'),
     ]),
   )
-  const folder = modelFolder(values.from)
+  const folder = modelFolder(options.from)
   const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
-  const rank = values.adapters === undefined ? undefined : Number(values.adapters)
+  const { adapters: rank, steps } = options
   const model = await DeepSeek.fromPretrained(folder, { weights: rank === undefined ? undefined : 'int8' })
   if (rank !== undefined) addAdapters(model, { rank })
   const template = await ChatTemplate.from({
@@ -92,8 +93,7 @@ async function main(): Promise<void> {
     { template, validation: asked.map(({ conversation }) => conversation) },
   )
 
-  const steps = Number(values.steps)
-  await train(model, {
+  const { interrupted } = await train(model, {
     data,
     tokenizer,
     steps,
@@ -102,13 +102,17 @@ async function main(): Promise<void> {
     lr: rank === undefined ? 2e-3 : 5e-3,
     precision: 'bf16',
     evalEvery: 100,
-    out: values.out,
+    out: options.out,
     overwrite: true,
   })
+  if (interrupted) {
+    process.exitCode = 130
+    return
+  }
 
   const errors: number[] = []
   let fitting = 0
-  const questions = asked.slice(0, Number(values.questions))
+  const questions = asked.slice(0, options.questions)
   for (const { year, conversation } of questions) {
     const [question, , further] = conversation
     const said = await answer([question])
@@ -121,7 +125,7 @@ async function main(): Promise<void> {
   process.stdout.write(`evaluated on ${questions.length} passages of held-out addresses
 year        median error ${median(errors)} years; the best constant guess has ${median(guesses)}
 speaker     ${fitting} of ${questions.length} answers name somebody in office about the year it answered
-try it      npm run serve -- ${values.out}
+try it      npm run serve -- ${options.out}
 `)
 
   async function answer(messages: readonly ChatMessage[]): Promise<string> {
@@ -134,8 +138,9 @@ try it      npm run serve -- ${values.out}
 
 const median = (numbers: readonly number[]) => [...numbers].sort((a, b) => a - b)[numbers.length >> 1]
 
-if (values.help) process.stdout.write(help)
-else if (!existsSync(values.from)) {
-  process.stderr.write(`${values.from} does not exist: train a model with npm start, or pass its folder with --from.\n`)
+if (!existsSync(options.from)) {
+  process.stderr.write(
+    `${options.from} does not exist: train a model with npm start, or pass its folder with --from.\n`,
+  )
   process.exitCode = 1
 } else await main()

@@ -2,9 +2,6 @@
  * @file Expert parallelism: the routed experts of a DeepSeek are sharded over ranks. Each rank trains its own rows and sends tokens to the
  * ranks that have their experts. For comparison, the same training runs on one rank: the losses agree up to rounding, which may route a
  * token to another expert now and then. Ranks are processes started by mpirun, or two ranks within this process.
- *
- *   mpirun -np 2 node examples/experts-on-ranks.ts [steps]
- *   node examples/experts-on-ranks.ts [steps]
  */
 import { createRequire } from 'node:module'
 import { type NamedParameter, namedParameters, setDefaultBackend } from '@moe/core'
@@ -13,8 +10,22 @@ import { createBackend } from '@moe/kernels-cpu'
 import { type Communicator, ExpertParallel, local, mpi } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
+import { commandLine, integer } from './command-line.ts'
 
-const steps = Number(process.argv[2] ?? 30)
+const help = `Trains a model whose experts are sharded over several ranks.
+
+  mpirun -np 2 node examples/experts-on-ranks.ts [STEPS]   ranks are processes
+  node examples/experts-on-ranks.ts [STEPS]                two ranks in this process
+
+  STEPS       number of steps (default 30)
+  -h, --help  print this help
+`
+
+const { steps } = commandLine({
+  command: 'node examples/experts-on-ranks.ts',
+  help,
+  positionals: { steps: integer(1, 30) },
+})
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
 // The ranks of a machine share its cores.
@@ -45,6 +56,8 @@ async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<
     sequenceLength: 64,
     lr: 2e-3,
     progress: false,
+    // Nothing is saved, so Ctrl-C ends the program at once.
+    handleSignals: false,
     onEvent: event => {
       if (event.type === 'step') found.push(event.loss)
     },

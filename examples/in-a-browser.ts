@@ -3,10 +3,10 @@ import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { parseArgs } from 'node:util'
 import { modelFolder } from '@moe/trainer'
 import { bundlePage } from '../scripts/bundle-page.ts'
 import { servePage } from '../scripts/serve-page.ts'
+import { commandLine, integer, text } from './command-line.ts'
 
 const help = `Serves a page that generates text with a trained model, and a page that trains a model.
 
@@ -16,6 +16,12 @@ const help = `Serves a page that generates text with a trained model, and a page
   PORT        default 8088; 0 chooses a free one
   -h, --help  print this help
 `
+
+const { folder, port } = commandLine({
+  command: 'npm run page --',
+  help,
+  positionals: { folder: text(), port: integer(0, 8088) },
+})
 
 const here = fileURLToPath(new URL('browser', import.meta.url))
 const require = createRequire(import.meta.url)
@@ -29,39 +35,17 @@ function speeches(): string {
   return latest.map(({ text }) => text).join('\n\n')
 }
 
-async function main(): Promise<void> {
-  const { values, positionals } = parseArgs({
-    options: { help: { type: 'boolean', short: 'h', default: false } },
-    allowPositionals: true,
-  })
-  const [folder, port = '8088'] = positionals
-  if (values.help) {
-    process.stdout.write(help)
-    return
-  }
-  const defaultFolder = 'runs/quickstart'
-  const model = folder !== undefined || existsSync(defaultFolder) ? modelFolder(folder ?? defaultFolder) : undefined
-  const { url } = await servePage({
-    pages: {
-      '/program.js': await script('page.js'),
-      '/train.js': await script('train.js'),
-      '/train-worker.js': await script('train-worker.js'),
-      '/corpus.txt': { type: 'text/plain; charset=utf-8', body: speeches() },
-    },
-    folders: { '/': here, '/wasm/': wasm, ...(model !== undefined && { '/model/': model }) },
-    port: Number(port),
-  })
-  if (model !== undefined) console.log(`${url} generates text with the model in ${folder ?? defaultFolder}`)
-  console.log(`${url}train.html trains a model (Ctrl-C stops the server)`)
-}
-
-try {
-  await main()
-} catch (error) {
-  const { code, message } = error as NodeJS.ErrnoException
-  const isUsage = /^ERR_PARSE_ARGS/.test(`${code}`)
-  // Drop Node's advice about arguments that begin with a dash.
-  console.error(message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1'))
-  if (isUsage) console.error('See npm run page -- --help.')
-  process.exitCode = isUsage ? 2 : 1
-}
+const defaultFolder = 'runs/quickstart'
+const model = folder !== undefined || existsSync(defaultFolder) ? modelFolder(folder ?? defaultFolder) : undefined
+const { url } = await servePage({
+  pages: {
+    '/program.js': await script('page.js'),
+    '/train.js': await script('train.js'),
+    '/train-worker.js': await script('train-worker.js'),
+    '/corpus.txt': { type: 'text/plain; charset=utf-8', body: speeches() },
+  },
+  folders: { '/': here, '/wasm/': wasm, ...(model !== undefined && { '/model/': model }) },
+  port,
+})
+if (model !== undefined) console.log(`${url} generates text with the model in ${folder ?? defaultFolder}`)
+console.log(`${url}train.html trains a model (Ctrl-C stops the server)`)

@@ -18,6 +18,12 @@ import {
   type Tensor,
   trainable,
 } from '@moe/core'
+import { commandLine } from './command-line.ts'
+
+commandLine({
+  command: 'node examples/mla-in-your-own-block.ts',
+  help: 'Trains a custom block with Multi-head Latent Attention, and decodes with its cache. It has no options.\n',
+})
 
 const backend = await firstAvailable([
   () => import('@moe/kernels-cuda'),

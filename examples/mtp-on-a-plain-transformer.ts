@@ -25,6 +25,12 @@ import {
 } from '@moe/core'
 import { MtpModule, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
 import { AdamW, clipScale, gradientNorm } from '@moe/trainer'
+import { commandLine } from './command-line.ts'
+
+commandLine({
+  command: 'node examples/mtp-on-a-plain-transformer.ts',
+  help: 'Trains a plain transformer with two MTP modules. It has no options.\n',
+})
 
 const backend = await firstAvailable([
   () => import('@moe/kernels-cuda'),

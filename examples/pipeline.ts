@@ -2,9 +2,6 @@
  * @file Pipeline parallelism: trains a DeepSeek with MTP in stages on several ranks, scheduled by DualPipeV. For comparison, the same
  * training runs on one rank: the losses agree up to rounding, which may route a token to another expert now and then. Ranks are processes
  * started by mpirun, or two ranks within this process.
- *
- *   mpirun -np 2 node examples/pipeline.ts [steps]
- *   node examples/pipeline.ts [steps]
  */
 import { createRequire } from 'node:module'
 import { setDefaultBackend } from '@moe/core'
@@ -13,8 +10,18 @@ import { createBackend } from '@moe/kernels-cpu'
 import { type Communicator, dualPipeV, local, mpi, Pipeline, stagesOf } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
+import { commandLine, integer } from './command-line.ts'
 
-const steps = Number(process.argv[2] ?? 30)
+const help = `Trains a model in stages on several ranks with pipeline parallelism.
+
+  mpirun -np 2 node examples/pipeline.ts [STEPS]   ranks are processes
+  node examples/pipeline.ts [STEPS]                two ranks in this process
+
+  STEPS       number of steps (default 30)
+  -h, --help  print this help
+`
+
+const { steps } = commandLine({ command: 'node examples/pipeline.ts', help, positionals: { steps: integer(1, 30) } })
 const microBatches = 8
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
@@ -44,6 +51,8 @@ async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<
     sequenceLength: 64,
     lr: 2e-3,
     progress: false,
+    // Nothing is saved, so Ctrl-C ends the program at once.
+    handleSignals: false,
     onEvent: event => {
       if (event.type === 'step') found.push(event.loss)
     },

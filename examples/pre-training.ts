@@ -10,6 +10,21 @@ import { DeepSeek, presets } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { mixture, tokenFiles, train } from '@moe/trainer'
 import { tokenize } from '@moe/trainer/tokenize'
+import { commandLine, integer } from './command-line.ts'
+
+const help = `Tokenizes speeches into files, and trains a model on a mixture of them. The same command resumes.
+
+  node examples/pre-training.ts [STEPS]
+
+  STEPS       number of steps (default 200)
+  -h, --help  print this help
+`
+
+const { steps } = commandLine({
+  command: 'node examples/pre-training.ts',
+  help,
+  positionals: { steps: integer(1, 200) },
+})
 
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')]))
 
@@ -42,7 +57,6 @@ const data = mixture({
 })
 const ids = { bos_token_id: tokenizer.tokenToId(special[0]), eos_token_id: tokenizer.tokenToId(special[1]) }
 const model = new DeepSeek({ ...presets.tiny, vocab_size: tokenizer.vocabSize, ...ids }, { seed: 1 })
-const steps = Number(process.argv[2] ?? 200)
 const settings = {
   steps,
   lr: 3e-3,
@@ -51,6 +65,7 @@ const settings = {
   out: join(folder, 'run'),
   resume: 'auto' as const,
 }
-const { validation } = await train(model, { ...settings, data, tokenizer })
+const { validation, interrupted } = await train(model, { ...settings, data, tokenizer })
 for (const [name, { bitsPerByte }] of Object.entries(validation.sources ?? {}))
   console.log(`${name}: ${bitsPerByte.toFixed(3)} bits per byte`)
+if (interrupted) process.exitCode = 130

@@ -91,14 +91,14 @@ test('invalid options fail with a fix in the message', async () => {
 })
 
 test.each([
-  ['--precision', 'f8', 'expected f32, bf16 or fp8'],
+  ['--precision', 'f8', 'expected one of f32, bf16, fp8'],
   ['--batch', '0', 'expected an integer of at least 1'],
   ['--steps', '2.5', 'expected an integer of at least 1'],
   ['--addresses', '1', 'expected an integer of at least 2'],
   ['--minutes', '0', 'expected a number above 0'],
 ])('%s %s is rejected before anything is written', async (option, value, what) => {
   const { code, stderr } = await run([option, value])
-  expect([code, stderr]).toEqual([2, `\n${option} is "${value}", ${what}\nSee npm start -- --help.\n`])
+  expect([code, stderr]).toEqual([2, `${option} is "${value}", ${what}\nSee npm start -- --help.\n`])
 })
 
 test('--help lists the options', async () => {
@@ -143,7 +143,7 @@ describe('generate.ts', () => {
   test.each([
     [[], 2, /^missing FOLDER\nSee npm run generate -- --help\.\n$/],
     [['nowhere', 'x'], 1, /nowhere has neither a config.json nor checkpoints.*npm start/],
-    [['nowhere', 'two', 'words'], 2, /expected one PROMPT, got 2; put it in quotes/],
+    [['nowhere', 'two', 'words'], 2, /^unexpected argument "words"\nSee /],
     [['nowhere', '--nope'], 2, /^unknown option --nope\nSee /],
     [['nowhere', '--weights', 'int2'], 2, /--weights is "int2", expected one of bf16, fp8, int8, int4/],
     [['nowhere', '--top-p', 'most'], 2, /--top-p is "most", expected a number/],

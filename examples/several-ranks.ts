@@ -1,14 +1,8 @@
 /**
  * @file Data parallelism: several ranks train one model, each on its share of the rows of every step. Ranks are processes started by mpirun,
  * or two ranks within this process.
- *
- *   mpirun -np 2 node examples/several-ranks.ts [steps] [--nccl]
- *   node examples/several-ranks.ts [steps]
- *
- * --nccl: each process uses its own NVIDIA GPU of this machine, and gradients are all-reduced between GPUs.
  */
 import { createRequire } from 'node:module'
-import { parseArgs } from 'node:util'
 import { globalNorm, scope, setDefaultBackend, trainable } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
@@ -16,12 +10,25 @@ import { createBackend as createCuda } from '@moe/kernels-cuda'
 import { type Communicator, local, mpi, nccl } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { TokenDataset, train } from '@moe/trainer'
+import { commandLine, flag, integer } from './command-line.ts'
 
-const { values: options, positionals } = parseArgs({
-  options: { nccl: { type: 'boolean', default: false } },
-  allowPositionals: true,
+const help = `Trains one model on several ranks with data parallelism.
+
+  mpirun -np 2 node examples/several-ranks.ts [STEPS] [options]   ranks are processes
+  node examples/several-ranks.ts [STEPS]                          two ranks in this process
+
+  STEPS       number of steps (default 60)
+  --nccl      each process uses its own NVIDIA GPU of this machine, and gradients are all-reduced between GPUs
+  -h, --help  print this help
+`
+
+const options = commandLine({
+  command: 'node examples/several-ranks.ts',
+  help,
+  positionals: { steps: integer(1, 60) },
+  options: { nccl: flag() },
 })
-const steps = Number(positionals[0] ?? 60)
+const { steps } = options
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
 const host = isLaunched ? await mpi() : undefined
@@ -60,6 +67,8 @@ async function trainTogether(ranks: Communicator): Promise<void> {
     batchSize: 2,
     sequenceLength: 64,
     progress: false,
+    // Nothing is saved, so Ctrl-C ends the program at once.
+    handleSignals: false,
     onEvent: event => {
       if (event.type !== 'step' || ranks.rank !== 0) return
       before ??= event.loss

