@@ -3,7 +3,7 @@ import type { PagedBatch } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { TurnOptions } from './generate.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import {
   isDrawn,
   limitVocabulary,
@@ -48,11 +48,11 @@ type Asked = Scoring & Pick<TurnOptions, 'logProbs'>
 
 /** Forward passes of the main model over a paged cache. */
 export class BatchStep {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #precision: Precision
   readonly #passes = new Map<PagedBatch, CachedPasses<Out>>()
 
-  constructor(model: DeepSeek, precision: Precision) {
+  constructor(model: Network, precision: Precision) {
     this.#model = model
     this.#precision = precision
   }

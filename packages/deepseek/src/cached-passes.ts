@@ -11,7 +11,7 @@ import {
   setRows,
   type Tensor,
 } from '@moe/core'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 
 /** Maximum tokens per sequence of a recorded pass. Attention over so few is absorbed, so that no shape depends on the length of the cache. */
 const longestRecorded = 8
@@ -43,7 +43,7 @@ interface Recorded<Out> {
 
 /** The passes of one session over one cache. */
 export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #cache: SequenceCache
   readonly #precision: Precision
   #records: boolean
@@ -54,7 +54,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   #versions: readonly number[] = []
   #layout = ''
 
-  constructor(model: DeepSeek, cache: SequenceCache, precision: Precision) {
+  constructor(model: Network, cache: SequenceCache, precision: Precision) {
     this.#model = model
     this.#cache = cache
     this.#precision = precision

@@ -31,7 +31,7 @@ import {
   turnNames,
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 
 /** Options of `DeepSeek.continuousBatch`. */
 export interface ContinuousBatchOptions extends SessionOptions {
@@ -58,7 +58,7 @@ const refused = (code: 'E_ATTR' | 'E_DISPOSED' | 'E_OUT_OF_MEMORY', problem: str
 
 /** Generates several texts at once. Returned by `DeepSeek.continuousBatch`. */
 export class ContinuousBatch {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #cache: PagedCache
   readonly #step: BatchStep
   readonly #drafter: Drafter
@@ -77,7 +77,7 @@ export class ContinuousBatch {
   #disposed = false
 
   /** Internal: see `DeepSeek.continuousBatch`. */
-  constructor(model: DeepSeek, options: ContinuousBatchOptions) {
+  constructor(model: Network, options: ContinuousBatchOptions) {
     checkOptions('continuousBatch', options, names)
     const { maxTexts = 8, prefillChunkSize = 512, precision = defaultPrecision(model), cacheDtype: dtype } = options
     const { cacheTokens: tokens = Math.max(model.config.max_position_embeddings, 2048 * maxTexts) } = options

@@ -2,7 +2,7 @@
 import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { needsLogits, type Scores, type Scoring, scoresOf } from './sampling.ts'
 
 type States = {
@@ -24,12 +24,12 @@ interface Followed {
 
 /** Forward passes of the main model in one session. */
 export class DecodeStep {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #cache: KvCache
   #scoring: Scoring = { vocabulary: 0 }
   readonly #passes: CachedPasses<States>
 
-  constructor(model: DeepSeek, cache: KvCache, precision: Precision) {
+  constructor(model: Network, cache: KvCache, precision: Precision) {
     this.#model = model
     this.#cache = cache
     this.#passes = new CachedPasses(model, cache, precision)

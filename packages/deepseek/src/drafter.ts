@@ -2,7 +2,7 @@
 import type { SequenceCache } from '@moe/attention-mla'
 import { concat, fromHost, keep, type Precision, type Tensor } from '@moe/core'
 import { type CachedPass, CachedPasses } from './cached-passes.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { scoresOf } from './sampling.ts'
 
 type Draft = {
@@ -59,11 +59,11 @@ interface Drafted {
  */
 export class Drafter {
   readonly depth: number
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #precision: Precision
   readonly #passes = new Map<SequenceCache, ReadonlyArray<CachedPasses<Draft>>>()
 
-  constructor(model: DeepSeek, depth: number, precision: Precision) {
+  constructor(model: Network, depth: number, precision: Precision) {
     this.depth = depth
     this.#model = model
     this.#precision = precision

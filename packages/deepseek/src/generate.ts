@@ -2,7 +2,7 @@
 import type { CacheDType } from '@moe/attention-mla'
 import { MoeError, type OptionNames, type Precision, shown } from '@moe/core'
 import { checkTop, type TokenLogProb } from './log-probs.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 
 /** Options of one generated text. */
@@ -131,7 +131,7 @@ export interface TextLimits {
 
 /** Implements `generate` of models and sessions: checks everything, then calls `decode` for the ids. */
 export function generation(
-  model: DeepSeek,
+  model: Network,
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
@@ -162,7 +162,7 @@ export function generation(
 
 /** @returns the strings that end the text. @throws MoeError E_ATTR for an invalid prompt or options */
 function checkTurn(
-  model: DeepSeek,
+  model: Network,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
 ): string[] {
@@ -249,7 +249,7 @@ function unfinished(text: string, stops: readonly string[]): number {
 }
 
 /** @throws MoeError E_ATTR for an invalid sequence of token ids */
-export function checkIds(op: 'generate' | 'score', model: DeepSeek, ids: ArrayLike<number>): void {
+export function checkIds(op: 'generate' | 'score', model: Network, ids: ArrayLike<number>): void {
   const { vocab_size: vocabulary } = model.config
   const name = op === 'generate' ? 'prompt' : 'text'
   const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op, problem, fix })

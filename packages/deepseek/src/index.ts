@@ -21,12 +21,12 @@ export type {
   TurnOptions,
 } from './generate.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
+export { loadWeights } from './load-weights.ts'
 export type { LogProb, TokenLogProb } from './log-probs.ts'
 export { DeepSeek } from './model.ts'
 export type { DeepSeekOptions, FromPretrainedOptions, Objective, Recompute } from './options.ts'
 export type { PieceRunner, PiecewiseLoss, RouteTokens } from './piecewise-loss.ts'
 export { presets } from './presets.ts'
-export { loadWeights } from './pretrained.ts'
 export type { AllowedTokens, SamplingOptions, TokenConstraint } from './sampling.ts'
 export type { ScoreOptions } from './score.ts'
 export type { Session } from './session.ts'

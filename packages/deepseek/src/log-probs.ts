@@ -1,6 +1,6 @@
 /** @file Log-probabilities of tokens. */
 import { fromHost, keep, MoeError, noGrad, type Precision, scope, shown, type Tensor } from '@moe/core'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 
 /** A token and its log-probability. */
 export interface LogProb {
@@ -60,7 +60,7 @@ export async function logProbsOf(logits: Tensor, tokens: readonly number[], top:
 
 /** Returns the log-probabilities of tokens from the hidden states before them, which are the rows `states` of `hidden [..., D]`. */
 export async function logProbsAt(
-  model: DeepSeek,
+  model: Network,
   hidden: Tensor,
   tokens: readonly number[],
   {
@@ -89,7 +89,7 @@ export async function logProbsAt(
 
 /** The same for consecutive hidden states, starting with row `from`. */
 export function logProbsBehind(
-  model: DeepSeek,
+  model: Network,
   hidden: Tensor,
   tokens: readonly number[],
   { from, top, precision }: { readonly from: number; readonly top: number; readonly precision: Precision },

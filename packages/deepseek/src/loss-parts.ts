@@ -6,14 +6,16 @@
  */
 import { denseWeight, linearCrossEntropy, type Tensor } from '@moe/core'
 import { idsAhead, inverseCountAt, type MtpModule, mtpDepthLoss, type TokenRows, targetsAt } from '@moe/mtp'
-import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
-import type { DeepSeek } from './model.ts'
-import { factorAt, type HostInputs, type LossTensors, maskAt, meanOverTokens } from './training-loss.ts'
+import type { LayerOptions } from './decoder-layer.ts'
+import { blockOf, type Network } from './network.ts'
+import type { Objective } from './options.ts'
+import { factorAt, type HostInputs, type LossTensors, maskAt, meanOverTokens, trainsIndexers } from './training-loss.ts'
 
 /** What the model contributes besides its parts. */
 export interface LossSource {
   /** Returns the host arrays of a micro-batch and its number of positions that carry loss. */
   inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  readonly objective: Objective
   /** Whether balance losses come from a balancer, which already includes their factors. */
   readonly balancer: boolean
 }
@@ -23,24 +25,26 @@ export class LossParts {
   readonly losses: Tensor[] = []
   /** Detached scalars of the parts that have run: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` and `indexer` (means over layers, as in `DeepSeekLoss`). */
   readonly metrics: Record<string, Tensor> = {}
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #inputs: LossTensors
+  readonly #objective: Objective
   readonly #balancer: boolean
   readonly #share: number
   readonly #layers: number
 
   /** @param share factor of all losses and metrics */
-  constructor(model: DeepSeek, inputs: LossTensors, { balancer }: Pick<LossSource, 'balancer'>, share = 1) {
+  constructor(model: Network, inputs: LossTensors, source: Omit<LossSource, 'inputs'>, share = 1) {
     this.#model = model
     this.#inputs = inputs
-    this.#balancer = balancer
+    this.#objective = source.objective
+    this.#balancer = source.balancer
     this.#share = share
     this.#layers = model.moeLayers.length
   }
 
   /** Token weights do not apply to MTP modules, which then give no gradient to the main model. */
   get #detached(): boolean {
-    return this.#model.objective.mtpDetached || this.#inputs.weights !== undefined
+    return this.#objective.mtpDetached || this.#inputs.weights !== undefined
   }
 
   get #time(): number {
@@ -63,10 +67,10 @@ export class LossParts {
   /** Options of decoder layers (depth 0) and of the blocks of MTP modules. */
   optionsAt(depth: number): LayerOptions {
     const mask = maskAt(this.#inputs, depth)
-    const { objective, trainsIndexers, model } = this.#model
+    const { config, blocks } = this.#model
     const onIndexerLoss = (losses: Tensor) => {
       const loss = meanOverTokens(losses, mask)
-      this.#add('indexer', loss.mul(factorAt(this.#inputs, 'indexer')), loss, 1 / model.layers.length)
+      this.#add('indexer', loss.mul(factorAt(this.#inputs, 'indexer')), loss, 1 / blocks.length)
     }
     const balance = (loss: Tensor) => {
       this.#add('balance', this.#balancer ? loss : loss.mul(factorAt(this.#inputs, 'balance')), loss, 1 / this.#layers)
@@ -76,8 +80,8 @@ export class LossParts {
       starts: this.#inputs.starts,
       undropped: this.#inputs.undropped,
       mask,
-      dense: objective.indexerWarmup,
-      ...(trainsIndexers && { onIndexerLoss }),
+      dense: this.#objective.indexerWarmup,
+      ...(trainsIndexers(config, this.#objective) && { onIndexerLoss }),
       ...(this.#balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
     }
   }
@@ -125,5 +129,3 @@ export class LossParts {
     this.metrics[name] = this.metrics[name]?.add(own) ?? own
   }
 }
-
-export const blockOf = (module: MtpModule<LayerOptions>): DecoderLayer => module.block as DecoderLayer

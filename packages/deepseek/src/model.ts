@@ -1,67 +1,36 @@
-/**
- * @file The model: embedding, decoder layers, MTP modules, final norm and head. Keys are those of the released checkpoints.
- *
- * Legend: B batch, T time, D hidden size, V vocabulary.
- */
-import {
-  type CacheOptions,
-  KvCache,
-  MultiHeadLatentAttention,
-  PagedCache,
-  type PagedCacheOptions,
-  RotaryEmbedding,
-} from '@moe/attention-mla'
 import { type CheckpointLocation, type FolderLocation, folderOptionNames } from '@moe/checkpoint'
 import {
   type Backend,
   checkOptions,
-  checkShared,
   concat,
-  currentPrecision,
   defaultBackend,
   denseWeight,
-  disposeModule,
-  disposeOnError,
   fromHost,
   type InitOptions,
   isFrozen,
-  type Linear,
   linearCrossEntropy,
-  Module,
-  needAxes,
   noGrad,
-  type Precision,
   Random,
-  scope,
   type Tensor,
-  withPrecision,
 } from '@moe/core'
 import {
   idsAhead,
   inverseCountAt,
   type MtpAcceptance,
-  MtpModule,
   mtpAcceptance,
   mtpLoss,
   shiftTokens,
   type TokenRows,
   targetsAt,
 } from '@moe/mtp'
-import {
-  type Balancer,
-  type LayerLoad,
-  type LoadMonitor,
-  MoELayer,
-  scheduled,
-  type TokenDropping,
-  updateBias,
-} from '@moe/router'
-import { changedConfig, type DeepSeekConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
+import { type Balancer, type LayerLoad, type LoadMonitor, scheduled, type TokenDropping, updateBias } from '@moe/router'
+import { changedConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
-import { type DecoderLayer, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
+import type { LayerOptions } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
 import type { TokenLogProb } from './log-probs.ts'
 import type { LossSource } from './loss-parts.ts'
+import { Network } from './network.ts'
 import {
   checkRecompute,
   type DeepSeekOptions,
@@ -76,7 +45,7 @@ import { loadPretrained, savePretrained } from './pretrained.ts'
 import { type ScoreOptions, score } from './score.ts'
 import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
-import { reportLoads, type StepCounts, sumCounts } from './step-report.ts'
+import { namedMoeLayers, reportLoads, type StepCounts, sumCounts } from './step-report.ts'
 import {
   type DeepSeekLoss,
   digestOf,
@@ -87,21 +56,12 @@ import {
   maskAt,
   meanOverTokens,
   type StagedDeepSeek,
+  trainsIndexers,
   uploadInputs,
 } from './training-loss.ts'
-import { makeTrunk, type Trunk } from './trunk.ts'
 
 /** A language model with the architecture of DeepSeek V2, V3 or DeepSeek LLM, of any size. */
-export class DeepSeek extends Module {
-  /** The modules under `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
-  model: Trunk
-  /** Folder that the weights were loaded from. Saved adapters name it as their base model. */
-  source?: string
-  /** Output head, `[vocab_size, hidden_size]`; shares the weight of the embedding if they are tied. */
-  lm_head: Linear
-  readonly #config: DeepSeekConfig
-  readonly #backend: Backend
-  readonly #rotary: RotaryEmbedding
+export class DeepSeek extends Network {
   readonly #objective: Objective
   readonly #balancer: Balancer | null
   readonly #monitor: LoadMonitor | null
@@ -115,7 +75,6 @@ export class DeepSeek extends Module {
    * @throws MoeError E_CONFIG with all problems of the configuration in one message; E_OUT_OF_MEMORY, after freeing what was allocated
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
-    super()
     checkOptions('DeepSeek', options, optionNames)
     const { seed = 0, backend = defaultBackend(), weights, objective = {}, balancer, monitor = null } = options
     checkOptions('DeepSeek objective', objective, defaultObjective)
@@ -123,8 +82,10 @@ export class DeepSeek extends Module {
     const { undropped: share = 0.1, ...budget } = options.dropping ?? {}
     if (options.dropping) checkOptions('DeepSeek dropping', options.dropping, droppingNames)
     const dropping = options.dropping && (budget as TokenDropping)
-    this.#config = parseConfig(config)
-    this.#backend = backend
+    const parsed = parseConfig(config)
+    const std = seed === null ? 0 : parsed.initializer_range
+    const init: InitOptions & { backend: Backend } = { random: new Random(seed ?? 0), std, backend, weights }
+    super(parsed, { ...init, balancer, dropping, recompute: options.recompute })
     this.#objective = { ...defaultObjective, ...objective }
     this.#balancer = balancer ?? null
     this.#monitor = monitor
@@ -132,13 +93,6 @@ export class DeepSeek extends Module {
     const draw = ({ tokens, rows }: TokenRows) =>
       new Random(seed ?? 0).fork(`undropped/${this.step}/${digestOf([tokens])}`).uniform(rows)
     this.#undropped = dropping ? rows => draw(rows).map(x => (x < share ? 1 : 0)) : null
-    const std = seed === null ? 0 : this.#config.initializer_range
-    const init: InitOptions = { random: new Random(seed ?? 0), std, backend, weights }
-    this.#rotary = new RotaryEmbedding(this.#config)
-    const parts = { balancer, dropping, recompute: options.recompute }
-    const { model, head } = disposeOnError(() => makeTrunk(this.#config, this.#rotary, { ...init, ...parts }))
-    this.model = model
-    this.lm_head = head
   }
 
   /**
@@ -158,16 +112,6 @@ export class DeepSeek extends Module {
     return loadPretrained(location, reading, make)
   }
 
-  /** The validated configuration, with defaults filled in. */
-  get config(): DeepSeekConfig {
-    return this.#config
-  }
-
-  /** Backend of the weights. */
-  get backend(): Backend {
-    return this.#backend
-  }
-
   /** Weights of the auxiliary losses, and speed of the balance bias. May be changed between steps. */
   get objective(): Objective {
     return this.#objective
@@ -185,78 +129,22 @@ export class DeepSeek extends Module {
 
   /** Settings that influence training besides weights and step. `train` compares them when it resumes a run. */
   get settings(): Readonly<Record<string, unknown>> {
-    return { ...this.#config, ...this.#objective }
-  }
-
-  /** Decoder layers of the main model. */
-  get decoder(): readonly DecoderLayer[] {
-    return this.model.layers.slice(0, this.#config.num_hidden_layers) as DecoderLayer[]
-  }
-
-  /** MTP modules, starting with depth 1. */
-  get mtp(): ReadonlyArray<MtpModule<LayerOptions>> {
-    return this.model.layers.slice(this.#config.num_hidden_layers) as MtpModule<LayerOptions>[]
+    return { ...this.config, ...this.#objective }
   }
 
   /** Number of token ids. */
   get vocabSize(): number {
-    return this.#config.vocab_size
+    return this.config.vocab_size
   }
 
   /** Ids of the tokens that end a generated text: `eos_token_id`. */
   get endTokens(): number[] {
-    return endTokens(this.#config)
-  }
-
-  /** Number of tokens that a training row needs beyond its trained positions. */
-  get lookahead(): number {
-    return 1 + this.#config.num_nextn_predict_layers
+    return endTokens(this.config)
   }
 
   /** Whether attention is limited to the tokens of the same text if several share a row; always true. */
   get isolates(): boolean {
     return true
-  }
-
-  /** Returns the logits of every position: `i32 [B, T]` to `[B, T, V]`. */
-  forward(ids: Tensor, options: Pick<LayerOptions, 'cache'> = {}): Tensor {
-    checkOptions('DeepSeek.forward', options, { cache: true })
-    return this.lm_head.forward(this.hidden(ids, options))
-  }
-
-  /** Returns the hidden states after the final norm, `i32 [B, T]` to `[B, T, D]`. With a cache, the new tokens are added to it. */
-  hidden(ids: Tensor, options: LayerOptions = {}): Tensor {
-    needAxes('DeepSeek', ids, ['batch', 'time'])
-    checkShared('DeepSeek.hidden', options, layerNames)
-    let x = this.model.embed_tokens.forward(ids)
-    this.decoder.forEach((layer, i) => {
-      const before = x
-      x = layer.forward(before, { ...options, layer: i })
-      if (isTransient(options)) before.dispose()
-    })
-    options.cache?.advance(ids.shape[1])
-    return this.model.norm.forward(x)
-  }
-
-  /** Creates a cache for the decoder layers and the first `depth` MTP modules (default 0). It stores latents, or keys and values in a dense model. */
-  makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> & { readonly depth?: number } = {}): KvCache {
-    checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true, depth: true })
-    const { depth = 0, ...memory } = options
-    return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...memory, ...this.#cacheOptions(depth) })
-  }
-
-  /** Creates a paged cache, for sequences that start and end independently; includes the first `depth` MTP modules (default 0). */
-  makePagedCache(
-    options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'> & { readonly depth?: number },
-  ): PagedCache {
-    checkOptions('DeepSeek.makePagedCache', options, { tokens: true, pageSize: true, dtype: true, depth: true })
-    const { depth = 0, ...memory } = options
-    const features = this.decoder[0].self_attn.cacheFeatures
-    return new PagedCache(features, { ...memory, ...this.#cacheOptions(depth), lookahead: depth })
-  }
-
-  #cacheOptions(depth: number) {
-    return { layers: this.#config.num_hidden_layers + depth, backend: this.#backend }
   }
 
   /**
@@ -267,7 +155,7 @@ export class DeepSeek extends Module {
     checkOptions('DeepSeek.loss', options, { training: true, from: true })
     const { training = true, from } = options
     const { arrays, count } = this.#lossInputs(rows, training, from)
-    const inputs = uploadInputs({ ...arrays, ...(training ? this.#factors() : {}) }, this.#backend)
+    const inputs = uploadInputs({ ...arrays, ...(training ? this.#factors() : {}) }, this.backend)
     return { ...this.#lossOf(inputs, { training }), count }
   }
 
@@ -285,7 +173,7 @@ export class DeepSeek extends Module {
         const { mtpDetached, mtpAcceptance: measured, indexerWarmup } = this.#objective
         return {
           arrays: this.#factors(),
-          kind: `${mtpDetached} ${measured} ${indexerWarmup} ${this.trainsIndexers}`,
+          kind: `${mtpDetached} ${measured} ${indexerWarmup} ${trainsIndexers(this.config, this.#objective)}`,
         }
       },
       loss: inputs => {
@@ -339,6 +227,7 @@ export class DeepSeek extends Module {
         const { arrays, count } = this.#lossInputs(rows, true)
         return { arrays: { ...arrays, ...this.#factors() }, count }
       },
+      objective: this.#objective,
       balancer: this.#balancer !== null,
     }
   }
@@ -358,11 +247,6 @@ export class DeepSeek extends Module {
     return { factors: { data: Float32Array.from(weights), shape: [weights.length] } }
   }
 
-  /** Whether training computes the losses of the indexers. @internal */
-  get trainsIndexers(): boolean {
-    return this.#config.index_topk !== null && this.#objective.indexerWeight !== 0
-  }
-
   /** Runs the ops of the loss. With `onLoad`, the loads of the layers are passed to it, in the order of `moeLayers`, and not counted. */
   #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
     const { training, onLoad } = options
@@ -379,7 +263,7 @@ export class DeepSeek extends Module {
       const onIndexerLoss = (losses: Tensor) => void indexing.push(meanOverTokens(losses, mask))
       return {
         ...watched,
-        ...(training && this.trainsIndexers && { onIndexerLoss }),
+        ...(training && trainsIndexers(this.config, this.#objective) && { onIndexerLoss }),
         ...(training && { dense: this.#objective.indexerWarmup }),
         starts,
         mask,
@@ -387,7 +271,7 @@ export class DeepSeek extends Module {
     }
     const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
     const head = denseWeight(this.lm_head.weight)
-    const flat = hidden.reshape([batch * time, this.#config.hidden_size])
+    const flat = hidden.reshape([batch * time, this.config.hidden_size])
     const nlls = linearCrossEntropy(flat, head, targetsAt(inputs, 0))
     const nll = nlls.sum()
     let loss = (weights ? nlls.mul(weights).sum() : nll).mul(inverseCountAt(inputs, 0))
@@ -423,21 +307,9 @@ export class DeepSeek extends Module {
   mtpAcceptance(rows: TokenRows): MtpAcceptance {
     return this.infer(() => {
       const time = rows.length - this.lookahead
-      const { starts } = uploadInputs(this.#lossInputs(rows, false).arrays, this.#backend)
-      const ids = fromHost(shiftTokens(rows, time, 0).ids, [rows.rows, time], 'i32', this.#backend)
+      const { starts } = uploadInputs(this.#lossInputs(rows, false).arrays, this.backend)
+      const ids = fromHost(shiftTokens(rows, time, 0).ids, [rows.rows, time], 'i32', this.backend)
       return mtpAcceptance(this.mtp, this.hidden(ids, { starts }), rows, denseWeight(this.lm_head.weight), { starts })
-    })
-  }
-
-  /** All MoE layers, including those of MTP modules. */
-  get moeLayers(): MoELayer[] {
-    return this.#namedMoeLayers.map(([, layer]) => layer)
-  }
-
-  get #namedMoeLayers(): Array<readonly [name: string, layer: MoELayer]> {
-    return this.model.layers.flatMap((layer, i) => {
-      const { mlp } = layer instanceof MtpModule ? (layer.block as DecoderLayer) : layer
-      return mlp instanceof MoELayer ? [[`layers.${i}`, mlp] as const] : []
     })
   }
 
@@ -477,11 +349,12 @@ export class DeepSeek extends Module {
 
   /** Ends the step. Resolves to the result of `afterStep`. */
   async #report(counts: readonly StepCounts[]): Promise<Record<string, number>> {
-    const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
+    const layers = namedMoeLayers(this.blocks)
+    const biases = layers.map(([, { gate }]) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step += 1
-    const { layerLoads, metrics } = await reportLoads(this.#namedMoeLayers, counts, biases, {
+    const { layerLoads, metrics } = await reportLoads(layers, counts, biases, {
       monitor: this.#monitor,
-      groups: this.#config.n_group ?? 1,
+      groups: this.config.n_group ?? 1,
     })
     this.#layerLoads = layerLoads
     return metrics
@@ -524,23 +397,5 @@ export class DeepSeek extends Module {
    */
   async save(folder: FolderLocation): Promise<void> {
     await savePretrained(this, folder)
-  }
-
-  /** Frees all weights and tables. */
-  dispose(): void {
-    for (const layer of this.model.layers) {
-      const block = layer instanceof MtpModule ? (layer.block as DecoderLayer) : layer
-      if (block.self_attn instanceof MultiHeadLatentAttention) block.self_attn.releaseAbsorbed()
-    }
-    for (const layer of this.moeLayers) layer.updateBias({ speed: 0 })
-    this.#rotary.dispose()
-    disposeModule(this)
-  }
-
-  /** Runs `fn` for inference: no gradients are recorded, and all tensors but the result are freed. `precision` is that of matrix products; default: that of the caller. */
-  infer<T>(fn: () => T, options: { precision?: Precision } = {}): T {
-    checkOptions('DeepSeek.infer', options, { precision: true })
-    const { precision = currentPrecision() } = options
-    return noGrad(() => withPrecision(precision, () => scope(fn)))
   }
 }

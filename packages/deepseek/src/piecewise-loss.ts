@@ -7,8 +7,8 @@ import type { Tensor } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
 import { type Choice, MoELayer } from '@moe/router'
 import type { DecoderLayer } from './decoder-layer.ts'
-import { blockOf, LossParts, type LossSource } from './loss-parts.ts'
-import type { DeepSeek } from './model.ts'
+import { LossParts, type LossSource } from './loss-parts.ts'
+import { blockOf, type Network } from './network.ts'
 import { uploadInputs } from './training-loss.ts'
 
 /** Runs the pieces of a pass; implemented by `PiecewisePass` of `@moe/parallel`. */
@@ -26,12 +26,12 @@ export type RouteTokens = (layer: number, tokens: Pick<Choice, 'x' | 'weights' |
 export class PartsInPieces {
   /** Scalars whose sum is the loss, as leaves of the pass. */
   readonly losses: Tensor[] = []
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #parts: LossParts
   readonly #pass: PieceRunner
   readonly #route: RouteTokens
 
-  constructor(model: DeepSeek, parts: LossParts, pass: PieceRunner, route: RouteTokens) {
+  constructor(model: Network, parts: LossParts, pass: PieceRunner, route: RouteTokens) {
     this.#model = model
     this.#parts = parts
     this.#pass = pass
@@ -89,11 +89,11 @@ export class PartsInPieces {
 export class PiecewiseLoss {
   /** Number of positions that carry loss. */
   readonly count: number
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #source: LossSource
   readonly #arrays: ReturnType<LossSource['inputs']>['arrays']
 
-  constructor(model: DeepSeek, rows: TokenRows, source: LossSource) {
+  constructor(model: Network, rows: TokenRows, source: LossSource) {
     const { arrays, count } = source.inputs(rows)
     this.count = count
     this.#model = model

@@ -6,7 +6,6 @@ import {
   type Folder,
   type FolderLocation,
   type FolderOptions,
-  folderOptionNames,
   isDiskPath,
   isScaleKey,
   loadAdapters,
@@ -19,7 +18,6 @@ import {
   writeText,
 } from '@moe/checkpoint'
 import {
-  checkOptions,
   keep,
   loadStateDict,
   MoeError,
@@ -35,10 +33,10 @@ import {
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 
 /** Keys under which every MTP layer repeats the shared embedding and head. */
-const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
+const sharedCopies = (model: Network): Array<[copy: string, of: string]> => {
   const { num_hidden_layers: layers, num_nextn_predict_layers: depth, tie_word_embeddings: tied } = model.config
   if (model.config.mtp_separate_embeddings) return []
   const head = tied ? 'model.embed_tokens.weight' : 'lm_head.weight'
@@ -49,7 +47,7 @@ const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
 }
 
 /** Without shared experts, transformers writes (and requires) empty matrices for them. */
-const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
+const emptySharedExperts = (model: Network): TensorEntry[] => {
   const { n_shared_experts: shared, hidden_size: hidden, num_hidden_layers, num_nextn_predict_layers } = model.config
   if (shared > 0) return []
   const entry = (name: string, shape: number[]): TensorEntry => ({
@@ -69,7 +67,7 @@ const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
 }
 
 /** Throws for a model with adapters, which the file cannot contain. @throws MoeError E_UNSUPPORTED */
-export function refuseAdapters(op: string, model: DeepSeek): void {
+export function refuseAdapters(op: string, model: Network): void {
   if (namedAdapters(model).length === 0) return
   throw new MoeError({
     code: 'E_UNSUPPORTED',
@@ -80,7 +78,7 @@ export function refuseAdapters(op: string, model: DeepSeek): void {
 }
 
 /** Internal: see `DeepSeek.save`. */
-export async function savePretrained(model: DeepSeek, location: FolderLocation): Promise<void> {
+export async function savePretrained(model: Network, location: FolderLocation): Promise<void> {
   const folder = targetFolder('save', location)
   refuseAdapters('save', model)
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
@@ -92,11 +90,11 @@ export async function savePretrained(model: DeepSeek, location: FolderLocation):
 }
 
 /** Internal: see `DeepSeek.fromPretrained`. */
-export async function loadPretrained(
+export async function loadPretrained<Model extends Network>(
   location: CheckpointLocation,
   options: FolderOptions,
-  make: (config: DeepSeekConfigInput) => DeepSeek,
-): Promise<DeepSeek> {
+  make: (config: DeepSeekConfigInput) => Model,
+): Promise<Model> {
   const folder = openFolder('fromPretrained', location, options)
   if (!isDiskPath('fromPretrained', location)) return openModel(folder, make)
   const base = await adapterBase(location)
@@ -112,33 +110,22 @@ export async function loadPretrained(
   return model
 }
 
-async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
+async function openModel<Model extends Network>(
+  folder: Folder,
+  make: (config: DeepSeekConfigInput) => Model,
+): Promise<Model> {
   const config = await readConfig(folder)
   await using weights = await openWeights(folder)
   const own = parseConfig(config)
   checkSize(folder.path, own, weights.checkpoint)
   const model = make(config)
   try {
-    await fill(model, weights, { newIndexers: model.config.index_topk !== null && own.index_topk === null })
+    await fillWeights(model, weights, { newIndexers: model.config.index_topk !== null && own.index_topk === null })
   } catch (error) {
     model.dispose()
     throw error
   }
   return model
-}
-
-/**
- * Loads the weights of a checkpoint folder, on disk or from the web, into a model. bf16, f16 and fp8 weights become f32; config.json gives the size of fp8 blocks.
- * @throws MoeError E_STATE_DICT if keys or shapes do not match; the model then stays unchanged
- */
-export async function loadWeights(
-  model: DeepSeek,
-  location: CheckpointLocation,
-  options: FolderOptions = {},
-): Promise<void> {
-  checkOptions('loadWeights', options, folderOptionNames)
-  await using weights = await openWeights(openFolder('loadWeights', location, options))
-  await fill(model, weights)
 }
 
 /** Checks, before memory is allocated, that the checkpoint is large enough for the model. Missing weights are reported in detail when it is loaded. */
@@ -157,9 +144,12 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
   })
 }
 
-/** With `newIndexers`, the checkpoint has none, and those of the model get random weights. */
-async function fill(
-  model: DeepSeek,
+/**
+ * Loads the weights of an open checkpoint. With `newIndexers`, the checkpoint has no indexers, and those of the model get random weights.
+ * @throws MoeError E_STATE_DICT if keys or shapes do not match; the model then stays unchanged
+ */
+export async function fillWeights(
+  model: Network,
   { checkpoint, block }: FolderWeights,
   { newIndexers = false } = {},
 ): Promise<void> {
@@ -185,7 +175,7 @@ async function fill(
 const isOfIndexer = (key: string) => key.includes('.self_attn.indexer.')
 
 /** Draws the matrices of all indexers, as the constructor would with seed 0. */
-function drawIndexers(model: DeepSeek): void {
+function drawIndexers(model: Network): void {
   const { backend } = model
   const std = model.config.initializer_range
   for (const { name, parameter } of namedParameters(model)) {

@@ -14,7 +14,7 @@ import {
 import { defaultPrecision } from './default-precision.ts'
 import { checkIds } from './generate.ts'
 import { checkTop, logProbsAt, type TokenLogProb } from './log-probs.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { chunks, distinctRows, type Row, sharedPrefixes } from './shared-prefixes.ts'
 
 /** Options of `DeepSeek.score`. */
@@ -40,7 +40,7 @@ type Scores = Array<Array<TokenLogProb | null>>
 
 /** Internal: see `DeepSeek.score`. */
 export async function score(
-  model: DeepSeek,
+  model: Network,
   texts: ReadonlyArray<ArrayLike<number>>,
   options: ScoreOptions,
 ): Promise<Scores> {
@@ -85,7 +85,7 @@ export async function score(
 
 /** @throws MoeError E_ATTR */
 function checkTexts(
-  model: DeepSeek,
+  model: Network,
   texts: ReadonlyArray<ArrayLike<number>>,
   from: readonly number[] | undefined,
 ): void {
@@ -134,14 +134,14 @@ const restOf = ({ row, start }: Reading): number => row.tokens.length - start
 
 /** Processes rows. Rows without common prefixes run without a cache; the others share the cache pages of their prefixes, which are processed first. */
 class ScorePasses {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #precision: Precision
   readonly #asked: Asked
   #cache: PagedCache | null = null
   #total = 0
   #read = 0
 
-  constructor(model: DeepSeek, precision: Precision, asked: Asked) {
+  constructor(model: Network, precision: Precision, asked: Asked) {
     this.#model = model
     this.#precision = precision
     this.#asked = asked

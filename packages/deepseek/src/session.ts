@@ -28,7 +28,7 @@ import {
   turnNames,
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { nextTokens } from './next-tokens.ts'
 import { Occurrences } from './process-logits.ts'
 
@@ -50,7 +50,7 @@ interface Parts {
  * `DeepSeek.session`.
  */
 export class Session {
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #options: SessionOptions
   readonly #once: boolean
   readonly #depth: number
@@ -65,7 +65,7 @@ export class Session {
   #disposed = false
 
   /** Internal: see `DeepSeek.session`. With `once`, the session is for a single text and keeps nothing afterwards. */
-  constructor(model: DeepSeek, options: SessionOptions, once = false) {
+  constructor(model: Network, options: SessionOptions, once = false) {
     checkOptions('session', options, sessionNames)
     if (options.precision !== undefined) checkPrecision('session', options.precision)
     this.#model = model
@@ -286,7 +286,7 @@ export class Session {
 
 /** Internal: see `DeepSeek.generate`. */
 export function generate(
-  model: DeepSeek,
+  model: Network,
   prompt: ArrayLike<number>,
   options: TurnOptions & SessionOptions,
 ): Generation<number | string> {

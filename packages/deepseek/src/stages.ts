@@ -17,9 +17,9 @@ import { balancedRuns } from './balanced-runs.ts'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
-import type { DeepSeek } from './model.ts'
+import type { Network } from './network.ts'
 import { PartsInPieces, type PieceRunner, type RouteTokens } from './piecewise-loss.ts'
-import { digestOf, type HostInputs, uploadInputs } from './training-loss.ts'
+import { digestOf, type HostInputs, trainsIndexers, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. Implements `PipelineStage` of `@moe/parallel`. */
 export interface DeepSeekStage {
@@ -58,12 +58,12 @@ export class DeepSeekStages {
   readonly costs: readonly number[]
   /** Names of the metrics of a step, which are means over its positions. */
   readonly metrics: readonly string[]
-  readonly #model: DeepSeek
+  readonly #model: Network
   readonly #source: LossSource
   /** Index of the first part of each stage, and the number of parts. */
   readonly #starts: readonly number[]
 
-  constructor(model: DeepSeek, stages: number, sequenceLength: number, source: LossSource) {
+  constructor(model: Network, stages: number, sequenceLength: number, source: LossSource) {
     const { config } = model
     if (!(sequenceLength >= 0 && Number.isFinite(sequenceLength))) {
       const problem = `sequenceLength = ${sequenceLength}, expected a number of positions`
@@ -93,7 +93,7 @@ export class DeepSeekStages {
       'nll',
       ...(config.num_nextn_predict_layers > 0 ? ['mtp'] : []),
       ...(model.moeLayers.length > 0 ? ['balance'] : []),
-      ...(model.trainsIndexers ? ['indexer'] : []),
+      ...(trainsIndexers(config, source.objective) ? ['indexer'] : []),
     ]
   }
 

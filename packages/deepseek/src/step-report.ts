@@ -1,11 +1,17 @@
 /** @file Collects the expert loads of a step over all layers and ranks. */
 import { keep, type Tensor, zeros } from '@moe/core'
-import { type LayerLoad, type LoadMonitor, type LoadSummary, type MoELayer, summarizeLoad } from '@moe/router'
+import { type LayerLoad, type LoadMonitor, type LoadSummary, MoELayer, summarizeLoad } from '@moe/router'
+import type { DecoderLayer } from './decoder-layer.ts'
 
 /** Counts of a MoE layer in a step, on their way to the host: loads `[E]`, and the number of expert choices that were not dropped, `[1]`. */
 export interface StepCounts {
   readonly load: Promise<ArrayLike<number>> | undefined
   readonly kept?: Promise<ArrayLike<number>> | undefined
+}
+
+/** Returns the MoE layers of decoder layers, with their names in checkpoints. */
+export function namedMoeLayers(blocks: readonly DecoderLayer[]): Array<readonly [name: string, layer: MoELayer]> {
+  return blocks.flatMap(({ mlp }, i) => (mlp instanceof MoELayer ? [[`layers.${i}`, mlp] as const] : []))
 }
 
 /**

@@ -1,6 +1,8 @@
 /** @file Results and host inputs of the training loss. The inputs are separate from its ops, which are the same for every batch of the same shape. */
 import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
 import { type DepthTensors, depthTargets, inverseCountsOf, type TokenRows } from '@moe/mtp'
+import type { DeepSeekConfig } from './config.ts'
+import type { Objective } from './options.ts'
 
 /** Arrays to upload, by name. */
 export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
@@ -107,6 +109,10 @@ export function factorAt({ factors }: LossTensors, of: (typeof weighted)[number]
   const at = weighted.indexOf(of)
   return (factors as Tensor).narrow(0, at, at + 1).reshape([])
 }
+
+/** Whether training computes the losses of the indexers. */
+export const trainsIndexers = (config: DeepSeekConfig, { indexerWeight }: Objective): boolean =>
+  config.index_topk !== null && indexerWeight !== 0
 
 /** Returns the mean of an indexer's losses `[B, T]` over the tokens of the mask, which excludes padding. */
 export function meanOverTokens(losses: Tensor, mask: Tensor | undefined): Tensor {
