@@ -1,9 +1,8 @@
 /** @file Folders in browsers: `FileSystemDirectoryHandle`, in the origin's private storage or picked by the user. */
 
 import { checkpointError, fileError } from './checkpoint-error.ts'
-import type { Folder, Watch } from './folder.ts'
+import type { Folder, TargetFolder, Watch } from './folder.ts'
 import { blobFile, type NamedBlob } from './named-blobs.ts'
-import type { TargetFolder } from './target-folder.ts'
 
 /**
  * The part of `FileSystemDirectoryHandle` that this package uses. A handle refers to the origin's private storage

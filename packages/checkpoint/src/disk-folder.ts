@@ -1,10 +1,12 @@
-/** @file Folders and files on disk. Opening never blocks on a pipe or device and never follows a link out of the folder. */
+/** @file Folders and files on disk. Opening never blocks on a pipe or device and never follows a link out of the folder. Writing is atomic. */
 
 import { constants, type Stats } from 'node:fs'
-import { type FileHandle, open, realpath, stat } from 'node:fs/promises'
+import { type FileHandle, mkdir, open, readdir, realpath, rm, stat } from 'node:fs/promises'
 import { isAbsolute, join, relative, sep } from 'node:path'
+import { writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
-import type { Folder, OpenFile, Watch } from './folder.ts'
+import { flushFolder } from './flush.ts'
+import type { Folder, OpenFile, TargetFolder, Watch } from './folder.ts'
 
 /** @param root folder that must contain the files after symbolic links are resolved; default `path` */
 export function diskFolder(path: string, root: string | undefined, watch: Watch): Folder {
@@ -17,6 +19,28 @@ export function diskFolder(path: string, root: string | undefined, watch: Watch)
       await refuseOutside(file, root ?? path)
       return watch.over(await openOnDisk(file))
     },
+  }
+}
+
+export function diskTarget(path: string): TargetFolder {
+  const pathOf = (name: string) => join(path, name)
+  return {
+    path,
+    pathOf,
+    async names() {
+      try {
+        await mkdir(path, { recursive: true })
+        return new Set(await readdir(path))
+      } catch (cause) {
+        throw fileError(path, 'saving', cause)
+      }
+    },
+    write: (name, produce) => writeAtomically(pathOf(name), produce),
+    remove: name =>
+      rm(pathOf(name), { force: true }).catch(cause => {
+        throw fileError(pathOf(name), 'removing', cause)
+      }),
+    flush: () => flushFolder(path),
   }
 }
 

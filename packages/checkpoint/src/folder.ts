@@ -1,6 +1,7 @@
-/** @file The interface of folders and files that checkpoints are read from, and the options of all readers. */
+/** @file The interface of folders and files that checkpoints are read from and written to, and the options of all readers. */
 
 import { MoeError } from '@moe/core'
+import type { Append } from './atomic-file.ts'
 
 /** A file with random access. */
 export interface OpenFile {
@@ -26,6 +27,26 @@ export interface Folder {
   /** Opens a file. Undefined if it does not exist. @throws MoeError E_CHECKPOINT if it cannot be opened */
   open(name: string): Promise<OpenFile | undefined>
 }
+
+/** A folder to write to. @internal */
+export interface TargetFolder {
+  /** Path, for error messages. */
+  readonly path: string
+  /** Path of a file in the folder, for error messages. */
+  pathOf(name: string): string
+  /** Names of the files in the folder, which is created if it does not exist. @throws MoeError E_CHECKPOINT */
+  names(): Promise<Set<string>>
+  /** Writes a file atomically. @throws MoeError E_CHECKPOINT, and any error of `produce` */
+  write(name: string, produce: (append: Append) => Promise<void>): Promise<void>
+  /** Removes a file if it exists. @throws MoeError E_CHECKPOINT */
+  remove(name: string): Promise<void>
+  /** Makes renames and removals durable across a power failure, if the system supports it. */
+  flush(): Promise<void>
+}
+
+/** Writes a text file atomically. @internal */
+export const writeText = (folder: TargetFolder, name: string, text: string): Promise<void> =>
+  folder.write(name, append => append(new TextEncoder().encode(text)))
 
 /** The progress of reading, over all files of a checkpoint. */
 export interface ReadProgress {

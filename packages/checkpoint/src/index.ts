@@ -12,6 +12,8 @@ export {
   folderOptionNames,
   type OpenFile,
   type ReadProgress,
+  type TargetFolder,
+  writeText,
 } from './folder.ts'
 export { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 export { type GgufFile, type GgufTensorInfo, type ReadGgufOptions, readGguf } from './gguf/read-gguf.ts'
@@ -24,7 +26,14 @@ export {
   type WriteGgufOptions,
   writeGguf,
 } from './gguf/write-gguf.ts'
-export { type CheckpointLocation, isDiskPath, openFolder } from './locations.ts'
+export {
+  type CheckpointLocation,
+  type FolderLocation,
+  isDiskPath,
+  openFolder,
+  subfolder,
+  targetFolder,
+} from './locations.ts'
 export type { NamedBlob, SlicedBytes } from './named-blobs.ts'
 export { type OpenOptions, openCheckpoint, openInFolder } from './open-checkpoint.ts'
 export { pathOf } from './path-of.ts'
@@ -43,6 +52,5 @@ export { renameWithRetry, retryWhileBusy } from './rename-with-retry.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'
-export { type FolderLocation, subfolder, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 export { fromF32, toF32 } from './to-f32.ts'
 export { type TensorEntry, type WriteOptions, writeInFolder, writeSafetensors } from './write-safetensors.ts'

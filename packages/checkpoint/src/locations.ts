@@ -1,9 +1,11 @@
-/** @file Resolves the locations a checkpoint can be read from: disk, web, folder handles, and `File` objects. */
+/** @file Resolves the locations a checkpoint can be read from (disk, web, folder handles, and `File` objects) and written to (disk and folder handles). */
 
+import { mkdir } from 'node:fs/promises'
 import { MoeError } from '@moe/core'
-import { type DirectoryHandle, handleFolder, isDirectoryHandle } from './directory-handle.ts'
-import { diskFolder, namesFolder, openOnDisk } from './disk-folder.ts'
-import { type Folder, type FolderOptions, type OpenFile, Watch } from './folder.ts'
+import { fileError } from './checkpoint-error.ts'
+import { type DirectoryHandle, handleFolder, handleTarget, isDirectoryHandle } from './directory-handle.ts'
+import { diskFolder, diskTarget, namesFolder, openOnDisk } from './disk-folder.ts'
+import { type Folder, type FolderOptions, type OpenFile, type TargetFolder, Watch } from './folder.ts'
 import { blobFolder, type NamedBlob } from './named-blobs.ts'
 import { pathOf, webAddress } from './path-of.ts'
 import { webFile, webFolder } from './web-folder.ts'
@@ -13,6 +15,9 @@ import { webFile, webFolder } from './web-folder.ts'
  * example of `<input type="file" multiple>`.
  */
 export type CheckpointLocation = string | URL | DirectoryHandle | Iterable<NamedBlob>
+
+/** A folder to write to: a path, a file URL, or a folder handle of a browser. */
+export type FolderLocation = string | URL | DirectoryHandle
 
 /**
  * Returns the folder of a location, without accessing it yet.
@@ -59,6 +64,38 @@ export async function openFile(op: string, location: string | URL, options: Fold
   if (!address) return new Watch(options).over(await openOnDisk(pathOf(op, location)))
   refuseRoot(op, options)
   return await webFile(address, options.fetch, new Watch(options))
+}
+
+/**
+ * Returns a location as a folder to write to, without accessing it yet.
+ * @param op the calling function, for error messages
+ * @throws MoeError E_ATTR for an invalid location
+ * @internal
+ */
+export function targetFolder(op: string, location: FolderLocation): TargetFolder {
+  return isDirectoryHandle(location) ? handleTarget(location) : diskTarget(pathOf(op, location))
+}
+
+/**
+ * Returns a subfolder.
+ * @param options.create creates the folder if it does not exist
+ * @throws MoeError E_ATTR, E_CHECKPOINT
+ * @internal
+ */
+export async function subfolder(
+  op: string,
+  location: FolderLocation,
+  name: string,
+  { create = false } = {},
+): Promise<FolderLocation> {
+  const { pathOf } = targetFolder(op, location)
+  try {
+    if (isDirectoryHandle(location)) return await location.getDirectoryHandle(name, { create })
+    if (create) await mkdir(pathOf(name), { recursive: true })
+    return pathOf(name)
+  } catch (cause) {
+    throw fileError(pathOf(name), 'opening', cause)
+  }
 }
 
 /** Whether the location is a path or a file URL. @internal */

@@ -3,9 +3,9 @@
 import { randomBytes } from 'node:crypto'
 import { checkOptions } from '@moe/core'
 import { checkpointError, fileError } from './checkpoint-error.ts'
-import { openFolder } from './locations.ts'
+import { type TargetFolder, writeText } from './folder.ts'
+import { type FolderLocation, openFolder, targetFolder } from './locations.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
-import { type FolderLocation, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 import {
   type PlannedTensor,
   planEntries,

@@ -4,6 +4,8 @@ import { basename, dirname } from 'node:path'
 import { checkOptions } from '@moe/core'
 import type { Append } from './atomic-file.ts'
 import { checkpointError } from './checkpoint-error.ts'
+import { diskTarget } from './disk-folder.ts'
+import type { TargetFolder } from './folder.ts'
 import { encodeHeader } from './header.ts'
 import { pathOf } from './path-of.ts'
 import {
@@ -15,7 +17,6 @@ import {
   storedBits,
   storedBytes,
 } from './stored-dtype.ts'
-import { diskTarget, type TargetFolder } from './target-folder.ts'
 
 /**
  * A tensor to write. If `data` is a function, it is called once, when the tensor is written, so that only one tensor is in memory at a
