@@ -5,7 +5,8 @@ import type { Form } from './grammar-host.ts'
 import { supportedSchema } from './json-schema.ts'
 import type { Thinking } from './reasoning.ts'
 import type { TemplateTraits } from './template-traits.ts'
-import type { CallReader, ToolCall, ToolFormat } from './tool-calls.ts'
+import type { CallReader } from './tool-calls.ts'
+import type { ToolCall, ToolFormat } from './tool-format.ts'
 
 const tool = z.looseObject({
   type: z.literal('function', { error: 'expected function, the only supported type of tools' }),

@@ -9,7 +9,7 @@ import { chatLogProbs } from './log-probs.ts'
 import { thinkingAfter } from './reasoning.ts'
 import { parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
-import { newCallId, type ToolCall } from './tool-calls.ts'
+import { newCallId, type ToolCall } from './tool-format.ts'
 
 const roles = ['system', 'developer', 'user', 'assistant', 'tool'] as const
 

@@ -2,10 +2,11 @@
 import { z } from 'zod'
 import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
-import { generationRequest, type Prompt, type ServedModel } from './generation-request.ts'
+import { generationRequest, type ServedModel } from './generation-request.ts'
 import { completionLogProbs } from './log-probs.ts'
 import { MAX_TEXTS, parseFields, sharedFields } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
+import type { Prompt } from './text-parts.ts'
 
 /** As in OpenAI's API. */
 const DEFAULT_MAX_TOKENS = 16

@@ -4,7 +4,7 @@ import type { ApiError } from './errors.ts'
 import type { GenerationRequest, PreparedModel } from './generation-request.ts'
 import type { FinishReason } from './text-engine.ts'
 import type { ScoredToken } from './text-parts.ts'
-import type { ToolCall } from './tool-calls.ts'
+import type { ToolCall } from './tool-format.ts'
 
 /** A part of a generated text, or all of it. */
 export interface GeneratedPart {

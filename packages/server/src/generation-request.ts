@@ -7,6 +7,7 @@ import type { FormConstraint, Grammars } from './grammars.ts'
 import type { Thinking } from './reasoning.ts'
 import { MAX_TEXTS, type SharedFields } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
+import type { Prompt } from './text-parts.ts'
 import type { CallReader } from './tool-calls.ts'
 
 /** The model that a server serves. */
@@ -25,12 +26,6 @@ export interface ServedModel {
 export interface PreparedModel extends ServedModel {
   readonly grammars: Grammars
   readonly traits: TemplateTraits
-}
-
-export interface Prompt {
-  readonly ids: ArrayLike<number>
-  /** Number of tokens at the start that the server added, such as the begin token. */
-  readonly added: number
 }
 
 /** The texts to generate for a request. */

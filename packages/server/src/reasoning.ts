@@ -1,6 +1,5 @@
 /** @file Separates the reasoning of a model, `<think>` … `</think>`, from its answer. */
-import type { TextPart } from './text-parts.ts'
-import { partialMatch } from './tool-calls.ts'
+import { partialMatch, type TextPart } from './text-parts.ts'
 
 /** Whether a generated text starts inside reasoning that the prompt opened, may open it itself, or contains none. */
 export type Thinking = 'open' | 'optional' | 'none'

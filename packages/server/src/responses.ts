@@ -10,7 +10,7 @@ import { ApiError } from './errors.ts'
 import type { GenerationRequest } from './generation-request.ts'
 import { parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
-import { newCallId } from './tool-calls.ts'
+import { newCallId } from './tool-format.ts'
 
 const { n: _, max_tokens: count, ...shared } = sharedFields
 

@@ -1,7 +1,7 @@
 /** @file Detects from the source of a chat template how it handles tools and reasoning. */
 import type { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { THINK_END, THINK_START } from './reasoning.ts'
-import { type ToolFormat, toolFormatOf } from './tool-calls.ts'
+import { type ToolFormat, toolFormatOf } from './tool-format.ts'
 
 export interface TemplateTraits {
   /** The format in which the model writes tool calls. */

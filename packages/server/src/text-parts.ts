@@ -1,8 +1,13 @@
-/** @file A generated text in parts, each with the log-probabilities of its tokens. */
+/** @file A text in parts: the prompt and what is generated, each part with the log-probabilities of its tokens. */
 import type { Generation, TokenLogProb } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
-import type { Prompt } from './generation-request.ts'
-import type { ToolCall } from './tool-calls.ts'
+import type { ToolCall } from './tool-format.ts'
+
+export interface Prompt {
+  readonly ids: ArrayLike<number>
+  /** Number of tokens at the start that the server added, such as the begin token. */
+  readonly added: number
+}
 
 /** A token with its log-probabilities. */
 export interface ScoredToken {
@@ -84,4 +89,10 @@ function characters(text: string): number {
   let count = 0
   for (const _ of text) count++
   return count
+}
+
+/** The length of the longest proper prefix of `of` that `text` ends with. */
+export function partialMatch(text: string, of: string): number {
+  for (let n = Math.min(of.length - 1, text.length); n > 0; n--) if (text.endsWith(of.slice(0, n))) return n
+  return 0
 }

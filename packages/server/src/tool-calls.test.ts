@@ -5,7 +5,7 @@ import { Ajv2020 } from 'ajv/dist/2020.js'
 import type { ChatCompletion } from 'openai/resources'
 import { describe, expect, test } from 'vitest'
 import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
-import { toolFormatOf } from './tool-calls.ts'
+import { toolFormatOf } from './tool-format.ts'
 
 const ask = async (app: Pick<ReturnType<typeof modelServer>['app'], 'request'>, body: object) => {
   const asked = { messages: [{ role: 'user', content: 'the better angels' }], ...body }
