@@ -55,8 +55,8 @@ function rows(from: number, to: number, name = 'table') {
   return { name, parameter: new Parameter(fromHost(numbers, [to - from, 2], 'f32', backend)), firstRow: from }
 }
 
-test('a parameter that two groups cut at different rows is complete, with each row once', async () => {
-  const parts = [[rows(0, 3)], [rows(3, 7), rows(0, 7, 'other')], [rows(0, 5)], [rows(5, 7)], []]
+test('a parameter whose rows are on several ranks, some of them twice, is stored with each row once', async () => {
+  const parts = [[rows(3, 7)], [rows(0, 3), rows(0, 7, 'other')], [rows(3, 7), rows(0, 7, 'other')], [rows(0, 3)], []]
   const ranks = meeting(parts.length)
   const all = await Promise.all(
     parts.map((parameters, i) => OptimizerOnRanks.of({ ranks: ranks[i], parameters }, copies(parameters), backend)),

@@ -156,32 +156,24 @@ function piecesOf(parameters: ModelOnRanks['parameters'], optimizer: Optimizer):
 }
 
 /**
- * The complete entries that the ranks have together, in file order. If several ranks have the same part, the first
- * one's is used.
+ * The complete entries that the ranks have together, in file order. If several ranks have the same rows, those of the
+ * first one are used.
  */
 function wholeOf(lists: ReadonlyArray<readonly Piece[]>): Map<string, WholeEntry> {
-  const pieces = new Map<string, Array<WholeEntry['pieces'][number]>>()
-  for (const [rank, list] of lists.entries())
-    for (const piece of list) pieces.set(piece.name, [...(pieces.get(piece.name) ?? []), { ...piece, rank }])
-  const whole = Array.from(pieces, ([name, all]): WholeEntry => {
+  const pieces = new Map<string, Map<number, WholeEntry['pieces'][number]>>()
+  for (const [rank, list] of lists.entries()) {
+    for (const piece of list) {
+      const byRow = pieces.get(piece.name) ?? new Map()
+      if (!byRow.has(piece.firstRow)) byRow.set(piece.firstRow, { ...piece, rank })
+      pieces.set(piece.name, byRow)
+    }
+  }
+  const whole = Array.from(pieces, ([name, byRow]): WholeEntry => {
+    const all = [...byRow.values()].sort((a, b) => a.firstRow - b.firstRow)
     const [{ dtype, shape }] = all
-    const together = contiguous(all)
-    const rows = together.reduce((sum, piece) => sum + piece.shape[0], 0)
-    return { name, dtype, shape: together.length > 1 ? [rows, ...shape.slice(1)] : together[0].shape, pieces: together }
+    const rows = all.reduce((sum, piece) => sum + piece.shape[0], 0)
+    return { name, dtype, shape: all.length > 1 ? [rows, ...shape.slice(1)] : shape, pieces: all }
   })
   whole.sort((a, b) => dtypeBytes[b.dtype] - dtypeBytes[a.dtype])
   return new Map(whole.map(entry => [entry.name, entry]))
-}
-
-/**
- * Pieces that follow each other from the first row on. Groups of ranks with the same parameter may have cut it at
- * different rows.
- */
-function contiguous<P extends Piece>(pieces: readonly P[]): P[] {
-  const row: P[] = []
-  for (let next: P | undefined, end = 0; ; end += next.shape[0] || 1) {
-    next = pieces.find(({ firstRow }) => firstRow === end)
-    if (next === undefined) return row
-    row.push(next)
-  }
 }
