@@ -11,7 +11,7 @@ import {
 } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
-import { namedStreams } from './data/mixture.ts'
+import { namedStreams } from './data/token-data.ts'
 import { isTokenStream, type TokenStream } from './data/token-stream.ts'
 import type { TrainableModel } from './model.ts'
 

@@ -1,5 +1,16 @@
 /** @file The training process: standard error, signals, memory. In a browser there is no process. */
-import type { ProgressStream } from './report/progress.ts'
+
+/** The stream methods that `progress` uses; `process.stderr` has them. */
+export interface ProgressStream {
+  /** Writes text, including control characters if `isTTY` is true. */
+  write(text: string): unknown
+  /** Whether the stream is a terminal, whose last line can be redrawn. Default false. */
+  readonly isTTY?: boolean
+  /** Width of the terminal in characters. Default 100. */
+  readonly columns?: number
+  /** Registers an error listener on a Node stream, for example for a closed pipe. */
+  on?(event: 'error', listener: (error: Error) => void): unknown
+}
 
 // Read from `globalThis`, because bundlers replace a bare `process`.
 const process: NodeJS.Process | undefined =
@@ -10,7 +21,7 @@ const consoleStream: ProgressStream = { write: text => console.log(text.trimEnd(
 /** Standard error, or the console in a browser. */
 export const standardError = (): ProgressStream => process?.stderr ?? consoleStream
 
-/**  */
+/** Whether NO_COLOR is set. */
 export const isColorless = (): boolean => Boolean(process?.env['NO_COLOR'])
 
 /** Peak resident memory of this process; 0 if it is unknown. */

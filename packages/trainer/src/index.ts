@@ -14,7 +14,8 @@ export {
 } from './data/conversations.ts'
 export { type Corpus, type TextFilesOptions, type TextsOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
-export { type Mixture, type MixturePart, mixture, type Source } from './data/mixture.ts'
+export { type MixturePart, mixture } from './data/mixture.ts'
+export type { Mixture, Source, TokenData } from './data/token-data.ts'
 export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'
 export { TokenFiles, type TokenFilesOptions, tokenFiles } from './data/token-files.ts'
 export type { TokenStream } from './data/token-stream.ts'
@@ -37,6 +38,7 @@ export type {
   TrainListener,
   TrainReporter,
 } from './events.ts'
+export type { ProgressStream } from './host.ts'
 export type {
   DeviceInputs,
   HostInputs,
@@ -64,11 +66,11 @@ export {
   warmupCosine,
   warmupStableDecay,
 } from './optim/schedule.ts'
-export type { TokenData, TrainOptions } from './options.ts'
+export type { TrainOptions } from './options.ts'
 export type { Ranks } from './ranks.ts'
 export { type LoadsLine, readLoads } from './report/loads-log.ts'
 export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
-export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
+export { type ProgressOptions, progress } from './report/progress.ts'
 export { writeSummary } from './report/summary.ts'
 export { tensorBoard } from './report/tensor-board.ts'
 export type { SourceUse, TrainResult } from './result.ts'

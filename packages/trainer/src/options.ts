@@ -11,13 +11,12 @@ import {
   precisions,
   shown,
 } from '@moe/core'
+import type { BatchSource } from './batch-source.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
-import type { BatchSource } from './data/batch-source.ts'
 import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
-import type { Mixture } from './data/mixture.ts'
+import type { TokenData } from './data/token-data.ts'
 import type { DocumentTokens } from './data/token-dataset.ts'
-import type { TokenStream } from './data/token-stream.ts'
 import { type MicroBatches, microBatchesAt } from './data/training-order.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
@@ -30,17 +29,6 @@ import { type Schedule, warmupCosine } from './optim/schedule.ts'
 import type { Ranks } from './ranks.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
-
-/**
- * Data that is already tokenized: in memory (`TokenDataset`), on disk (`tokenFiles`), or from several sources
- * (`mixture`).
- */
-export interface TokenData {
-  /** Tokens to train on. */
-  readonly training: TokenStream | Mixture
-  /** Held-out tokens to evaluate on: one stream, or several by name, each evaluated separately. Default: none. */
-  readonly validation?: TokenStream | Readonly<Record<string, TokenStream>>
-}
 
 /**
  * Options of `train`. Only `data` and `steps` are required, and `tokenizer` if the data consists of texts or

@@ -8,11 +8,13 @@ import {
   parameterCount,
   yieldToEventLoop,
 } from '@moe/core'
+import type { BatchSource } from './batch-source.ts'
+import { runFolder } from './checkpoints/locate-run.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
-import { type RunFolder, runFolder } from './checkpoints/run-folder.ts'
+import type { RunFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
-import type { BatchSource } from './data/batch-source.ts'
+import type { TokenData } from './data/token-data.ts'
 import { Emitter } from './emitter.ts'
 import type { Evaluation } from './evaluate.ts'
 import type { EvaluationEvent, StepEvent, TrainEvent } from './events.ts'
@@ -25,7 +27,7 @@ import { StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
-import { evaluationLimit, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
+import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions, recordRun } from './options.ts'
 import { useRankStreams } from './rank-streams.ts'
 import {
   checkSameInitialState,

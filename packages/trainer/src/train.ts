@@ -3,7 +3,7 @@ import { MoeError, type NamedParameter, namedAdapters, namedParameters, Quantize
 import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
-import { isTokens, namedStreams, sourcesOf } from './data/mixture.ts'
+import { isTokens, namedStreams, sourcesOf, type TokenData } from './data/token-data.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import type { TokenStream } from './data/token-stream.ts'
 import { tokenizerDigest } from './data/tokenizer-digest.ts'
@@ -17,7 +17,6 @@ import {
   makeOptimizer,
   type ResolvedOptions,
   resolveOptions,
-  type TokenData,
   type TrainOptions,
 } from './options.ts'
 import type { TrainResult } from './result.ts'

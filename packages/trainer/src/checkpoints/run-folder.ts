@@ -1,10 +1,8 @@
-/** @file The storage of a run: a folder on disk, or a browser's directory handle. */
-import { type DirectoryHandle, type FolderLocation, isDirectoryHandle } from '@moe/checkpoint'
+/** @file The interface of what a run writes and resumes from. */
+import type { FolderLocation } from '@moe/checkpoint'
 import type { TrainListener } from '../events.ts'
 import type { MetricsLine } from '../report/metrics-log.ts'
 import type { TrainResult } from '../result.ts'
-import { DiskRun } from './disk-run.ts'
-import { HandleRun } from './handle-run.ts'
 
 /** A complete checkpoint. */
 export interface StoredCheckpoint {
@@ -50,7 +48,3 @@ export interface RunFolder {
   /** Writes `summary.json`. */
   writeSummary(result: TrainResult): Promise<void>
 }
-
-/** Returns the storage of a run, without accessing it yet. @throws MoeError E_UNSUPPORTED for a path in a browser */
-export const runFolder = (out: string | DirectoryHandle): RunFolder =>
-  isDirectoryHandle(out) ? new HandleRun(out) : new DiskRun(out)

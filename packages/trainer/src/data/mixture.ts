@@ -1,23 +1,7 @@
-/** @file Mixtures of token sources in fixed proportions. */
+/** @file Combines token sources in fixed proportions. */
 import { checkOptions, MoeError, shown } from '@moe/core'
-import type { TokenData } from '../options.ts'
+import { namedStreams, type TokenData } from './token-data.ts'
 import { isTokenStream, type TokenStream } from './token-stream.ts'
-
-/** A source of a mixture's training data. */
-export interface Source {
-  /** Its name in reports. */
-  readonly name: string
-  /** Its tokens. */
-  readonly data: TokenStream
-  /** Its share of the rows, from 0 to 1. */
-  readonly share: number
-}
-
-/** Training data from several sources. Created by `mixture`. */
-export interface Mixture {
-  /** The sources, in the order in which they were given. */
-  readonly sources: readonly Source[]
-}
 
 /** Options of one source in `mixture`. */
 export interface MixturePart {
@@ -54,20 +38,6 @@ export function mixture(parts: Readonly<Record<string, MixturePart>>): TokenData
   const sum = given.reduce((total, [, { weight }]) => total + weight, 0)
   const sources = given.map(([name, { data, weight }]) => ({ name, data: data.training, share: weight / sum }))
   return { training: { sources }, ...(validation.length > 0 && { validation: Object.fromEntries(validation) }) }
-}
-
-/** The sources of training data. A single stream is a source without a name. */
-export const sourcesOf = (training: TokenStream | Mixture): readonly Source[] =>
-  isTokenStream(training) ? [{ name: '', data: training, share: 1 }] : training.sources
-
-/** Whether this is tokenized data: a stream or a mixture. */
-export const isTokens = (training: unknown): training is TokenStream | Mixture =>
-  isTokenStream(training) || Array.isArray((training as Partial<Mixture> | undefined)?.sources)
-
-/** Held-out streams with their names. A single stream has the name ''. */
-export function namedStreams(validation: TokenData['validation']): (readonly [string, TokenStream])[] {
-  if (validation === undefined) return []
-  return isTokenStream(validation) ? [['', validation]] : Object.entries(validation)
 }
 
 const refusal = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'mixture', problem, fix })

@@ -6,8 +6,8 @@ import type { TokenBatch } from '../model.ts'
 import { EpochOrder } from './epoch-order.ts'
 import { longestExample } from './examples.ts'
 import { Interleaving } from './interleaving.ts'
-import { type Mixture, type Source, sourcesOf } from './mixture.ts'
 import { batchOfSources, type Rows, rowsOf, type SourceRow } from './rows.ts'
+import { type Mixture, type Source, sourcesOf } from './token-data.ts'
 import type { TokenStream } from './token-stream.ts'
 
 /**

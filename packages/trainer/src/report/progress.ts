@@ -4,19 +4,7 @@
 import { checkOptions } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
 import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent } from '../events.ts'
-import { isColorless, standardError } from '../host.ts'
-
-/** The stream methods that `progress` uses; `process.stderr` has them. */
-export interface ProgressStream {
-  /** Writes text, including control characters if `isTTY` is true. */
-  write(text: string): unknown
-  /** Whether the stream is a terminal, whose last line can be redrawn. Default false. */
-  readonly isTTY?: boolean
-  /** Width of the terminal in characters. Default 100. */
-  readonly columns?: number
-  /** Registers an error listener on a Node stream, for example for a closed pipe. */
-  on?(event: 'error', listener: (error: Error) => void): unknown
-}
+import { isColorless, type ProgressStream, standardError } from '../host.ts'
 
 /** Options of `progress`. */
 export interface ProgressOptions {

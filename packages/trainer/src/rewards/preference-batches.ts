@@ -1,6 +1,6 @@
 /** @file Batches for direct preference optimization (DPO). */
 import { MoeError, type Precision, Random } from '@moe/core'
-import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
+import type { BatchSource, SourceEvaluationOptions } from '../batch-source.ts'
 import { EpochOrder } from '../data/epoch-order.ts'
 import { tokenNamed } from '../data/token-dataset.ts'
 import type { Evaluation } from '../evaluate.ts'

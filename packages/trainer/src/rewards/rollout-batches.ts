@@ -3,7 +3,7 @@
  *   in one or several steps.
  */
 import { MoeError, type Precision, Random } from '@moe/core'
-import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
+import type { BatchSource, SourceEvaluationOptions } from '../batch-source.ts'
 import { EpochOrder } from '../data/epoch-order.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'

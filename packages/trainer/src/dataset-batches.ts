@@ -1,14 +1,13 @@
 /** @file Micro-batches from a data set, or from a mixture of them. */
 import type { Precision } from '@moe/core'
-import { type Evaluation, evaluate } from '../evaluate.ts'
-import { orInterrupted } from '../interrupt.ts'
-import type { TokenBatch, TrainableModel } from '../model.ts'
-import type { TokenData } from '../options.ts'
 import type { BatchSource, SourceEvaluationOptions } from './batch-source.ts'
-import { longestExample, truncatedTokens } from './examples.ts'
-import { namedStreams, sourcesOf } from './mixture.ts'
-import type { TokenStream } from './token-stream.ts'
-import type { SourceProgress, TrainingOrder } from './training-order.ts'
+import { longestExample, truncatedTokens } from './data/examples.ts'
+import { namedStreams, sourcesOf, type TokenData } from './data/token-data.ts'
+import type { TokenStream } from './data/token-stream.ts'
+import type { SourceProgress, TrainingOrder } from './data/training-order.ts'
+import { type Evaluation, evaluate } from './evaluate.ts'
+import { orInterrupted } from './interrupt.ts'
+import type { TokenBatch, TrainableModel } from './model.ts'
 
 interface DatasetOptions {
   readonly validation: TokenData['validation']

@@ -1,7 +1,7 @@
 /** @file Where the micro-batches of a run come from: a data set, rollouts or preference pairs. */
-import type { Evaluation } from '../evaluate.ts'
-import type { TokenBatch } from '../model.ts'
-import type { SourceProgress } from './training-order.ts'
+import type { SourceProgress } from './data/training-order.ts'
+import type { Evaluation } from './evaluate.ts'
+import type { TokenBatch } from './model.ts'
 
 /** How an evaluation is limited, reported and interrupted. */
 export interface SourceEvaluationOptions {
