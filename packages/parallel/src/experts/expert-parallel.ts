@@ -92,7 +92,10 @@ export class ExpertParallel<Batch> {
     this.#backend = this.parameters[0].parameter.backend
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
-      { parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined), ranks: this.#shards.ranks.same },
+      {
+        parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined),
+        ranks: withSameExperts(ranks, expertParallelSize),
+      },
     ])
   }
 
@@ -195,4 +198,10 @@ export class ExpertParallel<Batch> {
     sum.dispose()
     return values
   }
+}
+
+/** The ranks that have the same experts as this one, in all groups of `size` ranks that share the experts; null if there is only one group. */
+function withSameExperts(ranks: Communicator, size: number): Communicator | null {
+  if (size === ranks.size) return null
+  return ranks.group(Array.from({ length: ranks.size / size }, (_, group) => group * size + (ranks.rank % size)))
 }

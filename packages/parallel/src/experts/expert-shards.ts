@@ -29,14 +29,12 @@ export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
 /** Applies the routed experts of a layer to tokens, `[N, D]`, wherever the experts are. Takes leaves of a pass and returns a leaf. */
 export type RouteTokens = (layer: number, tokens: RoutedTokens) => Promise<Tensor>
 
-/** The groups that this rank belongs to, among the ranks that have the same layers. */
+/** The group of ranks, among those with the same layers, that this rank shares experts with. */
 export interface ExpertRanks {
   /** The ranks that share the experts of each layer; this rank's number in the group is the number of its shard. */
   readonly sharing: Communicator
   /** The same ranks, for messages of a backward pass that overlaps a forward pass. */
   readonly back: Communicator
-  /** The ranks that have the same shard as this one; null if there is no other. */
-  readonly same: Communicator | null
 }
 
 /**
@@ -56,13 +54,11 @@ export function expertRanks(
     throw configError(op, problem, `pass a positive integer that divides ${all}`)
   }
   const line = Math.floor(ranks.rank / stride)
-  const among = (lines: readonly number[]) => lines.map(other => other * stride + (ranks.rank % stride))
-  const part = line % size
-  const members = among(Array.from({ length: size }, (_, i) => line - part + i))
+  const first = line - (line % size)
+  const members = Array.from({ length: size }, (_, i) => (first + i) * stride + (ranks.rank % stride))
   const sharing = size === ranks.size ? ranks : ranks.group(members)
   const back = overlapping ? ranks.group(members) : sharing
-  const others = among(Array.from({ length: all / size }, (_, i) => i * size + part))
-  return { sharing, back, same: others.length === 1 ? null : ranks.group(others) }
+  return { sharing, back }
 }
 
 /** This rank's experts of a layer, and the model's parameters whose rows they are. */
@@ -76,12 +72,12 @@ interface Shard {
 export class ExpertShards {
   /** Maps a parameter of the model to this rank's rows of it. */
   readonly rows: ReadonlyMap<Parameter, Parameter>
-  readonly ranks: ExpertRanks
+  readonly #ranks: ExpertRanks
   readonly #layers: ReadonlyMap<number, Shard>
 
   /** @param layers of this rank, by their number in the model. @throws MoeError E_CONFIG if the ranks do not divide the experts */
   constructor(op: string, layers: ReadonlyMap<number, ExpertParallelLayer>, ranks: ExpertRanks) {
-    this.ranks = ranks
+    this.#ranks = ranks
     this.#layers = new Map(Array.from(layers, ([layer, { experts }]) => [layer, shardOf(op, experts, ranks.sharing)]))
     this.rows = new Map([...this.#layers.values()].flatMap(({ rows }) => rows))
     this.takeOwn()
@@ -91,7 +87,7 @@ export class ExpertShards {
   own(named: NamedParameter): LocalParameter {
     const parameter = this.rows.get(named.parameter)
     if (parameter === undefined) return named
-    const [from, to] = runOf(named.parameter.shape[0], this.ranks.sharing)
+    const [from, to] = runOf(named.parameter.shape[0], this.#ranks.sharing)
     return { ...named, parameter, firstRow: from, ...(named.slices && { slices: named.slices.slice(from, to) }) }
   }
 
@@ -99,7 +95,7 @@ export class ExpertShards {
   takeOwn(): void {
     for (const [whole, own] of this.rows) {
       if (whole.handle === null) continue
-      own.assign(noGrad(() => whole.narrow(0, ...runOf(whole.shape[0], this.ranks.sharing))))
+      own.assign(noGrad(() => whole.narrow(0, ...runOf(whole.shape[0], this.#ranks.sharing))))
       whole.dispose()
     }
   }
@@ -108,7 +104,7 @@ export class ExpertShards {
   async gather(): Promise<void> {
     this.takeOwn()
     for (const [whole, own] of this.rows) {
-      whole.assign(await this.ranks.sharing.allGather(own))
+      whole.assign(await this.#ranks.sharing.allGather(own))
       own.dispose()
     }
   }
@@ -117,7 +113,7 @@ export class ExpertShards {
   routeIn(pass: PiecewisePass): RouteTokens {
     return (layer, tokens) => {
       const { shard, experts } = this.#layers.get(layer) as Shard
-      const { sharing, back } = this.ranks
+      const { sharing, back } = this.#ranks
       return routeOverRanks(pass, sharing, shard, tokens, experts, { back })
     }
   }
