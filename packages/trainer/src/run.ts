@@ -27,7 +27,7 @@ import { StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
-import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions, recordRun } from './options.ts'
+import { evaluationLimit, type ResolvedOptions, recordRun } from './options.ts'
 import { useRankStreams } from './rank-streams.ts'
 import {
   checkSameInitialState,
