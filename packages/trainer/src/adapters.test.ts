@@ -1,4 +1,4 @@
-/** @file Training of adapters: what is kept in checkpoints, and that it goes on exactly. Op by op and recorded, beside weights in f32 and in fewer bits. */
+/** @file Training of adapters, recorded and op by op, with f32 and quantized base weights: learning, checkpoints and resumption. */
 import { readdir, readFile, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
@@ -74,8 +74,8 @@ const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + 
 
 const bases = [undefined, 'bf16', 'int8', 'int4'] as const
 
-describe.each(bases)('beside weights in %s', weights => {
-  test('adapters learn and the base model stays frozen, recorded as well as op by op', async () => {
+describe.each(bases)('with base weights in %s', weights => {
+  test('adapters learn and the base model stays frozen, recorded as op by op', async () => {
     const { losses, before, after } = await run({ steps: 60 }, weights)
     expect(mean(losses.slice(-12))).toBeLessThan(mean(losses.slice(0, 12)) - 0.3)
     expect(after.filter(one => !isAdapter(one))).toEqual(before.filter(one => !isAdapter(one)))
@@ -89,7 +89,7 @@ describe.each(bases)('beside weights in %s', weights => {
 
   test('a stopped run resumes with the same bits', async () => {
     const [whole, cut] = [join(folder, `whole-${weights}`), join(folder, `cut-${weights}`)]
-    const straight = await run({ out: whole }, weights)
+    const uninterrupted = await run({ out: whole }, weights)
     const controller = new AbortController()
     const model = await open(weights)
     await train(model, {
@@ -102,12 +102,12 @@ describe.each(bases)('beside weights in %s', weights => {
     })
     model.dispose()
     const rest = await run({ out: cut, resume: true }, weights)
-    expect(rest.losses).toEqual(straight.losses.slice(3))
-    expect(rest.after).toEqual(straight.after)
+    expect(rest.losses).toEqual(uninterrupted.losses.slice(3))
+    expect(rest.after).toEqual(uninterrupted.after)
   })
 })
 
-test('a checkpoint contains the adapters and names their base model, and opens like a model', async () => {
+test('a checkpoint contains the adapters and the path of their base model, and opens like a model', async () => {
   const out = join(folder, 'run')
   const { result, after, events } = await run({ out })
   const at = modelFolder(out)
@@ -125,7 +125,7 @@ test('a checkpoint contains the adapters and names their base model, and opens l
   expect(notices).toEqual([
     expect.stringContaining(`training the adapters of ${namedAdapters(model).length} weights: ${numbers} parameters`),
   ])
-  // Moments of the adapters, and of nothing else.
+  // The optimizer state contains moments of the adapters only.
   const { size } = await stat(join(at, '..', 'optimizer.safetensors'))
   expect(size).toBeLessThan(2 * 4 * numbers + 60_000)
   model.dispose()
@@ -134,13 +134,13 @@ test('a checkpoint contains the adapters and names their base model, and opens l
 test('the EMA of adapters is evaluated, saved as adapters, and resumed', async () => {
   const out = join(folder, 'averaged')
   const data = { ...settings.data, validation: settings.data.training }
-  const straight = await run({ data, ema: 0.8 })
+  const uninterrupted = await run({ data, ema: 0.8 })
   const plain = await run({ data })
-  expect(straight.losses).toEqual(plain.losses)
+  expect(uninterrupted.losses).toEqual(plain.losses)
   await run({ data, ema: 0.8, out, checkpointEvery: 3, keepCheckpoints: 5 })
   const rest = await run({ data, ema: 0.8, out, resume: join(out, 'checkpoints', 'step-000003') })
-  expect(rest.losses).toEqual(straight.losses.slice(3))
-  expect(rest.result.ema?.loss).toBe(straight.result.ema?.loss)
+  expect(rest.losses).toEqual(uninterrupted.losses.slice(3))
+  expect(rest.result.ema?.loss).toBe(uninterrupted.result.ema?.loss)
   expect(rest.result.ema?.loss).not.toBe(rest.result.validation.loss)
   const averaged = await DeepSeek.fromPretrained(modelFolder(out, { ema: true }))
   const { loss } = await evaluate(averaged, data.validation, { sequenceLength: 8, batchSize: 2 })
@@ -148,7 +148,7 @@ test('the EMA of adapters is evaluated, saved as adapters, and resumed', async (
   averaged.dispose()
 })
 
-test('after merging, a run resumes like that of a complete model', async () => {
+test('after merging, training writes checkpoints of the complete model', async () => {
   const model = await open()
   await train(model, { ...settings, steps: 2 })
   await mergeAdapters(model)
@@ -159,11 +159,11 @@ test('after merging, a run resumes like that of a complete model', async () => {
   for (const one of [model, again]) one.dispose()
 })
 
-describe('is refused', () => {
+describe('train rejects', () => {
   const failure = async (options: Partial<TrainOptions>, model: DeepSeek) => {
     const before = await valuesOf(model)
     const error = await train(model, { ...settings, ...options }).then(
-      () => new Error('it was not refused'),
+      () => new Error('no error'),
       (cause: Error) => cause,
     )
     expect(await valuesOf(model)).toEqual(before)
@@ -171,13 +171,13 @@ describe('is refused', () => {
     return error.message
   }
 
-  test('to train parameters besides adapters that no checkpoint would contain', async () => {
+  test('trainable parameters besides adapters, which no checkpoint would contain', async () => {
     const model = await open()
     model.model.norm.weight.trainable = true
     expect(await failure({ out: join(folder, 'beside') }, model)).toMatch(/norm.weight is trainable, but/)
   })
 
-  test('to resume with another base model, with other adapters, or without', async () => {
+  test('a checkpoint of another base model, of other adapters, and any without adapters', async () => {
     const out = join(folder, 'foreign')
     await run({ out })
     const other = await open()

@@ -15,7 +15,7 @@ import { trainingStep } from './training-step.ts'
 describe('failures lose nothing', () => {
   const full = Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' })
 
-  /** Writes half a model, then finds the disk full. */
+  /** Fails at save number `at`, after a partial write. */
   class FullDisk extends BigramModel {
     saves = 0
     readonly at: number
@@ -24,9 +24,9 @@ describe('failures lose nothing', () => {
       this.at = at
     }
     async save(folder: string): Promise<void> {
-      const whole = ++this.saves !== this.at
+      const complete = ++this.saves !== this.at
       const { saveCheckpoint } = await import('@moe/checkpoint')
-      if (whole) await saveCheckpoint(folder, stateDict(this))
+      if (complete) await saveCheckpoint(folder, stateDict(this))
       else {
         await writeFile(join(folder, 'model.safetensors'), 'half')
         throw full
@@ -34,7 +34,7 @@ describe('failures lose nothing', () => {
     }
   }
 
-  test('a full disk leaves the previous checkpoint and names it, and the run resumes from there', async () => {
+  test('a full disk is an error that names the previous checkpoint, from which the run resumes', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     await run({ out: whole })
     const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(2) }))
@@ -45,16 +45,16 @@ describe('failures lose nothing', () => {
     expect(numbersOf(out)).toEqual(numbersOf(whole))
   })
 
-  test('an error with a fix of its own gets no second fix', async () => {
+  test('an error that already names a fix gets no second one', async () => {
     const out = await temporaryFolder()
-    class Refused extends BigramModel {
+    class Unwritable extends BigramModel {
       async save(folder: string): Promise<void> {
         await mkdir(join(folder, 'model.safetensors'))
         const { saveCheckpoint } = await import('@moe/checkpoint')
         await saveCheckpoint(folder, stateDict(this))
       }
     }
-    const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Refused() }))
+    const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Unwritable() }))
     expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free disk space/)
     expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
     expect(message.match(/free (some|disk) space/g)).toHaveLength(1)
@@ -80,7 +80,7 @@ describe('failures lose nothing', () => {
     expect(await checkpointsOf(out)).toEqual([])
   })
 
-  test('NaN in a weight stops the run, names step and parameter, and keeps the checkpoint', async () => {
+  test('NaN in a weight stops the run with an error that names step and parameter, and keeps the checkpoint', async () => {
     const out = await temporaryFolder()
     const model = new BigramModel()
     const failures: unknown[] = []
@@ -159,8 +159,8 @@ describe('failures lose nothing', () => {
     disposeModule(model)
   })
 
-  test('an invalid model, or one whose loss returns something invalid, is refused', async () => {
-    for (const [none, message] of [
+  test('a model that is invalid, or whose loss returns invalid values, is rejected', async () => {
+    for (const [invalid, message] of [
       [null, /train: the model is null; pass a Module with lookahead and loss/],
       [{}, /the model has no method loss/],
       [
@@ -171,7 +171,7 @@ describe('failures lose nothing', () => {
         /the model has no parameters; store Parameters, Modules/,
       ],
     ] as const) {
-      expect((await errorOf(train(none as unknown as TrainableModel, settings))).message).toMatch(message)
+      expect((await errorOf(train(invalid as unknown as TrainableModel, settings))).message).toMatch(message)
     }
     const returning = (change: (output: LossOutput) => unknown) => {
       const model = new BigramModel()
@@ -200,21 +200,21 @@ describe('failures lose nothing', () => {
     }
   })
 
-  test('an evaluation without sizes, data or model is refused', async () => {
+  test('an evaluation without sizes, data or model is rejected', async () => {
     const model = new BigramModel()
-    const measure = evaluate as (...input: unknown[]) => Promise<unknown>
+    const evaluateAny = evaluate as (...input: unknown[]) => Promise<unknown>
     const sizes = { sequenceLength: 8, batchSize: 1 }
-    expect((await errorOf(measure(model, data.validation, {}))).message).toMatch(
+    expect((await errorOf(evaluateAny(model, data.validation, {}))).message).toMatch(
       /sequenceLength is undefined, batchSize is/,
     )
-    expect((await errorOf(measure(model, ['text'], sizes))).message).toMatch(
+    expect((await errorOf(evaluateAny(model, ['text'], sizes))).message).toMatch(
       /not a TokenDataset.*; pass TokenDataset.fromTexts/,
     )
-    expect((await errorOf(measure(null, data.validation, sizes))).message).toMatch(/evaluate: the model is null/)
+    expect((await errorOf(evaluateAny(null, data.validation, sizes))).message).toMatch(/evaluate: the model is null/)
     disposeModule(model)
   })
 
-  test('texts without a tokenizer, and tokens without embeddings, are refused', async () => {
+  test('texts without a tokenizer, and a tokenizer with more ids than the model has embeddings, are rejected', async () => {
     const model = new BigramModel()
     const without = await errorOf(train(model, { ...settings, data: { training: ['abc'], validation: [] } }))
     expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer is given/) })

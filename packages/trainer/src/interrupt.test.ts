@@ -22,8 +22,9 @@ function start(...args: string[]) {
   return { child, output }
 }
 
-async function printed(child: ChildProcess, output: { text: string; errors: string }, what: string) {
-  while (!output.text.includes(what)) {
+/** Resolves once the process has printed `text`. */
+async function printed(child: ChildProcess, output: { text: string; errors: string }, text: string) {
+  while (!output.text.includes(text)) {
     if (child.exitCode !== null) throw new Error(`the process ended: ${output.errors}`)
     await new Promise(resolve => setTimeout(resolve, 10))
   }
@@ -52,7 +53,7 @@ test('Ctrl-C finishes the step, saves, explains how to resume, and the next run 
   expect(lines.map(({ step }) => step)).toEqual(lines.map((_, i) => i + 1))
 })
 
-test('a run continues if the reader of its progress is gone', async () => {
+test('a run continues if the pipe of its progress is closed', async () => {
   const out = await temporaryFolder()
   const { child, output } = start(out)
   child.stderr.destroy()
@@ -70,7 +71,7 @@ test('a signal is reported even if no progress is shown', async () => {
   expect(output.errors).toBe('SIGTERM: training stops after the current step; a second signal exits at once\n')
 })
 
-test('a second Ctrl-C stops at once', async () => {
+test('a second Ctrl-C exits at once', async () => {
   const { child, output } = start(await temporaryFolder(), 'hang')
   await printed(child, output, 'step 20\n')
   sendSignal(child, 'SIGINT')
@@ -79,7 +80,7 @@ test('a second Ctrl-C stops at once', async () => {
   expect(await once(child, 'exit')).toEqual([130, null])
 })
 
-test('listens only until it is disposed', () => {
+test('listens for signals only until it is disposed', () => {
   const before = process.listenerCount('SIGINT')
   const controller = new AbortController()
   const watched = watchInterrupts(controller.signal, true)

@@ -1,4 +1,4 @@
-/** @file Averaged weights of a run: what they are, that nobody is disturbed, and that they are measured, stored and gone on with. */
+/** @file The EMA of the weights: its values, evaluation, checkpoints and resumption, and that it does not change the training. */
 import { existsSync } from 'node:fs'
 import { readFile, rm, truncate } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -36,7 +36,7 @@ async function runWithWeights(options: Partial<TrainOptions> = {}) {
 const evaluations = (events: readonly TrainEvent[]) =>
   events.flatMap(event => (event.type === 'evaluation' ? [event] : []))
 
-async function stored(folder: string): Promise<Weights> {
+async function storedWeights(folder: string): Promise<Weights> {
   const model = new BigramModel()
   await using checkpoint = await openCheckpoint(folder)
   await loadStateDict(model, stateSource(checkpoint))
@@ -45,8 +45,8 @@ async function stored(folder: string): Promise<Weights> {
   return weights
 }
 
-/** In float64, of the trained weights after each step. */
-function averaged(weights: readonly Weights[], decay: number): Weights {
+/** The EMA in float64 of the weights after each step. */
+function emaOf(weights: readonly Weights[], decay: number): Weights {
   const names = ['embed_tokens.weight', 'lm_head.weight']
   return Object.fromEntries(
     names.map(name => {
@@ -82,21 +82,21 @@ describe('Ema', () => {
           ],
           { decay },
         )
-        const [sums, own] = [new Float64Array(3), random.normal(3)]
+        const [sums, values] = [new Float64Array(3), random.normal(3)]
         let total = 0
         for (let step = 0; step < steps; step++) {
-          own.set(random.normal(3))
-          parameter.assign(tensor(own))
+          values.set(random.normal(3))
+          parameter.assign(tensor(values))
           ema.update()
           total = decay * total + 1
-          for (let i = 0; i < 3; i++) sums[i] = decay * sums[i] + own[i]
+          for (let i = 0; i < 3; i++) sums[i] = decay * sums[i] + values[i]
         }
         expect(ema.steps).toBe(steps)
         ema.swap()
         const average = await parameter.values()
         for (let i = 0; i < 3; i++) expect(average[i]).toBeCloseTo(sums[i] / total, 5)
         ema.swap()
-        expect(await parameter.values()).toEqual(own)
+        expect(await parameter.values()).toEqual(values)
         ema.dispose()
         for (const each of [parameter, buffer]) each.dispose()
       }),
@@ -104,7 +104,7 @@ describe('Ema', () => {
     )
   })
 
-  test('refuses an invalid decay', () => {
+  test('rejects an invalid decay', () => {
     const parameter = new Parameter(tensor([1]))
     for (const decay of [0, 1, 1.5, Number.NaN, '0.9'] as number[])
       expect(() => new Ema([{ name: 'weight', parameter }], { decay })).toThrow(/expected a number between 0 and 1/)
@@ -113,7 +113,7 @@ describe('Ema', () => {
 })
 
 describe('a run with ema', () => {
-  test('takes the same steps as without, and its averages equal a float64 computation', async () => {
+  test('takes the same steps as without, and the EMA equals a float64 computation', async () => {
     const [without, out] = [await temporaryFolder(), await temporaryFolder()]
     const plain = await runWithWeights({ out: without, evalEvery: 4 })
     const { result, events, weights } = await runWithWeights({ out, evalEvery: 4, ema: 0.8, checkpointEvery: 5 })
@@ -122,11 +122,11 @@ describe('a run with ema', () => {
     expect(evaluations(events).map(({ loss }) => loss)).toEqual(evaluations(plain.events).map(({ loss }) => loss))
     for (const step of [10, 12]) {
       const folder = join(out, 'checkpoints', `step-0000${step}`)
-      const { offset, ...average } = await stored(join(folder, 'ema'))
-      const { offset: now, ...own } = await stored(join(folder, 'model'))
-      expectClose(average, averaged(weights.slice(0, step), 0.8))
+      const { offset, ...average } = await storedWeights(join(folder, 'ema'))
+      const { offset: now, ...own } = await storedWeights(join(folder, 'model'))
+      expectClose(average, emaOf(weights.slice(0, step), 0.8))
       expect(average).not.toEqual(own)
-      // Buffers are as they are.
+      // Buffers are not averaged.
       expect(offset).toEqual(now)
     }
   })
@@ -148,7 +148,7 @@ describe('a run with ema', () => {
     const lines = (await readFile(join(out, 'events.jsonl'), 'utf8')).trim().split('\n')
     const written = lines.map(line => JSON.parse(line) as EvaluationEvent).filter(({ type }) => type === 'evaluation')
     expect(written.map(({ ema }) => ema?.loss)).toEqual(all.map(({ ema }) => ema?.loss))
-    // One measurement after the other.
+    // The evaluation of the weights is the first half, that of the EMA the second.
     const shares = events.flatMap(event => (event.type === 'evaluating' && event.step === 12 ? [event.done] : []))
     expect(shares).toEqual([...shares].sort((a, b) => a - b))
     expect(shares).toContain(0.5)
@@ -170,7 +170,7 @@ describe('a run with ema', () => {
     disposeModule(model)
   })
 
-  test('refuses an invalid decay', async () => {
+  test('rejects an invalid decay', async () => {
     const model = new BigramModel()
     await expect(train(model, { ...settings, ema: 1 })).rejects.toThrow(
       'ema is 1, expected a number between 0 and 1, for example 0.999',
@@ -179,18 +179,20 @@ describe('a run with ema', () => {
   })
 })
 
-describe('a run that goes on', () => {
-  test('resumes its averages bit for bit', async () => {
-    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
-    const straight = await run({ out: whole, ema: 0.9 })
-    await run({ out: cut, ema: 0.9, ...stopAfter(5) })
-    const { result } = await run({ out: cut, ema: 0.9, resume: true })
-    expect(numbersOf(cut)).toEqual(numbersOf(whole))
-    expect(await stored(modelFolder(cut, { ema: true }))).toEqual(await stored(modelFolder(whole, { ema: true })))
-    expect(result.ema?.loss).toBe(straight.result.ema?.loss)
+describe('a resumed run', () => {
+  test('continues the EMA bit for bit', async () => {
+    const [reference, out] = [await temporaryFolder(), await temporaryFolder()]
+    const uninterrupted = await run({ out: reference, ema: 0.9 })
+    await run({ out, ema: 0.9, ...stopAfter(5) })
+    const { result } = await run({ out, ema: 0.9, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(reference))
+    expect(await storedWeights(modelFolder(out, { ema: true }))).toEqual(
+      await storedWeights(modelFolder(reference, { ema: true })),
+    )
+    expect(result.ema?.loss).toBe(uninterrupted.result.ema?.loss)
   })
 
-  test('changes the decay, or starts averaging, only if changes are allowed', async () => {
+  test('changes the decay, or starts or ends the EMA, only if changes are allowed', async () => {
     const out = await temporaryFolder()
     await run({ out, ...stopAfter(5) })
     const differences = async (options: Partial<TrainOptions>) => {
@@ -200,23 +202,23 @@ describe('a run that goes on', () => {
     expect(await differences({ ema: 0.9 })).toEqual(['ema: saved with nothing, now 0.9'])
     const allowed = { out, resume: true, allowChanges: true }
     const begun = await runWithWeights({ ...allowed, ema: 0.9, ...stopAfter(8) })
-    expectClose(await stored(modelFolder(out, { ema: true })), averaged(begun.weights, 0.9))
+    expectClose(await storedWeights(modelFolder(out, { ema: true })), emaOf(begun.weights, 0.9))
     expect(await differences({ ema: 0.8 })).toEqual(['ema: saved with 0.9, now 0.8'])
     expect(await differences({})).toEqual(['ema: saved with 0.9, now nothing'])
-    // It has not forgotten that averages began with step 6.
+    // The EMA still starts with step 6.
     const rest = await runWithWeights({ out, resume: true, ema: 0.9 })
     const all = [...begun.weights, ...rest.weights]
-    expectClose(await stored(modelFolder(out, { ema: true })), averaged(all, 0.9))
+    expectClose(await storedWeights(modelFolder(out, { ema: true })), emaOf(all, 0.9))
     await run({ ...allowed, steps: 14 })
     expect(existsSync(join(out, 'checkpoints', 'step-000014', 'ema'))).toBe(false)
     expect(() => modelFolder(out, { ema: true })).toThrow(/step-000014 has no averaged weights; omit ema/)
   })
 
-  test.each(['truncated', 'missing'])('not from averages that are %s', async how => {
+  test.each(['truncated', 'missing'])('rejects an EMA that is %s', async state => {
     const out = await temporaryFolder()
     const { result } = await run({ out, ema: 0.9, checkpointEvery: 6 })
     const file = join(result.checkpoint as string, 'ema', 'model.safetensors')
-    if (how === 'missing') await rm(file)
+    if (state === 'missing') await rm(file)
     else await truncate(file, 100)
     await expect(run({ out, ema: 0.9, resume: true })).rejects.toThrow(/step-000006 is intact; pass it as resume/)
   })

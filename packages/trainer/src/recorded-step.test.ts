@@ -1,4 +1,4 @@
-/** @file Steps recorded and replayed give what steps op by op give, bit for bit, on a backend that records. */
+/** @file Recorded and replayed steps give the same bits as steps op by op, on a backend that can record. */
 import {
   type Backend,
   type Graph,
@@ -26,7 +26,7 @@ const native = await createBackend()
 afterAll(() => native.dispose())
 afterEach(() => expect(native.stats().handles).toBe(0))
 
-/** The backend with its graphs counted. */
+/** A backend that counts captures and replays. */
 function counting() {
   const counts = { captures: 0, replays: 0 }
   const backend: Backend = {
@@ -66,10 +66,10 @@ async function run(options: Partial<TrainOptions>, model: DeepSeekOptions & { co
     mtpAcceptance: true,
     ...rest.objective,
   }
-  const made = new DeepSeek(config, { seed: 1, backend, ...rest, ...(rest.balancer ? {} : { objective }) })
+  const trainee = new DeepSeek(config, { seed: 1, backend, ...rest, ...(rest.balancer ? {} : { objective }) })
   const steps: Array<Omit<StepEvent, 'tokensPerSecond'>> = []
   try {
-    await train(made, {
+    await train(trainee, {
       ...settings,
       steps: 10,
       ...options,
@@ -79,14 +79,20 @@ async function run(options: Partial<TrainOptions>, model: DeepSeekOptions & { co
         steps.push(numbers)
       },
     })
-    const weights = await Promise.all(stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())]))
+    const weights = await Promise.all(
+      stateDict(trainee).map(async ({ name, data }) => [name, Array.from(await data())]),
+    )
     return { counts, steps, weights }
   } finally {
-    made.dispose()
+    trainee.dispose()
   }
 }
 
-async function both(options: Partial<TrainOptions>, model: DeepSeekOptions & { config?: DeepSeekConfigInput } = {}) {
+/** Expects the same steps and weights with and without recording. Returns the recorded run. */
+async function expectSameBits(
+  options: Partial<TrainOptions>,
+  model: DeepSeekOptions & { config?: DeepSeekConfigInput } = {},
+) {
   const eager = await run({ ...options, record: false }, model)
   const recorded = await run(options, model)
   expect(eager.counts).toEqual({ captures: 0, replays: 0 })
@@ -95,15 +101,15 @@ async function both(options: Partial<TrainOptions>, model: DeepSeekOptions & { c
   return recorded
 }
 
-describe('recorded steps equal steps op by op', () => {
+describe('recorded steps equal steps op by op with', () => {
   test.each([
     { optimizer: 'adamw', accumulate: 1 },
     { optimizer: 'adamw', accumulate: 3 },
     { optimizer: 'muon', accumulate: 1 },
     { optimizer: 'muon', accumulate: 2 },
   ] as const)('$optimizer, $accumulate micro-batches', async options => {
-    const { counts } = await both(options)
-    // A pass for each micro-batch, the norm and the update, in most of the steps.
+    const { counts } = await expectSameBits(options)
+    // Most steps replay a pass per micro-batch, the norm and the update.
     expect(counts.replays).toBeGreaterThan(4 * (options.accumulate + 2))
     expect(counts.captures).toBeGreaterThanOrEqual(3)
   })
@@ -113,44 +119,41 @@ describe('recorded steps equal steps op by op', () => {
     ['moments in bf16', { moments: 'bf16' }],
     ['Muon with a momentum in bf16', { moments: 'bf16', optimizer: 'muon' }],
     ['no clipping', { clip: Number.POSITIVE_INFINITY }],
-    ['a norm that is clipped', { clip: 0.01 }],
-    ['evaluation in between', { evalEvery: 3, data: { training: smallData(), validation: smallData() } }],
+    ['strong clipping', { clip: 0.01 }],
+    ['evaluations between the steps', { evalEvery: 3, data: { training: smallData(), validation: smallData() } }],
   ])('%s', async (_name, options) => {
-    expect((await both({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
+    expect((await expectSameBits({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
   })
 
-  test('with an EMA that is evaluated in between, on the same graphs', async () => {
+  test('an EMA that is evaluated between the steps, without further graphs', async () => {
     const options: Partial<TrainOptions> = { evalEvery: 3, data: { training: smallData(), validation: smallData() } }
     const without = await run(options)
     for (const precision of ['f32', 'bf16'] as const) {
-      const { counts, steps, weights } = await both({ ...options, precision, ema: 0.9 })
+      const { counts, steps, weights } = await expectSameBits({ ...options, precision, ema: 0.9 })
       expect(counts).toEqual(without.counts)
       if (precision === 'f32') expect({ steps, weights }).toEqual({ steps: without.steps, weights: without.weights })
     }
   })
 
-  test('a growing batch: further micro-batches need no new graph', async () => {
+  test('a growing batch, without further graphs for its additional micro-batches', async () => {
     const accumulate = (step: number) => [1, 1, 2, 2, 2, 3, 3, 4, 4, 5][step]
-    const { counts } = await both({ accumulate, data: { training: smallData(), validation: smallData() } })
-    const steady = await both({ accumulate: 2, data: { training: smallData(), validation: smallData() } })
+    const { counts } = await expectSameBits({ accumulate, data: { training: smallData(), validation: smallData() } })
+    const steady = await expectSameBits({ accumulate: 2, data: { training: smallData(), validation: smallData() } })
     expect(counts.captures).toBeLessThanOrEqual(steady.counts.captures + 3)
     expect(counts.replays).toBeGreaterThan(3 + 4 + 4 + 5)
   })
 
-  test.each(['selective', 'layers'] as const)(
-    'what is recomputed (%s), with the numbers of what is kept',
-    async recompute => {
-      const kept = await run({ steps: 6, accumulate: 2 })
-      const recomputed = await both({ steps: 6, accumulate: 2 }, { recompute })
-      expect(recomputed.counts.replays).toBeGreaterThan(6)
-      expect(recomputed.steps).toEqual(kept.steps)
-      expect(recomputed.weights).toEqual(kept.weights)
-    },
-  )
+  test.each(['selective', 'layers'] as const)('%s recomputation, with the same results as without', async recompute => {
+    const plain = await run({ steps: 6, accumulate: 2 })
+    const recomputed = await expectSameBits({ steps: 6, accumulate: 2 }, { recompute })
+    expect(recomputed.counts.replays).toBeGreaterThan(6)
+    expect(recomputed.steps).toEqual(plain.steps)
+    expect(recomputed.weights).toEqual(plain.weights)
+  })
 
   test('a dense model', async () => {
     const dense = { ...tiny, num_nextn_predict_layers: 0, first_k_dense_replace: 3 }
-    expect((await both({ steps: 6 }, { config: dense })).counts.replays).toBeGreaterThan(6)
+    expect((await expectSameBits({ steps: 6 }, { config: dense })).counts.replays).toBeGreaterThan(6)
   })
 })
 
@@ -183,7 +186,7 @@ test('the next batch is prepared while the device computes', async () => {
   const model = new Logging(tiny, { seed: 1, backend: logging })
   await train(model, { ...settings, steps: 5 })
   model.dispose()
-  // Pass and norm are on their way, the update is not.
+  // After the pass and the norm are submitted, before the update.
   expect(order.join(' ')).toContain('replay replay inputs replay')
 })
 
@@ -192,7 +195,7 @@ test('a model with random numbers or schedules inside its ops runs op by op', as
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
 })
 
-test('a model that draws random numbers in a recorded part is refused, as every replay would repeat them', async () => {
+test('a model that draws random numbers in a recorded part is rejected, because every replay would repeat them', async () => {
   class Drawing extends DeepSeek {
     readonly noise = [new Random(2)]
     override get staged() {
@@ -215,14 +218,14 @@ test('a model that draws random numbers in a recorded part is refused, as every 
 
 test('a subclass that overrides loss runs op by op, with that loss', async () => {
   let calls = 0
-  class Own extends DeepSeek {
-    override loss(...given: Parameters<DeepSeek['loss']>) {
+  class Overriding extends DeepSeek {
+    override loss(...args: Parameters<DeepSeek['loss']>) {
       calls++
-      return super.loss(...given)
+      return super.loss(...args)
     }
   }
   const { backend, counts } = counting()
-  const model = new Own(tiny, { seed: 1, backend })
+  const model = new Overriding(tiny, { seed: 1, backend })
   await train(model, { ...settings, steps: 4 })
   model.dispose()
   expect([calls, counts.captures]).toEqual([4, 0])
@@ -234,7 +237,7 @@ test.each([
   { without: 'update', nth: 3, accumulate: 1 },
   { without: 'update', nth: 3, accumulate: 2 },
 ])(
-  'without the memory for a graph of the $without, $accumulate micro-batches, steps go on op by op',
+  'steps continue op by op if memory for the graph of the $without is missing, $accumulate micro-batches',
   async ({ nth, accumulate }) => {
     const { backend } = counting()
     let captures = 0
@@ -273,7 +276,7 @@ describe('with too little memory', () => {
     { optimizer: 'adamw', accumulate: 1 },
     { optimizer: 'muon', accumulate: 2 },
   ] as const)(
-    '$optimizer, $accumulate micro-batches: an error that leaves nothing behind, and none where steps op by op have enough',
+    'a run fails without leaking tensors, but not if steps op by op have enough: $optimizer, $accumulate micro-batches',
     async options => {
       const free = await limited(undefined, { ...options, record: false })
       for (const share of [0.35, 0.6, 0.8, 0.95, 0.999, 1, 1.02, 1.1]) {
@@ -299,7 +302,7 @@ test('a device that is lost during a step causes one error and no unhandled reje
       return {
         ...graph,
         replay(updates) {
-          // The pass still goes out; the norm after it does not.
+          // The pass is still submitted, but the norm fails.
           if (isLost && ++replays > 1) throw failure()
           graph.replay(updates)
         },
@@ -320,7 +323,7 @@ test('a device that is lost during a step causes one error and no unhandled reje
 })
 
 describe('TrainingSteps', () => {
-  test('an unknown precision is refused at once, also by optimizers', () => {
+  test('an unknown precision is rejected at creation, also by optimizers', () => {
     const model = new DeepSeek(tiny, { seed: 1, backend: counting().backend })
     const parameters = namedParameters(model)
     const precision = 'half' as 'bf16'
@@ -350,37 +353,37 @@ describe('TrainingSteps', () => {
   }
 
   test('records again after an assignment to a parameter', async () => {
-    const [changed, beside] = [prepare(), prepare(false)]
+    const [recorded, opByOp] = [prepare(), prepare(false)]
     const losses: number[][] = []
-    for (const { model, steps, order, dispose } of [changed, beside]) {
-      const own: number[] = []
+    for (const { model, steps, order, dispose } of [recorded, opByOp]) {
+      const ofRun: number[] = []
       for (let step = 0; step < 6; step++) {
         if (step === 4) {
           const { weight } = model.lm_head
           weight.assign(noGrad(() => weight.mul(2)))
         }
-        own.push((await steps.step(order.step(step), { lr: 1e-3 })).loss)
-        expect(steps.replaying).toBe(step > 0 && model === changed.model)
+        ofRun.push((await steps.step(order.step(step), { lr: 1e-3 })).loss)
+        expect(steps.replaying).toBe(step > 0 && model === recorded.model)
       }
-      losses.push(own)
+      losses.push(ofRun)
       dispose()
     }
     expect(losses[0]).toEqual(losses[1])
-    expect(changed.counts.captures).toBe(6)
+    expect(recorded.counts.captures).toBe(6)
   })
 
-  test('a prepared batch is used once: afterwards it may contain other tokens', async () => {
+  test('a prepared batch is used once, so that its arrays may then contain other tokens', async () => {
     const losses = []
     for (const record of [true, false]) {
       const { steps, order, dispose } = prepare(record)
-      const own: number[] = []
+      const ofRun: number[] = []
       const [batch] = order.step(0)
       for (let step = 0; step < 5; step++) {
         batch.tokens.set(order.step(step)[0].tokens)
         if (step % 2 === 1) steps.prepare([batch])
-        own.push((await steps.step([batch], { lr: 1e-3 })).loss)
+        ofRun.push((await steps.step([batch], { lr: 1e-3 })).loss)
       }
-      losses.push(own)
+      losses.push(ofRun)
       dispose()
     }
     expect(losses[0]).toEqual(losses[1])
@@ -390,16 +393,16 @@ describe('TrainingSteps', () => {
     const losses = []
     for (const record of [true, false]) {
       const { counts, model, steps, order, dispose } = prepare(record)
-      const own: unknown[] = []
+      const ofRun: unknown[] = []
       for (let step = 0; step < 9; step++) {
         if (step === 3) model.lm_head.weight.trainable = false
         if (step === 5) model.objective.mtpAcceptance = true
         if (step === 7) model.objective.mtpWeight = 0.05
         const { loss, metrics } = await steps.step(order.step(step), { lr: 1e-3 })
-        own.push({ loss, metrics })
+        ofRun.push({ loss, metrics })
       }
-      losses.push(own)
-      // At first, without the frozen one, and with acceptance measured; the factor is an input.
+      losses.push(ofRun)
+      // Three recordings of three graphs: at first, with the frozen parameter, and with mtpAcceptance. mtpWeight is an input of the graphs.
       expect(counts.captures).toBe(record ? 9 : 0)
       dispose()
     }
@@ -418,25 +421,25 @@ describe('TrainingSteps', () => {
     await expect(steps.step(order.step(3), { lr: 1e-3, step: 4 })).rejects.toMatchObject({ code: 'E_NAN' })
     expect((await weight.values()).every(Number.isNaN)).toBe(true)
     model.backend.write?.(weight, before)
-    const again = await steps.step(order.step(3), { lr: 1e-3 })
-    expect(again.loss).toBeGreaterThan(0)
+    const next = await steps.step(order.step(3), { lr: 1e-3 })
+    expect(next.loss).toBeGreaterThan(0)
     dispose()
   })
 
-  test('a non-finite gradient is reported with its parameter, recorded as well as op by op', async () => {
-    const told: unknown[] = []
+  test('a non-finite gradient is reported with the same parameter, recorded as op by op', async () => {
+    const names: unknown[] = []
     for (const record of [true, false]) {
       const { model, steps, order, dispose } = prepare(record)
       for (let step = 0; step < 3; step++) await steps.step(order.step(step), { lr: 1e-3 })
       const { weight } = model.lm_head
-      // Finite, but no product with them is.
+      // Finite values whose products are not.
       model.backend.write?.(weight, new Float32Array(weight.size).fill(3e38))
       const error = await steps.step(order.step(3), { lr: 1e-3 }).catch((thrown: MoeError) => thrown)
       expect(error).toMatchObject({ code: 'E_NAN', details: { kind: 'gradient' } })
-      told.push((error as MoeError).details?.['parameter'])
+      names.push((error as MoeError).details?.['parameter'])
       dispose()
     }
-    expect(told[0]).toBeTypeOf('string')
-    expect(told[0]).toBe(told[1])
+    expect(names[0]).toBeTypeOf('string')
+    expect(names[0]).toBe(names[1])
   })
 })

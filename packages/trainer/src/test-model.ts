@@ -1,4 +1,4 @@
-/** @file For tests: a small language model that uses the whole interface, its data, and temporary folders. */
+/** @file For tests: a small language model that implements the complete interface, its data, and temporary folders. */
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -28,8 +28,8 @@ import type { SamplingModel, TextSampler } from './rewards/sampler.ts'
 export const testVocabulary = 12
 
 /**
- * The reference backend with every f32 result rounded to f32, as on other backends: a checkpoint would not preserve its
- * f64.
+ * The reference backend with every f32 result rounded to f32, as on other backends. A checkpoint would not preserve its
+ * float64 values.
  */
 export function roundingBackend(): Backend {
   const backend = referenceBackend()
@@ -86,7 +86,7 @@ export class BigramModel extends Module implements TrainableModel {
     }
   }
 
-  /** What the head is given: `[N, 6]` to the same. */
+  /** Transforms the embeddings, `[N, 6]`, before the head. */
   protected hidden(embedded: Tensor, _training: boolean): Tensor {
     return embedded
   }
@@ -100,12 +100,12 @@ export class BigramModel extends Module implements TrainableModel {
   }
 }
 
-/** Also samples texts: each one separately, with the weights at its start. */
+/** A model that also samples texts: each one separately, with the weights at its start. */
 export class TalkingBigram extends BigramModel implements SamplingModel {
-  /** Tokens of all sampled texts. */
+  /** The tokens of all sampled texts. */
   readonly made: number[][] = []
 
-  /** Probabilities of the next token, for each token. */
+  /** The probabilities of the next token after each token. */
   async table(): Promise<number[][]> {
     const logits = noGrad(() =>
       scope(() => {
@@ -160,8 +160,8 @@ export class TalkingBigram extends BigramModel implements SamplingModel {
 /** The end token of `TalkingBigram`. */
 const endToken = 11
 
-/** Inputs, targets (-100 where a position does not count), their weights and their number. */
-export function nextTokens({ tokens, documents, weights: given, rows, length }: TokenBatch, from: number) {
+/** Inputs, targets (-100 for positions without a loss), their weights and their number. */
+export function nextTokens({ tokens, documents, weights: weightsOfTokens, rows, length }: TokenBatch, from: number) {
   const positions = length - 1
   const inputs = new Int32Array(rows * positions)
   const targets = new Int32Array(rows * positions).fill(-100)
@@ -173,7 +173,7 @@ export function nextTokens({ tokens, documents, weights: given, rows, length }: 
       inputs[row * positions + t] = tokens[at]
       if (t < from || documents[at] !== documents[at + 1]) continue
       targets[row * positions + t] = tokens[at + 1]
-      weights[row * positions + t] = given?.[at + 1] ?? 1
+      weights[row * positions + t] = weightsOfTokens?.[at + 1] ?? 1
       count++
     }
   }
@@ -207,15 +207,15 @@ export const letterData = (documents = 20, length = 50) => ({
   validation: TokenDataset.fromTexts(letterTexts(3, length, 2), letters),
 })
 
-const made: string[] = []
+const folders: string[] = []
 
 /** Creates an empty folder, which `removeTemporaryFolders` removes. */
 export async function temporaryFolder(): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'moe-trainer-'))
-  made.push(folder)
+  folders.push(folder)
   return folder
 }
 
 export async function removeTemporaryFolders(): Promise<void> {
-  for (const folder of made.splice(0)) await rm(folder, { recursive: true, force: true })
+  for (const folder of folders.splice(0)) await rm(folder, { recursive: true, force: true })
 }

@@ -1,4 +1,4 @@
-/** @file For tests: small runs, their comparison and interruption, and a backend that every test must leave empty. */
+/** @file For tests: small runs, their comparison and interruption, and a backend on which no test may leave tensors. */
 import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { disposeModule, setDefaultBackend, stateDict } from '@moe/core'
@@ -52,15 +52,15 @@ export async function run(options: Partial<TrainOptions> & { model?: BigramModel
 
 export const errorOf = (work: Promise<unknown>) =>
   work.then(
-    () => new Error('it did not fail'),
+    () => new Error('no error'),
     (error: Error) => error,
   )
 
-/** Lines of a run without the number that depends on the clock. */
+/** The metrics of a run, without the speed. */
 export const numbersOf = (out: string) =>
   readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
 
-/** Interrupts after a step. */
+/** Options that interrupt a run after a step. */
 export function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
   const controller = new AbortController()
   return {

@@ -22,11 +22,11 @@ describe('a run', () => {
     }
     const out = join(await temporaryFolder(), 'slow')
     await run({ steps: 3, out, evalEvery: 1, checkpointEvery: 1, onEvent })
-    // Progress of a measurement is told from within it; all else is heard before anything else happens.
-    const told = order.filter(line => !line.startsWith('evaluating'))
-    expect(told.length).toBeGreaterThan(20)
-    for (let i = 0; i < told.length; i += 2)
-      expect(told.slice(i, i + 2)).toEqual([told[i], told[i].replace('begins', 'ends')])
+    // Progress events of an evaluation may overlap; all other listeners finish before the next event.
+    const events = order.filter(line => !line.startsWith('evaluating'))
+    expect(events.length).toBeGreaterThan(20)
+    for (let i = 0; i < events.length; i += 2)
+      expect(events.slice(i, i + 2)).toEqual([events[i], events[i].replace('begins', 'ends')])
   })
 
   test('warns if training texts end with another token than generated texts', async () => {
@@ -35,7 +35,7 @@ describe('a run', () => {
       const { events } = await run({ model, data: { training }, steps: 1 })
       return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
     }
-    const documents = TokenDataset.fromTexts(letterTexts(2, 50), letters) // '</s>', which is 11, behind each
+    const documents = TokenDataset.fromTexts(letterTexts(2, 50), letters) // each ends with '</s>', token 11
     expect(await noticesOf(ending(11), documents)).toEqual([])
     expect(await noticesOf(ending(3, 11), documents)).toEqual([])
     expect(await noticesOf(ending(), documents)).toEqual([
@@ -55,7 +55,7 @@ describe('a run', () => {
     const answers = TokenDataset.fromExamples([answer, answer, answer])
     expect(await noticesOf(ending(11), answers)).toEqual([])
     expect(await noticesOf(ending(3), answers)).toEqual([expect.stringContaining('eos_token_id: 11')])
-    // Tokens without known ends.
+    // Documents of token ids have no known end token.
     const tokens = TokenDataset.fromTokens(Array.from({ length: 12 }, () => [1, 2, 4]))
     expect(await noticesOf(ending(3), tokens)).toEqual([])
   })
@@ -63,15 +63,15 @@ describe('a run', () => {
   test("fails if a listener's promise rejects, and keeps earlier checkpoints", async () => {
     const out = join(await temporaryFolder(), 'rejects')
     const onEvent = async (event: TrainEvent) => {
-      if (event.type === 'step' && event.step === 3) throw new Error('mine')
+      if (event.type === 'step' && event.step === 3) throw new Error('of the listener')
     }
     const error = await errorOf(run({ steps: 10, out, checkpointEvery: 2, onEvent }))
-    expect(error.message).toBe('mine')
+    expect(error.message).toBe('of the listener')
     expect(await checkpointsOf(out)).toContain('step-000002')
-    expect(await readFile(join(out, 'events.jsonl'), 'utf8')).toMatch(/"type":"fail".*mine/)
+    expect(await readFile(join(out, 'events.jsonl'), 'utf8')).toMatch(/"type":"fail".*of the listener/)
   })
 
-  test.each([Number.NaN, -1, '0.5'])('does not take a step at an invalid learning rate: %j', async factor => {
+  test.each([Number.NaN, -1, '0.5'])('rejects an invalid learning rate before the step: %j', async factor => {
     const model = new BigramModel()
     const before = await model.lm_head.weight.values()
     const schedule = (step: number) => (step === 0 ? 0 : (factor as number))
@@ -116,7 +116,7 @@ describe('a run', () => {
     ])
   })
 
-  test('writes metrics, a summary and checkpoints that transformers would find', async () => {
+  test('writes metrics, a summary and checkpoints with the file names of transformers', async () => {
     const out = await temporaryFolder()
     const { result, events } = await run({
       out,
@@ -153,7 +153,7 @@ describe('a run', () => {
       'tokenizer.json',
       'tokenizer_config.json',
     ])
-    // One that is given, and one that has a usual name.
+    // The begin token is found by its usual name, the end token is given.
     const config = await readFile(join(result.checkpoint ?? '', 'model', 'tokenizer_config.json'), 'utf8')
     expect(JSON.parse(config)).toEqual({
       tokenizer_class: 'PreTrainedTokenizerFast',
@@ -163,10 +163,10 @@ describe('a run', () => {
     expect(events.filter(({ type }) => type === 'checkpoint')).toHaveLength(4)
   })
 
-  test('counts end tokens in the nats but not in the bytes', async () => {
+  test('counts end tokens in the loss but not in the bytes', async () => {
     const model = new BigramModel()
     const { validation } = data
-    const measured = await evaluate(model, validation, { sequenceLength: 16, batchSize: 2 })
+    const evaluation = await evaluate(model, validation, { sequenceLength: 16, batchSize: 2 })
     const whole = {
       tokens: validation.tokens,
       documents: Int32Array.from(validation.tokens, (_, i) => validation.documentAt(i)),
@@ -179,9 +179,9 @@ describe('a run', () => {
         return { nll: output.nll, count: output.count }
       }),
     )
-    expect(measured.tokens).toBe(count)
+    expect(evaluation.tokens).toBe(count)
     expect(count).toBe(3 * 51)
-    expect(measured.bitsPerByte).toBeCloseTo((await nll.item()) / Math.LN2 / 150, 6)
+    expect(evaluation.bitsPerByte).toBeCloseTo((await nll.item()) / Math.LN2 / 150, 6)
     nll.dispose()
     disposeModule(model)
   })
@@ -211,7 +211,7 @@ describe('a run', () => {
     }
   })
 
-  test('limits the final evaluation to 32 times evalTokens, and says so', async () => {
+  test('limits the final evaluation to 32 times evalTokens, with a notice', async () => {
     const final = async (evalTokens?: number) => {
       const { result, events } = await run({ steps: 2, ...(evalTokens && { evalTokens }) })
       const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
@@ -223,7 +223,7 @@ describe('a run', () => {
     expect(await final(Number.POSITIVE_INFINITY)).toEqual({ tokens: all, notices: [] })
     const { tokens, notices } = await final(2)
     expect(tokens).toBeGreaterThan(32)
-    // The first window counts all of its 8 positions, later ones only the second half.
+    // The first window predicts all of its 8 positions, later ones only the second half.
     expect(tokens).toBeLessThan(64 + 8)
     expect(notices).toEqual([
       `the final evaluation uses about 64 of ${data.validation.length} held-out tokens, spread evenly over them (to use all, pass evalTokens: Infinity)`,
@@ -231,7 +231,7 @@ describe('a run', () => {
     expect(await errorOf(run({ evalTokens: 0.5 }))).toMatchObject({ code: 'E_CONFIG' })
   })
 
-  test('says if one step contains the training data several times', async () => {
+  test('warns if one step contains the training data several times', async () => {
     const notices = async (batchSize: number) => {
       const { events } = await run({ steps: 1, batchSize, data: { training: data.training } })
       return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
@@ -243,17 +243,17 @@ describe('a run', () => {
     ])
   })
 
-  test('stores what a listener logs, with the step', async () => {
+  test('stores values that a listener logs, with the step', async () => {
     const out = join(await temporaryFolder(), 'logging')
     const onEvent: TrainListener = (event, { log }) => {
       if (event.type === 'step' && event.step % 2 === 0) log({ 'half/loss': event.loss / 2 })
     }
     const { events } = await run({ steps: 4, out, onEvent })
     const losses = events.flatMap(event => (event.type === 'step' ? [event.loss] : []))
-    const wanted = [2, 4].map(step => ({ type: 'log', step, values: { 'half/loss': losses[step - 1] / 2 } }))
-    expect(events.filter(({ type }) => type === 'log')).toEqual(wanted)
+    const expected = [2, 4].map(step => ({ type: 'log', step, values: { 'half/loss': losses[step - 1] / 2 } }))
+    expect(events.filter(({ type }) => type === 'log')).toEqual(expected)
     const lines = (await readFile(join(out, 'events.jsonl'), 'utf8')).trim().split('\n')
-    expect(lines.map(line => JSON.parse(line)).filter(({ type }) => type === 'log')).toMatchObject(wanted)
+    expect(lines.map(line => JSON.parse(line)).filter(({ type }) => type === 'log')).toMatchObject(expected)
 
     const wrong: TrainListener = (event, { log }) => event.type === 'step' && log({ accuracy: '0.5' as never })
     expect(await errorOf(run({ onEvent: wrong }))).toMatchObject({
@@ -311,8 +311,8 @@ describe('a run', () => {
     expect(backend.stats().handles).toBe(before)
     expect(new Set(handles).size).toBe(1)
     disposeModule(model)
-    // The test process itself allocates now and then; a leak would lift every sample.
-    const least = (from: number) => Math.min(...used.slice(from, from + 5))
-    expect(least(15) / least(10)).toBeLessThan(1.02)
+    // The test process itself allocates occasionally; a leak would raise every sample.
+    const minimum = (from: number) => Math.min(...used.slice(from, from + 5))
+    expect(minimum(15) / minimum(10)).toBeLessThan(1.02)
   })
 })

@@ -11,7 +11,8 @@ afterEach(async () => {
   await removeTemporaryFolders()
 })
 
-const refused = (code: string) => Object.assign(new Error(`${code}: as on Windows, where a file is open`), { code })
+/** The error of Windows for a file that another program has open. */
+const openFile = (code: string) => Object.assign(new Error(`${code}: the file is open`), { code })
 
 async function folderOfRun() {
   const out = await temporaryFolder()
@@ -20,21 +21,21 @@ async function folderOfRun() {
   return { out, save, names: async () => (await readdir(join(out, 'checkpoints'))).sort() }
 }
 
-test('a checkpoint is saved and `latest` updated although files are open for a moment', async () => {
+test('a checkpoint is saved and `latest` updated even if files are briefly open in another program', async () => {
   const { out, save, names } = await folderOfRun()
   await save(1)
-  vi.mocked(rename).mockRejectedValueOnce(refused('EPERM')).mockRejectedValueOnce(refused('EBUSY'))
+  vi.mocked(rename).mockRejectedValueOnce(openFile('EPERM')).mockRejectedValueOnce(openFile('EBUSY'))
   await save(2)
   expect(await names()).toEqual(['latest', 'step-000002'])
   expect(basename(latestCheckpoint(out)!)).toBe('step-000002')
 })
 
-test('an old checkpoint that is open stays intact until a later save', async () => {
+test('an old checkpoint with open files stays intact until a later save', async () => {
   const { save, names } = await folderOfRun()
   const old = await save(1)
   const { rename: renameFile } = await vi.importActual<typeof import('node:fs/promises')>('node:fs/promises')
   vi.mocked(rename).mockImplementation((from, to) =>
-    from === old ? Promise.reject(refused('EPERM')) : renameFile(from, to),
+    from === old ? Promise.reject(openFile('EPERM')) : renameFile(from, to),
   )
   await save(2)
   expect(await names()).toEqual(['latest', 'step-000001', 'step-000002'])
@@ -43,11 +44,11 @@ test('an old checkpoint that is open stays intact until a later save', async () 
   expect(await names()).toEqual(['latest', 'step-000003'])
 })
 
-test('a checkpoint that cannot be removed no longer counts, and a later save removes it', async () => {
+test('a checkpoint that cannot be removed is renamed, and a later save removes it', async () => {
   const { out, save, names } = await folderOfRun()
   await save(1)
   vi.mocked(rm).mockImplementation(async () => {
-    throw refused('ENOTEMPTY')
+    throw openFile('ENOTEMPTY')
   })
   await save(2)
   expect((await names()).map(name => name.replace(/-\d+-\w+$/, ''))).toEqual([

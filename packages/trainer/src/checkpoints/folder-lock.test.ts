@@ -11,7 +11,7 @@ import { lockFolder } from './folder-lock.ts'
 vi.mock('node:fs', { spy: true })
 afterEach(removeTemporaryFolders)
 
-test('a folder is locked once and unlocked', async () => {
+test('a folder can be locked once, and again after unlocking', async () => {
   const out = join(await temporaryFolder(), 'new', 'run')
   const unlock = lockFolder(out)
   expect(() => lockFolder(`${out}/../run`)).toThrow(new RegExp(`process ${process.pid} is writing to`))
@@ -22,16 +22,16 @@ test('a folder is locked once and unlocked', async () => {
 
 test.each([
   ['a process that was killed', `${spawnSync(process.execPath, ['-e', '']).pid} ${hostname()}`],
-  ['a process of the same number before this one', `${process.pid} ${hostname()}`],
+  ['an earlier process with the id of this one', `${process.pid} ${hostname()}`],
   ['another machine', `${process.ppid} elsewhere.example`],
-  ['a process killed while it wrote', ''],
+  ['a process that was killed while writing it', ''],
 ])('the lock of %s is ignored', async (_, text) => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), text)
   lockFolder(out)()
 })
 
-test.runIf(process.platform === 'linux')('so is that of a process that its parent never reaps', async () => {
+test.runIf(process.platform === 'linux')('the lock of a zombie process is ignored', async () => {
   const out = await temporaryFolder()
   const parent = spawn('sh', ['-c', 'sleep 0 & echo $!; exec sleep 60'])
   try {
@@ -50,7 +50,7 @@ test('the lock of a running process is respected', async () => {
   expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to .*remove .*training.lock`))
 })
 
-test('a read-only file system is named, although Node reports ENOENT for it', async () => {
+test('the error for a read-only file system has EROFS, although Node reports ENOENT', async () => {
   const out = join(await temporaryFolder(), 'new', 'run')
   const fails = (code: string) => () => {
     throw Object.assign(new Error(`${code}: mkdir`), { code })
@@ -60,7 +60,7 @@ test('a read-only file system is named, although Node reports ENOENT for it', as
   expect(vi.mocked(mkdirSync)).toHaveBeenLastCalledWith(join(out, '..'))
 })
 
-test('unlocking a folder that has become read-only is no error', async () => {
+test('unlocking a folder that has become read-only is not an error', async () => {
   const out = await temporaryFolder()
   const unlock = lockFolder(out)
   vi.mocked(unlinkSync).mockImplementationOnce(() => {
@@ -71,7 +71,7 @@ test('unlocking a folder that has become read-only is no error', async () => {
   lockFolder(out)()
 })
 
-test('an invalid folder is E_CONFIG', async () => {
+test('a folder that cannot be created is an error', async () => {
   const path = join(await temporaryFolder(), 'file')
   await writeFile(path, '')
   for (const out of [path, join(path, 'below')]) {

@@ -11,7 +11,7 @@ beforeAll(() => setDefaultBackend(backend))
 
 const settings = { data: letterData(), steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false }
 
-/** Trains a new model; its losses by step, what it came to and its weights. */
+/** Trains a new model. Returns the result, the losses by step and the weights. */
 async function run(options: Partial<TrainOptions> & { stopAfter?: number }) {
   const { stopAfter, ...rest } = options
   const model = new BigramModel()
@@ -37,9 +37,9 @@ async function run(options: Partial<TrainOptions> & { stopAfter?: number }) {
   }
 }
 
-const named = (folder: TestDirectory, ...path: string[]) =>
+const folderAt = (folder: TestDirectory, ...path: string[]) =>
   path.reduce((at, name) => at.entries.get(name) as TestDirectory, folder)
-const checkpointsOf = (folder: TestDirectory) => [...named(folder, 'checkpoints').entries.keys()].sort()
+const checkpointsOf = (folder: TestDirectory) => [...folderAt(folder, 'checkpoints').entries.keys()].sort()
 const write = async (folder: TestDirectory, name: string, text: string) => {
   const file = await (await folder.getFileHandle(name, { create: true })).createWritable()
   await file.write(new TextEncoder().encode(text))
@@ -63,43 +63,43 @@ test('a checkpoint contains the same as one on disk', async () => {
   const out = new TestDirectory('run')
   const tokenizer = { ...letters, idToToken: (id: number) => `<${id}>`, toJSON: () => ({ version: '1.0' }) }
   await run({ out, steps: 2, tokenizer })
-  const checkpoint = named(out, 'checkpoints', 'step-000002')
+  const checkpoint = folderAt(out, 'checkpoints', 'step-000002')
   expect([...checkpoint.entries.keys()].sort()).toEqual(['model', 'optimizer.safetensors', 'trainer.json'])
   const files = ['model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
-  expect([...named(checkpoint, 'model').entries.keys()].sort()).toEqual(files)
+  expect([...folderAt(checkpoint, 'model').entries.keys()].sort()).toEqual(files)
 })
 
-test('the folder of the model is that of the latest checkpoint, or the one given', async () => {
+test('modelFolder returns the model of the latest checkpoint of a run, or the given folder of a model', async () => {
   const out = new TestDirectory('run')
   await expect(modelFolder(out)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: 'modelFolder' })
   await run({ out, checkpointEvery: 5, steps: 6 })
   const found = await modelFolder(out)
-  expect(found).toBe(named(out, 'checkpoints', 'step-000006', 'model'))
+  expect(found).toBe(folderAt(out, 'checkpoints', 'step-000006', 'model'))
   await expect(modelFolder(out, { ema: true })).rejects.toThrow('run/checkpoints/step-000006 has no averaged weights')
   await write(found as TestDirectory, 'config.json', '{}')
   expect(await modelFolder(found)).toBe(found)
 })
 
-test('averaged weights are saved as a second model, and resumed', async () => {
+test('the EMA of the weights is saved as a second model, and resumed', async () => {
   const [whole, out] = [new TestDirectory('whole'), new TestDirectory('run')]
   const { result } = await run({ out: whole, ema: 0.9 })
   await run({ out, ema: 0.9, stopAfter: 5 })
   expect((await run({ out, ema: 0.9, resume: true })).result.ema?.loss).toBe(result.ema?.loss)
-  expect(await modelFolder(out, { ema: true })).toBe(named(out, 'checkpoints', 'step-000012', 'ema'))
+  expect(await modelFolder(out, { ema: true })).toBe(folderAt(out, 'checkpoints', 'step-000012', 'ema'))
 })
 
-test('a checkpoint that a page left incomplete is ignored, and removed later', async () => {
+test('an incomplete checkpoint is ignored, and removed later', async () => {
   const out = new TestDirectory('run')
   await run({ out, stopAfter: 4 })
-  const half = await named(out, 'checkpoints').getDirectoryHandle('step-000005', { create: true })
+  const half = await folderAt(out, 'checkpoints').getDirectoryHandle('step-000005', { create: true })
   await half.getFileHandle('trainer.json', { create: true })
-  await write(named(out, 'checkpoints'), 'latest', 'step-000005\n')
+  await write(folderAt(out, 'checkpoints'), 'latest', 'step-000005\n')
   const { losses } = await run({ out, resume: true, keepCheckpoints: 1 })
   expect(Object.keys(losses)[0]).toBe('5')
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000012'])
 })
 
-test('a full storage leaves the previous checkpoint', async () => {
+test('a full storage is an error that names the previous checkpoint, which stays', async () => {
   const out = new TestDirectory('run')
   await run({ out, stopAfter: 4 })
   out.quota.bytes = 500
@@ -111,10 +111,10 @@ test('a full storage leaves the previous checkpoint', async () => {
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000004'])
 })
 
-test('a corrupt checkpoint is reported with an intact one; any can be resumed by name', async () => {
+test('the error of a corrupt checkpoint names an intact one, which can be resumed by name', async () => {
   const out = new TestDirectory('run')
   await run({ out, checkpointEvery: 4 })
-  await write(named(out, 'checkpoints', 'step-000012'), 'optimizer.safetensors', 'nothing of the kind')
+  await write(folderAt(out, 'checkpoints', 'step-000012'), 'optimizer.safetensors', 'nothing of the kind')
   const whole = 'run/checkpoints/step-000008'
   await expect(run({ out, resume: true })).rejects.toMatchObject({ code: 'E_CHECKPOINT', details: { whole } })
   await expect(run({ out, resume: 'run/checkpoints/step-000009' })).rejects.toMatchObject({
@@ -126,7 +126,7 @@ test('a corrupt checkpoint is reported with an intact one; any can be resumed by
   expect(result.checkpoint).toBe('run/checkpoints/step-000012')
 })
 
-test('a run is not overwritten by accident', async () => {
+test('rejects a finished run without overwrite', async () => {
   const out = new TestDirectory('run')
   await run({ out })
   await expect(run({ out })).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringContaining('overwrite') })
@@ -134,7 +134,7 @@ test('a run is not overwritten by accident', async () => {
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000002'])
 })
 
-test('adapters alone are not saved there', async () => {
+test('saving adapters is not supported', async () => {
   const model = new BigramModel()
   addAdapters(model, { rank: 2 })
   await expect(train(model, { ...settings, out: new TestDirectory('run') })).rejects.toMatchObject({

@@ -7,23 +7,23 @@ import { OptimizerOnRanks } from './optimizer-on-ranks.ts'
 
 const backend = referenceBackend()
 
-/** Ranks in this process: what they gather, and what they send to rank 0. */
-function meeting(size: number): SendingRanks[] {
-  const calls: Array<{ readonly given: Map<number, Tensor>; waiting: Array<() => void> }> = []
+/** Ranks in this process that can gather, and send to rank 0. */
+function createRanks(size: number): SendingRanks[] {
+  const calls: Array<{ readonly tensors: Map<number, Tensor>; waiting: Array<() => void> }> = []
   const sent = new Map<number, Float32Array[]>()
   return Array.from({ length: size }, (_, rank) => {
     let call = 0
     return {
       rank,
       size,
-      allReduce: () => Promise.reject(new Error('nobody should')),
+      allReduce: () => Promise.reject(new Error('not expected')),
       async allGather(tensor) {
-        calls[call] ??= { given: new Map(), waiting: [] }
-        const { given, waiting } = calls[call++]
-        given.set(rank, tensor.narrow(0, 0, tensor.size))
-        if (given.size < size) await new Promise<void>(done => waiting.push(done))
+        calls[call] ??= { tensors: new Map(), waiting: [] }
+        const { tensors, waiting } = calls[call++]
+        tensors.set(rank, tensor.narrow(0, 0, tensor.size))
+        if (tensors.size < size) await new Promise<void>(done => waiting.push(done))
         else for (const done of waiting) done()
-        return concat(Array.from({ length: size }, (_, r) => given.get(r) as Tensor))
+        return concat(Array.from({ length: size }, (_, r) => tensors.get(r) as Tensor))
       },
       async send(tensor, to) {
         expect(to).toBe(0)
@@ -36,12 +36,12 @@ function meeting(size: number): SendingRanks[] {
   })
 }
 
-/** Whose only state is a copy of a parameter. */
-const copies = (of: readonly NamedParameter[]): Optimizer => ({
+/** An optimizer whose only state are the values of its parameters. */
+const copying = (of: readonly NamedParameter[]): Optimizer => ({
   name: 'copies',
   settings: () => ({}),
   step: () => {},
-  load: () => Promise.reject(new Error('nobody should')),
+  load: () => Promise.reject(new Error('not expected')),
   dispose: () => {},
   entries: () =>
     of.map(({ name, parameter }) => {
@@ -49,23 +49,23 @@ const copies = (of: readonly NamedParameter[]): Optimizer => ({
     }),
 })
 
-/** Rows of `[7, 2]` whose elements are their numbers in it. */
+/** Rows of a `[7, 2]` table whose elements are their indices. */
 function rows(from: number, to: number, name = 'table') {
   const numbers = Float32Array.from({ length: 2 * (to - from) }, (_, i) => 2 * from + i)
   return { name, parameter: new Parameter(fromHost(numbers, [to - from, 2], 'f32', backend)), firstRow: from }
 }
 
-test('a parameter whose rows are on several ranks, some of them twice, is stored with each row once', async () => {
+test('entries contain each row once if rows of a parameter are on several ranks', async () => {
   const parts = [[rows(3, 7)], [rows(0, 3), rows(0, 7, 'other')], [rows(3, 7), rows(0, 7, 'other')], [rows(0, 3)], []]
-  const ranks = meeting(parts.length)
+  const ranks = createRanks(parts.length)
   const all = await Promise.all(
-    parts.map((parameters, i) => OptimizerOnRanks.of({ ranks: ranks[i], parameters }, copies(parameters), backend)),
+    parts.map((parameters, i) => OptimizerOnRanks.of({ ranks: ranks[i], parameters }, copying(parameters), backend)),
   )
   await Promise.all(all.slice(1).map(each => each.send()))
-  const told: unknown[] = []
-  for (const { name, shape, data } of all[0].entries()) told.push([name, shape, [...(await data())]])
+  const entries: unknown[] = []
+  for (const { name, shape, data } of all[0].entries()) entries.push([name, shape, [...(await data())]])
   const numbers = Array.from({ length: 14 }, (_, i) => i)
-  expect(told).toEqual([
+  expect(entries).toEqual([
     ['table', [7, 2], numbers],
     ['other', [7, 2], numbers],
   ])

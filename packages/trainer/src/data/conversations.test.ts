@@ -36,13 +36,13 @@ const template = {
     (addGenerationPrompt ? 'a' : ''),
 }
 
-/** A token a character. */
+/** A tokenizer with one token per character. */
 const characters: TextTokenizer = {
   vocabSize: 256,
   encode: text => Uint8Array.from(text, character => character.charCodeAt(0)),
 }
 
-/** The tokens of a data set as text, with those to be learned in upper case; a list of its examples. */
+/** The examples of a data set as text, with learned tokens in upper case. */
 function shown(data: TokenDataset): string[] {
   const starts = new Set(data.starts)
   const text = Array.from(data.tokens, (id, i) => {
@@ -53,7 +53,7 @@ function shown(data: TokenDataset): string[] {
   return examples.map((start, i) => text.slice(start, examples[i + 1]))
 }
 
-/** What rows have to predict: of every position that counts, the tokens of its row that it sees and the next one. */
+/** For each position of the rows with a loss, the tokens that it attends to and the next one, as text. */
 function predictions({ tokens, documents, starts, rows, length }: TokenBatch, positions: number): string[] {
   return Array.from({ length: rows }, (_, row) =>
     Array.from({ length: positions }, (_, t) => {
@@ -67,18 +67,18 @@ function predictions({ tokens, documents, starts, rows, length }: TokenBatch, po
 describe('tokenizeConversations', () => {
   const learned = (...all: Conversation[]) => shown(tokenizeConversations(all, characters, template))
 
-  test('answers are learned, including their end tokens, and nothing else', () => {
+  test('learns answers, including their end tokens, and nothing else', () => {
     expect(learned([ask('hi'), answer('yo')])).toEqual(['uhiaYOZ'])
     expect(learned([ask('b'), answer('c'), ask('d'), answer('e')], [answer('f')])).toEqual(['ubaCZudaEZ', 'aFZ'])
     expect(learned([{ role: 'system', content: 's' }, ask('b'), answer('')])).toEqual(['usubaZ'])
   })
 
-  test('answers of weight 0 are context, and whatever follows the last learned one is left out', () => {
+  test('uses answers of weight 0 as context only, and leaves out messages after the last learned one', () => {
     expect(learned([ask('b'), { ...answer('c'), weight: 0 }, ask('d'), answer('e'), ask('f')])).toEqual(['ubaczudaEZ'])
     expect(learned([ask('b'), answer('c'), ask('d'), { ...answer('e'), weight: 0 }])).toEqual(['ubaCZ'])
   })
 
-  test('if a template drops parts of earlier answers, each answer still follows its original context', () => {
+  test('splits a conversation if the template drops parts of earlier answers, so that each answer follows its context', () => {
     const forgets = {
       render: (messages: Conversation, options: { addGenerationPrompt: boolean }) =>
         template.render(
@@ -102,7 +102,7 @@ describe('tokenizeConversations', () => {
     expect([data.documents, data.predictable, data.unpredictable, longestExample(data)]).toEqual([1, 2, 0, 6])
   })
 
-  test('refuses a template that does not render answers after its generation prompt', () => {
+  test('rejects a template that does not render answers after its generation prompt', () => {
     const other = {
       render: (_: Conversation, { addGenerationPrompt }: { addGenerationPrompt: boolean }) =>
         addGenerationPrompt ? 'x' : 'y',
@@ -117,8 +117,8 @@ describe('tokenizeConversations', () => {
 })
 
 describe('examples', () => {
-  /** Of lower-case letters, with what is learned. */
-  const some = fc.array(
+  /** Examples of lower-case letters, each with whether it is learned. */
+  const exampleLists = fc.array(
     fc.array(fc.tuple(fc.integer({ min: 97, max: 122 }), fc.boolean()), { minLength: 1, maxLength: 12 }),
     { minLength: 1, maxLength: 8 },
   )
@@ -131,17 +131,17 @@ describe('examples', () => {
     TokenDataset.fromExamples(
       examples.map(example => ({ tokens: example.map(([id]) => id), lossMask: example.map(([, is]) => is) })),
     )
-  const wanted = (examples: [number, boolean][][], sequenceLength: number) =>
+  const expectedPredictions = (examples: [number, boolean][][], sequenceLength: number) =>
     examples.flatMap(example =>
       example.flatMap(([, is], i) =>
         i > 0 && is && i <= sequenceLength ? [String.fromCharCode(...example.slice(0, i + 1).map(([id]) => id))] : [],
       ),
     )
 
-  test('every learned token is predicted once per epoch, from what precedes it in its example', () => {
+  test('predict every learned token once per epoch, from the tokens before it in its example', () => {
     fc.assert(
-      fc.property(some, lengths, (examples, sizes) => {
-        const expected = wanted(examples, sizes.sequenceLength).sort()
+      fc.property(exampleLists, lengths, (examples, sizes) => {
+        const expected = expectedPredictions(examples, sizes.sequenceLength).sort()
         fc.pre(expected.length > 0)
         const data = datasetOf(examples)
         const order = new TrainingOrder(data, { ...sizes, batchSize: 1 })
@@ -151,17 +151,17 @@ describe('examples', () => {
         expect(rows.flat().sort()).toEqual(expected)
         expect(rows.filter(row => row.length === 0)).toEqual([])
         expect(data.predictable - truncatedTokens(data, sizes.sequenceLength)).toBe(expected.length)
-        const measured = [...evaluationWindows(data, { ...sizes, batchSize: 3 })]
-        expect(measured.flatMap(({ batch }) => predictions(batch, sizes.sequenceLength)).sort()).toEqual(expected)
-        expect(measured.every(({ from }) => from === 0)).toBe(true)
+        const evaluated = [...evaluationWindows(data, { ...sizes, batchSize: 3 })]
+        expect(evaluated.flatMap(({ batch }) => predictions(batch, sizes.sequenceLength)).sort()).toEqual(expected)
+        expect(evaluated.every(({ from }) => from === 0)).toBe(true)
       }),
     )
   })
 
-  test('with isolate, examples share rows, and each token sees only its own example', () => {
+  test('are packed into rows with isolate, and each token attends only to its own example', () => {
     fc.assert(
-      fc.property(some, lengths, (examples, { sequenceLength, lookahead }) => {
-        fc.pre(wanted(examples, sequenceLength).length > 0)
+      fc.property(exampleLists, lengths, (examples, { sequenceLength, lookahead }) => {
+        fc.pre(expectedPredictions(examples, sequenceLength).length > 0)
         const data = datasetOf(examples)
         const sizes = { sequenceLength, lookahead, batchSize: 1 }
         const order = new TrainingOrder(data, { ...sizes, isolate: true })
@@ -176,14 +176,14 @@ describe('examples', () => {
           }
           free.push(room - filled)
         }
-        // No two rows could be one: what is in the emptier one has more tokens than the other has room for.
-        const [least, next] = free.sort((a, b) => b - a)
-        if (next !== undefined) expect(least).toBeLessThan(room - next)
+        // The two emptiest rows do not fit into one.
+        const [largest, next] = free.sort((a, b) => b - a)
+        if (next !== undefined) expect(largest).toBeLessThan(room - next)
       }),
     )
   })
 
-  test('documents that share a window see only themselves', () => {
+  test('documents in the same window do not attend to each other with isolate', () => {
     const data = TokenDataset.fromTokens([
       [1, 2, 3],
       [4, 5, 6, 7],
@@ -200,7 +200,7 @@ describe('examples', () => {
     ])
   })
 
-  test('a limit selects some of them, spread evenly', () => {
+  test('are selected evenly by an evaluation limit', () => {
     const data = datasetOf(
       Array.from({ length: 26 }, (_, i) => [
         [97, true],
@@ -216,27 +216,30 @@ describe('examples', () => {
     expect(letters).toEqual([97, 99, 102, 104, 107, 110, 112, 115, 117, 120])
   })
 
-  test('are refused if they are inconsistent or have nothing to learn', () => {
-    const refuses = (make: () => unknown, message: RegExp) =>
+  test('are rejected if they are inconsistent or have nothing to learn', () => {
+    const expectError = (make: () => unknown, message: RegExp) =>
       expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }))
-    refuses(
+    expectError(
       () => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1] }]),
       /example 0 has 2 tokens, but 1 entries/,
     )
-    refuses(() => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1, 0] }]), /none of the 2 tokens is learned/)
-    refuses(() => TokenDataset.fromExamples([]), /0 tokens/)
+    expectError(
+      () => TokenDataset.fromExamples([{ tokens: [1, 2], lossMask: [1, 0] }]),
+      /none of the 2 tokens is learned/,
+    )
+    expectError(() => TokenDataset.fromExamples([]), /0 tokens/)
     const misspelled = { tokens: [1, 2], loss_mask: [0, 1] }
     expect(() => TokenDataset.fromExamples([misspelled])).toThrow(
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(/loss_mask.*lossMask/) }),
     )
     const late = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], lossMask: [0, 0, 0, 1] }])
-    refuses(
+    expectError(
       () => new TrainingOrder(late, { sequenceLength: 2, lookahead: 1, batchSize: 1 }),
       /none of 1 examples .* first 2 positions; .* longest example has 3/,
     )
   })
 
-  test('have another digest than the same documents', () => {
+  test('have another digest than documents with the same tokens', () => {
     const tokens = [
       [1, 2],
       [3, 4],
@@ -247,7 +250,7 @@ describe('examples', () => {
   })
 })
 
-describe('DeepSeek', () => {
+describe('with DeepSeek', () => {
   const config = {
     ...presets.tiny,
     vocab_size: 256,
@@ -263,28 +266,31 @@ describe('DeepSeek', () => {
   ]
   const data = tokenizeConversations(all, characters, template)
 
-  test.each([false, true])('loss is that of the answers, of each conversation alone; isolate: %j', async isolate => {
-    const backend = referenceBackend()
-    const model = new DeepSeek(config, { backend })
-    const sizes = { sequenceLength: 24, lookahead: model.lookahead, batchSize: isolate ? 1 : 2, isolate }
-    const order = new TrainingOrder(data, sizes)
-    expect(order.windows).toBe(sizes.batchSize)
-    const [batch] = order.step(0)
-    const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
-    let expected = 0
-    for (const text of ['uhowasoz', 'ubacdezufagz']) {
-      const ids = characters.encode(text)
-      const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
-      const probabilities = readF64(noGrad(() => softmax(logits)))
-      const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
-      for (const i of at) expected -= Math.log(probabilities[(i - 1) * 256 + ids[i]])
-    }
-    expect(count).toBe(9)
-    expect(readF64(nll)[0]).toBeCloseTo(expected, 6)
-    const measured = await evaluate(model, data, { sequenceLength: 24, batchSize: 2, isolate })
-    expect(measured.tokens).toBe(9)
-    expect(measured.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
-  })
+  test.each([false, true])(
+    'the loss is that of the answers, each given its own conversation; isolate: %j',
+    async isolate => {
+      const backend = referenceBackend()
+      const model = new DeepSeek(config, { backend })
+      const sizes = { sequenceLength: 24, lookahead: model.lookahead, batchSize: isolate ? 1 : 2, isolate }
+      const order = new TrainingOrder(data, sizes)
+      expect(order.windows).toBe(sizes.batchSize)
+      const [batch] = order.step(0)
+      const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
+      let expected = 0
+      for (const text of ['uhowasoz', 'ubacdezufagz']) {
+        const ids = characters.encode(text)
+        const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
+        const probabilities = readF64(noGrad(() => softmax(logits)))
+        const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
+        for (const i of at) expected -= Math.log(probabilities[(i - 1) * 256 + ids[i]])
+      }
+      expect(count).toBe(9)
+      expect(readF64(nll)[0]).toBeCloseTo(expected, 6)
+      const evaluated = await evaluate(model, data, { sequenceLength: 24, batchSize: 2, isolate })
+      expect(evaluated.tokens).toBe(9)
+      expect(evaluated.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
+    },
+  )
 
   test('train packs conversations, and resumes only with the same setting', async () => {
     const out = await temporaryFolder()
@@ -318,7 +324,7 @@ describe('DeepSeek', () => {
     )
   })
 
-  test('gradients of conversations that share a row are those of rows of their own, MTP included', () => {
+  test('gradients with packed conversations equal those with one row each, including MTP', () => {
     const backend = referenceBackend()
     const model = new DeepSeek(config, { backend, objective: { balanceWeight: 0 } })
     const gradients = [false, true].map(isolate => {
@@ -333,14 +339,14 @@ describe('DeepSeek', () => {
     for (const [i, { name, grad }] of gradients[0].entries()) {
       const scale = Math.max(...grad.map(Math.abs), 1e-6)
       const apart = Math.max(...grad.map((x, j) => Math.abs(x - gradients[1][i].grad[j])))
-      // The angles of rotation are rounded to f32, and others where a conversation stands elsewhere in its row.
+      // Rotation angles are rounded to f32, and depend on the position of the conversation in its row.
       expect(apart / scale, name).toBeLessThan(1e-6)
     }
   })
 })
 
-describe('files', () => {
-  test('have a conversation on each line, in either form', async () => {
+describe('conversationFiles', () => {
+  test('reads a conversation per line, as an object with messages or a list', async () => {
     const cwd = await temporaryFolder()
     const first = [ask('é\u2028'), answer('b')]
     const second = [ask('c'), { ...answer('d'), tool_calls: [{ id: 1 }] }]
@@ -365,16 +371,16 @@ describe('files', () => {
     ['a list over several lines', '[', /a\.jsonl:2 is not JSON.*over several lines/],
     ['another form', '{"prompt": "b", "completion": "c"}', /a\.jsonl:2 is not a list of messages/],
     ['null', 'null', /a\.jsonl:2 is not a list/],
-    ['a message that is none', '[null]', /role of message 0 of .*a\.jsonl:2 is not a string/],
+    ['a message that is null', '[null]', /role of message 0 of .*a\.jsonl:2 is not a string/],
     [
       'a message without text',
       '[{"role": "assistant", "content": null}]',
       /content of message 0 of .*:2 is not a string/,
     ],
-    ['another weight', '[{"role": "assistant", "content": "b", "weight": 0.5}]', /has weight 0\.5; pass 0 or 1/],
+    ['an invalid weight', '[{"role": "assistant", "content": "b", "weight": 0.5}]', /has weight 0\.5; pass 0 or 1/],
     ['no answer', '[{"role": "user", "content": "b"}]', /a\.jsonl:2 has no answer to learn/],
     ['no answer that is learned', '[{"role": "assistant", "content": "b", "weight": 0}]', /has no answer to learn/],
-  ])('%s is refused by file and line', async (_, line, message) => {
+  ])('rejects %s by file and line', async (_, line, message) => {
     const cwd = await temporaryFolder()
     await writeFile(join(cwd, 'a.jsonl'), `${JSON.stringify([ask('b'), answer('c')])}\n${line}\n`)
     expect(() => conversationFiles('a.jsonl', { template, cwd })).toThrow(
@@ -382,7 +388,7 @@ describe('files', () => {
     )
   })
 
-  test('without a template there is an error that names one', () => {
+  test('rejects a missing or pending template, and held-out data from too few conversations', () => {
     expect(() => conversationFiles('a.jsonl', { template: Promise.resolve() as never })).toThrow(
       /template is a promise.*await ChatTemplate/,
     )
@@ -398,7 +404,7 @@ describe('files', () => {
 test('train learns answers, warns about truncation, and saves the template with the model', async () => {
   const out = await temporaryFolder()
   const random = (i: number) => String.fromCharCode(98 + ((i * 7) % 9))
-  // The answer is the letter behind that of the question.
+  // The answer is the letter after that of the question.
   const all = Array.from({ length: 60 }, (_, i) => [
     ask(random(i)),
     answer(String.fromCharCode(random(i).charCodeAt(0) + 1).repeat(i === 5 ? 40 : 1)),
@@ -423,7 +429,7 @@ test('train learns answers, warns about truncation, and saves the template with 
     },
   })
   expect(run.validation.tokens).toBe(12)
-  // A bigram knows of `a` alone, so that one of nine letters is right, and that `z` ends an answer.
+  // A bigram sees only `a` before the answer, so that it guesses one of nine letters, but it learns that `z` ends an answer.
   expect(run.validation.loss).toBeGreaterThan(Math.log(9) / 2 - 0.4)
   expect(run.validation.loss).toBeLessThan(Math.log(9) / 2 + 0.4)
   expect(notices).toEqual([
@@ -447,7 +453,7 @@ test('train learns answers, warns about truncation, and saves the template with 
   ).rejects.toThrow(/whose template writes these tokens/)
 })
 
-test('a row of a bigram has its targets where they were', () => {
+test('the loss mask of examples selects the targets of a bigram', () => {
   const data = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], lossMask: [0, 0, 1, 1] }])
   const [batch] = new TrainingOrder(data, { sequenceLength: 5, lookahead: 1, batchSize: 1 }).step(0)
   expect([...nextTokens(batch, 0).targets]).toEqual([-100, 3, 4, -100, -100])

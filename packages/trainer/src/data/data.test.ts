@@ -12,7 +12,7 @@ import { TrainingOrder } from './training-order.ts'
 
 afterEach(removeTemporaryFolders)
 
-/** Documents of distinct tokens, so that a token tells its place. */
+/** Documents of distinct tokens, each its own position. */
 const numbered = fc.array(fc.integer({ min: 1, max: 40 }), { minLength: 1, maxLength: 12 }).map(lengths => {
   let next = 0
   return lengths.map(length => Array.from({ length }, () => next++))
@@ -37,18 +37,18 @@ describe('texts', () => {
     expect(validation[0].length / text.length).toBeCloseTo(0.1, 1)
   })
 
-  test('takes held-out documents as they are', () => {
+  test('uses given held-out documents unchanged', () => {
     expect(texts(['a', '', 'b'], { validation: ['c'] })).toEqual({ training: ['a', 'b'], validation: ['c'] })
   })
 
   test.each([
-    ['nothing', [], /has no documents/],
+    ['an empty list', [], /has no documents/],
     ['empty texts', ['', ''], /all 2 documents .* are empty/],
     ['binary content', ['fine', 'bad\0'], /document 1 .* NUL/],
-    ['no strings', [3 as unknown as string], /document 0 .* number/],
-    ['one text, whose characters would be documents', 'one text', /documents is a single string; pass a list/],
-    ['what is missing', undefined as unknown as string[], /documents is undefined/],
-  ])('refuses %s', (_, documents, message) => {
+    ['a number', [3 as unknown as string], /document 0 .* number/],
+    ['a single string', 'one text', /documents is a single string; pass a list/],
+    ['a missing argument', undefined as unknown as string[], /documents is undefined/],
+  ])('rejects %s', (_, documents, message) => {
     expect(() => texts(documents)).toThrow(
       expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
     )
@@ -63,7 +63,7 @@ describe('textFiles', () => {
     return path
   }
 
-  test('reads patterns and paths in order, holds out patterns', async () => {
+  test('reads patterns and paths in order, and holds out the files of a pattern', async () => {
     const cwd = await folder({ 'b.txt': 'second', 'a.txt': '\uFEFFfirst', 'sub/c.txt': 'third', 'd.md': 'other' })
     expect(textFiles('**/*.txt', { cwd }).training).toEqual(['first', 'second', 'third'])
     expect(textFiles(['b.txt', join(cwd, 'd.md')], { cwd }).training).toEqual(['second', 'other'])
@@ -71,15 +71,15 @@ describe('textFiles', () => {
     expect(split).toEqual({ training: ['first', 'second'], validation: ['third'] })
   })
 
-  test('holds out a file by any of its paths', async () => {
+  test('holds out a file given by another path, through a link', async () => {
     const cwd = await folder({ 'sub/a.txt': 'first', 'b.txt': 'second' })
-    // A link to a folder, as one to a file needs a privilege on Windows.
+    // A link to a folder, because links to files need a privilege on Windows.
     await symlink(join(cwd, 'sub'), join(cwd, 'held-out'), 'junction')
     const split = textFiles(['sub/*.txt', 'b.txt'], { cwd, validation: { files: 'held-out/a.txt' } })
     expect(split).toEqual({ training: ['second'], validation: ['first'] })
   })
 
-  test('takes patterns with the separators of Windows', async () => {
+  test('accepts patterns with the separators of Windows', async () => {
     vi.doMock('node:path', async original => ({ ...(await original<object>()), sep: '\\' }))
     vi.resetModules()
     try {
@@ -93,12 +93,12 @@ describe('textFiles', () => {
     }
   })
 
-  test('cuts files into documents', async () => {
+  test('splits files into documents', async () => {
     const cwd = await folder({ 'a.txt': 'one\n---\ntwo\n---\n' })
     expect(textFiles('a.txt', { cwd, separator: '\n---\n' }).training).toEqual(['one', 'two'])
   })
 
-  test('a line feed in the separator is a line end of the file', async () => {
+  test('matches a line feed in the separator with the line ends of the file', async () => {
     const cwd = await folder({ 'crlf.txt': 'one\r\nmore\r\n\r\ntwo\r\n', 'lf.txt': 'a\n\nb', 'long.txt': 'a b' })
     const of = (file: string, separator: string) => textFiles(file, { cwd, separator }).training
     expect(of('crlf.txt', '\n')).toEqual(['one', 'more', 'two'])
@@ -108,7 +108,7 @@ describe('textFiles', () => {
     expect(of('long.txt', '\n')).toEqual(['a b'])
   })
 
-  test('splits by a string as by a regular expression', async () => {
+  test('splits by a string as by an equal regular expression', async () => {
     const content = '\uFEFFüne🙂🙂deux🙂🙂🙂trois🙂🙂 🙂🙂quatre\n'
     const cwd = await folder({ 'a.txt': content })
     const parts = ['üne', 'deux', '🙂trois', 'quatre\n']
@@ -116,10 +116,10 @@ describe('textFiles', () => {
     expect(textFiles('a.txt', { cwd, separator: /🙂🙂/ }).training).toEqual(parts)
   })
 
-  test('of files larger than a string only the documents must fit', async () => {
+  test('reads files larger than a string can be, if each document fits', async () => {
     const cwd = await folder({ 'a.txt': 'first\nsecond\nthird' })
     const decode = Buffer.prototype.toString
-    // As if strings held 8 characters.
+    // As if strings had at most 8 characters.
     const limited = vi.spyOn(Buffer.prototype, 'toString').mockImplementation(function (this: Buffer, encoding) {
       if (this.length > 8) throw Object.assign(new Error('too long'), { code: 'ERR_STRING_TOO_LONG' })
       return decode.call(this, encoding)
@@ -140,7 +140,7 @@ describe('textFiles', () => {
     ['empty files', { 'a.txt': '' }, '*.txt', /are empty/],
     ['bytes with NUL', { 'a.txt': new Uint8Array([65, 66, 0, 1]) }, '*.txt', /a\.txt is binary: byte 2/],
     ['other encodings', { 'a.txt': new Uint8Array([65, 0xe9, 66]) }, '*.txt', /a\.txt is not UTF-8/],
-  ])('refuses %s', async (_, files, pattern, message) => {
+  ])('rejects %s', async (_, files, pattern, message) => {
     const cwd = await folder(files as Record<string, string>)
     expect(() => textFiles(pattern, { cwd })).toThrow(
       expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -148,13 +148,13 @@ describe('textFiles', () => {
   })
 })
 
-test('invalid paths and options are refused', async () => {
+test('textFiles and texts reject invalid paths and options', async () => {
   const cwd = await temporaryFolder()
   await writeFile(join(cwd, 'a.txt'), 'first')
   const read = textFiles as (...input: unknown[]) => unknown
   const url = pathToFileURL(cwd)
-  for (const given of [[], [[3]], [url], ['a.txt', { cwd, validation: 'b.txt' }], ['a.txt', { cwd: 3 }]]) {
-    expect(() => read(...given)).toThrow(expect.objectContaining({ code: 'E_ATTR', op: 'textFiles' }))
+  for (const args of [[], [[3]], [url], ['a.txt', { cwd, validation: 'b.txt' }], ['a.txt', { cwd: 3 }]]) {
+    expect(() => read(...args)).toThrow(expect.objectContaining({ code: 'E_ATTR', op: 'textFiles' }))
   }
   expect(textFiles('a.txt', { cwd: url }).training).toEqual(['first'])
   for (const make of [read, texts as typeof read]) {
@@ -164,7 +164,7 @@ test('invalid paths and options are refused', async () => {
 })
 
 describe('TokenDataset', () => {
-  test('needs texts and a tokenizer', () => {
+  test('rejects anything but a list of texts and a tokenizer', () => {
     const make = TokenDataset.fromTexts as (...input: unknown[]) => unknown
     expect(() => make('abc', letters)).toThrow(/documents is a single string; pass a list/)
     expect(() => make(['abc'], 'tokenizer.json')).toThrow(
@@ -173,7 +173,7 @@ describe('TokenDataset', () => {
     expect(() => make(['abc'], {})).toThrow(/an object without encode/)
   })
 
-  test('puts begin and end tokens around documents and counts bytes', () => {
+  test('adds begin and end tokens to documents, and counts bytes', () => {
     const none = [undefined] as unknown as string[]
     expect(() => TokenDataset.fromTexts(none, letters)).toThrow(expect.objectContaining({ code: 'E_DATA' }))
     const data = TokenDataset.fromTexts(['ab', 'c'], letters)
@@ -193,7 +193,7 @@ describe('TokenDataset', () => {
     expect(TokenDataset.fromTexts(['ab', 'c'], plain).unpredictable).toBe(2)
   })
 
-  test('refuses too few tokens, and ids outside the vocabulary', () => {
+  test('rejects too few tokens, and ids outside the vocabulary', () => {
     const code = expect.objectContaining({ code: 'E_DATA' })
     expect(() => TokenDataset.fromTokens([[1]])).toThrow(code)
     expect(() => TokenDataset.fromTokens([])).toThrow(code)
@@ -221,11 +221,11 @@ describe('TrainingOrder', () => {
     seed: fc.integer({ min: 0, max: 1000 }),
   })
 
-  test('shows every token as input and, except the first of each document, as target once per epoch', () => {
+  test('has every token except the first of each document as target once per epoch', () => {
     fc.assert(
       fc.property(usable, sizes, (documents, options) => {
         const data = TokenDataset.fromTokens(documents)
-        // One row a step makes an epoch a whole number of steps.
+        // With one row per step, an epoch is a whole number of steps.
         const order = new TrainingOrder(data, { ...options, batchSize: 1, accumulate: 1 })
         for (const epoch of [0, 1]) {
           const targets: number[] = []
@@ -242,7 +242,7 @@ describe('TrainingOrder', () => {
     )
   })
 
-  test('rows are consecutive tokens with their documents, and padding never counts', () => {
+  test('has rows of consecutive tokens with their documents, and padding without targets', () => {
     fc.assert(
       fc.property(usable, sizes, fc.integer({ min: 0, max: 50 }), (documents, options, step) => {
         const data = TokenDataset.fromTokens(documents)
@@ -262,7 +262,7 @@ describe('TrainingOrder', () => {
     )
   })
 
-  test('is a function of the step, and differs between epochs and seeds', () => {
+  test('depends only on step and seed, and differs between epochs', () => {
     const data = TokenDataset.fromTokens([Array.from({ length: 400 }, (_, i) => i)])
     const options = { sequenceLength: 4, lookahead: 1, batchSize: 10, seed: 1 }
     const order = new TrainingOrder(data, options)
@@ -274,7 +274,7 @@ describe('TrainingOrder', () => {
     expect([...new TrainingOrder(data, { ...options, seed: 2 }).step(0)[0].tokens]).not.toEqual(forwards[0])
   })
 
-  test('ranks and micro-batches share what one batch would hold', () => {
+  test('divides the rows of one batch between ranks and micro-batches', () => {
     fc.assert(
       fc.property(
         usable,
@@ -284,7 +284,7 @@ describe('TrainingOrder', () => {
         (documents, options, world, step) => {
           const data = TokenDataset.fromTokens(documents)
           const { batchSize, accumulate } = options
-          const whole = new TrainingOrder(data, {
+          const oneBatch = new TrainingOrder(data, {
             ...options,
             batchSize: batchSize * accumulate * world,
             accumulate: 1,
@@ -295,13 +295,13 @@ describe('TrainingOrder', () => {
           const joined = Array.from({ length: accumulate }, (_, micro) =>
             parts.flatMap(part => [...part[micro].tokens]),
           ).flat()
-          expect(joined).toEqual([...whole.step(step)[0].tokens])
+          expect(joined).toEqual([...oneBatch.step(step)[0].tokens])
         },
       ),
     )
   })
 
-  test('a batch that grows takes the windows in the order of one that does not, whichever step is asked for first', () => {
+  test('uses the windows in the same order for a growing batch, whichever step is requested first', () => {
     fc.assert(
       fc.property(
         usable,
@@ -316,7 +316,7 @@ describe('TrainingOrder', () => {
             { length: world },
             (_, rank) => new TrainingOrder(data, { ...options, rank, world, accumulate: step => counts[step] + 0.4 }),
           )
-          // From the last, as a run that goes on asks.
+          // From the last step, as for a resumed run.
           for (let step = counts.length - 1; step >= 0; step--) {
             const before = counts.slice(0, step).reduce((sum, count) => sum + count, 0)
             const parts = growing.map(order => order.step(step))
@@ -333,7 +333,7 @@ describe('TrainingOrder', () => {
     )
   })
 
-  test('refuses invalid sizes', () => {
+  test('rejects invalid sizes', () => {
     const data = TokenDataset.fromTokens([[1, 2, 3]])
     for (const accumulate of [() => 0.4, () => Number.NaN, () => undefined as never])
       expect(() =>
@@ -364,7 +364,7 @@ describe('evaluationWindows', () => {
       }).flat(),
     )
 
-  test('predicts every token that something precedes exactly once', () => {
+  test('predicts every token except the first of each document exactly once', () => {
     fc.assert(
       fc.property(usable, sizes, (documents, options) => {
         const targets = targetsOf(TokenDataset.fromTokens(documents), options)
@@ -373,7 +373,7 @@ describe('evaluationWindows', () => {
     )
   })
 
-  test('a limit takes windows from all over the data', () => {
+  test('selects windows from all parts of the data for a limit', () => {
     const data = TokenDataset.fromTokens([Array.from({ length: 1000 }, (_, i) => i)])
     const targets = targetsOf(data, { sequenceLength: 10, lookahead: 1, batchSize: 3, limit: 100 })
     expect(targets.length).toBe(105)

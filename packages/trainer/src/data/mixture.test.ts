@@ -18,7 +18,7 @@ const weights = fc.array(fc.double({ min: 0.01, max: 1, noNaN: true }), { minLen
 const sharesOf = (list: readonly number[]) => list.map(weight => weight / list.reduce((sum, value) => sum + value, 0))
 
 describe('interleaving', () => {
-  test('gives every stretch the shares, up to rounding at each division, and numbers the places of a source', () => {
+  test('gives each source its share of any range of places, up to rounding, and numbers its places', () => {
     fc.assert(
       fc.property(
         weights,
@@ -35,10 +35,10 @@ describe('interleaving', () => {
           }
           expect(seen).toEqual(interleaving.counts(from + length))
           const before = interleaving.counts(from)
-          // A halving is off by less than one place in a stretch; what is off within a half is its share of that.
-          const most = 2 * Math.ceil(Math.log2(list.length) || 0) + 1e-6
+          // Sources are divided in halves repeatedly. Each division deviates by less than one place per range.
+          const maximum = 2 * Math.ceil(Math.log2(list.length) || 0) + 1e-6
           for (const [i, count] of seen.entries())
-            expect(Math.abs(count - before[i] - shares[i] * length)).toBeLessThanOrEqual(most)
+            expect(Math.abs(count - before[i] - shares[i] * length)).toBeLessThanOrEqual(maximum)
         },
       ),
       { numRuns: 200 },
@@ -47,12 +47,12 @@ describe('interleaving', () => {
 })
 
 const texts = { web: letterTexts(30, 60, 3), code: letterTexts(8, 45, 4) }
-const held = { web: letterTexts(4, 50, 5), code: letterTexts(3, 70, 6) }
+const heldOut = { web: letterTexts(4, 50, 5), code: letterTexts(3, 70, 6) }
 const streams = (of: typeof texts) => ({
   web: TokenDataset.fromTexts(of.web, letters),
   code: TokenDataset.fromTexts(of.code, letters),
 })
-const [training, validation] = [streams(texts), streams(held)]
+const [training, validation] = [streams(texts), streams(heldOut)]
 const data = () =>
   mixture({
     web: { data: { training: training.web, validation: validation.web }, weight: 3 },
@@ -61,7 +61,7 @@ const data = () =>
 const sizes = { sequenceLength: 8, lookahead: 1, batchSize: 2, seed: 5 }
 
 describe('a mixture', () => {
-  test('deals rows of all sources to ranks, each source once per own epoch', () => {
+  test('distributes rows of all sources over ranks, and uses each source once per epoch of that source', () => {
     const numbers = (from: number, length: number) =>
       TokenDataset.fromTokens([Array.from({ length }, (_, i) => from + i)])
     const parts = { web: numbers(0, 1900), code: numbers(5000, 366) }
@@ -81,16 +81,16 @@ describe('a mixture', () => {
     }
     const one = rows(1, 200)
     expect(rows(2, 200)).toEqual(one)
-    const own = (stream: TokenDataset) => {
+    const rowsOf = (stream: TokenDataset) => {
       const order = new TrainingOrder(stream, { ...sizes, batchSize: 1 })
       return Array.from({ length: order.windows }, (_, step) => order.step(step)[0].tokens.join())
     }
-    const [web, code] = [own(parts.web), own(parts.code)]
+    const [web, code] = [rowsOf(parts.web), rowsOf(parts.code)]
     const ofCode = one.filter(row => code.includes(row))
     const ofWeb = one.filter(row => web.includes(row))
     expect(ofCode.length + ofWeb.length).toBe(800)
     expect(Math.abs(ofCode.length - 200)).toBeLessThanOrEqual(1)
-    // Every window of the smaller source in each of its epochs, in another order.
+    // Each epoch of the smaller source contains all its windows, in another order.
     const epochs = [0, 1].map(epoch => ofCode.slice(epoch * code.length, (epoch + 1) * code.length))
     for (const epoch of epochs) expect([...epoch].sort()).toEqual([...code].sort())
     expect(epochs[0]).not.toEqual(epochs[1])
@@ -102,7 +102,7 @@ describe('a mixture', () => {
     expect(used[1].epochs).toBe(ofCode.length / code.length)
   })
 
-  test('is reported by source: epochs at the start and in the result, held-out data in every evaluation', async () => {
+  test('reports the epochs of each source at the start and in the result, and evaluates each source', async () => {
     const events: TrainEvent[] = []
     const lines: string[] = []
     const drawn = progress({ stream: { write: text => lines.push(text) }, color: false })
@@ -118,11 +118,11 @@ describe('a mixture', () => {
     })
     expect(start.sources?.['code'].epochs).toBe(15 / Math.ceil((training.code.length - 1) / 8))
     expect(run.sources).toEqual(start.sources)
-    const measured = events.filter((event): event is EvaluationEvent => event.type === 'evaluation')
-    expect(measured.map(({ final }) => final)).toEqual([false, false, true])
-    for (const { sources } of measured) expect(Object.keys(sources ?? {})).toEqual(['web', 'code'])
-    expect(measured[0].tokens).toBeLessThan(measured[2].tokens)
-    expect(run.validation.sources).toEqual(measured[2].sources)
+    const evaluations = events.filter((event): event is EvaluationEvent => event.type === 'evaluation')
+    expect(evaluations.map(({ final }) => final)).toEqual([false, false, true])
+    for (const { sources } of evaluations) expect(Object.keys(sources ?? {})).toEqual(['web', 'code'])
+    expect(evaluations[0].tokens).toBeLessThan(evaluations[2].tokens)
+    expect(run.validation.sources).toEqual(evaluations[2].sources)
     expect(lines.join('')).toMatch(/sources: web 75.0 % \(.* epochs of .*\), code 25.0 %/)
     expect(lines.join('')).toMatch(/bits per byte \(web \d\.\d+, code \d\.\d+\)/)
   })
@@ -141,17 +141,20 @@ describe('a mixture', () => {
     })
     expect(all.tokens).toBe(web.tokens + code.tokens)
     expect(all.loss).toBeCloseTo((web.loss * web.tokens + code.loss * code.tokens) / all.tokens, 12)
-    const bytes = [held.web.join('').length, held.code.join('').length]
+    const bytes = [heldOut.web.join('').length, heldOut.code.join('').length]
     expect(all.bitsPerByte).toBeCloseTo(
       (web.bitsPerByte * bytes[0] + code.bitsPerByte * bytes[1]) / (bytes[0] + bytes[1]),
       12,
     )
   })
 
-  test('with other weights is another run, and invalid sources are named', async () => {
+  test('has other settings with other weights, and rejects invalid sources by name', async () => {
     const start = async (weight: number) => {
       let settings: StartEvent['settings'] = {}
-      const changed = mixture({ web: { data: training_('web'), weight }, code: { data: training_('code'), weight: 1 } })
+      const changed = mixture({
+        web: { data: trainingOf('web'), weight },
+        code: { data: trainingOf('code'), weight: 1 },
+      })
       const onEvent = (event: TrainEvent) => {
         if (event.type === 'start') settings = event.settings
       }
@@ -165,16 +168,16 @@ describe('a mixture', () => {
       })
       return settings['data']
     }
-    const training_ = (name: 'web' | 'code') => ({ training: training[name] })
+    const trainingOf = (name: 'web' | 'code') => ({ training: training[name] })
     expect(await start(1)).toBe(await start(1))
     expect(await start(1)).not.toBe(await start(2))
-    const refuses = (parts: unknown, message: RegExp) =>
+    const expectError = (parts: unknown, message: RegExp) =>
       expect(() => mixture(parts as Parameters<typeof mixture>[0])).toThrow(
         expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) }),
       )
-    refuses({}, /sources is/)
-    refuses({ web: { data: training_('web'), weight: 0 } }, /weight of web is 0/)
-    refuses({ web: { data: texts.web, weight: 1 } }, /data of web has no tokens/)
-    refuses({ web: { data: training_('web'), weights: 1 } }, /weights/)
+    expectError({}, /sources is/)
+    expectError({ web: { data: trainingOf('web'), weight: 0 } }, /weight of web is 0/)
+    expectError({ web: { data: texts.web, weight: 1 } }, /data of web has no tokens/)
+    expectError({ web: { data: trainingOf('web'), weights: 1 } }, /weights/)
   })
 })

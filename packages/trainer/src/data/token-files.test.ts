@@ -33,11 +33,11 @@ beforeAll(() => {
 })
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
 
-let made = 0
+let count = 0
 
-/** Files as Megatron-LM writes them (its `_IndexWriter`, by the code of these lines alone): any number of sequences in a document. */
+/** Writes files in the format of Megatron-LM's `_IndexWriter`, independently of our code, with any number of sequences per document. */
 function megatron(documents: readonly (readonly number[][])[], { wide = false, modes = false } = {}): string {
-  const path = join(folder, `megatron-${made++}`)
+  const path = join(folder, `megatron-${count++}`)
   const sequences = documents.flat()
   const bytes = wide ? 4 : 2
   const ids = sequences.flat()
@@ -64,15 +64,15 @@ function megatron(documents: readonly (readonly number[][])[], { wide = false, m
   return path
 }
 
-const whole = (documents: readonly number[][]) => documents.map(ids => [ids])
+const oneSequenceEach = (documents: readonly number[][]) => documents.map(ids => [ids])
 const documentsOf = fc.array(fc.array(fc.nat(30), { minLength: 1, maxLength: 12 }), { minLength: 2, maxLength: 12 })
 
 describe('files of Megatron-LM', () => {
-  test('are read as the same documents, in any number of files', () => {
+  test('are read as the same documents as in memory, from any number of files', () => {
     fc.assert(
       fc.property(documentsOf, fc.nat(12), fc.boolean(), fc.boolean(), (documents, cut, wide, modes) => {
         const parts = [documents.slice(0, cut), documents.slice(cut)].filter(part => part.length > 0)
-        const paths = parts.map(part => megatron(whole(part), { wide, modes }))
+        const paths = parts.map(part => megatron(oneSequenceEach(part), { wide, modes }))
         const { training } = tokenFiles([`${paths[0]}.bin`, ...paths.slice(1)], { vocabSize: 31 })
         const memory = TokenDataset.fromTokens(documents, { vocabSize: 31 })
         expect([training.length, training.documents, training.predictable]).toEqual([
@@ -91,7 +91,7 @@ describe('files of Megatron-LM', () => {
     )
   })
 
-  test('have documents of several sequences and of none', () => {
+  test('may have documents with several sequences or none', () => {
     const path = megatron([[[1, 2], [3]], [], [[4]], [[]], [[], [5, 6]], []])
     const { training, validation } = tokenFiles(path, { vocabSize: 7, validation: `${path}.idx` })
     expect([...training.read(0, 6)]).toEqual([1, 2, 3, 4, 5, 6])
@@ -99,7 +99,7 @@ describe('files of Megatron-LM', () => {
     expect(validation?.length).toBe(6)
   })
 
-  test('are the bytes that we write', () => {
+  test('have the same index bytes as ours', () => {
     const documents = [[1, 2, 3], [4], [5, 6]]
     const bytes = Buffer.concat([
       ...encodeIndex(
@@ -107,11 +107,11 @@ describe('files of Megatron-LM', () => {
         2,
       ),
     ])
-    expect(bytes).toEqual(readFileSync(`${megatron(whole(documents))}.idx`))
+    expect(bytes).toEqual(readFileSync(`${megatron(oneSequenceEach(documents))}.idx`))
   })
 
-  test('that are corrupt or of another format are refused', () => {
-    const refuses = (change: (path: string) => void, message: RegExp, options: object = { vocabSize: 9 }) => {
+  test('are rejected if they are corrupt or of another format', () => {
+    const expectError = (change: (path: string) => void, message: RegExp, options: object = { vocabSize: 9 }) => {
       const path = megatron([[[1, 2], [3]], [[8]]])
       change(path)
       expect(() => {
@@ -124,34 +124,34 @@ describe('files of Megatron-LM', () => {
       bytes[at] = value
       writeFileSync(`${path}.idx`, bytes)
     }
-    refuses(path => rmSync(`${path}.idx`), /idx: cannot read the file/)
-    refuses(path => rmSync(`${path}.bin`), /bin: cannot read the file/)
-    refuses(path => truncateSync(`${path}.idx`, 20), /not an index file/)
-    refuses(path => truncateSync(`${path}.idx`, 90), /has 90 bytes, but 3 sequences in 2 documents need 94/)
-    refuses(path => truncateSync(`${path}.bin`, 7), /has 7 bytes, but its index describes 8/)
-    refuses(path => writeFileSync(`${path}.bin`, 'longer than that'), /use the .idx that belongs/)
-    refuses(set(0, 0), /not an index file/)
-    refuses(set(9, 2), /version 2/)
-    refuses(set(17, 6), /id type 6/)
-    refuses(set(25, 255), /sequences in 2 documents need/)
-    refuses(set(37, 255), /negative length/)
-    refuses(set(34, 1), /sequence 1 does not start where/)
-    refuses(set(54, 9), /sequence 1 does not start where/)
-    refuses(set(70, 1), /documents do not cover the sequences in order/)
-    refuses(set(78, 200), /documents do not cover the sequences in order/)
-    refuses(set(86, 2), /documents do not cover the sequences in order/)
-    refuses(() => {}, /token 3 is 8, outside the vocabulary of 8/, { vocabSize: 8 })
-    refuses(() => {}, /vocabSize is undefined/, {})
+    expectError(path => rmSync(`${path}.idx`), /idx: cannot read the file/)
+    expectError(path => rmSync(`${path}.bin`), /bin: cannot read the file/)
+    expectError(path => truncateSync(`${path}.idx`, 20), /not an index file/)
+    expectError(path => truncateSync(`${path}.idx`, 90), /has 90 bytes, but 3 sequences in 2 documents need 94/)
+    expectError(path => truncateSync(`${path}.bin`, 7), /has 7 bytes, but its index describes 8/)
+    expectError(path => writeFileSync(`${path}.bin`, 'longer than that'), /use the .idx that belongs/)
+    expectError(set(0, 0), /not an index file/)
+    expectError(set(9, 2), /version 2/)
+    expectError(set(17, 6), /id type 6/)
+    expectError(set(25, 255), /sequences in 2 documents need/)
+    expectError(set(37, 255), /negative length/)
+    expectError(set(34, 1), /sequence 1 does not start where/)
+    expectError(set(54, 9), /sequence 1 does not start where/)
+    expectError(set(70, 1), /documents do not cover the sequences in order/)
+    expectError(set(78, 200), /documents do not cover the sequences in order/)
+    expectError(set(86, 2), /documents do not cover the sequences in order/)
+    expectError(() => {}, /token 3 is 8, outside the vocabulary of 8/, { vocabSize: 8 })
+    expectError(() => {}, /vocabSize is undefined/, {})
     expect(() => tokenFiles(megatron([[[1]]]), { vocabSize: 9 })).toThrow(/has 1 tokens/)
     expect(() => tokenFiles(megatron([]), { vocabSize: 9 })).toThrow(/has 0 tokens/)
   })
 
-  test('hold more tokens than 32 bits count', () => {
+  test('may have more than 2^32 tokens', () => {
     const path = join(folder, 'large')
     const lengths = Int32Array.of(2 ** 31 - 1, 2 ** 31 - 1, 2 ** 31 - 1, 5)
     writeFileSync(`${path}.idx`, Buffer.concat([...encodeIndex(lengths, 2)]))
     const length = 3 * (2 ** 31 - 1) + 5
-    // A sparse file: its end alone has tokens other than 0.
+    // A sparse file: only its last tokens are not 0.
     const file = openSync(`${path}.bin`, 'w')
     writeSync(file, Uint16Array.of(1, 2, 3, 4, 5), 0, 10, 2 * (length - 5))
     closeSync(file)
@@ -173,8 +173,8 @@ describe('files of Megatron-LM', () => {
 const texts = letterTexts(20, 37)
 const heldOut = letterTexts(3, 60, 2)
 
-async function written(name: string, documents: readonly string[], options: object = {}): Promise<string> {
-  const out = join(folder, `${name}-${made++}`)
+async function tokenizedFolder(name: string, documents: readonly string[], options: object = {}): Promise<string> {
+  const out = join(folder, `${name}-${count++}`)
   const path = `${out}.jsonl`
   writeFileSync(path, documents.map(text => `${JSON.stringify({ text })}\n`).join(''))
   await tokenize(path, { tokenizer: letters, out, threads: 1, shardTokens: 100, ...options })
@@ -182,8 +182,8 @@ async function written(name: string, documents: readonly string[], options: obje
 }
 
 describe('training from files', () => {
-  test('sees the rows of the same documents in memory, on every rank, and evaluates to the same', async () => {
-    const { training } = tokenFiles(await written('a', texts))
+  test('uses the same rows and evaluation windows as the documents in memory, on every rank', async () => {
+    const { training } = tokenFiles(await tokenizedFolder('a', texts))
     const memory = TokenDataset.fromTexts(texts, letters)
     for (const isolate of [false, true]) {
       for (const rank of [0, 1]) {
@@ -205,7 +205,7 @@ describe('training from files', () => {
     expect([...evaluationWindows(training, options)]).toEqual([...evaluationWindows(memory, options)])
   })
 
-  test('has the losses of the same documents in memory, bit for bit', async () => {
+  test('gives the same losses as with the documents in memory, bit for bit', async () => {
     const losses = async (data: Parameters<typeof train>[1]['data']) => {
       const seen: number[] = []
       const onEvent = (event: TrainEvent) => event.type === 'step' && seen.push(event.loss, event.gradNorm)
@@ -213,8 +213,8 @@ describe('training from files', () => {
       const { validation } = await train(new BigramModel(), options)
       return [...seen, validation.loss, validation.bitsPerByte]
     }
-    const training = tokenFiles(await written('b', texts)).training
-    const validation = tokenFiles(await written('b', heldOut)).training
+    const training = tokenFiles(await tokenizedFolder('b', texts)).training
+    const validation = tokenFiles(await tokenizedFolder('b', heldOut)).training
     expect(await losses({ training, validation })).toEqual(
       await losses({
         training: TokenDataset.fromTexts(texts, letters),
@@ -237,9 +237,9 @@ describe('training from files', () => {
         progress: false,
         allowChanges: false,
       })
-    const first = await written('c', texts)
-    const same = await written('c', texts)
-    const other = await written('c', [...texts.slice(1), texts[0]])
+    const first = await tokenizedFolder('c', texts)
+    const same = await tokenizedFolder('c', texts)
+    const other = await tokenizedFolder('c', [...texts.slice(1), texts[0]])
     const abort = new AbortController()
     await train(new BigramModel(), {
       data: tokenFiles(first),
@@ -256,9 +256,9 @@ describe('training from files', () => {
     expect((await run(same, 6, true)).steps).toBe(6)
   })
 
-  test('refuses tokens of another tokenizer, and ids that the model has no embedding for', async () => {
+  test('rejects tokens of another tokenizer, whatever the order of its JSON fields', async () => {
     const own = { ...letters, toJSON: () => ({ a: 1, b: [2] }) }
-    const data = tokenFiles(await written('d', texts, { tokenizer: own }))
+    const data = tokenFiles(await tokenizedFolder('d', texts, { tokenizer: own }))
     const options = { data, steps: 1, batchSize: 1, sequenceLength: 8, progress: false }
     await train(new BigramModel(), { ...options, tokenizer: { ...letters, toJSON: () => ({ b: [2], a: 1 }) } })
     await expect(
@@ -266,10 +266,10 @@ describe('training from files', () => {
     ).rejects.toThrow(/training tokens were made with another tokenizer/)
   })
 
-  test('refuses an unfinished folder, or one with files of another run', async () => {
-    const path = await written('e', texts)
+  test('rejects an unfinished or inconsistent folder', async () => {
+    const path = await tokenizedFolder('e', texts)
     const manifest = JSON.parse(readFileSync(join(path, 'tokens.json'), 'utf8'))
-    const refuses = (changes: object, message: RegExp) => {
+    const expectError = (changes: object, message: RegExp) => {
       writeFileSync(join(path, 'tokens.json'), JSON.stringify({ ...manifest, ...changes }))
       expect(() => tokenFiles(path)).toThrow(
         expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -277,13 +277,13 @@ describe('training from files', () => {
     }
     const { training } = manifest
     const shards = (change: object) => ({ training: { ...training, shards: [{ ...training.shards[0], ...change }] } })
-    refuses({ format: 'x' }, /format is "x"/)
-    refuses({ version: 2 }, /version 2/)
-    refuses({ vocabSize: -1 }, /vocabSize is -1/)
-    refuses({ eos: manifest.vocabSize }, /bos and eos/)
-    refuses({ training: null }, /training is not a list/)
-    refuses(shards({ name: '../x' }), /training is not a list/)
-    refuses(shards({ tokens: 7 }), /records 7 in/)
+    expectError({ format: 'x' }, /format is "x"/)
+    expectError({ version: 2 }, /version 2/)
+    expectError({ vocabSize: -1 }, /vocabSize is -1/)
+    expectError({ eos: manifest.vocabSize }, /bos and eos/)
+    expectError({ training: null }, /training is not a list/)
+    expectError(shards({ name: '../x' }), /training is not a list/)
+    expectError(shards({ tokens: 7 }), /records 7 in/)
     writeFileSync(join(path, 'tokens.json'), '{')
     expect(() => tokenFiles(path)).toThrow(/not JSON/)
     rmSync(join(path, 'tokens.json'))

@@ -52,7 +52,7 @@ describe('orthogonalize', () => {
     }
   })
 
-  test('needs no more memory for more iterations', () => {
+  test('needs the same memory for any number of iterations', () => {
     const peakOf = (iterations: number) => {
       const own = referenceBackend()
       const x = randn([4, 16, 16], new Random(1), { backend: own })
@@ -62,18 +62,18 @@ describe('orthogonalize', () => {
     expect(peakOf(6)).toBe(peakOf(2))
   })
 
-  test('keeps singular vectors and signs: a scaled rotation stays a rotation', () => {
+  test('keeps singular vectors and signs, so that a scaled rotation stays a rotation', () => {
     const [c, s] = [Math.cos(0.7), Math.sin(0.7)]
     using x = tensor([5 * c, -5 * s, 5 * s, 5 * c], [2, 2])
     using y = scope(() => orthogonalize(x, 5, 'f32'))
     const values = readF64(y)
-    // The polynomial started at 1/sqrt(2), five times.
+    // The polynomial applied five times, from 1/sqrt(2).
     let sigma = Math.SQRT1_2
     for (let i = 0; i < 5; i++) sigma = 3.4445 * sigma - 4.775 * sigma ** 3 + 2.0315 * sigma ** 5
     for (const [i, expected] of [c, -s, s, c].entries()) expect(values[i] / sigma).toBeCloseTo(expected, 5)
   })
 
-  test('treats a stack of matrices one by one', () => {
+  test('orthogonalizes each matrix of a stack separately', () => {
     using stack = randn([3, 4, 6], new Random(1))
     using whole = scope(() => orthogonalize(stack, 5, 'f32'))
     for (let i = 0; i < 3; i++) {
@@ -84,7 +84,7 @@ describe('orthogonalize', () => {
     }
   })
 
-  test('a matrix of zeros stays one', () => {
+  test('returns zeros for a matrix of zeros', () => {
     using x = full([3, 2], 0)
     using y = scope(() => orthogonalize(x))
     expect([...readF64(y)]).toEqual([0, 0, 0, 0, 0, 0])
@@ -94,7 +94,7 @@ describe('orthogonalize', () => {
 describe('Muon', () => {
   const named = (name: string, value: Tensor) => ({ name, parameter: new Parameter(value) })
 
-  test('takes hidden matrices and leaves the rest to AdamW', async () => {
+  test('updates hidden matrices, and all other parameters with AdamW', async () => {
     const random = new Random(2)
     const make = () => [
       named('model.embed_tokens.weight', randn([4, 3], random.fork('a'))),
@@ -102,28 +102,28 @@ describe('Muon', () => {
       named('model.norm.weight', randn([3], random.fork('c'))),
       named('lm_head.weight', randn([4, 3], random.fork('d'))),
     ]
-    const [mine, plain] = [make(), make()]
-    expect(mine.map(hiddenMatrices)).toEqual([false, true, false, false])
-    const muon = new Muon(mine)
-    const adamw = new AdamW(plain)
+    const [ofMuon, ofAdamW] = [make(), make()]
+    expect(ofMuon.map(hiddenMatrices)).toEqual([false, true, false, false])
+    const muon = new Muon(ofMuon)
+    const adamw = new AdamW(ofAdamW)
     using one = full([], 1)
     for (const [optimizer, parameters] of [
-      [muon, mine],
-      [adamw, plain],
+      [muon, ofMuon],
+      [adamw, ofAdamW],
     ] as const) {
       for (const { name, parameter } of parameters) parameter.grad = randn(parameter.shape, new Random(5).fork(name))
       optimizer.step(0.01, one)
     }
-    const values = (parameters: typeof mine) => Promise.all(parameters.map(({ parameter }) => parameter.values()))
-    const [a, b] = [await values(mine), await values(plain)]
+    const values = (parameters: typeof ofMuon) => Promise.all(parameters.map(({ parameter }) => parameter.values()))
+    const [a, b] = [await values(ofMuon), await values(ofAdamW)]
     expect([0, 2, 3].map(i => a[i])).toEqual([0, 2, 3].map(i => b[i]))
     expect(a[1]).not.toEqual(b[1])
     muon.dispose()
     adamw.dispose()
-    for (const { parameter } of [...mine, ...plain]) parameter.dispose()
+    for (const { parameter } of [...ofMuon, ...ofAdamW]) parameter.dispose()
   })
 
-  test('moves a matrix by an update of the size of an AdamW step, whatever the size of the gradient', async () => {
+  test('scales updates like those of AdamW, whatever the size of the gradient', async () => {
     for (const size of [1e-6, 1, 1e6]) {
       const one = named('w', full([6, 24], 0))
       one.parameter.grad = scope(() => randn([6, 24], new Random(1)).mul(size))
@@ -140,7 +140,7 @@ describe('Muon', () => {
     }
   })
 
-  test('decays weights and remembers the direction', async () => {
+  test('decays weights, and keeps the momentum', async () => {
     const one = named('w', full([2, 2], 1))
     const muon = new Muon([one], { weightDecay: 0.5, momentum: 0.9 })
     using scale = full([], 0.5)
@@ -157,7 +157,7 @@ describe('Muon', () => {
     one.parameter.dispose()
   })
 
-  test('refuses state that does not fit before it changes anything', async () => {
+  test('rejects state of other parameters before it loads any', async () => {
     const model = new BigramModel()
     const parameters = namedParameters(model)
     const muon = new Muon(parameters, { filter: ({ name }) => name === 'lm_head.weight' })

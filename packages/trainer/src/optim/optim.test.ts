@@ -41,12 +41,12 @@ function parameterOf(values: ArrayLike<number>, grad: ArrayLike<number>, shape =
   return parameter
 }
 
-test('optimizers refuse anything but named parameters, and steps without a learning rate', async () => {
+test('optimizers reject anything but named parameters, and steps without a learning rate', async () => {
   const parameter = parameterOf([1, 2], [1, 1])
-  for (const Made of [AdamW, Muon]) {
-    for (const none of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
-      expect(() => new Made(none)).toThrow(/not an array of \{ name, parameter \}; pass namedParameters\(model\)/)
-    const optimizer = new Made([{ name: 'weight', parameter }])
+  for (const Kind of [AdamW, Muon]) {
+    for (const invalid of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
+      expect(() => new Kind(invalid)).toThrow(/not an array of \{ name, parameter \}; pass namedParameters\(model\)/)
+    const optimizer = new Kind([{ name: 'weight', parameter }])
     using one = full([], 1)
     expect(() => optimizer.step(undefined as unknown as number, one)).toThrow(
       /rate is undefined; pass a number to every step/,
@@ -57,15 +57,15 @@ test('optimizers refuse anything but named parameters, and steps without a learn
   parameter.dispose()
 })
 
-test('state of other parameters is refused with a limited number of lines', async () => {
+test('an error for state of other parameters lists a limited number of them', async () => {
   const parameters = Array.from({ length: 25 }, (_, i) => ({
     name: `layers.${i}.weight`,
     parameter: new Parameter(full([2, 2], i)),
   }))
-  const none = { keys: () => ['other'], info: () => ({ shape: [1] }), read: async () => new Float32Array(1) }
-  for (const Made of [AdamW, Muon]) {
-    const optimizer = new Made(parameters)
-    const error = await optimizer.load(none as unknown as StateSource, 3).catch(error => error)
+  const source = { keys: () => ['other'], info: () => ({ shape: [1] }), read: async () => new Float32Array(1) }
+  for (const Kind of [AdamW, Muon]) {
+    const optimizer = new Kind(parameters)
+    const error = await optimizer.load(source as unknown as StateSource, 3).catch(error => error)
     expect(error).toMatchObject({ code: 'E_STATE_DICT' })
     const all: string[] = error.details.problems
     expect(all.length).toBeGreaterThanOrEqual(25)
@@ -81,7 +81,7 @@ test('state of other parameters is refused with a limited number of lines', asyn
 })
 
 describe('AdamW', () => {
-  test('gives the numbers of torch.optim.AdamW over four steps', async () => {
+  test('gives the results of torch.optim.AdamW over four steps', async () => {
     const { cases } = JSON.parse(await readFile(fixture('ops.json'), 'utf8'))
     const { steps, lr, betas, eps, weightDecay } = cases.adamw
     await using file = await readSafetensors(fixture('ops.safetensors'))
@@ -108,7 +108,7 @@ describe('AdamW', () => {
     parameter.dispose()
   })
 
-  test('decays matrices, and neither vectors nor embedding tables', async () => {
+  test('decays matrices, but neither vectors nor embedding tables', async () => {
     const named = ['model.embed_tokens.weight', 'model.norm.weight', 'model.layers.0.mlp.experts.gate_proj'].map(
       (name, i) => ({
         name,
@@ -127,7 +127,7 @@ describe('AdamW', () => {
     for (const { parameter } of named) parameter.dispose()
   })
 
-  test('leaves out buffers and parameters without a gradient', async () => {
+  test('has no state for buffers, and does not change parameters without a gradient', async () => {
     const buffer = new Parameter(tensor([1, 2]), { trainable: false })
     const idle = new Parameter(tensor([3]))
     const optimizer = new AdamW([
@@ -147,7 +147,7 @@ describe('AdamW', () => {
 describe('moments in bf16', () => {
   const rounded = (x: number) => fromBf16(toBf16(x))
 
-  test('equal those of f32, rounded after each step', async () => {
+  test('are those of f32, rounded after each step', async () => {
     const random = new Random(4)
     const parameter = new Parameter(tensor(random.normal(50)))
     const p = Float64Array.from(await parameter.values())
@@ -196,13 +196,13 @@ describe('moments in bf16', () => {
     return { m, v }
   }
 
-  // A moment stays where the change of a step is less than half of its last bit: at an error of 2^-8 / (1 - beta).
+  // A moment stops changing if a step changes it by less than half of its last bit: at an error of 2^-8 / (1 - beta).
   test('converge to a constant within the precision of bf16, from above and below', async () => {
     const rates = fc.double({ min: 0.5, max: 1 - 2 ** -6, noNaN: true })
     const sizes = fc.double({ min: -6, max: 6, noNaN: true }).map(power => 2 ** power)
     await fc.assert(
       fc.asyncProperty(sizes, sizes, rates, rates, async (before, size, beta1, beta2) => {
-        // At the slowest rate a step takes at least 3/4 of 2^-6, the rest is lost by rounding: in 2300 steps a moment that
+        // At the slowest rate, a step reduces the error by at least 3/4 of 2^-6; rounding loses the rest. After 2300 steps, a moment that
         // starts at 2^24 times its limit comes within e^-10 of it.
         const gradients = [...new Array<number>(100).fill(before), ...new Array<number>(2300).fill(size)]
         const { m, v } = await momentsAfter(gradients, [beta1, beta2])
@@ -214,7 +214,7 @@ describe('moments in bf16', () => {
     )
   })
 
-  test('decay at every allowed rate', async () => {
+  test('decay to zero at every allowed rate, and rates that are too slow are errors', async () => {
     const exponent = 1 - 2 ** -8
     for (const rate of [0.5, 0.95, exponent]) {
       const { m, v } = await momentsAfter([1, ...new Array<number>(2500).fill(0)], [rate, rate])
@@ -241,72 +241,69 @@ describe('moments in bf16', () => {
     parameter.dispose()
   })
 
-  test('equal those of f32 on average if gradients are noise', async () => {
+  test('are those of f32 on average if gradients are noise', async () => {
     const random = new Random(5)
     const size = 4000
-    const made = (['f32', 'bf16'] as const).map(moments => {
+    const runs = (['f32', 'bf16'] as const).map(moments => {
       const parameter = new Parameter(zeros([size]))
       return { parameter, optimizer: new AdamW([{ name: 'weight', parameter }], { moments }) }
     })
     using one = full([], 1)
     for (let step = 0; step < 100; step++) {
       const grad = random.normal(size)
-      for (const { parameter, optimizer } of made) {
+      for (const { parameter, optimizer } of runs) {
         parameter.grad = tensor(grad)
         optimizer.step(1e-3, one)
         parameter.zeroGrad()
       }
     }
     const [exact, rounded] = await Promise.all(
-      made.map(({ optimizer }) =>
+      runs.map(({ optimizer }) =>
         Promise.all(optimizer.entries().map(async ({ dtype, data }) => decodeHost(dtype, await data()))),
       ),
     )
     const mean = (values: ArrayLike<number>) => Array.from(values).reduce((sum, x) => sum + x, 0) / size
-    // Half a unit of eight bits is 0.4 %, and sums of them over 20 steps would be 4 % if they had one direction.
+    // Rounding to eight bits changes a value by up to 0.4 %. Over 20 steps, errors in one direction would add up to 4 %.
     expect(mean(rounded[1]) / mean(exact[1])).toBeCloseTo(1, 3)
     expect(mean(Array.from(rounded[0], (m, i) => m - exact[0][i]))).toBeCloseTo(0, 4)
-    for (const { parameter, optimizer } of made) {
+    for (const { parameter, optimizer } of runs) {
       optimizer.dispose()
       parameter.dispose()
     }
   })
 
-  test.each([AdamW, Muon])(
-    '%o: stored in f32 they are rounded, stored in bf16 they are taken as they are',
-    async Made => {
-      const matrix = new Parameter(tensor([1, 2, 3, 4], [2, 2]))
-      const parameters = [
-        { name: 'matrix', parameter: matrix },
-        { name: 'norm', parameter: parameterOf([1, 2], [0, 0]) },
-      ]
-      const names = (optimizer: Optimizer) => optimizer.entries().map(({ name }) => name)
-      const wide = new Made(parameters)
-      const narrow = new Made(parameters, { moments: 'bf16' })
-      expect(narrow.entries().every(({ dtype }) => dtype === 'bf16')).toBe(true)
-      expect(narrow.settings(parameters)).not.toEqual(wide.settings(parameters))
-      const numbers = [1.0039, -3.14159, 1e-20, 1.01171875]
-      const source = (dtype: 'f32' | 'bf16'): StateSource => ({
-        keys: () => names(wide),
-        info: name => ({ dtype, shape: name.endsWith('norm') ? [2] : [2, 2] }),
-        read: async name => encodeHost(dtype, numbers.slice(0, name.endsWith('norm') ? 2 : 4)),
-      })
-      for (const dtype of ['f32', 'bf16'] as const) {
-        await narrow.load(source(dtype), 3)
-        for (const { data } of narrow.entries()) {
-          const stored = await data()
-          expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(toBf16))
-        }
-      }
-      await wide.load(source('bf16'), 3)
-      for (const { data } of wide.entries()) {
+  test.each([AdamW, Muon])('are rounded when loaded from f32, and loaded exactly from bf16: %o', async Kind => {
+    const matrix = new Parameter(tensor([1, 2, 3, 4], [2, 2]))
+    const parameters = [
+      { name: 'matrix', parameter: matrix },
+      { name: 'norm', parameter: parameterOf([1, 2], [0, 0]) },
+    ]
+    const names = (optimizer: Optimizer) => optimizer.entries().map(({ name }) => name)
+    const wide = new Kind(parameters)
+    const narrow = new Kind(parameters, { moments: 'bf16' })
+    expect(narrow.entries().every(({ dtype }) => dtype === 'bf16')).toBe(true)
+    expect(narrow.settings(parameters)).not.toEqual(wide.settings(parameters))
+    const numbers = [1.0039, -3.14159, 1e-20, 1.01171875]
+    const source = (dtype: 'f32' | 'bf16'): StateSource => ({
+      keys: () => names(wide),
+      info: name => ({ dtype, shape: name.endsWith('norm') ? [2] : [2, 2] }),
+      read: async name => encodeHost(dtype, numbers.slice(0, name.endsWith('norm') ? 2 : 4)),
+    })
+    for (const dtype of ['f32', 'bf16'] as const) {
+      await narrow.load(source(dtype), 3)
+      for (const { data } of narrow.entries()) {
         const stored = await data()
-        expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(rounded))
+        expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(toBf16))
       }
-      for (const made of [wide, narrow]) made.dispose()
-      for (const { parameter } of parameters) parameter.dispose()
-    },
-  )
+    }
+    await wide.load(source('bf16'), 3)
+    for (const { data } of wide.entries()) {
+      const stored = await data()
+      expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(rounded))
+    }
+    for (const optimizer of [wide, narrow]) optimizer.dispose()
+    for (const { parameter } of parameters) parameter.dispose()
+  })
 })
 
 describe('clipping', () => {
@@ -315,7 +312,7 @@ describe('clipping', () => {
     maxLength: 4,
   })
 
-  test('equals a plain computation', () => {
+  test('equals a computation in float64', () => {
     fc.assert(
       fc.property(
         gradients,
@@ -351,7 +348,7 @@ describe('clipping', () => {
     }
   })
 
-  test('without a limit only the factor is left', async () => {
+  test('only scales by the factor without a limit', async () => {
     using norm = full([], 12)
     using scale = clipScale(norm, Number.POSITIVE_INFINITY, 0.25)
     expect(await scale.item()).toBe(0.25)
@@ -359,7 +356,7 @@ describe('clipping', () => {
 })
 
 describe('piecewise', () => {
-  test('follows the segments, each of which reaches its end, and stays at the end of the last', () => {
+  test('follows the segments, reaches the end of each, and stays at the end of the last', () => {
     const schedule = piecewise([
       { steps: 4, from: 0, to: 1 },
       { steps: 2, at: 1 },
@@ -373,18 +370,18 @@ describe('piecewise', () => {
     )
   })
 
-  test('is warmupCosine where it says the same', () => {
-    const [whole, parts] = [
+  test('equals warmupCosine with the same segments', () => {
+    const [cosine, segments] = [
       warmupCosine({ steps: 50, warmup: 7, floor: 0.2 }),
       piecewise([
         { steps: 7, from: 0, to: 1 },
         { steps: 43, to: 0.2, shape: 'cosine' },
       ]),
     ]
-    for (let step = 0; step < 60; step++) expect(parts(step)).toBeCloseTo(whole(step), 12)
+    for (let step = 0; step < 60; step++) expect(segments(step)).toBeCloseTo(cosine(step), 12)
   })
 
-  test("has DeepSeek-V3's learning rate, in tokens", () => {
+  test("expresses DeepSeek-V3's learning rate, with segments in tokens", () => {
     const trillions: ScheduleSegment[] = [
       { steps: 10, at: 2.2e-4 },
       { steps: 4.3, to: 2.2e-5, shape: 'cosine' },
@@ -394,9 +391,9 @@ describe('piecewise', () => {
     const steps = 14_800
     const schedule = piecewise(trillions, { steps })
     expect([9_999, 14_299, 14_632, 14_633, steps - 1].map(schedule)).toEqual([2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6, 7.3e-6])
-    // Half of the way down.
+    // In the middle of the decay.
     expect(schedule(12_149)).toBeCloseTo((2.2e-4 + 2.2e-5) / 2, 10)
-    // A run of a few steps has as much of each as it can.
+    // A short run has each segment in proportion, in whole steps.
     const short = piecewise(trillions, { steps: 15 })
     expect(Array.from({ length: 15 }, (_, step) => short(step)).filter(rate => rate === 2.2e-4)).toHaveLength(10)
   })
@@ -424,21 +421,22 @@ describe('piecewise', () => {
     )
   })
 
-  test('names invalid segments', () => {
-    const refused = (segments: unknown, options = {}) => expect(() => piecewise(segments as ScheduleSegment[], options))
-    refused([]).toThrow(/the segments are/)
-    refused([{ steps: 1, to: 1 }]).toThrow(/from of segment 0 is missing/)
-    refused([{ steps: 1.5, at: 1 }]).toThrow(/steps of segment 0 is 1.5/)
-    refused([{ steps: 1, at: Number.NaN }]).toThrow(/at of segment 0 is NaN/)
-    refused([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of segment 0 is .?sine/)
-    refused([{ steps: 0, at: 1 }]).toThrow(/all segments are empty/)
-    refused([{ steps: 1, at: 1 }], { steps: 0.5 }).toThrow(/steps is 0.5/)
-    refused([{ steps: 1, at: 1, until: 3 }]).toThrow(/unknown option until/)
+  test('rejects invalid segments by name', () => {
+    const expectError = (segments: unknown, options = {}) =>
+      expect(() => piecewise(segments as ScheduleSegment[], options))
+    expectError([]).toThrow(/the segments are/)
+    expectError([{ steps: 1, to: 1 }]).toThrow(/from of segment 0 is missing/)
+    expectError([{ steps: 1.5, at: 1 }]).toThrow(/steps of segment 0 is 1.5/)
+    expectError([{ steps: 1, at: Number.NaN }]).toThrow(/at of segment 0 is NaN/)
+    expectError([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of segment 0 is .?sine/)
+    expectError([{ steps: 0, at: 1 }]).toThrow(/all segments are empty/)
+    expectError([{ steps: 1, at: 1 }], { steps: 0.5 }).toThrow(/steps is 0.5/)
+    expectError([{ steps: 1, at: 1, until: 3 }]).toThrow(/unknown option until/)
   })
 })
 
 describe('schedules', () => {
-  test('warm up to 1, then fall to the floor by half a cosine', () => {
+  test('warm up to 1, then decay to the floor along half a cosine', () => {
     const schedule = warmupCosine({ steps: 110, warmup: 10, floor: 0.1 })
     expect(schedule(0)).toBeCloseTo(0.1)
     expect(schedule(9)).toBe(1)
@@ -454,7 +452,7 @@ describe('schedules', () => {
     expect(schedule(99)).toBeCloseTo(0)
   })
 
-  test('never leave 0..1, never rise after the warm-up', () => {
+  test('stay between 0 and 1, and never rise after the warm-up', () => {
     const sizes = fc
       .tuple(fc.integer({ min: 1, max: 300 }), fc.nat(), fc.nat(), fc.double({ min: 0, max: 1, noNaN: true }))
       .map(([steps, a, b, floor]) => ({ steps, warmup: a % (steps + 1), decay: b % (steps + 1), floor }))
@@ -486,12 +484,12 @@ describe('schedules', () => {
   })
 })
 
-test('unknown options are refused, also by train', async () => {
+test('unknown options are rejected, also by train', async () => {
   const parameter = parameterOf([1, 2], [1, 1])
-  for (const Made of [AdamW, Muon]) {
-    const make = (options: unknown) => () => new Made([{ name: 'weight', parameter }], options as object)
-    expect(make({ weight_decay: 1 })).toThrow(`${Made.name}: unknown option weight_decay; did you mean weightDecay?`)
-    expect(make(null)).toThrow(`${Made.name}: expected an options object, got null`)
+  for (const Kind of [AdamW, Muon]) {
+    const make = (options: unknown) => () => new Kind([{ name: 'weight', parameter }], options as object)
+    expect(make({ weight_decay: 1 })).toThrow(`${Kind.name}: unknown option weight_decay; did you mean weightDecay?`)
+    expect(make(null)).toThrow(`${Kind.name}: expected an options object, got null`)
   }
   parameter.dispose()
   expect(() => warmupCosine({ steps: 9, warmpu: 1 } as never)).toThrow('did you mean warmup?')

@@ -1,4 +1,4 @@
-/** @file What is told of the loads of experts, beside choices that are counted one by one. */
+/** @file The reported loads of experts, compared with routing choices that are counted one by one. */
 import { existsSync } from 'node:fs'
 import { appendFile, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -29,16 +29,16 @@ const config: DeepSeekConfigInput = {
   topk_group: 2,
 }
 
-interface Counted {
+interface Choices {
   readonly indices: Int32Array
   readonly mask: Float32Array | undefined
 }
 
-/** Keeps what every gate has chosen, step by step. */
-class Watched extends DeepSeek {
-  /** Of each step, by layer, the passes. */
-  readonly choices: Counted[][][] = []
-  #passes: Array<Promise<Counted>>[] = []
+/** Records the choices of every gate. */
+class RecordsChoices extends DeepSeek {
+  /** Choices by step, layer and pass. */
+  readonly choices: Choices[][][] = []
+  #passes: Array<Promise<Choices>>[] = []
 
   constructor(options: DeepSeekOptions) {
     super(config, options)
@@ -67,7 +67,7 @@ class Watched extends DeepSeek {
   }
 }
 
-/** A layer with a capacity in a model that is no DeepSeek. */
+/** A model other than DeepSeek, with a MoE layer of limited capacity. */
 class Switch extends BigramModel {
   moe: CapacityMoE
   layerLoads: readonly LayerLoad[] = []
@@ -96,7 +96,7 @@ class Switch extends BigramModel {
 }
 
 /** Loads by layer, counted one choice at a time. */
-const counted = (step: Counted[][]) =>
+const loadsOf = (step: Choices[][]) =>
   step.map(passes => {
     const load = Array.from({ length: experts }, () => 0)
     for (const { indices, mask } of passes)
@@ -131,13 +131,16 @@ const small = (options: DeepSeekOptions = {}) =>
 
 describe('a training', () => {
   test('emits loads and biases that match the routing of all its steps and micro-batches', async () => {
-    const { model, loads } = await run(new Watched({ seed: 1, backend, objective }), { accumulate: 3, loadsEvery: 3 })
+    const { model, loads } = await run(new RecordsChoices({ seed: 1, backend, objective }), {
+      accumulate: 3,
+      loadsEvery: 3,
+    })
     expect(loads.map(({ step, steps }) => [step, steps])).toEqual([
       [3, 3],
       [6, 3],
       [8, 2],
     ])
-    const steps = model.choices.map(counted)
+    const steps = model.choices.map(loadsOf)
     let bias = steps[0].map(load => load.map(() => 0))
     for (const { step, steps: number, layers } of loads) {
       const own = steps.slice(step - number, step)
@@ -152,34 +155,38 @@ describe('a training', () => {
         ['layers.3', 4],
       ])
       expect(layers.map(({ load }) => load)).toEqual(own.reduce((a, b) => a.map((load, layer) => add(load, b[layer]))))
-      for (const [i, { bias: told = [], dropped, stepMaxVio }] of layers.entries()) {
+      for (const [i, { bias: reported = [], dropped, stepMaxVio }] of layers.entries()) {
         const vios = own.map(step => (Math.max(...step[i]) / step[i].reduce((a, b) => a + b)) * experts - 1)
         expect(stepMaxVio).toBeCloseTo(vios.reduce((a, b) => a + b) / number, 5)
-        expect(told).toEqual(bias[i].map(value => expect.closeTo(value, 6)))
-        // Six digits of an f32.
-        expect(JSON.stringify(told).length).toBeLessThan(8 * experts)
+        expect(reported).toEqual(bias[i].map(value => expect.closeTo(value, 6)))
+        // Rounded to six digits.
+        expect(JSON.stringify(reported).length).toBeLessThan(8 * experts)
         expect(dropped).toBeUndefined()
       }
     }
   })
 
-  test('that is recorded emits the same', async () => {
+  test('emits the same with recorded steps', async () => {
     const eager = await run(small(), { loadsEvery: 2, record: false })
     const recorded = await run(small(), { loadsEvery: 2 })
     expect(eager.loads).toHaveLength(4)
     expect(recorded.loads).toEqual(eager.loads)
   })
 
-  test('with a balancer, and one whose bias is too fast, shows its biases', async () => {
+  test('emits the biases of a balancer', async () => {
     const { loads } = await run(small({ balancer: auxFree({ speed: 10 }) }), { loadsEvery: 4 })
     for (const { layers } of loads)
       for (const { bias = [] } of layers) for (const value of bias) expect(Math.abs(value) % 10).toBe(0)
     expect(Math.max(...(loads[1].layers[0].bias as number[]))).toBeGreaterThanOrEqual(10)
   })
 
-  test("tells what V2's dropping drops", async () => {
-    // Each of 2 devices keeps ceil(a quarter of the choices / 2); the choices of a pass are even.
-    const model = new Watched({ seed: 1, backend, dropping: { devices: 2, capacity_factor: 0.25, undropped: 0 } })
+  test("emits the number of dropped tokens, with V2's token dropping", async () => {
+    // Each of 2 devices keeps at most ceil(choices / 4 / 2) choices of a pass.
+    const model = new RecordsChoices({
+      seed: 1,
+      backend,
+      dropping: { devices: 2, capacity_factor: 0.25, undropped: 0 },
+    })
     const { loads } = await run(model, { loadsEvery: 8 })
     const [{ layers }] = loads
     for (const [layer, { load, dropped = 0 }] of layers.entries()) {
@@ -197,7 +204,7 @@ describe('a training', () => {
     }
   })
 
-  test('of any model emits what its layerLoads contains', async () => {
+  test('emits the layerLoads of any model', async () => {
     const own: Array<{ load: number[]; kept: number }> = []
     const loads: LoadsEvent[] = []
     await train(new Switch({ backend: roundingBackend() }, own), {
@@ -222,7 +229,7 @@ describe('a training', () => {
     expect(own.map(({ load }) => load.reduce((a, b) => a + b))).toEqual(own.map(() => 32))
   })
 
-  test('without experts writes nothing', async () => {
+  test('emits no loads for a model without experts', async () => {
     const out = await temporaryFolder()
     const types = new Set<string>()
     await train(new BigramModel({ backend: roundingBackend() }), {
@@ -250,7 +257,7 @@ describe('loads.jsonl', () => {
   const read = (out: string) => readLoads(join(out, 'loads.jsonl'))
   const untyped = (events: readonly LoadsEvent[]) => events.map(({ type, ...line }) => line)
 
-  test('contains the events, one short line each; events.jsonl has none', async () => {
+  test('contains a line per event, which other logs do not contain', async () => {
     const out = await temporaryFolder()
     const { loads } = await run(small(), { out, loadsEvery: 3, checkpointEvery: 4 })
     expect(loads.map(({ step }) => step)).toEqual([3, 4, 6, 8])
@@ -260,20 +267,20 @@ describe('loads.jsonl', () => {
   })
 
   test.each([
-    ['by default', undefined, [10, 12]],
+    ['every tenth step by default', undefined, [10, 12]],
     ['never', 0, []],
-    ['each step', 1, Array.from({ length: 12 }, (_, i) => i + 1)],
-  ])('%s', async (_, loadsEvery, steps) => {
+    ['every step', 1, Array.from({ length: 12 }, (_, i) => i + 1)],
+  ])('is written %s', async (_, loadsEvery, steps) => {
     const { loads } = await run(small(), { steps: 12, loadsEvery })
     expect(loads.map(({ step }) => step)).toEqual(steps)
   })
 
-  test.each([-1, 1.5, Number.NaN, '10'])('loadsEvery %j is refused', async loadsEvery => {
+  test.each([-1, 1.5, Number.NaN, '10'])('rejects loadsEvery %j', async loadsEvery => {
     const failing = run(small(), { loadsEvery: loadsEvery as number })
     await expect(failing).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/loadsEvery/) })
   })
 
-  test('of a killed and resumed run equals that of one that never stopped', async () => {
+  test('of a killed and resumed run equals that of an uninterrupted one', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     const settings = { schedule: () => 1, loadsEvery: 3, checkpointEvery: 4 }
     await run(small(), { ...settings, out: whole })
@@ -290,13 +297,13 @@ describe('loads.jsonl', () => {
       [4, true],
       [6, true],
     ])
-    // A crash may leave half of a line.
+    // A crash may leave a partial line.
     await appendFile(join(out, 'loads.jsonl'), '{"step":7,"st')
     await run(small(), { ...settings, out, resume: true })
     expect(await readFile(join(out, 'loads.jsonl'), 'utf8')).toBe(await readFile(join(whole, 'loads.jsonl'), 'utf8'))
   })
 
-  test('of a run that is interrupted misses no step', async () => {
+  test('of an interrupted run contains the loads of every step', async () => {
     const out = await temporaryFolder()
     const settings = { schedule: () => 1, loadsEvery: 3, out }
     await run(small(), { ...settings, ...stopAfter(5) })
@@ -325,7 +332,7 @@ describe('loads.jsonl', () => {
     ])
   })
 
-  test('is removed with the run that is overwritten', async () => {
+  test('is removed when the run is overwritten', async () => {
     const out = await temporaryFolder()
     await run(small(), { out, loadsEvery: 2 })
     await run(small(), { out, overwrite: true, steps: 2, loadsEvery: 2 })
@@ -353,7 +360,7 @@ describe('loads.jsonl', () => {
   })
 })
 
-test('sums are reset, and later layers are included', async () => {
+test('LoadSums includes layers that appear later, and is reset by take', async () => {
   const sums = new LoadSums()
   const layer = (name: string, load: number[], dropped?: number): LayerLoad => ({ name, load, dropped })
   sums.add([layer('a', [1, 2])])
@@ -364,7 +371,7 @@ test('sums are reset, and later layers are included', async () => {
     step: 9,
     steps: 3,
     layers: [
-      // Means of two steps that have it: 1/3 and 1.
+      // The mean of 1/3 and 1, over the two steps that have the layer.
       { name: 'a', load: [4, 2], stepMaxVio: 0.666667 },
       { name: 'b', load: [4], stepMaxVio: 0, dropped: 1 },
     ],

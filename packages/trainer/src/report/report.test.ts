@@ -71,7 +71,7 @@ describe('progress', () => {
     ])
   })
 
-  test('says how many tokens the steps to come have, whatever those before had', () => {
+  test('shows the tokens per step of the remaining steps', () => {
     const line = (event: Partial<StartEvent>) => {
       let text = ''
       progress({ stream: { write: part => (text += part) } })({ ...start, ...event })
@@ -87,7 +87,7 @@ describe('progress', () => {
   test('redraws one line on a terminal at a limited rate, and clears it for other lines', () => {
     let clock = 0
     const { all, listen } = shown({ isTTY: true, columns: 120, color: false, now: () => (clock += 60) })
-    // Two draws within 100 ms are one; the last is always drawn.
+    // Draws are at least 100 ms apart, but the last line is always drawn.
     const draws = all().split('\r\x1b[2K')
     expect(draws.length).toBeLessThan(6)
     expect(draws.at(-1)).toBe(`${'━'.repeat(24)}  step 40/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 0:00`)
@@ -96,7 +96,7 @@ describe('progress', () => {
   })
 
   test('shows the progress of an evaluation, without a terminal only if it takes long', () => {
-    const measure = (isTTY: boolean) => {
+    const linesOf = (isTTY: boolean) => {
       let clock = 0
       const { all, listen } = shown({ isTTY, columns: 120, color: false, now: () => clock }, [])
       for (let i = 1; i <= 100; i++) {
@@ -108,8 +108,8 @@ describe('progress', () => {
         .filter(line => line.includes('evaluating'))
         .map(line => line.replace('\x1b[2K', ''))
     }
-    expect(measure(false)).toEqual([40, 80].map(share => `step 40: evaluating, ${share} %`))
-    expect(measure(true)).toHaveLength(100)
+    expect(linesOf(false)).toEqual([40, 80].map(share => `step 40: evaluating, ${share} %`))
+    expect(linesOf(true)).toHaveLength(100)
   })
 
   test('shows the evaluation of the weights, and of the EMA if there is one', () => {
@@ -125,7 +125,7 @@ describe('progress', () => {
     ])
   })
 
-  test('keeps the line when the run fails', () => {
+  test('keeps the last line when the run fails', () => {
     const { all, listen } = shown({ isTTY: true, columns: 120, color: false }, [40])
     listen({ type: 'fail', error: new Error('no') })
     expect(all().endsWith('ETA 0:00\n')).toBe(true)
@@ -150,7 +150,7 @@ describe('progress', () => {
     }
   })
 
-  test('shows where a stopped run was saved, or that it was not', () => {
+  test('shows where a stopped run was saved, if it was', () => {
     const { listen, all } = shown({}, [])
     listen({ type: 'stop', reason: 'interrupted', step: 7, steps: 40, checkpoint: 'runs/a/checkpoints/step-000007' })
     listen({ type: 'stop', reason: 'time', step: 8, steps: 40, checkpoint: undefined })
@@ -162,7 +162,7 @@ describe('progress', () => {
 })
 
 describe('metrics.jsonl', () => {
-  test('holds a line per step once it was flushed', async () => {
+  test('contains a line per step after a flush', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const log = new LogFile(path)
     log.line(metricsLine(step(1)))
@@ -218,7 +218,7 @@ describe('metrics.jsonl', () => {
       .mockImplementationOnce(() => {
         throw new Error('ENOSPC: no space left on device')
       })
-    // As on Windows, where what is open for appending cannot be cut.
+    // As on Windows, where a file opened for appending cannot be truncated.
     vi.mocked(ftruncateSync).mockImplementation((file, length) => {
       const { calls, results } = vi.mocked(openSync).mock
       const appending = calls.some(([, flags], i) => flags === 'a' && results[i].value === file)
@@ -251,7 +251,7 @@ describe('metrics.jsonl', () => {
     vi.mocked(openSync).mockReset()
   })
 
-  test('says what to do when it cannot be read', async () => {
+  test('names the fix in errors of reading', async () => {
     const folder = await temporaryFolder()
     const error = (read: () => unknown, message: RegExp) =>
       expect(read).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringMatching(message) }))
@@ -260,7 +260,7 @@ describe('metrics.jsonl', () => {
     expect(readMetrics(join(folder, 'nothing.jsonl'))).toEqual([])
   })
 
-  test('says what to do when it cannot be written', async () => {
+  test('names the file in errors of writing', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     await mkdir(path)
     const log = new LogFile(path)
@@ -273,7 +273,7 @@ describe('metrics.jsonl', () => {
   })
 })
 
-test('summary.json gathers values, and survives a failure', async () => {
+test('summary.json is merged with new values, and stays intact after a failure', async () => {
   const out = join(await temporaryFolder(), 'deep', 'run')
   await writeSummary(out, { steps: 3, loss: Number.NaN })
   await writeSummary(pathToFileURL(out), { mtp: { acceptance: 0.5 } })
@@ -291,7 +291,7 @@ describe('events.jsonl', () => {
       .split('\n')
       .map(line => JSON.parse(line))
 
-  test('contains all events except steps, of all parts of a run, as soon as they happen', async () => {
+  test('contains all events except steps and progress, also of resumed runs, as soon as they occur', async () => {
     const path = join(await temporaryFolder(), 'events.jsonl')
     const listen = eventsLog(path)
     listen(start)
@@ -300,9 +300,9 @@ describe('events.jsonl', () => {
     const evaluation = { type: 'evaluation', step: 1, final: false, loss: 4, bitsPerByte: Number.NaN } as const
     listen({ ...evaluation, tokens: 9, seconds: 1 })
     expect((await lines(path)).map(({ type }) => type)).toEqual(['start', 'evaluation'])
-    const again = eventsLog(path)
-    again({ ...start, fromStep: 1 })
-    again({ type: 'fail', error: new TypeError('no') })
+    const resumed = eventsLog(path)
+    resumed({ ...start, fromStep: 1 })
+    resumed({ type: 'fail', error: new TypeError('no') })
     const all = await lines(path)
     expect(all[0]).toEqual({ time: expect.stringMatching(/^\d{4}-.*Z$/), ...start, out: undefined })
     expect(all.slice(1)).toMatchObject([

@@ -41,7 +41,7 @@ const step = (number: number): StepEvent => ({
   metrics: { maxVio: 0.25 },
 })
 
-/** Texts of printable characters in a file: tags and settings stand in it as they are. */
+/** The printable texts in a file, such as tags and settings. */
 const printable = (bytes: Buffer) => bytes.toString('latin1').match(/[ -~]{3,}/g) ?? []
 
 async function eventFiles(folder: string) {
@@ -49,7 +49,7 @@ async function eventFiles(folder: string) {
   return Promise.all(names.map(name => readFile(join(folder, name))))
 }
 
-/** Data of the records of a file; throws where lengths do not add up. */
+/** The data of the records in a file. Throws if a record is incomplete. */
 function recordsOf(bytes: Buffer): Buffer[] {
   const records: Buffer[] = []
   for (let at = 0; at < bytes.length; ) {
@@ -69,7 +69,7 @@ describe('records', () => {
     expect(crc32c(Uint8Array.from({ length: 32 }, (_, i) => 31 - i))).toBe(0x113fdb5c)
   })
 
-  test("are those of TensorBoard's writer, byte for byte", async () => {
+  test("equal those of TensorBoard's writer, byte for byte", async () => {
     const startSeconds = 1764230400.25
     const parts = [
       { fileVersion: 'brain.Event:2' },
@@ -85,21 +85,21 @@ describe('records', () => {
       },
     ]
     const written = parts.map((part, i) => eventRecord({ wallTime: startSeconds + i, ...part }))
-    const theirs = await readFile(new URL('../../fixtures/events.tfevents', import.meta.url))
-    expect(Buffer.concat(written).toString('hex')).toBe(theirs.toString('hex'))
+    const expected = await readFile(new URL('../../fixtures/events.tfevents', import.meta.url))
+    expect(Buffer.concat(written).toString('hex')).toBe(expected.toString('hex'))
   })
 })
 
 const noticesInto = (list: string[]): TrainReporter => ({ notify: message => void list.push(message), log: () => {} })
 
 describe('the listener', () => {
-  test('writes settings, steps and measurements into the folder of the run', async () => {
+  test('writes settings, steps and evaluations into the folder of the run', async () => {
     const out = join(await temporaryFolder(), 'run')
     const listen = tensorBoard()
     listen({ ...start, out })
     listen(step(1))
-    const measured = { loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 }
-    listen({ type: 'evaluation', step: 1, final: true, ...measured, ema: { ...measured, bitsPerByte: 1 } })
+    const evaluation = { loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 }
+    listen({ type: 'evaluation', step: 1, final: true, ...evaluation, ema: { ...evaluation, bitsPerByte: 1 } })
     const [bytes] = await eventFiles(out)
     const records = recordsOf(bytes)
     expect(records).toHaveLength(5)
@@ -117,7 +117,7 @@ describe('the listener', () => {
     expect(names).toEqual(['validation/loss', 'ema/loss', 'ema/bitsPerByte'])
   })
 
-  test('writes how the experts of each layer are balanced', async () => {
+  test('writes the balance of the experts of each layer', async () => {
     const folder = await temporaryFolder()
     const listen = tensorBoard(folder)
     listen(start)
@@ -139,12 +139,12 @@ describe('the listener', () => {
       scalar('experts/layers.2/deadExperts', 0),
       scalar('experts/layers.2/dropped', 0.25),
     ]
-    const wanted = recordsOf(eventRecord({ wallTime: 0, step: 10, values }))[0]
-    // Behind the time.
-    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
+    const expected = recordsOf(eventRecord({ wallTime: 0, step: 10, values }))[0]
+    // After the 9 bytes of the time.
+    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(expected.subarray(9).toString('latin1'))
   })
 
-  test('starts a file for each part of a run, at the step from which it repeats', async () => {
+  test('starts a new file for a resumed run, with its first step', async () => {
     const folder = await temporaryFolder()
     for (const fromStep of [0, 2]) {
       const listen = tensorBoard(folder)
@@ -153,19 +153,19 @@ describe('the listener', () => {
       listen({ type: 'fail', error: new Error('no') })
     }
     const sessions = (await eventFiles(folder)).map(bytes => recordsOf(bytes)[1].subarray(9).toString('hex'))
-    // Field 7 with START; in the second file after field 2, the step 3.
+    // Field 7 is START. In the second file, field 2 before it is step 3.
     expect(sessions).toEqual(['3a020801', '10033a020801'])
   })
 
-  test('writes what listeners log, under the names that they give', async () => {
+  test('writes values that listeners log, with their names', async () => {
     const folder = await temporaryFolder()
     const listen = tensorBoard(folder)
     listen(start)
     listen({ type: 'log', step: 7, values: { 'lambada/acc': 0.25, missing: Number.NaN } })
     const [bytes] = await eventFiles(folder)
-    const wanted = recordsOf(eventRecord({ wallTime: 0, step: 7, values: [scalar('lambada/acc', 0.25)] }))[0]
-    // Behind the time.
-    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
+    const expected = recordsOf(eventRecord({ wallTime: 0, step: 7, values: [scalar('lambada/acc', 0.25)] }))[0]
+    // After the 9 bytes of the time.
+    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(expected.subarray(9).toString('latin1'))
   })
 
   test('writes only on rank 0', async () => {
@@ -177,14 +177,14 @@ describe('the listener', () => {
     expect(await readdir(folder)).toEqual([])
   })
 
-  test('needs a folder', () => {
+  test('requires a folder', () => {
     expect(() => tensorBoard()(start)).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
   })
 
-  test('reports a full disk once, and writes everything later', async () => {
+  test('warns once of a full disk, and writes the buffered records later', async () => {
     const folder = await temporaryFolder()
-    const told: string[] = []
-    const reporter = noticesInto(told)
+    const notices: string[] = []
+    const reporter = noticesInto(notices)
     const listen = tensorBoard(folder)
     listen(start, reporter)
     vi.mocked(writeSync).mockImplementation(() => {
@@ -193,18 +193,18 @@ describe('the listener', () => {
     for (let i = 1; i <= 1000; i++) listen(step(i), reporter)
     listen({ type: 'evaluating', step: 1, done: 0 }, reporter)
     vi.mocked(writeSync).mockReset()
-    expect(told).toEqual([
+    expect(notices).toEqual([
       'TensorBoard files cannot be written; records are buffered and training continues: writing failed: ENOSPC: no space left on device',
     ])
     listen({ type: 'evaluating', step: 1, done: 1 }, reporter)
     expect(recordsOf((await eventFiles(folder))[0])).toHaveLength(1003)
-    expect(told).toHaveLength(1)
+    expect(notices).toHaveLength(1)
   })
 
-  test('gives up if too much is buffered, and if there is no folder', async () => {
+  test('stops writing, with a notice, if too much is buffered or the folder cannot be created', async () => {
     const folder = await temporaryFolder()
-    const told: string[] = []
-    const reporter = noticesInto(told)
+    const notices: string[] = []
+    const reporter = noticesInto(notices)
     const listen = tensorBoard(folder)
     listen(start)
     vi.mocked(writeSync).mockImplementation(() => {
@@ -213,15 +213,15 @@ describe('the listener', () => {
     const metrics = Object.fromEntries(Array.from({ length: 10_000 }, (_, i) => [`metric-${i}-${'m'.repeat(500)}`, i]))
     for (let i = 1; i <= 5; i++) listen({ ...step(i), metrics }, reporter)
     vi.mocked(writeSync).mockReset()
-    expect(told).toHaveLength(2)
-    expect(told[1]).toMatch(/^TensorBoard files are no longer written/)
+    expect(notices).toHaveLength(2)
+    expect(notices[1]).toMatch(/^TensorBoard files are no longer written/)
 
     const path = join(folder, 'file')
     await writeFile(path, '')
     const other = tensorBoard(join(path, 'below'))
     other(start, reporter)
     other(step(1), reporter)
-    expect(told[2]).toMatch(/^TensorBoard files are not written: /)
-    expect(told).toHaveLength(3)
+    expect(notices[2]).toMatch(/^TensorBoard files are not written: /)
+    expect(notices).toHaveLength(3)
   })
 })

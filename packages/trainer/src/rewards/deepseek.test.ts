@@ -1,4 +1,4 @@
-/** @file A DeepSeek, with experts and an MTP module, learns from rewards on a backend that records. */
+/** @file Reinforcement learning of a DeepSeek with experts and an MTP module, on a backend that can record. */
 import { join } from 'node:path'
 import { namedParameters } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput } from '@moe/deepseek'
@@ -34,10 +34,10 @@ const small = {
   maxTokens: 6,
 } satisfies RolloutOptions
 
-async function ran(given: Partial<RolloutOptions> = {}, options: Partial<TrainOptions> = {}) {
+async function run(rolloutOptions: Partial<RolloutOptions> = {}, options: Partial<TrainOptions> = {}) {
   const model = new DeepSeek(tiny, { backend }) satisfies SamplingModel
   const steps: StepEvent[] = []
-  const data = rollouts(prompts, { ...small, ...given })
+  const data = rollouts(prompts, { ...small, ...rolloutOptions })
   try {
     const settings = { data, steps: 12, batchSize: 4, sequenceLength: 16, lr: 0.02, weightDecay: 0, progress: false }
     const onEvent = (event: TrainEvent) => event.type === 'step' && steps.push(event)
@@ -52,44 +52,44 @@ async function ran(given: Partial<RolloutOptions> = {}, options: Partial<TrainOp
 const numbers = ({ steps }: { readonly steps: readonly StepEvent[] }) =>
   steps.map(({ tokensPerSecond, metrics: { samplingSeconds, ...metrics }, ...rest }) => ({ ...rest, metrics }))
 
-test('it learns to emit token 7 within a few steps', async () => {
-  const { steps } = await ran({}, { steps: 30 })
+test('learns to generate token 7 within a few steps', async () => {
+  const { steps } = await run({}, { steps: 30 })
   const rewards = steps.map(({ metrics }) => metrics['reward'])
   expect(rewards[0]).toBeLessThan(0.1)
   expect(rewards[29]).toBeGreaterThan(0.7)
   const { mtp, samplerKl, maxVio } = steps[29].metrics
-  // Modules go on learning what the model says.
+  // MTP modules continue to learn what the model generates.
   expect(mtp).toBeLessThan(steps[0].metrics['mtp'])
   expect(samplerKl).toBeLessThan(1e-6)
   expect(maxVio).toBeGreaterThan(0)
 })
 
-test.each([1, 2])('recorded steps are those op by op, %i updates', async updates => {
-  const recorded = await ran({ updates })
-  const opByOp = await ran({ updates }, { record: false })
+test.each([1, 2])('recorded steps give the same bits as op by op, %i updates', async updates => {
+  const recorded = await run({ updates })
+  const opByOp = await run({ updates }, { record: false })
   expect(numbers(recorded)).toEqual(numbers(opByOp))
   expect(recorded.weights).toEqual(opByOp.weights)
 })
 
-test('a run that was stopped goes on, bit for bit', async () => {
-  const whole = await ran({ updates: 2 })
+test('an interrupted run resumes bit for bit', async () => {
+  const uninterrupted = await run({ updates: 2 })
   const out = join(await temporaryFolder(), 'run')
   const controller = new AbortController()
   const onEvent = (event: TrainEvent) => {
     if (event.type === 'step' && event.step === 5) controller.abort()
   }
-  const { result } = await ran({ updates: 2 }, { out, signal: controller.signal, onEvent })
+  const { result } = await run({ updates: 2 }, { out, signal: controller.signal, onEvent })
   expect(result.steps).toBe(6)
-  const rest = await ran({ updates: 2 }, { out, resume: true })
-  expect(numbers(rest)).toEqual(numbers(whole).slice(6))
-  expect(rest.weights).toEqual(whole.weights)
+  const rest = await run({ updates: 2 }, { out, resume: true })
+  expect(numbers(rest)).toEqual(numbers(uninterrupted).slice(6))
+  expect(rest.weights).toEqual(uninterrupted.weights)
 })
 
 test('the EMA is evaluated next to the weights, and changes nothing', async () => {
   const given = { updates: 2, validation: prompts.slice(0, 3) }
-  const plain = await ran(given, { evalEvery: 4 })
+  const plain = await run(given, { evalEvery: 4 })
   const out = join(await temporaryFolder(), 'run')
-  const { result, ...averaged } = await ran(given, { evalEvery: 4, ema: 0.5, out })
+  const { result, ...averaged } = await run(given, { evalEvery: 4, ema: 0.5, out })
   expect(numbers(averaged)).toEqual(numbers(plain))
   expect(averaged.weights).toEqual(plain.weights)
   expect(result.validation.reward).toBe(plain.result.validation.reward)
@@ -101,12 +101,12 @@ test('the EMA is evaluated next to the weights, and changes nothing', async () =
   expect(result.ema?.loss).not.toBe(result.validation.loss)
 })
 
-test('a reference without MTP modules keeps it near', async () => {
+test('stays close to a reference model, which needs no MTP modules', async () => {
   const reference = new DeepSeek({ ...tiny, num_nextn_predict_layers: 0 }, { backend })
-  const near = await ran({ kl: { weight: 3, reference }, updates: 2 })
-  const far = await ran({ kl: { weight: 1e-3, reference }, updates: 2 })
+  const near = await run({ kl: { weight: 3, reference }, updates: 2 })
+  const far = await run({ kl: { weight: 1e-3, reference }, updates: 2 })
   reference.dispose()
-  // The same weights, but for the modules that it lacks.
+  // The reference has the same weights, except for MTP.
   expect(near.steps[0].metrics['kl']).toBeLessThan(1e-6)
   expect(near.steps[11].metrics['kl']).toBeLessThan(0.5 * far.steps[11].metrics['kl'])
 })

@@ -52,19 +52,19 @@ function fixtureModel(): TalkingBigram {
 }
 
 const placements = [
-  { name: 'a row for each text', isolate: false, batchSize: 2, sequenceLength: 10, lookahead: 1 },
-  { name: 'rows that texts share', isolate: true, batchSize: 2, sequenceLength: 17, lookahead: 1 },
-  { name: 'rows that are longer than they need be', isolate: true, batchSize: 5, sequenceLength: 12, lookahead: 3 },
+  { name: 'rows of one text each', isolate: false, batchSize: 2, sequenceLength: 10, lookahead: 1 },
+  { name: 'rows with several packed texts', isolate: true, batchSize: 2, sequenceLength: 17, lookahead: 1 },
+  { name: 'more and longer rows than needed', isolate: true, batchSize: 5, sequenceLength: 12, lookahead: 3 },
 ]
 
-describe.each(placements)('in $name', placement => {
+describe.each(placements)('with $name', placement => {
   const packed = () =>
     new PackedTexts(
       texts.map(({ prompt: ids, tokens }) => ({ ids, tokens })),
       placement,
     )
 
-  test('log-probabilities are those of the model, at the right tokens', async () => {
+  test('logProbs returns the log-probabilities of the model for the tokens of each text', async () => {
     const model = fixtureModel()
     const table = await model.table()
     const read = await packed().logProbs(model, 'f32')
@@ -76,46 +76,49 @@ describe.each(placements)('in $name', placement => {
     disposeModule(model)
   })
 
-  test.each(fixture.cases)('objective and gradients are those of torch: $average, $clip, $klWeight', async expected => {
-    const model = fixtureModel()
-    const rows = packed()
-    const now = await rows.logProbs(model, 'f32')
-    assertClose('advantages', advantages, expected.advantages, { relative: 1e-12, absolute: 1e-12 })
-    const odds = texts.map(({ old, reference }, i) => ({ advantage: advantages[i], now: now[i], old, reference }))
-    const { weights, terms } = tokenWeights(odds, expected)
-    expect(meanTerms(terms, countOf(texts.map(({ tokens }) => tokens))).objective).toBeCloseTo(expected.objective, 6)
-    const batches = rows.weighted(weights)
-    const total = texts.reduce((sum, { tokens }) => sum + tokens.length, 0)
-    let counted = 0
-    for (const batch of batches) {
-      scope(() => {
-        const { loss, count } = model.loss(batch)
-        // As micro-batches count in a step: by their positions.
-        backward(loss.mul(count / total))
-        counted += count
-      })
-    }
-    expect(counted).toBe(total)
-    for (const name of ['embed', 'head'] as const) {
-      const { grad } = (name === 'embed' ? model.embed_tokens : model.lm_head).weight
-      const values = await grad?.values()
-      assertClose(name, values ?? [], expected[name].flat(), { relative: 2e-6, absolute: 1e-7 })
-    }
-    for (const parameter of [model.embed_tokens.weight, model.lm_head.weight]) parameter.zeroGrad()
-    disposeModule(model)
-  })
+  test.each(fixture.cases)(
+    'objective and gradients equal those of PyTorch: average $average, clip $clip, klWeight $klWeight',
+    async expected => {
+      const model = fixtureModel()
+      const rows = packed()
+      const now = await rows.logProbs(model, 'f32')
+      assertClose('advantages', advantages, expected.advantages, { relative: 1e-12, absolute: 1e-12 })
+      const odds = texts.map(({ old, reference }, i) => ({ advantage: advantages[i], now: now[i], old, reference }))
+      const { weights, terms } = tokenWeights(odds, expected)
+      expect(meanTerms(terms, countOf(texts.map(({ tokens }) => tokens))).objective).toBeCloseTo(expected.objective, 6)
+      const batches = rows.weighted(weights)
+      const total = texts.reduce((sum, { tokens }) => sum + tokens.length, 0)
+      let counted = 0
+      for (const batch of batches) {
+        scope(() => {
+          const { loss, count } = model.loss(batch)
+          // Micro-batches are weighted by their number of positions, as in a training step.
+          backward(loss.mul(count / total))
+          counted += count
+        })
+      }
+      expect(counted).toBe(total)
+      for (const name of ['embed', 'head'] as const) {
+        const { grad } = (name === 'embed' ? model.embed_tokens : model.lm_head).weight
+        const values = await grad?.values()
+        assertClose(name, values ?? [], expected[name].flat(), { relative: 2e-6, absolute: 1e-7 })
+      }
+      for (const parameter of [model.embed_tokens.weight, model.lm_head.weight]) parameter.zeroGrad()
+      disposeModule(model)
+    },
+  )
 })
 
 const logProb = fc.double({ min: -8, max: 0, noNaN: true })
 const advantage = fc.double({ min: -3, max: 3, noNaN: true })
 
-test('the slope is the derivative of the value', () => {
+test('the slope of a token term is the derivative of its value', () => {
   const h = 1e-6
   fc.assert(
     fc.property(advantage, logProb, logProb, fc.option(logProb, { nil: undefined }), (a, now, old, reference) => {
       const limits = { clip: [0.2, 0.3], klWeight: 0.1 } as const
       const ratio = Math.exp(now - old)
-      // Where it bends there is none.
+      // Clipping makes a kink without a derivative.
       fc.pre(Math.abs(ratio - 0.8) > 1e-3 && Math.abs(ratio - 1.3) > 1e-3 && ratio < 50)
       fc.pre(reference === undefined || reference - now < 4)
       const at = (now: number) => tokenTerm(a, { now, old, reference }, limits).value
@@ -125,48 +128,48 @@ test('the slope is the derivative of the value', () => {
   )
 })
 
-test('one update without a reference is the policy gradient: every token of a text has its advantage', () => {
+test('without earlier updates and a reference, the weight of each token is the advantage of its text', () => {
   fc.assert(
-    fc.property(fc.array(fc.tuple(advantage, fc.array(logProb, { minLength: 1 })), { minLength: 1 }), given => {
-      const odds = given.map(([advantage, now]) => ({ advantage, now, old: now }))
+    fc.property(fc.array(fc.tuple(advantage, fc.array(logProb, { minLength: 1 })), { minLength: 1 }), input => {
+      const odds = input.map(([advantage, now]) => ({ advantage, now, old: now }))
       const { weights, terms } = tokenWeights(odds, { clip: 0.2, klWeight: 0, average: 'token' })
       expect(weights.map(list => Array.from(list, x => x + 0))).toEqual(
-        given.map(([advantage, now]) => now.map(() => advantage + 0)),
+        input.map(([advantage, now]) => now.map(() => advantage + 0)),
       )
       expect(terms.every(({ clipped }) => clipped === 0)).toBe(true)
     }),
   )
 })
 
-test("texts are weighted equally for average: 'text', whatever their length", () => {
+test("with average: 'text', texts of all lengths have the same weight", () => {
   const text = (length: number) => ({ advantage: 1, now: Array(length).fill(-1), old: Array(length).fill(-1) })
   const { weights } = tokenWeights([text(1), text(4)], { clip: 0.2, klWeight: 0, average: 'text' })
   expect(weights.map(list => [...list])).toEqual([[2.5], [0.625, 0.625, 0.625, 0.625]])
 })
 
 describe('advantages', () => {
-  test('have mean 0 and deviation 1, whatever rewards are added or multiplied with', () => {
+  test('have mean 0 and standard deviation 1, and do not depend on shift and scale of the rewards', () => {
     const rewards = fc.array(fc.integer({ min: -50, max: 50 }), { minLength: 2, maxLength: 12 })
     fc.assert(
-      fc.property(rewards, fc.integer({ min: -9, max: 9 }), fc.constantFrom(0.1, 1, 7), (given, shift, factor) => {
-        const own = advantagesOf(given)
+      fc.property(rewards, fc.integer({ min: -9, max: 9 }), fc.constantFrom(0.1, 1, 7), (input, shift, factor) => {
+        const own = advantagesOf(input)
         const square = own.reduce((sum, x) => sum + x * x, 0) / own.length
         expect(own.reduce((sum, x) => sum + x, 0)).toBeCloseTo(0, 9)
-        expect(square).toBeCloseTo(new Set(given).size === 1 ? 0 : 1, 9)
-        const changed = advantagesOf(given.map(x => factor * (x + shift)))
+        expect(square).toBeCloseTo(new Set(input).size === 1 ? 0 : 1, 9)
+        const changed = advantagesOf(input.map(x => factor * (x + shift)))
         for (const [i, x] of changed.entries()) expect(x).toBeCloseTo(own[i], 6)
       }),
     )
   })
 
-  test('of rewards that are equal but for rounding are 0', () => {
+  test('are 0 for rewards that are equal up to rounding', () => {
     expect(advantagesOf([0.1 + 0.2, 0.3, 0.3])).toEqual([0, 0, 0])
     expect(advantagesOf([0, 0])).toEqual([0, 0])
     expect(advantagesOf([1e-12, 0])).toEqual([1, -1])
   })
 })
 
-test('the divergence is 0 for equal log-probabilities and positive otherwise', () => {
+test('the divergence is 0 for equal log-probabilities, and non-negative otherwise', () => {
   fc.assert(fc.property(fc.double({ min: -5, max: 5, noNaN: true }), x => divergence(x) >= 0))
   expect(divergence(0)).toBe(0)
   expect(divergence(1e-6)).toBeCloseTo(5e-13, 16)

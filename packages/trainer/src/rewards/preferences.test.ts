@@ -43,7 +43,7 @@ function modelOf({ embed, head }: Weights): BigramModel {
   return model
 }
 
-test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', async expected => {
+test.each(fixture.cases)('losses and gradients equal those of PyTorch, beta $beta', async expected => {
   const [model, reference] = [modelOf(fixture.policy), modelOf(fixture.reference)]
   const pairs = fixture.pairs.map(({ prompt, ...texts }) => ({ tokens: prompt, ...texts }))
   const data = preferences(pairs, { reference, beta: expected.beta, pairs: pairs.length, validation: pairs })
@@ -74,18 +74,18 @@ test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', 
     assertClose(name, values ?? [], expected[name].flat(), { relative: 1e-5, absolute: 1e-6 })
     weight.zeroGrad()
   }
-  const measured = await source.evaluate({
+  const evaluation = await source.evaluate({
     limit: Number.POSITIVE_INFINITY,
     signal: new AbortController().signal,
     onProgress: done => expect(done).toBe(1),
   })
-  expect(measured?.loss).toBeCloseTo(mean, 5)
-  expect(measured?.preferred).toBe(expected.losses.filter(loss => loss < Math.LN2).length / pairs.length)
-  expect(measured?.tokens).toBe(total)
-  for (const used of [model, reference]) disposeModule(used)
+  expect(evaluation?.loss).toBeCloseTo(mean, 5)
+  expect(evaluation?.preferred).toBe(expected.losses.filter(loss => loss < Math.LN2).length / pairs.length)
+  expect(evaluation?.tokens).toBe(total)
+  for (const each of [model, reference]) disposeModule(each)
 })
 
-test('the weight of a token is the slope of the loss, and both are finite whatever the margin', () => {
+test('the weight of a pair is the negative slope of the loss, and both are finite for any margin', () => {
   const odds = fc.double({ min: -500, max: 0, noNaN: true })
   const pair = fc.record({ chosen: odds, rejected: odds })
   const h = 1e-5
@@ -108,18 +108,18 @@ test('the weight of a token is the slope of the loss, and both are finite whatev
   })
 })
 
-/** Whoever has a 7 in it is better. */
+/** Pairs whose chosen text contains a 7. */
 const sevens: Preference[] = Array.from({ length: 12 }, (_, i) => ({
   tokens: [10, i % 6],
   chosen: [7, i % 5, 11],
   rejected: [8, i % 4, 11],
 }))
 
-async function ran(given: Partial<PreferenceOptions> = {}, options: Partial<TrainOptions> = {}) {
+async function run(preferenceOptions: Partial<PreferenceOptions> = {}, options: Partial<TrainOptions> = {}) {
   const [model, reference] = [new BigramModel(), new BigramModel()]
   const steps: StepEvent[] = []
   try {
-    const data = preferences(sevens, { reference, pairs: 4, ...given })
+    const data = preferences(sevens, { reference, pairs: 4, ...preferenceOptions })
     const settings = { data, steps: 10, batchSize: 4, sequenceLength: 8, lr: 0.05, seed: 2, progress: false } as const
     const onEvent = (event: TrainEvent) => event.type === 'step' && steps.push(event)
     const result = await train(model, { ...settings, onEvent, ...options })
@@ -131,8 +131,8 @@ async function ran(given: Partial<PreferenceOptions> = {}, options: Partial<Trai
 }
 
 describe('training on preferences', () => {
-  test('prefers the chosen texts, also held-out ones, starting from a loss of ln 2', async () => {
-    const { steps, result } = await ran({ validation: 0.25 }, { steps: 30 })
+  test('starts from a loss of ln 2, and learns to prefer the chosen texts, also held-out ones', async () => {
+    const { steps, result } = await run({ validation: 0.25 }, { steps: 30 })
     expect(steps[0].metrics['preference']).toBeCloseTo(Math.LN2, 6)
     expect(steps[29].metrics['preference']).toBeLessThan(0.55)
     expect(steps[29].metrics['preferred']).toBe(1)
@@ -140,22 +140,22 @@ describe('training on preferences', () => {
     expect(result.validation.loss).toBeLessThan(0.6)
   })
 
-  test('stays nearer to the reference the larger beta is', async () => {
+  test('stays closer to the reference for a larger beta', async () => {
     const margin = async (beta: number) =>
-      Number((await ran({ beta }, { steps: 40 })).steps[39].metrics['margin']) / beta
+      Number((await run({ beta }, { steps: 40 })).steps[39].metrics['margin']) / beta
     expect(await margin(2)).toBeLessThan(await margin(0.05))
   })
 
-  test('resumes with the same numbers', async () => {
-    const whole = await ran()
+  test('resumes with the same losses', async () => {
+    const uninterrupted = await run()
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
     const onEvent = (event: TrainEvent) => {
       if (event.type === 'step' && event.step === 4) controller.abort()
     }
-    await ran({}, { out, signal: controller.signal, onEvent })
-    const rest = await ran({}, { out, resume: true })
-    expect(rest.steps).toEqual(whole.steps.slice(4))
+    await run({}, { out, signal: controller.signal, onEvent })
+    const rest = await run({}, { out, resume: true })
+    expect(rest.steps).toEqual(uninterrupted.steps.slice(4))
   })
 
   test('accepts conversations and texts, and adds their end tokens', async () => {
@@ -165,13 +165,13 @@ describe('training on preferences', () => {
         messages.map(({ role, content }) => (role === 'user' ? `a${content}b` : `${content}j`)).join(''),
     }
     class Watching extends BigramModel {
-      override loss(...given: Parameters<BigramModel['loss']>) {
-        const [{ tokens, weights }] = given
+      override loss(...args: Parameters<BigramModel['loss']>) {
+        const [{ tokens, weights }] = args
         if (weights) {
           const text = Array.from(tokens, (token, i) => `${token}${weights[i] > 0 ? '+' : weights[i] < 0 ? '-' : ''}`)
           seen.push(text.join(' '))
         }
-        return super.loss(...given)
+        return super.loss(...args)
       }
     }
     for (const pair of [
@@ -188,7 +188,7 @@ describe('training on preferences', () => {
   })
 })
 
-describe('what is refused', () => {
+describe('preferences rejects', () => {
   const reference = { loss: () => {} } as unknown as BigramModel
 
   test.each([
@@ -197,8 +197,8 @@ describe('what is refused', () => {
     [{ beta: -1 }, 'beta is -1, expected a positive number'],
     [{ betas: 1 }, 'unknown option betas; did you mean beta?'],
     [{ template: {} }, 'expected an object with a method render'],
-  ])('options %o', (given, expected) => {
-    const make = () => preferences(sevens, { reference, ...(given as object) })
+  ])('options %o', (options, expected) => {
+    const make = () => preferences(sevens, { reference, ...(options as object) })
     expect(make).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(expected) }))
   })
 
@@ -210,13 +210,13 @@ describe('what is refused', () => {
     [[{ text: 'a', chosen: '', rejected: 'b' }], 'chosen of pair 0 is ""'],
     [[{ chosen: 'a', rejected: 'b' }], 'has none or several'],
     [[{ messages: [{ role: 'user', content: 'a' }], chosen: 'a', rejected: 'b' }], 'no template is given'],
-  ])('pairs %o', (given, expected) => {
-    const make = () => preferences(given as unknown as Preference[], { reference })
+  ])('pairs %o', (pairs, expected) => {
+    const make = () => preferences(pairs as unknown as Preference[], { reference })
     expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining(expected) }))
   })
 
-  test('a pair that does not fit into a row, and the model itself as the reference', async () => {
-    await expect(ran({}, { sequenceLength: 3 })).rejects.toThrow(
+  test('a pair that does not fit into a row, and the trained model as its own reference', async () => {
+    await expect(run({}, { sequenceLength: 3 })).rejects.toThrow(
       'pair 0 does not fit into a row of 3; pass a sequenceLength of 4',
     )
     const model = new BigramModel()

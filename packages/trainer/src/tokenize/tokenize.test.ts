@@ -31,8 +31,8 @@ beforeAll(() => {
 })
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
 
-let made = 0
-const fresh = () => join(folder, `out-${made++}`)
+let count = 0
+const newFolder = () => join(folder, `out-${count++}`)
 const file = (name: string, content: string | Uint8Array) => {
   const path = join(folder, name)
   writeFileSync(path, content)
@@ -41,7 +41,7 @@ const file = (name: string, content: string | Uint8Array) => {
 const jsonl = (texts: readonly string[], field = 'text') =>
   texts.map(text => `${JSON.stringify({ [field]: text })}\n`).join('')
 
-/** Names and digests of what is in a folder. */
+/** The names and digests of the files in a folder. */
 const contentOf = (path: string) =>
   readdirSync(path)
     .sort()
@@ -53,12 +53,12 @@ const contentOf = (path: string) =>
     )
 
 async function tokenized(patterns: string | string[], options: Partial<TokenizeOptions> = {}) {
-  const out = fresh()
+  const out = newFolder()
   const result = await tokenize(patterns, { tokenizer, threads: 1, out, ...options })
   return { out, result, ...tokenFiles(out) }
 }
 
-/** All tokens of a stream, and where its documents begin. */
+/** The tokens, document starts and sizes of a stream. */
 function shown(stream: ReturnType<typeof tokenFiles>['training']) {
   return {
     tokens: [...stream.read(0, stream.length)],
@@ -73,8 +73,8 @@ const inMemory = (texts: readonly string[]) => {
   return { tokens: [...tokens], starts: [...starts], textBytes, vocabSize }
 }
 
-describe('sources', () => {
-  test('lines of JSON, compressed or not, and Parquet have the documents of texts in memory', async () => {
+describe('input files', () => {
+  test('of JSON lines, compressed or not, and of Parquet give the same tokens as the texts in memory', async () => {
     const expected = inMemory(documents)
     const lines = jsonl(documents)
     const half = lines.indexOf('\n', lines.length / 2) + 1
@@ -95,22 +95,22 @@ describe('sources', () => {
     for (const path of paths) expect(shown((await tokenized(path)).training), path).toEqual(expected)
   })
 
-  test('texts are documents whole, or between separators as their line ends have them', async () => {
-    const whole = [file('b1.txt', '\uFEFFthe union\n'), file('b2.txt', ''), file('b3.txt', 'our states')]
-    expect(shown((await tokenized(whole)).training)).toEqual(inMemory(['the union\n', 'our states']))
+  test('of text are one document each, or split at separators with the line ends of the file', async () => {
+    const unseparated = [file('b1.txt', '\uFEFFthe union\n'), file('b2.txt', ''), file('b3.txt', 'our states')]
+    expect(shown((await tokenized(unseparated)).training)).toEqual(inMemory(['the union\n', 'our states']))
     const separated = [file('c1.txt', 'the\nunion\n\n \n\nstates\n'), file('c2.txt', 'our\r\n\r\npeople')]
     expect(shown((await tokenized(separated, { separator: '\n\n' })).training)).toEqual(
       inMemory(['the\nunion', 'states\n', 'our', 'people']),
     )
   })
 
-  test('field selects the text, and null or empty ones are left out', async () => {
+  test('of JSON have the text in the selected field, and null or empty texts are left out', async () => {
     const path = file('d.jsonl', `{"body":"the union","n":1}\n\n{"body":null}\r\n{"body":""}\n{"body":"states"}`)
     expect(shown((await tokenized(path, { field: 'body' })).training)).toEqual(inMemory(['the union', 'states']))
     await expect(tokenized(path)).rejects.toThrow(/line at byte 0 has no text; its fields are body, n.*--field/)
   })
 
-  test('unreadable input is reported with its position', async () => {
+  test('that are invalid are errors with the position', async () => {
     const bad = async (name: string, content: string | Uint8Array, message: RegExp) =>
       expect(tokenized(file(name, content)), name).rejects.toThrow(
         expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -141,8 +141,8 @@ describe('sources', () => {
   })
 })
 
-describe('what is drawn', () => {
-  test('holds out a fraction by text, so that copies stay together and other documents change nothing', async () => {
+describe('random choices', () => {
+  test('hold out a fraction of documents by their text only, so that copies stay together', async () => {
     const copies = [...documents, ...documents]
     const { training, validation, result } = await tokenized(file('g.jsonl', jsonl(copies)), { validation: 0.2 })
     const heldOut = documents.filter(text => drawFor(text, { validation: 0.2, fimRate: 0, seed: 0 }).heldOut)
@@ -157,7 +157,7 @@ describe('what is drawn', () => {
     expect(other).not.toEqual(heldOut)
   })
 
-  test('fills in the middle at its rate: prefix, suffix, middle, and special tokens that a text spells stay text', async () => {
+  test('apply fill-in-the-middle at its rate, as prefix, suffix, middle, and encode spelled special tokens as text', async () => {
     const spelled = [...documents, '<fim1>a</s>b<fim2>']
     const options = { fimRate: 0.5, fimTokens: fim, validation: 0.2 }
     const { training, validation } = await tokenized(file('h.jsonl', jsonl(spelled)), options)
@@ -188,8 +188,8 @@ describe('what is drawn', () => {
   })
 })
 
-describe('files', () => {
-  test('are the same to the byte for any number of threads, and shards are bounded', async () => {
+describe('token files', () => {
+  test('are identical for any number of threads, and shards are bounded', async () => {
     const path = file('i.jsonl', jsonl(documents))
     const options = { validation: 0.1, fimRate: 0.3, fimTokens: fim, shardTokens: 500 }
     const one = await tokenized(path, options)
@@ -200,36 +200,36 @@ describe('files', () => {
     for (const name of bins) expect(readFileSync(join(one.out, name)).length).toBeLessThanOrEqual(2 * 500)
     const large = await tokenized(path, { validation: 0.1, fimRate: 0.3, fimTokens: fim })
     expect(shown(large.training)).toEqual(shown(one.training))
-    // A document that is larger than a shard has one of its own.
+    // A document larger than a shard gets its own shard.
     const tiny = await tokenized(file('j.jsonl', jsonl(documents.slice(0, 20))), { shardTokens: 10 })
     expect(shown(tiny.training)).toEqual(inMemory(documents.slice(0, 20)))
   })
 
-  test('have 32 bits for ids where the vocabulary needs them', async () => {
+  test('have 32-bit ids if the vocabulary needs them', async () => {
     const wide = { vocabSize: 70_000, encode: (text: string) => Array.from(text, (_, i) => 69_000 + i) }
     const { training } = await tokenized(file('k.txt', 'abc'), { tokenizer: wide, eos: 69_999, bos: null })
     expect([...training.read(0, 4)]).toEqual([69_000, 69_001, 69_002, 69_999])
     expect(training.unpredictable).toBe(1)
   })
 
-  test('continue after an aborted call, with the same result', async () => {
+  test('are the same if an aborted call is continued', async () => {
     // More than one batch: documents of some megabytes.
     const long = Array.from({ length: 12 }, (_, i) => documents.slice(i).join('\n').repeat(40))
     const paths = [file('l1.jsonl', jsonl(long.slice(0, 7))), file('l2.jsonl.gz', zlib.gzipSync(jsonl(long.slice(7))))]
     const options = { validation: 0.3, shardTokens: 100_000 }
-    const whole = await tokenized(paths, options)
-    const out = fresh()
+    const uninterrupted = await tokenized(paths, options)
+    const out = newFolder()
     const stopped = new Error('enough')
     let calls = 0
-    let told = 0
+    let reported = 0
     for (;;) {
       const abort = new AbortController()
       const onProgress = ({ bytes, fromBytes }: { bytes: number; fromBytes: number }) => {
-        expect(fromBytes).toBe(told)
-        told = bytes
+        expect(fromBytes).toBe(reported)
+        reported = bytes
         abort.abort(stopped)
       }
-      const before = told
+      const before = reported
       const call = tokenize(paths, { tokenizer, threads: 1, out, ...options, signal: abort.signal, onProgress })
       const error = await call.then(
         () => null,
@@ -238,20 +238,20 @@ describe('files', () => {
       calls++
       if (error === null) break
       expect(error).toBe(stopped)
-      expect(told).toBeGreaterThanOrEqual(before)
+      expect(reported).toBeGreaterThanOrEqual(before)
       expect(() => tokenFiles(out)).toThrow(/no tokens.json/)
-      // As one that is killed leaves them: more than what was saved in the shards that are being written.
+      // As after a killed process: unfinished shards contain more than was recorded.
       const names = readdirSync(out)
       for (const name of names)
         if (/\.(bin|lengths)$/.test(name) && !names.includes(name.replace(/\.\w+$/, '.idx')))
           appendFileSync(join(out, name), 'more')
-      writeFileSync(join(out, 'training-00099.bin'), 'of a shard that does not count')
+      writeFileSync(join(out, 'training-00099.bin'), 'of a shard that was not recorded')
     }
     expect(calls).toBeGreaterThan(2)
-    expect(contentOf(out)).toEqual(contentOf(whole.out))
+    expect(contentOf(out)).toEqual(contentOf(uninterrupted.out))
   }, 60_000)
 
-  test('are not written twice, and other settings are refused', async () => {
+  test('are not written again if they are complete, and other settings are an error', async () => {
     const path = file('m.jsonl', jsonl(documents))
     const { out, result } = await tokenized(path)
     const never = {
@@ -274,7 +274,7 @@ describe('files', () => {
     expect(tokenFiles(out).training.documents).toBe(documents.length + 1)
   })
 
-  test('all invalid settings are reported together', async () => {
+  test('need valid settings, of which all invalid ones are reported', async () => {
     const path = file('n.txt', 'a')
     await expect(tokenized(path, { shardTokens: 0, validation: 1, separator: '', threads: 0.5 })).rejects.toThrow(
       /threads is 0.5.*shardTokens is 0.*validation is 1.*separator/,
@@ -293,14 +293,14 @@ describe('moe-trainer tokenize', () => {
       ),
     )
 
-  test('writes what the function writes, and continues after kill -9', async () => {
+  test('writes the same files as the function, and continues after SIGKILL', async () => {
     await tokenizer.save(join(folder, 'tokenizer.json'))
     mkdirSync(join(folder, 'corpus'))
     const long = Array.from({ length: 40 }, (_, i) => documents.slice(i).join('\n').repeat(12))
     for (let i = 0; i < 4; i++)
       writeFileSync(join(folder, 'corpus', `${i}.jsonl`), jsonl(long.slice(10 * i, 10 * i + 10)))
-    const whole = await tokenized(join(folder, 'corpus/*.jsonl'), { validation: 0.1, shardTokens: 1_000_000 })
-    const out = fresh()
+    const uninterrupted = await tokenized(join(folder, 'corpus/*.jsonl'), { validation: 0.1, shardTokens: 1_000_000 })
+    const out = newFolder()
     const args = [
       join(folder, 'corpus/*.jsonl'),
       '--tokenizer',
@@ -316,28 +316,28 @@ describe('moe-trainer tokenize', () => {
       '--json',
     ]
     const killed = spawn(process.execPath, [cli, 'tokenize', ...args])
-    const begun = () => {
+    const hasBegun = () => {
       try {
         return readdirSync(out).includes('training-00000.bin')
       } catch {
         return false
       }
     }
-    while (!begun() && killed.exitCode === null) await new Promise(done => setTimeout(done, 5))
+    while (!hasBegun() && killed.exitCode === null) await new Promise(done => setTimeout(done, 5))
     killed.kill('SIGKILL')
     await new Promise(done => killed.once('exit', done))
     const { code, stdout } = await started(...args)
     expect(code).toBe(0)
-    expect(JSON.parse(stdout)).toMatchObject({ trainingTokens: whole.result.trainingTokens })
-    expect(contentOf(out)).toEqual(contentOf(whole.out))
+    expect(JSON.parse(stdout)).toMatchObject({ trainingTokens: uninterrupted.result.trainingTokens })
+    expect(contentOf(out)).toEqual(contentOf(uninterrupted.out))
   }, 60_000)
 
-  test('names missing options', async () => {
+  test('exits with 2 for missing options, and with 1 if no file matches', async () => {
     expect(await started('x.txt')).toMatchObject({
       code: 2,
       stderr: expect.stringContaining('missing --tokenizer PATH'),
     })
-    expect(await started('nothing*.txt', '--tokenizer', folder, '--out', fresh())).toMatchObject({
+    expect(await started('nothing*.txt', '--tokenizer', folder, '--out', newFolder())).toMatchObject({
       code: 1,
       stderr: expect.stringContaining('no file matches'),
     })

@@ -1,11 +1,11 @@
-/** @file Numbers of the page that do not need a browser. */
+/** @file Computations of the page that do not need a browser. */
 import { describe, expect, test } from 'vitest'
 
 const page = (name: string) => import(new URL(`../../page/${name}`, import.meta.url).href)
 const { centred, colorOf, shadeOfBias, shadeOfShare, shares, summaryOf } = await page('loads.js')
 const { joined, wanted } = await page('zoom.js')
 
-test('logged numbers of held-out sources are titled by source, others by their name', async () => {
+test('titles of logged values are the source for held-out data, and the name otherwise', async () => {
   const { titleOfLogged } = await page('numbers.js')
   const heldOut = (title: string, unit: string) => ({ group: 'Held-out sources', title, unit })
   expect(titleOfLogged('validation/web/loss')).toEqual(heldOut('web', 'nats per token'))
@@ -14,11 +14,11 @@ test('logged numbers of held-out sources are titled by source, others by their n
     expect(titleOfLogged(title)).toEqual({ group: 'Logged', title, unit: '' })
 })
 
-describe('loads', () => {
-  test('are shares of the mean, and shades by powers of two', () => {
+describe('the loads of experts', () => {
+  test('are shown as shares of the mean, with a shade for each power of two', () => {
     expect(shares([0, 1, 2, 5])).toEqual([0, 0.5, 1, 2.5])
     expect(shares([0, 0])).toEqual([0, 0])
-    const wanted = [
+    const expected = [
       [0, null],
       [1, 0],
       [2, 0.5],
@@ -28,13 +28,13 @@ describe('loads', () => {
       [64, 1],
       [0.01, -1],
     ]
-    for (const [share, shade] of wanted) expect(shadeOfShare(share)).toBe(shade)
+    for (const [share, shade] of expected) expect(shadeOfShare(share)).toBe(shade)
     expect([-2, 0, 1].map(bias => shadeOfBias(bias, 2))).toEqual([-1, 0, 0.5])
     expect(shadeOfBias(0, 0)).toBe(0)
     expect(centred([3, 4, 8])).toEqual([-2, -1, 3])
   })
 
-  test('have colours from low over the middle to high', () => {
+  test('have colours interpolated between low, middle and high', () => {
     const scale = { low: [0, 0, 100], middle: [200, 200, 200], high: [100, 0, 0] }
     expect([-1, -0.5, 0, 1].map(shade => colorOf(shade, scale))).toEqual([
       'rgb(0 0 100)',
@@ -44,7 +44,7 @@ describe('loads', () => {
     ])
   })
 
-  test('in words', () => {
+  test('are summarized', () => {
     expect(summaryOf({ load: [0, 6, 2, 0], dropped: 2, bias: [0.5, -1, 0, 0] })).toEqual({
       maxVio: 2,
       busiest: 1,
@@ -58,7 +58,7 @@ describe('loads', () => {
   })
 })
 
-describe('a zoom', () => {
+describe('zooming', () => {
   const column = (values: Array<number | null>, wide = true) => ({
     mean: values,
     ...(wide && { min: values.map(value => value && value - 1), max: values.map(value => value && value + 1) }),
@@ -84,14 +84,14 @@ describe('a zoom', () => {
   })
   const whole = series([1, 10, 20, 30, 40, 45])
 
-  test('asks for steps where there are more lines, and pixels, than points', () => {
+  test('requests the steps of a range if it has more lines, and pixels, than points', () => {
     const of = (range: number[] | null, across = 'step', pixels = 300) => wanted(whole, { range, across }, pixels)
     expect(of(null)).toBe(undefined)
     expect(of([9.5, 31.2])).toEqual([9, 32])
     expect(of([-3, 12])).toEqual([0, 12])
     expect(of([9.5, 31.2], 'step', 3)).toBe(undefined)
     expect(of([9.5, 31.2], 'step', 4)).toEqual([9, 32])
-    // Between two points, and from the point before a range to the one behind it.
+    // Steps are requested as they are; a range of tokens extends to the points around it.
     expect(of([21, 22])).toEqual([21, 22])
     expect(of([1500, 3100], 'tokens')).toEqual([10, 40])
     expect(of([2100, 2200], 'tokens')).toEqual([20, 30])
@@ -99,7 +99,7 @@ describe('a zoom', () => {
     expect(wanted(series([1, 2, 3], false), { range: [1, 2], across: 'step' }, 300)).toBe(undefined)
   })
 
-  test('has its lines in place of the points there', () => {
+  test('replaces the points of the range by the requested lines', () => {
     const part = series([18, 19, 20, 21, 22], false)
     const { steps, columns } = joined(whole, part)
     expect(steps).toEqual([1, 10, 18, 19, 20, 21, 22, 30, 40, 45])

@@ -2,20 +2,20 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { RunSeries, type SeriesPatch } from './run-series.ts'
 
-/** Exact sums and seven digits: what a point says can be compared as it is. */
+/** Integers whose sums are exact and fit into seven digits, so that points can be compared exactly. */
 const value = fc.integer({ min: -500, max: 500 })
 
 const column = (patch: SeriesPatch, name: string) => patch.columns.find(one => one.name === name)!
 
-/** Consecutive lines, as many to each point as the series says. */
+/** Consecutive lines in groups of `size`. */
 function chunks<T>(lines: readonly T[], size: number): T[][] {
   return Array.from({ length: Math.ceil(lines.length / size) }, (_, i) => lines.slice(i * size, (i + 1) * size))
 }
 
-const seven = (number: number) => Number(number.toPrecision(7))
+const toSevenDigits = (number: number) => Number(number.toPrecision(7))
 
 describe('reduction', () => {
-  test('points are bounded, and each is mean, least and largest of its lines; the ends of the run stay', () => {
+  test('bounds the number of points, each with mean, minimum and maximum of its lines, and keeps first and last step', () => {
     fc.assert(
       fc.property(
         fc.integer({ min: 2, max: 9 }),
@@ -31,17 +31,17 @@ describe('reduction', () => {
             series.push(steps[i], { step: steps[i], nll })
           })
           const patch = series.patch()
-          const wanted = chunks(
+          const expected = chunks(
             lines.map(({ nll }) => nll),
             patch.linesPerPoint,
           )
-          expect(patch.steps.length).toBe(wanted.length)
+          expect(patch.steps.length).toBe(expected.length)
           expect(patch.steps.length).toBeLessThanOrEqual(2 * points)
           if (lines.length >= points) expect(patch.steps.length).toBeGreaterThanOrEqual(points)
           const { mean, min = mean, max = mean } = column(patch, 'nll')
-          expect(mean).toEqual(wanted.map(part => seven(part.reduce((a, b) => a + b) / part.length)))
-          expect(min).toEqual(wanted.map(part => Math.min(...part)))
-          expect(max).toEqual(wanted.map(part => Math.max(...part)))
+          expect(mean).toEqual(expected.map(part => toSevenDigits(part.reduce((a, b) => a + b) / part.length)))
+          expect(min).toEqual(expected.map(part => Math.min(...part)))
+          expect(max).toEqual(expected.map(part => Math.max(...part)))
           expect(patch.steps[patch.steps.length - 1]).toBe(steps[steps.length - 1])
           if (patch.steps.length > 1) expect(patch.steps[0]).toBe(steps[0])
           for (const [i, part] of chunks(steps, patch.linesPerPoint).entries()) {
@@ -53,7 +53,7 @@ describe('reduction', () => {
     )
   })
 
-  test('what a line does not have is missing, not zero', () => {
+  test('values that a line does not have are null, not zero', () => {
     const series = new RunSeries(2)
     series.push(1, { nll: 4 })
     series.push(2, { nll: 2, maxVio: 1, note: 'text', mtp: null })
@@ -68,7 +68,7 @@ describe('reduction', () => {
     ])
   })
 
-  test('names are bounded', () => {
+  test('bounds the number of columns', () => {
     const series = new RunSeries(4)
     for (let step = 0; step < 100; step++) series.push(step, { nll: 1, [`name${step}`]: 1 })
     expect(series.patch().columns.length).toBe(64)
@@ -78,7 +78,7 @@ describe('reduction', () => {
 describe('repeated steps', () => {
   const pushes = fc.array(fc.record({ step: fc.integer({ min: 0, max: 40 }), nll: value }), { minLength: 1 })
 
-  test('the later line counts, and earlier lines of later steps are dropped', () => {
+  test('replace the earlier line of the step and of all later steps', () => {
     fc.assert(
       fc.property(pushes, lines => {
         const series = new RunSeries(1000)
@@ -94,7 +94,7 @@ describe('repeated steps', () => {
     )
   })
 
-  test('no point contains a replaced line', () => {
+  test('leave no replaced line in a point', () => {
     fc.assert(
       fc.property(pushes, lines => {
         const series = new RunSeries(2)
@@ -113,7 +113,7 @@ describe('repeated steps', () => {
   })
 })
 
-test('a client that applies patches has what a new one gets', () => {
+test('a client that applies patches has the same series as a new client', () => {
   const pushes = fc.array(
     fc.record({ step: fc.integer({ min: 0, max: 60 }), forward: fc.boolean(), nll: value, read: fc.boolean() }),
     { minLength: 1, maxLength: 200 },

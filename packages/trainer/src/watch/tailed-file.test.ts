@@ -10,7 +10,7 @@ afterEach(removeTemporaryFolders)
 async function tailed() {
   const path = join(await temporaryFolder(), 'log.jsonl')
   const file = new TailedFile(path)
-  /** Lines since the last time; `reset` among them where the file began anew. */
+  /** The lines since the last call, with `reset` where reading restarted at the beginning. */
   const read = async () => {
     const lines: string[] = []
     while (
@@ -24,7 +24,7 @@ async function tailed() {
   return { path, file, read }
 }
 
-test('a partial line waits for its rest, wherever it is split', async () => {
+test('a partial line is read once it is complete, wherever it was split', async () => {
   const { path, read } = await tailed()
   await fc.assert(
     fc.asyncProperty(fc.array(fc.string({ unit: 'grapheme' })), fc.array(fc.nat(200)), async (texts, cuts) => {
@@ -45,7 +45,7 @@ test('a partial line waits for its rest, wherever it is split', async () => {
   )
 })
 
-test('a file that does not exist yet, and is removed', async () => {
+test('a file may not exist yet, may be removed, and may be created again', async () => {
   const { path, file, read } = await tailed()
   expect(await read()).toEqual([])
   expect(file.changed).toBe(0)
@@ -70,7 +70,7 @@ test('a replaced file is read from the beginning, even if it is longer', async (
   expect(await read()).toEqual(['reset', 'a', 'second', 'third', 'fourth'])
 })
 
-test('so is a truncated one', async () => {
+test('a truncated file is read from the beginning', async () => {
   const { path, read } = await tailed()
   await writeFile(path, 'a\nb\nc\n')
   await read()
@@ -78,7 +78,7 @@ test('so is a truncated one', async () => {
   expect(await read()).toEqual(['reset', 'a'])
 })
 
-test('an endless line is skipped without filling the memory', async () => {
+test('a line of several megabytes is skipped', async () => {
   const { path, read } = await tailed()
   await writeFile(path, 'a\n')
   for (let i = 0; i < 5; i++) await appendFile(path, Buffer.alloc(1 << 20, 120))
@@ -92,17 +92,17 @@ test('many lines are read in portions', async () => {
   const line = 'x'.repeat(99)
   for (let i = 0; i < 4; i++) await appendFile(path, `${line}\n`.repeat(100_000))
   let count = 0
-  const goes: number[] = []
-  for (let more = true; more; goes.push(count)) {
+  const countsByCall: number[] = []
+  for (let more = true; more; countsByCall.push(count)) {
     more = await file.read(
       text => {
         if (text === line) count++
       },
-      () => expect.fail('nothing begins anew'),
+      () => expect.fail('reading restarted'),
     )
   }
   expect(count).toBe(400_000)
-  expect(goes.length).toBeGreaterThan(1)
+  expect(countsByCall.length).toBeGreaterThan(1)
 })
 
 test('an unreadable file is reported', async () => {

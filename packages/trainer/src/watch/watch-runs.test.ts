@@ -27,18 +27,18 @@ async function makeRun(folder: string, name: string, steps = 1) {
   await appendFile(join(folder, name, 'metrics.jsonl'), lines.join(''))
 }
 
-/** A request as it is written, of which `fetch` would tidy the path. */
-function ask(url: string, path: string, { method = 'GET', headers = {} } = {}) {
+/** Sends a request with the path unchanged, which `fetch` would normalize. */
+function send(url: string, path: string, { method = 'GET', headers = {} } = {}) {
   const { hostname, port } = new URL(url)
   return new Promise<{ status: number; text: string; headers: Record<string, unknown> }>((done, failed) => {
-    const asked = httpRequest({ hostname, port, path, method, headers }, response => {
+    const request = httpRequest({ hostname, port, path, method, headers }, response => {
       let text = ''
       response.setEncoding('utf8').on('data', part => {
         text += part
       })
       response.on('end', () => done({ status: response.statusCode ?? 0, text, headers: response.headers }))
     })
-    asked.on('error', failed).end()
+    request.on('error', failed).end()
   })
 }
 
@@ -49,7 +49,7 @@ interface Message {
   runs: Array<{ state: { name: string; step: number }; series: { from: number; steps: number[] } }>
 }
 
-/** Server-sent events, one after the other. */
+/** The messages of the server-sent events. */
 async function* messages(url: string, signal?: AbortSignal): AsyncGenerator<Message> {
   const { body, headers } = await fetch(`${url}live`, { signal })
   expect(headers.get('content-type')).toBe('text/event-stream')
@@ -66,7 +66,7 @@ async function* messages(url: string, signal?: AbortSignal): AsyncGenerator<Mess
 describe('the page', () => {
   test('serves everything that it references, and nothing external', async () => {
     const url = await watch(await temporaryFolder())
-    const page = await ask(url, '/')
+    const page = await send(url, '/')
     expect(page).toMatchObject({ status: 200, headers: { 'content-type': 'text/html; charset=utf-8' } })
     expect(page.headers['content-security-policy']).toMatch(/default-src 'none'/)
     const pending = [...page.text.matchAll(/(?:href|src)="(?!data:)([^"]+)"/g)].map(([, path]) => path)
@@ -74,7 +74,7 @@ describe('the page', () => {
     for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
       if (seen.has(path)) continue
       seen.add(path)
-      const { status, text, headers } = await ask(url, `/${path}`)
+      const { status, text, headers } = await send(url, `/${path}`)
       expect([path, status]).toEqual([path, 200])
       expect(headers['content-type']).toMatch(path.endsWith('.css') ? 'text/css' : 'text/javascript')
       pending.push(...[...text.matchAll(/^import .* from '\.\/([^']+)'/gm)].map(([, imported]) => imported))
@@ -83,13 +83,13 @@ describe('the page', () => {
     expect([...seen].sort()).toEqual([...own, 'page.css', 'uplot.css'].sort())
   })
 
-  test('answers HEAD, and refuses other methods', async () => {
+  test('answers HEAD, and rejects other methods', async () => {
     const url = await watch(await temporaryFolder())
-    expect(await ask(url, '/page.js', { method: 'HEAD' })).toMatchObject({ status: 200, text: '' })
-    for (const method of ['POST', 'PUT', 'DELETE']) expect((await ask(url, '/', { method })).status).toBe(405)
+    expect(await send(url, '/page.js', { method: 'HEAD' })).toMatchObject({ status: 200, text: '' })
+    for (const method of ['POST', 'PUT', 'DELETE']) expect((await send(url, '/', { method })).status).toBe(405)
   })
 
-  test('serves no other file', async () => {
+  test('does not serve any other file', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a')
     await writeFile(join(folder, 'secret.txt'), 'secret')
@@ -107,14 +107,14 @@ describe('the page', () => {
       `${folder}/secret.txt`,
     ]
     for (const path of paths) {
-      expect([path, await ask(url, path)]).toMatchObject([path, { status: 404, text: 'not found\n' }])
+      expect([path, await send(url, path)]).toMatchObject([path, { status: 404, text: 'not found\n' }])
     }
-    expect((await ask(url, '/page.js?../../package.json')).status).toBe(200)
+    expect((await send(url, '/page.js?../../package.json')).status).toBe(200)
   })
 })
 
-describe('where it listens', () => {
-  test('only on this machine by default', async () => {
+describe('the server', () => {
+  test('listens only on the loopback interface by default', async () => {
     const url = await watch(await temporaryFolder())
     expect(url).toMatch(/^http:\/\/127\.0\.0\.1:\d+\/$/)
     const own = Object.values(networkInterfaces())
@@ -130,20 +130,20 @@ describe('where it listens', () => {
     ).rejects.toThrow(/ECONNREFUSED/)
   })
 
-  test('a foreign host name that resolves here is refused', async () => {
+  test('rejects requests with a foreign host name, unless it listens on all interfaces', async () => {
     const folder = await temporaryFolder()
     const url = await watch(folder)
     const { host, port } = new URL(url)
     for (const name of ['evil.example', `evil.example:${port}`, 'localhost.evil.example', '127.0.0.1.evil.example'])
       for (const path of ['/', '/runs.json', '/live'])
-        expect((await ask(url, path, { headers: { host: name } })).status).toBe(403)
+        expect((await send(url, path, { headers: { host: name } })).status).toBe(403)
     for (const name of [host, 'localhost', `localhost:${port}`, `[::1]:${port}`])
-      expect((await ask(url, '/runs.json', { headers: { host: name } })).status).toBe(200)
+      expect((await send(url, '/runs.json', { headers: { host: name } })).status).toBe(200)
     const open = await watch(folder, { host: '0.0.0.0' })
-    expect((await ask(open, '/runs.json', { headers: { host: 'lab.example' } })).status).toBe(200)
+    expect((await send(open, '/runs.json', { headers: { host: 'lab.example' } })).status).toBe(200)
   })
 
-  test('a port that is taken', async () => {
+  test('rejects a port in use', async () => {
     const other = createServer().listen(0, '127.0.0.1')
     await new Promise(done => other.once('listening', done))
     const { port } = other.address() as AddressInfo
@@ -157,7 +157,7 @@ describe('where it listens', () => {
     [{ port: 65536 }],
     [{ prot: 1 } as WatchOptions],
     [{ port: 0, host: '192.0.2.1' }],
-  ])('%j cannot be', async options => {
+  ])('rejects the options %j', async options => {
     await expect(watchRuns('runs', options)).rejects.toMatchObject({ code: expect.stringMatching(/^E_/) })
   })
 })
@@ -165,23 +165,23 @@ describe('where it listens', () => {
 test('runs.json has the state of each run', async () => {
   const folder = await temporaryFolder()
   const url = await watch(join(folder, 'later'))
-  expect(JSON.parse((await ask(url, '/runs.json')).text)).toEqual({ folder: join(folder, 'later'), runs: [] })
+  expect(JSON.parse((await send(url, '/runs.json')).text)).toEqual({ folder: join(folder, 'later'), runs: [] })
   await makeRun(folder, 'later/a', 3)
   await makeRun(folder, 'later/deep/b', 2)
-  const { runs } = JSON.parse((await ask(url, '/runs.json')).text)
+  const { runs } = JSON.parse((await send(url, '/runs.json')).text)
   expect(runs.map(({ name, step }: { name: string; step: number }) => [name, step])).toEqual([
     ['a', 3],
     ['deep/b', 2],
   ])
 })
 
-describe('a part of a run', () => {
+describe('details of a run', () => {
   const get = async (url: string, path: string, query: Record<string, string | number>) => {
-    const { status, text } = await ask(url, `/${path}?${new URLSearchParams(query as Record<string, string>)}`)
+    const { status, text } = await send(url, `/${path}?${new URLSearchParams(query as Record<string, string>)}`)
     return status === 200 ? JSON.parse(text) : status
   }
 
-  test('is read again in detail, with the requested number of points', async () => {
+  test('series.json returns a range of steps with the requested number of points', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'deep/a b&c', 5000)
     const url = await watch(folder)
@@ -205,7 +205,7 @@ describe('a part of a run', () => {
   const line = (step: number, loads: number[][], steps = 10) =>
     `${JSON.stringify({ step, steps, layers: loads.map((load, i) => ({ name: `layers.${i + 1}`, load, bias: load })) })}\n`
 
-  test('has the loads of its experts, at a step and over time', async () => {
+  test('loads.json returns the loads of experts, at a step and over time', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 40)
     await makeRun(folder, 'dense', 4)
@@ -219,7 +219,7 @@ describe('a part of a run', () => {
     await writeFile(path, lines.join(''))
     const url = await watch(folder)
     const loads = (query: object) => get(url, 'loads.json', { run: 'a', ...query })
-    const { runs } = JSON.parse((await ask(url, '/runs.json')).text)
+    const { runs } = JSON.parse((await send(url, '/runs.json')).text)
     expect(runs.map(({ loads }: { loads: unknown }) => loads)).toEqual([
       { first: 10, last: 30, layers: ['layers.1', 'layers.2'] },
       null,
@@ -245,7 +245,7 @@ describe('a part of a run', () => {
     expect((await over({ most: 2 })).map(([step]: [number]) => step)).toEqual([10, 30])
     expect(await over({ layer: 'layers.9' })).toEqual([])
     await appendFile(path, line(40, [[4, 4]]))
-    await ask(url, '/runs.json')
+    await send(url, '/runs.json')
     expect((await loads({})).layers).toHaveLength(1)
     expect(await get(url, 'loads.json', { run: 'dense' })).toBe(404)
     expect(await get(url, 'loads.json', { run: 'dense', layer: 'layers.1' })).toEqual([])
@@ -253,7 +253,7 @@ describe('a part of a run', () => {
       for (const path of ['series.json', 'loads.json']) expect(await get(url, path, { run })).toBe(404)
   })
 
-  test('ignores lines that are not loads', async () => {
+  test('loads.json leaves out invalid lines and fields', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a')
     const layers = [
@@ -272,8 +272,8 @@ describe('a part of a run', () => {
   })
 })
 
-describe('live', () => {
-  /** The next message in which a run has a step: files may be seen before anything is in them. */
+describe('the live stream', () => {
+  /** The next message in which a run has a step. Messages before it may have the run without any step yet. */
   async function until(stream: AsyncGenerator<Message>, name: string, step: number) {
     for (;;) {
       const { runs, gone } = (await stream.next()).value as Message
@@ -282,7 +282,7 @@ describe('live', () => {
     }
   }
 
-  test('sends everything first, then what is added and removed', async () => {
+  test('sends all runs first, then what is added and removed', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 3)
     const url = await watch(folder)
@@ -302,14 +302,14 @@ describe('live', () => {
     expect(gone).toEqual(['a'])
     await makeRun(folder, 'a', 2)
     expect(await until(stream, 'a', 2)).toMatchObject({ from: 0, steps: [1, 2], others: 0, gone: [] })
-    // A second reader has it all, though the first has been told.
+    // A second client gets everything, although the first already has it.
     const second = messages(url)
     expect(await until(second, 'a', 2)).toMatchObject({ from: 0, steps: [1, 2], others: 1 })
     await stream.return(undefined)
     await second.return(undefined)
   })
 
-  test('a restarted run is sent again, even if it is longer', async () => {
+  test('sends a restarted run again from its first step, even if it is longer', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 2)
     const stream = messages(await watch(folder))
@@ -320,7 +320,7 @@ describe('live', () => {
     await stream.return(undefined)
   })
 
-  test('closing ends the connections', async () => {
+  test('ends when the server is closed', async () => {
     const watcher = await watchRuns(await temporaryFolder(), { port: 0 })
     const stream = messages(watcher.url)
     expect(((await stream.next()).value as Message).runs).toEqual([])
@@ -371,7 +371,7 @@ describe('moe-trainer', () => {
     const { program, output, code } = start('watch', folder, '--port', '0', '--json')
     await new Promise(done => program.stdout.once('data', done))
     const { url } = JSON.parse(output.out)
-    const { runs } = JSON.parse((await ask(url, '/runs.json')).text)
+    const { runs } = JSON.parse((await send(url, '/runs.json')).text)
     expect(runs).toMatchObject([{ name: 'a' }])
     program.kill('SIGTERM')
     if (process.platform !== 'win32') expect(await code).toBe(0)
@@ -388,9 +388,9 @@ describe('moe-trainer', () => {
     [['watch', '--prot', '1', '--json'], 2, /^\{"error":\{"code":"E_USAGE","message":"unknown option --prot"\}\}\n$/],
     [['watch', command], 2, /is not a folder/],
     [['watch', '--port', '70000'], 1, /port is 70000/],
-  ])('%j', async (args, wanted, said) => {
+  ])('called with %j, it exits with %i and prints %s', async (args, expectedCode, text) => {
     const { output, code } = start(...args)
-    expect(await code).toBe(wanted)
-    expect(output.out + output.error).toMatch(said)
+    expect(await code).toBe(expectedCode)
+    expect(output.out + output.error).toMatch(text)
   })
 })

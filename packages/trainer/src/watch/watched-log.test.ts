@@ -13,7 +13,7 @@ interface Line {
   readonly value: number
 }
 
-/** Lines of a log whose steps may be taken again, and those of them that count in the end. */
+/** Lines of a log in which steps may be repeated. */
 const logs = fc
   .array(fc.record({ step: fc.integer({ min: 0, max: 60 }), forward: fc.nat(9), text: fc.nat(5) }), { maxLength: 120 })
   .map(parts => {
@@ -24,7 +24,8 @@ const logs = fc
     })
   })
 
-function counting<L extends Line>(lines: readonly L[]): L[] {
+/** The lines that count: a later line replaces those of its own and later steps. */
+function countingLines<L extends Line>(lines: readonly L[]): L[] {
   const kept: L[] = []
   for (const line of lines) {
     while ((kept.at(-1)?.step ?? -1) >= line.step) kept.pop()
@@ -40,7 +41,7 @@ describe('the index', () => {
     blocks: fc.integer({ min: 1, max: 9 }),
   })
 
-  test('returns, for any range, bytes of complete lines with all that count', () => {
+  test('returns, for any range of steps, a byte range of complete lines that contains all lines that count', () => {
     fc.assert(
       fc.property(logs, ranges, (lines, { from, width, blocks }) => {
         const index = new LineIndex(blocks)
@@ -52,7 +53,7 @@ describe('the index', () => {
           ends.push(end)
           index.push(line.step, at, end)
         }
-        const kept = counting(lines)
+        const kept = countingLines(lines)
         expect(index.span).toEqual(kept.length === 0 ? null : { first: kept[0].step, last: kept.at(-1)?.step })
         const range = index.between(from, from + width)
         if (range.to > 0) expect(ends).toContain(range.to)
@@ -70,13 +71,13 @@ describe('the index', () => {
     )
   })
 
-  test('is small, and so are the bytes of a short range', () => {
+  test('has a bounded number of blocks, and a short range has few bytes', () => {
     const index = new LineIndex(100)
     const count = 1_000_000
     for (let i = 0; i < count; i++) index.push(i, 10 * i, 10 * i + 10)
     expect(index.spread(0, count, count).length).toBeLessThanOrEqual(200)
     const { from, to } = index.between(500_000, 500_010)
-    // A block is a hundredth at most.
+    // A block is at most a hundredth of the file.
     expect(to - from).toBeLessThanOrEqual((2 * 10 * count) / 100)
   })
 })
@@ -95,39 +96,45 @@ async function watched(lines: readonly object[], blocks?: number) {
   return { path, log, refresh }
 }
 
-describe('lines that are read again later', () => {
-  const few = fc.constantFrom(1, 3, 1000)
+describe('lines that are read again', () => {
+  const blockCounts = fc.constantFrom(1, 3, 1000)
 
   test('are those that count', async () => {
     await fc.assert(
-      fc.asyncProperty(logs, fc.integer({ min: 0, max: 300 }), fc.nat(200), few, async (lines, from, width, blocks) => {
-        const { log, refresh } = await watched(lines, blocks)
-        expect((await refresh()).seen).toEqual(lines)
-        const kept = counting(lines)
-        let read: Line[] = []
-        await log.between(
-          from,
-          from + width,
-          line => {
-            while ((read.at(-1)?.step ?? -1) >= line.step) read.pop()
-            read.push(line as unknown as Line)
-          },
-          () => {
-            read = []
-          },
-        )
-        expect(read).toEqual(kept.filter(({ step }) => step >= from && step <= from + width))
-        expect(await log.at(from)).toEqual(kept.find(({ step }) => step >= from) ?? kept.at(-1))
-        const spread = await log.spread(from, from + width, 1000)
-        if (blocks > lines.length) expect(spread).toEqual(read)
-        for (const line of spread) expect(read).toContainEqual(line)
-        expect((await log.spread(from, from + width, 3)).at(-1)).toEqual(spread.at(-1))
-      }),
+      fc.asyncProperty(
+        logs,
+        fc.integer({ min: 0, max: 300 }),
+        fc.nat(200),
+        blockCounts,
+        async (lines, from, width, blocks) => {
+          const { log, refresh } = await watched(lines, blocks)
+          expect((await refresh()).seen).toEqual(lines)
+          const kept = countingLines(lines)
+          let read: Line[] = []
+          await log.between(
+            from,
+            from + width,
+            line => {
+              while ((read.at(-1)?.step ?? -1) >= line.step) read.pop()
+              read.push(line as unknown as Line)
+            },
+            () => {
+              read = []
+            },
+          )
+          expect(read).toEqual(kept.filter(({ step }) => step >= from && step <= from + width))
+          expect(await log.at(from)).toEqual(kept.find(({ step }) => step >= from) ?? kept.at(-1))
+          const spread = await log.spread(from, from + width, 1000)
+          if (blocks > lines.length) expect(spread).toEqual(read)
+          for (const line of spread) expect(read).toContainEqual(line)
+          expect((await log.spread(from, from + width, 3)).at(-1)).toEqual(spread.at(-1))
+        },
+      ),
       { numRuns: 150 },
     )
   })
 
-  test('of a replaced or removed log are not those of the earlier one', async () => {
+  test('never come from a log that was replaced or removed', async () => {
     const { path, log, refresh } = await watched([{ step: 1 }, { step: 2 }])
     await refresh()
     await appendFile(path, 'no line\n{"step":"3"}\n{"step":3,"nll"')
@@ -135,7 +142,7 @@ describe('lines that are read again later', () => {
     expect(log.badLines).toBe(2)
     await writeFile(`${path}.tmp`, '{"step":1,"other":1}\n')
     await rename(`${path}.tmp`, path)
-    // Before anybody has noticed.
+    // Before the next refresh.
     await log.at(2)
     expect(await refresh()).toEqual({ seen: [{ step: 1, other: 1 }], resets: 1 })
     expect(await log.at(2)).toEqual({ step: 1, other: 1 })

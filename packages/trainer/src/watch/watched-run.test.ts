@@ -33,7 +33,7 @@ async function watched() {
   return { folder, run, write, state, nll }
 }
 
-test('a training, while it runs and when it is finished', async () => {
+test('shows a training while it runs and when it is finished', async () => {
   const { folder, run, state } = await watched()
   const seen: unknown[] = []
   class Watching extends BigramModel {
@@ -74,8 +74,8 @@ test('a training, while it runs and when it is finished', async () => {
   expect(run.series.patch().steps).toEqual([1, 2, 3, 4, 5, 6])
 })
 
-describe('lines', () => {
-  test('invalid lines are counted and skipped', async () => {
+describe('log lines', () => {
+  test('are skipped and counted if they are invalid', async () => {
     const { write, state, nll } = await watched()
     const steps = ['', '"2"', '-1', '1.5', '1e999', 'null'].map(step => `{"step":${step}}`)
     const bad = ['{"step":', 'null', '[1]', '{"nll":1}', ...steps]
@@ -85,7 +85,7 @@ describe('lines', () => {
     expect(nll()).toEqual([2, 2])
   })
 
-  test('a partial line is not invalid', async () => {
+  test('are not invalid while they are incomplete', async () => {
     const { write, state, nll } = await watched()
     const text = metrics(1, 2)
     await write('metrics.jsonl', text.slice(0, -10))
@@ -96,29 +96,29 @@ describe('lines', () => {
   })
 })
 
-test('a run that learns from rewards has the rewards of held-out prompts', async () => {
+test('shows the rewards of held-out prompts', async () => {
   const { write, state } = await watched()
-  const measured = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
-  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...measured }]))
-  expect((await state()).validation).toEqual([measured])
+  const evaluation = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
+  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...evaluation }]))
+  expect((await state()).validation).toEqual([evaluation])
 })
 
-test('a run with ema has the evaluations of both', async () => {
+test('shows the evaluations of the weights and of their EMA', async () => {
   const { write, state } = await watched()
-  const measured = { step: 4, loss: 1, bitsPerByte: 2, final: false, ema: { loss: 0.5, bitsPerByte: 1 } }
-  const told = { ...measured, ema: { ...measured.ema, tokens: 9, seconds: 1 } }
-  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...told }]))
-  expect((await state()).validation).toEqual([measured])
+  const evaluation = { step: 4, loss: 1, bitsPerByte: 2, final: false, ema: { loss: 0.5, bitsPerByte: 1 } }
+  const logged = { ...evaluation, ema: { ...evaluation.ema, tokens: 9, seconds: 1 } }
+  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...logged }]))
+  expect((await state()).validation).toEqual([evaluation])
 })
 
 describe('a resumed run', () => {
   const evaluation = (step: number, loss: number) => ({ type: 'evaluation', step, loss, bitsPerByte: 1, final: false })
 
-  test('has the later numbers if the log was truncated', async () => {
+  test('shows the later lines of repeated steps if the log was truncated', async () => {
     const { folder, write, state, nll } = await watched()
     await write('metrics.jsonl', metrics(1, 6))
     await state()
-    // As `train` does.
+    // `train` truncates the log like this.
     await writeFile(join(folder, 'metrics.tmp'), metrics(1, 4))
     await rename(join(folder, 'metrics.tmp'), join(folder, 'metrics.jsonl'))
     await write('metrics.jsonl', metrics(5, 7, 1))
@@ -126,7 +126,7 @@ describe('a resumed run', () => {
     expect(nll()).toEqual([2, 2, 2, 2, 1, 1, 1])
   })
 
-  test('and if it was not', async () => {
+  test('shows the later lines of repeated steps if the log was not truncated', async () => {
     const { write, state, nll } = await watched()
     await write('metrics.jsonl', metrics(1, 6))
     await state()
@@ -135,7 +135,7 @@ describe('a resumed run', () => {
     expect(nll()).toEqual([2, 2, 2, 2, 1])
   })
 
-  test('drops later evaluations and its earlier end', async () => {
+  test('drops evaluations after its first step, and the earlier failure', async () => {
     const { write, state } = await watched()
     await write('events.jsonl', jsonl([start, evaluation(3, 3), evaluation(6, 2)]))
     await write('events.jsonl', jsonl([{ type: 'fail', error: { code: 'E_NAN', message: 'not finite' } }]))
@@ -147,7 +147,7 @@ describe('a resumed run', () => {
   })
 })
 
-test('a run has curves of what was logged, and of each source of held-out data', async () => {
+test('shows curves of logged values, and of each source of held-out data', async () => {
   const { write, state } = await watched()
   const log = (step: number, values: unknown) => ({ type: 'log', step, values })
   const sources = { web: { loss: 3, bitsPerByte: 1.5, tokens: 9 }, code: { loss: 2, bitsPerByte: null }, odd: 1 }
@@ -179,7 +179,7 @@ test('a run has curves of what was logged, and of each source of held-out data',
   expect(Math.max(...Object.values(logged).map(({ steps }) => steps.length))).toBeLessThanOrEqual(500)
 })
 
-test('an emptied folder shows nothing of the run', async () => {
+test('shows an empty run after its files are removed', async () => {
   const { folder, write, state, run } = await watched()
   await write('metrics.jsonl', metrics(1, 3))
   await write('events.jsonl', jsonl([start, { type: 'notice', message: 'look' }]))
@@ -195,17 +195,17 @@ describe('status', () => {
   const dead = spawnSync(process.execPath, ['-e', '']).pid
 
   test.each([
-    ['training', [start], `${process.ppid} ${hostname()}`],
-    ['killed', [start], `${dead} ${hostname()}`],
-    ['killed', [start], undefined],
-    ['training', [start], '1 elsewhere.example'],
-    ['finished', [start, end()], undefined],
-    ['interrupted', [start, end('interrupted')], undefined],
-    ['time', [start, end('time')], undefined],
-    ['failed', [start, { type: 'fail', error: { message: 'no' } }], undefined],
-    ['finished', [start, end('who knows')], undefined],
-    ['unknown', [], undefined],
-  ])('%s', async (status, events, lock) => {
+    ['training', 'the process runs', [start], `${process.ppid} ${hostname()}`],
+    ['killed', 'the process is gone', [start], `${dead} ${hostname()}`],
+    ['killed', 'there is no lock', [start], undefined],
+    ['training', 'another machine has the lock', [start], '1 elsewhere.example'],
+    ['finished', 'it ended', [start, end()], undefined],
+    ['interrupted', 'it was interrupted', [start, end('interrupted')], undefined],
+    ['time', 'it reached its time limit', [start, end('time')], undefined],
+    ['failed', 'it failed', [start, { type: 'fail', error: { message: 'no' } }], undefined],
+    ['finished', 'it ended for an unknown reason', [start, end('who knows')], undefined],
+    ['unknown', 'there are no events', [], undefined],
+  ])('is %s if %s', async (status, _, events, lock) => {
     const { write, state } = await watched()
     await write('metrics.jsonl', metrics(1, 4))
     if (events.length > 0) await write('events.jsonl', jsonl(events))
@@ -213,7 +213,7 @@ describe('status', () => {
     expect(await state()).toMatchObject({ status, secondsLeft: status === 'training' && lock ? 0.48 : null })
   })
 
-  test('a folder of a run that wrote no events has its summary', async () => {
+  test('is read from the summary of a run without events', async () => {
     const { write, state } = await watched()
     await write('metrics.jsonl', metrics(1, 4))
     await write(
@@ -229,14 +229,14 @@ describe('status', () => {
   })
 })
 
-test('a million lines fit into a small heap, and into a few points', async () => {
+test('a million lines are read with a heap of 24 MB, and reduced to 2000 points', async () => {
   const { folder, write } = await watched()
   const count = 1_000_000
   for (let at = 0; at < count; at += 50_000) {
     const lines = Array.from({ length: 50_000 }, (_, i) => `{"step":${at + i + 1},"nll":${i % 7},"lr":1,"a":2,"b":3}\n`)
     await write('metrics.jsonl', lines.join(''))
   }
-  // Kept as they are, the numbers alone would be 32 MB, and their objects several times that.
+  // The values of all lines would take 32 MB, and as objects several times as much.
   const program = `
     import(${JSON.stringify(new URL('watched-run.ts', import.meta.url).href)}).then(async ({ WatchedRun }) => {
       const run = new WatchedRun('long', ${JSON.stringify(folder)})
