@@ -8,11 +8,11 @@ const MiB = 2 ** 20
 class FakeSystem implements System {
   readonly blocks = new Map<number, number>()
   readonly discarded: [number, number][] = []
-  most = Number.POSITIVE_INFINITY
+  limit = Number.POSITIVE_INFINITY
   #next = MiB
 
   allocate(bytes: number): number {
-    if (bytes > this.most) return 0
+    if (bytes > this.limit) return 0
     const pointer = this.#next
     // Blocks are adjacent, as a system's may be, but must still be treated as separate.
     this.#next += bytes
@@ -35,35 +35,35 @@ class FakeSystem implements System {
 }
 
 describe('arena', () => {
-  test('ranges in use never overlap and are inside blocks of the system, and everything is returned', () => {
+  test('hands out ranges that never overlap and are inside blocks of the system, and returns everything', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const random = new Random(3)
-    const living: { pointer: number; bytes: number }[] = []
+    const inUse: { pointer: number; bytes: number }[] = []
     for (let i = 0; i < 3000; i++) {
-      if (living.length > 30 || (living.length > 0 && random.next() < 0.45)) {
-        const [{ pointer, bytes }] = living.splice(random.integer(living.length), 1)
+      if (inUse.length > 30 || (inUse.length > 0 && random.next() < 0.45)) {
+        const [{ pointer, bytes }] = inUse.splice(random.integer(inUse.length), 1)
         arena.give(pointer, bytes, random.next() < 0.9)
       } else {
         const bytes = Math.ceil(MiB * 2 ** (7 * random.next()))
         const pointer = arena.take(bytes)
         expect(pointer % 64).toBe(0)
-        const home = [...system.blocks].some(([start, size]) => start <= pointer && pointer + bytes <= start + size)
-        expect(home).toBe(true)
-        const clash = living.some(other => pointer < other.pointer + other.bytes && other.pointer < pointer + bytes)
-        expect(clash).toBe(false)
-        living.push({ pointer, bytes })
+        const isInside = [...system.blocks].some(([start, size]) => start <= pointer && pointer + bytes <= start + size)
+        expect(isInside).toBe(true)
+        const overlaps = inUse.some(other => pointer < other.pointer + other.bytes && other.pointer < pointer + bytes)
+        expect(overlaps).toBe(false)
+        inUse.push({ pointer, bytes })
       }
       if (i % 500 === 499) arena.trim()
       expect(arena.keptBytes).toBeGreaterThanOrEqual(0)
     }
-    for (const { pointer, bytes } of living) arena.give(pointer, bytes, true)
+    for (const { pointer, bytes } of inUse) arena.give(pointer, bytes, true)
     arena.trim()
     expect(arena.keptBytes).toBe(0)
     expect(system.bytes).toBe(0)
   })
 
-  test('adjacent freed ranges are merged and reused for other sizes', () => {
+  test('merges adjacent freed ranges and reuses them for other sizes', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const small = Array.from({ length: 60 }, () => arena.take(MiB))
@@ -86,7 +86,7 @@ describe('arena', () => {
     expect(arena.keptBytes).toBe(5 * MiB)
   })
 
-  test('trim keeps a block that is partly in use but discards its freed memory', () => {
+  test('when trimmed, keeps a block that is partly in use but discards its freed memory', () => {
     const system = new FakeSystem()
     const arena = new Arena(system)
     const [first, second] = [arena.take(4 * MiB), arena.take(4 * MiB)]
@@ -105,7 +105,7 @@ describe('arena', () => {
 
   test('allocates only what is requested if there is no memory for a larger segment, and returns 0 if there is none', () => {
     const system = new FakeSystem()
-    system.most = 5 * MiB
+    system.limit = 5 * MiB
     const arena = new Arena(system)
     expect(arena.take(5 * MiB)).not.toBe(0)
     expect(system.bytes).toBe(5 * MiB)

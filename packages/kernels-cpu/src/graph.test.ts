@@ -33,7 +33,7 @@ test('a profiled replay counts its kernels', async () => {
 })
 
 test.each(['bf16', 'fp8', 'int8', 'int4'] as const)(
-  'recorded products of one x with %s weights become one',
+  'recorded products of the same input with %s weights are merged',
   async format => {
     const backend = await createBackend({ guarded: true })
     setDefaultBackend(backend)

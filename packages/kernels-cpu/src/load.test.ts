@@ -21,7 +21,7 @@ afterEach(() => {
   try {
     rmSync(folder, { recursive: true })
   } catch (error) {
-    // There a library that is loaded stays.
+    // Windows does not delete a loaded library.
     if (process.platform !== 'win32') throw error
   }
   for (const [name, value] of saved) {
@@ -37,7 +37,7 @@ const failure = async () =>
   )
 
 describe('finding the library', () => {
-  test('without a library: E_NO_BACKEND with the places tried and the fix, and firstAvailable tries the next backend', async () => {
+  test('a missing library is E_NO_BACKEND with the places tried and the fix, and firstAvailable tries the next backend', async () => {
     process.env['MOE_CPU_LIBRARY'] = folder
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
@@ -50,7 +50,7 @@ describe('finding the library', () => {
     expect(reasons).toEqual([error?.message])
   })
 
-  test('an invalid library file: E_NO_BACKEND, not a crash', async () => {
+  test('an invalid library file is E_NO_BACKEND, not a crash', async () => {
     writeFileSync(join(folder, libraryName('baseline', process.platform)), 'not a library')
     process.env['MOE_CPU_LIBRARY'] = folder
     const error = await failure()
@@ -58,7 +58,7 @@ describe('finding the library', () => {
     expect(error?.message).toContain('failed to load')
   })
 
-  test('loads from a folder with only one instruction set, as built for one machine', async () => {
+  test('a folder with the library of only one instruction set is enough, as built for one machine', async () => {
     const { isa } = await createBackend()
     if (isa === 'baseline') return
     const build = join(import.meta.dirname, '..', 'build', platformName(process.platform, process.arch))
@@ -96,7 +96,7 @@ test('Intel CPUs multiply in f32 by default, because their bf16 vector instructi
   for (const backend of [fastest, highest]) backend.dispose()
 })
 
-test('several JavaScript threads get equal results at the same time', async () => {
+test('concurrent JavaScript threads compute equal results', async () => {
   const source = `
     const { parentPort } = require('node:worker_threads')
     import(${JSON.stringify(new URL('./index.ts', import.meta.url).href)}).then(async ({ createBackend }) => {

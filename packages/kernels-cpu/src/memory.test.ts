@@ -37,7 +37,7 @@ describe('memory', () => {
   test('blocks of every size keep their contents while others are allocated and freed', async () => {
     const backend = await createBackend()
     const random = new Random(5)
-    const living: { buffer: CpuBuffer; mark: number }[] = []
+    const inUse: { buffer: CpuBuffer; mark: number }[] = []
     const check = async ({ buffer, mark }: { buffer: CpuBuffer; mark: number }) => {
       expect(buffer.pointer % 64).toBe(0)
       const content = (await backend.download({ handle: buffer, shape: [buffer.bytes], dtype: 'u8' })) as Uint8Array
@@ -47,16 +47,16 @@ describe('memory', () => {
       // From 4 KiB to 4 MiB: below, within and above the sizes that share huge pages.
       const bytes = Math.round(4096 * 2 ** (10 * random.next()))
       const buffer = backend.upload(new Uint8Array(bytes).fill(i % 251), [bytes], 'u8') as CpuBuffer
-      living.push({ buffer, mark: i % 251 })
-      while (living.length > 0 && (living.length > 40 || random.next() < 0.3)) {
-        const [gone] = living.splice(random.integer(living.length), 1)
-        await check(gone)
-        backend.free(gone.buffer)
+      inUse.push({ buffer, mark: i % 251 })
+      while (inUse.length > 0 && (inUse.length > 40 || random.next() < 0.3)) {
+        const [removed] = inUse.splice(random.integer(inUse.length), 1)
+        await check(removed)
+        backend.free(removed.buffer)
       }
       // With nothing cached, blocks are returned to where they came from.
       if (i % 3 === 0) backend.trim()
     }
-    for (const one of living) {
+    for (const one of inUse) {
       await check(one)
       backend.free(one.buffer)
     }
@@ -148,11 +148,11 @@ describe('memory', () => {
     backend.checkGuards()
     const short = backend.upload(new Float32Array(9), [9], 'f32')
     expect(await backend.download({ handle: short, ...f32(9) })).toEqual(new Float32Array(9))
-    // Call a kernel that assumes a larger output than there is.
-    const beside: Value = { handle: short, ...f32(10) }
+    // Calls a kernel with a shape that is larger than the buffer.
+    const tooLong: Value = { handle: short, ...f32(10) }
     const index: Value = { handle: backend.upload(Int32Array.of(9), [1], 'i32'), shape: [1], dtype: 'i32' }
     const one: Value = { handle: backend.upload(Float32Array.of(5), [1], 'f32'), ...f32(1) }
-    backend.primitives.setRows([beside, index, one], { donate: true }, [f32(10)])
+    backend.primitives.setRows([tooLong, index, one], { donate: true }, [f32(10)])
     expect(() => backend.checkGuards()).toThrow('wrote after a buffer of 36 bytes')
   })
 

@@ -252,17 +252,17 @@ const calls: { readonly [op: string]: (random: Random) => Call } = {
 
 describe.each(await availableIsas())('%s', isa => {
   test.each(Object.keys(calls))('%s matches the reference for random shapes', async name => {
-    const [ours, reference] = [await testBackend({ isa, threads: 2 }), referenceBackend()]
+    const [cpu, reference] = [await testBackend({ isa, threads: 2 }), referenceBackend()]
     const random = new Random(17).fork(name)
     for (let i = 0; i < 150; i++) {
       const { op, inputs, attrs, outputs, tolerance } = calls[name](random)
       const label = `${op} ${JSON.stringify(attrs)} of ${inputs.map(x => `${x.dtype}[${x.shape}]`).join(' ')}`
-      const actual = await runOp(ours, op, inputs, attrs as never, outputs)
+      const actual = await runOp(cpu, op, inputs, attrs as never, outputs)
       const expected = await runOp(reference, op, inputs, attrs as never, outputs)
       for (let k = 0; k < outputs.length; k++) assertClose(label, actual[k], expected[k], tolerance)
     }
-    expect(ours.stats().handles).toBe(0)
-    ours.dispose()
+    expect(cpu.stats().handles).toBe(0)
+    cpu.dispose()
   })
 })
 

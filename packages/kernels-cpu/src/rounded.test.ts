@@ -1,4 +1,4 @@
-/** @file Weights with a bf16 copy kept by the optimizer: products read the copy, and nothing can make it differ from the weight. */
+/** @file Weights of which the optimizer keeps a bf16 copy: products read the copy, and every write to the weight updates it. */
 import { type OpAttrs, type OpName, Random, type Shape, type Value } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import type { CpuBackend } from './backend.ts'
@@ -19,8 +19,14 @@ const free = (...values: Value[]) => {
   for (const { handle } of values) backend.free(handle)
 }
 
-function call<O extends OpName>(on: CpuBackend, op: O, inputs: Value[], attrs: OpAttrs[O], shapes: Shape[]): Value[] {
-  const table = { ...on.primitives, ...on.fused } as Record<string, unknown>
+function call<O extends OpName>(
+  backend: CpuBackend,
+  op: O,
+  inputs: Value[],
+  attrs: OpAttrs[O],
+  shapes: Shape[],
+): Value[] {
+  const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
   const kernel = table[op] as (inputs: Value[], attrs: unknown, outputs: unknown[]) => unknown[]
   const outputs = shapes.map(shape => ({ shape, dtype: 'f32' as const }))
   return kernel(inputs, attrs, outputs).map((handle, i) => ({ handle, ...outputs[i] }))
@@ -45,7 +51,7 @@ for (const m of [1, 3, 4, 5, 14, 60, 300]) {
     const [n, k] = [77, 203]
     const x = normal(m, k)
     const attrs = { transposeA: false, transposeB, precision: 'bf16' } as const
-    products[`matmul of ${m} rows, ${transposeB ? 'transposed' : 'straight'}`] = {
+    products[`matmul of ${m} rows, ${transposeB ? 'transposed' : 'not transposed'}`] = {
       weight: transposeB ? [n, k] : [k, n],
       run: weight => call(backend, 'matmul', [x, weight], attrs, [[m, n]]),
     }
@@ -62,7 +68,7 @@ for (const m of [1, 3, 4, 5, 14, 60, 300]) {
 for (const transposeW of [true, false]) {
   const ends = Int32Array.of(0, 2, 2, 33, 60, 200)
   const [offsets, x] = [upload(ends, [6]), normal(200, 64)]
-  products[`groupedMatmul, ${transposeW ? 'transposed' : 'straight'}`] = {
+  products[`groupedMatmul, ${transposeW ? 'transposed' : 'not transposed'}`] = {
     weight: transposeW ? [5, 96, 64] : [5, 64, 96],
     run: weight => call(backend, 'groupedMatmul', [x, weight, offsets], { transposeW, precision: 'bf16' }, [[200, 96]]),
   }
@@ -91,8 +97,8 @@ const bits = async (values: Value[]) => {
   return data
 }
 
-/** The result of `run` for the same values without a bf16 copy. */
-async function fresh(run: (weight: Value) => Value[], weight: Value) {
+/** Returns the result of `run` for the same values without a bf16 copy. */
+async function withoutCopy(run: (weight: Value) => Value[], weight: Value) {
   const copy = upload((await backend.download(weight)) as Float32Array, weight.shape)
   const result = await bits(run(copy))
   free(copy)
@@ -103,18 +109,18 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
   test.each(Object.keys(products))('%s reads the copy and gives the same bits as without it', async name => {
     const { weight: shape, run } = products[name]
     let weight = normal(...shape)
-    expect(await bits(run(weight))).toEqual(await fresh(run, weight))
+    expect(await bits(run(weight))).toEqual(await withoutCopy(run, weight))
     weight = step(weight)
     const { rounded } = bufferOf(weight)
     if (rounded === null) throw new Error('no copy')
-    expect(await bits(run(weight))).toEqual(await fresh(run, weight))
+    expect(await bits(run(weight))).toEqual(await withoutCopy(run, weight))
     // With another weight's copy in its place, the result differs.
     const other = step(step(weight, { ...adamw, lr: 0 }), { ...adamw, lr: 0.5 })
     const buffer = bufferOf(other)
     const kept = buffer.rounded
     const zeros = upload(new Float32Array(shape.reduce((a, b) => a * b, 1)), shape)
     buffer.rounded = bufferOf(zeros)
-    const expected = await fresh(run, zeros)
+    const expected = await withoutCopy(run, zeros)
     const got = await bits(run(other))
     buffer.rounded = kept
     expect(got[0]).toEqual(expected[0])
@@ -126,8 +132,8 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
   const run = (weight: Value) =>
     call(backend, 'matmul', [x48, weight], { transposeA: false, transposeB: true, precision: 'bf16' }, [[14, 48]])
   const x48 = normal(14, 40)
-  const same = async (weight: Value) => expect(await bits(run(weight))).toEqual(await fresh(run, weight))
-  /** A weight that a product has read and AdamW has updated, so that it has a copy. */
+  const expectSame = async (weight: Value) => expect(await bits(run(weight))).toEqual(await withoutCopy(run, weight))
+  /** Returns a weight that a product has read and AdamW has updated, so that it has a copy. */
   const trained = () => {
     const first = normal(...shape)
     free(...run(first))
@@ -147,17 +153,17 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
   test('write updates the copy', async () => {
     const weight = trained()
     backend.write(weight, random.normal(48 * 40))
-    await same(weight)
+    await expectSame(weight)
     free(weight)
   })
 
   test('write creates a copy of a weight that bf16 products have read', async () => {
-    // Like a weight that another rank trains.
+    // As for a weight that another rank trains.
     const [read, unread] = [normal(48, 40), normal(48, 40)]
     free(...run(read))
     for (const weight of [read, unread]) backend.write(weight, random.normal(48 * 40))
     expect([read, unread].map(weight => bufferOf(weight).rounded !== null)).toEqual([true, false])
-    await same(read)
+    await expectSame(read)
     free(read, unread)
   })
 
@@ -166,7 +172,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     const before = await bits(run(weight))
     const [row, index] = [normal(1, 40), upload(Int32Array.of(3), [1])]
     const [next] = call(backend, 'setRows', [weight, index, row], { donate }, [shape])
-    await same(next)
+    await expectSame(next)
     expect(await bits(run(weight))).toEqual(before)
     free(weight, next, row, index)
   })
@@ -177,7 +183,7 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     const before = await bits(run(weight))
     const [grad, m, v, scale] = [normal(...shape), normal(...shape), trained(), upload(Float32Array.of(1), [])]
     const [next, ...moments] = call(backend, 'adamwStep', [weight, grad, m, v, scale], adamw, [shape, shape, shape])
-    await same(next)
+    await expectSame(next)
     expect(await bits(run({ ...alias, shape }))).toEqual(before)
     free(weight, alias, grad, m, v, scale, next, ...moments)
   })
@@ -190,11 +196,11 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
       shape,
       shape,
     ])
-    for (const weight of next) await same(weight)
+    for (const weight of next) await expectSame(weight)
     free(...weights, grad, scale, ...next)
   })
 
-  // The ways in which a recorded step may update its weight in place.
+  // Ways in which a recorded step may update its weight in place.
   const updates: Record<string, (weight: Value, grad: Value) => Value> = {
     'an AdamW step': (weight, grad) => {
       const [m, v, scale] = [normal(...shape), normal(...shape), upload(Float32Array.of(1), [])]
@@ -235,8 +241,10 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
       update.replay()
       backend.write(grad, random.normal(48 * 40))
       pass.replay()
-      expect(await Promise.all(pass.result.map(value => backend.download(value)))).toEqual(await fresh(run, state))
-      await same(state)
+      expect(await Promise.all(pass.result.map(value => backend.download(value)))).toEqual(
+        await withoutCopy(run, state),
+      )
+      await expectSame(state)
     }
     free(...pass.result)
     pass.dispose()
@@ -258,22 +266,22 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
       },
       { state: [state] },
     )
-    await same(state)
+    await expectSame(state)
     update.replay()
-    await same(state)
+    await expectSame(state)
     update.dispose()
     free(state, grad)
   })
 
-  test('the result of a graph, which the next replay overwrites, gets no copy', async () => {
+  test('the result of a graph gets no copy, because the next replay overwrites it', async () => {
     const [x, y] = [normal(...shape), normal(...shape)]
     const graph = backend.capture(() => call(backend, 'binary', [x, y], { code: 'sub' }, [shape])[0])
     graph.replay()
     free(...run(graph.result))
     const weight = step(graph.result)
-    await same(weight)
+    await expectSame(weight)
     graph.replay()
-    await same(weight)
+    await expectSame(weight)
     graph.dispose()
     free(x, y, weight)
   })

@@ -5,17 +5,17 @@ import { type Isa, isas } from './load.ts'
 
 export type { HostInput }
 
-/** A backend with guarded buffers: a write outside a buffer fails the test. */
+/** Creates a backend with guarded buffers: a write outside a buffer fails the test. */
 export function testBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   return createBackend({ guarded: true, ...options })
 }
 
-/** The highest instruction set that this machine supports and MOE_CPU_ISA allows. It need not be the fastest, which is the default. */
+/** Returns the highest instruction set that this machine supports and MOE_CPU_ISA allows. It need not be the fastest, which is the default. */
 export async function highestIsa(): Promise<Isa> {
   return (await createBackend(process.env['MOE_CPU_ISA'] ? {} : { isa: isas.at(-1) })).isa
 }
 
-/** Every instruction set that this machine supports and MOE_CPU_ISA allows, lowest first. */
+/** Returns every instruction set that this machine supports and MOE_CPU_ISA allows, lowest first. */
 export async function availableIsas(): Promise<Isa[]> {
   return isas.slice(0, isas.indexOf(await highestIsa()) + 1)
 }

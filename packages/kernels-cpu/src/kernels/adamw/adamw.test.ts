@@ -14,22 +14,22 @@ import { worstError } from '../worst-error.ts'
 
 const attrs: AdamwAttrs = { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 }
 
-/** Compares stored moments with their exact values. */
+/** Expects the stored moments to be the exact ones rounded to `dtype`. */
 function expectRounded(dtype: 'f32' | 'bf16', stored: HostArray, exact: Float64Array): void {
   if (dtype === 'f32') {
     expect(worstError(stored, exact)).toBeLessThan(1e-6)
     return
   }
-  const off = Int32Array.from(stored, (bits, i) => Math.abs(bits - toBf16(exact[i]))).filter(codes => codes > 0)
+  const differences = Int32Array.from(stored, (bits, i) => Math.abs(bits - toBf16(exact[i]))).filter(codes => codes > 0)
   // An f32 sum is on the other side of a tie about once in 2^14 times, and then rounds to the neighbouring value.
-  expect(off.length).toBeLessThanOrEqual(stored.length / 2000)
-  expect(off.every(codes => codes === 1)).toBe(true)
+  expect(differences.length).toBeLessThanOrEqual(stored.length / 2000)
+  expect(differences.every(codes => codes === 1)).toBe(true)
 }
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('adamwStep on %s', isa => {
   const sizes = [0, 1, 33, 50_001]
   test.each((['f32', 'bf16'] as const).flatMap(dtype => sizes.map(n => [n, dtype] as const)))(
-    'three steps of %i elements, in place, moments in %s',
+    'updates %i elements in place over three steps, moments in %s',
     async (n, dtype) => {
       const bits: unknown[] = []
       for (const threads of [1, 2]) {
@@ -79,7 +79,7 @@ describe.each(await availableIsas())('%s', isa => {
     },
   )
 
-  test('an infinite moment stays infinite, and NaN stays NaN', async () => {
+  test('keeps an infinite moment infinite and NaN as NaN', async () => {
     const backend = await testBackend({ isa, threads: 1 })
     const value = (data: number[], dtype: 'f32' | 'bf16', shape = [data.length]): Value => {
       return { handle: backend.upload(encodeHost(dtype, data), shape, dtype), shape, dtype }
@@ -95,7 +95,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('does not change tensors that have another owner', async () => {
+test('adamwStep does not change tensors that have another owner', async () => {
   const backend = await testBackend()
   const shape = [2]
   const make = (...data: number[]): Value => {

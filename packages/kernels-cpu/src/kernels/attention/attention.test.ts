@@ -39,8 +39,8 @@ const cases: readonly Case[] = [
   { B: 1, T: 2, S: 1500, H: 1, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [1151] },
 ]
 
-/** Plain loops are slow, so compute each case once. */
-const known = new Map<Case, Float64Array[]>()
+/** Expected results by case; computed once because plain loops are slow. */
+const expectedByCase = new Map<Case, Float64Array[]>()
 
 async function run(c: Case, precision: WidePrecision, options: CpuOptions) {
   const random = new Random(7)
@@ -64,25 +64,32 @@ async function run(c: Case, precision: WidePrecision, options: CpuOptions) {
   ])
   expect(backend.stats().handles).toBe(0)
   backend.dispose()
-  const expected = known.get(c) ?? Object.values(plainAttention(c, q.data, k.data, v.data, { ...c, scale }, dout.data))
-  known.set(c, expected)
+  const expected =
+    expectedByCase.get(c) ?? Object.values(plainAttention(c, q.data, k.data, v.data, { ...c, scale }, dout.data))
+  expectedByCase.set(c, expected)
   return { got: [...forward, ...backward], expected }
 }
 
-describe.each(await availableIsas())('%s', isa => {
-  test.each(cases)('f32 $B x $T x $H/$G, $S keys, $Dk/$Dv, causal $causal, lengths $lengths', async c => {
-    const { got, expected } = await run(c, 'f32', { isa })
-    for (const [i, name] of ['out', 'lse', 'dq', 'dk', 'dv'].entries()) {
-      expect(worstError(got[i], expected[i]), name).toBeLessThan(1e-5)
-    }
-  })
+describe.each(await availableIsas())('attention on %s', isa => {
+  test.each(cases)(
+    'matches f64 loops in f32: $B x $T x $H/$G, $S keys, $Dk/$Dv, causal $causal, lengths $lengths',
+    async c => {
+      const { got, expected } = await run(c, 'f32', { isa })
+      for (const [i, name] of ['out', 'lse', 'dq', 'dk', 'dv'].entries()) {
+        expect(worstError(got[i], expected[i]), name).toBeLessThan(1e-5)
+      }
+    },
+  )
 
-  test.each(cases)('bf16 $B x $T x $H/$G, $S keys, $Dk/$Dv, causal $causal, lengths $lengths', async c => {
-    const { got, expected } = await run(c, 'bf16', { isa })
-    for (const [i, name] of ['out', 'lse', 'dq', 'dk', 'dv'].entries()) {
-      expect(worstError(got[i], expected[i]), name).toBeLessThan(bf16Isas.has(isa) ? 4e-2 : 1e-5)
-    }
-  })
+  test.each(cases)(
+    'matches f64 loops in bf16: $B x $T x $H/$G, $S keys, $Dk/$Dv, causal $causal, lengths $lengths',
+    async c => {
+      const { got, expected } = await run(c, 'bf16', { isa })
+      for (const [i, name] of ['out', 'lse', 'dq', 'dk', 'dv'].entries()) {
+        expect(worstError(got[i], expected[i]), name).toBeLessThan(bf16Isas.has(isa) ? 4e-2 : 1e-5)
+      }
+    },
+  )
 
   test('results are bitwise equal in every run and with one and two threads', async () => {
     for (const precision of ['f32', 'bf16'] as const) {

@@ -10,7 +10,7 @@ export interface AttentionSizes {
   readonly Dv: number
 }
 
-/** The number of keys that query t sees, from the first on. */
+/** Returns the number of keys that query t attends to, from the first on. */
 export function visibleKeys(sizes: AttentionSizes, causal: boolean, t: number, length = sizes.S): number {
   return causal ? Math.max(0, Math.min(length, length - sizes.T + t + 1)) : length
 }

@@ -23,8 +23,8 @@ function data({ rows, classes, scale }: Case) {
   const random = new Random(rows + classes)
   const logits = Float32Array.from(random.normal(rows * classes), v => v * scale)
   // Every fifth row is ignored, for each of the possible reasons.
-  const unusual = [ignoreIndex, -1, classes, 2 ** 30]
-  const targets = Array.from({ length: rows }, (_, i) => (i % 5 === 4 ? unusual[((i / 5) | 0) % 4] : (i * 7) % classes))
+  const ignored = [ignoreIndex, -1, classes, 2 ** 30]
+  const targets = Array.from({ length: rows }, (_, i) => (i % 5 === 4 ? ignored[((i / 5) | 0) % 4] : (i * 7) % classes))
   const dloss = Float32Array.from(random.normal(rows))
   return { logits, targets, dloss }
 }
@@ -76,14 +76,14 @@ describe.each(await availableIsas())('cross-entropy on %s', isa => {
       for (let i = 0; i < c.rows; i++) {
         const row = logits.subarray(i * c.classes, (i + 1) * c.classes)
         const exact = exactLse(row)
-        const room = 2e-6 * Math.max(1, ...row.map(Math.abs))
-        expect(Math.abs(lse[i] - exact), `lse of row ${i}`).toBeLessThan(room)
+        const tolerance = 2e-6 * Math.max(1, ...row.map(Math.abs))
+        expect(Math.abs(lse[i] - exact), `lse of row ${i}`).toBeLessThan(tolerance)
         const counted = targets[i] >= 0 && targets[i] < c.classes
-        expect(Math.abs(loss[i] - (counted ? exact - row[targets[i]] : 0))).toBeLessThan(counted ? room : 1e-30)
+        expect(Math.abs(loss[i] - (counted ? exact - row[targets[i]] : 0))).toBeLessThan(counted ? tolerance : 1e-30)
         for (let j = 0; j < c.classes; j++) {
           const expected = counted ? (Math.exp(row[j] - exact) - (j === targets[i] ? 1 : 0)) * dloss[i] : 0
           expect(Math.abs(dlogits[i * c.classes + j] - expected)).toBeLessThanOrEqual(
-            counted ? room * 2 * Math.abs(dloss[i]) : 0,
+            counted ? tolerance * 2 * Math.abs(dloss[i]) : 0,
           )
         }
       }

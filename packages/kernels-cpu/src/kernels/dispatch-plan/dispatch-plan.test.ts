@@ -8,7 +8,7 @@ test.each([
   { N: 2048, K: 4, E: 16 },
   { N: 20_000, K: 8, E: 256 },
   { N: 9, K: 1, E: 1 },
-])('$N tokens, $K choices, $E experts', async ({ N, K, E }) => {
+])('dispatchPlan sorts slots by expert: $N tokens, $K choices, $E experts', async ({ N, K, E }) => {
   const slots = N * K
   const indices = Int32Array.from(new Random(2).uniform(slots), u => Math.floor(u * E))
   const order = [...indices.keys()].sort((a, b) => indices[a] - indices[b] || a - b)

@@ -5,13 +5,13 @@ import { worstError } from '../worst-error.ts'
 
 const attrs: EmaAttrs = { decay: 0.9, step: 1 }
 
-describe.each(await availableIsas())('%s', isa => {
-  test.each([0, 1, 33, 50_001])('three steps of %i elements, in place', async n => {
+describe.each(await availableIsas())('emaStep on %s', isa => {
+  test.each([0, 1, 33, 50_001])('updates %i elements in place over three steps', async n => {
     const random = new Random(9)
     const backend = await testBackend({ isa, threads: 2 })
     const shape = [n]
     const value = (data: Float32Array): Value => ({ handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' })
-    // Contents before the first value have no effect.
+    // The first step overwrites the previous contents.
     let average = value(random.normal(n))
     const sums = new Float64Array(n)
     const bytes = backend.stats().bytes
@@ -33,7 +33,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('does not change a tensor that has another owner', async () => {
+test('emaStep does not change a tensor that has another owner', async () => {
   const backend = await testBackend()
   const make = (...data: number[]): Value => {
     return { handle: backend.upload(Float32Array.from(data), [2], 'f32'), shape: [2], dtype: 'f32' }

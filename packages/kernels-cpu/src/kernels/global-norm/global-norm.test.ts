@@ -11,8 +11,8 @@ const sizes = [
   Array.from({ length: 90 }, (_, i) => 1 + ((i * 997) % 20_000)),
 ]
 
-describe.each(await availableIsas())('%s', isa => {
-  test.each(sizes.map(list => ({ list, count: list.length })))('$count tensors', async ({ list }) => {
+describe.each(await availableIsas())('globalNorm on %s', isa => {
+  test.each(sizes.map(list => ({ list, count: list.length })))('is exact for $count tensors', async ({ list }) => {
     const random = new Random(1)
     const inputs = list.map(n => ({ data: random.normal(n), shape: [n] }))
     let squares = 0
@@ -28,7 +28,7 @@ describe.each(await availableIsas())('%s', isa => {
     }
   })
 
-  test('squares neither overflow nor underflow', async () => {
+  test('squares large and small numbers without overflow or underflow', async () => {
     const backend = await testBackend({ isa })
     for (const size of [1e30, 1e-30]) {
       const inputs = [

@@ -26,8 +26,8 @@ const cases = [
   { B: 2, T: 1, S: 1000, H: 20, C: 576, valueDim: 512, lengths: [3, 901] },
 ]
 
-/** Plain loops are slow, so compute each case once. */
-const known: Record<CacheDType, Map<object, Float64Array>> = { f32: new Map(), bf16: new Map() }
+/** Expected results by case; computed once because plain loops are slow. */
+const expectedByCase: Record<CacheDType, Map<object, Float64Array>> = { f32: new Map(), bf16: new Map() }
 
 type CacheDType = 'f32' | 'bf16'
 
@@ -42,15 +42,15 @@ async function run(
   const q = random.normal(B * T * H * C)
   const exact = random.normal(B * S * C)
   const cache = decodeHost(dtype, encodeHost(dtype, exact)) as Float32Array
-  // Rows after the end of a sequence are never read.
-  const given = cache.slice()
+  // Rows after the end of a sequence are NaN and must never be read.
+  const stored = cache.slice()
   lengths.forEach((n, b) => {
-    given.fill(Number.NaN, (b * S + n) * C, (b + 1) * S * C)
+    stored.fill(Number.NaN, (b * S + n) * C, (b + 1) * S * C)
   })
   const backend = await testBackend(options)
   const inputs = [
     { data: q, shape: [B, T, H, C] },
-    { data: given, shape: [B, S, C], dtype },
+    { data: stored, shape: [B, S, C], dtype },
     { data: lengths, shape: [B], dtype: 'i32' as const },
   ]
   const scale = C ** -0.5
@@ -58,18 +58,18 @@ async function run(
     { shape: [B, T, H, valueDim], dtype: 'f32' },
   ])
   backend.dispose()
-  let expected = known[dtype].get(c)
+  let expected = expectedByCase[dtype].get(c)
   if (!expected) {
     const sizes = { B, T, S, H, G: 1, Dk: C, Dv: C }
     const { out } = plainAttention(sizes, q, cache, cache, { causal: true, scale, lengths })
     expected = out.filter((_, i) => i % C < valueDim)
-    known[dtype].set(c, expected)
+    expectedByCase[dtype].set(c, expected)
   }
   return { got, expected }
 }
 
-describe.each(await availableIsas())('%s', isa => {
-  test.each(cases)('$B x $T x $H, $S keys of $C, values $valueDim', async c => {
+describe.each(await availableIsas())('latentAttention on %s', isa => {
+  test.each(cases)('matches f64 loops: $B x $T x $H, $S keys of $C, values $valueDim', async c => {
     const f32 = await run(c, 'f32', { isa })
     expect(worstError(f32.got, f32.expected)).toBeLessThan(3e-6)
     const stored = await run(c, 'f32', { isa }, 'bf16')
@@ -113,35 +113,35 @@ const pagedCases: PagedCase[] = [
   { B: 2, T: 3, H: 3, C: 21, valueDim: 13, page: 1, lengths: [5, 130] },
 ]
 
-/** Rows in pages in random order, the first of which all sequences share, and the same rows contiguously. Unused memory is NaN. */
+/** Returns a cache of shuffled pages, the first of which all sequences share, and the same rows as a contiguous cache. Unused rows are NaN. */
 function pagedRows({ B, C, page, lengths }: PagedCase, random: Random) {
-  const count = Math.ceil(Math.max(...lengths) / page) + 1
-  const numbers = B * count + 3
-  const free = Array.from({ length: numbers }, (_, i) => (i * 7 + 2) % numbers).filter(
+  const perSequence = Math.ceil(Math.max(...lengths) / page) + 1
+  const pageCount = B * perSequence + 3
+  const free = Array.from({ length: pageCount }, (_, i) => (i * 7 + 2) % pageCount).filter(
     (n, i, all) => all.indexOf(n) === i,
   )
   const shared = free[0]
-  const pages = Int32Array.from({ length: B * count }, (_, i) => (i % count === 0 ? shared : free[1 + i]))
-  const cache = new Float32Array(numbers * page * C).fill(Number.NaN)
-  const plain = new Float32Array(B * count * page * C).fill(Number.NaN)
+  const pages = Int32Array.from({ length: B * perSequence }, (_, i) => (i % perSequence === 0 ? shared : free[1 + i]))
+  const cache = new Float32Array(pageCount * page * C).fill(Number.NaN)
+  const contiguous = new Float32Array(B * perSequence * page * C).fill(Number.NaN)
   lengths.forEach((length, b) => {
     for (let s = 0; s < length; s++) {
-      const at = (pages[b * count + Math.floor(s / page)] * page + (s % page)) * C
+      const at = (pages[b * perSequence + Math.floor(s / page)] * page + (s % page)) * C
       if (Number.isNaN(cache[at])) cache.set(random.normal(C), at)
-      plain.set(cache.subarray(at, at + C), (b * count * page + s) * C)
+      contiguous.set(cache.subarray(at, at + C), (b * perSequence * page + s) * C)
     }
   })
-  return { pages, cache, plain, count, numbers }
+  return { pages, cache, contiguous, perSequence, pageCount }
 }
 
 describe.each(await availableIsas())('paged cache on %s', isa => {
   test.each(pagedCases)('$B x $T x $H, $C in pages of $page: bitwise equal to a contiguous cache', async c => {
     const { B, T, H, C, valueDim, page, lengths } = c
     const random = new Random(4)
-    const { pages, cache, plain, count, numbers } = pagedRows(c, random)
+    const { pages, cache, contiguous, perSequence, pageCount } = pagedRows(c, random)
     const q = { data: random.normal(B * T * H * C), shape: [B, T, H, C] }
     const used = { data: lengths, shape: [B], dtype: 'i32' as const }
-    const table = { data: pages, shape: [B, count], dtype: 'i32' as const }
+    const table = { data: pages, shape: [B, perSequence], dtype: 'i32' as const }
     for (const dtype of ['f32', 'bf16'] as const) {
       for (const precision of ['f32', 'bf16'] as const) {
         const results: HostArray[] = []
@@ -154,8 +154,8 @@ describe.each(await availableIsas())('paged cache on %s', isa => {
             ])
             results.push(out)
           }
-          await run(q, { data: cache, shape: [numbers, page, C], dtype }, used, table)
-          await run(q, { data: plain, shape: [B, count * page, C], dtype }, used)
+          await run(q, { data: cache, shape: [pageCount, page, C], dtype }, used, table)
+          await run(q, { data: contiguous, shape: [B, perSequence * page, C], dtype }, used)
           backend.dispose()
         }
         expect(Array.from(results[0]).some(Number.isNaN)).toBe(false)

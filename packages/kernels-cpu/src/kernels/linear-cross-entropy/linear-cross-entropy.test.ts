@@ -10,7 +10,7 @@ interface Case {
   readonly rows: number
   readonly classes: number
   readonly dim: number
-  /** Every so-many-th row is ignored; 0: none. */
+  /** Every `skip`-th row is ignored; with 0, none is. */
   readonly skip: number
 }
 
@@ -38,9 +38,9 @@ function data({ rows, classes, dim, skip }: Case) {
   const random = new Random(rows + classes)
   const x = Float32Array.from(random.normal(rows * dim))
   const weight = Float32Array.from(random.normal(classes * dim), v => (v * 3) / Math.sqrt(dim))
-  const unusual = [ignoreIndex, -1, classes]
+  const ignored = [ignoreIndex, -1, classes]
   const targets = Array.from({ length: rows }, (_, i) =>
-    skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes,
+    skip > 0 && i % skip === skip - 1 ? ignored[i % 3] : (i * 11) % classes,
   )
   return { x, weight, targets, dloss: Float32Array.from(random.normal(rows)) }
 }
@@ -70,7 +70,7 @@ async function run(c: Case, { x, weight, targets, dloss }: Data, precision: Wide
   return { loss, lse, dx, dweight, rounded }
 }
 
-/** Double precision throughout; logits from rounded operands, gradients without rounding of dlogits. */
+/** Computes the expected results in f64: logits from rounded operands if `rounded`, gradients without rounding of dlogits. */
 function exact({ rows, classes, dim }: Case, { x, weight, targets, dloss }: Data, rounded: boolean) {
   const [a, w] = rounded ? [x.map(toBf16), weight.map(toBf16)] : [x, weight]
   const result = {
@@ -111,18 +111,20 @@ describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
   test.each(precisions)('loss, log-sum-exp and both gradients are correct in %s', async precision => {
     for (const c of cases) {
       const d = data(c)
-      const got = await run(c, d, precision, { isa })
-      const want = exact(c, d, got.rounded)
-      expect(distance(got.lse, want.lse), JSON.stringify(c)).toBeLessThan(2e-5)
-      expect(distance(got.loss, want.loss), JSON.stringify(c)).toBeLessThan(2e-5)
+      const actual = await run(c, d, precision, { isa })
+      const expected = exact(c, d, actual.rounded)
+      expect(distance(actual.lse, expected.lse), JSON.stringify(c)).toBeLessThan(2e-5)
+      expect(distance(actual.loss, expected.loss), JSON.stringify(c)).toBeLessThan(2e-5)
       // dlogits are rounded to bf16 before they are multiplied.
-      const room = got.rounded ? 5e-3 : 1e-5
-      expect(distance(got.dx, want.dx), JSON.stringify(c)).toBeLessThanOrEqual(room * largest(want.dx))
-      expect(distance(got.dweight, want.dweight), JSON.stringify(c)).toBeLessThanOrEqual(room * largest(want.dweight))
+      const tolerance = actual.rounded ? 5e-3 : 1e-5
+      expect(distance(actual.dx, expected.dx), JSON.stringify(c)).toBeLessThanOrEqual(tolerance * largest(expected.dx))
+      expect(distance(actual.dweight, expected.dweight), JSON.stringify(c)).toBeLessThanOrEqual(
+        tolerance * largest(expected.dweight),
+      )
       d.targets.forEach((target, i) => {
         if (target >= 0 && target < c.classes) return
-        expect(got.loss[i]).toBe(0)
-        expect(largest(got.dx.slice(i * c.dim, (i + 1) * c.dim))).toBe(0)
+        expect(actual.loss[i]).toBe(0)
+        expect(largest(actual.dx.slice(i * c.dim, (i + 1) * c.dim))).toBe(0)
       })
     }
   })
@@ -135,12 +137,12 @@ describe.each(await availableIsas())('linear cross-entropy on %s', isa => {
   })
 })
 
-test('many rows and classes use several blocks of dlogits', async () => {
+test('gradients of many rows and classes, in several blocks of dlogits, are correct', async () => {
   // More than 4096 counted rows and more than 512 classes.
   const c = { rows: 4500, classes: 1100, dim: 8, skip: 0 }
   const d = data(c)
-  const got = await run(c, d, 'f32', {})
-  const want = exact(c, d, false)
-  expect(distance(got.dweight, want.dweight)).toBeLessThanOrEqual(1e-5 * largest(want.dweight))
-  expect(distance(got.dx, want.dx)).toBeLessThanOrEqual(1e-5 * largest(want.dx))
+  const actual = await run(c, d, 'f32', {})
+  const expected = exact(c, d, false)
+  expect(distance(actual.dweight, expected.dweight)).toBeLessThanOrEqual(1e-5 * largest(expected.dweight))
+  expect(distance(actual.dx, expected.dx)).toBeLessThanOrEqual(1e-5 * largest(expected.dx))
 })

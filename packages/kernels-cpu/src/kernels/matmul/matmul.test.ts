@@ -20,7 +20,7 @@ interface Product {
 const bits = new Float32Array(1)
 const word = new Uint32Array(bits.buffer)
 
-/** Nearest bf16, ties to even. */
+/** Rounds to the nearest bf16, ties to even. */
 function toBf16(x: number): number {
   bits[0] = x
   word[0] = (word[0] + 0x7fff + ((word[0] >>> 16) & 1)) & 0xffff0000
@@ -51,7 +51,7 @@ function operands({ batch = 1, m, n, k }: Product, seed: number) {
   return { a: Float32Array.from(random.normal(batch * m * k)), b: Float32Array.from(random.normal(batch * k * n)) }
 }
 
-/** Largest |c - exact| relative to the sum of the absolute products that make up the element. */
+/** Returns the largest |c - exact| relative to the sum of the absolute products that make up the element. */
 function worstError(p: Product, a: Float32Array, b: Float32Array, c: ArrayLike<number>, rounded: boolean): number {
   const [x, y] = rounded ? [a.map(toBf16), b.map(toBf16)] : [a, b]
   let worst = 0
@@ -95,7 +95,7 @@ const sizes = [
 ]
 
 describe.each(await availableIsas())('matmul on %s', isa => {
-  test.each(precisions)('matches exact products in %s', async precision => {
+  test.each(precisions)('matches f64 products in %s', async precision => {
     for (const [index, [m, n, k]] of sizes.entries()) {
       for (const transposeA of flags) {
         for (const transposeB of flags) {
@@ -108,7 +108,7 @@ describe.each(await availableIsas())('matmul on %s', isa => {
     }
   })
 
-  test.each(precisions)('batched products match exact ones in %s', async precision => {
+  test.each(precisions)('matches batched f64 products in %s', async precision => {
     for (const [batch, m, n, k] of [
       [3, 5, 7, 9],
       [2, 70, 33, 34],

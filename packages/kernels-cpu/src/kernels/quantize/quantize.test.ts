@@ -2,13 +2,13 @@ import { fromF8e4m3, Random, toF8e4m3 } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('quantize on %s', isa => {
   test.each([
     { R: 3, C: 300, block: [1, 128] as const },
     { R: 130, C: 257, block: [128, 128] as const },
     { R: 5, C: 7, block: [2, 3] as const },
     { R: 0, C: 8, block: [1, 128] as const },
-  ])('$R x $C in blocks of $block', async ({ R, C, block: [br, bc] }) => {
+  ])('rounds $R x $C in blocks of $block to the nearest codes', async ({ R, C, block: [br, bc] }) => {
     const random = new Random(1)
     const x = random.normal(R * C).map((v, i) => v * 10 ** ((i % 7) - 3))
     x.fill(0, 0, Math.min(x.length, bc))

@@ -12,7 +12,7 @@ interface Size {
   readonly block: readonly [number, number]
 }
 
-/** Few rows and many; whole and partial registers; blocks that the dot products support, and blocks that are decoded first. */
+/** Few and many rows, whole and partial registers, and blocks that dot products support or that are decoded first. */
 const sizes: readonly Size[] = [
   { offsets: [0, 1], rows: 1, n: 67, k: 512, block: [1, 128] },
   { offsets: [0, 1, 1, 2], rows: 2, n: 33, k: 389, block: [1, 32] },
@@ -23,7 +23,7 @@ const sizes: readonly Size[] = [
   { offsets: [0, 9, 10], rows: 10, n: 700, k: 301, block: [128, 96] },
 ]
 
-/** Stored bytes, and the values that they represent. */
+/** Returns random codes and scales, and the values that they represent. */
 function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
   const random = new Random(n * k).fork(format)
   const experts = offsets.length - 1
@@ -47,7 +47,7 @@ function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
   return { codes, scales, width, scaleShape: [experts, Math.ceil(n / block[0]), perRow], value }
 }
 
-/** Both products in f64: `inner` elements of x give `outer` elements of y. */
+/** Computes x W^T or x W in f64: `inner` elements of x give `outer` elements of y. */
 function expected(size: Size, x: Float32Array, value: ReturnType<typeof stored>['value'], transposeW = true) {
   const { offsets, rows } = size
   const [inner, outer] = transposeW ? [size.k, size.n] : [size.n, size.k]
@@ -101,39 +101,45 @@ async function product(
 }
 
 describe.each(await availableIsas())('x W^T with quantized weights on %s', isa => {
-  test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
-    for (const size of sizes) {
-      const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
-      const weight = stored(format, size)
-      const exact = expected(size, x, weight.value)
-      const one = await product(format, size, x, weight, { isa, threads: 1 })
-      const two = await product(format, size, x, weight, { isa, threads: 2 })
-      expect(two, JSON.stringify(size)).toEqual(one)
-      // A chain of k additions; quantized x is rounded to 2^-24 of its largest element.
-      const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
-      for (let i = 0; i < one.length; i++) {
-        const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
-        expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
+  test.each(formats)(
+    '%s: every size is within rounding errors, with equal bits on one and two threads',
+    async format => {
+      for (const size of sizes) {
+        const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
+        const weight = stored(format, size)
+        const exact = expected(size, x, weight.value)
+        const one = await product(format, size, x, weight, { isa, threads: 1 })
+        const two = await product(format, size, x, weight, { isa, threads: 2 })
+        expect(two, JSON.stringify(size)).toEqual(one)
+        // A chain of k additions; quantized x is rounded to 2^-24 of its largest element.
+        const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
+        for (let i = 0; i < one.length; i++) {
+          const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
+          expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
+        }
       }
-    }
-  })
+    },
+  )
 })
 
 describe.each(await availableIsas())('x W with quantized weights on %s', isa => {
-  test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
-    for (const size of sizes) {
-      const x = Float32Array.from(new Random(size.n).normal(size.rows * size.n))
-      const weight = stored(format, size)
-      const exact = expected(size, x, weight.value, false)
-      const one = await product(format, size, x, weight, { isa, threads: 1 }, 'f32', false)
-      const two = await product(format, size, x, weight, { isa, threads: 2 }, 'f32', false)
-      expect(two, JSON.stringify(size)).toEqual(one)
-      for (let i = 0; i < one.length; i++) {
-        const bound = 2 ** -24 * (8 + size.n / 8) * exact.size[i]
-        expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
+  test.each(formats)(
+    '%s: every size is within rounding errors, with equal bits on one and two threads',
+    async format => {
+      for (const size of sizes) {
+        const x = Float32Array.from(new Random(size.n).normal(size.rows * size.n))
+        const weight = stored(format, size)
+        const exact = expected(size, x, weight.value, false)
+        const one = await product(format, size, x, weight, { isa, threads: 1 }, 'f32', false)
+        const two = await product(format, size, x, weight, { isa, threads: 2 }, 'f32', false)
+        expect(two, JSON.stringify(size)).toEqual(one)
+        for (let i = 0; i < one.length; i++) {
+          const bound = 2 ** -24 * (8 + size.n / 8) * exact.size[i]
+          expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
+        }
       }
-    }
-  })
+    },
+  )
 })
 
 describe.each(await availableIsas())('x quantized to integers on %s', isa => {
@@ -162,16 +168,16 @@ describe.each(await availableIsas())('x quantized to integers on %s', isa => {
     )
   })
 
-  test('each block of x has its own scale, so small blocks are as accurate as large ones', async () => {
+  test('each block of x has its own scale, so that a large block does not reduce the accuracy of a small one', async () => {
     const weight = stored('int8', size)
     const x = new Float32Array(size.rows * size.k)
     for (let i = 0; i < 128; i++) x[128 + i] = (1 + i) * 1e-6
     const alone = await product('int8', size, x, weight, { isa })
     x[0] = 1e6
-    const beside = await product('int8', size, x, weight, { isa })
+    const combined = await product('int8', size, x, weight, { isa })
     for (let j = 0; j < size.n; j++) {
       const large = x[0] * weight.value(0, j, 0)
-      expect(Math.abs(beside[j] - large - alone[j])).toBeLessThanOrEqual(2 ** -22 * Math.abs(large))
+      expect(Math.abs(combined[j] - large - alone[j])).toBeLessThanOrEqual(2 ** -22 * Math.abs(large))
       expect(alone[j]).not.toBe(0)
     }
   })

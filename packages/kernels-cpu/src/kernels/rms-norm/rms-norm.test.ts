@@ -5,7 +5,7 @@ import { worstError } from '../worst-error.ts'
 
 const spec = (...shape: number[]) => ({ shape, dtype: 'f32' as const })
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('rmsNorm on %s matches f64 loops, with equal bits on 1 and 2 threads', isa => {
   test.each([
     [1, 1],
     [2, 3],

@@ -3,7 +3,7 @@ import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 import { worstError } from '../worst-error.ts'
 
-// F features are put in front.
+// F features are prepended.
 const shapes: ReadonlyArray<Record<'B' | 'T' | 'H' | 'D' | 'R', number> & { readonly F?: number }> = [
   { B: 2, T: 5, H: 3, D: 16, R: 16 },
   { B: 1, T: 33, H: 8, D: 48, R: 16 },
@@ -19,9 +19,9 @@ const shapes: ReadonlyArray<Record<'B' | 'T' | 'H' | 'D' | 'R', number> & { read
   { B: 1, T: 2, H: 2, D: 700, R: 600, F: 0 },
   { B: 1, T: 4, H: 2, D: 5, R: 0, F: 3 },
 ]
-const kinds = [true, false].flatMap(interleaved => [true, false].map(perBatch => ({ interleaved, perBatch })))
+const variants = [true, false].flatMap(interleaved => [true, false].map(perBatch => ({ interleaved, perBatch })))
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('rope on %s matches f64 loops, with equal bits on 1 and 2 threads', isa => {
   test.each(shapes)('%j', async ({ B, T, H, D, R, F }) => {
     const random = new Random(1)
     const x = random.normal(B * T * H * D)
@@ -29,7 +29,7 @@ describe.each(await availableIsas())('%s', isa => {
     const first = F ?? D - R
     const shape = [B, T, H, first + R]
     const half = R / 2
-    for (const { interleaved, perBatch } of kinds) {
+    for (const { interleaved, perBatch } of variants) {
       const tableShape = perBatch ? [B, T, half] : [T, half]
       const angles = random.normal((perBatch ? B : 1) * T * half)
       const [cos, sin] = [angles.map(Math.cos), angles.map(Math.sin)]

@@ -36,14 +36,14 @@ const attrsOf = ({ N: _n, E: _e, ...given }: Case): RouterAttrs => {
   return { scoring: 'sigmoid', groups: 1, topGroups: 1, groupScore: 'top2', normalize: true, scale: 2.5, ...given }
 }
 
-/** Indices of the k largest, best first, ties to the lowest, NaN as -Infinity. */
+/** Returns the indices of the k largest values in descending order, ties by index, NaN as -Infinity. */
 function best(values: readonly number[], k: number, allowed: (i: number) => boolean = () => true): number[] {
   const key = (i: number) => (Number.isNaN(values[i]) ? Number.NEGATIVE_INFINITY : values[i])
   const order = [...values.keys()].filter(allowed).sort((a, b) => (key(a) === key(b) ? a - b : key(b) - key(a)))
   return order.slice(0, k)
 }
 
-/** The experts chosen for one token, from its scores. */
+/** Returns the experts chosen for one token, from its scores. */
 function choose(scores: readonly number[], bias: ArrayLike<number>, attrs: RouterAttrs): number[] {
   const choice = scores.map((s, e) => Math.fround(s + bias[e]))
   const size = scores.length / attrs.groups
@@ -72,8 +72,9 @@ async function route(c: Case, logits: ArrayLike<number>, bias: ArrayLike<number>
   return got
 }
 
-describe.each(await availableIsas())('%s', isa => {
-  test.each(cases)('$N tokens, $topK of $E, $topGroups of $groups groups, $scoring', async c => {
+describe.each(await availableIsas())('routerTopk on %s', isa => {
+  const named = cases.map(c => ({ scoring: 'sigmoid' as const, groups: 1, topGroups: 1, ...c }))
+  test.each(named)('matches f64 loops: $N tokens, $topK of $E, $topGroups of $groups groups, $scoring', async c => {
     const attrs = attrsOf(c)
     const { N, E, topK } = c
     const random = new Random(8)

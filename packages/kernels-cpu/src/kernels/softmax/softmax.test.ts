@@ -5,7 +5,7 @@ import { worstError } from '../worst-error.ts'
 
 const { NaN: nan, NEGATIVE_INFINITY: low, POSITIVE_INFINITY: high } = Number
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('softmax on %s', isa => {
   const shapes = [
     [1, 1],
     [3, 7],
@@ -17,7 +17,7 @@ describe.each(await availableIsas())('%s', isa => {
     [4, 0],
   ]
 
-  test.each(shapes)('%i rows of %i', async (rows, length) => {
+  test.each(shapes)('matches f64 loops for %i rows of %i, with equal bits on 1 and 2 threads', async (rows, length) => {
     const random = new Random(rows + length)
     const x = random.normal(rows * length).map(v => v * 10)
     const dy = random.normal(rows * length)

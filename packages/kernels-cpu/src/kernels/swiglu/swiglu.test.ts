@@ -3,7 +3,7 @@ import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 import { worstError } from '../worst-error.ts'
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('swiglu on %s matches f64 loops, with equal bits on 1 and 2 threads', isa => {
   test.each([0, 1, 15, 16, 1003, 70_001])('%i elements', async n => {
     const random = new Random(n)
     const [gate, up, dy] = [random.normal(n).map(v => v * 5), random.normal(n), random.normal(n)]

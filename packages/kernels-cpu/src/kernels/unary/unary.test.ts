@@ -52,7 +52,7 @@ async function apply(code: UnaryCode, data: ArrayLike<number>, options: object) 
   return y
 }
 
-describe.each(await availableIsas())('%s', isa => {
+describe.each(await availableIsas())('unary ops on %s', isa => {
   test.each(Object.keys(exact) as UnaryCode[])('%s is within its error bound in ulps', async code => {
     const random = new Random(5)
     const values: number[] = [...special]
@@ -75,7 +75,7 @@ describe.each(await availableIsas())('%s', isa => {
     expect(worst).toBeLessThanOrEqual((ulps[code] ?? 0) + 0.5)
   })
 
-  test('results are bitwise equal for any number of threads and any length', async () => {
+  test('give equal bits for any number of threads and any length', async () => {
     const x = new Random(6).normal(100_003)
     const one = await apply('exp', x, { isa, threads: 1 })
     const two = await apply('exp', x, { isa, threads: 2 })
@@ -84,7 +84,7 @@ describe.each(await availableIsas())('%s', isa => {
   })
 })
 
-test('supports integers', async () => {
+test('unary ops support integers', async () => {
   const backend = await testBackend()
   const data = [0, 1, -1, 7, -7, -(2 ** 31), 2 ** 31 - 1]
   const shape = [data.length]
