@@ -92,11 +92,11 @@ describe.skipIf(unavailable || onDevice)('MOE_CUDA_WGMMA', () => {
     ['attention,matmul', undefined, ['matmul', 'attention']],
     ['attention,matmul', true, ['matmul', 'attention']],
     ['attention,matmul', false, []],
-  ])('%s, with the option %s', async (value, wgmma, ops) => {
+  ])('"%s" and the option wgmma %s select the Hopper kernels of the expected ops', async (value, wgmma, ops) => {
     expect(await usedWith(value, { wgmma })).toEqual(ops)
   })
 
-  test('an op without a Hopper kernel is an error that names it', async () => {
+  test('naming an op without a Hopper kernel is an error', async () => {
     await expect(usedWith('attention,softmax')).rejects.toMatchObject({ code: 'E_CONFIG' })
   })
 })
@@ -104,6 +104,6 @@ describe.skipIf(unavailable || onDevice)('MOE_CUDA_WGMMA', () => {
 test.skipIf(unavailable)('no fused op of the suite uses its decomposition, except experts in f32', () => {
   // Without bf16, activations between the products are f32 anyway.
   const declined = ['routedExperts', 'routedExpertsBackward']
-  const fallen = fallbacks().filter(({ backend }) => backend === 'kernels-cuda')
-  expect(fallen.filter(({ op }) => !declined.includes(op))).toEqual([])
+  const decomposed = fallbacks().filter(({ backend }) => backend === 'kernels-cuda')
+  expect(decomposed.filter(({ op }) => !declined.includes(op))).toEqual([])
 })

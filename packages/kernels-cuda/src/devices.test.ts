@@ -5,9 +5,9 @@ import { type CudaBackend, createBackend } from './backend.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
 describe.skipIf(unavailable)('uploads', () => {
-  // The emulator can be set to read host memory late (situations.test.ts). Only a real device shows whether a driver does so.
+  // The emulator can be set to read host memory late (failures.test.ts). Only a real device shows whether a driver does so.
   test.each([3, 40_000, 400_000, 4_000_000])(
-    '%i numbers may change as soon as the call returns, while the device is busy',
+    'read all of %i numbers before the call returns, while the device is busy',
     async n => {
       if (!onDevice) resetEmulator()
       const backend = await createBackend(onDevice ? {} : emulator)
@@ -69,7 +69,7 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
     expect(report()).toBe('')
   })
 
-  test('a read, a wait and a timing complete although the backend of the other device is disposed', async () => {
+  test('pending reads, waits and timings complete if the backend of the other device is disposed', async () => {
     const [one, other] = await both()
     const x = doubled(one, 4)
     const queue = one.interop.queue()
@@ -85,12 +85,12 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
   })
 
   test('a backend on either device outlives one on the other', async () => {
-    for (const goes of [0, 1]) {
+    for (const disposed of [0, 1]) {
       const backends = await both()
-      backends[goes].dispose()
-      const left = backends[1 - goes]
-      expect((await doubled(left, 5).values())[0]).toBe(10)
-      left.dispose()
+      backends[disposed].dispose()
+      const remaining = backends[1 - disposed]
+      expect((await doubled(remaining, 5).values())[0]).toBe(10)
+      remaining.dispose()
     }
     expect(report()).toBe('')
   })

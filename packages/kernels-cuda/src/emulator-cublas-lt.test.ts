@@ -14,15 +14,15 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
   const library = unbuilt ? (undefined as never) : koffi.load(emulatedCublasLt)
   const f = (prototype: string) => library.func(prototype) as unknown as (...args: unknown[]) => number
   const word = new BigUint64Array(1)
-  const made = (status: number) => {
+  const created = (status: number) => {
     expect(status).toBe(0)
     return Number(word[0])
   }
-  const handle = () => made(f('int cublasLtCreate(void* handle)')(word))
+  const handle = () => created(f('int cublasLtCreate(void* handle)')(word))
   const description = (compute = compute32F) =>
-    made(f('int cublasLtMatmulDescCreate(void* d, int compute, int scale)')(word, compute, f32))
+    created(f('int cublasLtMatmulDescCreate(void* d, int compute, int scale)')(word, compute, f32))
   const layout = (rows: number, columns: number, ld = rows, type = f32) =>
-    made(
+    created(
       f('int cublasLtMatrixLayoutCreate(void* l, int type, uint64_t rows, uint64_t columns, int64_t ld)')(
         word,
         type,
@@ -34,7 +34,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
   const set = (what: 'MatmulDesc' | 'MatrixLayout' | 'MatmulPreference') =>
     f(`int cublasLt${what}SetAttribute(uint64_t object, int attribute, const void* value, size_t bytes)`)
   const preference = (workspace = 0, alignment = 4) => {
-    const one = made(f('int cublasLtMatmulPreferenceCreate(void* p)')(word))
+    const one = created(f('int cublasLtMatmulPreferenceCreate(void* p)')(word))
     expect(set('MatmulPreference')(one, 1, BigUint64Array.of(BigInt(workspace)), 8)).toBe(0)
     for (const which of [5, 6, 7, 8]) expect(set('MatmulPreference')(one, which, Uint32Array.of(alignment), 4)).toBe(0)
     return one
@@ -46,20 +46,20 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     'int cublasLtMatmul(uint64_t h, uint64_t op, const void* alpha, uint64_t a, uint64_t la, uint64_t b, uint64_t lb, const void* beta, uint64_t c, uint64_t lc, uint64_t d, uint64_t ld, const void* algo, uint64_t workspace, size_t bytes, uint64_t stream)',
   )
 
-  /** D = 2 A B + 3 C of column-major matrices, 2 x k times k x 2. A test overrides what differs. */
+  /** Prepares D = 2 A B + 3 C of column-major matrices, 2 x k times k x 2, with the given overrides. */
   function product(
     k: number,
-    otherwise: Partial<Record<'lda' | 'pointerB' | 'workspace' | 'alignment' | 'd', number>>,
+    overrides: Partial<Record<'lda' | 'pointerB' | 'workspace' | 'alignment' | 'd', number>>,
   ) {
     const numbers = (n: number) => Float32Array.from({ length: n }, (_, i) => i + 1)
-    const [la, lb, lc] = [layout(2, k, otherwise.lda ?? 2), layout(k, 2), layout(2, 2)]
+    const [la, lb, lc] = [layout(2, k, overrides.lda ?? 2), layout(k, 2), layout(2, 2)]
     const [h, op] = [handle(), description()]
     const results = new Uint8Array(96)
     const count = new Int32Array(1)
-    const wanted = preference(2 ** 20, otherwise.alignment)
-    const asked = heuristic(h, op, la, lb, lc, lc, wanted, 1, results, count)
+    const options = preference(2 ** 20, overrides.alignment)
+    const heuristicStatus = heuristic(h, op, la, lb, lc, lc, options, 1, results, count)
     const needed = Number(new DataView(results.buffer).getBigUint64(64, true))
-    const d = otherwise.d ?? device.allocate(16)
+    const d = overrides.d ?? device.allocate(16)
     const workspace = needed > 0 ? device.allocate(needed) : 0
     const run = (algorithm = results, stream = 0) =>
       matmul(
@@ -68,7 +68,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
         Float32Array.of(2),
         device.upload(numbers(2 * k)),
         la,
-        device.upload(numbers(2 * k)) + (otherwise.pointerB ?? 0),
+        device.upload(numbers(2 * k)) + (overrides.pointerB ?? 0),
         lb,
         Float32Array.of(3),
         device.upload(Float32Array.of(1, 10, 100, 1000)),
@@ -77,17 +77,17 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
         lc,
         algorithm,
         workspace,
-        otherwise.workspace ?? needed,
+        overrides.workspace ?? needed,
         stream,
       )
-    return { asked, count: count[0], run, d, results, needed }
+    return { heuristicStatus, count: count[0], run, d, results, needed }
   }
   const result = (d: number) => [...device.download(d, Float32Array, 4)]
 
   beforeEach(() => device.reset())
   afterEach(() => device.reset())
 
-  test('2 A B + 3 C', () => {
+  test('computes 2 A B + 3 C', () => {
     const { run, d } = product(2, {})
     expect(run()).toBe(0)
     // A = [1 3; 2 4], B the same.
@@ -95,7 +95,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(device.report()).toBe('')
   })
 
-  test('split-K through the workspace', () => {
+  test('computes split-K products through the workspace', () => {
     const { run, d, needed } = product(400, {})
     expect(needed).toBe(2 * 2 * 2 * 4)
     expect(run()).toBe(0)
@@ -104,7 +104,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(result(d)[0]).toBeCloseTo(2 * sum + 3, -2)
   })
 
-  test('it runs in stream order, and again in a graph', () => {
+  test('runs products in stream order, and at each launch of a captured graph', () => {
     const stream = device.stream()
     const { run, d, results } = product(2, {})
     expect(device.call('cuMemsetD8Async', d, 0, 16, 0)).toBe(0)
@@ -132,20 +132,20 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
     expect(set('MatrixLayout')(0, 5, Int32Array.of(1), 4)).toBe(invalidValue)
   })
 
-  test('impossible products are rejected', () => {
-    expect(product(2, { lda: 1 }).asked).toBe(invalidValue)
+  test('products with invalid sizes, types or batches are rejected', () => {
+    expect(product(2, { lda: 1 }).heuristicStatus).toBe(invalidValue)
     expect(device.report()).toMatch(/refused: cublasLt: A has an ld of 1 for 2 rows/)
-    const ask = (op: number, la: number, lb: number, lc: number) =>
+    const heuristicOf = (op: number, la: number, lb: number, lc: number) =>
       heuristic(handle(), op, la, lb, lc, lc, preference(), 1, new Uint8Array(96), new Int32Array(1))
-    expect(ask(description(), layout(2, 3), layout(4, 2), layout(2, 2))).toBe(invalidValue)
+    expect(heuristicOf(description(), layout(2, 3), layout(4, 2), layout(2, 2))).toBe(invalidValue)
     expect(device.report()).toMatch(/sizes differ: 2 x 3 times 4 x 2 gives 2 x 2/)
-    expect(ask(description(77), layout(2, 3), layout(3, 2), layout(2, 2))).toBe(notSupported)
-    expect(ask(description(), layout(2, 3, 2, 14), layout(3, 2), layout(2, 2))).toBe(notSupported)
-    expect(ask(description(), layout(2, 0), layout(0, 2), layout(2, 2))).toBe(invalidValue)
-    expect(ask(description(), 0, layout(3, 2), layout(2, 2))).toBe(invalidValue)
+    expect(heuristicOf(description(77), layout(2, 3), layout(3, 2), layout(2, 2))).toBe(notSupported)
+    expect(heuristicOf(description(), layout(2, 3, 2, 14), layout(3, 2), layout(2, 2))).toBe(notSupported)
+    expect(heuristicOf(description(), layout(2, 0), layout(0, 2), layout(2, 2))).toBe(invalidValue)
+    expect(heuristicOf(description(), 0, layout(3, 2), layout(2, 2))).toBe(invalidValue)
     const batched = layout(2, 3)
     expect(set('MatrixLayout')(batched, 5, Int32Array.of(2), 4)).toBe(0)
-    expect(ask(description(), batched, layout(3, 2), layout(2, 2))).toBe(invalidValue)
+    expect(heuristicOf(description(), batched, layout(3, 2), layout(2, 2))).toBe(invalidValue)
   })
 
   test('pointers, workspace and algorithm must match the call of the heuristic', () => {
@@ -161,7 +161,7 @@ describe.skipIf(unbuilt)('emulated cuBLASLt', () => {
   test.each([
     ['that ends too early', 8, /cublasLtMatmul: out of bounds: writes 8 bytes/],
     ['that was freed', 0, /cublasLtMatmul: out of bounds: writes 8 bytes .* which were freed/],
-  ])('an output %s is a fault of the device', (_, bytes, message) => {
+  ])('an output buffer %s causes a device fault', (_, bytes, message) => {
     const d = device.allocate(Math.max(bytes, 16))
     const small = bytes === 0 ? d : device.allocate(bytes)
     if (bytes === 0) device.free(d)

@@ -51,7 +51,7 @@ const operandModes = [
 ] as const
 type OperandMode = (typeof operandModes)[number]
 
-describe.skipIf(unbuilt)('emulator of Hopper', () => {
+describe.skipIf(unbuilt)('the emulated Hopper device', () => {
   const device = openEmulator()
   beforeEach(() => {
     device.reset()
@@ -126,7 +126,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [-16, 'right'],
     [40, 'right'],
     [0, 'lanesMeet'],
-  ])('boxes from %i on, zeros outside of the matrix (%s)', (x, mode) => {
+  ])('multiplies boxes from column %i on, with zeros outside of the matrix (%s)', (x, mode) => {
     const { d, status, report } = run(mode, x)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     const values = device.download(d, Float32Array, 64 * 128)
@@ -139,10 +139,10 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   })
 
   test.each([
-    [0, 2 ** -12, 1], // one after the other: each is half of the last bit of 1, and rounded away
-    [1, 2 ** -12, 1 + 7 * 2 ** -23], // 16 at a time: 15 halves, of which the last is cut off
-    [1, 2 ** -13, 1], // behind the bits to which all are aligned
-  ])('sums as on a device (%i): 1 and 15 squares of %f', (deviceSums, small, expected) => {
+    [0, 2 ** -12, 1], // One after the other: each square is half of the last bit of 1, and rounded away.
+    [1, 2 ** -12, 1 + 7 * 2 ** -23], // 16 at a time: 15 halves of the last bit, truncated to 7 bits.
+    [1, 2 ** -13, 1], // Below the bits to which all terms are aligned.
+  ])('with deviceSums %i, adds 15 squares of %f to 1 with the expected rounding', (deviceSums, small, expected) => {
     const value = (_: number, k: number) => (k === 0 ? 1 : k < 16 ? small : 0)
     device.set('deviceSums', deviceSums)
     try {
@@ -175,13 +175,13 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['threadsWrite', launchFailed, 'has written without fenceProxyAsync()'],
     ['oneLaneFirst', launchFailed, 'wgmmaFence is warp-wide'],
     ['oneLaneBetween', launchFailed, 'wgmmaWait is warp-wide'],
-  ])('%s is reported', (mode, code, text) => {
+  ])('reports a kernel with the error %s', (mode, code, text) => {
     const { status, report } = run(mode)
     expect(report).toContain(text)
     expect(status).toBe(code)
   })
 
-  test('divergence is reported with where lanes diverged and where they had to be converged', () => {
+  test('reports where lanes diverged and where they had to converge', () => {
     const source = readFileSync(new URL('../emulator/tests/hopper.cu', import.meta.url), 'utf8').split('\n')
     const lineOf = (text: string) => 1 + source.findIndex(line => line.includes(text))
     const { report } = run('oneLaneBetween')
@@ -192,18 +192,18 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     expect(report).toContain(`[hopper.cu:${lineOf('wgmmaWait<0>(sums)')}]`)
   })
 
-  test.each([0, 1])('mma and ldmatrix require a converged warp (converges before: %i)', meets => {
+  test.each([0, 1])('mma and ldmatrix require a converged warp (converges before: %i)', converges => {
     for (const [loads, name] of ['mmaBf16', 'ldmatrix4'].entries()) {
       device.reset()
       device.set('capability', 90)
-      const launched = device.launch('moe_test_aligned', 1, 32, 'p i i', [device.allocate(128), loads, meets])
-      expect(launched || device.synchronize()).toBe(meets ? 0 : launchFailed)
-      expect(device.report()).toContain(meets ? '' : `${name} is warp-wide, but warp 0 has not converged`)
-      if (!meets) expect(device.report()).toContain('lane 3 comes from wait')
+      const launched = device.launch('moe_test_aligned', 1, 32, 'p i i', [device.allocate(128), loads, converges])
+      expect(launched || device.synchronize()).toBe(converges ? 0 : launchFailed)
+      expect(device.report()).toContain(converges ? '' : `${name} is warp-wide, but warp 0 has not converged`)
+      if (!converges) expect(device.report()).toContain('lane 3 comes from wait')
     }
   })
 
-  test('accumulators read while wgmmas are in flight are NaN', () => {
+  test('accumulators that are read while wgmmas are in flight are NaN', () => {
     const { d, status, report } = run('readsSums')
     expect({ status, report }).toEqual({ status: 0, report: '' })
     expect(device.download(d, Float32Array, 128).every(Number.isNaN)).toBe(true)
@@ -249,7 +249,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [1, 'right'],
     [0, 'leftAcross'],
     [0, 'leftRegisters'],
-  ])('operands written by threads, MN-major (reversed: %i, %s)', (reversed, mode) => {
+  ])('multiplies MN-major operands that threads have written (reversed: %i, %s)', (reversed, mode) => {
     device.set('reversed', reversed)
     const { d, status, report } = operands(mode)
     device.set('reversed', 0)
@@ -271,13 +271,13 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['writesTooEarly', launchFailed, 'which warp 1 may still read'],
     ['registersInFlight', launchFailed, 'an A operand in registers was written'],
     ['misalignedAcross', misalignedAddress, 'its first row is not a multiple of 1024'],
-  ])('%s is reported', (mode, code, text) => {
+  ])('reports a kernel with the operand error %s', (mode, code, text) => {
     const { status, report } = operands(mode)
     expect(report).toContain(text)
     expect(status).toBe(code)
   })
 
-  test('a parameter that is not a tensor map is reported', () => {
+  test('reports a parameter that is not a tensor map', () => {
     const d = device.allocate(4)
     const args = [d, new Uint8Array(128), new Uint8Array(128), 1, 0, 0]
     expect(device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared: 32 << 10 })).toBe(0)
@@ -299,7 +299,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ["at most the swizzle's", { swizzle: 2 }],
     ['the data type', { type: 40 }],
     ['the swizzle', { swizzle: 9 }],
-  ])('tensor maps that a driver rejects: %s', (text, { pointer = 0, ...options }) => {
+  ])('rejects the tensor maps that a driver rejects: %s', (text, { pointer = 0, ...options }) => {
     expect(encode(device.allocate(16384) + pointer, options)).toBe(1)
     expect(device.report()).toContain(text)
   })

@@ -120,7 +120,7 @@ describe.skipIf(unbuilt)('layouts match those of CuTe', () => {
     return image
   }
 
-  test.each(Object.keys(tiles) as Tile[])('the layout notation as parsed here gives the elements of %s', tile => {
+  test.each(Object.keys(tiles) as Tile[])('the parsed layout of the tile %s has the listed elements', tile => {
     for (const [outer, k, byte] of tiles[tile].elements) expect(byteOf(tile, outer, k)).toBe(byte)
   })
 
@@ -129,7 +129,7 @@ describe.skipIf(unbuilt)('layouts match those of CuTe', () => {
     ['along64', 64],
     ['along128', 128],
     ['across64', 64],
-  ])('a box with a swizzle of 128 bytes is the tile %s', (tile, rows) => {
+  ])('a box that is copied with a swizzle of 128 bytes is the tile %s', (tile, rows) => {
     const across = tile === 'across64'
     const matrix = Uint16Array.from({ length: rows * 64 }, (_, i) => i)
     const room = new ArrayBuffer(256)
@@ -183,7 +183,7 @@ describe.skipIf(unbuilt)('layouts match those of CuTe', () => {
     [64, 0, 64, 0x4000004000010200n],
     [64, 0, 368, 0x4000004000010a06n],
     [64, 0, 560, 0x4000004000011006n],
-  ])('descriptors with k along memory: %i rows, from (%i, %i) on', (rows, row, k, descriptor) => {
+  ])('descriptors of K-major tiles: %i rows, from (%i, %i) on', (rows, row, k, descriptor) => {
     expect(descriptors(rows, row, k)[0]).toBe(descriptor)
   })
   /** make_gmma_desc<Major::MN> for the tile with that many k, by first column and k. (With only 64 columns, CuTe sets no stride to the next 64.) */
@@ -192,7 +192,7 @@ describe.skipIf(unbuilt)('layouts match those of CuTe', () => {
     [64, 0, 48, 0x4000004002000180n],
     [64, 256, 16, 0x4000004002000880n],
     [128, 0, 112, 0x4000004004000380n],
-  ])('descriptors with k across memory: %i of k, from column %i, k %i on', (rows, column, k, descriptor) => {
+  ])('descriptors of MN-major tiles: %i of k, from column %i, k %i on', (rows, column, k, descriptor) => {
     expect(descriptors(rows, column, k)[1]).toBe(descriptor)
   })
 

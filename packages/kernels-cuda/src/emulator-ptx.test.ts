@@ -8,7 +8,7 @@ import { openEmulator, unbuilt } from './test-emulator.ts'
 const bitsOf = (x: number) => new Int32Array(Float32Array.of(x).buffer)[0]!
 const floatOf = (word: number) => new Float32Array(Int32Array.of(word).buffer)[0]!
 
-describe.skipIf(unbuilt)('PTX', () => {
+describe.skipIf(unbuilt)('translated PTX', () => {
   const device = openEmulator()
   afterEach(() => device.reset())
 
@@ -28,7 +28,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     return Array.from({ length: threads }, (_, i) => Array.from(values.subarray(i * words, (i + 1) * words)))
   }
 
-  test('integer bit instructions', () => {
+  test('computes integer bit instructions as defined', () => {
     const words = [0, 1, -1, 7, 0x12345678, -0x80000000, 0x7fffffff, -123456789]
     const lines = words.flatMap((a, i) =>
       [0, 5, 31, 32, 40].map((n, j) => [a, words[(i + j) % words.length]!, n] as const),
@@ -74,7 +74,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('floating-point instructions', () => {
+  test('computes floating-point instructions as defined', () => {
     const values = [
       0,
       -0,
@@ -142,7 +142,7 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('warp-wide instructions', () => {
+  test('computes warp-wide instructions as defined', () => {
     const input = Int32Array.from({ length: 32 }, (_, i) => i * 37 + 1)
     const upload = device.upload(input)
     const got = run('moe_test_ptx_lanes', 32, 'p p', out => [upload, out], 12)
@@ -171,13 +171,13 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
-  test('a read-only load of memory that the launch has written is reported', () => {
+  test('reports a read-only load of memory that the launch has written', () => {
     const out = device.upload(new Int32Array(1))
     expect(device.launch('moe_test_ptx_constant', 1, 1, 'p', [out]) || device.synchronize()).toBe(719)
     expect(device.report()).toContain('which this launch has written: __restrict__ is wrong')
   })
 
-  test('state spaces and parameters', () => {
+  test('accesses state spaces and parameters', () => {
     const block = new Uint8Array(128)
     block.set(new Uint8Array(Int32Array.of(11, 22, 33, 44).buffer))
     const [word] = run('moe_test_ptx_memory', 1, 'p b f', out => [out, block, 1.5], 12, 64)

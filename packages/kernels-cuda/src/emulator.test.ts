@@ -20,7 +20,7 @@ describe.skipIf(unbuilt)('emulator', () => {
     return { status: launched || device.synchronize(), report: device.report() }
   }
 
-  describe('correct kernels', () => {
+  describe('runs correct kernels:', () => {
     test('grids and blocks in three dimensions', () => {
       const y = device.allocate(4 * 12 * 24)
       expect(device.launch('moe_test_indices', [2, 3, 2], [4, 2, 3], 'p', [y])).toBe(0)
@@ -28,7 +28,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       for (let i = 0; i < values.length; i++) expect(values[i]).toBe(Math.floor(i / 24) * 10000 + (i % 24))
     })
 
-    test('a block reduction (shared memory, barriers, shuffles) reports no fault', () => {
+    test('a block reduction with shared memory, barriers and shuffles', () => {
       const x = numbers(4 * 300, i => Math.sin(i))
       const y = device.allocate(4 * x.length)
       expect(device.launch('moe_test_softmax', 4, 256, 'p p i', [y, device.upload(x), 300])).toBe(0)
@@ -94,8 +94,8 @@ describe.skipIf(unbuilt)('emulator', () => {
     test.each([
       ['bf16', 16],
       ['tf32', 8],
-    ])('a %s product through fragments is the plain product', (kind, depth) => {
-      // So few bits that both formats and every order of summation are exact.
+    ])('a %s product of fragments', (kind, depth) => {
+      // The numbers have so few bits that both formats and every order of summation are exact.
       const a = numbers(16 * depth, i => ((i * 7) % 17) - 8)
       const b = numbers(depth * 8, i => ((i * 5) % 13) - 6)
       const d = device.allocate(4 * 128)
@@ -112,7 +112,7 @@ describe.skipIf(unbuilt)('emulator', () => {
         }
     })
 
-    test('results are the same with blocks and threads in reverse order', () => {
+    test('a block reduction in reverse order of blocks and threads, with the same result', () => {
       const x = device.upload(numbers(4 * 300, i => Math.sin(i)))
       const results = [0, 1].map(reversed => {
         device.set('reversed', reversed)
@@ -124,25 +124,25 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(results[1]).toEqual(results[0])
     })
 
-    test('halves and bytes of a word written by different threads are not a race', () => {
+    test('writes of different threads to halves and bytes of a word, without reporting a race', () => {
       const y = device.allocate(1024)
       expect(run('moe_test_shared_halves', 256, 'p', [y])).toEqual({ status: 0, report: '' })
       expect(device.download(y, Float32Array, 256).every(value => value === 255)).toBe(true)
     })
   })
 
-  describe('faulty kernels', () => {
-    const fails = (what: { status: number; report: string }, status: number, ...parts: readonly string[]) => {
-      expect(what.report).not.toBe('')
-      for (const part of parts) expect(what.report).toContain(part)
-      expect(what.status).toBe(status)
+  describe('faults and errors:', () => {
+    const expectFault = (result: { status: number; report: string }, status: number, ...parts: readonly string[]) => {
+      expect(result.report).not.toBe('')
+      for (const part of parts) expect(result.report).toContain(part)
+      expect(result.status).toBe(status)
     }
 
     test('an access out of bounds is reported with its source line', () => {
       const x = device.upload(numbers(100))
-      const what = run('moe_test_past_the_end', 256, 'p p i', [device.allocate(400), x, 100])
-      fails(
-        what,
+      const result = run('moe_test_past_the_end', 256, 'p p i', [device.allocate(400), x, 100])
+      expectFault(
+        result,
         illegalAddress,
         'out of bounds: read of 4 bytes',
         '0 bytes past the end of the 400 bytes',
@@ -151,82 +151,87 @@ describe.skipIf(unbuilt)('emulator', () => {
         'block (0, 0, 0)',
       )
     })
-    test('access before the start of a buffer', () =>
-      fails(
+    test('an access before the start of a buffer is reported', () =>
+      expectFault(
         run('moe_test_before_the_start', 256, 'p p', [device.allocate(1024), device.upload(numbers(256))]),
         illegalAddress,
         '4 bytes before the 1024 bytes',
       ))
-    test('null pointer', () => fails(run('moe_test_null', 256, 'p', [0]), illegalAddress, 'null pointer'))
-    test('host memory', () => {
+    test('a null pointer is reported', () =>
+      expectFault(run('moe_test_null', 256, 'p', [0]), illegalAddress, 'null pointer'))
+    test('an access to host memory is reported', () => {
       const host = numbers(256)
-      fails(run('moe_test_null', 256, 'p', [Number(koffi.address(host))]), illegalAddress, 'not device memory')
+      expectFault(run('moe_test_null', 256, 'p', [Number(koffi.address(host))]), illegalAddress, 'not device memory')
     })
-    test('use after free', () => {
+    test('use after free is reported', () => {
       const y = device.allocate(1024)
       device.free(y)
-      fails(run('moe_test_null', 256, 'p', [y]), illegalAddress, 'which were freed')
+      expectFault(run('moe_test_null', 256, 'p', [y]), illegalAddress, 'which were freed')
     })
-    test('uninitialized memory', () =>
-      fails(
+    test('a read of uninitialized memory is reported', () =>
+      expectFault(
         run('moe_test_copy', 256, 'p p l', [device.allocate(1024), device.allocate(1024), 256]),
         illegalAddress,
         'uninitialized',
       ))
-    test('download of uninitialized memory', () => {
+    test('a download of uninitialized memory is reported', () => {
       const y = device.allocate(1024)
       expect(() => device.download(y, Float32Array, 256)).toThrow('700')
       expect(device.report()).toMatch('uninitialized')
     })
-    test('misaligned vectors', () => {
+    test('a misaligned vector is reported', () => {
       const x = device.upload(numbers(1024))
       const y = device.allocate(4096)
       expect(run('moe_test_copy4', 256, 'p p i', [y, x, 256])).toEqual({ status: 0, report: '' })
-      fails(run('moe_test_copy4', 256, 'p p i', [y, x + 4, 255]), misalignedAddress, 'misaligned', 'float4')
+      expectFault(run('moe_test_copy4', 256, 'p p i', [y, x + 4, 255]), misalignedAddress, 'misaligned', 'float4')
     })
-    test('uninitialized shared memory', () =>
-      fails(
+    test('a read of uninitialized shared memory is reported', () =>
+      expectFault(
         run('moe_test_shared_unwritten', 256, 'p', [device.allocate(1024)]),
         illegalAddress,
         'byte 28 of shared array tile',
       ))
-    test('reading what another thread has written without a barrier', () => {
+    test('a read of what another thread has written is reported without a barrier', () => {
       expect(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
-      fails(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 0]), illegalAddress, 'barrier')
+      expectFault(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 0]), illegalAddress, 'barrier')
     })
-    test('overwriting shared memory that others may still read', () => {
+    test('a write to shared memory that others may still read is reported without a barrier', () => {
       expect(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 1])).toEqual({
         status: 0,
         report: '',
       })
-      fails(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
+      expectFault(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
     })
     test('__syncwarp orders only the lanes of a warp', () => {
       expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({
         status: 0,
         report: '',
       })
-      fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 0]), illegalAddress, 'barrier')
+      expectFault(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 0]), illegalAddress, 'barrier')
       device.reset()
-      fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 32, 1]), illegalAddress, 'barrier')
+      expectFault(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 32, 1]), illegalAddress, 'barrier')
     })
-    test('dynamic shared memory beyond the size of the launch', () => {
+    test('an access outside of the dynamic shared memory of the launch is reported', () => {
       expect(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 255], 1024)).toEqual({ status: 0, report: '' })
-      fails(
+      expectFault(
         run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 256], 1024),
         illegalAddress,
         'byte 1024 of dynamic',
       )
       device.reset()
-      fails(
+      expectFault(
         run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), -1], 1024),
         illegalAddress,
         'byte -4 of dynamic',
       )
     })
-    test('an index outside of its array but inside the buffer', () =>
-      fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
-    const onDevice = (mode: number) => {
+    test('an index outside of its array but inside the buffer is reported', () =>
+      expectFault(
+        run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]),
+        illegalAddress,
+        'index 32 of an array',
+      ))
+    const globalRace = (mode: number) => {
       const y = device.upload(new Int32Array(256))
       const launched = device.launch('moe_test_global_race', 2, 64, 'p p i', [
         y,
@@ -237,7 +242,7 @@ describe.skipIf(unbuilt)('emulator', () => {
     }
     test.each([0, 5, 6, 7])(
       'no race is reported if blocks or threads access different words, or synchronize (%i)',
-      mode => expect(onDevice(mode)).toEqual({ status: 0, report: '' }),
+      mode => expect(globalRace(mode)).toEqual({ status: 0, report: '' }),
     )
     test.each([
       [1, 'read', 'another block of this launch has written'],
@@ -245,29 +250,33 @@ describe.skipIf(unbuilt)('emulator', () => {
       [3, 'write', 'another block of this launch has read'],
       [4, 'read', 'thread 0 of this block has written without a barrier since'],
     ])('a race on device memory is reported (%i)', (mode, what, before) =>
-      fails(onDevice(mode), launchFailed, `race: ${what} of device memory at 0x`, before),
+      expectFault(globalRace(mode), launchFailed, `race: ${what} of device memory at 0x`, before),
     )
-    test('a barrier that one thread does not reach', () =>
-      fails(
+    test('a barrier that one thread does not reach is reported', () =>
+      expectFault(
         run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]),
         launchFailed,
         '255 of 256 threads',
         '1 returned (the first is 5)',
       ))
-    test('threads of a block at different barriers', () =>
-      fails(run('moe_test_divergent', 256, 'p', [device.allocate(1024)]), launchFailed, 'divergent barrier'))
-    test('a shuffle that not all lanes reach', () => {
-      fails(run('moe_test_missing_lanes', 256, 'p', [device.allocate(1024)]), launchFailed, 'wait at a shuffle')
+    test('threads of a block at different barriers are reported', () =>
+      expectFault(run('moe_test_divergent', 256, 'p', [device.allocate(1024)]), launchFailed, 'divergent barrier'))
+    test('a shuffle that not all lanes reach is reported', () => {
+      expectFault(run('moe_test_missing_lanes', 256, 'p', [device.allocate(1024)]), launchFailed, 'wait at a shuffle')
       device.reset()
-      fails(run('moe_test_missing_lanes', 16, 'p', [device.allocate(1024)]), launchFailed, 'this warp has only 16')
+      expectFault(
+        run('moe_test_missing_lanes', 16, 'p', [device.allocate(1024)]),
+        launchFailed,
+        'this warp has only 16',
+      )
       device.reset()
-      fails(run('moe_test_partial_mask', 256, 'p', [device.allocate(1024)]), launchFailed, 'mask 0x0000ffff')
+      expectFault(run('moe_test_partial_mask', 256, 'p', [device.allocate(1024)]), launchFailed, 'mask 0x0000ffff')
     })
-    test('division by zero and stack overflow', () => {
-      fails(run('moe_test_divide', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'division by zero')
+    test('division by zero and stack overflow are reported', () => {
+      expectFault(run('moe_test_divide', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'division by zero')
       device.reset()
       expect(run('moe_test_deep', 32, 'p i', [device.allocate(128), 10])).toEqual({ status: 0, report: '' })
-      fails(run('moe_test_deep', 32, 'p i', [device.allocate(128), 1000]), launchFailed, 'stack overflow')
+      expectFault(run('moe_test_deep', 32, 'p i', [device.allocate(128), 1000]), launchFailed, 'stack overflow')
     })
 
     describe('asynchronous copies', () => {
@@ -275,7 +284,7 @@ describe.skipIf(unbuilt)('emulator', () => {
         const y = device.allocate(256)
         return { y, ...run('moe_test_async', 32, 'p p i', [y, device.upload(numbers(128)), mode]) }
       }
-      test('copies are visible after a wait and a barrier; invalid sources give zeros', () => {
+      test('are visible after a wait and a barrier; invalid sources give zeros', () => {
         const { y, status, report } = copies(0)
         expect({ status, report }).toEqual({ status: 0, report: '' })
         const values = device.download(y, Float32Array, 64)
@@ -285,11 +294,11 @@ describe.skipIf(unbuilt)('emulator', () => {
         }
       })
       test.each([
-        ['not waited for', 1],
-        ['without a barrier', 2],
-        ['waited for too few groups', 3],
-      ])('a race is reported: %s', (_, mode) => fails(copies(mode), launchFailed, 'race'))
-      test('without checks, the target is stale until the issuing thread waits', () => {
+        ['no thread waits', 1],
+        ['no barrier follows', 2],
+        ['threads wait for too few groups', 3],
+      ])('are reported as a race if %s', (_, mode) => expectFault(copies(mode), launchFailed, 'race'))
+      test('without checks, leave the target stale until the issuing thread waits', () => {
         device.set('checks', 0)
         try {
           const { y, status } = copies(1)
@@ -302,7 +311,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       })
     })
 
-    test('launches that a driver rejects leave the context usable', () => {
+    test('launches that a driver rejects are rejected and leave the context usable', () => {
       const y = device.allocate(1024)
       expect(device.launch('moe_test_null', 1, 512, 'p', [y])).toBe(701)
       expect(device.launch('moe_test_null', 0, 256, 'p', [y])).toBe(1)
@@ -333,7 +342,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       const both = () => device.launch('moe_test_shared_both', 1, 32, 'p', [device.allocate(128)], { shared: most })
       expect(device.allowShared('moe_test_shared_both', most)).toBe(0)
       // The size of static shared memory is only known once the kernel has run.
-      fails({ status: both() || device.synchronize(), report: device.report() }, 701, 'and 166912 of dynamic')
+      expectFault({ status: both() || device.synchronize(), report: device.report() }, 701, 'and 166912 of dynamic')
       device.reset()
       expect(both()).toBe(1)
     })
@@ -347,7 +356,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.allocate(16)).toBeGreaterThan(0)
     })
 
-    test('injected failures: of a launch when it runs, of a call immediately', () => {
+    test('an injected failure of a launch occurs when it runs, that of a call immediately', () => {
       const y = device.allocate(1024)
       device.fail('launch', 2, launchFailed)
       expect(device.launch('moe_test_null', 1, 256, 'p', [y])).toBe(0)
@@ -371,7 +380,7 @@ describe.skipIf(unbuilt)('emulator', () => {
   })
 
   describe('streams', () => {
-    test('work does not run before the second query', () => {
+    test('work runs at the second query of an event, not before', () => {
       const stream = device.stream()
       const event = device.event()
       const y = device.allocate(1024)
@@ -401,7 +410,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.download(b, Float32Array, 1)[0]).toBe(2)
     })
 
-    test('a stream runs before another one unless it waits for it', () => {
+    test('work sees results of another stream only if its stream waits for an event', () => {
       const [one, two] = [device.stream(), device.stream()]
       const event = device.event()
       const y = device.allocate(1024)
@@ -418,7 +427,7 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.report()).toMatch('uninitialized')
     })
 
-    test('stream-ordered allocation and release', () => {
+    test('memory is allocated and freed in stream order', () => {
       const stream = device.stream()
       const y = device.allocate(1024, stream)
       device.launch('moe_test_null', 1, 256, 'p', [y], { stream })

@@ -20,7 +20,7 @@ import { createBackend } from './backend.ts'
 import type { CudaOptions } from './open.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
-// Read when the emulator starts; suits every test of this file.
+// Read when the emulator starts, so it applies to all tests of this file.
 process.env['MOE_EMULATOR_MEMORY'] = String(2 ** 26)
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-cuda-'))
@@ -37,7 +37,7 @@ async function failure(options: CudaOptions): Promise<MoeError> {
 }
 
 describe('without a driver', () => {
-  test('E_NO_BACKEND says what was tried, and firstAvailable tries the next backend', async () => {
+  test('createBackend reports what was tried, and firstAvailable tries the next backend', async () => {
     const error = await failure({ driver: join(folder, 'libcuda.so.1') })
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
     expect(error.message).toMatch(/found no NVIDIA driver \(.*libcuda\.so\.1.*install the NVIDIA driver/s)
@@ -52,7 +52,7 @@ describe('without a driver', () => {
 describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   const fail = (call: string, after: number, status: number) =>
     emulatorFunction('void moe_emulator_fail(const char* call, int after, int status)')(call, after, status)
-  const fresh = () => {
+  const open = () => {
     resetEmulator()
     return createBackend(emulator)
   }
@@ -63,7 +63,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     ['cuInit', 999, /failed to initialize: CUDA_ERROR_UNKNOWN/],
     ['cuInit', 802, /failed to initialize.*802.*fabric manager/],
     ['cuDevicePrimaryCtxRetain', 46, /CUDA_ERROR_DEVICE_UNAVAILABLE.*nvidia-smi/],
-  ])('%s gives %i', async (call, status, message) => {
+  ])('createBackend reports %s returning %i', async (call, status, message) => {
     resetEmulator()
     fail(call, 1, status)
     const error = await failure(emulator)
@@ -76,7 +76,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     ['{ "cuda": "13.2", "driver": "13.1" }', /the kernels need a driver for CUDA 13\.1 or later; update/],
     ['{ "driver": "newest" }', /cannot read .*manifest\.json \(it contains no CUDA version\)/],
     ['{}', /cannot read .*manifest\.json \(it contains no CUDA version\)/],
-  ])('a driver that is too old, or an invalid manifest: %s', async (manifest, message) => {
+  ])('a driver that is too old, or an invalid manifest, is reported: %s', async (manifest, message) => {
     const kernels = join(folder, 'newer')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
     writeFileSync(join(kernels, 'manifest.json'), manifest)
@@ -117,8 +117,8 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(await failure({ ...emulator, device: 7 })).toMatchObject({ code: 'E_CONFIG' })
   })
 
-  test('out of memory: the error lists the ops that hold memory, and the backend stays usable', async () => {
-    const backend = await fresh()
+  test('out of memory: the error lists the ops that use memory, and the backend stays usable', async () => {
+    const backend = await open()
     const held: Tensor[] = []
     let error: unknown
     try {
@@ -140,28 +140,25 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     limited.dispose()
   })
 
-  describe.each([0, 1])('a device that can read host memory: %i', reads => {
+  describe.each([0, 1])('uploads to a device that can read host memory: %i', reads => {
     const set = (value: number) =>
       emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', value)
     beforeEach(() => set(reads))
     afterEach(() => set(0))
 
-    test.each([3, 40_000, 1_200_000])(
-      '%i numbers that are uploaded may change as soon as the call returns',
-      async n => {
-        const backend = await fresh()
-        const data = new Float32Array(n)
-        const handles = Array.from({ length: n > 1e6 ? 3 : 40 }, (_, i) => backend.upload(data.fill(i + 1), [n], 'f32'))
-        for (const [i, handle] of handles.entries()) {
-          const got = await backend.download({ handle, shape: [n], dtype: 'f32' })
-          expect([got[0], got[n - 1]]).toEqual([i + 1, i + 1])
-        }
-        backend.dispose()
-      },
-    )
+    test.each([3, 40_000, 1_200_000])('read all of %i numbers before the call returns', async n => {
+      const backend = await open()
+      const data = new Float32Array(n)
+      const handles = Array.from({ length: n > 1e6 ? 3 : 40 }, (_, i) => backend.upload(data.fill(i + 1), [n], 'f32'))
+      for (const [i, handle] of handles.entries()) {
+        const got = await backend.download({ handle, shape: [n], dtype: 'f32' })
+        expect([got[0], got[n - 1]]).toEqual([i + 1, i + 1])
+      }
+      backend.dispose()
+    })
 
-    test('repeated uploads take no more host memory than the first ones', async () => {
-      const backend = await fresh()
+    test('take no more host memory when repeated', async () => {
+      const backend = await open()
       const x = tensor(new Float32Array(40_000), undefined, { backend })
       for (let i = 0; i < 50; i++) {
         backend.write(x, new Float32Array(40_000).fill(i))
@@ -175,7 +172,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
 
   test('an upload does not wait for kernels launched before it', async () => {
     emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 1)
-    const backend = await fresh()
+    const backend = await open()
     fail('launch', 1, 719)
     const x = full([40_000], 1, { backend })
     backend.write(x, new Float32Array(40_000))
@@ -185,7 +182,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   })
 
   test('after disposal with a pending read, no call reaches the driver', async () => {
-    const backend = await fresh()
+    const backend = await open()
     const x = full([1000], 2, { backend })
     const graph = backend.capture(() => x.mul(2))
     graph.replay()
@@ -203,7 +200,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   })
 
   test('two backends share the context until the last one is disposed', async () => {
-    const backend = await fresh()
+    const backend = await open()
     const other = await createBackend(emulator)
     backend.dispose()
     expect([...(await tensor([3], [1], { backend: other }).neg().values())]).toEqual([-3])
@@ -211,7 +208,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   })
 
   test('two processes can use one device', async () => {
-    const backend = await fresh()
+    const backend = await open()
     const program = `
       import { createBackend } from ${JSON.stringify(join(import.meta.dirname, 'index.ts'))}
       import { tensor } from '@moe/core'
@@ -226,7 +223,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     backend.dispose()
   })
 
-  describe('two generations at the same time', () => {
+  describe('two concurrent generations', () => {
     const config = {
       ...presets.tiny,
       vocab_size: 64,
@@ -240,25 +237,29 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       num_nextn_predict_layers: 1,
       eos_token_id: null,
     }
-    async function made(model: DeepSeek, options: GenerateOptions, onToken?: (n: number) => void): Promise<number[]> {
+    async function generated(
+      model: DeepSeek,
+      options: GenerateOptions,
+      onToken?: (n: number) => void,
+    ): Promise<number[]> {
       const ids: number[] = []
       for await (const id of model.generate([1, 2, 3], options)) onToken?.(ids.push(id))
       return ids
     }
 
-    test('give the same tokens as one after the other, even if one is cancelled during a replay', async () => {
-      const backend = await fresh()
+    test('give the same tokens as separate ones, even if one is cancelled during a replay', async () => {
+      const backend = await open()
       const model = new DeepSeek(config, { seed: 1, backend })
-      const alone = await made(model, { maxTokens: 10, speculative: true })
+      const alone = await generated(model, { maxTokens: 10, speculative: true })
       const { handles } = backend.stats()
       const abort = new AbortController()
       const options = { maxTokens: 1000, speculative: true, signal: abort.signal, temperature: 0.9 }
-      const stopped = made(model, options, n => n === 6 && setImmediate(() => abort.abort()))
-      const [beside] = await Promise.all([
-        made(model, { maxTokens: 10, speculative: true }),
+      const stopped = generated(model, options, n => n === 6 && setImmediate(() => abort.abort()))
+      const [concurrent] = await Promise.all([
+        generated(model, { maxTokens: 10, speculative: true }),
         expect(stopped).rejects.toMatchObject({ code: 'E_ABORTED' }),
       ])
-      expect(beside).toEqual(alone)
+      expect(concurrent).toEqual(alone)
       expect(backend.stats().handles).toBe(handles)
       model.dispose()
       expect(backend.stats().handles).toBe(0)
@@ -266,14 +267,14 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     })
 
     test.each([10, 80, 400])(
-      'both end with the error of a device lost at launch %i, and nothing stays allocated',
+      'both fail if the device is lost at launch %i, and leave nothing allocated',
       async after => {
-        const backend = await fresh()
+        const backend = await open()
         const model = new DeepSeek(config, { seed: 1, backend })
         fail('launch', after, 719)
         const both = await Promise.allSettled([
-          made(model, { maxTokens: 40, speculative: true }),
-          made(model, { maxTokens: 40 }),
+          generated(model, { maxTokens: 40, speculative: true }),
+          generated(model, { maxTokens: 40 }),
         ])
         for (const { status, reason } of both as PromiseRejectedResult[]) {
           expect([status, reason.code, reason.details]).toMatchObject(['rejected', 'E_BACKEND', { lost: true }])
@@ -285,8 +286,8 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     )
   })
 
-  test('a device lost during training: the step fails, and the run resumes from the last checkpoint', async () => {
-    const backend = await fresh()
+  test('if the device is lost during training, the step fails and the run resumes from the last checkpoint', async () => {
+    const backend = await open()
     setDefaultBackend(backend)
     const config = { ...presets.tiny, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1 }
     const random = new Random(1)
@@ -319,7 +320,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     )
     backend.dispose()
 
-    setDefaultBackend(await fresh())
+    setDefaultBackend(await open())
     const steps: number[] = []
     await run(true, step => steps.push(step))
     expect(steps).toEqual([3, 4, 5, 6])

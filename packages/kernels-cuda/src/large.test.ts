@@ -12,7 +12,7 @@ if (onDevice) delete process.env['MOE_CUDA_MULTIPROCESSORS']
 
 const full = (size: number, small: number) => (onDevice ? size : small)
 
-/** Numbers with few bits, repeated with a period that divides no row length. */
+/** Returns numbers with few bits, repeated with a period that divides no row length. */
 function numbers(seed: number, ...shape: number[]) {
   const data = new Float32Array(shape.reduce((a, b) => a * b, 1))
   const period = Math.min(data.length, 2 ** 20 + 7)
@@ -21,7 +21,7 @@ function numbers(seed: number, ...shape: number[]) {
   return { data, shape }
 }
 
-/** The first index, the last, and some in between. */
+/** Returns the first index, the last, and some in between. */
 function some(n: number, count = 6): number[] {
   const random = new Random(n)
   const between = Array.from({ length: count }, () => random.integer(n))
@@ -34,17 +34,17 @@ function sum(n: number, term: (i: number) => number): number {
   return total
 }
 
-/** Lists all wrong elements. */
+/** Collects sampled elements, to report all wrong ones at once. */
 class Samples {
   readonly #wrong: string[] = []
   #count = 0
 
-  add(name: string, actual: number, expected: number, room: number): void {
+  add(name: string, actual: number, expected: number, tolerance: number): void {
     this.#count++
-    if (!(Math.abs(actual - expected) <= room)) this.#wrong.push(`${name}: ${actual}, expected ${expected}`)
+    if (!(Math.abs(actual - expected) <= tolerance)) this.#wrong.push(`${name}: ${actual}, expected ${expected}`)
   }
 
-  expectRight(): void {
+  expectAllRight(): void {
     const shown = this.#wrong.slice(0, 12).join('\n')
     expect(this.#wrong.length, `${this.#wrong.length} of ${this.#count} are wrong\n${shown}`).toBe(0)
   }
@@ -94,7 +94,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
           )
           samples.add(`[${i}, ${j}]`, Number(c[i * n + j]), want, 1e-3)
         }
-      samples.expectRight()
+      samples.expectAllRight()
     },
     seconds,
   )
@@ -126,7 +126,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
           }
         }
       }
-      samples.expectRight()
+      samples.expectAllRight()
     },
     seconds,
   )
@@ -138,7 +138,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
       const [T, H] = [full(8192, 200), full(16, 2)]
       const [q, k, v] = [numbers(1, 1, T, H, Dk), numbers(2, 1, T, H, Dk), numbers(3, 1, T, H, Dv)]
       const dout = numbers(4, 1, T, H, Dv)
-      // Few of the many keys have weight; otherwise results would be nearly zero.
+      // With this scale, few of the many keys have weight; otherwise results would be nearly zero.
       const attrs = { causal: true, scale: 0.75, precision }
       const outputs = [output(1, T, H, Dv), output(1, H, T)]
       const [out, lse] = await onCuda('attention', [q, k, v], attrs, outputs, options)
@@ -149,43 +149,43 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
       const dot = (a: HostArray, i: number, b: HostArray, j: number, h: number, D: number) =>
         sum(D, d => Number(a[(i * H + h) * D + d]) * Number(b[(j * H + h) * D + d]))
       const score = (i: number, j: number, h: number) => attrs.scale * dot(q.data, i, k.data, j, h, Dk)
-      /** Of query i and key j, with what the kernel says of the row. */
+      /** The probability and the score's gradient of query i and key j, computed from the kernel's lse and output. */
       const pair = (i: number, j: number, h: number) => {
         const p = Math.exp(score(i, j, h) - Number(lse[h * T + i]))
         return { p, ds: p * (dot(dout.data, i, v.data, j, h, Dv) - dot(dout.data, i, out, i, h, Dv)) * attrs.scale }
       }
       const samples = new Samples()
-      const room = precision === 'bf16' ? 2e-2 : 1e-4
+      const tolerance = precision === 'bf16' ? 2e-2 : 1e-4
       const features = (D: number) => [0, 1, 63, 64, D - 1]
       for (const h of [0, H - 1]) {
         for (const i of some(T, 4)) {
           const scores = Array.from({ length: i + 1 }, (_, j) => score(i, j, h))
           const most = Math.max(...scores)
           const want = most + Math.log(sum(i + 1, j => Math.exp(scores[j] - most)))
-          samples.add(`lse [${h}, ${i}]`, Number(lse[h * T + i]), want, room)
+          samples.add(`lse [${h}, ${i}]`, Number(lse[h * T + i]), want, tolerance)
           const pairs = Array.from({ length: i + 1 }, (_, j) => pair(i, j, h))
           for (const d of features(Dv)) {
             const value = sum(i + 1, j => pairs[j].p * v.data[(j * H + h) * Dv + d])
-            samples.add(`out [${i}, ${h}, ${d}]`, Number(out[(i * H + h) * Dv + d]), value, room)
+            samples.add(`out [${i}, ${h}, ${d}]`, Number(out[(i * H + h) * Dv + d]), value, tolerance)
           }
           for (const d of features(Dk)) {
             const value = sum(i + 1, j => pairs[j].ds * k.data[(j * H + h) * Dk + d])
-            samples.add(`dq [${i}, ${h}, ${d}]`, Number(dq[(i * H + h) * Dk + d]), value, room)
+            samples.add(`dq [${i}, ${h}, ${d}]`, Number(dq[(i * H + h) * Dk + d]), value, tolerance)
           }
         }
         for (const j of some(T, 4)) {
           const pairs = Array.from({ length: T - j }, (_, i) => pair(j + i, j, h))
           for (const d of features(Dk)) {
             const value = sum(T - j, i => pairs[i].ds * q.data[((j + i) * H + h) * Dk + d])
-            samples.add(`dk [${j}, ${h}, ${d}]`, Number(dk[(j * H + h) * Dk + d]), value, 2 * room)
+            samples.add(`dk [${j}, ${h}, ${d}]`, Number(dk[(j * H + h) * Dk + d]), value, 2 * tolerance)
           }
           for (const d of features(Dv)) {
             const value = sum(T - j, i => pairs[i].p * dout.data[((j + i) * H + h) * Dv + d])
-            samples.add(`dv [${j}, ${h}, ${d}]`, Number(dv[(j * H + h) * Dv + d]), value, 2 * room)
+            samples.add(`dv [${j}, ${h}, ${d}]`, Number(dv[(j * H + h) * Dv + d]), value, 2 * tolerance)
           }
         }
       }
-      samples.expectRight()
+      samples.expectAllRight()
     },
     seconds,
   )
@@ -240,7 +240,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
           }
         }
       }
-      samples.expectRight()
+      samples.expectAllRight()
     },
     seconds,
   )
@@ -274,7 +274,7 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
           samples.add(`dx [${i}, ${d}]`, Number(dx[i * D + d]), expected, precision === 'bf16' ? 1e-2 : 1e-4)
         }
       }
-      samples.expectRight()
+      samples.expectAllRight()
     },
     seconds,
   )

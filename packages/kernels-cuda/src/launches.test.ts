@@ -46,7 +46,7 @@ const sharedMemory = new Map([
   [120, 99],
 ])
 const architectures = [...sharedMemory.keys()]
-/** Registers of a multiprocessor, and so the maximum of a block. A warp gets them in units of 256 from one of four schedulers, each with a quarter of them. */
+/** Registers of a multiprocessor, and therefore the maximum of a block. A warp gets them in units of 256 from one of four schedulers, each with a quarter of them. */
 const mostRegisters = 65_536
 
 interface Kernel {
@@ -71,7 +71,7 @@ const reported: Kernel[] = readFileSync(join(import.meta.dirname, '..', 'device'
 function ops(backend: Backend): Record<string, () => unknown> {
   const made = (dtype: DType, ...shape: number[]) => full(shape, 0, { dtype, backend })
   const given = (...shape: number[]) => made('f32', ...shape)
-  /** Like a parameter, but freed with the other tensors of an op. */
+  /** Creates a tensor that gets a gradient like a parameter, but is freed with the other tensors of an op. */
   const learned = (...shape: number[]) => {
     const tensor = given(...shape)
     tensor.tracked = true
@@ -207,13 +207,13 @@ process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '132'
 describe.skipIf(unavailable || onDevice)('launches', () => {
   const set = unavailable ? () => {} : emulatorFunction('void moe_emulator_set(const char* name, int value)')
   const launched = new Set<string>()
-  let room = 0
+  let sharedLimit = 0
   const { kernel } = Modules.prototype
   Modules.prototype.kernel = function (module, name, signature, launch) {
     const used = reported.find(kernel => kernel.name === name)?.staticShared ?? Number.NaN
     return kernel.call(this, module, name, signature, one => {
       launched.add(name)
-      expect(used + one.shared, name).toBeLessThanOrEqual(room)
+      expect(used + one.shared, name).toBeLessThanOrEqual(sharedLimit)
       launch(one)
     })
   }
@@ -224,7 +224,7 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
     resetEmulator()
   })
 
-  test('every kernel fits the registers and static shared memory of a multiprocessor', () => {
+  test('of every kernel fit the registers and static shared memory of a multiprocessor', () => {
     const bounds = new Map(
       (emulatorFunction('const char* moe_emulator_kernels()')() as string)
         .split('\n')
@@ -245,12 +245,12 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
 
   for (const capability of architectures) {
     for (const wgmma of capability === 90 ? [false, true] : [false]) {
-      test(`compute capability ${capability / 10}${wgmma ? ', wgmma' : ''}`, async () => {
+      test(`are valid on compute capability ${capability / 10}${wgmma ? ', wgmma' : ''}`, async () => {
         resetEmulator()
         set('checks', 0)
         set('idle', 1)
         set('capability', capability)
-        room = (sharedMemory.get(capability) ?? 0) * 1024
+        sharedLimit = (sharedMemory.get(capability) ?? 0) * 1024
         const backend = await createBackend({ ...emulator, wgmma })
         for (const [name, op] of Object.entries(ops(backend))) {
           for (const precision of ['f32', 'bf16', 'fp8'] as const) {

@@ -30,8 +30,8 @@ describe.skipIf(unavailable)('operands in bf16', () => {
   const normal = (...shape: number[]) => randn(shape, random, { backend })
   const product = (x: Tensor, w: Tensor) => x.matmul(w, { transposeB: true, precision: 'bf16' })
   const values = async (x: Tensor) => Array.from(await x.values())
-  /** A product of new tensors. */
-  async function anew(x: Tensor, w: Tensor): Promise<number[]> {
+  /** Computes the product of copies of the tensors, which have never been rounded. */
+  async function productOfCopies(x: Tensor, w: Tensor): Promise<number[]> {
     const [a, b] = [x, w].map(async t => tensor(await t.values(), t.shape, { backend }))
     return values(product(await a, await b))
   }
@@ -64,7 +64,7 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     product(x, w)
     const next = adamwStep(w, normal(48, 32), m, v, full([], 1, { backend }), attrs)
     w.assign(next.param)
-    expect(await values(product(x, w))).toEqual(await anew(x, w))
+    expect(await values(product(x, w))).toEqual(await productOfCopies(x, w))
   })
 
   test('are updated after writes and in-place updates', async () => {
@@ -72,9 +72,9 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     const w = normal(48, 32)
     product(x, w)
     backend.write(x, random.normal(64 * 32))
-    expect(await values(product(x, w))).toEqual(await anew(x, w))
+    expect(await values(product(x, w))).toEqual(await productOfCopies(x, w))
     x = setRows(x, tensor(Int32Array.of(3), [1], { backend }), normal(1, 32), { donate: true })
-    expect(await values(product(x, w))).toEqual(await anew(x, w))
+    expect(await values(product(x, w))).toEqual(await productOfCopies(x, w))
   })
 
   test('of tensors that a graph writes reflect its latest replay, inside and outside of the graph', async () => {
@@ -89,14 +89,16 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     const graph = backend.capture(step, { state: [w] })
     for (let i = 0; i < 3; i++) {
       backend.write(x, random.normal(64 * 32))
-      const expected = await anew(x, w)
+      const expected = await productOfCopies(x, w)
       // Computed between replays, from the weight and from a result.
       product(x, w)
       if (i > 0) product(graph.result, graph.result)
       graph.replay()
       expect(await values(graph.result)).toEqual(expected)
-      expect(await values(product(x, w))).toEqual(await anew(x, w))
-      expect(await values(product(graph.result, graph.result))).toEqual(await anew(graph.result, graph.result))
+      expect(await values(product(x, w))).toEqual(await productOfCopies(x, w))
+      expect(await values(product(graph.result, graph.result))).toEqual(
+        await productOfCopies(graph.result, graph.result),
+      )
     }
     graph.dispose()
   })
@@ -151,20 +153,20 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
   })
   afterEach(() => backend.dispose())
 
-  /** Attention and gradients, or with \`apart\` from copies of what it takes, which no op has made. */
-  async function pass(precision: WidePrecision, apart = false) {
+  /** Computes attention and gradients. With `copies`, computes only attention, of uploaded copies of its inputs, which no op has rounded. */
+  async function pass(precision: WidePrecision, copies = false) {
     const before = backend.stats().launches
     const [q, kv] = weights.map((w, i) =>
       latent.matmul(w, { transposeB: true, precision }).reshape([B, T, H, i === 0 ? N + R : N + V]),
     )
     const turned = rope(q, angles[0], angles[1])
     const { k, v } = mlaKeyValue(kv, ropeKey, N)
-    const read = apart
+    const read = copies
       ? await Promise.all([turned, k, v].map(async x => tensor(await x.values(), x.shape, { backend })))
       : [turned, k, v]
     const out = attention(read[0], read[1], read[2], { precision })
     const values = [await out.values()]
-    if (!apart) {
+    if (!copies) {
       backward(out.mul(out).mean())
       for (const x of [latent, ...weights]) {
         values.push(await (x.grad as Tensor).values())
@@ -172,7 +174,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
       }
     }
     const launches = backend.stats().launches - before
-    for (const x of [q, kv, turned, k, v, out, ...(apart ? read : [])]) x.dispose()
+    for (const x of [q, kv, turned, k, v, out, ...(copies ? read : [])]) x.dispose()
     return { values, launches }
   }
 
@@ -207,7 +209,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
     expect(await out.values()).toEqual(await expected.values())
   })
 
-  test('behave in a recorded step as outside of it', async () => {
+  test('are the same in a recorded step as outside of it', async () => {
     const backend = await testBackend({ wgmma, guarded: false })
     const [x, kv, key] = [
       [B, T, H, N + R],

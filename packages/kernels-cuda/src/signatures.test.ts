@@ -5,8 +5,8 @@ import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
 import type { Cuda } from './native.ts'
 import { emulatorFunction, onDevice, translated, unavailable } from './test-backend.ts'
 
-/** `module name signature` of every kernel that a launcher asks for. */
-function asked(): string[] {
+/** Returns `module name signature` of every kernel that a launcher requests. */
+function requested(): string[] {
   const found = new Set<string>()
   const kernel = (module: string, name: string, signature: string) => {
     found.add(`${module} ${name} ${translated ? inPtx(signature) : signature}`)
@@ -22,7 +22,7 @@ function asked(): string[] {
   return [...found].sort()
 }
 
-/** Parameters as in PTX: pointers are integers, arrays and structures are bytes. */
+/** Returns parameters as in PTX: pointers are integers, arrays and structures are bytes. */
 function inPtx(signature: string): string {
   const bytes: Record<string, number> = { p: 8, l: 8, i: 4, f: 4 }
   return signature
@@ -41,5 +41,5 @@ function compiled(): string[] {
 }
 
 test.skipIf(unavailable || onDevice)('launchers and kernels agree on names and parameters', () => {
-  expect(asked()).toEqual(compiled())
+  expect(requested()).toEqual(compiled())
 })

@@ -8,7 +8,7 @@ import { testBackend } from './test-backend.ts'
 const bits = new Float32Array(1)
 const word = new Uint32Array(bits.buffer)
 
-/** Random numbers that bf16 represents exactly, so that bf16 and f32 products only differ in the order of summation. */
+/** Returns random numbers that bf16 represents exactly, so that bf16 and f32 products only differ in the order of summation. */
 export function exact(random: Random, ...shape: number[]): HostInput {
   const data = Float32Array.from(random.normal(shape.reduce((a, b) => a * b, 1)), x => {
     bits[0] = x
@@ -23,7 +23,7 @@ export const output = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32'
 
 type Attrs<O extends OpName> = (PrimitiveAttrs & FusedAttrs)[O]
 
-/** Outputs of the op on the device. */
+/** Returns the outputs of the op on the device. */
 export async function onCuda<O extends OpName>(
   op: O,
   inputs: readonly HostInput[],
@@ -38,7 +38,7 @@ export async function onCuda<O extends OpName>(
   return results
 }
 
-/** Outputs of the op in f32 on the CPU. */
+/** Returns the outputs of the op in f32 on the CPU. */
 export async function onCpu<O extends OpName>(
   op: O,
   inputs: readonly HostInput[],
@@ -52,7 +52,7 @@ export async function onCpu<O extends OpName>(
   return results
 }
 
-/** Largest difference of two results, relative to the largest element of the second. */
+/** The largest difference of two results, relative to the largest element of the second. */
 export function distance(a: HostArray, b: HostArray): number {
   let worst = 0
   let largest = 1e-6
@@ -66,22 +66,22 @@ export function distance(a: HostArray, b: HostArray): number {
 }
 
 /**
- * Throws unless every element's error is within `room` times the largest expected element. The error lists where wrong elements are, by tile, warp and lane.
- * @param least absolute error that is always allowed
+ * Throws unless every element's error is below `tolerance` times the largest expected element. The error lists where wrong elements are, by tile, warp and lane.
+ * @param absolute absolute error that is always allowed
  */
 export function assertNear(
   label: string,
   actual: HostArray,
   expected: HostArray,
-  room: number,
+  tolerance: number,
   shape: Shape,
-  least = 0,
+  absolute = 0,
 ): void {
   // Also fails on NaN.
-  if (distance(actual, expected) < room) return
+  if (distance(actual, expected) < tolerance) return
   let largest = 1e-6
   for (let i = 0; i < expected.length; i++) largest = Math.max(largest, Math.abs(Number(expected[i])) || 0)
-  const allowed = Math.max(room * largest, least)
+  const allowed = Math.max(tolerance * largest, absolute)
   const columns = shape.at(-1) ?? 1
   const [rowsOf, columnsOf]: Set<number>[] = [new Set(), new Set()]
   const first: string[] = []
@@ -98,12 +98,12 @@ export function assertNear(
   if (count === 0) return
   throw new Error(
     `${label}: ${count} of ${expected.length} elements of [${shape}] are further off than ${allowed.toPrecision(3)}\n${first.join('\n')}
-  rows ${places(rowsOf)}\n  columns ${places(columnsOf)}`,
+  rows ${describeIndices(rowsOf)}\n  columns ${describeIndices(columnsOf)}`,
   )
 }
 
 /** Describes a set of indices: its range, and its lanes and pieces of a tile. */
-function places(found: ReadonlySet<number>): string {
+function describeIndices(found: ReadonlySet<number>): string {
   const all = [...found].sort((a, b) => a - b)
   const modulo = (n: number) => {
     const rest = new Set(all.map(x => x % n))
@@ -119,12 +119,12 @@ export async function assertNearCpu<O extends OpName>(
   inputs: readonly HostInput[],
   attrs: Attrs<O>,
   outputs: readonly TensorSpec[],
-  room: number,
+  tolerance: number,
   options: CudaOptions = {},
 ): Promise<void> {
-  const here = await onCuda(op, inputs, attrs, outputs, options)
-  const there = await onCpu(op, inputs, attrs, outputs)
-  here.forEach((x, i) => {
-    assertNear(`${op} ${JSON.stringify(attrs)}, output ${i}`, x, there[i], room, outputs[i].shape)
+  const actual = await onCuda(op, inputs, attrs, outputs, options)
+  const expected = await onCpu(op, inputs, attrs, outputs)
+  actual.forEach((x, i) => {
+    assertNear(`${op} ${JSON.stringify(attrs)}, output ${i}`, x, expected[i], tolerance, outputs[i].shape)
   })
 }

@@ -25,7 +25,7 @@ export const productVariants: ReadonlyArray<{ readonly precision: WidePrecision;
   ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
 ]
 
-/** Kernels compiled by the host's compiler, or with `ptx` by nvcc (`build-emulator.mjs --ptx`). */
+/** Whether the emulator runs kernels translated from nvcc's PTX (`build-emulator.mjs --ptx`), not those compiled by the host's compiler. */
 export const translated = process.env['MOE_EMULATOR_KERNELS'] === 'ptx'
 
 const folder = join(import.meta.dirname, '..', 'build', translated ? 'emulator-ptx' : 'emulator')
@@ -66,7 +66,7 @@ export const unavailable =
 /** Capability of the emulated device for tests that need no Hopper. 8.6, 8.9 and 12.0 have the least shared memory per block; launches that work there work everywhere. */
 const capability = Number(process.env['MOE_EMULATOR_CAPABILITY'] || 80)
 
-/** Every buffer is a separate allocation, so that accesses outside it are detected. With `wgmma` the emulator is a Hopper device, otherwise an Ampere. */
+/** Opens a backend. Every buffer is a separate allocation, so that accesses outside it are detected. With `wgmma` the emulator is a Hopper device, otherwise an Ampere. */
 export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   if (!onDevice) {
     resetEmulator()
@@ -89,17 +89,17 @@ export const inexact = onDevice || process.env['MOE_EMULATOR_APPROXIMATE'] === '
 /** Number of bits of a sum that Hopper's fp8 products keep (DeepSeek-V3 report, 3.3.2). */
 export const hopperFp8Bits = 14
 
-/** Sets how many bits of a sum fp8 products on the emulator keep; 0: all of f32's. Has no effect on a device. */
+/** Sets how many bits of a sum fp8 products on the emulator keep; 0 keeps all bits of f32. Has no effect on a device. */
 export function keepFp8Bits(bits: number): void {
   if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('fp8Bits', bits)
 }
 
-/** Clears faults and frees everything, so that a test does not fail because of another's fault. */
+/** Clears faults and frees everything, so that a test does not fail because of the fault of an earlier one. */
 export function resetEmulator(): void {
   emulatorFunction('void moe_emulator_reset()')()
 }
 
-/** One of the emulator's own functions. */
+/** Returns one of the emulator's own functions. */
 export function emulatorFunction(prototype: string): (...args: Array<string | number>) => unknown {
   return koffi.load(library).func(prototype) as (...args: Array<string | number>) => unknown
 }

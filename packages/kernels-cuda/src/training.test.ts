@@ -25,7 +25,7 @@ const config: DeepSeekConfigInput = {
   initializer_range: 0.1,
 }
 
-/** Texts of tokens that mostly follow from the previous one, so that there is something to learn. */
+/** Returns texts of tokens that mostly follow from the previous one, so that there is something to learn. */
 function data(size = 2000): TokenDataset {
   const random = new Random(3)
   let token = 1
@@ -65,7 +65,7 @@ async function losses(
   return found
 }
 
-describe.skipIf(unavailable)('twenty steps', () => {
+describe.skipIf(unavailable)('the losses of twenty steps are those of kernels-cpu', () => {
   const inFp8 = wgmmaVariants.map(wgmma => ({
     precision: 'fp8' as const,
     by: wgmma ? 'wgmma' : 'mma',
@@ -83,7 +83,7 @@ describe.skipIf(unavailable)('twenty steps', () => {
       const backend = await testBackend({ guarded: false, ...options })
       assertClose('losses', await losses(backend, precision), expected, { relative, absolute: 0 })
       backend.dispose()
-      // The emulator is slow.
+      // The emulator is slow, hence the time limit.
     },
     180_000,
   )
@@ -138,7 +138,7 @@ test.skipIf(unavailable)(
 )
 
 test.skipIf(unavailable).each(productVariants)(
-  'packed texts do not affect each other, recorded or not, in $precision, wgmma $wgmma',
+  'packed texts give the losses of kernels-cpu, recorded or not, in $precision, wgmma $wgmma',
   async ({ precision, wgmma }) => {
     const options = { steps: 6, isolate: true }
     const runs: number[][] = []
@@ -153,8 +153,8 @@ test.skipIf(unavailable).each(productVariants)(
       relative,
       absolute: 0,
     })
-    const fallen = fallbacks().filter(({ backend, op }) => backend === 'kernels-cuda' && /attention/i.test(op))
-    expect(fallen).toEqual([])
+    const declined = fallbacks().filter(({ backend, op }) => backend === 'kernels-cuda' && /attention/i.test(op))
+    expect(declined).toEqual([])
   },
   180_000,
 )

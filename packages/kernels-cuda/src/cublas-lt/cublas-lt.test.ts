@@ -73,7 +73,7 @@ describe.skipIf(unavailable).each(cublasLtVariants)('cuBLASLt', options => {
 
   for (const check of graphSuite(() => testBackend({ guarded: false, ...options }))) test(check.name, () => check.run())
 
-  test.each(precisions)('a graph has its own workspace, %s', async precision => {
+  test.each(precisions)('a graph keeps its own workspace, %s', async precision => {
     const backend = await testBackend({ guarded: false, ...options })
     const make = (seed: number, shape: number[]) => randn(shape, new Random(seed), { backend })
     const [a, b, other] = [make(1, [40, 600]), make(2, [30, 600]), make(3, [40, 600])]
@@ -111,7 +111,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   type Backend = Awaited<ReturnType<typeof createBackend>>
   const multiply = (backend: Backend, precision: WidePrecision = 'bf16') =>
     runOp(backend, 'matmul', inputs, attrs(precision), outputs)
-  /** The result of our own kernels. */
+  /** Computes the product with this package's kernels. */
   const own = async (options: CudaOptions = {}) => (await onCuda('matmul', inputs, attrs('bf16'), outputs, options))[0]
 
   async function failure(action: () => Promise<unknown>): Promise<MoeError> {
@@ -140,7 +140,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     setVersion(130101)
   })
 
-  test('computes products except those with few rows or no elements, and frees everything', async () => {
+  test('it computes products except those with few rows or no elements, and frees everything', async () => {
     const before = living()
     const backend = await open()
     expect(backend.cublasLt).toBe('13.1.1')
@@ -246,7 +246,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
   })
 
-  test('together with the Hopper kernels', async () => {
+  test('it computes products even if the Hopper kernels are enabled', async () => {
     const backend = await open({ wgmma: true })
     const start = calls()
     for (const { transposeA, transposeB } of forms) {
@@ -263,20 +263,23 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   test.each([
     ['cublasLtMatmul', 13, 'CUBLAS_STATUS_EXECUTION_FAILED'],
     ['cublasLtMatmulAlgoGetHeuristic', 7, 'CUBLAS_STATUS_INVALID_VALUE'],
-  ])('%s gives %i: op, shapes and status, and the next product works', async (call, status, name) => {
-    const backend = await open()
-    const before = living()
-    fail(call, 1, status)
-    const error = await failure(() => multiply(backend))
-    expect(error).toMatchObject({ code: 'E_BACKEND', details: { status, name, lost: false } })
-    expect(error.message).toContain(
-      `matmul: cuBLASLt 13.1.1 returned ${name} (${status}) for bf16 [20,300] x [24,300]^T`,
-    )
-    expect(error.message).toContain('MOE_CUDA_CUBLASLT=0')
-    await multiply(backend)
-    expect(living() - before).toBe(4)
-    backend.dispose()
-  })
+  ])(
+    'if %s returns %i, the error names op, shapes and status, and the next product works',
+    async (call, status, name) => {
+      const backend = await open()
+      const before = living()
+      fail(call, 1, status)
+      const error = await failure(() => multiply(backend))
+      expect(error).toMatchObject({ code: 'E_BACKEND', details: { status, name, lost: false } })
+      expect(error.message).toContain(
+        `matmul: cuBLASLt 13.1.1 returned ${name} (${status}) for bf16 [20,300] x [24,300]^T`,
+      )
+      expect(error.message).toContain('MOE_CUDA_CUBLASLT=0')
+      await multiply(backend)
+      expect(living() - before).toBe(4)
+      backend.dispose()
+    },
+  )
 
   test('a lost device is reported as such', async () => {
     const backend = await open()
@@ -342,7 +345,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   })
 
   describe('search for the library', () => {
-    test('it is off by default, and the environment variable works like the option', async () => {
+    test('is off by default, and is enabled by the environment variable as by the option', async () => {
       install()
       const versionWith = async (value: string | undefined, option?: boolean) => {
         if (value === undefined) delete process.env['MOE_CUDA_CUBLASLT']
@@ -363,7 +366,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       expect(await versionWith('0', true)).toBe('13.1.1')
     })
 
-    test('a library that does not fit the driver or fails to start is skipped silently', async () => {
+    test('silently skips a library that does not fit the driver or fails to start', async () => {
       install()
       setVersion(140000)
       const newer = await testBackend({ cublasLt: true })
@@ -377,7 +380,7 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
       broken.dispose()
     })
 
-    test('a library given by path must be usable', async () => {
+    test('rejects an unusable library that was given by path', async () => {
       const reason = async (path: string) => {
         const error = await failure(() => createBackend({ ...emulator, cublasLt: path }))
         expect(isMoeError(error, 'E_CONFIG')).toBe(true)
@@ -409,7 +412,7 @@ function put(...path: string[]): string {
   return file
 }
 
-test('search order: the loader, toolkits, Python environments', () => {
+test('the library is searched for with the loader, in toolkits, then in Python environments', () => {
   const expected = [
     put('cuda', 'lib64', 'libcublasLt.so.12'),
     put('venv', 'lib', 'python3.12', 'site-packages', 'nvidia', 'cu13', 'lib', 'libcublasLt.so.13'),
@@ -430,7 +433,7 @@ test('search order: the loader, toolkits, Python environments', () => {
   ])
 })
 
-test('search order on Windows', () => {
+test('on Windows, the library is searched for with the loader, in toolkits, then in Python environments', () => {
   const expected = [
     put('v13.0', 'bin', 'x64', 'cublasLt64_13.dll'),
     put('v12.8', 'bin', 'cublasLt64_12.dll'),

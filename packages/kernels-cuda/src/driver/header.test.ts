@@ -52,8 +52,8 @@ const advice = {
   999: 'UNKNOWN',
 }
 
-test.each(numbers)('%s', (_, ours, header) => expect(ours).toBe(header))
-test('status codes with advice are those of the header', () => expect(Object.keys(fixes)).toEqual(Object.keys(advice)))
+test.each(numbers)('%s has the value of cuda.h 13.0', (_, ours, header) => expect(ours).toBe(header))
+test('the status codes with advice are the listed ones', () => expect(Object.keys(fixes)).toEqual(Object.keys(advice)))
 
 const headers = [process.env['CUDA_HOME'], process.env['CUDA_PATH'], '/usr/local/cuda']
   .map(root => join(root ?? '', 'include', 'cuda.h'))
@@ -62,7 +62,7 @@ const headers = [process.env['CUDA_HOME'], process.env['CUDA_PATH'], '/usr/local
 /** Other versions of the header may declare newer versions of a function. */
 const commented = headers.find(text => /#define CUDA_VERSION 13\d{3}\b/.test(text)) ?? ''
 
-describe.skipIf(commented === '')('cuda.h of this machine (skipped where no toolkit of CUDA 13 is installed)', () => {
+describe.skipIf(commented === '')('the installed cuda.h (skipped without a toolkit of CUDA 13)', () => {
   const text = commented.replace(/\/\*[\s\S]*?\*\//g, '').replace(/\/\/.*/g, '')
   const values = new Map<string, number>()
   for (const [, body] of text.matchAll(/\benum\b\s*\w*\s*\{([^}]*)\}/g)) {
@@ -73,19 +73,19 @@ describe.skipIf(commented === '')('cuda.h of this machine (skipped where no tool
     }
   }
 
-  test.each(numbers)('%s', (name, _, header) => expect(values.get(name)).toBe(header))
-  test('names of status codes with advice', () => {
+  test.each(numbers)('defines %s with the expected value', (name, _, header) => expect(values.get(name)).toBe(header))
+  test('defines the status codes with advice by the listed names', () => {
     for (const [code, name] of Object.entries(advice)) expect(values.get(`CUDA_ERROR_${name}`)).toBe(Number(code))
   })
-  test('statuses that the header calls unrecoverable mark the device as lost', () => {
-    const ends = [
+  test('describes as unrecoverable only statuses that mark the device as lost', () => {
+    const unrecoverable = [
       ...commented.matchAll(/process must be terminated\s+\*?\s*and relaunched\.\s*\*\/\s*CUDA_\w+\s*=\s*(\d+)/g),
     ]
-    expect(ends.length).toBeGreaterThan(8)
-    for (const [, code] of ends) expect(fatal).toContain(Number(code))
+    expect(unrecoverable.length).toBeGreaterThan(8)
+    for (const [, code] of unrecoverable) expect(fatal).toContain(Number(code))
   })
 
-  /** The size class of a parameter: 8 bytes, or that of an int or a char. */
+  /** The size of a parameter: 8 bytes, or that of an int or a char. */
   const bytesOf = (parameter: string) => {
     if (
       /\*|\[|size_t|long long|64_t|CUdeviceptr|CU(context|stream|event|module|function|graph|graphExec|graphNode)\b/i.test(
@@ -96,11 +96,11 @@ describe.skipIf(commented === '')('cuda.h of this machine (skipped where no tool
     return /\bchar\b/.test(parameter) ? 1 : 4
   }
   const parameters = (list: string) => list.split(',').map(bytesOf)
-  test.each(Object.entries(prototypes))('%s', (name, prototype) => {
+  test.each(Object.entries(prototypes))('declares %s with the same version and parameters', (name, prototype) => {
     const [, symbol, ours] = prototype.match(/^int (\w+)\((.*)\)$/) as RegExpMatchArray
     // The current version of a function is a macro, possibly for the per-thread default stream.
     const versions = [...text.matchAll(new RegExp(`#\\s*define\\s+${name}\\s+(?:__CUDA_API_PT[SD]Z\\()?(\\w+)`, 'g'))]
-    const older = ['cuEventElapsedTime'] // which older drivers have alone
+    const older = ['cuEventElapsedTime'] // Older drivers only provide this version.
     if (!older.includes(name)) expect([name, ...versions.map(([, version]) => version)].at(-1)).toBe(symbol)
     const declared = [...text.matchAll(new RegExp(`CUresult CUDAAPI ${name}\\(([^)]*)\\)`, 'g'))].map(([, list]) =>
       parameters(list),

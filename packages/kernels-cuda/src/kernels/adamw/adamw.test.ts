@@ -14,22 +14,22 @@ import { testBackend, unavailable } from '../../test-backend.ts'
 
 const attrs: AdamwAttrs = { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 }
 
-/** The moments as stored, and before they are rounded. */
+/** Expects the stored moments to be the exact ones rounded to `dtype`. */
 function expectRounded(dtype: 'f32' | 'bf16', stored: HostArray, exact: Float64Array): void {
   if (dtype === 'f32') {
     assertClose('moments', stored, exact)
     return
   }
-  const off = Int32Array.from(stored, (bits, i) => Math.abs(bits - toBf16(exact[i]))).filter(codes => codes > 0)
+  const differences = Int32Array.from(stored, (bits, i) => Math.abs(bits - toBf16(exact[i]))).filter(codes => codes > 0)
   // About once in 2^14 times, an f32 sum is on the other side of a rounding tie and gives the neighbouring value.
-  expect(off.length).toBeLessThanOrEqual(stored.length / 2000)
-  expect(off.every(codes => codes === 1)).toBe(true)
+  expect(differences.length).toBeLessThanOrEqual(stored.length / 2000)
+  expect(differences.every(codes => codes === 1)).toBe(true)
 }
 
 describe.skipIf(unavailable)('adamwStep', () => {
   const sizes = [0, 1, 35, 20_001]
   test.each((['f32', 'bf16'] as const).flatMap(dtype => sizes.map(n => [n, dtype] as const)))(
-    'three steps of %i elements, in place, moments in %s',
+    'updates %i elements in place over three steps, moments in %s',
     async (n, dtype) => {
       const random = new Random(9)
       const backend = await testBackend()
@@ -72,7 +72,7 @@ describe.skipIf(unavailable)('adamwStep', () => {
     },
   )
 
-  test('a tensor with another owner is not changed', async () => {
+  test('does not change a tensor that has another owner', async () => {
     const backend = await testBackend()
     const shape = [2]
     const make = (...data: number[]): Value => {

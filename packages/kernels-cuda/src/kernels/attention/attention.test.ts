@@ -30,10 +30,10 @@ interface Size {
   readonly starts?: (t: number, b: number) => number
 }
 
-/** The last of these positions that is not after t. */
+/** Returns the last of these positions that is not after t. */
 const lastOf = (t: number, ...begins: number[]) => begins.findLast(begin => begin <= t) ?? 0
 
-/** Pseudo-random numbers from 0 to n - 1. */
+/** Returns a pseudo-random number from 0 to n - 1. */
 const anyOf = (n: number, t: number, b: number) => ((t * 7919 + b * 104_729) % 65_537) % n
 
 // Several tiles of queries and keys in every engine, with heads that fill its tiles or only a part of them.
@@ -195,7 +195,7 @@ const perQuery = (B: number, T: number, f: (t: number, b: number) => number) => 
   shape: [B, T],
 })
 
-const room: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 }
+const tolerance: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 }
 
 /** Tiles of 256 features in f32 need this much shared memory, which not every device has. */
 const widestF32 = 137_600
@@ -215,7 +215,7 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('pingpong scheduli
     schedule.pingpong = false
   })
   test.each(sizes.filter(({ starts }) => starts === undefined))(
-    '$name',
+    'does not change the result: $name',
     async ({ B, T, S, H, G, Dk, Dv, causal, lengths }) => {
       const random = new Random(T)
       const inputs = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]
@@ -232,7 +232,7 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('pingpong scheduli
 
   // In translated kernels, wgmmas are computed when they are issued.
   test.skipIf(onDevice || translated).each([false, true])(
-    'the products of the two alternate, threads reversed: %s',
+    'the products of the two warpgroups alternate, threads reversed: %s',
     async reversed => {
       const random = new Random(1)
       const [B, T, S, H, Dk, Dv] = [1, 128, 640, 1, 192, 128]
@@ -243,13 +243,13 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('pingpong scheduli
         return emulatorFunction('const char* moe_emulator_products()')() as string
       }
       // The first tile of keys, the next ones with the previous values, and the last values, for which no warpgroup waits.
-      const inTurns = /^01(0011){4}(01|10)$/
+      const alternating = /^01(0011){4}(01|10)$/
       reverseOrder(reversed)
       const usual = await run()
       expect(usual).toHaveLength(20)
-      expect(usual).not.toMatch(inTurns)
+      expect(usual).not.toMatch(alternating)
       schedule.pingpong = true
-      expect(await run()).toMatch(inTurns)
+      expect(await run()).toMatch(alternating)
     },
   )
 })
@@ -258,31 +258,31 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
   test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, scale = Dk ** -0.5, lengths, starts }) => {
     const random = new Random(T)
     const [q, k, v] = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]
-    const seen = lengths || starts ? [integers(...(lengths ?? new Array<number>(B).fill(S)))] : []
-    if (starts) seen.push(perQuery(B, T, starts))
+    const ranges = lengths || starts ? [integers(...(lengths ?? new Array<number>(B).fill(S)))] : []
+    if (starts) ranges.push(perQuery(B, T, starts))
     const attrs = { causal, scale, precision }
     const outputs = [output(B, T, H, Dv), output(B, H, T)]
     if (precision === 'f32' && (Dk > 192 || Dv > 128) && sharedMemory < widestF32) {
-      await expect(onCuda('attention', [q, k, v, ...seen], attrs, outputs, { wgmma })).rejects.toThrow('declined')
+      await expect(onCuda('attention', [q, k, v, ...ranges], attrs, outputs, { wgmma })).rejects.toThrow('declined')
       return
     }
-    const expected = await onCpu('attention', [q, k, v, ...seen], attrs, outputs)
-    // Keys and values after the end of a sequence do not matter.
+    const expected = await onCpu('attention', [q, k, v, ...ranges], attrs, outputs)
+    // Keys and values after the end of a sequence must not affect the results.
     lengths?.forEach((length, b) => {
       for (const { data, shape } of [k, v]) {
         const size = shape[1] * shape[2] * shape[3]
         ;(data as Float32Array).fill(Number.NaN, b * size + length * shape[2] * shape[3], (b + 1) * size)
       }
     })
-    const got = await onCuda('attention', [q, k, v, ...seen], attrs, outputs, { wgmma })
+    const got = await onCuda('attention', [q, k, v, ...ranges], attrs, outputs, { wgmma })
     got.forEach((x, i) => {
-      assertNear(['out', 'lse'][i], x, expected[i], room[precision], outputs[i].shape)
+      assertNear(['out', 'lse'][i], x, expected[i], tolerance[precision], outputs[i].shape)
     })
 
     const dout = exact(random, B, T, H, Dv)
     const saved = expected.map((x, i) => ({ data: Float32Array.from(x), shape: outputs[i].shape }))
     const gradients = [q, k, v].map(x => output(...x.shape))
-    const run = () => onCuda('attentionBackward', [q, k, v, ...saved, dout, ...seen], attrs, gradients, { wgmma })
+    const run = () => onCuda('attentionBackward', [q, k, v, ...saved, dout, ...ranges], attrs, gradients, { wgmma })
     const backward = await run()
     if (wgmma) {
       reverseOrder(true)
@@ -293,23 +293,23 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
       (x.data as Float32Array).forEach((value, i, all) => {
         if (Number.isNaN(value)) all[i] = 1
       })
-    const wanted = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...seen], attrs, gradients)
+    const expectedGradients = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...ranges], attrs, gradients)
     backward.forEach((x, i) => {
-      assertNear(['dq', 'dk', 'dv'][i], x, wanted[i], room[precision], gradients[i].shape)
+      assertNear(['dq', 'dk', 'dv'][i], x, expectedGradients[i], tolerance[precision], gradients[i].shape)
     })
   })
 
   test.each([
     { Dk: 64, Dv: 64 },
     { Dk: 192, Dv: 128 },
-  ])('packed texts of whole tiles do not read each other, $Dk and $Dv features', async ({ Dk, Dv }) => {
+  ])('packed texts of whole tiles do not affect each other, $Dk and $Dv features', async ({ Dk, Dv }) => {
     const [size, H] = [128, 2]
     const T = 2 * size
     const random = new Random(Dk)
     const q = exact(random, 1, T, H, Dk)
     const inputs = [q, exact(random, 1, T, 1, Dk), exact(random, 1, T, 1, Dv)]
     const dout = exact(random, 1, T, H, Dv)
-    const seen = [integers(T), perQuery(1, T, t => lastOf(t, size))]
+    const ranges = [integers(T), perQuery(1, T, t => lastOf(t, size))]
     const attrs = { causal: true, scale: Dk ** -0.5, precision }
     const gradients = inputs.map(x => output(...x.shape))
     const run = async (spoiled?: number) => {
@@ -322,11 +322,13 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
         }),
       )
       const outputs = [output(1, T, H, Dv), output(1, H, T)]
-      const saved = (await onCuda('attention', [...x, ...seen], attrs, outputs, { wgmma })).map((data, i) => ({
+      const saved = (await onCuda('attention', [...x, ...ranges], attrs, outputs, { wgmma })).map((data, i) => ({
         data: data as Float32Array,
         shape: outputs[i].shape,
       }))
-      const backward = await onCuda('attentionBackward', [...x, ...saved, ...dx, ...seen], attrs, gradients, { wgmma })
+      const backward = await onCuda('attentionBackward', [...x, ...saved, ...dx, ...ranges], attrs, gradients, {
+        wgmma,
+      })
       return [saved[0].data, ...backward].map(all =>
         [0, 1].map(half => [...all.slice((half * all.length) / 2, ((half + 1) * all.length) / 2)]),
       )

@@ -11,7 +11,7 @@ function saturated(values: ArrayLike<number>, low: number, high: number): number
 }
 
 test.skipIf(unavailable).each(dtypes.flatMap(from => dtypes.filter(to => to !== from).map(to => [from, to] as const)))(
-  '%s to %s',
+  'casts %s to %s',
   async (from, to) => {
     const backend = await testBackend()
     const random = new Random(1)

@@ -15,15 +15,15 @@ describe.skipIf(unavailable)('crossEntropy', () => {
     [2, 20_000],
     [0, 7],
   ])('%i rows of %i classes', async (rows, classes) => {
-    const unusual = [ignoreIndex, -1, classes, 2 ** 30]
+    const ignored = [ignoreIndex, -1, classes, 2 ** 30]
     const data = Array.from({ length: rows }, (_, i) =>
-      i % 5 === 4 ? unusual[((i / 5) | 0) % 4] : (i * 4999) % classes,
+      i % 5 === 4 ? ignored[((i / 5) | 0) % 4] : (i * 4999) % classes,
     )
     const targets = { data, shape: [rows], dtype: 'i32' as const }
     await compareWithReference([normal([rows, classes], 5), targets], (x, t) => [crossEntropy(x, t, { ignoreIndex })])
   })
 
-  test('-Infinity is an impossible class, and NaN stays in its row', async () => {
+  test('a logit of -Infinity has probability 0, and NaN affects only its row', async () => {
     const low = Number.NEGATIVE_INFINITY
     const logits = new Float32Array(4 * 40).fill(low)
     logits[3] = 5

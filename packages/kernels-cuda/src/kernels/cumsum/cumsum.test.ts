@@ -10,7 +10,7 @@ test.skipIf(unavailable).each([
   [[1, 4096], 1],
   [[2, 150, 5], 1],
   [[2, 9, 70], 1],
-])('%j along axis %i', async (shape, axis) => {
+])('adds up %j along axis %i', async (shape, axis) => {
   const backend = await testBackend()
   const count = shape[axis]
   const inner = shape.length === 3 ? shape[2] : 1

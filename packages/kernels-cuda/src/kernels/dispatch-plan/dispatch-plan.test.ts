@@ -35,7 +35,7 @@ describe.skipIf(unavailable)('dispatchPlan', () => {
     expect(got.slice(1)).toEqual([positions, offsets, counts])
   })
 
-  test('indices of experts are clamped, and nothing is written out of bounds', async () => {
+  test('clamps indices of experts, and writes nothing out of bounds', async () => {
     const backend = await testBackend()
     const outputs = [4, 4, 4, 3].map(n => ({ shape: [n], dtype: 'i32' as const }))
     const input = { data: [1, 3, -1, 2 ** 30], shape: [2, 2], dtype: 'i32' as const }

@@ -6,12 +6,12 @@ import { testBackend, unavailable } from '../../test-backend.ts'
 const attrs: EmaAttrs = { decay: 0.9, step: 1 }
 
 describe.skipIf(unavailable)('emaStep', () => {
-  test.each([0, 1, 33, 20_001])('three steps of %i elements, in place', async n => {
+  test.each([0, 1, 33, 20_001])('updates %i elements in place over three steps', async n => {
     const random = new Random(9)
     const backend = await testBackend()
     const shape = [n]
     const value = (data: Float32Array): Value => ({ handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' })
-    // The previous contents do not matter at the first step.
+    // The first step overwrites the previous contents.
     let average = value(random.normal(n))
     const sums = new Float64Array(n)
     const bytes = backend.stats().bytes
@@ -31,7 +31,7 @@ describe.skipIf(unavailable)('emaStep', () => {
     backend.dispose()
   })
 
-  test('a tensor with another owner is not changed', async () => {
+  test('does not change a tensor that has another owner', async () => {
     const backend = await testBackend()
     const make = (...data: number[]): Value => {
       return { handle: backend.upload(Float32Array.from(data), [2], 'f32'), shape: [2], dtype: 'f32' }

@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { hopperFp8Bits, keepFp8Bits, onDevice, testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
 
-/** Integers up to 8 in tiles with different scales: nothing is rounded, and sums are exact, also with the 14 bits that Hopper retains. */
+/** Returns integers up to 8 in tiles with different scales: nothing is rounded, and sums are exact, even with the 14 bits that Hopper keeps. */
 function numbers(size: number, seed: number): Float32Array {
   return new Random(seed)
     .normal(size)
@@ -12,7 +12,7 @@ function numbers(size: number, seed: number): Float32Array {
 
 const f32 = (...shape: number[]) => ({ shape, dtype: 'f32' as const })
 
-/** a [m, k] times the transpose of b [n, k], summed in f64. */
+/** Multiplies a [m, k] with the transpose of b [n, k], with sums in f64. */
 function product(
   m: number,
   n: number,
@@ -30,11 +30,11 @@ function product(
   }
   return c
 }
-/** The first differences; a failure that prints whole matrices takes minutes. */
+/** Returns the first differences, because a failed `toEqual` of whole matrices takes minutes to print. */
 function differences(found: ArrayLike<number>, expected: Float32Array): string[] {
   const wrong: string[] = []
   for (let i = 0; i < expected.length && wrong.length < 5; i++) {
-    if (found[i] !== expected[i]) wrong.push(`[${i}] ${found[i]}, not ${expected[i]}`)
+    if (found[i] !== expected[i]) wrong.push(`[${i}] ${found[i]}, expected ${expected[i]}`)
   }
   return wrong
 }
@@ -49,7 +49,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
     { m: 1, n: 1, k: 1 },
     { m: 129, n: 257, k: 129 },
     { m: 40, n: 24, k: 2100 },
-  ])('dense $m x $n x $k', async ({ m, n, k }) => {
+  ])('dense products of $m x $n x $k are exact', async ({ m, n, k }) => {
     const [a, b] = [numbers(m * k, 1), numbers(n * k, 2)]
     for (const transposeA of m === 300 ? [false] : [false, true]) {
       for (const transposeB of m === 300 ? [true] : [false, true]) {
@@ -73,7 +73,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
     [hopperFp8Bits, 257, 1, 65_536 + 512],
     [hopperFp8Bits, 257, 8, 65_600 + 512],
     [hopperFp8Bits, -257, -1, -65_536 - 512],
-  ])('with %i bits of a sum, %i and %i: %i', async (bits, large, small, expected) => {
+  ])('sums of %i bits (0: f32) of products of %i and %i give %i', async (bits, large, small, expected) => {
     keepFp8Bits(bits)
     const backend = await testBackend({ wgmma })
     // 257 is rounded to 256, which is then squared; small numbers with this scale are exact.
@@ -91,7 +91,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
   const rows = 340
   const at = { data: offsets, shape: [experts + 1], dtype: 'i32' as const }
 
-  test.each([true, false])('products per expert, transposed: %s', async transposeW => {
+  test.each([true, false])('products per expert are exact, transposed: %s', async transposeW => {
     const [x, weight] = [numbers(rows * k, 3), numbers(experts * n * k, 4)]
     const backend = await testBackend({ wgmma })
     const inputs = [
@@ -114,7 +114,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
     expect(differences(y, expected)).toEqual([])
   })
 
-  test('gradients of the experts’ weights', async () => {
+  test("gradients of the experts' weights are exact", async () => {
     const [x, dy] = [numbers(rows * k, 5), numbers(rows * n, 6)]
     const backend = await testBackend({ wgmma })
     const inputs = [{ data: x, shape: [rows, k] }, { data: dy, shape: [rows, n] }, at]

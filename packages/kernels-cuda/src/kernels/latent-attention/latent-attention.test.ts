@@ -23,29 +23,33 @@ const pagedCases = [
   { name: 'odd sizes', B: 2, T: 1, H: 3, C: 21, V: 13, P: 5, lengths: [33, 50] },
 ]
 
-/** Rows in pages in no order, of which all sequences share the first, and the same rows one behind another; zeros where none is in use. */
-function inPages(random: Random, { B, C, P, lengths }: (typeof pagedCases)[number]) {
-  const count = Math.ceil(Math.max(...lengths) / P)
-  const numbers = B * count + 2
-  const inOrder = Array.from({ length: numbers }, (_, n) => n)
+/** Returns a cache of shuffled pages, the first of which all sequences share, and the same rows as a contiguous cache. Unused rows are NaN in pages, otherwise 0. */
+function makePages(random: Random, { B, C, P, lengths }: (typeof pagedCases)[number]) {
+  const perSequence = Math.ceil(Math.max(...lengths) / P)
+  const pageCount = B * perSequence + 2
+  const inOrder = Array.from({ length: pageCount }, (_, n) => n)
   const order = [...inOrder.filter(n => n % 2 === 1), ...inOrder.filter(n => n % 2 === 0)]
-  const pages = Array.from({ length: B * count }, (_, i) => order[i % count === 0 ? 0 : i + 1])
-  const filled = exact(random, numbers, P, C).data
+  const pages = Array.from({ length: B * perSequence }, (_, i) => order[i % perSequence === 0 ? 0 : i + 1])
+  const filled = exact(random, pageCount, P, C).data
   const cache = new Float32Array(filled.length)
-  const inUse = new Uint8Array(numbers * P)
-  const plain = new Float32Array(B * count * P * C)
+  const inUse = new Uint8Array(pageCount * P)
+  const contiguous = new Float32Array(B * perSequence * P * C)
   lengths.forEach((length, b) => {
     for (let s = 0; s < length; s++) {
-      const row = pages[b * count + Math.floor(s / P)] * P + (s % P)
+      const row = pages[b * perSequence + Math.floor(s / P)] * P + (s % P)
       const values = Float32Array.from({ length: C }, (_, c) => filled[row * C + c])
       inUse[row] = 1
       cache.set(values, row * C)
-      plain.set(values, (b * count * P + s) * C)
+      contiguous.set(values, (b * perSequence * P + s) * C)
     }
   })
-  const forgotten = cache.map((x, i) => (inUse[Math.floor(i / C)] === 1 ? x : Number.NaN))
-  const table = { data: Int32Array.from(pages), shape: [B, count], dtype: 'i32' as const }
-  return { table, plain: { data: plain, shape: [B, count * P, C] }, cache: { data: forgotten, shape: [numbers, P, C] } }
+  const paged = cache.map((x, i) => (inUse[Math.floor(i / C)] === 1 ? x : Number.NaN))
+  const table = { data: Int32Array.from(pages), shape: [B, perSequence], dtype: 'i32' as const }
+  return {
+    table,
+    contiguous: { data: contiguous, shape: [B, perSequence * P, C] },
+    paged: { data: paged, shape: [pageCount, P, C] },
+  }
 }
 
 afterEach(() => {
@@ -83,12 +87,12 @@ describe.skipIf(unavailable).each(productVariants)(
       const { B, T, H, C, V, lengths } = c
       const random = new Random(C)
       const q = exact(random, B, T, H, C)
-      const { table, plain, cache } = inPages(random, c)
+      const { table, contiguous, paged } = makePages(random, c)
       const attrs = { scale: C ** -0.5, valueDim: V, precision }
       const used = integers(...lengths)
-      const [expected] = await onCpu('latentAttention', [q, plain, used], attrs, [output(B, T, H, V)])
+      const [expected] = await onCpu('latentAttention', [q, contiguous, used], attrs, [output(B, T, H, V)])
       for (const dtype of ['f32', 'bf16'] as const) {
-        const stored = [q, { ...cache, dtype }, used, table]
+        const stored = [q, { ...paged, dtype }, used, table]
         const run = () => onCuda('latentAttention', stored, attrs, [output(B, T, H, V)], { wgmma })
         const [got] = await run()
         if (wgmma) {

@@ -8,13 +8,13 @@ import { evenChunk, limits } from './linear-cross-entropy.ts'
 const ignoreIndex = -100
 
 /**
- * How far from 0 the loss of a single class may be, and its probability from 1. e^(x - x) is 2^(x log2(e) - x log2(e)), of which the rounding of one product is left, 2^-24 of it, and `ex2.approx` is
+ * The error of the loss of a single class, which should be 0, and of its probability, which should be 1. e^(x - x) is 2^(x log2(e) - x log2(e)), where the rounding error of one product remains, 2^-24 of it, and `ex2.approx` is
  * off by 2^-22: for |x| below 4 that is 2^-21 in all. Rounding lse adds 2^-23.
  */
-const ofOneClass = 2 ** -21 + 2 ** -23
-const unusual = [ignoreIndex, -1, 999_999]
+const singleClassError = 2 ** -21 + 2 ** -23
+const ignoredTargets = [ignoreIndex, -1, 999_999]
 
-// Partial tiles of rows, classes and features; working memory for only a part of the vocabulary.
+// Partial tiles of rows, classes and features, and working memory for only a part of the vocabulary.
 const cases = [
   { name: 'one of each', rows: 1, classes: 1, features: 1, skip: 0 },
   { name: 'large tiles', rows: 300, classes: 1100, features: 20, skip: 4 },
@@ -42,7 +42,7 @@ const cases = [
 const targetsOf = (rows: number, classes: number, skip: number) =>
   integers(
     ...Array.from({ length: rows }, (_, i) =>
-      skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes,
+      skip > 0 && i % skip === skip - 1 ? ignoredTargets[i % 3] : (i * 11) % classes,
     ),
   )
 
@@ -64,7 +64,7 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     const scale = 2 ** -Math.round(Math.log2(features + 1) / 2)
     const { data, shape } = exact(random, classes, features)
     const weight = { data: Float32Array.from(data, w => w * scale), shape }
-    const room = precision === 'bf16' ? 1e-2 : 1e-5
+    const tolerance = precision === 'bf16' ? 1e-2 : 1e-5
     const targets = targetsOf(rows, classes, skip)
     const attrs = { ignoreIndex, precision }
     const inputs = [x, weight, targets]
@@ -72,17 +72,17 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     const expected = await onCpu('linearCrossEntropy', inputs, attrs, outputs)
     const got = await onCuda('linearCrossEntropy', inputs, attrs, outputs, options)
     got.forEach((x, i) => {
-      assertNear(['losses', 'lse'][i], x, expected[i], 1e-5, [rows], classes === 1 ? ofOneClass : 0)
+      assertNear(['losses', 'lse'][i], x, expected[i], 1e-5, [rows], classes === 1 ? singleClassError : 0)
     })
     const saved = [{ data: Float32Array.from(expected[1]), shape: [rows] }, exact(random, rows)]
     const gradients = [output(rows, features), output(classes, features)]
-    const wanted = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
+    const expectedGradients = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
     const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, options)
     backward.forEach((d, i) => {
       const others = [weight, x][i].data as Float32Array
       const largest = others.reduce((most, v) => Math.max(most, Math.abs(v)), 0)
-      const least = classes === 1 ? ofOneClass * largest * Math.abs(Number(saved[1].data[0])) : 0
-      assertNear(['dx', 'dweight'][i], d, wanted[i], room, gradients[i].shape, least)
+      const absolute = classes === 1 ? singleClassError * largest * Math.abs(Number(saved[1].data[0])) : 0
+      assertNear(['dx', 'dweight'][i], d, expectedGradients[i], tolerance, gradients[i].shape, absolute)
     })
   })
 
@@ -128,7 +128,7 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     expect(distance(got[1], expected[1])).toBeLessThan(1e-6)
   })
 
-  test('NaN stays in its row, and an infinity in its class', async () => {
+  test('NaN affects only its row, and an infinity only its class', async () => {
     const [rows, classes, features] = [5, 300, 70]
     const random = new Random(6)
     const x = Float32Array.from(exact(random, rows, features).data, (v, i) => (i % features === 0 ? 1 : v))
@@ -148,10 +148,10 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     expect(distance(got[0], expected[0])).toBeLessThan(1e-5)
     const saved = [{ data: Float32Array.from(expected[1]), shape: [rows] }, exact(random, rows)]
     const gradients = [output(rows, features), output(classes, features)]
-    const wanted = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
+    const expectedGradients = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
     const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, options)
     backward.forEach((d, i) => {
-      expect([...d].map(Number.isNaN)).toEqual([...wanted[i]].map(Number.isNaN))
+      expect([...d].map(Number.isNaN)).toEqual([...expectedGradients[i]].map(Number.isNaN))
     })
   })
 })

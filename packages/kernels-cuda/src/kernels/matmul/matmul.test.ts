@@ -68,7 +68,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
     }
   })
 
-  test.each(['f32', 'bf16'] as const)('NaN and infinity stay in their rows and columns, %s', async precision => {
+  test.each(['f32', 'bf16'] as const)('NaN and infinity affect only their rows and columns, %s', async precision => {
     const [m, n, k] = [70, 70, 40]
     const a = new Float32Array(m * k).fill(1)
     const b = new Float32Array(n * k).fill(1)
@@ -92,7 +92,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
   })
 })
 
-// For 4,096 tokens on an H100: the idle multiprocessors of the last wave are most of what a wrong choice costs.
+// For 4,096 tokens on an H100. A wrong choice mainly costs time because multiprocessors are idle in the last wave.
 test.each([
   ['q_a_proj', 1536, '128x192'],
   ['q_b_proj', 24576, '128x256'],
@@ -100,7 +100,7 @@ test.each([
   ['kv_b_proj', 32768, '128x256'],
   ['o_proj', 7168, '128x256'],
   ['dense mlp up', 18432, '128x256'],
-])('the tile of %s, %i columns, on 132 multiprocessors', (_name, columns, expected) => {
+])('%s with %i columns uses tiles of %s on 132 multiprocessors', (_name, columns, expected) => {
   const cuda = { multiprocessors: 132 } as Cuda
   expect(chooseTile(cuda, tilesOfForm('nt'), tile => countTiles(tile, 4096, columns)).name).toBe(expected)
 })

@@ -19,14 +19,14 @@ test('axes without padding are merged', () => {
   expect(borders([], [], [])).toEqual([[1, 1, 0, 1]])
 })
 
-/** Element i has the bits of i mod 251. */
+/** Returns data whose element i is i mod 251 (for bf16, its bits). */
 function counting(dtype: DType, shape: Shape): HostArray {
   const data = hostArray(dtype, sizeOf(shape))
   for (let i = 0; i < data.length; i++) data[i] = i % 251
   return data
 }
 
-/** y[index] = x[from(index)] if that is inside of x, otherwise `value`. */
+/** Computes y[index] = x[place(index)] if that is inside of x, otherwise `value`. */
 function moved(
   x: HostArray,
   from: Shape,

@@ -39,7 +39,7 @@ const dense: readonly Size[] = [
   { name: 'chunks of columns, odd sizes', rounds: true, m: 70, n: 520, k: 71, block: [7, 10], chunkBytes: 1 },
 ]
 
-/** The offsets of experts with these numbers of rows. */
+/** Returns the offsets of experts with these numbers of rows. */
 function ends(...rows: number[]): number[] {
   const offsets = [0]
   for (const count of rows) offsets.push(offsets[offsets.length - 1] + count)
@@ -89,7 +89,7 @@ const grouped: readonly Size[] = [
   { name: 'no expert has rows', rounds: true, offsets: ends(0, 0), m: 20, n: 33, k: 40, block: [1, 8] },
 ]
 
-/** Weights with a magnitude of about 1 and their scales. */
+/** Returns stored weights with a magnitude of about 1, and their scales. */
 function stored(format: WeightFormat, { offsets, n, k, block }: Size): HostInput[] {
   const random = new Random(n + k)
   const lead = offsets === undefined ? [] : [offsets.length - 1]
@@ -136,12 +136,12 @@ async function check(format: WeightFormat, precision: WidePrecision, size: Size,
 
 describe.skipIf(unavailable).each(['bf16', 'fp8', 'int8', 'int4'] as const)('products with %s weights', format => {
   describe.each(['f32', 'bf16'] as const)('%s', precision => {
-    const matters = (size: Size) => precision === 'f32' || size.rounds === true
-    test.each(dense.filter(matters))('$name', size => check(format, precision, size))
-    test.each(grouped.filter(matters))('experts: $name', size => check(format, precision, size))
+    const isTested = (size: Size) => precision === 'f32' || size.rounds === true
+    test.each(dense.filter(isTested))('$name', size => check(format, precision, size))
+    test.each(grouped.filter(isTested))('experts: $name', size => check(format, precision, size))
   })
 
-  test('infinities, NaN and large numbers stay in their rows', async () => {
+  test('infinities, NaN and large numbers affect only their rows', async () => {
     const [m, k] = [6, 96]
     const x = normal([m, k])
     const { NaN: nan, POSITIVE_INFINITY: high } = Number

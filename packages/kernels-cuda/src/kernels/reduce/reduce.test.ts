@@ -61,7 +61,7 @@ describe.skipIf(unavailable)('on the device', () => {
     [1, 1100, 3],
     [90, 2, 5],
     [2, 9, 132],
-  ])('[%i, %i, %i]', async (...shape) => {
+  ])('[%i, %i, %i] is reduced along its second axis', async (...shape) => {
     const backend = await testBackend()
     const [outer, , inner] = shape
     const size = shape[0] * shape[1] * shape[2]

@@ -69,7 +69,7 @@ function normalNumbers(sizes: Case): Numbers {
   }
 }
 
-/** With more bits than bf16: operands in fp8 are rounded only once. */
+/** Returns numbers with more bits than bf16, to detect operands that are rounded to bf16 before fp8. */
 function finer(numbers: Numbers): Numbers {
   const { x, gate, up, down, dout } = numbers
   const [a, b, c, d, e] = [x, gate, up, down, dout].map(data => data.map(value => value * (1 + 2 ** -9 / 3)))
@@ -77,7 +77,7 @@ function finer(numbers: Numbers): Numbers {
 }
 
 /**
- * Powers of two for which no rounding changes anything: tokens and gradients have one nonzero element each, down one per row; gate's results are so large that
+ * Returns powers of two, so that no result is rounded: tokens and gradients have one nonzero element each, down one per row; gate's results are so large that
  * silu is the identity.
  */
 function exactNumbers(sizes: Case): Numbers {
@@ -102,13 +102,13 @@ function exactNumbers(sizes: Case): Numbers {
   }
 }
 
-/** The backend and how it computes. */
+/** The backend and the precision of products. */
 interface On {
   readonly backend: CudaBackend
   readonly precision: Variant['precision']
 }
 
-/** Parameters on a backend. Frozen ones get no gradient. */
+/** Creates parameters on a backend. Frozen ones get no gradient. */
 function parametersOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
   const { N, K, E, D, I } = numbers
   const shapes = { x: [N, D], gate: [E, I, D], up: [E, I, D], down: [E, D, I], weights: [N, K] }
@@ -133,7 +133,7 @@ function forward(
 
 type Found = Readonly<Record<string, Float32Array | null>>
 
-/** The results on this backend. Checks that the device did not decline the op. */
+/** Returns the results on this backend. Checks that the device did not decline the op. */
 async function resultsOf(numbers: Numbers, on: On, frozen: readonly string[] = []): Promise<Found> {
   const { backend } = on
   const declined = JSON.stringify(fallbacks())
@@ -177,10 +177,10 @@ function expectWithinBounds(found: Found, numbers: Numbers): void {
   }
 }
 
-/** Checks the mean square errors of results in fp8, where results of products are rounded. */
-function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, most: number): void {
+/** Checks the mean square errors of results in fp8, with results of products rounded as given. */
+function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, maxError: number): void {
   for (const [name, values] of Object.entries(fp8ResultsOf(numbers, rounding))) {
-    expect(normalizedError(found[name] as Float32Array, values), name).toBeLessThan(most)
+    expect(normalizedError(found[name] as Float32Array, values), name).toBeLessThan(maxError)
   }
 }
 
@@ -188,12 +188,12 @@ function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, most:
  * Mean square error of accumulation with 14 bits on Hopper's tensor cores. Each of 4 times 33 terms loses up to 2^-13 of about the magnitude of the sum, which
  * is 2^-11 in total, and so moves at most one in 2^8 to the next fp8 value, 2^-3 away.
  */
-const inFewBits = 2 ** -14
+const fp8SumError = 2 ** -14
 
 describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $wgmma', variant => {
   const { precision, wgmma } = variant
 
-  test.each(cases)('$name: integers, exact results', async sizes => {
+  test.each(cases)('$name: results of powers of two are exact', async sizes => {
     const numbers = exactNumbers(sizes)
     const found = await onBackend(variant, on => resultsOf(numbers, on))
     for (const [name, { values }] of Object.entries(expectedOf(numbers))) {
@@ -203,21 +203,21 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     }
   })
 
-  test.each(cases)('$name: normally distributed numbers', async sizes => {
+  test.each(cases)('$name: results of normally distributed numbers are within rounding errors', async sizes => {
     const numbers = precision === 'fp8' ? finer(normalNumbers(sizes)) : normalNumbers(sizes)
     const found = await onBackend(variant, on => resultsOf(numbers, on))
     // Differences come from f32 sums on another side of a rounding step than f64 sums. An error of 2^-21 in SwiGLU moves one in 2^12 to the next bf16 value, and few of these to the next fp8 value.
-    if (precision === 'fp8') expectRounded(found, numbers, 'bf16', inexact ? inFewBits : 2 ** -26)
+    if (precision === 'fp8') expectRounded(found, numbers, 'bf16', inexact ? fp8SumError : 2 ** -26)
     else expectWithinBounds(found, numbers)
   })
 
   test.skipIf(precision !== 'fp8' || !wgmma).each(cases)(
-    '$name: normally distributed numbers, with 14-bit accumulation',
+    '$name: results of normally distributed numbers are close with 14-bit accumulation',
     async sizes => {
       const numbers = finer(normalNumbers(sizes))
       keepFp8Bits(hopperFp8Bits)
       try {
-        expectRounded(await onBackend(variant, on => resultsOf(numbers, on)), numbers, 'bf16', inFewBits)
+        expectRounded(await onBackend(variant, on => resultsOf(numbers, on)), numbers, 'bf16', fp8SumError)
       } finally {
         keepFp8Bits(0)
       }
@@ -234,7 +234,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     expect(second).toEqual(first)
   })
 
-  test('frozen parameters change no other gradient and cost nothing', async () => {
+  test('freezing parameters changes no other gradient and saves launches', async () => {
     const numbers = normalNumbers(cases[0])
     const names = ['x', 'gate', 'up', 'down', 'weights']
     await onBackend(variant, async on => {
@@ -258,7 +258,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     })
   })
 
-  test('NaN and infinity stay with their tokens and their experts', async () => {
+  test('NaN and infinity affect only their tokens and experts', async () => {
     const sizes = { ...cases[0], N: 60, K: 1 }
     const numbers = { ...normalNumbers(sizes), chosen: Int32Array.from({ length: 60 }, (_, n) => [1, 2, 4][n % 3]) }
     numbers.x[4 * sizes.D] = Number.NaN
@@ -343,7 +343,7 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
     })
   })
 
-  test('a graph replays it with other tokens', async () => {
+  test('a graph replays the op with other tokens', async () => {
     const numbers = normalNumbers(cases[0])
     const backend = await testBackend({ wgmma, guarded: false })
     const parameters = parametersOf(numbers, backend)
@@ -381,9 +381,12 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
   })
 })
 
-test.skipIf(unavailable).each(wgmmaVariants)('in fp8 the separate ops give the same results, wgmma %s', async wgmma => {
-  const numbers = normalNumbers(cases[0])
-  const found = await onBackend({ precision: 'fp8', wgmma }, on => resultsOf(numbers, on))
-  // Rounding to bf16 first moves about one number in 32 to the next fp8 value; neighbours are 2^-4 apart.
-  expectRounded(found, numbers, 'f32', 2 ** -11)
-})
+test.skipIf(unavailable).each(wgmmaVariants)(
+  'in fp8, results are close to those of separate ops, wgmma %s',
+  async wgmma => {
+    const numbers = normalNumbers(cases[0])
+    const found = await onBackend({ precision: 'fp8', wgmma }, on => resultsOf(numbers, on))
+    // Rounding to bf16 first moves about one number in 32 to the next fp8 value; neighbours are 2^-4 apart.
+    expectRounded(found, numbers, 'f32', 2 ** -11)
+  },
+)

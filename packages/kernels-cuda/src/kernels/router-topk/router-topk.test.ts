@@ -76,7 +76,7 @@ describe.skipIf(unavailable)('routerTopk', () => {
     expect((await choices({ ...c, groupScore: 'max' }, logits, endless)).indices).toEqual([4, 3, 2, 5])
   })
 
-  test('NaN is chosen last, ranks its group last by maximum, and reaches only its own token', async () => {
+  test('NaN is chosen last, ranks its group last by maximum, and affects only its token', async () => {
     const { NaN: nan } = Number
     const c = { N: 2, E: 6, topK: 6, normalize: false, scale: 1 }
     const logits = Float32Array.of(1, nan, 3, 2, nan, 0, 0, 1, 2, 3, 4, 5)

@@ -3,7 +3,7 @@ import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 
-/** `n` indices of rows: one of them very often, some out of range. */
+/** Returns `n` indices of rows. One row occurs very often, and some indices are out of range. */
 function hotIndex(n: number, rows: number): Int32Array {
   const random = new Random(n)
   return Int32Array.from({ length: n }, () => (random.next() < 0.3 ? 2 : Math.floor(random.next() * (rows + 2)) - 1))

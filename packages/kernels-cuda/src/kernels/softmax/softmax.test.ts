@@ -21,7 +21,7 @@ describe.skipIf(unavailable)('softmax', () => {
     await compareWithReference([normal([rows, length], 3)], x => [softmax(x)])
   })
 
-  test.each([5, 1100])('infinities and NaN in rows of %i', async length => {
+  test.each([5, 1100])('handles infinities and NaN in rows of %i', async length => {
     const rows = [
       [low, low, low, low, low],
       [low, 3, low, 3, low],
