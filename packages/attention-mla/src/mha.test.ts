@@ -44,5 +44,7 @@ test('query heads share the keys and values of their group', async () => {
 test('all invalid sizes are reported together', () => {
   const config = { hidden_size: 12, num_attention_heads: 4, num_key_value_heads: 3 }
   expect(() => new MultiHeadAttention(config)).toThrow(/4 heads is not a multiple of 3.*head_dim = 3 is odd/)
-  expect(() => new MultiHeadAttention({ ...config, hidden_size: 10 })).toThrow(/features = 2.5 is not/)
+  expect(() => new MultiHeadAttention({ ...config, hidden_size: 10 })).toThrow(
+    /hidden_size = 10 is not a multiple of num_attention_heads = 4; pass head_dim/,
+  )
 })

@@ -78,6 +78,7 @@ export class MultiHeadAttention extends Module {
   v_proj: Linear
   /** `[hidden_size, num_attention_heads * head_dim]`. */
   o_proj: Linear
+  readonly #hidden: number
   readonly #heads: number
   readonly #groups: number
   readonly #features: number
@@ -92,9 +93,14 @@ export class MultiHeadAttention extends Module {
     const { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups = heads } = config
     const { head_dim: features = hidden / heads, rope_theta, rope_scaling } = config
     const problems: string[] = []
-    for (const [key, size] of Object.entries({ hidden, heads, groups, features })) {
+    const sizes = { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups, head_dim: features }
+    for (const [key, size] of Object.entries(sizes)) {
+      // A head_dim computed from invalid sizes is not another problem.
+      if (key === 'head_dim' && config.head_dim === undefined) continue
       if (!Number.isInteger(size) || size < 1) problems.push(`${key} = ${shown(size)} is not a positive integer`)
     }
+    if (config.head_dim === undefined && hidden % heads !== 0)
+      problems.push(`hidden_size = ${hidden} is not a multiple of num_attention_heads = ${heads}; pass head_dim`)
     if (heads % groups !== 0) problems.push(`${heads} heads is not a multiple of ${groups} key/value heads`)
     if (features % 2 === 1) problems.push(`head_dim = ${features} is odd`)
     problems.push(...ropeProblems(config))
@@ -105,6 +111,7 @@ export class MultiHeadAttention extends Module {
     this.k_proj = new Linear(hidden, groups * features, forkInit(init, 'k_proj'))
     this.v_proj = new Linear(hidden, groups * features, forkInit(init, 'v_proj'))
     this.o_proj = new Linear(heads * features, hidden, forkInit(init, 'o_proj'))
+    this.#hidden = hidden
     this.#heads = heads
     this.#groups = groups
     this.#features = features
@@ -116,7 +123,7 @@ export class MultiHeadAttention extends Module {
    * @throws MoeError E_SHAPE, E_CONFIG
    */
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
-    needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
+    needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', this.#hidden])
     checkShared('MultiHeadAttention.forward', options, forwardNames)
     const { cache, positions, starts } = options
     if (cache !== undefined) {

@@ -182,7 +182,7 @@ export class MultiHeadLatentAttention extends Module {
    * @throws MoeError E_SHAPE, E_CONFIG
    */
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
-    needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
+    needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', this.#config.hidden_size])
     checkShared('MultiHeadLatentAttention.forward', options, forwardNames)
     const { cache, positions, starts } = options
     const time = x_BTD.shape[1]

@@ -62,5 +62,7 @@ const writeError = (path: string, cause: unknown) =>
     path,
     'writing',
     cause,
-    'an existing file is unchanged; free disk space, close programs that have the file open, or choose another folder, then save again',
+    (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT'
+      ? `create the folder ${dirname(path)} first`
+      : 'an existing file is unchanged; free disk space, close programs that have the file open, or choose another folder, then save again',
   )

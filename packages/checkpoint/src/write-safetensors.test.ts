@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import fc from 'fast-check'
@@ -200,7 +200,9 @@ describe('a failed write', () => {
 
   it('to a missing folder names the file and the reason', async () => {
     const path = join(await temporaryFolder(), 'none', 'a.safetensors')
-    await expect(writeSafetensors(path, [])).rejects.toThrow(`${path}: writing failed: no such file or folder`)
+    await expect(writeSafetensors(path, [])).rejects.toThrow(
+      `${path}: writing failed: no such file or folder; create the folder ${dirname(path)} first`,
+    )
   })
 
   // A limit on file sizes interrupts a write like a full disk, and setting one needs no privilege.

@@ -14,12 +14,17 @@ export function needTensor(op: string, name: string, value: Tensor | null | unde
 
 /**
  * Checks that the input of a module is a tensor with the given axes.
- * @param axes names of the axes, for the message
- * @throws MoeError E_ATTR if it is not a tensor, E_SHAPE if the number of axes differs
+ * @param axes the size of each axis, or its name (for the message) if any size will do
+ * @throws MoeError E_ATTR if it is not a tensor, E_SHAPE if its shape does not fit
  * @internal
  */
-export function needAxes(op: string, x: Tensor, axes: readonly string[]): void {
+export function needAxes(op: string, x: Tensor, axes: ReadonlyArray<string | number>): void {
   needTensor(op, 'the input', x)
-  if (x.rank !== axes.length)
-    throw shapeError(op, `the input has shape ${showShape(x.shape)}, expected [${axes.join(', ')}]`, 'reshape it')
+  const isSameRank = x.rank === axes.length
+  if (isSameRank && axes.every((axis, i) => typeof axis === 'string' || axis === x.shape[i])) return
+  throw shapeError(
+    op,
+    `the input has shape ${showShape(x.shape)}, expected [${axes.join(', ')}]`,
+    isSameRank ? 'create the module with the size of the input' : 'reshape it',
+  )
 }

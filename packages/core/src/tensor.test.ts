@@ -85,6 +85,11 @@ describe('arguments that are not tensors are rejected by name', () => {
       () => needAxes('Layer', x(), ['batch', 'time', 'hidden']),
       'Layer: the input has shape [2,3], expected [batch, time, hidden]; reshape it',
     ],
+    [
+      'an axis of another size',
+      () => needAxes('Layer', x(), ['tokens', 4]),
+      'Layer: the input has shape [2,3], expected [tokens, 4]; create the module with the size of the input',
+    ],
     ['a size', () => zeros(3 as unknown as number[]), 'zeros: the shape is 3, not an array'],
     ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, not an array'],
   ])('%s', (_, run, message) => {

@@ -137,6 +137,11 @@ export class DeepSeek extends Network {
     return this.config.vocab_size
   }
 
+  /** Number of positions that a text may have: `max_position_embeddings`. */
+  get contextLength(): number {
+    return this.#config.max_position_embeddings
+  }
+
   /** Ids of the tokens that end a generated text: `eos_token_id`. */
   get endTokens(): number[] {
     return endTokens(this.config)

@@ -150,7 +150,7 @@ export class CapacityMoE extends Module {
 
   /** Maps x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
-    needAxes('CapacityMoE', x_BTD, ['batch', 'time', 'hidden'])
+    needAxes('CapacityMoE', x_BTD, ['batch', 'time', this.#config.hidden_size])
     checkShared('CapacityMoE.forward', options, forwardNames)
     const { n_routed_experts: experts, router } = this.#config
     const [batch, time, hidden] = x_BTD.shape

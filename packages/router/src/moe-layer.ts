@@ -156,7 +156,7 @@ export class MoELayer extends Module {
    * callbacks. Use it if the experts run elsewhere.
    */
   choose(x_BTD: Tensor, options: MoEForwardOptions = {}): Choice {
-    needAxes('MoELayer', x_BTD, ['batch', 'time', 'hidden'])
+    needAxes('MoELayer', x_BTD, ['batch', 'time', this.#config.hidden_size])
     checkShared('MoELayer.forward', options, forwardNames)
     const [batch, time, hidden] = x_BTD.shape
     const x = x_BTD.reshape([batch * time, hidden])

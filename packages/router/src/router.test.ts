@@ -229,13 +229,17 @@ describe('counters', () => {
   })
 })
 
-test('inputs without a batch axis are rejected', () => {
+test('inputs without a batch axis, or of another size, are rejected', () => {
   const sizes = { hidden_size: 8, moe_intermediate_size: 8, n_routed_experts: 4 }
   const layers = [new MoELayer({ ...sizes, num_experts_per_tok: 2 }), new CapacityMoE({ ...sizes, router: 'switch' })]
   for (const layer of layers)
-    expect(() => layer.forward(randn([3, 8], new Random(1)))).toThrow(
-      /has shape \[3,8\], expected \[batch, time, hidden\]/,
-    )
+    for (const shape of [
+      [3, 8],
+      [1, 3, 9],
+    ])
+      expect(() => layer.forward(randn(shape, new Random(1)))).toThrow(
+        `${layer.constructor.name}: the input has shape [${shape}], expected [batch, time, 8]`,
+      )
 })
 
 describe('gates', () => {

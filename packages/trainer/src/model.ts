@@ -107,6 +107,8 @@ export interface TrainableModel extends Module {
   readonly lookahead: number
   /** Number of token ids that the model has embeddings for. If given, the data is checked against it. */
   readonly vocabSize?: number
+  /** Number of positions that the model is made for. A notice is shown if rows are longer. */
+  readonly contextLength?: number
   /** Whether attention keeps documents that share a row apart, by `TokenBatch.starts`. Default false. */
   readonly isolates?: boolean
   /**

@@ -498,7 +498,7 @@ export class Run {
       settings: this.record,
     }
     this.events.emit(start)
-    const notices = [...startNotices(this.model, this.parameters, settings.precision), ...source.notices]
+    const notices = [...startNotices(this.model, this.parameters, settings), ...source.notices]
     for (const message of notices) this.events.emit({ type: 'notice', message })
   }
 }

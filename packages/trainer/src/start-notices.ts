@@ -10,15 +10,22 @@ import {
 } from '@moe/core'
 import type { TrainableModel } from './model.ts'
 
-/** Notices about weights that are not trained, and about a precision that the backend does not support. */
+/** Notices about weights that are not trained, unsupported precisions, and rows that exceed the model's context. */
 export function startNotices(
   model: TrainableModel,
   parameters: readonly NamedParameter[],
-  precision: Precision,
+  { precision, sequenceLength }: { readonly precision: Precision; readonly sequenceLength: number },
 ): string[] {
-  return [frozenWeights(model, parameters), unsupportedPrecision(parameters[0].parameter.backend, precision)].flatMap(
-    notice => notice ?? [],
-  )
+  return [
+    frozenWeights(model, parameters),
+    unsupportedPrecision(parameters[0].parameter.backend, precision),
+    exceededContext(model, sequenceLength),
+  ].flatMap(notice => notice ?? [])
+}
+
+function exceededContext({ contextLength }: TrainableModel, sequenceLength: number): string | undefined {
+  if (contextLength === undefined || sequenceLength <= contextLength) return undefined
+  return `sequenceLength ${sequenceLength} exceeds the model's context of ${contextLength} positions, to which generation is limited: create the model with a larger context (max_position_embeddings), or train on shorter rows`
 }
 
 function frozenWeights(model: TrainableModel, parameters: readonly NamedParameter[]): string | undefined {

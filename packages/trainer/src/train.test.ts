@@ -29,6 +29,17 @@ describe('a run', () => {
       expect(events.slice(i, i + 2)).toEqual([events[i], events[i].replace('begins', 'ends')])
   })
 
+  test('warns if rows are longer than the context of the model', async () => {
+    const noticesOf = async (contextLength: number) => {
+      const { events } = await run({ model: Object.assign(new BigramModel(), { contextLength }), steps: 1 })
+      return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+    }
+    expect(await noticesOf(settings.sequenceLength)).toEqual([])
+    expect(await noticesOf(settings.sequenceLength - 1)).toEqual([
+      expect.stringMatching(/^sequenceLength 8 exceeds the model's context of 7 positions/),
+    ])
+  })
+
   test('warns if training texts end with another token than generated texts', async () => {
     const ending = (...endTokens: number[]) => Object.assign(new BigramModel(), { endTokens })
     const noticesOf = async (model: BigramModel, training: TokenDataset) => {

@@ -142,6 +142,9 @@ describe('files of Megatron-LM', () => {
     expectError(set(86, 2), /documents do not cover the sequences in order/)
     expectError(() => {}, /token 3 is 8, outside the vocabulary of 8/, { vocabSize: 8 })
     expectError(() => {}, /vocabSize is undefined/, {})
+    expect(() => tokenFiles(join(folder, 'missing'))).toThrow(
+      /there is no folder .*missing; write it with moe-trainer tokenize/,
+    )
     expect(() => tokenFiles(megatron([[[1]]]), { vocabSize: 9 })).toThrow(/has 1 tokens/)
     expect(() => tokenFiles(megatron([]), { vocabSize: 9 })).toThrow(/has 0 tokens/)
   })

@@ -1,6 +1,6 @@
 /** @file Tokens on disk, read on demand, so that memory does not grow with the corpus. */
 import { createHash } from 'node:crypto'
-import { closeSync, openSync, readFileSync, readSync, statSync } from 'node:fs'
+import { closeSync, existsSync, openSync, readFileSync, readSync, statSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError, shown } from '@moe/core'
@@ -124,6 +124,11 @@ export function tokenFiles(
   const list = (Array.isArray(paths) ? paths : [paths]).map(path => resolve(base, pathOf('tokenFiles', path)))
   const [folder] = list
   if (list.length === 1 && statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return ofFolder(folder)
+  if (list.length === 1 && !existsSync(folder) && !existsSync(`${folder}.bin`) && vocabSize === undefined)
+    throw refusal(
+      `there is no folder ${folder}`,
+      'write it with moe-trainer tokenize, or pass paths of files and vocabSize',
+    )
   if (list.length === 0) throw refusal('there are no paths', 'pass a folder, or paths of files')
   if (!Number.isSafeInteger(vocabSize) || (vocabSize as number) < 1) {
     const fix = `pass { vocabSize } of the tokenizer that was used, or the folder that moe-trainer tokenize wrote`
