@@ -14,6 +14,7 @@ import {
   permuteTokens,
   QuantizedParameter,
   routedExperts,
+  scope,
   swiglu,
   type Tensor,
   weightParameter,
@@ -69,7 +70,8 @@ export class Experts extends Module {
     const [, inner, hidden] = this.gate_proj.shape
     const copy = new Experts(to - from, hidden, inner, { std: 0, backend: this.gate_proj.backend })
     for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
-      copy[name].assign(noGrad(() => this[name].narrow(0, from, to)))
+      // Detached, because all rows are the parameter itself, which `assign` would empty.
+      copy[name].assign(scope(() => noGrad(() => this[name].narrow(0, from, to).detach())))
       copy[name].trainable = this[name].trainable
     }
     return copy

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
 import {
+  adamwStep,
   backward,
   checkpoint,
   disposeModule,
@@ -297,6 +298,21 @@ test('a copy of some experts has their weights, and is trained independently', a
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
   const stored = new Experts(4, 32, 32, { weights: 'int8' })
   expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be copied; open the model in f32/)
+})
+
+test('a copy of all experts leaves them as they are', async () => {
+  const experts = new Experts(4, 4, 3, { random: new Random(1) })
+  const weights = await experts.up_proj.values()
+  const copy = experts.copyOf(0, 4)
+  expect(await experts.up_proj.values()).toEqual(weights)
+  expect(await copy.up_proj.values()).toEqual(weights)
+  // An update in place.
+  const [grad, m, v] = [full([4, 3, 4], 1), zeros([4, 3, 4]), zeros([4, 3, 4])]
+  const attrs = { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0, step: 1 }
+  copy.up_proj.assign(adamwStep(copy.up_proj, grad, m, v, full([], 1), attrs).param)
+  const moved = [...weights].map(value => expect.closeTo(value - 0.1, 5))
+  expect([...(await copy.up_proj.values())]).toEqual(moved)
+  expect(await experts.up_proj.values()).toEqual(weights)
 })
 
 test('missing configurations and options, and unknown names, are rejected', () => {
