@@ -1,6 +1,6 @@
 import { beforeEach, expect, test } from 'vitest'
-import { setDefaultBackend } from './context.ts'
 import { arange, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
+import { setDefaultBackend } from './default-backend.ts'
 import { type DType, toBf16 } from './dtype.ts'
 import { Random } from './random.ts'
 import { referenceBackend } from './reference/index.ts'

@@ -1,12 +1,12 @@
 /** @file Functions that create tensors: from host numbers, a constant or random numbers. */
-import type { Backend, Shape, TensorSpec } from './backend.ts'
-import { checkBackend, defaultBackend } from './context.ts'
+import type { Backend, TensorSpec } from './backend.ts'
+import { attrError, checkBackend, isSize, needKnownDtype, needSizes, shapeError } from './checks.ts'
+import { defaultBackend } from './default-backend.ts'
 import { type DType, encodeHost, type HostArray, hostArray } from './dtype.ts'
 import { describe, MoeError, shown } from './errors.ts'
-import { attrError, isSize, needKnownDtype, needSizes, shapeError } from './infer.ts'
 import { checkOptions, type OptionNames } from './options.ts'
 import type { Random } from './random.ts'
-import { showShape, sizeOf } from './shape.ts'
+import { type Shape, showShape, sizeOf } from './shape.ts'
 import { Tensor } from './tensor.ts'
 
 /** Dtype and backend of a new tensor. */
@@ -75,12 +75,19 @@ export function tensor(values: ArrayLike<number>, shape?: Shape, options: Create
 }
 
 /** Rejects values that would silently become NaN. */
-function needNumbers(values: ArrayLike<number> | undefined): void {
-  const first: unknown = values?.[0]
-  if (values?.length === 0 || typeof first === 'number' || typeof first === 'boolean') return
-  const problem = first === undefined ? `the values are ${describe(values)}` : `value 0 is ${describe(first)}`
-  throw attrError('tensor', problem, 'pass a flat array of numbers and the shape: tensor([1, 2, 3, 4], [2, 2])')
+function needNumbers(values: ArrayLike<number>): void {
+  if (typeof values !== 'object' || !isSize(values?.length ?? -1))
+    throw notNumbers(`the values are ${describe(values)}`)
+  // The elements of a typed array are all of one type.
+  const count = ArrayBuffer.isView(values) ? Math.min(values.length, 1) : values.length
+  for (let i = 0; i < count; i++) {
+    const value: unknown = values[i]
+    if (typeof value !== 'number' && typeof value !== 'boolean') throw notNumbers(`value ${i} is ${describe(value)}`)
+  }
 }
+
+const notNumbers = (problem: string) =>
+  attrError('tensor', problem, 'pass a flat array of numbers and the shape: tensor([1, 2, 3, 4], [2, 2])')
 
 /** Checks that an array is of the kind that carries the dtype. Other kinds would upload other bits. */
 function needHostArray(data: HostArray, dtype: DType): void {

@@ -1,60 +1,12 @@
 /** @file Public interface of @moe/core. */
 export { type BackwardOptions, backward, gradients } from './autograd/backward.ts'
-export { checkpoint, withKept, withRecomputed } from './autograd/checkpoint.ts'
+export { cacheForRecompute, checkpoint, isRecomputing, withKept, withRecomputed } from './autograd/checkpoint.ts'
 export { type CustomGradient, type CustomGradientContext, customGradient } from './autograd/custom-gradient.ts'
 export { backwardInput, type SplitBackward } from './autograd/split.ts'
-export type {
-  AdamwAttrs,
-  AttentionAttrs,
-  AttrUpdates,
-  Backend,
-  BackendStats,
-  BinaryCode,
-  CaptureOptions,
-  CompareCode,
-  EmaAttrs,
-  FusedAttrs,
-  FusedKernel,
-  FusedKernels,
-  FusedName,
-  Graph,
-  Handle,
-  Kernel,
-  OpAttrs,
-  OpName,
-  Precision,
-  PrimitiveAttrs,
-  PrimitiveKernels,
-  PrimitiveName,
-  QuantizedAttrs,
-  ReduceCode,
-  RoutedExpertsAttrs,
-  RouterAttrs,
-  Shape,
-  TensorSpec,
-  UnaryCode,
-  Value,
-  WeightFormat,
-  WidePrecision,
-} from './backend.ts'
-export {
-  type BackendModule,
-  cacheForRecompute,
-  checkPrecision,
-  currentPrecision,
-  defaultBackend,
-  type Fallback,
-  fallbacks,
-  firstAvailable,
-  isRecomputing,
-  isRecording,
-  noGrad,
-  precisions,
-  setDefaultBackend,
-  widePrecision,
-  withPrecision,
-} from './context.ts'
+export type { AttrUpdates, Backend, BackendStats, CaptureOptions, FusedKernel, FusedKernels, Graph, Handle, Kernel, PrimitiveKernels, TensorSpec, Value } from './backend.ts'
+export { needAxes } from './checks.ts'
 export { arange, type CreateOptions, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
+export { type BackendModule, defaultBackend, firstAvailable, setDefaultBackend } from './default-backend.ts'
 export {
   bitsOf,
   type DType,
@@ -79,6 +31,7 @@ export { type ErrorCode, type ErrorInfo, isMoeError, MoeError, shown } from './e
 export { adamwStep, globalNorm, globalNormParts } from './fused/adamw.ts'
 export { type AttentionOptions, attention, type LatentAttentionOptions, latentAttention } from './fused/attention.ts'
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
+export { type Fallback, fallbacks } from './fused/definition.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
 export { emaStep } from './fused/ema.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'
@@ -97,7 +50,6 @@ export { type ExpertWeights, routedExperts } from './fused/routed-experts.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'
-export { needAxes } from './need-tensor.ts'
 export {
   type AdapterOptions,
   addAdapters,
@@ -132,7 +84,6 @@ export {
   trainable,
   zeroGrad,
 } from './nn/module.ts'
-export { type Adapter, Parameter } from './nn/parameter.ts'
 export {
   isTokenTable,
   type LocalParameter,
@@ -160,9 +111,35 @@ export {
   type StateSource,
   stateDict,
 } from './nn/state-dict.ts'
+export type {
+  AdamwAttrs,
+  AttentionAttrs,
+  BinaryCode,
+  CompareCode,
+  EmaAttrs,
+  FusedAttrs,
+  FusedName,
+  OpAttrs,
+  OpName,
+  Precision,
+  PrimitiveAttrs,
+  PrimitiveName,
+  QuantizedAttrs,
+  ReduceCode,
+  RoutedExpertsAttrs,
+  RouterAttrs,
+  UnaryCode,
+  WeightFormat,
+  WidePrecision,
+} from './ops.ts'
 export { checkOptions, checkShared, nearestName, type OptionNames } from './options.ts'
+export { type Adapter, Parameter } from './parameter.ts'
+export { checkPrecision, currentPrecision, precisions, widePrecision, withPrecision } from './precision.ts'
+export { concat, scatterAddRows, setRows, where } from './primitives.ts'
 export { philox4x32, Random } from './random.ts'
 export { disposeOnError, keep, Lifetime, scope } from './scope.ts'
+export type { Shape } from './shape.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
-export { concat, disposeAfterUse, scatterAddRows, setRows, Tensor, where } from './tensor.ts'
+export { disposeAfterUse, isRecording, noGrad } from './tape.ts'
+export { Tensor } from './tensor.ts'
 export { yieldToEventLoop } from './turns.ts'

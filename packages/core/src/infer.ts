@@ -1,76 +1,19 @@
 /**
  * @file Infers shape and dtype of every primitive's outputs and validates all user input. Backends validate nothing.
  */
-import type { PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, Value } from './backend.ts'
-import { type DType, dtypeBytes, dtypes } from './dtype.ts'
+import type { TensorSpec, Value } from './backend.ts'
+import { isSize, needDtype, needKnownDtype, needList, needShape, needSizes, shapeError } from './checks.ts'
+import type { DType } from './dtype.ts'
 import { MoeError, shown } from './errors.ts'
-import { broadcastShapes, sameShape, showShape, sizeOf } from './shape.ts'
+import type { PrimitiveAttrs, PrimitiveName } from './ops.ts'
+import { broadcastShapes, normalizeAxis, type Shape, sameShape, showShape, sizeOf } from './shape.ts'
+
+/** Primitives whose output shape the caller gives. */
+export type GivenName = 'fill' | 'reshape' | 'expand' | 'slice' | 'pad'
+/** Primitives whose output shapes follow from their inputs and attributes. */
+export type InferredName = Exclude<PrimitiveName, GivenName>
 
 type Infer<P extends PrimitiveName> = (inputs: readonly Value[], attrs: PrimitiveAttrs[P]) => TensorSpec[]
-
-export function shapeError(op: string, problem: string, fix?: string, details?: Record<string, unknown>): MoeError {
-  return new MoeError({ code: 'E_SHAPE', op, problem, fix, details })
-}
-
-export function attrError(op: string, problem: string, fix?: string, details?: Record<string, unknown>): MoeError {
-  return new MoeError({ code: 'E_ATTR', op, problem, fix, details })
-}
-
-/** Checks an input's dtype. @throws MoeError E_DTYPE */
-export function needDtype(op: string, name: string, value: Value, ...allowed: DType[]): void {
-  for (let i = 0; i < allowed.length; i++) if (value.dtype === allowed[i]) return
-  throw new MoeError({
-    code: 'E_DTYPE',
-    op,
-    problem: `${name} has dtype ${value.dtype}, expected ${allowed.join(' or ')}`,
-    fix: `cast it with .cast('${allowed[0]}')`,
-    details: { dtype: value.dtype, allowed },
-  })
-}
-
-/**
- * Checks an input's shape; -1 matches any size.
- * @param fix what to pass, if the expected shape does not say it
- * @throws MoeError E_SHAPE
- */
-export function needShape(op: string, name: string, value: Value, expected: Shape, fix?: string): void {
-  const { shape } = value
-  let ok = shape.length === expected.length
-  for (let i = 0; ok && i < shape.length; i++) ok = expected[i] === -1 || shape[i] === expected[i]
-  if (ok) return
-  const wanted = `[${expected.map(size => (size === -1 ? '*' : size)).join(',')}]`
-  throw shapeError(op, `${name} has shape ${showShape(shape)}, expected ${wanted}`, fix, { shape, expected })
-}
-
-/** Checks that sizes or axes are passed as an array, not one by one. @throws MoeError E_SHAPE */
-export function needList(op: string, name: string, value: unknown, fix = 'pass an array such as [2, 3]'): void {
-  if (Array.isArray(value)) return
-  throw shapeError(op, `${name} is ${shown(value)}, not an array`, fix)
-}
-
-/** Checks that a dtype exists. @throws MoeError E_DTYPE */
-export function needKnownDtype(op: string, dtype: DType): void {
-  if (Object.hasOwn(dtypeBytes, dtype)) return
-  throw new MoeError({
-    code: 'E_DTYPE',
-    op,
-    problem: `${shown(dtype)} is not a dtype`,
-    fix: `pass one of ${dtypes.join(', ')}`,
-    details: { dtype },
-  })
-}
-
-export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
-
-/** Checks a shape that the caller passed. @throws MoeError E_SHAPE */
-export function needSizes(op: string, shape: Shape): void {
-  needList(op, 'the shape', shape)
-  for (let i = 0; i < shape.length; i++) {
-    if (isSize(shape[i])) continue
-    const problem = `expected sizes that are non-negative integers, got ${shown(shape)}`
-    throw shapeError(op, problem, 'pass a shape such as [2, 3]', { shape })
-  }
-}
 
 function sameDtype(op: string, a: Value, b: Value): DType {
   if (a.dtype !== b.dtype) {
@@ -91,7 +34,7 @@ function arithmetic(op: string, value: Value): void {
 
 const integerUnary = new Set(['neg', 'abs', 'sign'])
 
-export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
+export const infer: { readonly [P in InferredName]: Infer<P> } = {
   unary([x], { code }) {
     if (x.dtype !== 'f32' && !(x.dtype === 'i32' && integerUnary.has(code))) needDtype(code, 'input', x, 'f32')
     return [x]
@@ -123,10 +66,6 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   cast([x], { dtype }) {
     needKnownDtype('cast', dtype)
     return [{ shape: x.shape, dtype }]
-  },
-
-  fill() {
-    throw new Error('fill has no inputs to infer from')
   },
 
   reduce([x], { code, axes }) {
@@ -219,10 +158,6 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     return [{ shape: x.shape, dtype: x.dtype }]
   },
 
-  reshape() {
-    throw new Error('reshape is given its shape')
-  },
-
   permute([x], { axes }) {
     needList('permute', 'axes', axes)
     const seen = new Set(axes)
@@ -232,18 +167,6 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
       throw shapeError('permute', problem, `pass each axis from 0 to ${x.shape.length - 1} once`)
     }
     return [{ shape: axes.map(axis => x.shape[axis]), dtype: x.dtype }]
-  },
-
-  expand() {
-    throw new Error('expand is given its shape')
-  },
-
-  slice() {
-    throw new Error('slice is given its shape')
-  },
-
-  pad() {
-    throw new Error('pad is given its shape')
   },
 
   concat(parts, { axis }) {
@@ -295,4 +218,97 @@ export function inferReshape(x: Value, shape: Shape): Shape {
     )
   }
   return out
+}
+
+/**
+ * Returns the shape of x with leading axes of size 1 added up to the rank of `shape`, to which it then expands.
+ * @throws MoeError E_SHAPE if x does not broadcast to `shape`
+ */
+export function inferExpand(x: Value, shape: Shape): Shape {
+  needSizes('expand', shape)
+  const lead = shape.length - x.shape.length
+  if (lead < 0 || !x.shape.every((size, i) => size === 1 || size === shape[lead + i])) {
+    const problem = `${showShape(x.shape)} does not broadcast to ${showShape(shape)}`
+    throw shapeError('expand', problem, 'counting axes from the right, change only sizes of 1, or add leading axes')
+  }
+  return [...new Array<number>(lead).fill(1), ...x.shape]
+}
+
+/** Returns the shape of a slice. @throws MoeError E_SHAPE if it is out of range */
+export function inferSlice(x: Value, starts: readonly number[], sizes: Shape): Shape {
+  needList('slice', 'starts', starts)
+  needList('slice', 'sizes', sizes)
+  const rank = x.shape.length
+  const fits =
+    starts.length === rank &&
+    sizes.length === rank &&
+    x.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
+  if (fits) return sizes
+  const problem = `starts ${shown(starts)} and sizes ${shown(sizes)} are out of range for ${showShape(x.shape)}`
+  throw shapeError('slice', problem, 'pass a start and a size for each axis, with start + size at most its size')
+}
+
+/** Returns the slice that is part of one axis. @throws MoeError E_SHAPE, E_ATTR if it is out of range */
+export function inferNarrow(x: Value, axis: number, start: number, end: number): { starts: number[]; sizes: number[] } {
+  const at = normalizeAxis('narrow', axis, x.shape.length)
+  if (!isSize(start) || !isSize(end) || start > end || end > x.shape[at]) {
+    const problem = `start ${shown(start)} and end ${shown(end)} are out of range for axis ${axis} of ${showShape(x.shape)}`
+    throw shapeError('narrow', problem, `pass 0 <= start <= end <= ${x.shape[at]}; the end is exclusive`)
+  }
+  const starts = new Array<number>(x.shape.length).fill(0)
+  const sizes = x.shape.slice()
+  starts[at] = start
+  sizes[at] = end - start
+  return { starts, sizes }
+}
+
+/** Returns the shape of a padded tensor. @throws MoeError E_SHAPE if the lists do not fit it */
+export function inferPad(x: Value, before: readonly number[], after: readonly number[]): Shape {
+  needList('pad', 'before', before)
+  needList('pad', 'after', after)
+  const rank = x.shape.length
+  if (before.length !== rank || after.length !== rank || ![...before, ...after].every(isSize)) {
+    const problem = `before ${shown(before)} and after ${shown(after)} do not fit ${showShape(x.shape)}`
+    throw shapeError('pad', problem, 'pass a non-negative integer for each axis in both')
+  }
+  return x.shape.map((size, i) => size + before[i] + after[i])
+}
+
+/** Shapes for a product of more than two axes. */
+export interface FoldedMatmul {
+  /** The shape of each side for the primitive, which multiplies matrices (rank 2), or a batch of them (rank 3). */
+  readonly a: Shape
+  readonly b: Shape
+  /** The axes of the result in place of the first of the primitive's result. */
+  readonly lead: Shape
+}
+
+/**
+ * Folds the leading axes of a matrix product: into the rows of the left side if the right side is a matrix, otherwise
+ * into a batch.
+ * @throws MoeError E_SHAPE
+ */
+export function foldMatmul(a: Shape, b: Shape, transposeA: boolean): FoldedMatmul {
+  if (a.length < 2 || b.length < 2) {
+    throw shapeError(
+      'matmul',
+      `both sides need at least 2 axes, lhs ${showShape(a)} rhs ${showShape(b)}`,
+      'reshape vectors first',
+    )
+  }
+  if (b.length === 2 && !transposeA) {
+    const lead = a.slice(0, -1)
+    return { a: [sizeOf(lead), a[a.length - 1]], b, lead }
+  }
+  const lead = a.slice(0, -2)
+  if (!sameShape(lead, b.slice(0, -2))) {
+    throw shapeError(
+      'matmul',
+      `leading axes differ, lhs ${showShape(a)} rhs ${showShape(b)}`,
+      'expand one of them, or pass a rhs of rank 2',
+      { lhs: a, rhs: b },
+    )
+  }
+  const batch = sizeOf(lead)
+  return { a: [batch, ...a.slice(-2)], b: [batch, ...b.slice(-2)], lead }
 }

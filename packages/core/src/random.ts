@@ -2,8 +2,8 @@
  * @file Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
  * 3"). The same bits on every backend.
  */
-import { shown } from './errors.ts'
-import { attrError, isSize } from './infer.ts'
+import { attrError, isSize } from './checks.ts'
+import { describe, shown } from './errors.ts'
 
 /** High 32 bits of the product of an unsigned word and the multiplier `high * 65536 + low`, as an i32. */
 function mulHigh(high: number, low: number, word: number): number {
@@ -158,8 +158,11 @@ export class Random {
     return out
   }
 
-  /** Shuffles an array in place (Fisher-Yates) and returns it. */
+  /** Shuffles an array in place (Fisher-Yates) and returns it. @throws MoeError E_ATTR if it is not an array */
   shuffle<T extends { [index: number]: number | unknown; length: number }>(items: T): T {
+    if (typeof items !== 'object' || !isSize(items?.length ?? -1)) {
+      throw attrError('Random.shuffle', `the items are ${describe(items)}`, 'pass an array')
+    }
     for (let i = items.length - 1; i > 0; i--) {
       const j = this.integer(i + 1)
       const swap = items[i]

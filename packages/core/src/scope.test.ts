@@ -1,7 +1,7 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from './backend.ts'
 import { tensor } from './create.ts'
-import { Parameter } from './nn/parameter.ts'
+import { Parameter } from './parameter.ts'
 import { referenceBackend } from './reference/index.ts'
 import { disposeOnError, keep, Lifetime, scope } from './scope.ts'
 import type { Tensor } from './tensor.ts'

@@ -3,10 +3,10 @@ import { describe, expect, test } from 'vitest'
 import { unbroadcast } from './autograd/rules.ts'
 import { tensor } from './create.ts'
 import { isMoeError } from './errors.ts'
+import { concat } from './primitives.ts'
 import { Random } from './random.ts'
 import { readF64, referenceBackend } from './reference/index.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
-import { concat } from './tensor.ts'
 
 const backend = referenceBackend()
 const shapes = fc.array(fc.integer({ min: 0, max: 4 }), { maxLength: 4 })

@@ -1,6 +1,8 @@
-/** @file Arithmetic on shapes and axes, independent of tensors. */
-import type { Shape } from './backend.ts'
+/** @file Shapes, and arithmetic on shapes and axes, independent of tensors. */
 import { MoeError } from './errors.ts'
+
+/** Sizes of the axes, outermost first; `[]` is a scalar. */
+export type Shape = readonly number[]
 
 /** Returns the number of elements. */
 export function sizeOf(shape: Shape): number {

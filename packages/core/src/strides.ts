@@ -1,6 +1,5 @@
 /** @file For backends: merging axes, so that kernels need as few nested loops as possible. */
-import type { Shape } from './backend.ts'
-import { sameShape, sizeOf, stridesOf } from './shape.ts'
+import { type Shape, sameShape, sizeOf, stridesOf } from './shape.ts'
 
 export { stridesOf as rowMajor }
 

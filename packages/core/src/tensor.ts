@@ -4,86 +4,20 @@
  * A tensor is immutable, contiguous and row-major. Most of its methods are one line that names a primitive and its
  * attributes.
  */
-import type { SecondRun } from './autograd/checkpoint.ts'
-import type {
-  Backend,
-  BinaryCode,
-  CompareCode,
-  FusedAttrs,
-  FusedName,
-  Handle,
-  OpName,
-  Precision,
-  PrimitiveAttrs,
-  PrimitiveName,
-  Shape,
-  TensorSpec,
-  UnaryCode,
-  Value,
-} from './backend.ts'
-import { checkBackend, checkPrecision, context, widePrecision } from './context.ts'
-import { type DType, decodeHost, type HostArray, isFloat } from './dtype.ts'
-import { describe, MoeError, shown } from './errors.ts'
-import { attrError, infer, inferReshape, isSize, needDtype, needList, needSizes, shapeError } from './infer.ts'
-import { inputName } from './input-names.ts'
-import { needTensor } from './need-tensor.ts'
+import type { Backend, Handle, TensorSpec, Value } from './backend.ts'
+import { checkInputs } from './check-inputs.ts'
+import { checkBackend, needAlive, needDtype, needList, needTensor, shapeError } from './checks.ts'
+import { type DType, decodeHost, type HostArray } from './dtype.ts'
+import { MoeError } from './errors.ts'
+import { foldMatmul, type GivenName, type InferredName, infer, inferExpand, inferNarrow, inferPad, inferReshape, inferSlice } from './infer.ts'
+import type { BinaryCode, CompareCode, OpName, Precision, PrimitiveAttrs, UnaryCode } from './ops.ts'
 import { checkOptions } from './options.ts'
+import { checkPrecision, currentPrecision, widePrecision } from './precision.ts'
 import { Scoped, scope } from './scope.ts'
-import { normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
+import { normalizeAxis, type Shape, sameShape, showShape, sizeOf } from './shape.ts'
+import { type GradientSource, isRecording, record, type TapeNode } from './tape.ts'
 
-/** A recorded op: what `backward` needs to propagate gradients from its outputs to its inputs. */
-export interface TapeNode {
-  /** Creation order: the nodes that made a node's inputs have smaller ids. */
-  readonly id: number
-  readonly op: OpName | 'checkpoint' | 'customGradient'
-  inputs: readonly Tensor[]
-  readonly attrs: unknown
-  outputs: readonly Tensor[]
-  /** During `backward`: the gradient of each output accumulated so far. */
-  readonly outputGradients: Array<Tensor | null>
-  /** The last backward walk that visited this node. */
-  walk: number
-  /** Definition with the gradient of a fused op; null for primitives, which are looked up by name. */
-  readonly gradient: GradientSource | null
-  /** For a checkpoint: the second run to differentiate. */
-  readonly secondRun: SecondRun | null
-}
-
-/** The part of a fused op's definition that `backward` uses. */
-export interface GradientSource {
-  readonly vjp: Vjp<never> | null
-  decompose(inputs: readonly Tensor[], attrs: never): Tensor[]
-}
-
-/** The arguments of a gradient rule. `needs(i)` returns whether the gradient of input i is wanted. */
-export interface VjpContext<Attrs> {
-  readonly inputs: readonly Tensor[]
-  readonly outputs: readonly Tensor[]
-  readonly attrs: Attrs
-  needs(input: number): boolean
-}
-
-/**
- * Maps gradients of the outputs (null if there is none) to gradients of the inputs (null if there is none or it is not
- * wanted).
- */
-export type Vjp<Attrs> = (
-  context: VjpContext<Attrs>,
-  gradients: ReadonlyArray<Tensor | null>,
-) => ReadonlyArray<Tensor | null>
-
-/** A fused op: its contract, its meaning in terms of primitives, and its gradient. */
-export interface FusedDefinition<F extends FusedName> {
-  readonly name: F
-  /** Checks the inputs and returns the shapes and dtypes of the outputs. */
-  infer(inputs: readonly Tensor[], attrs: FusedAttrs[F]): TensorSpec[]
-  /** Computes the same result with other ops. */
-  decompose(inputs: readonly Tensor[], attrs: FusedAttrs[F]): Tensor[]
-  /** Gradient rule. If null, `backward` runs the decomposition again and differentiates it. */
-  readonly vjp: Vjp<FusedAttrs[F]> | null
-}
-
-let nextNode = 0
+const matmulNames = { transposeA: true, transposeB: true, precision: true }
 
 /** An n-dimensional array on a backend. Create one with `tensor`, `zeros`, `randn` or an op. */
 export class Tensor extends Scoped implements Value {
@@ -96,7 +30,7 @@ export class Tensor extends Scoped implements Value {
   /** Where the elements are stored. All inputs of an op must be on the same backend. */
   readonly backend: Backend
   /** The op that made it, while recorded. @internal */
-  node: TapeNode | null
+  node: TapeNode<Tensor> | null
   /** Index among the outputs of that op. @internal */
   outputIndex: number
   /** Whether gradients flow to this tensor: a trainable parameter, or computed from one while recording. */
@@ -166,7 +100,7 @@ export class Tensor extends Scoped implements Value {
    * Returns the elements as a new host array, as raw bits for the 16- and 8-bit floats. Waits until they are computed.
    */
   async data(): Promise<HostArray> {
-    alive('data', this)
+    needAlive('data', this)
     return this.backend.download(this)
   }
 
@@ -192,7 +126,7 @@ export class Tensor extends Scoped implements Value {
    * Shares memory.
    */
   detach(): Tensor {
-    alive('detach', this)
+    needAlive('detach', this)
     return new Tensor(this.backend, this.backend.primitives.reshape([this], {}, [this])[0], this.shape, this.dtype)
   }
 
@@ -357,7 +291,17 @@ export class Tensor extends Scoped implements Value {
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
     needTensor('matmul', 'rhs', other)
     checkOptions('matmul', options, matmulNames)
-    return composed([this, other], () => matmul(this, other, options))
+    const { transposeA = false, transposeB = false, precision = currentPrecision() } = options
+    checkPrecision('matmul', precision)
+    if (this.rank === 2 && other.rank === 2) {
+      return run('matmul', [this, other], { transposeA, transposeB, precision })
+    }
+    const { a, b, lead } = foldMatmul(this.shape, other.shape, transposeA)
+    const attrs = { transposeA, transposeB, precision: b.length === 2 ? precision : widePrecision(precision) }
+    return composed([this, other], () => {
+      const out = run('matmul', [this.reshape(a), other.reshape(b)], attrs)
+      return out.reshape([...lead, ...out.shape.slice(1)])
+    })
   }
 
   // --- rows ---
@@ -384,212 +328,78 @@ export class Tensor extends Scoped implements Value {
   /** Broadcasts to `shape`: repeats axes of size 1 and adds leading axes. */
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
-    needSizes('expand', shape)
-    const lead = shape.length - this.rank
-    if (lead < 0 || !this.shape.every((size, i) => size === 1 || size === shape[lead + i])) {
-      const problem = `${showShape(this.shape)} does not broadcast to ${showShape(shape)}`
-      throw shapeError('expand', problem, 'counting axes from the right, change only sizes of 1, or add leading axes')
-    }
+    const grown = inferExpand(this, shape)
     return composed([this], () => {
-      const grown = this.reshape([...new Array<number>(lead).fill(1), ...this.shape])
-      return sameShape(grown.shape, shape) ? grown : runTo('expand', [grown], {}, shape)
+      const x = this.reshape(grown)
+      return sameShape(grown, shape) ? x : runTo('expand', [x], {}, shape)
     })
   }
   /** Takes `sizes[i]` elements from `starts[i]` on along every axis i. */
   slice(starts: readonly number[], sizes: readonly number[]): Tensor {
-    needList('slice', 'starts', starts)
-    needList('slice', 'sizes', sizes)
-    const fits =
-      starts.length === this.rank &&
-      sizes.length === this.rank &&
-      this.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
-    if (!fits) {
-      const problem = `starts ${shown(starts)} and sizes ${shown(sizes)} are out of range for ${showShape(this.shape)}`
-      throw shapeError('slice', problem, 'pass a start and a size for each axis, with start + size at most its size')
-    }
-    return sameShape(sizes, this.shape) ? this : runTo('slice', [this], { starts }, sizes)
+    const target = inferSlice(this, starts, sizes)
+    return sameShape(target, this.shape) ? this : runTo('slice', [this], { starts }, target)
   }
   /** Takes elements `start` to `end - 1` of one axis. @throws MoeError E_SHAPE, E_ATTR */
   narrow(axis: number, start: number, end: number): Tensor {
-    const at = normalizeAxis('narrow', axis, this.rank)
-    if (!isSize(start) || !isSize(end) || start > end || end > this.shape[at]) {
-      const problem = `start ${shown(start)} and end ${shown(end)} are out of range for axis ${axis} of ${showShape(this.shape)}`
-      throw shapeError('narrow', problem, `pass 0 <= start <= end <= ${this.shape[at]}; the end is exclusive`)
-    }
-    const starts = new Array<number>(this.rank).fill(0)
-    const sizes = this.shape.slice()
-    starts[at] = start
-    sizes[at] = end - start
+    const { starts, sizes } = inferNarrow(this, axis, start, end)
     return this.slice(starts, sizes)
   }
   /** Adds `before[i]` elements in front of axis i and `after[i]` behind it, all equal to `value`. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
-    needList('pad', 'before', before)
-    needList('pad', 'after', after)
-    if (before.length !== this.rank || after.length !== this.rank || ![...before, ...after].every(isSize)) {
-      const problem = `before ${shown(before)} and after ${shown(after)} do not fit ${showShape(this.shape)}`
-      throw shapeError('pad', problem, 'pass a non-negative integer for each axis in both')
-    }
-    return runTo(
-      'pad',
-      [this],
-      { before, value },
-      this.shape.map((size, i) => size + before[i] + after[i]),
-    )
+    return runTo('pad', [this], { before, value }, inferPad(this, before, after))
   }
 }
 
 // --- dispatch ---
 
-/** Checks that a tensor was not freed. Internal. @throws MoeError E_DISPOSED */
-export function alive(op: string, tensor: Tensor): void {
-  if (tensor.handle !== null) return
-  throw new MoeError({
-    code: 'E_DISPOSED',
-    op,
-    problem: `an input of shape ${showShape(tensor.shape)} was already freed`,
-    fix: tensor.fixIfDisposed,
-  })
-}
-
-/** @param code the name that the user called if the op covers several functions, for example `add` for `binary` */
-function check(op: string, inputs: readonly Tensor[], code?: string): Backend {
-  if (inputs.length === 0) throw shapeError(op, 'the list of tensors is empty', 'pass at least one')
-  const backend = inputs[0]?.backend
-  for (let i = 0; i < inputs.length; i++) {
-    const input = inputs[i]
-    if (input?.backend === undefined) needTensor(code ?? op, inputName(op, i), input)
-    if (input.handle === null) alive(code ?? op, input)
-    if (input.backend !== backend) {
-      throw new MoeError({
-        code: 'E_BACKEND_MIX',
-        op: code ?? op,
-        problem: `inputs are on different backends, ${backend.name} and ${input.backend.name}`,
-        fix: 'copy one with await x.to(backend)',
-      })
-    }
-  }
-  return backend
-}
-
-function wrap(
+/** Wraps the outputs of a kernel, and records the op if that is on. Internal. */
+export function wrap(
   op: OpName,
   backend: Backend,
   inputs: readonly Tensor[],
   attrs: unknown,
   specs: readonly TensorSpec[],
   handles: readonly Handle[],
-  gradient: GradientSource | null,
+  gradient: GradientSource<Tensor> | null,
 ): Tensor[] {
   const outputs = new Array<Tensor>(specs.length)
   for (let i = 0; i < specs.length; i++) {
     outputs[i] = new Tensor(backend, handles[i], specs[i].shape, specs[i].dtype)
   }
-  if (context.recording) record(op, inputs, attrs, outputs, gradient)
+  if (isRecording()) record(op, inputs, attrs, outputs, gradient)
   return outputs
 }
 
-/** Records an op for `backward` if one of its inputs is tracked. Internal. */
-export function record(
-  op: OpName | 'checkpoint' | 'customGradient',
-  inputs: readonly Tensor[],
-  attrs: unknown,
-  outputs: readonly Tensor[],
-  gradient: GradientSource | null,
-  secondRun: SecondRun | null = null,
-): void {
-  for (let i = 0; i < inputs.length; i++) {
-    if (!inputs[i].tracked) continue
-    const outputGradients = new Array<Tensor | null>(outputs.length).fill(null)
-    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, outputGradients, walk: 0, gradient, secondRun }
-    for (let j = 0; j < outputs.length; j++) {
-      const output = outputs[j]
-      output.node = node
-      output.outputIndex = j
-      output.tracked = isFloat(output.dtype)
-    }
-    if (op === 'reshape' && context.discardable?.has(inputs[0])) context.discardable.add(outputs[0])
-    return
-  }
-}
-
 /** Runs a primitive whose output shapes follow from its inputs. Returns all outputs. */
-function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor[] {
-  const backend = check(op, inputs, (attrs as { code?: string }).code)
+function runAll<P extends InferredName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor[] {
+  const backend = checkInputs(op, inputs, (attrs as { code?: string }).code)
   const specs = infer[op](inputs, attrs)
   const handles = backend.primitives[op](inputs, attrs, specs)
   return wrap(op, backend, inputs, attrs, specs, handles, null)
 }
 
-/**
- * Frees an intermediate result at once, recorded or not. Only for results that nothing reads after the op that was just
- * run: no gradient rule, and not the caller. Internal.
- */
-export function disposeRecorded(tensor: Tensor): void {
-  const { node } = tensor
-  tensor.dispose()
-  tensor.node = node
-  tensor.temporary = true
-}
-
-/**
- * Like `disposeRecorded`, and also frees the tensors that this one is a reshape of. For results that one module gets
- * from another and reads only once.
- * @internal
- */
-export function disposeAfterUse(tensor: Tensor): void {
-  let last: Tensor | undefined = tensor
-  while (last !== undefined) {
-    const node: TapeNode | null = last.node
-    disposeRecorded(last)
-    last = node?.op === 'reshape' ? node.inputs[0] : undefined
-  }
-}
-
-/** Runs a primitive with one output. */
-export function run<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor {
+/** Runs a primitive with one output, whose shape follows from its inputs. Internal. */
+export function run<P extends InferredName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor {
   return runAll(op, inputs, attrs)[0]
 }
 
 /** Runs a primitive whose output shape is given. */
-function runTo<P extends PrimitiveName>(
-  op: P,
-  inputs: readonly Tensor[],
-  attrs: PrimitiveAttrs[P],
-  shape: Shape,
-): Tensor {
-  const backend = check(op, inputs)
+function runTo<P extends GivenName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P], shape: Shape): Tensor {
+  const backend = checkInputs(op, inputs)
   const specs: TensorSpec[] = [{ shape, dtype: inputs[0].dtype }]
   const handles = backend.primitives[op](inputs, attrs, specs)
   return wrap(op, backend, inputs, attrs, specs, handles, null)[0]
 }
 
-/** Runs a fused op with the backend's kernel, or as its decomposition if the backend has none. */
-export function runFused<F extends FusedName>(
-  definition: FusedDefinition<F>,
-  inputs: readonly Tensor[],
-  attrs: FusedAttrs[F],
-): Tensor[] {
-  const { name } = definition
-  const backend = check(name, inputs)
-  const specs = definition.infer(inputs, attrs)
-  const kernel = backend.fused[name]
-  const handles = kernel?.(inputs, attrs, specs)
-  if (handles !== undefined) return wrap(name, backend, inputs, attrs, specs, handles, definition as GradientSource)
-  const key = `${backend.name}:${name}`
-  context.fallbacks.set(key, (context.fallbacks.get(key) ?? 0) + 1)
-  return composed(inputs, () => definition.decompose(inputs, attrs))
-}
-
-/** Frees the intermediate results of several ops at once. If they are recorded, `backward` frees them instead. */
-function composed<T>(inputs: readonly Tensor[], fn: () => T): T {
-  if (context.recording) {
+/** Frees the intermediate results of several ops at once. If they are recorded, `backward` frees them instead. Internal. */
+export function composed<T>(inputs: readonly Tensor[], fn: () => T): T {
+  if (isRecording()) {
     for (let i = 0; i < inputs.length; i++) if (inputs[i].tracked) return fn()
   }
   return scope(fn)
 }
 
-// --- primitives with broadcasting of numbers, defaults and folding ---
+// --- elementwise ops and reductions, with numbers and defaults ---
 
 const unaryAttrs = Object.fromEntries(
   ['neg', 'abs', 'sign', 'exp', 'log', 'sqrt', 'rsqrt', 'sin', 'cos', 'tanh', 'sigmoid', 'floor'].map(code => [
@@ -652,78 +462,5 @@ function reduce(
   if (keepDims) return kept
   const out = kept.reshape(x.shape.filter((_, i) => !normal.includes(i)))
   if (out !== kept && out.node === null) kept.dispose()
-  return out
-}
-
-const matmulNames = { transposeA: true, transposeB: true, precision: true }
-
-function matmul(
-  a: Tensor,
-  b: Tensor,
-  { transposeA = false, transposeB = false, precision = context.precision }: Parameters<Tensor['matmul']>[1] & object,
-): Tensor {
-  checkPrecision('matmul', precision)
-  const attrs = { transposeA, transposeB, precision }
-  if (a.rank < 2 || b.rank < 2) {
-    throw shapeError(
-      'matmul',
-      `both sides need at least 2 axes, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
-      'reshape vectors first',
-    )
-  }
-  if (a.rank === 2 && b.rank === 2) return run('matmul', [a, b], attrs)
-  const lead = a.shape.slice(0, -2)
-  if (b.rank === 2 && !transposeA) {
-    const rows = sizeOf(a.shape.slice(0, -1))
-    const out = run('matmul', [a.reshape([rows, a.shape[a.rank - 1]]), b], attrs)
-    return out.reshape([...a.shape.slice(0, -1), out.shape[1]])
-  }
-  if (!sameShape(lead, b.shape.slice(0, -2))) {
-    throw shapeError(
-      'matmul',
-      `leading axes differ, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
-      'expand one of them, or pass a rhs of rank 2',
-      { lhs: a.shape, rhs: b.shape },
-    )
-  }
-  const batch = sizeOf(lead)
-  const fold = (x: Tensor) => x.reshape([batch, x.shape[x.rank - 2], x.shape[x.rank - 1]])
-  const out = run('matmul', [fold(a), fold(b)], { ...attrs, precision: widePrecision(precision) })
-  return out.reshape([...lead, out.shape[1], out.shape[2]])
-}
-
-/** `condition ? a : b`, elementwise with NumPy broadcasting; the condition is u8. @throws MoeError E_SHAPE, E_DTYPE */
-export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
-  return run('where', [condition, a, b], {})
-}
-
-/** Concatenates tensors along an axis. @throws MoeError E_SHAPE, E_DTYPE */
-export function concat(parts: readonly Tensor[], axis = 0): Tensor {
-  if (!Array.isArray(parts))
-    throw attrError('concat', `the parts are ${describe(parts)}, not an array`, 'pass an array of tensors: [a, b]')
-  if (parts.length === 1) return parts[0]
-  if (parts.length > 0) needTensor('concat', 'input 0', parts[0])
-  return run('concat', parts, { axis: parts.length === 0 ? 0 : normalizeAxis('concat', axis, parts[0].rank) })
-}
-
-/**
- * Returns zeros `[rows, ...rest]` with every row of `source` added to the row given by `index`, in order. Rows out of
- * range are dropped.
- */
-export function scatterAddRows(index: Tensor, source: Tensor, rows: number): Tensor {
-  return run('scatterAddRows', [index, source], { rows })
-}
-
-const setRowsNames = { donate: true }
-
-/**
- * Returns `x` with the rows at `index` replaced by those of `source`. `donate` gives up x, so that the result can reuse
- * its memory.
- */
-export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { donate?: boolean } = {}): Tensor {
-  checkOptions('setRows', options, setRowsNames)
-  const donate = options.donate === true && !(context.recording && (x.tracked || source.tracked))
-  const out = run('setRows', [x, index, source], { donate })
-  if (donate) x.dispose()
   return out
 }

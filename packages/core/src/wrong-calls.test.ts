@@ -46,6 +46,14 @@ test.each<[string, () => unknown, string]>([
   ],
   ['tensor, count', () => tensor([1, 2, 3], [2, 2]), 'E_SHAPE tensor: got 3 values for shape [2,2]; pass 4 values, or'],
   ['tensor, shape', () => tensor([1], [-1]), sizes('tensor', '[-1]')],
+  [
+    'tensor, string',
+    () => tensor(as([1, 'a'])),
+    'E_ATTR tensor: value 1 is the string "a"; pass a flat array of numbers',
+  ],
+  ['tensor, nested', () => tensor(as([1, 2, [3]])), 'E_ATTR tensor: value 2 is an array; pass a flat array'],
+  ['tensor, text', () => tensor(as('12')), 'E_ATTR tensor: the values are the string "12"; pass a flat array'],
+  ['tensor, bigint', () => tensor(as(BigInt64Array.of(1n))), 'E_ATTR tensor: value 0 is the bigint 1; pass'],
   ['arange(2.5)', () => arange(2.5), 'E_ATTR arange: n is 2.5, expected a non-negative integer; pass the number of'],
   ['arange(-1)', () => arange(-1), 'E_ATTR arange: n is -1, expected'],
   ['randn([-2])', () => randn([-2], random()), sizes('randn', '[-2]')],
@@ -278,6 +286,8 @@ test.each<[string, () => unknown, string]>([
     () => random().normal(2, Number.NaN),
     'E_ATTR Random.normal: std is NaN, expected a number of at least 0; pass',
   ],
+  ['Random.shuffle', () => random().shuffle(as(3)), 'E_ATTR Random.shuffle: the items are the number 3; pass an array'],
+  ['Random.shuffle, text', () => random().shuffle(as('abc')), 'E_ATTR Random.shuffle: the items are the string "abc"'],
 ])('%s', (_, call, message) => {
   let error: unknown
   try {

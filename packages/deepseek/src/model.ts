@@ -139,7 +139,7 @@ export class DeepSeek extends Network {
 
   /** Number of positions that a text may have: `max_position_embeddings`. */
   get contextLength(): number {
-    return this.#config.max_position_embeddings
+    return this.config.max_position_embeddings
   }
 
   /** Ids of the tokens that end a generated text: `eos_token_id`. */

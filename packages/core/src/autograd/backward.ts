@@ -1,16 +1,15 @@
 /** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
-import type { PrimitiveName } from '../backend.ts'
-import { noGrad } from '../context.ts'
+import { needList, needTensor } from '../checks.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
-import { needList } from '../infer.ts'
-import { needTensor } from '../need-tensor.ts'
-import { Parameter } from '../nn/parameter.ts'
+import type { PrimitiveName } from '../ops.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
+import { Parameter } from '../parameter.ts'
 import { adopt, currentScope, enterScope, leaveScope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import type { TapeNode, Tensor, Vjp } from '../tensor.ts'
-import { SecondRun } from './checkpoint.ts'
+import { noGrad, type SecondRun, type TapeNode, type Vjp } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
+import { RepeatedRun } from './checkpoint.ts'
 import { restore } from './discarded.ts'
 import { rules } from './rules.ts'
 
@@ -163,7 +162,7 @@ export function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
 }
 
 /** Returns whether a gradient has arrived for any output. Internal. */
-export function hasGradient(outputGradients: TapeNode['outputGradients']): boolean {
+export function hasGradient(outputGradients: TapeNode<Tensor>['outputGradients']): boolean {
   for (let i = 0; i < outputGradients.length; i++) if (outputGradients[i] !== null) return true
   return false
 }
@@ -172,7 +171,7 @@ export function hasGradient(outputGradients: TapeNode['outputGradients']): boole
  * Propagates the gradients that have arrived at a node to the inputs that need them. The node keeps its gradients.
  * Internal.
  */
-export function propagate(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
+export function propagate(node: TapeNode<Tensor>, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
   const { inputs, outputs, attrs, outputGradients } = node
   for (let i = 0; i < inputs.length; i++) restore(inputs[i])
   if (node.secondRun !== null) {
@@ -193,7 +192,7 @@ export function propagate(node: TapeNode, needs: (input: number) => boolean, onL
 }
 
 /** Frees the gradients of a node. Internal. */
-export function disposeGradients(outputGradients: TapeNode['outputGradients']): void {
+export function disposeGradients(outputGradients: TapeNode<Tensor>['outputGradients']): void {
   for (let i = 0; i < outputGradients.length; i++) {
     outputGradients[i]?.dispose()
     outputGradients[i] = null
@@ -222,9 +221,9 @@ let walks = 0
  * Internal.
  * @throws MoeError E_NO_GRADIENT, E_DISPOSED
  */
-export function reachable(outputs: readonly Tensor[]): TapeNode[] {
+export function reachable(outputs: readonly Tensor[]): TapeNode<Tensor>[] {
   const walk = ++walks
-  const found: TapeNode[] = []
+  const found: TapeNode<Tensor>[] = []
   const visit = (tensor: Tensor) => {
     const { node } = tensor
     if (tensor.handle === null && tensor.tracked && !tensor.temporary) throw freed(tensor)
@@ -259,9 +258,9 @@ function freed(tensor: Tensor): MoeError {
   })
 }
 
-function rule(node: TapeNode): Vjp<never> {
+function rule(node: TapeNode<Tensor>): Vjp<Tensor, never> {
   const { gradient } = node
-  if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
+  if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<Tensor, never>
   return (
     gradient.vjp ??
     ((ctx, outputGradients) =>
@@ -273,7 +272,7 @@ function rule(node: TapeNode): Vjp<never> {
  * Differentiates the second run of a checkpoint as if it had been recorded in the first place: gradients are added in
  * the same order.
  */
-function propagateThroughSecondRun(node: TapeNode, secondRun: SecondRun, onLeaf: OnLeaf): void {
+function propagateThroughSecondRun(node: TapeNode<Tensor>, secondRun: SecondRun<Tensor>, onLeaf: OnLeaf): void {
   try {
     const { leaves, roots, seeds } = secondRun.startingFrom(node.outputGradients)
     const onInnerLeaf = (leaf: Tensor, gradient: Tensor) => {
@@ -293,7 +292,7 @@ function throughDecomposition(
   outputGradients: ReadonlyArray<Tensor | null>,
   decompose: (inputs: readonly Tensor[]) => readonly Tensor[],
 ): Array<Tensor | null> {
-  const secondRun = new SecondRun(inputs, decompose)
+  const secondRun = new RepeatedRun(inputs, decompose)
   try {
     const { leaves, roots, seeds } = secondRun.startingFrom(outputGradients)
     const found = new Map<Tensor, Tensor>()
@@ -308,7 +307,7 @@ function throughDecomposition(
 }
 
 /** Frees what was recorded at a node, except the roots. Internal. */
-export function release(node: TapeNode, roots: readonly Tensor[]): void {
+export function release(node: TapeNode<Tensor>, roots: readonly Tensor[]): void {
   for (const output of node.outputs) {
     if (roots.includes(output)) output.node = null
     else output.dispose()

@@ -1,25 +1,37 @@
 /**
  * @file Recomputation: forward passes that run again during the backward pass, instead of keeping their activations.
  */
-import { context, noGrad, withPrecision } from '../context.ts'
+import { needTensor } from '../checks.ts'
 import { full } from '../create.ts'
 import { needFunction } from '../errors.ts'
-import { needTensor } from '../need-tensor.ts'
+import { currentPrecision, withPrecision } from '../precision.ts'
 import { Lifetime, scope } from '../scope.ts'
-import { record, type Tensor } from '../tensor.ts'
+import { type InnerWalk, isRecording, noGrad, record, recording, type SecondRun } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import { restore, useAndDiscard } from './discarded.ts'
 
-/** Where a backward walk continues inside a second run. */
-interface InnerWalk {
-  /** Stand-ins for the inputs. */
-  readonly leaves: readonly Tensor[]
-  /** Outputs for which a gradient has arrived; `seeds` are these gradients. */
-  readonly roots: readonly Tensor[]
-  readonly seeds: ReadonlyArray<Tensor | null>
+let recomputing = false
+/** Values that `cacheForRecompute` returned in the running `checkpoint`, for its second run. */
+let cachedValues: unknown[] | null = null
+/** In that second run: the values of the first run that are still to be returned. */
+let replayedValues: Iterator<unknown> | null = null
+
+/** Returns whether a forward pass is being repeated by `checkpoint`. Counters must not count it again. */
+export const isRecomputing = (): boolean => recomputing
+
+/**
+ * Returns `make()`, and the same value again when `checkpoint` repeats the forward pass. For values that depend on
+ * state other than tensors, for example numbers from a random stream that advances.
+ */
+export function cacheForRecompute<T>(make: () => T): T {
+  const replayed = replayedValues?.next()
+  const value = replayed === undefined || replayed.done ? make() : (replayed.value as T)
+  cachedValues?.push(value)
+  return value
 }
 
 /** Runs a function a second time, with recording on, at most once until `dispose`. Internal. */
-export class SecondRun {
+export class RepeatedRun implements SecondRun<Tensor> {
   readonly #inputs: readonly Tensor[]
   readonly #fn: (inputs: readonly Tensor[]) => readonly Tensor[]
   readonly #life = new Lifetime()
@@ -35,7 +47,7 @@ export class SecondRun {
     return this.#run().outputs
   }
 
-  startingFrom(outputGradients: ReadonlyArray<Tensor | null>): InnerWalk {
+  startingFrom(outputGradients: ReadonlyArray<Tensor | null>): InnerWalk<Tensor> {
     const { leaves, outputs } = this.#run()
     const used = outputGradients.flatMap((gradient, i) => (gradient !== null && outputs[i].tracked ? [i] : []))
     return { leaves, roots: used.map(i => outputs[i]), seeds: used.map(i => outputGradients[i]) }
@@ -43,24 +55,21 @@ export class SecondRun {
 
   #run() {
     if (this.#made !== null) return this.#made
-    const before = context.recording
-    context.recording = true
-    try {
-      this.#made = this.#life.run(() => {
-        const leaves = this.#inputs.map(input => {
-          restore(input)
-          const leaf = input.detach()
-          leaf.tracked = input.tracked
-          return leaf
-        })
-        return { leaves, outputs: this.#fn(leaves) }
+    const run = () => {
+      const leaves = this.#inputs.map(input => {
+        restore(input)
+        const leaf = input.detach()
+        leaf.tracked = input.tracked
+        return leaf
       })
+      return { leaves, outputs: this.#fn(leaves) }
+    }
+    try {
+      this.#made = this.#life.run(() => recording.during('checkpoint', true, run))
       return this.#made
     } catch (error) {
       this.dispose()
       throw error
-    } finally {
-      context.recording = before
     }
   }
 
@@ -88,7 +97,7 @@ export function checkpoint<const T extends Tensor | readonly Tensor[]>(
   ...inputs: Tensor[]
 ): T {
   needFunction('checkpoint', fn)
-  if (!context.recording) return fn(...inputs)
+  if (!isRecording()) return fn(...inputs)
   return recordAsOneOp(fn, inputs).result
 }
 
@@ -103,7 +112,7 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
   use: (...made: Made) => T,
   ...inputs: Tensor[]
 ): T {
-  if (!context.recording) return use(...make(...inputs))
+  if (!isRecording()) return use(...make(...inputs))
   const { result, secondRun } = recordAsOneOp(make, inputs)
   return useAndDiscard(
     result,
@@ -120,9 +129,10 @@ export const withKept: typeof withRecomputed = (make, use, ...inputs) => use(...
 
 /** Runs `fn` and records its outputs as those of a single op. */
 function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {
-  const { precision, cachedValues: outer } = context
+  const precision = currentPrecision()
+  const outer = cachedValues
   const values: unknown[] = []
-  context.cachedValues = values
+  cachedValues = values
   let result: T
   try {
     result = scope(() => {
@@ -131,19 +141,17 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
       return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
     })
   } finally {
-    context.cachedValues = outer
+    cachedValues = outer
   }
-  const secondRun = new SecondRun(inputs, leaves => {
-    const before = { ...context }
-    context.recomputing = true
-    context.cachedValues = null
-    context.replayedValues = values.values()
+  const secondRun = new RepeatedRun(inputs, leaves => {
+    const before = { recomputing, cachedValues, replayedValues }
+    recomputing = true
+    cachedValues = null
+    replayedValues = values.values()
     try {
       return listed(withPrecision(precision, () => fn(...leaves)))
     } finally {
-      context.recomputing = before.recomputing
-      context.cachedValues = before.cachedValues
-      context.replayedValues = before.replayedValues
+      ;({ recomputing, cachedValues, replayedValues } = before)
     }
   })
   const outputs = listed(result)

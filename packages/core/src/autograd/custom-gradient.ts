@@ -1,12 +1,12 @@
 /** @file Ops with a custom gradient rule. */
-import { context, noGrad } from '../context.ts'
+import { needTensor } from '../checks.ts'
 import { full } from '../create.ts'
 import { isFloat } from '../dtype.ts'
 import { MoeError, shown } from '../errors.ts'
-import { needTensor } from '../need-tensor.ts'
 import { scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { type GradientSource, record, type Tensor } from '../tensor.ts'
+import { type GradientSource, isRecording, noGrad, record } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 
 /** A tensor for each element of an array type; one for a single tensor. */
 type TensorFor<T> = T extends readonly Tensor[] ? { readonly [K in keyof T]: Tensor } : readonly [Tensor]
@@ -58,11 +58,11 @@ export function customGradient<const T extends Tensor | readonly Tensor[], Input
     return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
   })
   const outputs = (Array.isArray(result) ? result : [result]) as readonly Tensor[]
-  if (context.recording) record('customGradient', inputs, null, outputs, sourceOf(rule as unknown as CustomGradient))
+  if (isRecording()) record('customGradient', inputs, null, outputs, sourceOf(rule as unknown as CustomGradient))
   return result
 }
 
-function sourceOf(rule: CustomGradient): GradientSource {
+function sourceOf(rule: CustomGradient): GradientSource<Tensor> {
   return {
     vjp({ inputs, outputs, needs }, outputGradients) {
       const gradients = outputGradients.map((gradient, i) => gradient ?? zeros(outputs[i]))

@@ -1,6 +1,6 @@
 /** @file Intermediate results that were freed although the backward pass needs them, and how to recompute each. */
-import { context } from '../context.ts'
-import { disposeRecorded, type Tensor } from '../tensor.ts'
+import { disposeRecorded, withReshapes } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 
 const makers = new WeakMap<Tensor, () => void>()
 
@@ -15,24 +15,9 @@ export function restore(tensor: Tensor): void {
  * @param again recomputes these tensors
  */
 export function useAndDiscard<T>(discardable: readonly Tensor[], again: () => readonly Tensor[], use: () => T): T {
-  const outer = context.discardable
-  const watched = outer ?? new Set<Tensor>()
-  for (const tensor of discardable) watched.add(tensor)
-  context.discardable = watched
-  let result: T
-  const own = new Set(discardable)
-  try {
-    result = use()
-  } finally {
-    for (const tensor of watched) {
-      const { node } = tensor
-      if (node?.op === 'reshape' && own.has(node.inputs[0])) own.add(tensor)
-    }
-    for (const tensor of own) watched.delete(tensor)
-    context.discardable = outer
-  }
+  const { result, tensors } = withReshapes(discardable, use)
   const returned: readonly unknown[] = Array.isArray(result) ? result : [result]
-  for (const [i, tensor] of [...own].entries()) {
+  for (const [i, tensor] of [...tensors].entries()) {
     const { node } = tensor
     if (node === null || tensor.handle === null || returned.includes(tensor)) continue
     const [base] = node.inputs

@@ -1,8 +1,10 @@
 import { expect, expectTypeOf, test } from 'vitest'
-import type { FusedName, OpAttrs, PrimitiveName } from '../backend.ts'
+import type { FusedDefinition } from '../fused/definition.ts'
 import { fusedDefinitions } from '../fused/index.ts'
+import type { FusedName, OpAttrs, PrimitiveName } from '../ops.ts'
 import { referencePrimitives } from '../reference/primitives.ts'
-import type { FusedDefinition, Vjp } from '../tensor.ts'
+import type { Vjp } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import { rules } from './rules.ts'
 
 // The assertions on types are checked by the compiler (pnpm typecheck): an unused @ts-expect-error is an error.
@@ -10,7 +12,7 @@ import { rules } from './rules.ts'
 test('the table of rules contains exactly the primitives, and does not compile without one', () => {
   expect(Object.keys(rules).toSorted()).toEqual(Object.keys(referencePrimitives).toSorted())
   expectTypeOf<keyof typeof rules>().toEqualTypeOf<PrimitiveName>()
-  type Rules = { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> }
+  type Rules = { readonly [P in PrimitiveName]: Vjp<Tensor, OpAttrs[P]> }
   const { matmul: _, ...rest } = rules
   // @ts-expect-error: the rule of matmul is missing
   const incomplete: Rules = rest
@@ -20,7 +22,7 @@ test('the table of rules contains exactly the primitives, and does not compile w
 test('a rule gets the attributes of its own op', () => {
   expectTypeOf<Parameters<(typeof rules)['cumsum']>[0]['attrs']>().toEqualTypeOf<{ readonly axis: number }>()
   // @ts-expect-error: cumsum has an axis, no axes
-  const wrong: Vjp<OpAttrs['cumsum']> = ({ attrs }) => [attrs.axes]
+  const wrong: Vjp<Tensor, OpAttrs['cumsum']> = ({ attrs }) => [attrs.axes]
   expect(wrong).toBeDefined()
 })
 

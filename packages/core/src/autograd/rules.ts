@@ -1,9 +1,11 @@
 /** @file The gradient of every primitive: one table, which does not compile if a rule is missing. */
-import type { OpAttrs, PrimitiveName, Shape } from '../backend.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
-import { sameShape, sizeOf } from '../shape.ts'
-import { run, scatterAddRows, type Tensor, type Vjp, where } from '../tensor.ts'
+import type { OpAttrs, PrimitiveName } from '../ops.ts'
+import { scatterAddRows, where } from '../primitives.ts'
+import { type Shape, sameShape, sizeOf } from '../shape.ts'
+import type { Vjp } from '../tape.ts'
+import { run, type Tensor } from '../tensor.ts'
 
 /** Sums a gradient over the axes along which its input was broadcast. */
 export function unbroadcast(gradient: Tensor, shape: Shape): Tensor {
@@ -18,7 +20,7 @@ export function unbroadcast(gradient: Tensor, shape: Shape): Tensor {
 
 const zero = (like: Tensor) => full([], 0, { backend: like.backend })
 
-export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
+export const rules: { readonly [P in PrimitiveName]: Vjp<Tensor, OpAttrs[P]> } = {
   unary({ inputs: [x], outputs: [y], attrs: { code } }, [dy]) {
     if (dy === null) return [null]
     switch (code) {

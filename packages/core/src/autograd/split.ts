@@ -1,11 +1,11 @@
 /**
  * @file A backward pass in two parts: first the gradients that other ranks wait for, later the gradients of weights.
  */
-import { noGrad } from '../context.ts'
+import { needList } from '../checks.ts'
 import { MoeError } from '../errors.ts'
-import { needList } from '../infer.ts'
 import { showShape } from '../shape.ts'
-import type { TapeNode, Tensor } from '../tensor.ts'
+import { noGrad, type SecondRun, type TapeNode } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import {
   accumulate,
   add,
@@ -19,7 +19,6 @@ import {
   send,
   sendSeeds,
 } from './backward.ts'
-import type { SecondRun } from './checkpoint.ts'
 
 /** A backward pass whose first part, the gradients of the inputs, is done. */
 export interface SplitBackward {
@@ -41,7 +40,7 @@ export interface SplitBackward {
  * Ops that spend much of their work on weight gradients, and whose rules compute only what is needed. All gradients of
  * other ops are computed in the first part.
  */
-const deferrable: ReadonlySet<TapeNode['op']> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
+const deferrable: ReadonlySet<TapeNode<Tensor>['op']> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
 
 /**
  * Propagates gradients from `outputs` to `inputs`, and defers the weight gradients of matrix products. A pipeline stage
@@ -110,9 +109,9 @@ function split(
   const nodes = reachable(outputs)
   const leading = pathTo(targets, nodes)
   /** Nodes with a second part, and which of their inputs it computes the gradients of. */
-  const deferred = new Map<TapeNode, boolean[]>()
+  const deferred = new Map<TapeNode<Tensor>, boolean[]>()
   /** Second parts inside checkpoints. */
-  const inside = new Map<TapeNode, Split>()
+  const inside = new Map<TapeNode<Tensor>, Split>()
   const dropRest = () => {
     for (const node of nodes) {
       disposeGradients(node.outputGradients)
@@ -168,9 +167,9 @@ function split(
 
 /** Splits the second run of a checkpoint in the same way as the graph around it. */
 function sendInside(
-  node: TapeNode,
-  secondRun: SecondRun,
-  { inside, onLeaf }: { inside: Map<TapeNode, Split>; onLeaf: OnLeaf },
+  node: TapeNode<Tensor>,
+  secondRun: SecondRun<Tensor>,
+  { inside, onLeaf }: { inside: Map<TapeNode<Tensor>, Split>; onLeaf: OnLeaf },
 ): void {
   const { leaves, roots, seeds } = secondRun.startingFrom(node.outputGradients)
   if (roots.length === 0) return
@@ -183,8 +182,8 @@ function sendInside(
 }
 
 /** Returns the nodes through which gradients reach the wanted leaves, and for each which of its inputs lead there. */
-function pathTo(wanted: ReadonlySet<Tensor>, nodes: readonly TapeNode[]): Map<TapeNode, boolean[]> {
-  const path = new Map<TapeNode, boolean[]>()
+function pathTo(wanted: ReadonlySet<Tensor>, nodes: readonly TapeNode<Tensor>[]): Map<TapeNode<Tensor>, boolean[]> {
+  const path = new Map<TapeNode<Tensor>, boolean[]>()
   for (let n = nodes.length - 1; n >= 0; n--) {
     const leads = nodes[n].inputs.map(input => wanted.has(input) || (input.node !== null && path.has(input.node)))
     if (leads.includes(true)) path.set(nodes[n], leads)
@@ -193,7 +192,11 @@ function pathTo(wanted: ReadonlySet<Tensor>, nodes: readonly TapeNode[]): Map<Ta
 }
 
 /** Frees the intermediate results that no remaining node reads, and returns the others. */
-function freeAllBut(left: readonly TapeNode[], nodes: readonly TapeNode[], outputs: readonly Tensor[]): Tensor[] {
+function freeAllBut(
+  left: readonly TapeNode<Tensor>[],
+  nodes: readonly TapeNode<Tensor>[],
+  outputs: readonly Tensor[],
+): Tensor[] {
   const read = new Set(left.flatMap(node => node.inputs))
   const stays = new Set(left)
   const kept: Tensor[] = []

@@ -1,9 +1,11 @@
 /** @file An optimizer step for one tensor, and the norm over all gradients. */
-import type { AdamwAttrs } from '../backend.ts'
-import { noGrad } from '../context.ts'
+import { needDtype, needList, needShape } from '../checks.ts'
 import { full } from '../create.ts'
-import { needDtype, needList, needShape } from '../infer.ts'
-import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import type { AdamwAttrs } from '../ops.ts'
+import { concat } from '../primitives.ts'
+import { noGrad } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
   name: 'adamwStep',

@@ -1,10 +1,12 @@
 /** @file Scaled dot-product attention with grouped key/value heads, and its absorbed form over a latent cache. */
-import type { AttentionAttrs, WidePrecision } from '../backend.ts'
-import { widePrecision } from '../context.ts'
+import { attrError, needDtype, needShape } from '../checks.ts'
 import { arange, full } from '../create.ts'
-import { attrError, needDtype, needShape } from '../infer.ts'
+import type { AttentionAttrs, WidePrecision } from '../ops.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
-import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
+import { widePrecision } from '../precision.ts'
+import { where } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 import { rowMax } from './softmax.ts'
 
 /** `[B, T, H, D]` to `[B, H, T, D]`. */

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest'
-import type { Backend, RouterAttrs } from '../backend.ts'
+import type { Backend } from '../backend.ts'
 import { ones, tensor } from '../create.ts'
+import type { RouterAttrs } from '../ops.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { adamwStep } from './adamw.ts'
 import { attention, latentAttention } from './attention.ts'

@@ -1,10 +1,12 @@
 /** @file Cross-entropy with class indices, from logits or from hidden states and the output matrix. */
-import type { FusedAttrs } from '../backend.ts'
-import { widePrecision } from '../context.ts'
+import { needDtype, needShape } from '../checks.ts'
 import { arange, full } from '../create.ts'
-import { needDtype, needShape } from '../infer.ts'
+import type { FusedAttrs } from '../ops.ts'
 import { checkOptions } from '../options.ts'
-import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
+import { widePrecision } from '../precision.ts'
+import { where } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 import { rowMax } from './softmax.ts'
 
 /** 1 where the target counts: an existing class that is not `ignoreIndex`. `u8 [N]`. */

@@ -2,10 +2,11 @@
  * @file Moves tokens to their experts and back, without dropping any and without reading anything back to the host. N
  * tokens, K choices each, E experts, D features.
  */
-
+import { attrError, needDtype, needShape, shapeError } from '../checks.ts'
 import { arange, full } from '../create.ts'
-import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
-import { concat, type FusedDefinition, runFused, setRows, type Tensor } from '../tensor.ts'
+import { concat, setRows } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
   name: 'dispatchPlan',

@@ -1,8 +1,9 @@
 /** @file One step of an exponential moving average of a tensor. */
-import type { EmaAttrs } from '../backend.ts'
-import { noGrad } from '../context.ts'
-import { needDtype, needShape } from '../infer.ts'
-import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import { needDtype, needShape } from '../checks.ts'
+import type { EmaAttrs } from '../ops.ts'
+import { noGrad } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const emaStepDefinition: FusedDefinition<'emaStep'> = {
   name: 'emaStep',

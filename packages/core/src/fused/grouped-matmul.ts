@@ -1,9 +1,11 @@
 /** @file One matrix product per expert, over row ranges that only the device knows. */
-import { context } from '../context.ts'
+import { needDtype, needShape } from '../checks.ts'
 import { arange } from '../create.ts'
-import { needDtype, needShape } from '../infer.ts'
 import { checkOptions } from '../options.ts'
-import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import { currentPrecision } from '../precision.ts'
+import { concat } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 /** 1 for the rows of the expert, 0 for others: `f32 [N, 1]`. */
 function rowsOf(expert: number, rows: Tensor, offsets: Tensor): Tensor {
@@ -80,6 +82,6 @@ export function groupedMatmul(
   options: { transposeW?: boolean } = {},
 ): Tensor {
   checkOptions('groupedMatmul', options, names)
-  const attrs = { transposeW: options.transposeW ?? true, precision: context.precision }
+  const attrs = { transposeW: options.transposeW ?? true, precision: currentPrecision() }
   return runFused(groupedMatmulDefinition, [x, weight, offsets], attrs)[0]
 }

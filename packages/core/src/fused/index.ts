@@ -1,6 +1,5 @@
 /** @file The table of all fused ops. It does not compile if one is missing. */
-import type { FusedName } from '../backend.ts'
-import type { FusedDefinition } from '../tensor.ts'
+import type { FusedName } from '../ops.ts'
 import { adamwStepDefinition, globalNormDefinition } from './adamw.ts'
 import { attentionBackwardDefinition, attentionDefinition, latentAttentionDefinition } from './attention.ts'
 import {
@@ -9,6 +8,7 @@ import {
   linearCrossEntropyBackwardDefinition,
   linearCrossEntropyDefinition,
 } from './cross-entropy.ts'
+import type { FusedDefinition } from './definition.ts'
 import {
   combineTokensBackwardDefinition,
   combineTokensDefinition,

@@ -2,11 +2,12 @@
  * @file Keys and values of multi-head latent attention, from the output of its up-projection and the rope key that all
  * heads share.
  */
-
+import { needDtype, shapeError } from '../checks.ts'
 import { zeros } from '../create.ts'
-import { needDtype, shapeError } from '../infer.ts'
+import { concat } from '../primitives.ts'
 import { showShape } from '../shape.ts'
-import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const mlaKeyValueDefinition: FusedDefinition<'mlaKeyValue'> = {
   name: 'mlaKeyValue',

@@ -1,9 +1,10 @@
 /** @file Block-wise 8-bit quantization (DeepSeek-V3 report 3.3: 1x128 for activations, 128x128 for weights). */
-
+import { attrError, needDtype, needList, needShape } from '../checks.ts'
 import { full } from '../create.ts'
 import { f8e4m3Max } from '../dtype.ts'
-import { attrError, needDtype, needList, needShape } from '../infer.ts'
-import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
+import { where } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const quantizeDefinition: FusedDefinition<'quantize'> = {
   name: 'quantize',

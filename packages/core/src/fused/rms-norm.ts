@@ -1,7 +1,8 @@
 /** @file RMSNorm (Zhang & Sennrich 2019), over the last axis. */
-import { needDtype, needShape, shapeError } from '../infer.ts'
+import { needDtype, needShape, shapeError } from '../checks.ts'
 import { showShape } from '../shape.ts'
-import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const rmsNormDefinition: FusedDefinition<'rmsNorm'> = {
   name: 'rmsNorm',

@@ -1,9 +1,11 @@
 /** @file Rotary position embedding (Su et al. 2021) of the last features of every head. */
+import { needDtype, needShape, shapeError } from '../checks.ts'
 import { zeros } from '../create.ts'
-import { needDtype, needShape, shapeError } from '../infer.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
+import { concat } from '../primitives.ts'
 import { showShape } from '../shape.ts'
-import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const ropeDefinition: FusedDefinition<'rope'> = {
   name: 'rope',

@@ -3,12 +3,14 @@
  * stored. N tokens, K choices each, M = N K rows in expert order, E experts, D features, I intermediate features.
  */
 import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
-import type { Precision } from '../backend.ts'
-import { context } from '../context.ts'
-import { needDtype, needShape } from '../infer.ts'
+import { needDtype, needShape } from '../checks.ts'
+import type { Precision } from '../ops.ts'
 import { checkOptions } from '../options.ts'
+import { currentPrecision } from '../precision.ts'
 import { scope } from '../scope.ts'
-import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import { isRecording } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 import {
   combineTokensDefinition,
   type DispatchPlan,
@@ -132,10 +134,10 @@ export function routedExperts(
   options: { recompute?: boolean } = {},
 ): Tensor {
   checkOptions('routedExperts', options, { recompute: true })
-  const { precision } = context
+  const precision = currentPrecision()
   const { gate, up, down } = experts
   const inputs = [x, gate, up, down, weights, plan.order, plan.positions, plan.offsets]
-  const saves = context.recording && inputs.some(input => input.tracked)
+  const saves = isRecording() && inputs.some(input => input.tracked)
   const attrs = { precision, saves }
   if (precision !== 'f32' && x.backend.fused.routedExperts !== undefined) {
     return runFused(routedExpertsDefinition, inputs, attrs)[0]

@@ -2,11 +2,13 @@
  * @file The choice of experts: affinities, selection bias, group limit, top-k and gates (DeepSeek-V3 report eq. 12-16,
  * 2.1.2; V2 report 2.2).
  */
-import type { RouterAttrs } from '../backend.ts'
+import { needDtype, needShape } from '../checks.ts'
 import { arange, full } from '../create.ts'
 import { MoeError } from '../errors.ts'
-import { needDtype, needShape } from '../infer.ts'
-import { type FusedDefinition, runFused, scatterAddRows, type Tensor, where } from '../tensor.ts'
+import type { RouterAttrs } from '../ops.ts'
+import { scatterAddRows, where } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 import { softmax } from './softmax.ts'
 
 function checkAttrs(experts: number, attrs: RouterAttrs): void {

@@ -1,8 +1,9 @@
 /** @file Softmax over the last axis. */
-
+import { needDtype, shapeError } from '../checks.ts'
 import { full } from '../create.ts'
-import { needDtype, shapeError } from '../infer.ts'
-import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
+import { where } from '../primitives.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 /**
  * The maximum of each row as a constant, or 0 for rows that are -Infinity everywhere, so that subtracting it never

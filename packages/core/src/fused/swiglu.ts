@@ -1,6 +1,7 @@
 /** @file The gated activation of feed-forward networks (Shazeer 2020). */
-import { needDtype, needShape } from '../infer.ts'
-import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import { needDtype, needShape } from '../checks.ts'
+import type { Tensor } from '../tensor.ts'
+import { type FusedDefinition, runFused } from './definition.ts'
 
 export const swigluDefinition: FusedDefinition<'swiglu'> = {
   name: 'swiglu',

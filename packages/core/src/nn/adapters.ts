@@ -1,16 +1,16 @@
 /** @file Low-rank adapters ("LoRA", Hu et al. 2021): small trainable matrices beside frozen weights. */
-import { noGrad } from '../context.ts'
 import { rand, zeros } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { dequantizeWeight } from '../fused/quantized-matmul.ts'
 import { checkOptions } from '../options.ts'
+import { type Adapter, Parameter } from '../parameter.ts'
 import { Random } from '../random.ts'
 import { disposeOnError, keep, scope } from '../scope.ts'
+import { noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import { pacer } from '../turns.ts'
 import { Embedding, OutputHead } from './layers.ts'
 import { type Module, type NamedParameter, namedParameters, parametersOf, weightPath } from './module.ts'
-import { type Adapter, Parameter } from './parameter.ts'
 import { denseWeight, modulesOf, QuantizedParameter, quantizedRows, rowsPerChunk, weightShape } from './quantized.ts'
 
 /** Options of `addAdapters`. */

@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { setDefaultBackend } from '../context.ts'
+import { setDefaultBackend } from '../default-backend.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { createModule } from './create-module.ts'

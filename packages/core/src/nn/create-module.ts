@@ -1,13 +1,12 @@
 /** @file Creates modules whose initial weights are drawn after construction, without blocking the event loop. */
-
 import { fromHost } from '../create.ts'
 import { MoeError } from '../errors.ts'
+import type { Parameter } from '../parameter.ts'
 import type { Random } from '../random.ts'
 import { disposeOnError } from '../scope.ts'
 import { sizeOf } from '../shape.ts'
 import { pacer } from '../turns.ts'
 import { disposeModule, type Module } from './module.ts'
-import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
 /** Normal numbers still to be drawn for a parameter of zeros. */

@@ -1,22 +1,22 @@
 /** @file The basic layers (linear, embedding, RMSNorm, SwiGLU MLP) and their initialization. */
-
 import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
-import type { Backend, WeightFormat } from '../backend.ts'
-import { checkBackend, noGrad, widePrecision, withPrecision } from '../context.ts'
+import type { Backend } from '../backend.ts'
+import { checkBackend, needDtype, needSizes, needTensor } from '../checks.ts'
 import { ones, randn, zeros } from '../create.ts'
 import { describe, MoeError, shown } from '../errors.ts'
 import { checkFormat, zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
-import { needDtype, needSizes } from '../infer.ts'
-import { needTensor } from '../need-tensor.ts'
+import type { WeightFormat } from '../ops.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
+import { Parameter } from '../parameter.ts'
+import { widePrecision, withPrecision } from '../precision.ts'
 import { Random } from '../random.ts'
 import { keep, scope } from '../scope.ts'
+import { noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import { pendingDraws } from './create-module.ts'
 import { Module } from './module.ts'
-import { Parameter } from './parameter.ts'
 import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from './quantized.ts'
 
 /** How the parameters of a module are initialized. */

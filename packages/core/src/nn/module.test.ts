@@ -1,23 +1,20 @@
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { beforeAll, describe, expect, test } from 'vitest'
 import { backward } from '../autograd/backward.ts'
 import type { Backend } from '../backend.ts'
-import { context, setDefaultBackend } from '../context.ts'
 import { ones, tensor } from '../create.ts'
+import { setDefaultBackend } from '../default-backend.ts'
+import { Parameter } from '../parameter.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { Embedding, forkInit, type InitOptions, Linear, RmsNorm, SwigluMlp, seedDefaultRandom } from './layers.ts'
 import { disposeModule, Module, namedParameters, namedStreams, parameterCount, trainable, zeroGrad } from './module.ts'
-import { Parameter } from './parameter.ts'
 
 let backend: Backend
 beforeAll(() => {
   backend = referenceBackend()
   setDefaultBackend(backend)
-})
-afterAll(() => {
-  context.backend = null
 })
 
 class Experts extends Module {

@@ -2,10 +2,10 @@
  * @file Modules: plain classes whose fields are parameters, other modules, or arrays of them. Field names are
  * checkpoint keys.
  */
+import { attrError } from '../checks.ts'
 import { describe } from '../errors.ts'
-import { attrError } from '../infer.ts'
+import { Parameter } from '../parameter.ts'
 import { Random } from '../random.ts'
-import { Parameter } from './parameter.ts'
 
 /**
  * Base class for parts of a model. Extend it and assign parameters and modules to fields. The path of fields is the

@@ -1,9 +1,9 @@
 import { describe, expect, test } from 'vitest'
 import { full, tensor, zeros } from '../create.ts'
+import { Parameter } from '../parameter.ts'
 import { readF64, referenceBackend } from '../reference/index.ts'
 import { keep } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
-import { Parameter } from './parameter.ts'
 import { ParameterShard, partition, type ShardCommunicator } from './parameter-shard.ts'
 
 const backend = referenceBackend()

@@ -2,12 +2,12 @@
  * @file Optimizer state sharding: parameters that are replicated on several ranks, each of which updates a shard
  * ("ZeRO" stage 1, Rajbhandari et al. 2020).
  */
-import { noGrad } from '../context.ts'
 import { zeros } from '../create.ts'
+import { Parameter } from '../parameter.ts'
 import { sizeOf } from '../shape.ts'
+import { noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import type { NamedParameter } from './module.ts'
-import { Parameter } from './parameter.ts'
 
 /** A range of rows of a tensor: entries `from` to `to - 1` of its first axis. A scalar has one row. */
 export interface Rows {

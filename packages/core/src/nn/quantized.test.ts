@@ -1,9 +1,11 @@
 import { beforeEach, describe, expect, test } from 'vitest'
-import type { Backend, WeightFormat } from '../backend.ts'
-import { setDefaultBackend } from '../context.ts'
+import type { Backend } from '../backend.ts'
 import { rand, randn, tensor, zeros } from '../create.ts'
+import { setDefaultBackend } from '../default-backend.ts'
 import { isMoeError } from '../errors.ts'
 import { dequantizeWeight, quantizeWeight } from '../fused/quantized-matmul.ts'
+import type { WeightFormat } from '../ops.ts'
+import { Parameter } from '../parameter.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
@@ -11,7 +13,6 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, tolerances } from '../testing/compare.ts'
 import { Embedding, Linear, RmsNorm, weightParameter } from './layers.ts'
 import { Module, namedParameters } from './module.ts'
-import { Parameter } from './parameter.ts'
 import {
   groupedLinear,
   type QuantizedParameter,

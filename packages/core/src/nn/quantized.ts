@@ -1,8 +1,7 @@
 /**
  * @file Quantized parameters, and the layer functions that accept parameters with or without quantization and adapters.
  */
-import type { Shape, WeightFormat } from '../backend.ts'
-import { noGrad, widePrecision, withPrecision } from '../context.ts'
+import { attrError, needDtype, needTensor, shapeError } from '../checks.ts'
 import { fromHost } from '../create.ts'
 import { dtypeBytes } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
@@ -15,14 +14,16 @@ import {
   quantizedMatmul,
   quantizeWeight,
 } from '../fused/quantized-matmul.ts'
-import { attrError, needDtype, shapeError } from '../infer.ts'
-import { needTensor } from '../need-tensor.ts'
+import type { WeightFormat } from '../ops.ts'
+import { type Adapter, Parameter } from '../parameter.ts'
+import { widePrecision, withPrecision } from '../precision.ts'
+import { concat } from '../primitives.ts'
 import { keep, scope } from '../scope.ts'
-import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, disposeRecorded, type Tensor } from '../tensor.ts'
+import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
+import { disposeRecorded, noGrad } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import { pacer, runSync, runYielding } from '../turns.ts'
 import { Module, namedParameters, needModule } from './module.ts'
-import { type Adapter, Parameter } from './parameter.ts'
 
 /**
  * A quantized weight. `shape` and `dtype` are those of the stored codes; `weight.shape` is the original shape. It

@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest'
 import { full, zeros } from '../create.ts'
+import { Parameter } from '../parameter.ts'
 import { readF64, referenceBackend } from '../reference/index.ts'
 import { keep } from '../scope.ts'
-import { Parameter } from './parameter.ts'
 import { reduceGradients } from './reduce-gradients.ts'
 
 test('gradients are replaced by the reduced ones, in groups, and the old ones are freed', async () => {

@@ -1,7 +1,7 @@
 /** @file Reduces gradients over several ranks. */
-import { needList } from '../infer.ts'
+import { needList } from '../checks.ts'
+import type { Parameter } from '../parameter.ts'
 import type { Tensor } from '../tensor.ts'
-import type { Parameter } from './parameter.ts'
 
 /** Maximum number of elements that are passed to `reduce` at a time, because these are in memory twice. */
 const groupElements = 1 << 22

@@ -1,14 +1,14 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { setDefaultBackend } from '../context.ts'
 import { randn, tensor, zeros } from '../create.ts'
+import { setDefaultBackend } from '../default-backend.ts'
 import { type DType, encodeHost, type HostArray } from '../dtype.ts'
 import { isMoeError } from '../errors.ts'
+import { Parameter } from '../parameter.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { Linear, RmsNorm } from './layers.ts'
 import { Module, namedParameters } from './module.ts'
-import { Parameter } from './parameter.ts'
 import { entriesSource, loadStateDict, type StateEntry, type StateSource, stateDict } from './state-dict.ts'
 
 let backend: Backend

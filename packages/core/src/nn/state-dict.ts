@@ -1,13 +1,12 @@
 /** @file Converts modules to named host arrays, and loads them with strict checks. */
-import type { Shape } from '../backend.ts'
+import { attrError } from '../checks.ts'
 import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
-import { attrError } from '../infer.ts'
 import { checkOptions } from '../options.ts'
-import { sameShape, showShape, sizeOf } from '../shape.ts'
+import type { Parameter } from '../parameter.ts'
+import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
 import { type Module, type NamedParameter, parametersOf } from './module.ts'
-import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
 /** One stored tensor. */

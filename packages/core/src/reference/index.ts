@@ -2,8 +2,9 @@
  * @file The reference backend: plain TypeScript in f64, without fused ops. All other backends are tested against it. It
  * runs anywhere, but slowly.
  */
-import type { Backend, Handle, Kernel, PrimitiveAttrs, PrimitiveKernels, PrimitiveName, Value } from '../backend.ts'
+import type { Backend, Handle, Kernel, PrimitiveKernels, Value } from '../backend.ts'
 import { dtypes } from '../dtype.ts'
+import type { PrimitiveAttrs, PrimitiveName } from '../ops.ts'
 import { roundOperand } from './fp8.ts'
 import { referencePrimitives } from './primitives.ts'
 import { fromHostArray, type Numbers, type ReferenceHandle, type Storage, toHostArray } from './storage.ts'

@@ -1,9 +1,10 @@
 /**
  * @file Every primitive as the simplest possible loop over f64: the definition that other backends are tested against.
  */
-import type { BinaryCode, PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, UnaryCode, Value } from '../backend.ts'
+import type { TensorSpec, Value } from '../backend.ts'
 import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype.ts'
-import { sizeOf, stridesOf } from '../shape.ts'
+import type { BinaryCode, PrimitiveAttrs, PrimitiveName, UnaryCode } from '../ops.ts'
+import { type Shape, sizeOf, stridesOf } from '../shape.ts'
 import { roundOperand } from './fp8.ts'
 import { allocate, broadcastIndex, type Numbers, type ReferenceHandle, walk } from './storage.ts'
 

@@ -1,6 +1,6 @@
 /** @file Buffers of the reference backend. Floats are stored as f64, so f32 tensors are not rounded at all. */
-import type { Shape } from '../backend.ts'
 import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
+import type { Shape } from '../shape.ts'
 
 /** The elements of a tensor on the reference backend: f64 for all floats, unchanged for i32 and u8. */
 export type Numbers = Float64Array | Int32Array | Uint8Array

@@ -1,6 +1,7 @@
 /** @file A test case of the backend suite: an op, its inputs and attributes as plain data. */
-import type { OpAttrs, OpName, Shape } from '../backend.ts'
 import type { DType } from '../dtype.ts'
+import type { OpAttrs, OpName } from '../ops.ts'
+import type { Shape } from '../shape.ts'
 import type { Tolerance } from './compare.ts'
 
 /** An input of a case: given values, or random ones seeded by the case's name. */

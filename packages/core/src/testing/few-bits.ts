@@ -1,11 +1,11 @@
 /** @file Error bounds of fp8 products on tensor cores that keep only a few bits of a sum. */
 import type { Backend, FusedKernels, PrimitiveKernels } from '../backend.ts'
-import { noGrad } from '../context.ts'
 import { fp8Tile } from '../dtype.ts'
 import { groupedMatmulDefinition } from '../fused/grouped-matmul.ts'
 import { readF64, referenceBackend, roundOperand } from '../reference/index.ts'
 import { scope } from '../scope.ts'
 import { sizeOf } from '../shape.ts'
+import { noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 
 /** Number of products that are added to a sum at once. */

@@ -1,5 +1,4 @@
 /** @file Central differences in f64 on the reference backend: the ground truth of gradients. */
-
 import { readF64 } from '../reference/index.ts'
 import type { Tensor } from '../tensor.ts'
 

@@ -6,10 +6,11 @@ import { isMoeError } from '../errors.ts'
 import { adamwStep } from '../fused/adamw.ts'
 import { emaStep } from '../fused/ema.ts'
 import { Linear } from '../nn/layers.ts'
-import { Parameter } from '../nn/parameter.ts'
+import { Parameter } from '../parameter.ts'
+import { setRows } from '../primitives.ts'
 import { Random } from '../random.ts'
 import { scope } from '../scope.ts'
-import { setRows, type Tensor } from '../tensor.ts'
+import type { Tensor } from '../tensor.ts'
 import type { SuiteCheck } from './suite.ts'
 
 /** A backend that captures graphs. */

@@ -1,7 +1,8 @@
 /** @file Runs one kernel of a backend on host arrays, for cases that the suite does not cover. */
-import type { Backend, FusedAttrs, OpName, PrimitiveAttrs, Shape, TensorSpec, Value } from '../backend.ts'
+import type { Backend, TensorSpec, Value } from '../backend.ts'
 import { type DType, encodeHost, type HostArray } from '../dtype.ts'
-import { sizeOf } from '../shape.ts'
+import type { FusedAttrs, OpName, PrimitiveAttrs } from '../ops.ts'
+import { type Shape, sizeOf } from '../shape.ts'
 
 /** An input of `runOp`: elements as plain numbers, which are encoded to the dtype. */
 export interface HostInput {

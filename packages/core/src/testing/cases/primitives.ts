@@ -2,7 +2,7 @@
  * @file Cases of the primitives: common sizes, tails, broadcasting, empty tensors, special values, and every supported
  * dtype.
  */
-import type { BinaryCode, UnaryCode } from '../../backend.ts'
+import type { BinaryCode, UnaryCode } from '../../ops.ts'
 import { f32, given, i32, mask, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 

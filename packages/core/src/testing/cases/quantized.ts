@@ -2,8 +2,8 @@
  * @file Cases of products with quantized weights: every format, few and many rows, and sizes that fill neither vectors
  * nor blocks.
  */
-import type { WeightFormat } from '../../backend.ts'
 import { fromF8e4m3 } from '../../dtype.ts'
+import type { WeightFormat } from '../../ops.ts'
 import { type CaseInput, f32, given, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 

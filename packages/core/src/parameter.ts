@@ -1,10 +1,10 @@
 /** @file Persistent tensors: modules contain them, optimizers change them, checkpoints store them. */
-import { MoeError } from '../errors.ts'
-import { needTensor } from '../need-tensor.ts'
-import { checkOptions } from '../options.ts'
-import { keep } from '../scope.ts'
-import { sameShape, showShape } from '../shape.ts'
-import { alive, Tensor } from '../tensor.ts'
+import { needAlive, needTensor } from './checks.ts'
+import { MoeError } from './errors.ts'
+import { checkOptions } from './options.ts'
+import { keep } from './scope.ts'
+import { sameShape, showShape } from './shape.ts'
+import { Tensor } from './tensor.ts'
 
 /**
  * A low-rank adapter of a weight `[N, K]` (or `[E, N, K]`, one per expert): the effective weight is W + scale B A, with
@@ -45,7 +45,7 @@ export class Parameter extends Tensor {
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
     checkOptions('Parameter', options, { trainable: true })
     needTensor('Parameter', 'the initial value', initial)
-    alive('Parameter', initial)
+    needAlive('Parameter', initial)
     super(initial.backend, initial.handle, initial.shape, initial.dtype)
     keep<Tensor>(this)
     initial.handle = null
@@ -67,7 +67,7 @@ export class Parameter extends Tensor {
    */
   assign(next: Tensor): void {
     needTensor('assign', 'the new value', next)
-    alive('assign', next)
+    needAlive('assign', next)
     needSimilar('assign', this, next)
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle
