@@ -2,7 +2,7 @@
 import type { PagedBatch } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
-import type { TurnOptions } from './generate.ts'
+import type { TurnOptions } from './generation.ts'
 import type { Network } from './network.ts'
 import {
   isDrawn,

@@ -2,7 +2,7 @@
 import type { PagedSequence } from '@moe/attention-mla'
 import { Random } from '@moe/core'
 import { DraftMemory } from './drafter.ts'
-import type { GenerationStats, TextReport, TurnOptions } from './generate.ts'
+import type { GenerationStats, TextReport, TurnOptions } from './generation.ts'
 import type { TokenLogProb } from './log-probs.ts'
 import { nextTokens } from './next-tokens.ts'
 import { Occurrences } from './process-logits.ts'

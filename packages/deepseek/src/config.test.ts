@@ -178,3 +178,21 @@ describe('opened with another configuration', () => {
     await expect(opened(folder, { rope_scalling: yarn } as never)).rejects.toThrow(/rope_scaling/)
   })
 })
+
+test('kimi_k2 is the same architecture as deepseek_v3', () => {
+  expect(parseConfig({ ...tiny, model_type: 'kimi_k2' })).toEqual(parseConfig(tiny))
+})
+
+test('rope_scaling needs a type; its original context defaults to max_position_embeddings', () => {
+  const scaled = (rope_scaling: object) => parseConfig({ ...tiny, max_position_embeddings: 64, rope_scaling })
+  expect(() => scaled({ factor: 4 })).toThrow(/rope_scaling\.type is missing/)
+  expect(scaled({ type: 'yarn', factor: 4 }).rope_scaling).toMatchObject({ original_max_position_embeddings: 64 })
+})
+
+test('one message names all problems of a configuration', () => {
+  const broken = { ...tiny, hidden_size: -1, vocab_size: 'many', n_group: 3 }
+  expect(() => parseConfig(broken)).toThrow(/2 problems[\s\S]*vocab_size[\s\S]*hidden_size/)
+  expect(() =>
+    parseConfig({ ...tiny, n_routed_experts: 8, n_group: 3, qk_rope_head_dim: 3, num_experts_per_tok: 9 }),
+  ).toThrow(/3 problems[\s\S]*odd[\s\S]*exceeds n_routed_experts = 8[\s\S]*n_group = 3 does not divide/)
+})

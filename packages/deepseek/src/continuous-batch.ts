@@ -29,7 +29,7 @@ import {
   type TextTurnOptions,
   type TurnOptions,
   turnNames,
-} from './generate.ts'
+} from './generation.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { Network } from './network.ts'
 
@@ -122,7 +122,7 @@ export class ContinuousBatch {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, report, limits) =>
+    const result = generation(this.#model.config, this.#drafter.depth, ids, options, (tokens, report, limits) =>
       this.#text(tokens, { ...options, ...limits }, report),
     )
     const { tokens } = this.#cache

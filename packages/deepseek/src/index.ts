@@ -9,6 +9,7 @@ export {
 } from './config.ts'
 export type { ContinuousBatch, ContinuousBatchOptions } from './continuous-batch.ts'
 export { countParameters, type ParameterCount } from './count-parameters.ts'
+export type { TextTokenizer } from './decoded-text.ts'
 export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
 export type {
   GenerateOptions,
@@ -16,10 +17,9 @@ export type {
   GenerationStats,
   SessionOptions,
   TextOptions,
-  TextTokenizer,
   TextTurnOptions,
   TurnOptions,
-} from './generate.ts'
+} from './generation.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 export { loadWeights } from './load-weights.ts'
 export type { LogProb, TokenLogProb } from './log-probs.ts'

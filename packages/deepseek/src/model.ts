@@ -27,7 +27,7 @@ import { type Balancer, type LayerLoad, type LoadMonitor, scheduled, type TokenD
 import { changedConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import type { LayerOptions } from './decoder-layer.ts'
-import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
+import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generation.ts'
 import type { TokenLogProb } from './log-probs.ts'
 import type { LossSource } from './loss-parts.ts'
 import { Network } from './network.ts'

@@ -11,8 +11,8 @@ import {
   type Tensor,
   yieldToEventLoop,
 } from '@moe/core'
+import { checkIds } from './check-ids.ts'
 import { defaultPrecision } from './default-precision.ts'
-import { checkIds } from './generate.ts'
 import { checkTop, logProbsAt, type TokenLogProb } from './log-probs.ts'
 import type { Network } from './network.ts'
 import { chunks, distinctRows, type Row, sharedPrefixes } from './shared-prefixes.ts'
@@ -93,7 +93,7 @@ function checkTexts(
   if (!Array.isArray(texts as unknown)) throw refused('expected a list of texts', 'pass [ids, ...]')
   const { max_position_embeddings: context } = model.config
   for (const [i, text] of texts.entries()) {
-    checkIds('score', model, text)
+    checkIds('score', model.config, text)
     // The last token is only scored, not processed.
     if (text.length <= context + 1) continue
     const problem = `text ${i} has ${text.length} tokens, more than the model's context of ${context} plus one`

@@ -26,7 +26,7 @@ import {
   type TextTurnOptions,
   type TurnOptions,
   turnNames,
-} from './generate.ts'
+} from './generation.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { Network } from './network.ts'
 import { nextTokens } from './next-tokens.ts'
@@ -84,7 +84,7 @@ export class Session {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    return generation(this.#model, this.#depth, ids, options, (tokens, report, limits) =>
+    return generation(this.#model.config, this.#depth, ids, options, (tokens, report, limits) =>
       this.#decode(tokens, { ...options, ...limits }, report),
     )
   }

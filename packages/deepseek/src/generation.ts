@@ -1,8 +1,10 @@
-/** @file Options and results of text generation. session.ts implements it. */
+/** @file Options and results of text generation, and their checks. Sessions and continuous batches generate the tokens. */
 import type { CacheDType } from '@moe/attention-mla'
 import { MoeError, type OptionNames, type Precision, shown } from '@moe/core'
+import { checkIds } from './check-ids.ts'
+import type { DeepSeekConfig } from './config.ts'
+import { decodedText, type TextTokenizer } from './decoded-text.ts'
 import { checkTop, type TokenLogProb } from './log-probs.ts'
-import type { Network } from './network.ts'
 import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 
 /** Options of one generated text. */
@@ -40,14 +42,6 @@ export interface SessionOptions {
 
 /** Options of `DeepSeek.generate`. */
 export interface GenerateOptions extends TurnOptions, SessionOptions {}
-
-/** What `generate` needs from a tokenizer to yield text: a decoder that never splits a character. */
-export interface TextTokenizer {
-  /** Creates a decoder that takes ids one at a time and returns complete characters; `end` returns the rest. Called with `skipSpecialTokens`. */
-  createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
-  /** Number of ids that have text. Higher ids, which models with a padded vocabulary have, are never generated. Default: all ids. */
-  readonly vocabSize?: number
-}
 
 /** Options of a turn of a session that yields text. */
 export interface TextTurnOptions extends TurnOptions {
@@ -131,14 +125,14 @@ export interface TextLimits {
 
 /** Implements `generate` of models and sessions: checks everything, then calls `decode` for the ids. */
 export function generation(
-  model: Network,
+  config: DeepSeekConfig,
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
   decode: (tokens: number[], report: TextReport, limits: TextLimits) => AsyncGenerator<number>,
 ): Generation<number | string> {
   const { tokenizer, maxTokens = 128 } = options
-  const stops = checkTurn(model, prompt, options)
+  const stops = checkTurn(config, prompt, options)
   const stats: GenerationStats = {
     cachedTokens: 0,
     tokens: 0,
@@ -151,18 +145,21 @@ export function generation(
     },
   }
   const report: TextReport = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
-  const { vocab_size: vocabulary, max_position_embeddings: context } = model.config
+  const { vocab_size: vocabulary, max_position_embeddings: context } = config
   const ids = decode(Array.from(prompt), report, {
     vocabulary: Math.min(vocabulary, tokenizer?.vocabSize ?? Infinity),
     maxTokens: Math.min(maxTokens, context - prompt.length),
   })
-  const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
+  const onStop = () => {
+    stats.finishReason = 'stop'
+  }
+  const once = tokenizer ? decodedText(ids, tokenizer, stops, onStop) : ids
   return { ...report, [Symbol.asyncIterator]: () => once }
 }
 
 /** @returns the strings that end the text. @throws MoeError E_ATTR for an invalid prompt or options */
 function checkTurn(
-  model: Network,
+  config: DeepSeekConfig,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
 ): string[] {
@@ -171,15 +168,15 @@ function checkTurn(
   checkSampling(options)
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
-  checkIds('generate', model, prompt)
-  const { vocab_size: vocabulary } = model.config
+  checkIds('generate', config, prompt)
+  const { vocab_size: vocabulary } = config
   const unknown = Object.keys(options.logitBias ?? {}).find(id => Number(id) >= vocabulary)
   if (unknown !== undefined) {
     throw refused(`logitBias contains token ${unknown}, outside the vocabulary of ${vocabulary}`)
   }
   if (!atLeast0(maxTokens))
     throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
-  const { max_position_embeddings: context } = model.config
+  const { max_position_embeddings: context } = config
   if (prompt.length + Math.min(maxTokens, 1) > context) {
     const room = maxTokens > 0 ? ', of which generation needs one' : ''
     const problem = `the prompt has ${prompt.length} tokens, but the model's context is ${context}${room}`
@@ -202,68 +199,4 @@ function checkTurn(
   }
   if (stops.includes('')) throw refused('a stop string is empty')
   return stops
-}
-
-async function* texts(
-  ids: AsyncIterable<number>,
-  tokenizer: TextTokenizer,
-  stops: readonly string[],
-  stats: GenerationStats,
-): AsyncGenerator<string> {
-  const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
-  let held = ''
-  for await (const id of ids) {
-    held += stream.push(id)
-    const end = firstStop(held, stops)
-    if (end >= 0) {
-      stats.finishReason = 'stop'
-      if (end > 0) yield held.slice(0, end)
-      return
-    }
-    const safe = held.length - unfinished(held, stops)
-    if (safe > 0) yield held.slice(0, safe)
-    held = held.slice(safe)
-  }
-  held += stream.end()
-  const end = firstStop(held, stops)
-  if (end >= 0) stats.finishReason = 'stop'
-  const rest = end < 0 ? held : held.slice(0, end)
-  if (rest !== '') yield rest
-}
-
-/** Where the earliest stop string begins, or -1. */
-function firstStop(text: string, stops: readonly string[]): number {
-  const found = stops.map(stop => text.indexOf(stop)).filter(at => at >= 0)
-  return found.length === 0 ? -1 : Math.min(...found)
-}
-
-/** Length of the longest end of the text that may become a stop string. */
-function unfinished(text: string, stops: readonly string[]): number {
-  let longest = 0
-  for (const stop of stops) {
-    for (let n = Math.min(stop.length - 1, text.length); n > longest; n--) {
-      if (text.endsWith(stop.slice(0, n))) longest = n
-    }
-  }
-  return longest
-}
-
-/** @throws MoeError E_ATTR for an invalid sequence of token ids */
-export function checkIds(op: 'generate' | 'score', model: Network, ids: ArrayLike<number>): void {
-  const { vocab_size: vocabulary } = model.config
-  const name = op === 'generate' ? 'prompt' : 'text'
-  const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op, problem, fix })
-  const given: unknown = ids
-  if (Array.isArray(ids?.[0]) || ArrayBuffer.isView(ids?.[0])) {
-    throw refused(`expected the token ids of one ${name}, got a list of ${name}s`, `call ${op} for each of them`)
-  }
-  if (typeof given === 'string' || typeof ids?.length !== 'number') {
-    const what = typeof given === 'string' ? 'a string' : shown(given)
-    throw refused(`expected the token ids of the ${name}, got ${what}`, 'pass tokenizer.encode(text)')
-  }
-  if (ids.length === 0) throw refused(`the ${name} is empty`, 'pass at least one token, for example bos')
-  for (let i = 0; i < ids.length; i++) {
-    if (Number.isInteger(ids[i]) && ids[i] >= 0 && ids[i] < vocabulary) continue
-    throw refused(`token ${i} is ${ids[i]}, outside the vocabulary of ${vocabulary}`)
-  }
 }

@@ -1,0 +1,275 @@
+import { defaultBackend, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { describe, expect, test } from 'vitest'
+import type { LayerOptions } from './decoder-layer.ts'
+import { DeepSeek, type GenerateOptions, type TextTokenizer } from './index.ts'
+import { limits } from './session.ts'
+import { tiny } from './test-tiny.ts'
+
+setDefaultBackend(referenceBackend())
+
+describe('generation', () => {
+  const prompt = [3, 7, 11, 2, 30]
+
+  test('can be read once: stopping early does not restart it', async () => {
+    const model = new DeepSeek(tiny, { seed: 1 })
+    const generation = model.generate(prompt, { maxTokens: 8 })
+    const made: number[] = []
+    for await (const id of generation) {
+      made.push(id)
+      if (made.length === 3) break
+    }
+    for await (const id of generation) made.push(id)
+    expect(made).toHaveLength(3)
+    model.dispose()
+  })
+
+  test('greedy equals the most likely token of a full forward pass each time', async () => {
+    const model = new DeepSeek(tiny, { seed: 1 })
+    const ids = prompt.slice()
+    for (let i = 0; i < 20; i++) {
+      const logits = await model.infer(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length]))).values()
+      const last = logits.subarray(logits.length - 40)
+      ids.push(last.indexOf(Math.max(...last)))
+    }
+    const made: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 20 })) made.push(id)
+    expect(made).toEqual(ids.slice(prompt.length))
+    model.dispose()
+  })
+
+  for (const depth of [1, 2, 3]) {
+    test(`speculative equals plain, token for token, at depth ${depth}`, async () => {
+      const handles = defaultBackend().stats().handles
+      for (let seed = 0; seed < 4; seed++) {
+        const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed })
+        const plain: number[] = []
+        const byItself = model.generate(prompt, { maxTokens: 40 })
+        for await (const id of byItself) plain.push(id)
+        expect(byItself.stats).toMatchObject({ drafted: [], steps: 40 })
+        const generation = model.generate(prompt, { maxTokens: 40, speculative: true })
+        const speculative: number[] = []
+        for await (const id of generation) speculative.push(id)
+        expect(speculative).toEqual(plain)
+        expect(generation.stats.tokens).toBe(40)
+        expect(generation.stats.drafted[0]).toBeGreaterThan(0)
+        model.dispose()
+      }
+      expect(defaultBackend().stats().handles).toBe(handles)
+    })
+  }
+
+  test('a long prompt is processed in pieces, which do not change text or drafts, and can be aborted between', async () => {
+    const long = Array.from({ length: 30 }, (_, i) => (i * 7) % 40)
+    const handles = defaultBackend().stats().handles
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 4 })
+    const text = async (options: GenerateOptions) => {
+      const generation = model.generate(long, { maxTokens: 30, ...options })
+      const made: number[] = []
+      for await (const id of generation) made.push(id)
+      return { made, drafted: generation.stats.drafted, steps: generation.stats.steps }
+    }
+    const all = async () => [
+      await text({}),
+      await text({ speculative: true }),
+      await text({ speculative: true, cacheDtype: 'bf16' }),
+    ]
+    const whole = await all()
+    expect(whole[1].drafted[0]).toBeGreaterThan(0)
+    const usual = limits.prefillChunkSize
+    try {
+      for (limits.prefillChunkSize of [1, 7, 29, 30]) {
+        expect(await all()).toEqual(whole)
+      }
+      limits.prefillChunkSize = 5
+      const abort = new AbortController()
+      setImmediate(() => abort.abort())
+      await expect(text({ speculative: true, signal: abort.signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
+    } finally {
+      limits.prefillChunkSize = usual
+    }
+    model.dispose()
+    expect(defaultBackend().stats().handles).toBe(handles)
+  })
+
+  test('memory of a pass without gradients does not grow with the layers', async () => {
+    const peak = async (layers: number, options: LayerOptions = {}) => {
+      const backend = referenceBackend()
+      const model = new DeepSeek({ ...tiny, num_hidden_layers: layers, num_nextn_predict_layers: 0 }, { backend })
+      const ids = tensor(
+        Int32Array.from({ length: 64 }, (_, i) => i % 40),
+        [1, 64],
+        { backend },
+      )
+      const before = backend.stats().bytes
+      const logits = model.infer(() => model.lm_head.forward(model.hidden(ids, options)))
+      const { peakBytes } = backend.stats()
+      const values = await logits.values()
+      return { bytes: peakBytes - before, values }
+    }
+    const [few, many] = [await peak(2), await peak(6)]
+    expect(many.bytes).toBeLessThan(1.05 * few.bytes)
+    // Who watches the loads keeps what was made.
+    const loads: Tensor[] = []
+    const watched = await peak(6, { onLoad: load => loads.push(load) })
+    expect(watched.values).toEqual(many.values)
+    expect(loads.length).toBeGreaterThan(0)
+  })
+
+  test('over a bf16 cache, speculative equals plain too', async () => {
+    const handles = defaultBackend().stats().handles
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 6 })
+    const text = async (speculative: boolean) => {
+      const made: number[] = []
+      const options = { maxTokens: 40, speculative, cacheDtype: 'bf16' } as const
+      for await (const id of model.generate(prompt, options)) made.push(id)
+      return made
+    }
+    expect(await text(true)).toEqual(await text(false))
+    expect((await text(false)).length).toBe(40)
+    model.dispose()
+    expect(defaultBackend().stats().handles).toBe(handles)
+  })
+
+  test('a model that repeats itself accepts its drafts', async () => {
+    // Head and embedding that ignore the context: every depth predicts token 5.
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 3 })
+    const head = new Float32Array(40 * 24)
+    model.lm_head.weight.assign(tensor(head, [40, 24]))
+    const generation = model.generate(prompt, { maxTokens: 30, speculative: true })
+    for await (const id of generation) expect(id).toBe(0)
+    expect(generation.stats.accepted).toEqual(generation.stats.drafted)
+    expect(generation.stats.steps).toBeLessThanOrEqual(11)
+    model.dispose()
+  })
+
+  test.each([false, true])(
+    'stops at ids and, with a tokenizer, at strings wherever their tokens break (drafts: %s)',
+    async speculative => {
+      const options = { maxTokens: 30, speculative }
+      const model = new DeepSeek(tiny, { seed: 1 })
+      const ids: number[] = []
+      for await (const id of model.generate(prompt, options)) ids.push(id)
+      const before = ids.slice(0, ids.indexOf(ids[6]))
+      const seen: number[] = []
+      const cut: number[] = []
+      for await (const id of model.generate(prompt, { ...options, stop: [ids[6]], onToken: id => seen.push(id) })) {
+        cut.push(id)
+      }
+      expect(cut).toEqual(before)
+      expect(seen).toEqual(before)
+
+      // Every token is two characters: a stop string may begin in one and end in the next.
+      const word = (id: number) => `${id}`.padStart(2, '0')
+      const tokenizer = { createDecodeStream: () => ({ push: word, end: () => '' }) }
+      const whole = ids.map(word).join('')
+      const handles = defaultBackend().stats().handles
+      for (const stop of [[whole.slice(9, 14)], [whole.slice(20, 21)], ['no such text', whole.slice(3, 8)], ['99x']]) {
+        const pieces: string[] = []
+        for await (const text of model.generate(prompt, { ...options, tokenizer, stop })) pieces.push(text)
+        const ends = stop.map(text => whole.indexOf(text)).filter(at => at >= 0)
+        expect(pieces.join('')).toBe(ends.length > 0 ? whole.slice(0, Math.min(...ends)) : whole)
+        expect(pieces).not.toContain('')
+      }
+      for await (const _ of model.generate(prompt, { speculative })) break
+      expect(defaultBackend().stats().handles).toBe(handles)
+      expect(() => model.generate(prompt, { stop: ['end'] })).toThrow(
+        /stop contains the string "end", but there is no tokenizer/,
+      )
+      expect(() => model.generate(prompt, { stop: [''], tokenizer })).toThrow(/a stop string is empty/)
+      model.dispose()
+    },
+  )
+
+  test('minP keeps likely tokens only, onToken receives each one, stats count tokens per pass', async () => {
+    const model = new DeepSeek(tiny, { seed: 2 })
+    const greedy: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 12 })) greedy.push(id)
+    const told: number[] = []
+    const generation = model.generate(prompt, {
+      maxTokens: 12,
+      temperature: 5,
+      minP: 1,
+      seed: 9,
+      speculative: true,
+      onToken: id => told.push(id),
+    })
+    // minP 1 leaves the likeliest token alone, whatever the temperature.
+    for await (const _ of generation);
+    expect(told).toEqual(greedy)
+    expect(generation.stats.tokensPerStep).toBe(12 / generation.stats.steps)
+    model.dispose()
+  })
+
+  test('invalid requests are rejected', async () => {
+    const model = new DeepSeek(tiny)
+    expect(() => model.generate([])).toThrow(/prompt is empty/)
+    expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
+    expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(
+      /temperature = -1, expected a number of at least 0; topP = 2/,
+    )
+    expect(() => model.generate([1], { topP: 0.9 })).toThrow(
+      /without a temperature, topP would have no effect; pass temperature: 1/,
+    )
+    expect(() => model.generate([1], { topK: 5 })).toThrow(
+      /without a temperature, topK would have no effect; pass temperature: 1/,
+    )
+    const text = '2' as unknown as number // As from a form.
+    expect(() => model.generate([1], { maxTokens: text })).toThrow('expected a whole number for maxTokens, got "2"')
+    expect(() => model.generate([1], { temperature: text, topP: text, minP: text, repetitionPenalty: text })).toThrow(
+      /temperature = "2", .*; topP = "2", .*; minP = "2", .*; repetitionPenalty = "2",/,
+    )
+    for (const topK of [0, -1, 2.5, Number.NaN])
+      expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK}, expected a positive integer`)
+    for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
+      expect(() => model.generate([1], { repetitionPenalty })).toThrow(
+        /repetitionPenalty = .*, expected a positive number/,
+      )
+    for (const penalty of [2.1, -2.1, Number.NaN, text])
+      for (const name of ['frequencyPenalty', 'presencePenalty'] as const)
+        expect(() => model.generate([1], { [name]: penalty })).toThrow(`${name} = `)
+    const wrong: unknown[] = [{ 1: 101 }, { 1: Number.NaN }, { 1: text }, { '-1': 1 }, { '1.5': 1 }, 5, [[1]], null]
+    for (const logitBias of wrong)
+      expect(() => model.generate([1], { logitBias: logitBias as Record<number, number> })).toThrow(
+        /logitBias = .*, expected numbers from -100 to 100 by token id/,
+      )
+    expect(() => model.generate([1], { logitBias: { [model.config.vocab_size]: 1 } })).toThrow(
+      `logitBias contains token ${model.config.vocab_size}, outside the vocabulary of ${model.config.vocab_size}`,
+    )
+    const precision = 'half' as 'bf16'
+    for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
+      expect(call).toThrow(`session: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)
+    // Other seeds would give the same text.
+    expect(() => model.generate([1], { seed: 3 })).toThrow(
+      /without a temperature, seed would have no effect; pass temperature: 1/,
+    )
+    model.generate([1], { seed: 3, temperature: 0 })
+    expect(() => model.generate('hello' as unknown as number[])).toThrow(/got a string; pass tokenizer.encode/)
+    for (const none of [undefined, null, 5, tensor([1])] as unknown[])
+      expect(() => model.generate(none as number[])).toThrow(
+        /expected the token ids of the prompt, got .*; pass tokenizer.encode/,
+      )
+    const several = [[1, 2], [3]] as unknown as number[]
+    expect(() => model.generate(several)).toThrow(
+      /expected the token ids of one prompt, got a list of prompts; call generate for each/,
+    )
+    expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(
+      /no createDecodeStream; pass a tokenizer of/,
+    )
+    const signal = new AbortController() as unknown as AbortSignal
+    expect(() => model.generate([1], { signal })).toThrow(/not an AbortSignal; pass the .signal of an AbortController/)
+    expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(
+      /expected an options object, got null/,
+    )
+    const stop = '.' as unknown as string[]
+    expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass an array of token ids and strings/)
+    const aborted = model.generate([1], { signal: AbortSignal.abort() })
+    await expect(aborted[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'E_ABORTED' })
+    model.dispose()
+    const message = expect.stringMatching(/the parameter was freed with its model/)
+    await expect(model.generate([1])[Symbol.asyncIterator]().next()).rejects.toMatchObject({
+      code: 'E_DISPOSED',
+      message,
+    })
+  })
+})

@@ -1,0 +1,187 @@
+import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
+import { readSafetensors } from '@moe/checkpoint'
+import { defaultBackend, namedParameters, Random, setDefaultBackend, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { afterAll, describe, expect, test } from 'vitest'
+import { DeepSeek, loadWeights } from './index.ts'
+import { tiny } from './test-tiny.ts'
+
+setDefaultBackend(referenceBackend())
+
+const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
+afterAll(() => rm(folder, { recursive: true }))
+
+test('a checkpoint is opened without drawing random weights', async () => {
+  const model = new DeepSeek(tiny, { seed: 1 })
+  const at = join(folder, 'undrawn')
+  await model.save(at)
+  const { normal } = Random.prototype
+  Random.prototype.normal = () => {
+    throw new Error('drawn')
+  }
+  const again = await DeepSeek.fromPretrained(at).finally(() => {
+    Random.prototype.normal = normal
+  })
+  for (const loaded of [again, await DeepSeek.fromPretrained(at, { weights: 'int8' })]) {
+    expect(loaded.config.initializer_range).toBe(model.config.initializer_range)
+    loaded.dispose()
+  }
+  model.dispose()
+})
+
+describe('checkpoints', () => {
+  test('a folder that cannot be written is reported, wherever it fails', async () => {
+    const model = new DeepSeek(tiny, { seed: 7 })
+    const file = join(folder, 'file')
+    await writeFile(file, '')
+    await expect(model.save(file)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: file })
+    const taken = join(folder, 'taken', 'config.json')
+    await mkdir(taken, { recursive: true })
+    await expect(model.save(join(folder, 'taken'))).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: taken })
+    model.dispose()
+  })
+
+  test('a saved model opens as the same model, including MTP and balance bias', async () => {
+    const model = new DeepSeek(tiny, { seed: 7 })
+    const bias = new Random(1).normal(8)
+    model.moeLayers[0].gate.e_score_correction_bias?.assign(tensor(bias))
+    await model.save(join(folder, 'saved'))
+    const again = await DeepSeek.fromPretrained(join(folder, 'saved'))
+    expect(again.config).toEqual(model.config)
+    for (const [i, { name, parameter }] of namedParameters(model).entries()) {
+      const other = namedParameters(again)[i]
+      expect(other.name).toBe(name)
+      assertClose(name, await other.parameter.values(), await parameter.values(), { relative: 0, absolute: 0 })
+    }
+    await using file = await readSafetensors(join(folder, 'saved', 'model.safetensors'))
+    for (const key of [
+      'model.layers.2.embed_tokens.weight',
+      'model.layers.2.shared_head.head.weight',
+      'model.layers.2.eh_proj.weight',
+      'model.layers.1.mlp.experts.7.down_proj.weight',
+    ]) {
+      expect(file.has(key), key).toBe(true)
+    }
+    model.dispose()
+    again.dispose()
+  })
+
+  test('config.json has floats as transformers requires, and empty matrices for missing shared experts', async () => {
+    const config = {
+      ...tiny,
+      n_shared_experts: 0,
+      routed_scaling_factor: 1,
+      rope_theta: 10000,
+      n_group: null,
+      topk_group: null,
+    }
+    const model = new DeepSeek(config)
+    const at = join(folder, 'no-shared')
+    await model.save(at)
+    const text = await readFile(join(at, 'config.json'), 'utf8')
+    expect(text).toMatch(/"routed_scaling_factor": 1\.0,/)
+    expect(text).toMatch(/"rope_theta": 10000\.0,/)
+    expect(JSON.parse(text)).toMatchObject({ n_group: 1, topk_group: 1, vocab_size: 40 })
+    await using file = await readSafetensors(join(at, 'model.safetensors'))
+    expect(file.info('model.layers.1.mlp.shared_experts.gate_proj.weight').shape).toEqual([0, 24])
+    expect(file.info('model.layers.2.mlp.shared_experts.down_proj.weight').shape).toEqual([24, 0])
+    const again = await DeepSeek.fromPretrained(at)
+    expect(again.config.n_shared_experts).toBe(0)
+    model.dispose()
+    again.dispose()
+  })
+
+  test('a checkpoint of another model is rejected with every key', async () => {
+    const model = new DeepSeek(tiny)
+    await model.save(join(folder, 'other'))
+    await writeFile(
+      join(folder, 'other', 'config.json'),
+      JSON.stringify({ ...tiny, num_hidden_layers: 3, hidden_size: 28 }),
+    )
+    await expect(DeepSeek.fromPretrained(join(folder, 'other'))).rejects.toThrow(
+      /missing[\s\S]*model\.embed_tokens\.weight: stored \[40,24\], model \[40,28\]/,
+    )
+    model.dispose()
+  })
+})
+
+test('a model too large for its checkpoint is rejected before memory is allocated', async () => {
+  const model = new DeepSeek(tiny)
+  const at = join(folder, 'absurd')
+  await model.save(at)
+  const { peakBytes } = defaultBackend().stats()
+  for (const absurd of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 2 ** 40 }, { n_routed_experts: 2 ** 20 }]) {
+    await writeFile(join(at, 'config.json'), JSON.stringify({ ...tiny, ...absurd }))
+    await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
+      expect.objectContaining({ code: 'E_STATE_DICT', message: expect.stringMatching(/describes a model of \d/) }),
+    )
+  }
+  expect(defaultBackend().stats().peakBytes).toBe(peakBytes)
+  model.dispose()
+})
+
+test('a folder may be a file URL, and config.json begin with a byte order mark', async () => {
+  const at = pathToFileURL(join(folder, 'by URL'))
+  const model = new DeepSeek(tiny, { seed: 1 })
+  await model.save(at)
+  const config = new URL(`${at}/config.json`)
+  await writeFile(config, `\uFEFF${await readFile(config, 'utf8')}`)
+  const again = await DeepSeek.fromPretrained(at)
+  await loadWeights(again, at)
+  expect(await again.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  for (const opened of [model, again]) opened.dispose()
+  const none = undefined as unknown as string
+  for (const call of [() => DeepSeek.fromPretrained(none), () => model.save(none), () => loadWeights(model, none)])
+    await expect(call()).rejects.toMatchObject({
+      code: 'E_ATTR',
+      message: expect.stringContaining('expected a path, got undefined'),
+    })
+})
+
+test('a model is opened from a URL, and from File objects', async () => {
+  const at = join(folder, 'published')
+  const model = new DeepSeek(tiny, { seed: 1 })
+  await model.save(at)
+  const asked: string[] = []
+  const answer = async (address: string) => {
+    asked.push(address)
+    const body = await readFile(join(at, address.replace('https://example.org/m/', ''))).catch(() => null)
+    return new Response(body, { status: body ? 200 : 404 })
+  }
+  let last = { bytes: 0, totalBytes: 1 }
+  const onProgress = (progress: typeof last) => {
+    last = progress
+  }
+  const byAddress = await DeepSeek.fromPretrained('https://example.org/m', {
+    fetch: answer,
+    onProgress,
+    weights: 'bf16',
+  })
+  expect(last.bytes).toBe(last.totalBytes)
+  expect(new Set(asked)).toEqual(
+    new Set(['config.json', 'model.safetensors'].map(name => `https://example.org/m/${name}`)),
+  )
+  const names = ['config.json', 'model.safetensors']
+  const files = await Promise.all(names.map(async name => new File([await readFile(join(at, name))], name)))
+  const atHand = await DeepSeek.fromPretrained(files)
+  expect(await atHand.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  await loadWeights(atHand, new URL('https://example.org/m'), { fetch: answer })
+  for (const opened of [model, byAddress, atHand]) opened.dispose()
+  await expect(DeepSeek.fromPretrained('https://example.org/other', { fetch: answer })).rejects.toThrow(
+    'https://example.org/other/config.json: cannot be read: no such file; pass a folder',
+  )
+  const signal = AbortSignal.abort()
+  await expect(DeepSeek.fromPretrained(at, { signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
+})
+
+test('a config.json that is no file is refused', async () => {
+  const at = join(folder, 'no-file')
+  await mkdir(join(at, 'config.json'), { recursive: true })
+  await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
+    /config\.json: cannot be read: .*expected a file, got a folder/,
+  )
+})
