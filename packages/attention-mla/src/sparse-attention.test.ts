@@ -6,6 +6,7 @@ import {
   backward,
   checkpoint,
   fromHost,
+  gradients,
   loadStateDict,
   namedParameters,
   Random,
@@ -374,6 +375,9 @@ describe('the loss of the indexer', () => {
       })
       return { loss: await result.item(), of: new Map(await Promise.all(named)) }
     }
+    const losses: Tensor[] = []
+    mla.forward(x, { dense: attendsToAll, onIndexerLoss: loss => void losses.push(loss) })
+    expect(gradients(losses[0].sum(), [x])).toEqual([null])
     const both = await gradientsOf('both')
     const alone = await gradientsOf('loss')
     const main = await gradientsOf('out')
