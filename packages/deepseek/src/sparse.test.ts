@@ -187,6 +187,22 @@ describe('training', () => {
     own.dispose()
   })
 
+  test('hidden reports the losses of each layer, also without gradients', async () => {
+    const own = model()
+    const losses = own.infer(() => {
+      const found: Tensor[] = []
+      own.hidden(fromHost(rows.tokens, [2, 12], 'i32'), { onIndexerLoss: loss => void found.push(loss) })
+      return found
+    })
+    for (const loss of losses) {
+      expect(loss.shape).toEqual([2, 12])
+      expect(Math.max(...(await loss.values()))).toBeGreaterThan(0)
+      loss.dispose()
+    }
+    expect(losses.length).toBe(2)
+    own.dispose()
+  })
+
   test('warm-up: attention is dense, and the indexers alone learn to rank all keys', async () => {
     const shallow = { ...config, num_hidden_layers: 1, num_nextn_predict_layers: 0 }
     const own = new DeepSeek(shallow, { seed: 3, objective: { indexerWarmup: true, biasSpeed: 0 } })
