@@ -17,6 +17,11 @@ export interface IndexQueries {
   readonly weights: Tensor
 }
 
+/** A projection to few numbers, which quantization leaves as it is. */
+class UnquantizedLinear extends Linear {
+  override readonly quantizable = []
+}
+
 /**
  * Scores every key for every query by a few small heads (eq. 1). Its Hadamard rotation and fp8 products, which the
  * released code has for speed, do not change the scores except by rounding; here they are omitted.
@@ -45,7 +50,7 @@ export class LightningIndexer extends Module {
     this.wq_b = new Linear(config.q_lora_rank as number, heads * features, child('wq_b'))
     this.wk = new Linear(hidden, features, child('wk'))
     this.k_norm = new LayerNorm(features, init.backend)
-    this.weights_proj = new Linear(hidden, heads, { ...child('weights_proj'), weights: undefined })
+    this.weights_proj = new UnquantizedLinear(hidden, heads, { ...child('weights_proj'), weights: undefined })
     this.#heads = heads
     this.#features = features
     this.#rotated = config.qk_rope_head_dim

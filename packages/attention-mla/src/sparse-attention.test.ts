@@ -9,6 +9,8 @@ import {
   gradients,
   loadStateDict,
   namedParameters,
+  QuantizedParameter,
+  quantizeWeights,
   Random,
   randn,
   scope,
@@ -401,6 +403,16 @@ describe('the loss of the indexer', () => {
     const after = await gradientsOf('loss')
     expect((loss - after.loss) / predicted).toBeCloseTo(1, 1)
   })
+})
+
+test('quantization leaves the weights of the heads as they are', async () => {
+  const later = make()
+  await quantizeWeights(later, 'int8')
+  const sooner = new MultiHeadLatentAttention(config, { random: new Random(4), weights: 'int8' })
+  for (const { indexer } of [later, sooner]) {
+    const weights = [indexer?.wq_b.weight, indexer?.wk.weight, indexer?.weights_proj.weight]
+    expect(weights.map(weight => weight instanceof QuantizedParameter)).toEqual([true, true, false])
+  }
 })
 
 test('invalid settings of the indexer are reported together', () => {
