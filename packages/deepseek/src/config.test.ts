@@ -26,7 +26,7 @@ const make =
 /** What else stands in the config.json of V3, V3.2, V2, Moonlight, Kimi K2 and DeepSeek LLM, and what transformers 5.18 writes of these. */
 const others =
   `architectures attention_dropout auto_map ep_size num_key_value_heads pretraining_tp quantization_config torch_dtype
-  transformers_version use_cache aux_loss_alpha seq_aux pad_token_id index_head_dim index_n_heads index_topk head_dim qk_head_dim mlp_bias
+  transformers_version use_cache aux_loss_alpha seq_aux pad_token_id head_dim qk_head_dim mlp_bias
   _name_or_path chunk_size_feed_forward dtype id2label is_encoder_decoder label2id output_attentions output_hidden_states problem_type
   return_dict use_return_dict num_local_experts sliding_window layer_types unk_token_id`.split(/\s+/)
 
