@@ -22,19 +22,19 @@ test('query heads share the keys and values of their group', async () => {
   const [cos, sin] = [Math.cos, Math.sin].map(f => tensor(angles.map(f), [time, half]))
   const head = (weight: typeof layer.q_proj.weight, i: number) =>
     flat.matmul(weight.detach().narrow(0, i * features, (i + 1) * features), { transposeB: true })
-  const turned = (weight: typeof layer.q_proj.weight, i: number) => {
+  const rotated = (weight: typeof layer.q_proj.weight, i: number) => {
     const y = head(weight, i)
     const [a, b] = [y.narrow(1, 0, half), y.narrow(1, half, features)]
     return [a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin))]
   }
   const steps = tensor(Float32Array.from({ length: time }, (_, i) => i))
-  const seen = steps.reshape([1, time]).le(steps.reshape([time, 1]))
+  const causal = steps.reshape([1, time]).le(steps.reshape([time, 1]))
   let expected = tensor(new Float32Array(time * hidden), [time, hidden])
   for (let h = 0; h < heads; h++) {
     const g = Math.floor(h / (heads / groups))
-    const [q, k] = [turned(layer.q_proj.weight, h), turned(layer.k_proj.weight, g)]
+    const [q, k] = [rotated(layer.q_proj.weight, h), rotated(layer.k_proj.weight, g)]
     const scores = q[0].matmul(k[0], { transposeB: true }).add(q[1].matmul(k[1], { transposeB: true }))
-    const p = softmax(where(seen, scores.mul(features ** -0.5), tensor([Number.NEGATIVE_INFINITY], [])))
+    const p = softmax(where(causal, scores.mul(features ** -0.5), tensor([Number.NEGATIVE_INFINITY], [])))
     const o = layer.o_proj.weight.detach().narrow(1, h * features, (h + 1) * features)
     expected = expected.add(p.matmul(head(layer.v_proj.weight, g)).matmul(o, { transposeB: true }))
   }

@@ -35,8 +35,8 @@ const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, i
 // PyTorch computes the rotation angles in f32, so at positions in the thousands they are off by up to 1e-4 rad.
 const gradientTolerance = { relative: 1e-3, absolute: 1e-4 }
 
-describe('golden constants', () => {
-  test('softmax scales', () => {
+describe('published constants', () => {
+  test('of softmax scales', () => {
     const v3: MlaConfig = {
       hidden_size: 7168,
       num_attention_heads: 128,
@@ -60,7 +60,7 @@ describe('golden constants', () => {
     )
   })
 
-  test('YaRN frequencies of V3', () => {
+  test('of the YaRN frequencies of V3', () => {
     const found = rotaryFrequencies(64, 10000, {
       type: 'yarn',
       factor: 40,
@@ -68,7 +68,7 @@ describe('golden constants', () => {
       beta_fast: 32,
       beta_slow: 1,
     })
-    const golden = {
+    const published = {
       0: 1,
       9: 0.0749894209,
       10: 0.0562341325,
@@ -78,10 +78,10 @@ describe('golden constants', () => {
       23: 3.333804e-5,
       31: 3.333804e-6,
     }
-    for (const [i, value] of Object.entries(golden)) expect(found[Number(i)] / value).toBeCloseTo(1, 5)
+    for (const [i, value] of Object.entries(published)) expect(found[Number(i)] / value).toBeCloseTo(1, 5)
   })
 
-  test('the cache stores kv_lora_rank + qk_rope_head_dim elements per token and layer', () => {
+  test('of the elements per token and layer in the cache: kv_lora_rank + qk_rope_head_dim', () => {
     const cache = new LatentCache({ kv_lora_rank: 512, qk_rope_head_dim: 64 }, { layers: 61, capacity: 1 })
     expect(cache.bytesPerToken).toBe(61 * 576 * 4)
     cache.dispose()
@@ -91,17 +91,17 @@ describe('golden constants', () => {
     ['V3', 61, 70_272],
     ['V2', 60, 69_120],
     ['V2-Lite and Moonlight', 27, 31_104],
-  ])('a token of %s in bf16 takes as many bytes as published', (_, layers, bytes) => {
+  ])('of the bytes per token of %s in bf16', (_, layers, bytes) => {
     const sizes = { kv_lora_rank: 512, qk_rope_head_dim: 64 }
     const cache = new LatentCache(sizes, { layers, batch: 2, capacity: 3, dtype: 'bf16' })
     expect(cache.bytesPerToken).toBe(bytes)
-    const held = () => {
+    const bytesOfRows = () => {
       const rows = Array.from({ length: layers }, (_, layer) => cache.rows(layer))
       return rows.reduce((sum, { size, dtype }) => sum + size * dtypeBytes[dtype], 0)
     }
-    expect([held(), cache.bytes]).toEqual([6 * bytes, 6 * bytes])
+    expect([bytesOfRows(), cache.bytes]).toEqual([6 * bytes, 6 * bytes])
     for (let layer = 0; layer < layers; layer++) cache.write(layer, zeros([2, 4, 576]))
-    expect([held(), cache.bytes]).toEqual([12 * bytes, 12 * bytes])
+    expect([bytesOfRows(), cache.bytes]).toEqual([12 * bytes, 12 * bytes])
     cache.dispose()
   })
 })
@@ -110,9 +110,9 @@ for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale', 'sparse', 'spa
   describe(`transformers: ${name}`, () => {
     const { config, softmaxScale: scale } = JSON.parse(readFileSync(fixture(`${name}.json`), 'utf8'))
 
-    test('softmax scale', () => expect(softmaxScale(config)).toBeCloseTo(scale, 6))
+    test('the softmax scale is the same', () => expect(softmaxScale(config)).toBeCloseTo(scale, 6))
 
-    test('output and every gradient', async () => {
+    test('the output and all gradients are the same', async () => {
       await using file = await readSafetensors(fixture(`${name}.safetensors`))
       const mla = new MultiHeadLatentAttention(config)
       await loadStateDict(mla, {
@@ -187,7 +187,7 @@ describe('decoding over the latent cache', () => {
             }
             start += time
           }
-          // Truncated tokens leave no trace.
+          // Truncated tokens have no influence.
           cache.truncate(5)
           const again = await mla.forward(x.narrow(1, 5, 7), { cache, absorbUpTo }).values()
           assertClose('after truncation', again.subarray(0, 48), whole.subarray(5 * 24, 7 * 24), {
@@ -200,7 +200,7 @@ describe('decoding over the latent cache', () => {
     }
   }
 
-  test('a bf16 cache stores the rows of an f32 cache rounded, and both forms read them alike', async () => {
+  test('a bf16 cache stores the rounded rows of an f32 cache, and gives the same outputs absorbed and expanded', async () => {
     const random = new Random(9)
     const mla = new MultiHeadLatentAttention(base, { random, std: 0.3 })
     const x = randn([2, 9, 24], random)
@@ -224,7 +224,7 @@ describe('decoding over the latent cache', () => {
     const expanded = await decode('bf16', 0)
     assertClose('rows', absorbed.stored, decodeHost('bf16', encodeHost('bf16', exact.stored)), tolerances.exact)
     assertClose('both forms', absorbed.rows, expanded.rows, { relative: 1e-5, absolute: 1e-6 })
-    // The rows have 8 significant bits: the output differs from the exact one by no more than that allows.
+    // The rows have 8 significant bits, which bounds the difference of the output.
     expect(absorbed.rows).not.toEqual(exact.rows)
     assertClose('output', absorbed.rows, whole.subarray(9 * 24), { relative: 2 ** -7, absolute: 2 ** -7 })
   })
@@ -234,7 +234,7 @@ describe('decoding over the latent cache', () => {
     const mla = new MultiHeadLatentAttention(base, { random, std: 0.3 })
     const a = randn([1, 6, 24], random)
     const b = randn([1, 3, 24], random)
-    const lone = async (x: Tensor) => (await mla.forward(x).values()).slice(-24)
+    const alone = async (x: Tensor) => (await mla.forward(x).values()).slice(-24)
     const cache = new LatentCache(base, { layers: 1, batch: 2 })
     // Row b is padded with tokens that are truncated afterwards.
     const filled = fromHost(
@@ -255,12 +255,12 @@ describe('decoding over the latent cache', () => {
       'f32',
     )
     const out = await mla.forward(last, { cache }).values()
-    assertClose('long row', out.slice(0, 24), await lone(a), { relative: 1e-5, absolute: 1e-6 })
-    assertClose('short row', out.slice(24), await lone(b), { relative: 1e-5, absolute: 1e-6 })
+    assertClose('long row', out.slice(0, 24), await alone(a), { relative: 1e-5, absolute: 1e-6 })
+    assertClose('short row', out.slice(24), await alone(b), { relative: 1e-5, absolute: 1e-6 })
     cache.dispose()
   })
 
-  test('absorbed weights follow a change of kv_b_proj', async () => {
+  test('absorbed weights are recomputed after a change of kv_b_proj', async () => {
     const random = new Random(6)
     const mla = new MultiHeadLatentAttention(base, { random, std: 0.3, rotary: new RotaryEmbedding(base) })
     const x = randn([1, 2, 24], random)

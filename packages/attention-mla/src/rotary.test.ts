@@ -27,10 +27,10 @@ test('first(n) equals at() for the first n positions', async () => {
   }
 })
 
-describe('settings that would give NaN everywhere are rejected', () => {
+describe('settings that would give NaN are rejected', () => {
   const yarn = { type: 'yarn', factor: 4, original_max_position_embeddings: 16 } as const
   const cases: ReadonlyArray<[string, object, RegExp]> = [
-    ['another kind of scaling', { rope_scaling: { ...yarn, type: 'linear' } }, /type = "linear" is not "yarn"/],
+    ['another type of scaling', { rope_scaling: { ...yarn, type: 'linear' } }, /type = "linear" is not "yarn"/],
     ['a factor of 0', { rope_scaling: { ...yarn, factor: 0 } }, /factor = 0 is not/],
     [
       'no original length',
@@ -40,10 +40,10 @@ describe('settings that would give NaN everywhere are rejected', () => {
     ['a base of 0', { rope_theta: 0 }, /rope_theta = 0 is not/],
   ]
   test.each(cases)('%s', (_, changed, message) => {
-    const refused = expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
-    expect(() => new MultiHeadLatentAttention({ ...config, ...changed } as MlaConfig)).toThrow(refused)
-    expect(() => new MultiHeadAttention({ hidden_size: 8, num_attention_heads: 2, ...changed })).toThrow(refused)
-    expect(() => new RotaryEmbedding({ ...config, ...changed } as MlaConfig)).toThrow(refused)
+    const configError = expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
+    expect(() => new MultiHeadLatentAttention({ ...config, ...changed } as MlaConfig)).toThrow(configError)
+    expect(() => new MultiHeadAttention({ hidden_size: 8, num_attention_heads: 2, ...changed })).toThrow(configError)
+    expect(() => new RotaryEmbedding({ ...config, ...changed } as MlaConfig)).toThrow(configError)
   })
 })
 

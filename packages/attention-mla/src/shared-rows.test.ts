@@ -38,16 +38,16 @@ describe.each(Object.entries(layers))('%s', (_, layer) => {
         1,
       ),
     )
-    const shared = await run(() => layer.forward(concat(texts, 1), { starts }))
-    const seen = await run(() => layer.forward(concat(texts, 1)))
+    const packed = await run(() => layer.forward(concat(texts, 1), { starts }))
+    const withoutStarts = await run(() => layer.forward(concat(texts, 1)))
     // Rotation angles are rounded to f32, and differ between positions.
     const close = { relative: 1e-5, absolute: 1e-6 }
-    assertClose('output', shared.out, alone.out, close)
+    assertClose('output', packed.out, alone.out, close)
     for (const [i, { name }] of namedParameters(layer).entries()) {
-      const [own, expected] = [shared.gradients[i], alone.gradients[i]]
+      const [own, expected] = [packed.gradients[i], alone.gradients[i]]
       if (own === undefined || expected === undefined) throw new Error(`${name} has no gradient`)
       assertClose(name, own, expected, tolerances.gradient)
     }
-    expect(() => assertClose('seen', seen.out, alone.out, close)).toThrow()
+    expect(() => assertClose('without starts', withoutStarts.out, alone.out, close)).toThrow()
   })
 })

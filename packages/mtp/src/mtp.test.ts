@@ -59,7 +59,7 @@ const rows = (tokens: number[], documents = tokens.map(() => 0)) => ({
   length: tokens.length,
 })
 
-test('targets: the last `shift` positions of every document have no loss', () => {
+test('the last `shift` positions of every document have no loss', () => {
   const batch = rows([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 1, 1])
   expect(shiftTokens(batch, 5, 1)).toEqual({
     ids: Int32Array.of(2, 3, 4, 5, 6),
@@ -75,7 +75,7 @@ test('targets: the last `shift` positions of every document have no loss', () =>
   expect(() => shiftTokens(batch, 6, 2)).toThrow(/cannot be shifted/)
 })
 
-test('padding has no loss, whether its negative numbers repeat or not', () => {
+test('padding has no loss, whether its negative document numbers repeat or not', () => {
   for (const padding of [
     [-1, -1, -1],
     [-1, -2, -3],
@@ -86,7 +86,7 @@ test('padding has no loss, whether its negative numbers repeat or not', () => {
   }
 })
 
-test('rows whose arrays have the wrong length, and losses without modules, are rejected', () => {
+test('rows with arrays of the wrong length or invalid sizes, flat inputs and empty lists of modules are rejected', () => {
   const batch = { ...rows([1, 2, 3, 4]), rows: 2 }
   expect(() => shiftTokens(batch, 3, 1)).toThrow(expect.objectContaining({ code: 'E_SHAPE' }))
   expect(() => shiftTokens(rows([1, 2, 3, 4], [0, 0, 0]), 3, 1)).toThrow(/4 tokens and 3 documents/)
@@ -123,7 +123,7 @@ test('a module without embedding, head or block, or with an invalid epsilon, is 
   )
 })
 
-test('keys are those of the released layer, without the shared parts', () => {
+test('the state dict has the keys of the released layer, without the shared parts', () => {
   const { modules } = make(1)
   expect(stateDict(modules[0]).map(({ name }) => name)).toEqual([
     'enorm.weight',
@@ -134,18 +134,18 @@ test('keys are those of the released layer, without the shared parts', () => {
   ])
 })
 
-test('eh_proj takes the embedding first', async () => {
+test('the input of eh_proj is the embedding, then the hidden state', async () => {
   const { modules, embedding, random } = make(1)
   const [module] = modules
   const hidden = randn([1, 1, 4], random)
   const id = shiftTokens(rows([3]), 1, 0).ids
   const ids = fromHost(id, [1, 1], 'i32')
-  const both = concat([module.enorm.forward(embedding.forward(ids)), module.hnorm.forward(hidden)], 2)
-  const expected = module.block.forward(module.eh_proj.forward(both), {})
+  const combined = concat([module.enorm.forward(embedding.forward(ids)), module.hnorm.forward(hidden)], 2)
+  const expected = module.block.forward(module.eh_proj.forward(combined), {})
   assertClose('hidden', await module.forward(hidden, ids, {}).values(), await expected.values(), tolerances.exact)
 })
 
-test('the causal chain: depth k at position i sees no token beyond i + k', async () => {
+test('the prediction of depth k at position i depends on no token beyond i + k', async () => {
   const { modules, head, random } = make(2)
   const hidden = randn([1, 4, 4], random)
   const lossAt = (tokens: number[]) => mtpLoss(modules, hidden, rows(tokens), head.weight, {})
@@ -161,34 +161,34 @@ test('embedding and head accumulate the gradients of all uses', async () => {
   const hidden = randn([1, 4, 4], random)
   const { loss, perDepth } = mtpLoss(modules, hidden, rows([1, 2, 3, 4, 5, 6, 7]), head.weight, {})
   expect(await loss.detach().item()).toBeCloseTo(((await perDepth[0].item()) + (await perDepth[1].item())) / 2, 6)
-  const [byHead, byEmbedding] = gradients(loss, [head.weight, embedding.weight], { retainGraph: true })
+  const [headGradient, embeddingGradient] = gradients(loss, [head.weight, embedding.weight], { retainGraph: true })
   backward(loss)
   assertClose(
     'head',
     await (head.weight.grad as Tensor).values(),
-    await (byHead as Tensor).values(),
+    await (headGradient as Tensor).values(),
     tolerances.elementwise,
   )
-  // Depth 1 looks up tokens 1..4 places ahead (2, 3, 4, 5), depth 2 (3, 4, 5, 6).
-  const rowsUsed = Array.from(await (byEmbedding as Tensor).abs().sum(1).values(), x => x > 0)
+  // Depth 1 embeds the tokens 2 to 5, depth 2 the tokens 3 to 6.
+  const rowsUsed = Array.from(await (embeddingGradient as Tensor).abs().sum(1).values(), x => x > 0)
   expect(rowsUsed).toEqual([false, false, true, true, true, true, true, false, false])
 })
 
-test('detached training changes only the modules', async () => {
+test('with detached: true, only the modules get gradients', async () => {
   const { modules, head, embedding, random } = make(2)
   const hidden = randn([1, 4, 4], random)
   hidden.tracked = true
   const tokens = rows([1, 2, 3, 4, 5, 6, 7])
   const joint = mtpLoss(modules, hidden, tokens, head.weight, {})
-  const alone = mtpLoss(modules, hidden, tokens, head.weight, {}, { detached: true })
-  expect(await alone.loss.detach().item()).toBe(await joint.loss.detach().item())
+  const detached = mtpLoss(modules, hidden, tokens, head.weight, {}, { detached: true })
+  expect(await detached.loss.detach().item()).toBe(await joint.loss.detach().item())
   const all = gradients(joint.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
   expect(all.map(gradient => gradient !== null)).toEqual([true, true, true, true])
-  const some = gradients(alone.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
-  expect(some.map(gradient => gradient !== null)).toEqual([false, false, false, true])
+  const own = gradients(detached.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
+  expect(own.map(gradient => gradient !== null)).toEqual([false, false, false, true])
 })
 
-test('unknown settings are rejected', () => {
+test('unknown options are rejected', () => {
   const { modules, head, random } = make(1)
   const [module] = modules
   const hidden = randn([1, 2, 4], random)
@@ -206,7 +206,7 @@ test('unknown settings are rejected', () => {
 })
 
 test.each([false, true])(
-  'depths one by one are the losses and gradients of all together, detached %s',
+  'mtpDepthLoss for each depth gives the losses and gradients of mtpLoss, detached %s',
   async detached => {
     const { modules, head, embedding, random } = make(2)
     const hidden = randn([2, 4, 4], random)
@@ -226,13 +226,13 @@ test.each([false, true])(
     const of = [hidden, head.weight, embedding.weight, ...modules.map(({ eh_proj }) => eh_proj.weight)]
     const values = (gradients: ReadonlyArray<Tensor | null>) =>
       Promise.all(gradients.map(gradient => gradient?.values()))
-    const apart = await values(gradients(first.add(second).mul(0.5), of))
-    expect(apart).toEqual(await values(gradients(all.loss, of)))
-    expect(apart.map(gradient => gradient !== undefined)).toEqual([!detached, !detached, !detached, true, true])
+    const separate = await values(gradients(first.add(second).mul(0.5), of))
+    expect(separate).toEqual(await values(gradients(all.loss, of)))
+    expect(separate.map(gradient => gradient !== undefined)).toEqual([!detached, !detached, !detached, true, true])
   },
 )
 
-test('separate embedding and head: released keys, and no gradient for the main ones', async () => {
+test('a separate embedding and head have the released keys, and those of the main model get no gradient', async () => {
   const { modules, head, embedding, random } = make(1, true)
   expect(stateDict(modules[0]).map(({ name }) => name)).toEqual([
     'enorm.weight',
@@ -249,20 +249,20 @@ test('separate embedding and head: released keys, and no gradient for the main o
   expect(found.map(gradient => gradient !== null)).toEqual([false, false, true, true])
 })
 
-test('acceptance: the draft of depth k at position i against the main model at position i + k', async () => {
+test('mtpAcceptance compares the draft of depth k at position i with the main model at position i + k', async () => {
   const { modules, head, random } = make(2)
   const hidden = randn([2, 6, 4], random)
   const [length, time] = [9, 6]
   const tokens = Int32Array.from({ length: 2 * length }, (_, i) => (i * 5) % 9)
   // Row 1 changes document after its fourth token.
   const documents = Int32Array.from({ length: 2 * length }, (_, i) => (i >= length + 4 ? 1 : 0))
-  const given = { tokens, documents, rows: 2, length }
+  const batch = { tokens, documents, rows: 2, length }
   const best = async (logits: Tensor) => Array.from(await logits.topk(1).indices.values())
   const main = await best(head.forward(hidden))
   const drafts: number[][] = []
   let state = hidden
   for (const [k, module] of modules.entries()) {
-    state = module.normalize(module.forward(state, fromHost(shiftTokens(given, time, k + 1).ids, [2, time], 'i32'), {}))
+    state = module.normalize(module.forward(state, fromHost(shiftTokens(batch, time, k + 1).ids, [2, time], 'i32'), {}))
     drafts.push(await best(module.score(state)))
   }
   const expected = [1, 2].map(depth => {
@@ -278,7 +278,7 @@ test('acceptance: the draft of depth k at position i against the main model at p
     }
     return { individual: individual / positions, cumulative: cumulative / positions }
   })
-  const found = mtpAcceptance(modules, hidden, given, head.weight, {})
+  const found = mtpAcceptance(modules, hidden, batch, head.weight, {})
   for (const [k, { individual, cumulative }] of expected.entries()) {
     expect(await found.individual[k].item()).toBeCloseTo(individual, 6)
     expect(await found.cumulative[k].item()).toBeCloseTo(cumulative, 6)
@@ -300,7 +300,7 @@ test('drafts of a module that repeats the main model are always accepted', async
   expect(await individual[0].item()).toBe(1)
 })
 
-test('acceptance does not keep the logits of all positions in memory at once', async () => {
+test('mtpAcceptance does not keep the logits of all positions in memory at once', async () => {
   const { modules, random } = make(1)
   const [vocabulary, time] = [300, 1024]
   const weight = randn([vocabulary, 4], random)

@@ -33,8 +33,8 @@ setDefaultBackend(referenceBackend())
 
 const [sequences, time, experts, topK, devices, limit] = [2, 5, 8, 3, 4, 2]
 
-/** The formulas of the V2 report (eq. 23-31), in loops, for one sequence of affinities and choices. */
-function byHand(scores: number[][], chosen: number[][]) {
+/** The formulas of the V2 report (eq. 23-31) as loops, for the affinities and choices of one sequence. */
+function expectedLosses(scores: number[][], chosen: number[][]) {
   const tokens = scores.length
   const f = Array.from({ length: experts }, (_, i) => {
     const count = chosen.filter(ids => ids.includes(i)).length
@@ -42,13 +42,13 @@ function byHand(scores: number[][], chosen: number[][]) {
   })
   const p = f.map((_, i) => scores.reduce((sum, row) => sum + row[i], 0) / tokens)
   const size = experts / devices
-  const of = (values: number[], d: number) => values.slice(d * size, (d + 1) * size).reduce((a, b) => a + b, 0)
+  const sumOfDevice = (values: number[], d: number) => values.slice(d * size, (d + 1) * size).reduce((a, b) => a + b, 0)
   const ids = Array.from({ length: devices }, (_, d) => d)
   const sent = ids.map(d => chosen.filter(row => row.some(i => Math.floor(i / size) === d)).length)
   return {
     expert: f.reduce((sum, x, i) => sum + x * p[i], 0),
-    device: ids.reduce((sum, d) => sum + (of(f, d) / size) * of(p, d), 0),
-    communication: ids.reduce((sum, d) => sum + (devices / (limit * tokens)) * sent[d] * of(p, d), 0),
+    device: ids.reduce((sum, d) => sum + (sumOfDevice(f, d) / size) * sumOfDevice(p, d), 0),
+    communication: ids.reduce((sum, d) => sum + (devices / (limit * tokens)) * sent[d] * sumOfDevice(p, d), 0),
   }
 }
 
@@ -57,7 +57,7 @@ const logits = randn([sequences * time, experts], random)
 const rows = (values: ArrayLike<number>, width: number) =>
   Array.from({ length: values.length / width }, (_, row) => Array.from(values).slice(row * width, (row + 1) * width))
 
-/** Affinities with gradients, and the K best of each token. */
+/** Tracked affinities, and the top K of each token. */
 function pass() {
   const leaf = logits.mul(1)
   leaf.tracked = true
@@ -74,28 +74,28 @@ const losses = {
 
 describe('losses of V2', () => {
   for (const name of ['expert', 'device', 'communication'] as const) {
-    test(`${name}: the value of the formula, per sequence, and with padding left out`, async () => {
-      const given = pass()
-      const scores = rows(await given.scores.values(), experts)
-      const chosen = rows(await given.indices.values(), topK)
-      const part = (from: number, to: number) => byHand(scores.slice(from, to), chosen.slice(from, to))[name]
-      const loss = losses[name](given)
+    test(`${name}: the value is that of the formula, averaged over sequences, without padding`, async () => {
+      const routing = pass()
+      const scores = rows(await routing.scores.values(), experts)
+      const chosen = rows(await routing.indices.values(), topK)
+      const part = (from: number, to: number) => expectedLosses(scores.slice(from, to), chosen.slice(from, to))[name]
+      const loss = losses[name](routing)
       expect(await loss.detach().item()).toBeCloseTo((part(0, time) + part(time, 2 * time)) / 2, 5)
       // The last two tokens of the second sequence are padding.
       const mask = tensor([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
-      const masked = losses[name]({ ...given, mask } as never)
+      const masked = losses[name]({ ...routing, mask } as never)
       expect(await masked.detach().item()).toBeCloseTo((part(0, time) + part(time, 2 * time - 2)) / 2, 5)
     })
 
-    test(`${name}: the gradient is that of the affinities with the frequencies held`, async () => {
-      const given = pass()
-      const at = Array.from(await given.scores.values())
-      const chosen = rows(await given.indices.values(), topK)
-      const [found] = gradients(losses[name](given), [given.scores])
+    test(`${name}: the gradient is that of the affinities with constant frequencies`, async () => {
+      const routing = pass()
+      const at = Array.from(await routing.scores.values())
+      const chosen = rows(await routing.indices.values(), topK)
+      const [found] = gradients(losses[name](routing), [routing.scores])
       const value = (scores: number[]) => {
         const all = rows(scores, experts)
         const [a, b] = [0, time].map(
-          from => byHand(all.slice(from, from + time), chosen.slice(from, from + time))[name],
+          from => expectedLosses(all.slice(from, from + time), chosen.slice(from, from + time))[name],
         )
         return (a + b) / 2
       }
@@ -113,10 +113,10 @@ describe('losses of V2', () => {
       Int32Array.from({ length: 16 }, (_, i) => (i % 2 === 0 ? i / 2 : (Math.floor(i / 2) + 4) % 8)),
       [8, 2],
     )
-    const even = { scores, indices, sequences: 1 }
-    expect(await expertBalanceLoss(even).item()).toBeCloseTo(1, 6)
-    expect(await deviceBalanceLoss(even, 4).item()).toBeCloseTo(1, 6)
-    expect(await communicationBalanceLoss(even, 4, 2).item()).toBeCloseTo(1, 6)
+    const balanced = { scores, indices, sequences: 1 }
+    expect(await expertBalanceLoss(balanced).item()).toBeCloseTo(1, 6)
+    expect(await deviceBalanceLoss(balanced, 4).item()).toBeCloseTo(1, 6)
+    expect(await communicationBalanceLoss(balanced, 4, 2).item()).toBeCloseTo(1, 6)
   })
 
   test('the sequence-wise loss excludes padding', async () => {
@@ -192,19 +192,19 @@ describe('balancers', () => {
   test('rejects what is not a balancer, or would update a bias that does not exist', () => {
     const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
     const factory = auxFree as unknown as Balancer
-    const refused = (message: RegExp) =>
+    const configError = (message: RegExp) =>
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
-    const function_ = /the balancer is the function auxFree; pass the result of a function such as auxFree\(\)/
-    expect(() => new MoELayer(config, { balancer: factory })).toThrow(refused(function_))
-    expect(() => combineBalancers(sequenceWise(), factory)).toThrow(refused(function_))
+    const isFunction = /the balancer is the function auxFree; pass the result of a function such as auxFree\(\)/
+    expect(() => new MoELayer(config, { balancer: factory })).toThrow(configError(isFunction))
+    expect(() => combineBalancers(sequenceWise(), factory)).toThrow(configError(isFunction))
     const greedy = { ...config, topk_method: 'greedy' } as const
     for (const balancer of [auxFree(), combineBalancers(auxFree(), sequenceWise())])
-      expect(() => new MoELayer(greedy, { balancer })).toThrow(refused(/but topk_method "greedy" has none/))
+      expect(() => new MoELayer(greedy, { balancer })).toThrow(configError(/but topk_method "greedy" has none/))
     for (const balancer of [expertLevel(), combineBalancers(expertLevel(), sequenceWise()), noBalance()])
       expect(new MoELayer(greedy, { balancer }).balancer).toBe(balancer)
   })
 
-  test('factors that are not numbers are rejected before they reach a loss or a bias', async () => {
+  test('factors that are not finite numbers are rejected before they change a loss or a bias', async () => {
     for (const wrong of [Number.NaN, Number.POSITIVE_INFINITY, '1e-4', () => Number.NaN, () => undefined] as number[]) {
       await expect(lossOf(sequenceWise({ alpha: wrong }))).rejects.toThrow(/the factor at step \d+ is /)
       const layer = new MoELayer(config, { balancer: auxFree({ speed: wrong }) })
@@ -252,7 +252,7 @@ describe('balancers', () => {
     expect(await Promise.all(seen.map(loss => loss.item()))).toEqual([0, 0])
   })
 
-  test('γ follows its schedule, plain and recentred', async () => {
+  test('the speed of the bias follows its schedule, also with centered biases', async () => {
     const layer = new MoELayer(config, {
       random: new Random(4),
       std: 0.5,
@@ -275,14 +275,14 @@ describe('balancers', () => {
     layer.rebalance({ step: 0 })
     expect(await biases()).not.toEqual(second)
 
-    const recentred = new MoELayer(config, {
+    const centered = new MoELayer(config, {
       random: new Random(4),
       std: 0.5,
       balancer: auxFree({ center: true, speed: 1 }),
     })
-    recentred.forward(x, { training: true })
-    recentred.rebalance()
-    const values = Array.from(await (recentred.gate.e_score_correction_bias as Tensor).values())
+    centered.forward(x, { training: true })
+    centered.rebalance()
+    const values = Array.from(await (centered.gate.e_score_correction_bias as Tensor).values())
     expect(values.reduce((a, b) => a + b, 0)).toBeCloseTo(0, 5)
     expect(Math.max(...values)).toBeGreaterThan(0)
   })
@@ -296,7 +296,7 @@ describe('balancers', () => {
     expect(load.reduce((a, b) => a + b, 0)).toBe(7 * 2)
     layer.updateBias({ speed: 0 })
     expect(layer.load).toBeNull()
-    // Only the counted tokens, which have the same loads.
+    // A pass over the counted tokens only has the same loads.
     layer.forward(
       x
         .reshape([12, 8])

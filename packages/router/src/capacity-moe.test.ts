@@ -28,7 +28,7 @@ const make = (changes: Partial<CapacityMoEConfig>) =>
   new CapacityMoE({ ...config, ...changes }, { random: new Random(3), std: 1 })
 
 describe('capacity', () => {
-  const fits = async (indices: number[][], capacity: number, mask?: number[]) => {
+  const keptChoices = async (indices: number[][], capacity: number, mask?: number[]) => {
     const ids = tensor(Int32Array.from(indices.flat()), [indices.length, indices[0].length])
     return Array.from(
       await withinCapacity(
@@ -40,12 +40,12 @@ describe('capacity', () => {
     )
   }
   test('earlier tokens go first', async () => {
-    expect(await fits([[0], [0], [1], [0], [1]], 2)).toEqual([1, 1, 1, 0, 1])
+    expect(await keptChoices([[0], [0], [1], [0], [1]], 2)).toEqual([1, 1, 1, 0, 1])
   })
   test('first choices go before second ones', async () => {
     // Expert 1 is the first choice of tokens 1 and 2, and the second choice of token 0, which has the lowest priority.
     expect(
-      await fits(
+      await keptChoices(
         [
           [0, 1],
           [1, 0],
@@ -61,17 +61,17 @@ describe('capacity', () => {
       [0, 1],
       [2, 1],
     ]
-    expect(await fits(indices, 1, [1, 0, 1, 1, 1, 1])).toEqual([1, 0, 0, 1, 1, 0])
+    expect(await keptChoices(indices, 1, [1, 0, 1, 1, 1, 1])).toEqual([1, 0, 0, 1, 1, 0])
   })
   test('padding takes no capacity', async () => {
-    expect(await fits([[0], [0], [0], [0]], 2, [0, 1, 0, 1])).toEqual([0, 1, 0, 1])
+    expect(await keptChoices([[0], [0], [0], [0]], 2, [0, 1, 0, 1])).toEqual([0, 1, 0, 1])
   })
 })
 
 for (const router of ['switch', 'gshard'] as const) {
   const topK = router === 'gshard' ? 2 : 1
 
-  test(`${router}: output and auxiliary loss of the published formulas; nothing is dropped in evaluation`, async () => {
+  test(`${router}: output and auxiliary loss are those of the published formulas, and evaluation drops nothing`, async () => {
     const layer = make({ router })
     const x = randn([2, 5, 4], new Random(8))
     let loss: Tensor | null = null
@@ -107,8 +107,8 @@ for (const router of ['switch', 'gshard'] as const) {
     assertClose('output', out, expectedOut, tolerances.sum)
   })
 
-  test(`${router}: what exceeds the capacity is dropped in training, counted, and gives no gradient to its expert`, async () => {
-    // All tokens are alike, so all choose the same experts; an even share of 6 * K choices over 3 experts fits each.
+  test(`${router}: training drops and counts choices beyond the capacity, which give no gradient to the expert`, async () => {
+    // All tokens are equal and choose the same experts. Each expert has a capacity of a third of the 6 * K choices.
     const layer = make({ router, second_expert: 'always' })
     const x = tensor(
       Float32Array.from({ length: 24 }, (_, i) => [0.5, -1, 0.25, 1][i % 4]),
@@ -135,10 +135,10 @@ describe("GShard's random second experts", () => {
   const [tokens, hidden] = [400, 4]
   const x = randn([2, tokens / 2, hidden], new Random(12))
   // Enough capacity for everything, so that only the random draw removes second experts.
-  const roomy = () => make({ capacity_factor: 3 })
+  const withCapacity = () => make({ capacity_factor: 3 })
 
-  test('the second expert is used with probability min(1, 2 g), drawn from the layer stream', async () => {
-    const layer = roomy()
+  test("are used with probability min(1, 2 g), drawn from the layer's stream", async () => {
+    const layer = withCapacity()
     const { seed, stream, position } = layer.random
     const drawn = new Random(seed, stream, position).uniform(tokens)
     const exp = x.reshape([tokens, hidden]).matmul(layer.weight.detach(), { transposeB: true }).exp()
@@ -163,14 +163,14 @@ describe("GShard's random second experts", () => {
     expect(Math.abs(count - mean)).toBeLessThan(4 * deviation)
   })
 
-  test('the same seed draws the same, each pass differs, and a recomputed pass repeats its draws', async () => {
+  test('are the same for the same seed and in a recomputed pass, and differ between passes', async () => {
     const run = (layer: CapacityMoE) => layer.forward(x, { training: true })
-    const [a, b] = [roomy(), roomy()]
+    const [a, b] = [withCapacity(), withCapacity()]
     const first = await run(a).values()
     expect(await run(b).values()).toEqual(first)
     expect(await run(a).values()).not.toEqual(first)
     const position = a.random.position
-    const c = roomy()
+    const c = withCapacity()
     run(c)
     backward(run(b).sum())
     backward(checkpoint(h => c.forward(h, { training: true }), x).sum())
@@ -190,12 +190,15 @@ test('invalid sizes are rejected', () => {
   expect(() => make({ router: 'hash' as 'switch' })).toThrow(/router = "hash" is not one of switch, gshard/)
 })
 
-test.each(['switch', 'gshard'] as const)('%s: no tokens give no tokens, and a loss of 0', async router => {
-  const losses: Tensor[] = []
-  const out = make({ router }).forward(zeros([1, 0, config.hidden_size]), {
-    training: true,
-    onBalanceLoss: x => losses.push(x),
-  })
-  expect(out.shape).toEqual([1, 0, config.hidden_size])
-  expect(await losses[0].item()).toBe(0)
-})
+test.each(['switch', 'gshard'] as const)(
+  '%s: an input without tokens gives an empty output and a loss of 0',
+  async router => {
+    const losses: Tensor[] = []
+    const out = make({ router }).forward(zeros([1, 0, config.hidden_size]), {
+      training: true,
+      onBalanceLoss: x => losses.push(x),
+    })
+    expect(out.shape).toEqual([1, 0, config.hidden_size])
+    expect(await losses[0].item()).toBe(0)
+  },
+)

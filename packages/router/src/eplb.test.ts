@@ -9,7 +9,7 @@ const loads = [
 ]
 const cluster = { replicas: 16, groups: 4, nodes: 2, gpus: 8 }
 
-test('the placement of the EPLB README', () => {
+test('gives the placements of the EPLB README', () => {
   const placements = loads.map(load => placeExperts(load, cluster))
   expect(placements.map(({ physicalToLogical }) => physicalToLogical)).toEqual([
     [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
@@ -24,7 +24,7 @@ test('the placement of the EPLB README', () => {
   expect(gpuImbalance(loads[1], placements[1], 8)).toBeCloseTo(1.2422, 4)
 })
 
-test('if groups do not divide evenly, placement is global: every expert once, busy ones more often, GPUs full', () => {
+test('places experts globally if nodes do not divide the groups', () => {
   const placement = placeExperts(loads[0], { ...cluster, groups: 3 })
   expect(new Set(placement.physicalToLogical)).toEqual(new Set(loads[0].keys()))
   expect(placement.physicalToLogical.length).toBe(16)
@@ -32,11 +32,11 @@ test('if groups do not divide evenly, placement is global: every expert once, bu
   expect(gpuImbalance(loads[0], placement, 8)).toBeLessThan(1.2081)
 })
 
-test('one place per expert and GPU gives the identity', () => {
+test('is the identity with as many GPUs and replicas as experts', () => {
   expect(placeExperts([3, 1, 2], { replicas: 3, gpus: 3 }).physicalToLogical).toEqual([0, 1, 2])
 })
 
-test('all numbers that do not divide are reported', () => {
+test('reports all invalid sizes and loads', () => {
   expect(() => placeExperts(loads[0], { replicas: 10, groups: 5, gpus: 4 })).toThrow(
     /replicas = 10 is less than the number of experts, 12; gpus = 4 does not divide replicas = 10; groups = 5 does not divide 12/,
   )
@@ -46,7 +46,7 @@ test('all numbers that do not divide are reported', () => {
   expect(() => placeExperts([1, Number.NaN], { replicas: 2, gpus: 1 })).toThrow('the load of expert 1 is null')
 })
 
-test('any loads on any cluster: every expert has a place, every GPU is full, groups stay on their node, no copy is given to the wrong expert', () => {
+test('for random loads and clusters, places every expert, fills every GPU, keeps groups on one node, and copies the busiest experts', () => {
   const random = new Random(7)
   const from = <T>(values: readonly T[]) => values[random.integer(values.length)]
   for (let trial = 0; trial < 60; trial++) {

@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest'
 import { LoadMonitor, summarizeLoad } from './index.ts'
 
-test('if single steps are uneven but their sum is even, batch MaxVio is high and global MaxVio 0', () => {
+test('batch MaxVio is high and global MaxVio 0 if single steps are imbalanced but their sum is balanced', () => {
   const monitor = new LoadMonitor({ topK: 1, groups: 2 })
   monitor.record('1', [8, 0, 0, 0])
   monitor.record('1', [0, 8, 0, 0])
@@ -21,23 +21,23 @@ test('if single steps are uneven but their sum is even, batch MaxVio is high and
   expect(report.effectiveExperts).toBeCloseTo(4, 10)
 })
 
-test('verdicts: collapse onto K experts, dead experts, one busy expert', () => {
-  const judge = (load: number[], topK = 2) => {
+test('the verdict is collapsed, uneven or balanced', () => {
+  const verdictOf = (load: number[], topK = 2) => {
     const monitor = new LoadMonitor({ topK })
     monitor.record('x', load)
     return monitor.verdict
   }
-  expect(judge([50, 50, 0, 0, 0, 0, 0, 0])).toBe('collapsed')
-  expect(judge([50, 49, 1, 0, 0, 0, 0, 0])).toBe('collapsed')
-  expect(judge([30, 30, 40, 0, 0, 0, 0, 0])).toBe('collapsed')
-  expect(judge([30, 10, 10, 10, 10, 10, 10, 10])).toBe('uneven')
-  expect(judge([11, 10, 9, 10, 11, 10, 9, 10])).toBe('balanced')
+  expect(verdictOf([50, 50, 0, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(verdictOf([50, 49, 1, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(verdictOf([30, 30, 40, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(verdictOf([30, 10, 10, 10, 10, 10, 10, 10])).toBe('uneven')
+  expect(verdictOf([11, 10, 9, 10, 11, 10, 9, 10])).toBe('balanced')
   // With nothing to choose or nothing counted, the verdict is balanced.
-  expect(judge([5, 5], 2)).toBe('balanced')
-  expect(judge([0, 0, 0, 0])).toBe('balanced')
+  expect(verdictOf([5, 5], 2)).toBe('balanced')
+  expect(verdictOf([0, 0, 0, 0])).toBe('balanced')
 })
 
-test('the worst layer decides, and steps outside the window are dropped', () => {
+test('the verdict is that of the worst layer, over the steps in the window', () => {
   const monitor = new LoadMonitor({ topK: 1, window: 2 })
   monitor.record('a', [5, 5, 5, 5])
   monitor.record('b', [20, 0, 0, 0])

@@ -53,7 +53,7 @@ for (const name of [
   'v2-greedy',
   'v2-group-limited',
 ]) {
-  test(`the released MoE block: ${name}`, async () => {
+  test(`outputs, loads and gradients equal those of the released MoE block: ${name}`, async () => {
     const { config } = JSON.parse(readFileSync(fixture(`${name}.json`), 'utf8')) as { config: RouterConfig }
     await using file = await readSafetensors(fixture(`${name}.safetensors`))
     const layer = new MoELayer(config)
@@ -116,7 +116,7 @@ for (const name of [
   })
 }
 
-test('sequence-wise balance loss and its gradient', async () => {
+test('the sequence-wise balance loss and its gradient equal those of the reference', async () => {
   const { config, sequenceBalanceLoss: expected } = JSON.parse(readFileSync(fixture('v3.json'), 'utf8'))
   await using file = await readSafetensors(fixture('v3.safetensors'))
   const { shape, data } = await file.read('router_logits')
@@ -174,7 +174,7 @@ describe('balance', () => {
     expect(vio).toBeLessThan(0.1)
   })
 
-  test('MaxVio: 0 when uniform, N / K - 1 when collapsed', () => {
+  test('MaxVio is 0 for uniform loads, and N / K - 1 after a collapse', () => {
     expect(summarizeLoad([5, 5, 5, 5]).maxVio).toBe(0)
     expect(summarizeLoad([...new Array(8).fill(7), ...new Array(248).fill(0)]).maxVio).toBe(31)
     const collapsed = summarizeLoad([9, 9, 0, 0, 0, 0, 0, 0])
@@ -194,8 +194,8 @@ const config8: RouterConfig = {
   routed_scaling_factor: 2.5,
 }
 
-describe('counters', () => {
-  test('tokens times K are counted once in training, not in evaluation, once under recomputation', async () => {
+describe('recomputation', () => {
+  test('counts the loads of a training pass once, and evaluation does not count any', async () => {
     const random = new Random(8)
     const layer = new MoELayer(config8, { random, std: 0.5 })
     const x = randn([2, 5, 8], random)
@@ -214,7 +214,7 @@ describe('counters', () => {
     layer.updateBias()
   })
 
-  test('recomputation gives the same gradients', async () => {
+  test('gives the same gradients', async () => {
     const random = new Random(9)
     const layer = new MoELayer(config8, { random, std: 0.5 })
     const x = randn([1, 6, 8], random)
@@ -245,7 +245,7 @@ test('inputs without a batch axis, or of another size, are rejected', () => {
 
 describe('gates', () => {
   const attrs = routerAttrs(config8)
-  test('sum to the scaling factor, do not depend on the bias, and a common offset of all biases changes nothing', async () => {
+  test('sum to the scaling factor, and do not change with a common offset of all biases', async () => {
     const logits = randn([20, 8], new Random(1))
     const zero = routerTopk(logits, tensor(new Float32Array(8)), attrs)
     const shifted = routerTopk(logits, tensor(new Float32Array(8).fill(6.9)), attrs)
@@ -255,33 +255,33 @@ describe('gates', () => {
     expect(await shifted.weights.values()).toEqual(await zero.weights.values())
   })
 
-  test('differences of biases far below bf16 resolution still decide (the bias stays f32)', async () => {
+  test('depend on bias differences below the resolution of bf16, because the bias is f32', async () => {
     const logits = tensor(new Float32Array(8), [1, 8])
     const bias = tensor([6.9, 6.9001, 6.9, 6.9, 6.9, 6.9, 6.9, 6.9002])
     const { indices } = routerTopk(logits, bias, { ...attrs, groups: 1, topGroups: 1 })
     expect(Array.from(await indices.values())).toEqual([7, 1])
   })
 
-  test('all problems of a configuration are reported', () => {
+  test('report all problems of a configuration', () => {
     expect(() => new MoELayer({ ...config8, n_group: 3, num_experts_per_tok: 0 })).toThrow(
       /num_experts_per_tok = 0.*n_group = 3 does not divide/,
     )
     expect(() => new MoELayer({ ...config8, num_experts_per_tok: 5 })).toThrow(
       /exceeds the 4 experts of the kept groups/,
     )
-    const foreign = {
+    const invalid = {
       topk_method: 'hash',
       scoring_func: 'tanh',
       routed_scaling_factor: Number.NaN,
       n_shared_experts: -1,
     }
-    expect(() => new MoELayer({ ...config8, ...foreign } as unknown as RouterConfig)).toThrow(
+    expect(() => new MoELayer({ ...config8, ...invalid } as unknown as RouterConfig)).toThrow(
       /n_shared_experts = -1.*topk_method = "hash".*scoring_func = "tanh".*routed_scaling_factor = NaN/,
     )
   })
 })
 
-test('a copy of some experts has their weights, and is trained independently', async () => {
+test('a copy of some experts has their weights, and is independent of them', async () => {
   const { experts } = new MoELayer(
     { hidden_size: 4, moe_intermediate_size: 3, n_routed_experts: 4, num_experts_per_tok: 2 },
     { random: new Random(1) },
@@ -317,7 +317,7 @@ test('a copy of all experts leaves them as they are', async () => {
 
 test('missing configurations and options, and unknown names, are rejected', () => {
   const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
-  const make = (...given: unknown[]) => expect(() => new (MoELayer as new (...given: unknown[]) => MoELayer)(...given))
+  const make = (...args: unknown[]) => expect(() => new (MoELayer as new (...args: unknown[]) => MoELayer)(...args))
   make().toThrow('MoELayer: expected an options object, got undefined; pass an object: { hidden_size,')
   make({ ...config, n_shared_expert: 1 }).toThrow(
     'MoELayer: unknown option n_shared_expert; did you mean n_shared_experts?',
@@ -331,7 +331,7 @@ test('missing configurations and options, and unknown names, are rejected', () =
   disposeModule(layer)
 })
 
-test.each(['noaux_tc', 'greedy'] as const)('a layer with topk_method %s leaks nothing', method => {
+test.each(['noaux_tc', 'greedy'] as const)('a layer with topk_method %s leaks no tensors', method => {
   const backend = referenceBackend()
   const { handles } = backend.stats()
   const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }

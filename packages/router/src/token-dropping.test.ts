@@ -17,15 +17,15 @@ import { MoELayer, type RouterConfig, withinDeviceBudget } from './index.ts'
 setDefaultBackend(referenceBackend())
 
 /**
- * The rule in loops: devices keep their best choices up to the budget, and always those of undropped sequences, which
+ * The rule as loops: devices keep their best choices up to the budget, and always those of undropped sequences, which
  * count first.
  */
-function plainly(
+function expectedKept(
   scores: ArrayLike<number>,
   indices: ArrayLike<number>,
   sizes: { tokens: number; experts: number; topK: number; devices: number; factor: number },
   real: (token: number) => boolean,
-  spared: (token: number) => boolean,
+  undropped: (token: number) => boolean,
 ): number[] {
   const { tokens, experts, topK, devices, factor } = sizes
   const kept = new Array<number>(tokens * topK).fill(0)
@@ -33,7 +33,7 @@ function plainly(
   const budget = Math.ceil((factor * slots.length) / devices)
   for (let d = 0; d < devices; d++) {
     const affinity = (s: number) => scores[Math.floor(s / topK) * experts + indices[s]]
-    const always = (s: number) => spared(Math.floor(s / topK))
+    const always = (s: number) => undropped(Math.floor(s / topK))
     const queue = slots
       .filter(s => Math.floor(indices[s] / (experts / devices)) === d)
       .sort((a, b) => Number(always(b)) - Number(always(a)) || affinity(b) - affinity(a) || a - b)
@@ -47,46 +47,46 @@ function plainly(
 describe('the budget of a device', () => {
   const sizes = { tokens: 24, experts: 8, topK: 3, devices: 4, factor: 1 }
   const random = new Random(21)
-  // A common offset, so that some devices get far more choices than others.
+  // Offsets that give some devices far more choices than others.
   const logits = randn([24, 8], random).add(tensor([3, 2, 0, 0, -1, 1, 0, -2]))
   const scores = softmax(logits)
   const { indices } = scores.topk(3)
   const cases = [
-    { name: 'no padding, none spared', factor: 1, padding: [] as number[], spared: [] as number[] },
-    { name: 'a tighter budget', factor: 0.5, padding: [], spared: [] },
-    { name: 'padding', factor: 1, padding: [4, 5, 11, 23], spared: [] },
-    { name: 'a spared sequence', factor: 1, padding: [], spared: [1] },
-    { name: 'spared sequences beyond the budget, padding', factor: 0.5, padding: [0, 5, 13], spared: [0, 2, 3] },
+    { name: 'drops from all sequences', factor: 1, padding: [] as number[], undroppedRows: [] as number[] },
+    { name: 'has half the size with half the capacity factor', factor: 0.5, padding: [], undroppedRows: [] },
+    { name: 'does not count padding', factor: 1, padding: [4, 5, 11, 23], undroppedRows: [] },
+    { name: 'keeps all choices of an undropped sequence', factor: 1, padding: [], undroppedRows: [1] },
+    { name: 'may be exceeded by undropped sequences', factor: 0.5, padding: [0, 5, 13], undroppedRows: [0, 2, 3] },
   ]
-  test.each(cases)('$name', async ({ factor, padding, spared }) => {
+  test.each(cases)('$name', async ({ factor, padding, undroppedRows }) => {
     const mask = tensor(Float32Array.from({ length: 24 }, (_, t) => (padding.includes(t) ? 0 : 1)))
-    const undropped = tensor(Float32Array.from({ length: 4 }, (_, b) => (spared.includes(b) ? 1 : 0)))
+    const undropped = tensor(Float32Array.from({ length: 4 }, (_, b) => (undroppedRows.includes(b) ? 1 : 0)))
     const pass = {
       scores,
       indices,
       sequences: 4,
       mask: padding.length ? mask : undefined,
-      undropped: spared.length ? undropped : undefined,
+      undropped: undroppedRows.length ? undropped : undefined,
     }
     const kept = Array.from(await withinDeviceBudget(pass, { devices: 4, capacity_factor: factor }).values())
     const [s, i] = [await scores.values(), await indices.values()]
     const real = (t: number) => !padding.includes(t)
-    const expected = plainly(s, i, { ...sizes, factor }, real, t => spared.includes(Math.floor(t / 6)))
+    const expected = expectedKept(s, i, { ...sizes, factor }, real, t => undroppedRows.includes(Math.floor(t / 6)))
     expect(kept).toEqual(expected)
     expect(kept).toContain(0)
   })
 
-  test('nothing is dropped when the load is even', async () => {
-    const even = tensor(
+  test('drops nothing if the load is balanced', async () => {
+    const balanced = tensor(
       Int32Array.from({ length: 48 }, (_, s) => s % 8),
       [24, 2],
     )
-    const kept = withinDeviceBudget({ scores, indices: even, sequences: 4 }, { devices: 4 })
+    const kept = withinDeviceBudget({ scores, indices: balanced, sequences: 4 }, { devices: 4 })
     expect(await kept.sum().item()).toBe(48)
   })
 })
 
-describe('in the layer', () => {
+describe('a layer with token dropping', () => {
   const config: RouterConfig = {
     hidden_size: 8,
     moe_intermediate_size: 6,
@@ -127,21 +127,21 @@ describe('in the layer', () => {
     expect([layer.kept, layer.load]).toEqual([null, null])
   })
 
-  test('a dropped choice gives no gradient to its expert; recomputation counts once', async () => {
-    const [plain, again] = [make(0.4), make(0.4)]
+  test('has no gradient from dropped choices, and recomputation counts them once', async () => {
+    const [plain, recomputed] = [make(0.4), make(0.4)]
     backward(plain.forward(x, { training: true }).sum())
-    backward(checkpoint(h => again.forward(h, { training: true }), x).sum())
+    backward(checkpoint(h => recomputed.forward(h, { training: true }), x).sum())
     const of = async ({ grad }: Parameter) => (grad as Tensor).values()
-    assertClose('experts', await of(again.experts.down_proj), await of(plain.experts.down_proj), tolerances.sum)
-    assertClose('gate', await of(again.gate.weight), await of(plain.gate.weight), tolerances.sum)
-    expect(await (again.kept as Tensor).values()).toEqual(await (plain.kept as Tensor).values())
-    const nothing = make(1e-9)
+    assertClose('experts', await of(recomputed.experts.down_proj), await of(plain.experts.down_proj), tolerances.sum)
+    assertClose('gate', await of(recomputed.gate.weight), await of(plain.gate.weight), tolerances.sum)
+    expect(await (recomputed.kept as Tensor).values()).toEqual(await (plain.kept as Tensor).values())
+    const minimal = make(1e-9)
     // With a budget of one choice per device, all tokens but four get only the shared expert.
-    backward(nothing.forward(x, { training: true }).sum())
-    expect(Array.from(await (nothing.kept as Tensor).values())).toEqual([4])
+    backward(minimal.forward(x, { training: true }).sum())
+    expect(Array.from(await (minimal.kept as Tensor).values())).toEqual([4])
   })
 
-  test('devices must share the experts evenly', () => {
+  test('the number of devices must divide the number of experts', () => {
     const layer = new MoELayer(config, { dropping: { devices: 3 } })
     expect(() => layer.forward(x, { training: true })).toThrow(/8 experts are not divisible by 3 devices/)
   })

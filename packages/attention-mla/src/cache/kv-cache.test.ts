@@ -16,45 +16,45 @@ const config: MlaConfig = {
   v_head_dim: 5,
 }
 
-describe('sequences of a cache', () => {
-  test('start and end at any time and are replaced by others, each computed as if alone', async () => {
+describe('the sequences of a cache', () => {
+  test('may start, end and be replaced at any time, with the same outputs as alone', async () => {
     const random = new Random(1)
     const mla = new MultiHeadLatentAttention(config, { random, std: 0.3 })
     const texts = [randn([1, 9, 24], random), randn([1, 4, 24], random), randn([1, 6, 24], random)]
     const alone = await Promise.all(texts.map(x => mla.forward(x).values()))
     const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })
-    /** Which text is in each place of the batch, and how many of its tokens. */
-    const places = [
+    /** For each sequence of the batch, its text and the number of tokens processed. */
+    const sequences = [
       { text: 0, done: 0 },
       { text: 1, done: 0 },
     ]
     const step = async (counts: readonly number[]) => {
       const time = Math.max(...counts)
-      const rows = places.map(({ text, done }, i) => {
+      const rows = sequences.map(({ text, done }, i) => {
         const filling = zeros([1, time - counts[i], 24]).add(9)
         return concat([texts[text].narrow(1, done, done + counts[i]), filling], 1)
       })
       const out = await mla.forward(concat(rows, 0), { cache }).values()
       cache.advance(counts)
-      places.forEach((place, i) => {
+      sequences.forEach((sequence, i) => {
         const got = out.subarray(i * time * 24, (i * time + counts[i]) * 24)
-        const expected = alone[place.text].subarray(place.done * 24, (place.done + counts[i]) * 24)
-        assertClose(`text ${place.text}`, got, expected, { relative: 1e-5, absolute: 1e-6 })
-        place.done += counts[i]
+        const expected = alone[sequence.text].subarray(sequence.done * 24, (sequence.done + counts[i]) * 24)
+        assertClose(`text ${sequence.text}`, got, expected, { relative: 1e-5, absolute: 1e-6 })
+        sequence.done += counts[i]
       })
     }
     await step([5, 3])
     await step([1, 1])
     await step([1, 0]) // the second one has ended
     cache.truncate([Infinity, 0])
-    places[1] = { text: 2, done: 0 }
+    sequences[1] = { text: 2, done: 0 }
     await step([0, 5])
     await step([1, 1])
     expect([...cache.lengths]).toEqual([8, 6])
     cache.dispose()
   })
 
-  test('cannot advance beyond what was written, nor by anything but a number', () => {
+  test('cannot advance beyond the capacity, nor by anything but numbers', () => {
     const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 4 })
     cache.advance([1, 2])
     for (const time of [-1, 1.5, 3, [0, 3], [1], [1, 1, 1]]) {
@@ -83,7 +83,7 @@ test('an input with another number of sequences than the cache is rejected', () 
   own.dispose()
 })
 
-test('sizes of a cache are positive integers', () => {
+test('invalid sizes and dtypes of a cache are rejected', () => {
   expect(() => new LatentCache(config, { layers: 1, capacity: 0 })).toThrow(/capacity = 0 is not a positive integer/)
   const dtype = 'fp8' as 'bf16'
   expect(() => new LatentCache(config, { layers: 1, dtype })).toThrow(
@@ -100,14 +100,14 @@ test('an unknown layer, and a disposed cache, are reported', () => {
   expect(() => cache.rows(0)).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
 })
 
-test('a failed write leaves the rows unchanged', () => {
-  const whole = referenceBackend()
+test('after a failed write, the next one succeeds', () => {
+  const reference = referenceBackend()
   let full = false
-  const cast: typeof whole.primitives.cast = (...of) => {
+  const cast: typeof reference.primitives.cast = (...of) => {
     if (full) throw new Error('no memory')
-    return whole.primitives.cast(...of)
+    return reference.primitives.cast(...of)
   }
-  const backend = { ...whole, primitives: { ...whole.primitives, cast } }
+  const backend = { ...reference, primitives: { ...reference.primitives, cast } }
   const cache = new LatentCache(config, { layers: 1, backend, dtype: 'bf16', capacity: 2 })
   const rows = zeros([1, 1, 12], { backend })
   full = true
@@ -117,7 +117,7 @@ test('a failed write leaves the rows unchanged', () => {
   cache.dispose()
 })
 
-test('passes of many lengths only keep tables for powers of two', () => {
+test('passes of many lengths keep rotation tables only for powers of two', () => {
   const backend = referenceBackend()
   const mla = new MultiHeadLatentAttention(config, { backend })
   const pass = (time: number) => noGrad(() => scope(() => void mla.forward(zeros([1, time, 24], { backend }))))
@@ -125,7 +125,7 @@ test('passes of many lengths only keep tables for powers of two', () => {
   const before = backend.stats()
   for (let time = 9; time <= 16; time++) pass(time)
   expect(backend.stats()).toMatchObject({ handles: before.handles, bytes: before.bytes })
-  // Rounded up: 8 for 5 positions.
+  // The table of 8 positions serves 5.
   scope(() => backward(mla.forward(zeros([1, 5, 24], { backend })).mean()))
 })
 
