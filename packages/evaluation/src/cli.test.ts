@@ -60,7 +60,7 @@ beforeAll(async () => {
 })
 afterAll(() => model.dispose())
 
-test('prints a table', () => {
+test('prints a table of metrics', () => {
   const { status, stdout, stderr } = run(
     'model',
     '--task',
@@ -102,11 +102,11 @@ test('--json prints everything needed to reproduce the results, --items writes t
     ...['--items', 'items.jsonl', '--weights', 'bf16', '--precision', 'f32'],
   )
   expect(status).toBe(0)
-  const told = JSON.parse(stdout)
+  const output = JSON.parse(stdout)
   const sha256 = createHash('sha256')
     .update(readFileSync(join(folder, 'piqa.jsonl')))
     .digest('hex')
-  expect(told).toMatchObject({
+  expect(output).toMatchObject({
     package: { name: '@moe/evaluation' },
     model: { folder: 'model', weights: 'bf16', precision: 'f32', bos, prefix: bos },
     results: [
@@ -114,7 +114,7 @@ test('--json prints everything needed to reproduce the results, --items writes t
       { task: 'own', items: 8, definition: { kind: 'continuation' } },
     ],
   })
-  expect(told.results[0]).not.toHaveProperty('definition')
+  expect(output.results[0]).not.toHaveProperty('definition')
   const items = readFileSync(join(folder, 'items.jsonl'), 'utf8')
     .trim()
     .split('\n')
@@ -124,8 +124,8 @@ test('--json prints everything needed to reproduce the results, --items writes t
   expect(items[11]).toMatchObject({ task: 'own', item: 3, answer: 'angels' })
   // The same metrics as evaluateTask.
   const options = { tokenizer, bos, shots: 2, seed: 5, limit: 8 }
-  const own = await evaluateTask(model, tasks.piqa, lines, options)
-  expect(told.results[0].metrics.acc_norm.value).toBeCloseTo(own.metrics.acc_norm.value, 12)
+  const expected = await evaluateTask(model, tasks.piqa, lines, options)
+  expect(output.results[0].metrics.acc_norm.value).toBeCloseTo(expected.metrics.acc_norm.value, 12)
   const { stdout: without } = run(
     'model',
     '--task',
@@ -142,18 +142,26 @@ test('--json prints everything needed to reproduce the results, --items writes t
 })
 
 test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
-  const wrong = (status: number, message: string, ...args: string[]) =>
+  const expectError = (status: number, message: string, ...args: string[]) =>
     expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
   expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringContaining('gsm8k') })
   expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
-  wrong(2, 'missing FOLDER')
-  wrong(2, 'missing --task', 'model')
-  wrong(2, '--task is "piqa", expected NAME=FILE', 'model', '--task', 'piqa')
-  wrong(2, 'unknown task quiz', 'model', '--task', 'quiz=piqa.jsonl')
-  wrong(2, 'unknown option --tasks', 'model', '--tasks', 'piqa=piqa.jsonl')
-  wrong(2, 'expected one FOLDER, got 2', 'model', 'other', '--task', 'piqa=piqa.jsonl')
-  wrong(2, '--limit is "x", expected an integer of at least 1', 'model', '--task', 'piqa=piqa.jsonl', '--limit', 'x')
-  wrong(
+  expectError(2, 'missing FOLDER')
+  expectError(2, 'missing --task', 'model')
+  expectError(2, '--task is "piqa", expected NAME=FILE', 'model', '--task', 'piqa')
+  expectError(2, 'unknown task quiz', 'model', '--task', 'quiz=piqa.jsonl')
+  expectError(2, 'unknown option --tasks', 'model', '--tasks', 'piqa=piqa.jsonl')
+  expectError(2, 'expected one FOLDER, got 2', 'model', 'other', '--task', 'piqa=piqa.jsonl')
+  expectError(
+    2,
+    '--limit is "x", expected an integer of at least 1',
+    'model',
+    '--task',
+    'piqa=piqa.jsonl',
+    '--limit',
+    'x',
+  )
+  expectError(
     2,
     '--examples own: no --task has this name',
     'model',
@@ -162,9 +170,9 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
     '--examples',
     'own=piqa.jsonl',
   )
-  wrong(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
-  wrong(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
-  wrong(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
+  expectError(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
+  expectError(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
+  expectError(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
   for (const args of [[], ['model'], ['model', '--tasks', 'piqa=piqa.jsonl']]) {
     const { status, stdout, stderr } = run(...args, '--json')
     expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])

@@ -14,27 +14,27 @@ const split = ({ ids, from, truncated }: { ids: readonly number[]; from: number;
 ]
 
 describe('a context and its continuation', () => {
-  test('white space between them belongs to the continuation', () => {
+  test('have the white space between them in the continuation', () => {
     expect(split(encoder().pair('a b', ' c', ''))).toEqual(['a b', ' c', false])
     expect(split(encoder().pair('a b \n', 'c', ''))).toEqual(['a b', ' \nc', false])
   })
 
-  test('are encoded as one text, and split after as many tokens as the context alone has', () => {
+  test('are encoded as one text, and split after the number of tokens of the context alone', () => {
     const tokenizer = trainBpe(['ab ab ab ab abc abc abc abcd abcd abcd'], { vocabSize: 300, minFrequency: 1 })
-    const own = new TextEncoder({ tokenizer, bos: null, prefix: 0, context: 100 })
+    const textEncoder = new TextEncoder({ tokenizer, bos: null, prefix: 0, context: 100 })
     const ids = Array.from(tokenizer.encode('ab abcd'))
-    const apart = [...tokenizer.encode('ab ab'), ...tokenizer.encode('cd')]
-    expect(ids).not.toEqual(apart)
-    // "ab" and " abcd": the context alone has two tokens, as many as both together.
-    expect(() => own.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" adds no tokens to its context')
-    expect(own.pair('ab ab', 'cd ab', '')).toEqual({
+    const separately = [...tokenizer.encode('ab ab'), ...tokenizer.encode('cd')]
+    expect(ids).not.toEqual(separately)
+    // Both together are "ab" and " abcd", as many tokens as the context alone.
+    expect(() => textEncoder.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" adds no tokens to its context')
+    expect(textEncoder.pair('ab ab', 'cd ab', '')).toEqual({
       ids: [...ids, ...tokenizer.encode(' ab')],
       from: 2,
       truncated: false,
     })
   })
 
-  test('without context, the continuation follows the prefix or the token at the start of texts', () => {
+  test('have the prefix or begin token as context if it is empty', () => {
     expect(split(encoder().pair('', 'xy', ''))).toEqual(['^', 'xy', false])
     expect(split(encoder().pair('  ', 'xy', ''))).toEqual(['^', '  xy', false])
     expect(split(encoder().pair('', '^xy', ''))).toEqual(['^', 'xy', false])
@@ -42,7 +42,7 @@ describe('a context and its continuation', () => {
     expect(() => encoder({ prefix: undefined }).pair('', 'xy', '')).toThrow('pass prefix, the id of a token')
   })
 
-  test('start with the begin token once', () => {
+  test('start with exactly one begin token', () => {
     expect(split(encoder({ bos: 36 }).pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
     expect(split(encoder({ bos: 36 }).pair('$ab', ' c', ''))).toEqual(['$ab', ' c', false])
     const tokenizer = {
@@ -50,13 +50,13 @@ describe('a context and its continuation', () => {
       encode: (text: string, options?: { addSpecialTokens?: boolean }) =>
         characters.encode(options?.addSpecialTokens === false ? text : `$${text}`),
     }
-    const own = new TextEncoder({ tokenizer, bos: undefined, prefix: BEGIN, context: 100 })
-    expect(split(own.pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
-    expect(split(own.pair('', 'c', ''))).toEqual(['$', 'c', false])
-    expect(own.windows('ab').map(split)).toEqual([['$', 'ab', false]])
+    const textEncoder = new TextEncoder({ tokenizer, bos: undefined, prefix: BEGIN, context: 100 })
+    expect(split(textEncoder.pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    expect(split(textEncoder.pair('', 'c', ''))).toEqual(['$', 'c', false])
+    expect(textEncoder.windows('ab').map(split)).toEqual([['$', 'ab', false]])
   })
 
-  test('are truncated on the left if they exceed the context, not counting the last token', () => {
+  test('are truncated on the left if they exceed the context length, not counting the last token', () => {
     expect(split(encoder({ context: 5 }).pair('abcd', 'ef', ''))).toEqual(['abcd', 'ef', false])
     expect(split(encoder({ context: 5 }).pair('abcde', 'fg', ''))).toEqual(['bcde', 'fg', true])
     expect(split(encoder({ context: 2 }).pair('abcde', 'fg', ''))).toEqual(['e', 'fg', true])
@@ -73,13 +73,13 @@ test('a prompt leaves room for the generated answer', () => {
   expect(() => encoder({ context: 5 }).prompt('abcd', 5)).toThrow('leave no room for a prompt in a context of 5')
 })
 
-describe('a whole text', () => {
+describe('a text', () => {
   test('is split into windows that predict each token once', () => {
     const pieces = (text: string) => encoder({ context: 4 }).windows(text).map(split)
     expect(pieces('')).toEqual([])
     expect(pieces('abc')).toEqual([['^', 'abc', false]])
     expect(pieces('abcd')).toEqual([['^', 'abcd', false]])
-    // The last piece has what there is room for in front of it.
+    // The last window has as much context as fits.
     expect(pieces('abcde')).toEqual([
       ['^', 'abcd', false],
       ['abcd', 'e', false],
@@ -91,7 +91,7 @@ describe('a whole text', () => {
     ])
   })
 
-  test.each([1, 2, 3, 7])('of any length, context %i', context => {
+  test.each([1, 2, 3, 7])('of any length is covered by windows within a context of %i', context => {
     for (let length = 0; length < 30; length++) {
       const text = Array.from({ length }, (_, i) => String.fromCodePoint(200 + i)).join('')
       const pieces = encoder({ context }).windows(text)

@@ -19,20 +19,20 @@ import { characters, knownModel } from './test-model.ts'
 
 const options: EvaluateTaskOptions = { tokenizer: characters, bos: null, prefix: 94 }
 
-/** How likely a character is depends on itself alone. */
+/** A model in which the probability of a character depends only on the character. */
 const byCharacter = (nats: Readonly<Record<string, number>>) =>
   knownModel({ logProb: (_, next) => -(nats[next] ?? 10) })
 
-describe('metrics with known values', () => {
-  const choice: ChoiceTask = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
+describe('metrics', () => {
+  const choice: ChoiceTask = { name: 'custom', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
   const { model } = byCharacter({ ' ': 0, a: 1, b: 1.5, é: 0.75 })
 
-  test('of choices: sums, by characters, by bytes', async () => {
+  test('of choices use sums of log-probabilities, per character, and per byte', async () => {
     const items: ItemResult[] = []
     const lines = [
-      // -4, -1.5: the second; by their lengths -1 and -1.5, the first.
+      // The sums -4 and -1.5 choose the second. Per character, -1 and -1.5 choose the first.
       { q: 'x', c: ['aaaa', 'b'], a: 0 },
-      // -1.5, -1, and by characters -0.75, -1; by bytes -0.375, -1.
+      // The sums -1.5 and -1 choose the second. -0.75 and -1 per character, and -0.375 and -1 per byte, choose the first.
       { q: 'x', c: ['éé', 'a'], a: 1 },
       { q: 'x', c: ['b', 'a', 'a'], a: 2 },
       { q: 'x', c: ['a', 'b'], a: 'a' },
@@ -54,7 +54,7 @@ describe('metrics with known values', () => {
     })
     const half = { value: 0.5, stderr: Math.sqrt(1 / 3) / 2 }
     expect(result).toMatchObject({
-      task: 'own',
+      task: 'custom',
       items: 4,
       shots: 0,
       truncated: 0,
@@ -62,13 +62,13 @@ describe('metrics with known values', () => {
     })
   })
 
-  test('of log-probabilities that are NaN', async () => {
+  test('are NaN if log-probabilities are', async () => {
     const broken = knownModel({ logProb: () => Number.NaN })
     const { metrics } = await evaluateTask(broken.model, choice, [{ q: 'x', c: ['a', 'b'], a: 0 }], options)
     expect(metrics.acc).toEqual({ value: Number.NaN, stderr: null })
   })
 
-  test('of a last word', async () => {
+  test('of the last word are accuracy and perplexity', async () => {
     const last = knownModel({
       logProb: (_, next) => (next === ' ' ? 0 : -0.5),
       likeliest: before => 'and so on'[before.length] ?? 'x',
@@ -79,7 +79,7 @@ describe('metrics with known values', () => {
     expect(metrics.perplexity).toEqual({ value: Math.exp(1), stderr: 0 })
   })
 
-  test('of texts, also of whole files', async () => {
+  test('of text are perplexities and bits per byte, for a text file as one text', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
     onTestFinished(() => rm(folder, { recursive: true }))
     await writeFile(join(folder, 'a.txt'), 'aé b')
@@ -90,30 +90,40 @@ describe('metrics with known values', () => {
     expect(metrics.byte_perplexity.value).toBeCloseTo(Math.exp(3.25 / 5), 12)
   })
 
-  test('of generated answers, up to a stop text or end token', async () => {
-    const writer = knownModel({
+  test('of generated texts are matches with answers, up to a stop text', async () => {
+    const generator = knownModel({
       likeliest: before => (before.includes('?') ? ' 42\nmore'[before.split('?')[1].length] : ''),
       logProb: () => 0,
     })
-    const task: Task = { name: 'own', kind: 'generation', context: '{{q}}?', answer: 'a', stop: ['\n'], maxTokens: 20 }
+    const task: Task = {
+      name: 'custom',
+      kind: 'generation',
+      context: '{{q}}?',
+      answer: 'a',
+      stop: ['\n'],
+      maxTokens: 20,
+    }
     const items: ItemResult[] = []
     const lines = [
       { q: 'six times seven', a: '42' },
       { q: 'and', a: ['43', '42'] },
       { q: 'or', a: 7 },
     ]
-    const { metrics } = await evaluateTask(writer.model, task, lines, { ...options, onItem: item => items.push(item) })
+    const { metrics } = await evaluateTask(generator.model, task, lines, {
+      ...options,
+      onItem: item => items.push(item),
+    })
     expect(items.map(({ text, metrics }) => [text, metrics.exact_match])).toEqual([
       [' 42', 1],
       [' 42', 1],
       [' 42', 0],
     ])
     expect(metrics.exact_match.value).toBeCloseTo(2 / 3, 12)
-    const own: Task = { ...task, matches: { even: (text, { q }) => Number(text) % 2 === 0 && q !== 'or' } }
-    expect((await evaluateTask(writer.model, own, lines, options)).metrics.even.value).toBeCloseTo(2 / 3, 12)
+    const custom: Task = { ...task, matches: { even: (text, { q }) => Number(text) % 2 === 0 && q !== 'or' } }
+    expect((await evaluateTask(generator.model, custom, lines, options)).metrics.even.value).toBeCloseTo(2 / 3, 12)
   })
 
-  test('of groups, and of a limited number of items', async () => {
+  test('are also returned by group, and for a limited number of items', async () => {
     const lines = ['x', 'y', 'x', 'y', 'x'].map((g, i) => ({ q: 'q', c: ['b', 'a'], a: i < 3 ? 1 : 0, g }))
     const result = await evaluateTask(model, { ...choice, group: 'g' }, lines, options)
     expect(result.groups).toMatchObject({
@@ -128,33 +138,33 @@ describe('metrics with known values', () => {
 
 describe('examples', () => {
   const lines = Array.from({ length: 6 }, (_, i) => ({ q: `q${i}`, c: ['a', 'b'], a: i % 2 }))
-  const choice: ChoiceTask = { name: 'own', kind: 'choice', context: '{{q}}:', choices: 'c', answer: 'a' }
+  const choice: ChoiceTask = { name: 'custom', kind: 'choice', context: '{{q}}:', choices: 'c', answer: 'a' }
 
-  test('come before the item with their answers, after the description', async () => {
-    const { model, asked } = byCharacter({})
+  test('are between the description and the item, with their answers', async () => {
+    const { model, queries } = byCharacter({})
     const task: Task = { ...choice, description: 'Say.\n', draw: 'first', exampleDelimiter: '\n', delimiter: '=' }
     const result = await evaluateTask(model, task, lines, { ...options, shots: 2, limit: 2 })
-    expect(asked[0]).toEqual(['Say.\nq1:=b\nq2:=a\nq0:', '=a'])
-    expect(asked[2]).toEqual(['Say.\nq0:=a\nq2:=a\nq1:', '=a'])
+    expect(queries[0]).toEqual(['Say.\nq1:=b\nq2:=a\nq0:', '=a'])
+    expect(queries[2]).toEqual(['Say.\nq0:=a\nq2:=a\nq1:', '=a'])
     expect(result).toMatchObject({ shots: 2, draw: 'first' })
     expect(result).not.toHaveProperty('seed')
   })
 
-  test('are drawn by seed, from another source if one is given', async () => {
+  test('are drawn from the seed, and from a separate source if given', async () => {
     const prompts = async (more: Partial<EvaluateTaskOptions>) => {
-      const { model, asked } = byCharacter({})
+      const { model, queries } = byCharacter({})
       await evaluateTask(model, choice, lines, { ...options, shots: 3, ...more })
-      return asked.map(([before]) => before)
+      return queries.map(([before]) => before)
     }
     expect(await prompts({ seed: 1 })).toEqual(await prompts({ seed: 1 }))
     expect(await prompts({ seed: 1 })).not.toEqual(await prompts({ seed: 2 }))
-    // Which items come behind changes nothing.
+    // A limit does not change the examples of the items before it.
     expect(await prompts({ limit: 2 })).toEqual((await prompts({})).slice(0, 4))
     const examples = Array.from({ length: 3 }, (_, i) => ({ q: `e${i}`, c: ['c', 'd'], a: 1 }))
-    const given = await prompts({ examples, draw: 'once' })
-    const front = given[0].slice(0, given[0].indexOf('q0'))
+    const all = await prompts({ examples, draw: 'once' })
+    const front = all[0].slice(0, all[0].indexOf('q0'))
     expect(front.split('\n\n').toSorted()).toEqual(['', 'e0: d', 'e1: d', 'e2: d'])
-    for (const prompt of given) expect(prompt.startsWith(front)).toBe(true)
+    for (const prompt of all) expect(prompt.startsWith(front)).toBe(true)
   })
 })
 
@@ -170,30 +180,30 @@ describe('invalid input', () => {
     await writeFile(path, text)
     return path
   }
-  const good = JSON.stringify({ goal: 'g', sol1: 'a', sol2: 'b', label: 0 })
+  const valid = JSON.stringify({ goal: 'g', sol1: 'a', sol2: 'b', label: 0 })
 
   test.each([
-    [`${good}\n\n{"goal": \n`, 'items.jsonl:3: invalid JSON'],
-    [`${good}\n[1]`, 'items.jsonl:2: the item is '],
-    [`${good}\nnull`, 'items.jsonl:2: the item is null, expected an object'],
+    [`${valid}\n\n{"goal": \n`, 'items.jsonl:3: invalid JSON'],
+    [`${valid}\n[1]`, 'items.jsonl:2: the item is '],
+    [`${valid}\nnull`, 'items.jsonl:2: the item is null, expected an object'],
     [
-      `${good}\n{"goal":"g","sol1":"a","label":0}`,
+      `${valid}\n{"goal":"g","sol1":"a","label":0}`,
       'items.jsonl:2: the field sol2 is missing, which choices of the task uses; the item has goal, sol1, label',
     ],
     [
-      `${good}\n{"goal":"g","sol1":"a","sol2":"b"}`,
+      `${valid}\n{"goal":"g","sol1":"a","sol2":"b"}`,
       'items.jsonl:2: the field label is missing, which answer of the task uses',
     ],
     [
-      `${good}\n{"goal":"g","sol1":"a","sol2":"b","label":2}`,
+      `${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":2}`,
       'items.jsonl:2: the answer is 2, but there are 2 choices',
     ],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":-1}`, 'items.jsonl:2: the answer is -1'],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":0.5}`, 'items.jsonl:2: the answer is 0.5'],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":""}`, 'items.jsonl:2: the answer is ""'],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":[0]}`, 'items.jsonl:2: answer is '],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":{},"label":0}`, 'items.jsonl:2: choices[1] is '],
-    [`${good}\n{"goal":"g","sol1":"a","sol2":"","label":0}`, 'items.jsonl:2: choice 1 is empty'],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":-1}`, 'items.jsonl:2: the answer is -1'],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":0.5}`, 'items.jsonl:2: the answer is 0.5'],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":""}`, 'items.jsonl:2: the answer is ""'],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":[0]}`, 'items.jsonl:2: answer is '],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":{},"label":0}`, 'items.jsonl:2: choices[1] is '],
+    [`${valid}\n{"goal":"g","sol1":"a","sol2":"","label":0}`, 'items.jsonl:2: choice 1 is empty'],
     ['', 'items.jsonl: there are no items'],
     ['\n\n', 'items.jsonl: there are no items'],
     ['\uFFFD', 'items.jsonl:1: invalid JSON'],
@@ -248,7 +258,7 @@ describe('invalid input', () => {
 
   test('invalid tasks and options are errors', async () => {
     const item = { q: 'q', c: ['a', 'b'], a: 0 }
-    const choice = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
+    const choice = { name: 'custom', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
     await expect(of(undefined, [item])).rejects.toThrow(
       'kind of the task is undefined; use one of choice, continuation',
     )
@@ -302,7 +312,7 @@ test('readTask reads the same task as an object, and rejects invalid files', asy
   await writeFile(path, JSON.stringify(task))
   const read = await readTask(path)
   expect(read).toEqual(task)
-  const { model, asked } = byCharacter({})
+  const { model, queries } = byCharacter({})
   const item = {
     about: 'it',
     question: ' Q? ',
@@ -314,7 +324,7 @@ test('readTask reads the same task as an object, and rejects invalid files', asy
   }
   const items: ItemResult[] = []
   await evaluateTask(model, read, [item], { ...options, onItem: one => items.push(one) })
-  expect(asked).toEqual([
+  expect(queries).toEqual([
     ['About it.\nQ?\nA. a\nB. b\nAnswer:', '\n A'],
     ['About it.\nQ?\nA. a\nB. b\nAnswer:', '\n B'],
   ])
@@ -353,8 +363,8 @@ describe('a model', () => {
   })
   afterAll(() => model.dispose())
 
-  /** Log-probabilities `[T, V]` behind each token, in doubles, of a pass of its own. */
-  async function plain(ids: readonly number[]): Promise<number[][]> {
+  /** The log-probabilities `[T, V]` of the next token after each token, in float64, from a separate forward pass. */
+  async function logProbsOf(ids: readonly number[]): Promise<number[][]> {
     const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', backend)))
     const values = await logits.values()
     logits.dispose()
@@ -367,7 +377,7 @@ describe('a model', () => {
   }
 
   const sumOf = async (ids: readonly number[], from: number) => {
-    const rows = await plain(ids.slice(0, -1))
+    const rows = await logProbsOf(ids.slice(0, -1))
     return ids.slice(from).reduce((sum, id, i) => sum + rows[from + i - 1][id], 0)
   }
 
@@ -396,7 +406,7 @@ describe('a model', () => {
     expect(result.truncated).toBe(1)
   })
 
-  test('predicts a whole text in windows, after its begin token', async () => {
+  test('scores a long text in windows, after its begin token', async () => {
     const text = 'the people of the house and the angels of our better nature '.repeat(6)
     const ids = Array.from(tokenizer.encode(text))
     expect(ids.length).toBeGreaterThan(80)
@@ -411,7 +421,7 @@ describe('a model', () => {
     expect(metrics.bits_per_byte.value).toBeCloseTo(nats / text.length / Math.LN2, 4)
   })
 
-  test('answers as generate() does, and its greedy continuations are correct', async () => {
+  test('generates the same text as generate()', async () => {
     const context = 'the better angels'
     const made: number[] = []
     for await (const id of model.generate(Array.from(tokenizer.encode(context)), { maxTokens: 6 })) made.push(id)
@@ -419,7 +429,7 @@ describe('a model', () => {
     for await (const part of model.generate(Array.from(tokenizer.encode(context)), { maxTokens: 6, tokenizer }))
       text += part
     const items: ItemResult[] = []
-    const task: Task = { name: 'own', kind: 'generation', context: 'q', answer: 'a', stop: [], maxTokens: 6 }
+    const task: Task = { name: 'custom', kind: 'generation', context: 'q', answer: 'a', stop: [], maxTokens: 6 }
     const lines = [
       { q: context, a: text },
       { q: context, a: 'no' },
@@ -429,7 +439,7 @@ describe('a model', () => {
     expect(metrics.exact_match.value).toBe(0.5)
   })
 
-  test('gets the same metrics again, reports progress, and is aborted by a signal', async () => {
+  test('has reproducible metrics, reports progress, and can be aborted by a signal', async () => {
     const { handles } = backend.stats()
     const lines = Array.from({ length: 300 }, (_, i) => ({
       goal: `the ${i % 7}`,
@@ -439,8 +449,8 @@ describe('a model', () => {
     }))
     const done: number[] = []
     const first = await evaluateTask(model, tasks.piqa, lines, { tokenizer, onProgress: share => done.push(share) })
-    const again = await evaluateTask(model, tasks.piqa, lines, { tokenizer })
-    expect({ ...again, seconds: 0 }).toEqual({ ...first, seconds: 0 })
+    const second = await evaluateTask(model, tasks.piqa, lines, { tokenizer })
+    expect({ ...second, seconds: 0 }).toEqual({ ...first, seconds: 0 })
     expect(done.at(-1)).toBe(1)
     expect(done).toEqual(done.toSorted((a, b) => a - b))
     expect(done.some(share => share > 0 && share < 0.9)).toBe(true)

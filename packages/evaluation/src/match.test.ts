@@ -15,13 +15,16 @@ test.each([
   ['no number', '#### 7', 0, 0],
   ['#### 5 and 6', '#### 6', 0, 1],
   ['It is 7.', '#### 7', 0, 1],
-  // As in the harness, of several full stops behind a number one is taken out.
+  // As in the harness, only one of several full stops after a number is removed.
   ['It is 7...', '#### 7', 0, 0],
-])('GSM8K: %j', (text, answer, strict, flexible) => {
-  expect([gsm8k('strict-match', text, answer), gsm8k('flexible-extract', text, answer)]).toEqual([strict, flexible])
-})
+])(
+  'GSM8K: the text %j with the answer %j has strict-match %i and flexible-extract %i',
+  (text, answer, strict, flexible) => {
+    expect([gsm8k('strict-match', text, answer), gsm8k('flexible-extract', text, answer)]).toEqual([strict, flexible])
+  },
+)
 
-test('surrounding white space is ignored, and whatever the match ignores', () => {
+test('a match ignores surrounding white space, and case and punctuation if set', () => {
   const match = (options: object, text: string, ...answers: string[]) => matcherOf('m', options)(text, answers, {})
   expect(match({}, ' Paris\n', 'Paris')).toBe(1)
   expect(match({}, 'paris', 'Paris')).toBe(0)

@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest'
 import { continuationMetrics, largest, means, stderrOfMean, textMetrics } from './metrics.ts'
 
-test('means, and their standard errors from the sample standard deviation', () => {
-  // Mean 3/4; squares 3/16 + 9/16 = 12/16; over 3 and over 4: 1/16.
+test('means have standard errors from the sample standard deviation', () => {
+  // The mean is 3/4. Squared deviations sum to 12/16; divided by 3 and by 4 they give 1/16.
   expect(means([{ acc: 1 }, { acc: 0 }, { acc: 1 }, { acc: 1 }])).toEqual({ acc: { value: 0.75, stderr: 0.25 } })
   expect(stderrOfMean([1, 2, 3, 4])).toBeCloseTo(Math.sqrt(5 / 3) / 2, 15)
   expect(stderrOfMean([1])).toBeNull()
@@ -17,7 +17,7 @@ test('the perplexity of answers is exp of the mean nats per answer', () => {
   ])
   expect(acc.value).toBe(0.5)
   expect(perplexity.value).toBeCloseTo(4, 12)
-  // Deviation of the mean of ln 2 and ln 8: half their distance, ln 2.
+  // The standard error of the mean of ln 2 and ln 8 is half their distance, ln 2.
   expect(perplexity.stderr).toBeCloseTo(4 * Math.LN2, 12)
 })
 
@@ -31,7 +31,7 @@ test('texts are weighted by their words and bytes', () => {
   expect(metrics.bits_per_byte).toEqual({ value: 0.5, stderr: null })
 })
 
-test('of equal values the first is the largest', () => {
+test('largest returns the first of equal values, also beside NaN', () => {
   expect(largest([-3, -1, -1])).toBe(1)
   expect(largest([-Infinity, -Infinity])).toBe(0)
   expect(largest([-1, Number.NaN])).toBe(1)

@@ -9,31 +9,31 @@ const numbers = (shots: Shots, item: number) => shots.of(items[item], item).map(
 const make = (options: Partial<ShotOptions> = {}) =>
   new Shots({ shots: 5, draw: 'each', seed: 0, pool: items, groupOf: () => '', ...options })
 
-test('each: examples are drawn for each item, by seed, without the item', () => {
+test('draw each: examples are drawn for each item from the seed, without the item itself', () => {
   const shots = make()
   const drawn = items.map((_, i) => numbers(shots, i))
   expect(drawn).toEqual(items.map((_, i) => numbers(make(), i)))
   expect(numbers(make({ seed: 1 }), 0)).not.toEqual(drawn[0])
-  for (const [i, some] of drawn.entries()) {
-    expect(some).not.toContain(i)
-    expect(new Set(some).size).toBe(5)
+  for (const [i, examples] of drawn.entries()) {
+    expect(examples).not.toContain(i)
+    expect(new Set(examples).size).toBe(5)
   }
   expect(new Set(drawn.map(String)).size).toBe(20)
-  // Each of 20 is as likely: 100 are drawn.
+  // Among the 100 drawn, each of the 20 occurs.
   expect(new Set(drawn.flat()).size).toBe(20)
 })
 
-test('once: the same examples are drawn for all items, without the item', () => {
+test('draw once: the same examples are drawn for all items, without the item itself', () => {
   const shots = make({ draw: 'once' })
   const drawn = items.map((_, i) => numbers(shots, i))
   const counts = new Map<string, number>()
-  for (const some of drawn) counts.set(`${some}`, (counts.get(`${some}`) ?? 0) + 1)
-  // All but those five themselves.
+  for (const examples of drawn) counts.set(`${examples}`, (counts.get(`${examples}`) ?? 0) + 1)
+  // The five examples themselves get others.
   expect(Math.max(...counts.values())).toBe(15)
-  for (const [i, some] of drawn.entries()) expect(some).not.toContain(i)
+  for (const [i, examples] of drawn.entries()) expect(examples).not.toContain(i)
 })
 
-test('first: examples are the first of the pool', () => {
+test('draw first: examples are the first of the pool, without the item itself', () => {
   expect(numbers(make({ draw: 'first' }), 9)).toEqual([0, 1, 2, 3, 4])
   expect(numbers(make({ draw: 'first' }), 2)).toEqual([0, 1, 3, 4, 5])
 })
@@ -43,7 +43,7 @@ test('examples are of the same group', () => {
   for (let i = 0; i < 20; i++) expect(numbers(shots, i).every(one => one % 2 === i % 2)).toBe(true)
 })
 
-test('an item that is read twice is recognized as itself', () => {
+test('an item that is also in the pool is recognized by its location', () => {
   const pool = items.slice(0, 6).map(({ fields, location }) => ({ fields: { ...fields }, location }))
   for (const draw of ['each', 'once', 'first'] as const)
     for (let i = 0; i < 6; i++) expect(numbers(make({ pool, draw }), i)).not.toContain(i)

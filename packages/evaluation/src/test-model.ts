@@ -18,9 +18,9 @@ export interface Known {
   likeliest?(before: string): string
 }
 
-/** A model with known probabilities. Records its queries in `asked`: the context and the scored text, which is empty for generation. */
+/** A model with known probabilities. Records its queries: the context and the scored text, which is empty for generation. */
 export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: Known) {
-  const asked: Array<[before: string, asked: string]> = []
+  const queries: Array<[context: string, scored: string]> = []
   const model: EvaluatedModel = {
     config: { max_position_embeddings: context },
     endTokens: [0],
@@ -29,7 +29,7 @@ export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: K
       const result = texts.map((ids, i) => {
         const text = textOf(Array.from(ids))
         const first = Math.max(1, from[i] ?? 1)
-        asked.push([text.slice(0, first), text.slice(first)])
+        queries.push([text.slice(0, first), text.slice(first)])
         return Array.from(ids, (token, at): TokenLogProb | null => {
           if (at < first) return null
           const before = text.slice(0, at)
@@ -44,8 +44,8 @@ export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: K
       dispose: () => undefined,
       generate: ((ids: ArrayLike<number>, { maxTokens = 0, stop = [] }: TextTurnOptions) => {
         const prompt = textOf(Array.from(ids))
-        asked.push([prompt, ''])
-        async function* write() {
+        queries.push([prompt, ''])
+        async function* generate() {
           let text = ''
           while (text.length < maxTokens) {
             text += likeliest(prompt + text)
@@ -54,9 +54,9 @@ export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: K
           const ends = [...stop, '\0'].map(end => text.indexOf(end as string)).filter(at => at >= 0)
           yield text.slice(0, Math.min(text.length, ...ends))
         }
-        return write() as unknown as Generation<string>
+        return generate() as unknown as Generation<string>
       }) as never,
     }),
   }
-  return { model, asked }
+  return { model, queries }
 }
