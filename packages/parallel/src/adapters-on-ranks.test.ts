@@ -1,4 +1,4 @@
-/** @file Adapters that ranks train together are those of one rank. */
+/** @file Training of adapters on several ranks. */
 import { addAdapters, namedAdapters, Random } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
@@ -37,7 +37,7 @@ async function run(options: Partial<TrainOptions>) {
   return learned
 }
 
-test('two ranks with the whole model each learn what one does with the rows of both', async () => {
+test('data parallelism trains the same adapters as one rank with the rows of both', async () => {
   const [first, second] = await local(2, ranks => run({ ranks, batchSize: 2 }))
   expect(second).toEqual(first)
   const alone = await run({ batchSize: 2, accumulate: 2 })
@@ -47,13 +47,13 @@ test('two ranks with the whole model each learn what one does with the rows of b
   expect(backend.stats().handles).toBe(0)
 })
 
-test('ranks with a part of the model each refuse them', async () => {
-  const refused = async (make: (model: DeepSeek, ranks: Communicator) => TrainOptions['ranks']) => {
+test('pipeline and expert parallelism reject adapters', async () => {
+  const expectRejection = async (parallelismOf: (model: DeepSeek, ranks: Communicator) => TrainOptions['ranks']) => {
     const messages = await local(2, async ranks => {
       const model = adapted()
       try {
-        await train(model, { ...settings, batchSize: 2, ranks: make(model, ranks) })
-        return 'it was not refused'
+        await train(model, { ...settings, batchSize: 2, ranks: parallelismOf(model, ranks) })
+        return 'no error'
       } catch (error) {
         return (error as Error).message
       } finally {
@@ -64,6 +64,6 @@ test('ranks with a part of the model each refuse them', async () => {
     expect(messages[1]).toBe(messages[0])
     expect(backend.stats().handles).toBe(0)
   }
-  await refused((model, ranks) => new Pipeline(model, oneForwardOneBackward(2, 2), ranks))
-  await refused((model, ranks) => new ExpertParallel(model, ranks))
+  await expectRejection((model, ranks) => new Pipeline(model, oneForwardOneBackward(2, 2), ranks))
+  await expectRejection((model, ranks) => new ExpertParallel(model, ranks))
 })

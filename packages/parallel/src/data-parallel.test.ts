@@ -1,4 +1,4 @@
-/** @file Two ranks of `@moe/trainer` are one with twice the rows. */
+/** @file Data parallelism with `train`: several ranks give the results of one rank with all their rows. */
 import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -16,41 +16,44 @@ const alone = (options: Options, model?: Model) => trainSmall(backend, options, 
 const onRanks = (size: number, options: Options, model?: Model) =>
   local(size, ranks => trainSmall(backend, { ...options, ranks }, model))
 
-describe('ranks of B rows', () => {
+describe('data parallelism', () => {
   test.each<{ name: string; options?: Options; model?: Model }>([
     { name: 'AdamW' },
-    // In bf16 a last bit of a gradient may become a last bit of bf16, which moves tokens to other experts.
+    // With bf16, a rounding difference in a gradient may move tokens to other experts.
     { name: 'Muon', options: { optimizer: parameters => new Muon(parameters, { precision: 'f32' }) } },
-    { name: 'clipped hard', options: { clip: 0.01 } },
-    { name: 'dropped tokens', model: { dropping: { devices: 2, undropped: 0.5 } } },
+    { name: 'strong clipping', options: { clip: 0.01 } },
+    { name: 'token dropping', model: { dropping: { devices: 2, undropped: 0.5 } } },
     {
       name: 'a balancer',
       model: { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) },
     },
-  ])('are one of as many micro-batches of B, and all have the same bits: $name', async ({ options = {}, model }) => {
-    const one = await alone({ ...options, accumulate: 3 }, model)
-    const [first, ...others] = await onRanks(3, options, model)
-    for (const other of others) {
-      expect(other.weights).toEqual(first.weights)
-      expect(other.steps).toEqual(first.steps)
-      expect(other.loads).toEqual(first.loads)
-    }
-    expect(first.loads).toEqual(one.loads)
-    const [{ dropped }] = first.loads[0].layers
-    expect(dropped ?? 0).toSatisfy((count: number) => count > 0 === (model?.dropping !== undefined))
-    // Embedding and head have gradients of the main model and of MTP: they are added up in another order. A last bit of a gradient moves a weight by a last bit,
-    // save where AdamW divides a gradient of 0 but for rounding by its own size.
-    expect(difference(first, one)).toBeLessThan(1e-5)
-    expect(biases(first)).toEqual(biases(one))
-    expect(first.steps[0]).toEqual({ ...one.steps[0], gradNorm: expect.closeTo(one.steps[0].gradNorm, 5) })
-    for (const [i, { loss, metrics, tokens }] of first.steps.entries()) {
-      expect(loss).toBeCloseTo(one.steps[i].loss, 4)
-      expect(metrics.maxVio).toBe(one.steps[i].metrics.maxVio)
-      expect(tokens).toBe(one.steps[i].tokens)
-    }
-  })
+  ])(
+    'three ranks are bit-identical, and equal one rank with three micro-batches up to rounding: $name',
+    async ({ options = {}, model }) => {
+      const one = await alone({ ...options, accumulate: 3 }, model)
+      const [first, ...others] = await onRanks(3, options, model)
+      for (const other of others) {
+        expect(other.weights).toEqual(first.weights)
+        expect(other.steps).toEqual(first.steps)
+        expect(other.loads).toEqual(first.loads)
+      }
+      expect(first.loads).toEqual(one.loads)
+      const [{ dropped }] = first.loads[0].layers
+      expect(dropped ?? 0).toSatisfy((count: number) => count > 0 === (model?.dropping !== undefined))
+      // Gradients of embedding and head, from the main model and from MTP, are added in another order. The difference of weights is of the size of rounding,
+      // except where a gradient is zero up to rounding, which AdamW divides by its own size.
+      expect(difference(first, one)).toBeLessThan(1e-5)
+      expect(biases(first)).toEqual(biases(one))
+      expect(first.steps[0]).toEqual({ ...one.steps[0], gradNorm: expect.closeTo(one.steps[0].gradNorm, 5) })
+      for (const [i, { loss, metrics, tokens }] of first.steps.entries()) {
+        expect(loss).toBeCloseTo(one.steps[i].loss, 4)
+        expect(metrics.maxVio).toBe(one.steps[i].metrics.maxVio)
+        expect(tokens).toBe(one.steps[i].tokens)
+      }
+    },
+  )
 
-  test('are one with two micro-batches bit for bit where every parameter is used once', async () => {
+  test('two ranks equal one rank with two micro-batches bit for bit if every parameter is used once', async () => {
     const one = await alone({ accumulate: 2 }, { mtp: 0 })
     const [first, second] = await onRanks(2, {}, { mtp: 0 })
     expect(first.steps).toEqual(one.steps)
@@ -58,8 +61,8 @@ describe('ranks of B rows', () => {
     expect(second.weights).toEqual(one.weights)
   })
 
-  test('are one of a single batch of 2B but for rounding', async () => {
-    // Of MTP and balance, means over rows are not means over micro-batches that count different numbers of positions: so it is with micro-batches of one rank.
+  test('two ranks equal one rank with one batch of twice the size up to rounding', async () => {
+    // Losses of MTP and balance are means per micro-batch. With different numbers of positions per micro-batch, these differ from the mean of the large batch, also on one rank.
     const model = { mtp: 0, objective: { balanceWeight: 0 } }
     const one = await alone({ batchSize: 4 }, model)
     const [first] = await onRanks(2, { batchSize: 2 }, model)
@@ -68,14 +71,14 @@ describe('ranks of B rows', () => {
     expect(first.steps.map(({ nll }) => nll)).toEqual(one.steps.map(({ nll }) => expect.closeTo(nll, 5)))
   })
 
-  test('several micro-batches on each', async () => {
+  test('two ranks with two micro-batches each equal one rank with two of twice the size up to rounding', async () => {
     // Rank r has rows 2r and 2r + 1 of each four.
     const one = await alone({ batchSize: 4, accumulate: 2 }, { mtp: 0, objective: { balanceWeight: 0 } })
     const [first] = await onRanks(2, { batchSize: 2, accumulate: 2 }, { mtp: 0, objective: { balanceWeight: 0 } })
     expect(difference(first, one)).toBeLessThan(1e-5)
   })
 
-  test('a batch that grows', async () => {
+  test('two ranks with a growing batch equal one rank up to rounding', async () => {
     const grows = (factor: number) => ({ accumulate: (step: number) => factor * (step < 3 ? 1 : 2) })
     const one = await alone(grows(2), { mtp: 0 })
     const [first] = await onRanks(2, grows(1), { mtp: 0 })
@@ -83,37 +86,44 @@ describe('ranks of B rows', () => {
     expect(difference(first, one)).toBeLessThan(1e-5)
   })
 
-  // Some batches hold padding, which has another array: such a rank goes op by op while the other replays.
-  test.each<{ name: string; recording: (rank: number) => boolean; options?: Options; model?: Model }>([
-    { name: 'all', recording: () => true },
-    { name: 'all, several micro-batches', recording: () => true, options: { accumulate: 2 } },
-    { name: 'all, clipped hard, in bf16', recording: () => true, options: { clip: 0.01, precision: 'bf16' } },
-    { name: 'all, without experts', recording: () => true, model: { mtp: 0, dense: true } },
-    { name: 'rank 0 alone', recording: rank => rank === 0 },
-    { name: 'rank 1 alone, several micro-batches', recording: rank => rank === 1, options: { accumulate: 2 } },
-  ])('record their steps with the same bits: $name', async ({ recording, options = {}, model }) => {
-    const opByOp = await onRanks(2, { ...options, steps: 12 }, model)
-    const replayed = [0, 0]
-    const recorded = await local(2, ranks => {
-      const counting = new Proxy(ranks, {
-        get(target, name) {
-          const value = Reflect.get(target, name, target)
-          if (typeof value !== 'function') return value
-          return (...given: unknown[]) => {
-            // Steps op by op take new tensors.
-            if (name === 'reduceScatterRows' && given[1] !== undefined) replayed[ranks.rank]++
-            return value.apply(target, given)
-          }
-        },
+  // Batches with padding have an additional array. A rank with such a batch runs op by op while the other replays its recorded step.
+  test.each<{ name: string; records: (rank: number) => boolean; options?: Options; model?: Model }>([
+    { name: 'all ranks', records: () => true },
+    { name: 'all ranks, with several micro-batches', records: () => true, options: { accumulate: 2 } },
+    {
+      name: 'all ranks, with strong clipping, in bf16',
+      records: () => true,
+      options: { clip: 0.01, precision: 'bf16' },
+    },
+    { name: 'all ranks, without experts', records: () => true, model: { mtp: 0, dense: true } },
+    { name: 'rank 0 only', records: rank => rank === 0 },
+    { name: 'rank 1 only, with several micro-batches', records: rank => rank === 1, options: { accumulate: 2 } },
+  ])(
+    'recorded steps give the same bits as steps op by op, if recorded by $name',
+    async ({ records, options = {}, model }) => {
+      const opByOp = await onRanks(2, { ...options, steps: 12 }, model)
+      const replayed = [0, 0]
+      const recorded = await local(2, ranks => {
+        const counting = new Proxy(ranks, {
+          get(target, name) {
+            const value = Reflect.get(target, name, target)
+            if (typeof value !== 'function') return value
+            return (...args: unknown[]) => {
+              // Only recorded steps pass destination tensors.
+              if (name === 'reduceScatterRows' && args[1] !== undefined) replayed[ranks.rank]++
+              return value.apply(target, args)
+            }
+          },
+        })
+        return trainSmall(backend, { ...options, steps: 12, record: records(ranks.rank), ranks: counting }, model)
       })
-      return trainSmall(backend, { ...options, steps: 12, record: recording(ranks.rank), ranks: counting }, model)
-    })
-    const numbers = (all: readonly Trained[]) => all.map(({ result: _, ...rest }) => rest)
-    expect(numbers(recorded)).toEqual(numbers(opByOp))
-    expect(replayed.map(times => times > 4)).toEqual([0, 1].map(recording))
-  })
+      const numbers = (all: readonly Trained[]) => all.map(({ result: _, ...rest }) => rest)
+      expect(numbers(recorded)).toEqual(numbers(opByOp))
+      expect(replayed.map(times => times > 4)).toEqual([0, 1].map(records))
+    },
+  )
 
-  test('one rank is as without', async () => {
+  test('a communicator of one rank changes nothing', async () => {
     const one = await alone({})
     const [first] = await onRanks(1, {})
     expect(first.steps).toEqual(one.steps)
@@ -122,7 +132,7 @@ describe('ranks of B rows', () => {
 })
 
 describe('a run of two ranks', () => {
-  test('is written by rank 0 alone, and goes on bit for bit', async () => {
+  test('is written by rank 0 only, and resumes bit for bit', async () => {
     const out = await temporaryFolder()
     const whole = await onRanks(2, {})
     const schedule = () => 1
@@ -137,13 +147,13 @@ describe('a run of two ranks', () => {
     expect(first.weights).toEqual(straight.weights)
     expect(second.weights).toEqual(straight.weights)
     expect(whole[0].weights).not.toEqual(straight.weights)
-    // Nothing in a checkpoint has the shape of a rank, but there have to be as many micro-batches.
+    // A checkpoint does not depend on the number of ranks, but the number of micro-batches per step must stay the same.
     await expect(alone({ out, schedule, resume: checkpoint })).rejects.toThrow(
       /accumulate \(micro-batches per step, over all ranks\): saved with 2, now 1/,
     )
   })
 
-  test('stops at the same step on all, whoever is told to', async () => {
+  test('stops after the same step on all ranks, whichever rank is interrupted or reaches its time limit', async () => {
     const stop = new AbortController()
     const runs = await local(2, ranks =>
       trainSmall(backend, {
@@ -167,7 +177,7 @@ describe('a run of two ranks', () => {
     ])
   })
 
-  test('does not begin with different models, weights or steps', async () => {
+  test('rejects ranks with different models, weights or steps', async () => {
     const models = local(2, ranks => trainSmall(backend, { ranks }, { mtp: ranks.rank }))
     await expect(models).rejects.toThrow(/parameters is \d+ of \d+ numbers \(\w+\) on rank 0 but \d+ of .* on rank 1/)
     const seeds = local(2, ranks => trainSmall(backend, { ranks }, { seed: ranks.rank }))
@@ -183,13 +193,13 @@ describe('a run of two ranks', () => {
     )
   })
 
-  test('applies no step that is not finite on one of them', async () => {
+  test('fails on all ranks if a step is not finite on one', async () => {
     // All ranks must have the same schedule when they compare their settings.
     let training = false
     const onEvent = ({ type }: TrainEvent) => {
       if (type === 'start') training = true
     }
-    const codes = await local(2, ranks => {
+    const errors = await local(2, ranks => {
       const schedule = (step: number) => (training && step === 1 && ranks.rank === 1 ? Number.MAX_VALUE : 1)
       const run = trainSmall(backend, { ranks, schedule, onEvent })
       return run.then(
@@ -197,10 +207,10 @@ describe('a run of two ranks', () => {
         error => `${error.code} ${error.message}`,
       )
     })
-    for (const code of codes) expect(code).toMatch(/^E_NAN .*step 3/)
+    for (const error of errors) expect(error).toMatch(/^E_NAN .*step 3/)
   })
 
-  test('takes its place among the ranks from them alone', async () => {
+  test('rejects the options rank and world together with ranks', async () => {
     await expect(onRanks(2, { world: 2 })).rejects.toThrow(/rank or world is given together with ranks/)
   })
 })
@@ -208,7 +218,7 @@ describe('a run of two ranks', () => {
 // Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
 const installed = launchers()
 test.skipIf(installed.length === 0)(
-  'processes of mpirun have the bits of the local communicator',
+  'processes of mpirun give the same bits as the local communicator',
   async () => {
     const script = fileURLToPath(new URL('./test-training.ts', import.meta.url))
     const [first] = await onRanks(2, { accumulate: 2 })

@@ -1,4 +1,4 @@
-/** @file Ranks that train one model of `@moe/trainer` draw other numbers each, and go on exactly. */
+/** @file Random streams of ranks that train one model: each rank draws different numbers, and a resumed run continues the streams. */
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -21,13 +21,13 @@ const config = { ...presets.tiny, vocab_size: 40, hidden_size: 24, num_hidden_la
 const source = new Random(3)
 const training = TokenDataset.fromTokens([Int32Array.from({ length: 200 }, () => 2 + source.integer(38))])
 
-/** With a layer that draws which second choices it uses. */
+/** A model with a layer that decides at random which second experts it uses. */
 class Gshard extends DeepSeek {
   moe = new CapacityMoE(
     { hidden_size: 24, moe_intermediate_size: 8, n_routed_experts: 4, router: 'gshard' },
     { random: new Random(5), std: 1, backend },
   )
-  /** Where the stream was after each step. */
+  /** The state of the stream after each step. */
   readonly drawn: Array<{ stream: number; position: number }> = []
 
   override hidden(...[ids, options = {}]: Parameters<DeepSeek['hidden']>): Tensor {
@@ -43,7 +43,7 @@ class Gshard extends DeepSeek {
   }
 }
 
-/** Two ranks: where each drew, and what it has at the end. */
+/** Trains on two ranks. Returns for each the states of its stream and the final weights. */
 const run = (options: Partial<TrainOptions> = {}) =>
   local(2, async ranks => {
     const model = new Gshard(config, { seed: 1, backend })
@@ -58,24 +58,24 @@ const run = (options: Partial<TrainOptions> = {}) =>
     return { drawn: model.drawn, weights, stream, position }
   })
 
-test('other numbers on each rank, where rank 0 draws as if it were alone', async () => {
+test('each rank has its own stream, and rank 0 has that of a training without ranks', async () => {
   const own = new Random(5).fork('second expert')
   const [first, second] = await run()
   expect(first.drawn.map(({ stream }) => stream)).toEqual(Array(6).fill(own.stream))
   expect(second.drawn.map(({ stream }) => stream)).toEqual(Array(6).fill(own.fork('rank 1').stream))
   expect(second.drawn.map(({ position }) => position)).toEqual(first.drawn.map(({ position }) => position))
   expect(new Set(first.drawn.map(({ position }) => position)).size).toBe(6)
-  // The run leaves the same model on both.
+  // Both ranks end with the same model.
   expect(second.weights).toEqual(first.weights)
   expect([second.stream, second.position]).toEqual([own.stream, first.position])
   expect(backend.stats().handles).toBe(0)
 })
 
-test('a run goes on bit for bit', async () => {
+test('a resumed run continues the streams, and gives the same bits', async () => {
   const [straight] = await run()
   await run({ out, checkpointEvery: 2, keepCheckpoints: 5 })
-  const again = await run({ out, resume: join(out, 'checkpoints', 'step-000002'), keepCheckpoints: 5 })
-  for (const { weights, drawn } of again) {
+  const resumed = await run({ out, resume: join(out, 'checkpoints', 'step-000002'), keepCheckpoints: 5 })
+  for (const { weights, drawn } of resumed) {
     expect(weights).toEqual(straight.weights)
     expect(drawn.map(({ position }) => position)).toEqual(straight.drawn.slice(2).map(({ position }) => position))
   }

@@ -1,4 +1,4 @@
-/** @file For tests only: reinforcement learning of a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`; given a folder, it saves there, and rank 1 fails after three steps. */
+/** @file For tests only: reinforcement learning of a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`. With a folder as its argument, it saves checkpoints there, and the reward function of rank 1 fails after three steps. */
 import { fileURLToPath } from 'node:url'
 import type { Backend } from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
@@ -10,23 +10,24 @@ import { digestOf, type Trained, trainSmall } from './test-training.ts'
 /** Prompts of several lengths. All completions of the last one have the same reward. */
 export const prompts = Array.from({ length: 7 }, (_, i) => ({
   tokens: Array.from({ length: 2 + (i % 4) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
-  alike: i === 6,
+  constantReward: i === 6,
 }))
 
-type Given = Parameters<typeof rollouts<(typeof prompts)[number]>>[1]
+type RolloutOptions = Parameters<typeof rollouts<(typeof prompts)[number]>>[1]
 
 /** Rollouts of up to six tokens, rewarded for the fraction of tokens below 20. */
-export const smallRollouts = (given: Partial<Given> = {}, from = prompts): Rollouts =>
+export const smallRollouts = (options: Partial<RolloutOptions> = {}, from = prompts): Rollouts =>
   rollouts(from, {
-    reward: ({ tokens, prompt }) => (prompt.alike ? 1 : tokens.filter(token => token < 20).length / tokens.length),
+    reward: ({ tokens, prompt }) =>
+      prompt.constantReward ? 1 : tokens.filter(token => token < 20).length / tokens.length,
     groups: 3,
     groupSize: 4,
     maxTokens: 6,
     maxTexts: 32,
-    ...given,
+    ...options,
   }) as unknown as Rollouts
 
-/** Trains with steps of several micro-batches, in whose rows several texts are packed. */
+/** Trains with several micro-batches per step. Each row contains several packed texts. */
 export function rewardSmall(
   backend: Backend,
   options: Partial<TrainOptions>,
@@ -40,7 +41,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
   const [out] = process.argv.slice(2)
   let steps = 0
-  const reward: Given['reward'] = ({ tokens }) => {
+  const reward: RolloutOptions['reward'] = ({ tokens }) => {
     if (steps === 3 && ranks.rank === 1) throw new Error('no such server')
     return tokens.length
   }

@@ -1,4 +1,4 @@
-/** @file For tests only: shared by tests that train: a backend that every test must leave empty, temporary folders, and comparison of runs. */
+/** @file For tests only: a backend on which no test may leave tensors, temporary folders, and comparison of training runs. */
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -7,27 +7,28 @@ import { afterAll, afterEach, expect } from 'vitest'
 import type { Trained } from './test-training.ts'
 
 export const backend = await createBackend()
-const made: string[] = []
+const folders: string[] = []
 afterAll(async () => {
   backend.dispose()
-  for (const folder of made) await rm(folder, { recursive: true })
+  for (const folder of folders) await rm(folder, { recursive: true })
 })
 afterEach(() => expect(backend.stats().handles).toBe(0))
 
 export async function temporaryFolder(): Promise<string> {
-  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
-  return made.at(-1) as string
+  folders.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
+  return folders.at(-1) as string
 }
 
 /** The largest difference of any weight, relative to the largest weight of its tensor. */
 export function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weights'>): number {
-  const of = (name: string) => {
+  const ofTensor = (name: string) => {
     const largest = Math.max(...a.weights[name].map(Math.abs))
     return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
   }
-  return Math.max(...Object.keys(a.weights).map(of))
+  return Math.max(...Object.keys(a.weights).map(ofTensor))
 }
 
+/** The selection biases of all routers. */
 export const biases = ({ weights }: Trained) =>
   Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 

@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it on one rank, with pipeline and with expert parallelism. */
+/** @file For tests only: a small DeepSeek, micro-batches for it, and training steps on one rank, with pipeline parallelism and with expert parallelism. */
 import { createHash } from 'node:crypto'
 import { backward, type NamedParameter, namedParameters, scope } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
@@ -10,7 +10,7 @@ import { Pipeline } from './pipeline/pipeline.ts'
 import { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 import { zeroBubbleH1 } from './schedule/zero-bubble.ts'
 
-/** Two dense layers, six with experts, two MTP modules that share embedding and head. */
+/** Two dense layers, six MoE layers, and two MTP modules that share embedding and head. */
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
   vocab_size: 20,
@@ -42,7 +42,7 @@ export const newModel = (changes: Changes = {}, { objective, ...options }: DeepS
     ...options,
   })
 
-/** Micro-batches of two rows of four positions, with several documents and padding, so that they have different numbers of positions that carry loss. */
+/** Micro-batches of two rows of four positions, with several documents and padding, so that they have different numbers of positions with a loss. */
 export const batchesOf = (microBatches: number, { lookahead }: DeepSeek) => {
   const [rows, length] = [2, 4 + lookahead]
   return Array.from({ length: microBatches }, (_, m) => ({
@@ -55,17 +55,17 @@ export const batchesOf = (microBatches: number, { lookahead }: DeepSeek) => {
   }))
 }
 
-const numbersOf = (named: readonly NamedParameter[], of: (named: NamedParameter) => number[] | null) =>
-  Object.fromEntries(named.map(each => [each.name, of(each)]))
+const valuesByName = (named: readonly NamedParameter[], valuesOf: (named: NamedParameter) => number[] | null) =>
+  Object.fromEntries(named.map(each => [each.name, valuesOf(each)]))
 
 export const gradientsOf = (named: readonly NamedParameter[]) =>
-  numbersOf(named, ({ parameter: { grad } }) => (grad ? Array.from(readF64(grad)) : null))
+  valuesByName(named, ({ parameter: { grad } }) => (grad ? Array.from(readF64(grad)) : null))
 
 export const weightsOf = (named: readonly NamedParameter[]) =>
-  numbersOf(named, ({ parameter }) => Array.from(readF64(parameter)))
+  valuesByName(named, ({ parameter }) => Array.from(readF64(parameter)))
 
-/** Loss, metrics, gradients and their norm on one rank: all micro-batches one after the other, weighted by their number of positions that carry loss. */
-export function wholeStep(model: DeepSeek, microBatches: number) {
+/** Loss, metrics, gradients and gradient norm of a step on one rank: all micro-batches in sequence, weighted by their number of positions with a loss. */
+export function stepOnOneRank(model: DeepSeek, microBatches: number) {
   const batches = batchesOf(microBatches, model)
   const named = namedParameters(model)
   const counts = scope(() => batches.map(batch => model.loss(batch, { training: false }).count))
@@ -89,7 +89,7 @@ export function wholeStep(model: DeepSeek, microBatches: number) {
   return { loss, metrics, gradients, gradNorm: Math.sqrt(squares.reduce((sum, x) => sum + x, 0)) }
 }
 
-/** Takes a step by each of two schedules on two ranks. Returns the losses and a digest of this rank's gradients. */
+/** Takes one step with each of two schedules on two ranks. Returns the losses and a digest of this rank's gradients. */
 export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number[]; gradients: string }> {
   const loss: number[] = []
   const digest = createHash('sha256')
@@ -103,15 +103,17 @@ export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number
 }
 
 /** Takes a step with expert parallelism. Returns its result and a digest of this rank's gradients. */
-export async function spreadStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
+export async function expertParallelStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
-  const spread = new ExpertParallel(model, ranks)
-  const numbers = await spread.step(batchesOf(2 * ranks.size, model).slice(2 * ranks.rank, 2 * ranks.rank + 2))
-  return { ...numbers, gradients: digestOfGradients(spread) }
+  const parallel = new ExpertParallel(model, ranks)
+  const result = await parallel.step(batchesOf(2 * ranks.size, model).slice(2 * ranks.rank, 2 * ranks.rank + 2))
+  return { ...result, gradients: digestOfGradients(parallel) }
 }
 
-/** Takes a step by DualPipeV in two pipelines that share experts. Returns its result and a digest of this rank's gradients. */
-export async function spreadPairsStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
+/** Takes a step with DualPipeV in two pipelines, over which the experts are sharded. Returns its result and a digest of this rank's gradients. */
+export async function expertParallelPipelineStep(
+  ranks: Communicator,
+): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
   const schedule = dualPipeV(ranks.size / 2, ranks.size)
   const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })

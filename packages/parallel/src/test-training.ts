@@ -1,4 +1,4 @@
-/** @file For tests only: trains a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`, which reports its losses and a digest of its weights. The arguments are the kind of parallelism (`rows`, `stages` or `experts`) and what happens to rank 1 after its third step. */
+/** @file For tests only: trains a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`, which reports its losses and a digest of its weights. The arguments are the kind of parallelism (`data`, `pipeline` or `expert`) and what happens to rank 1 after its third step (`fail`, `terminate` or nothing). */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
@@ -28,17 +28,17 @@ export const smallConfig: DeepSeekConfigInput = {
   num_nextn_predict_layers: 1,
 }
 
-/** Kinds of parallelism on two ranks, with four micro-batches per step. */
-export const arrangements = {
-  rows: { accumulate: 2, onRanks: (_: DeepSeek, ranks: Communicator) => ranks },
-  stages: {
+/** Kinds of parallelism on two ranks, each with four micro-batches per step over all ranks. */
+export const parallelisms = {
+  data: { accumulate: 2, onRanks: (_: DeepSeek, ranks: Communicator) => ranks },
+  pipeline: {
     accumulate: 4,
     onRanks: (model: DeepSeek, ranks: Communicator) => new Pipeline(model, zeroBubbleH1(ranks.size, 4), ranks),
   },
-  experts: { accumulate: 2, onRanks: (model: DeepSeek, ranks: Communicator) => new ExpertParallel(model, ranks) },
+  expert: { accumulate: 2, onRanks: (model: DeepSeek, ranks: Communicator) => new ExpertParallel(model, ranks) },
 }
 
-/** 23 windows of 8 for three documents: with four rows per step, the last step of an epoch extends into the next, and some rows contain padding, so that ranks have different numbers of positions that carry loss. */
+/** 23 windows of 8 for three documents: with four rows per step, the last step of an epoch extends into the next, and some rows contain padding, so that ranks have different numbers of positions with a loss. */
 const tokens = (documents: number) => {
   const random = new Random(3)
   const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
@@ -54,7 +54,7 @@ export interface Trained {
   readonly weights: Readonly<Record<string, readonly number[]>>
 }
 
-/** Trains with 4 rows per step: `batchSize` 4, or 2 with two micro-batches, or 2 on two ranks. */
+/** Trains a small model. Tests compare runs with 4 rows per step: `batchSize` 4, or 2 with two micro-batches, or 2 on two ranks. */
 export async function trainSmall(
   backend: Backend,
   options: Partial<TrainOptions>,
@@ -75,18 +75,18 @@ export async function trainSmall(
   } = {},
 ): Promise<Trained> {
   const objective = { biasSpeed: 0.01, ...model.objective }
-  const own = {
+  const config = {
     ...smallConfig,
     num_nextn_predict_layers: mtp,
     eos_token_id: end,
     ...(dense ? { n_routed_experts: null, num_experts_per_tok: null } : {}),
   }
-  const made = new kind(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
+  const trainee = new kind(config, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
   const steps: Trained['steps'] = []
   const loads: LoadsEvent[] = []
-  const ranks = onRanks?.(made)
+  const ranks = onRanks?.(trainee)
   try {
-    const result = await train(made, {
+    const result = await train(trainee, {
       data: { training: tokens(3) },
       steps: 8,
       batchSize: 2,
@@ -99,18 +99,18 @@ export async function trainSmall(
       ...options,
       onEvent(event, reporter) {
         if (event.type === 'step') {
-          const { tokensPerSecond: _, ...numbers } = event
-          steps.push(numbers)
+          const { tokensPerSecond: _, ...step } = event
+          steps.push(step)
         }
         if (event.type === 'loads') loads.push(event)
         return options.onEvent?.(event, reporter)
       },
     })
-    const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)
+    const entries = stateDict(trainee).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     return { result, steps, loads, weights: Object.fromEntries(await Promise.all(entries)) }
   } finally {
     if (ranks instanceof ExpertParallel || ranks instanceof Pipeline) ranks.dispose()
-    made.dispose()
+    trainee.dispose()
   }
 }
 
@@ -120,18 +120,18 @@ export const digestOf = ({ weights }: Pick<Trained, 'weights'>) =>
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
-  const [what = 'rows', happens] = process.argv.slice(2)
-  const { accumulate, onRanks } = arrangements[what as keyof typeof arrangements]
+  const [kind = 'data', action] = process.argv.slice(2)
+  const { accumulate, onRanks } = parallelisms[kind as keyof typeof parallelisms]
   const options: Partial<TrainOptions> = {
     accumulate,
     handleSignals: true,
     onEvent: event => {
       if (ranks.rank !== 1 || event.type !== 'step' || event.step !== 3) return
-      if (happens === 'fail') throw new Error('rank 1 has had enough')
-      if (happens === 'terminate') process.kill(process.pid, 'SIGTERM')
+      if (action === 'fail') throw new Error('rank 1 failed on purpose')
+      if (action === 'terminate') process.kill(process.pid, 'SIGTERM')
     },
   }
-  const model = { onRanks: (made: DeepSeek) => onRanks(made, ranks) }
+  const model = { onRanks: (trainee: DeepSeek) => onRanks(trainee, ranks) }
   const trained = await trainSmall(await createBackend({ threads: 1 }), options, model)
   const losses = trained.steps.map(({ loss }) => loss)
   report({ rank: ranks.rank, digest: digestOf(trained), losses, stopped: trained.result.stopped })

@@ -8,7 +8,7 @@ const backend = referenceBackend()
 const vector = (...values: number[]) => tensor(Float32Array.from(values), undefined, { backend })
 
 test.each([1, 2, 3, 4, 5, 8])(
-  'all calls between %i ranks give what they say, sums rounded once in the order of ranks',
+  'all collectives between %i ranks give the expected results, with sums in the order of ranks, rounded once',
   async size => {
     const results = await local(size, exercise)
     for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
@@ -31,7 +31,7 @@ test('large tensors are sent in several parts, with the same results', async () 
 test('large shards are sent in several parts, and every tensor is complete at the end', async () => {
   const [rows, width] = [5, 2 ** 20 + 3]
   const handles = backend.stats().handles
-  const told = await local(2, async ranks => {
+  const results = await local(2, async ranks => {
     const from = (scale: number) =>
       tensor(
         Float32Array.from({ length: rows * width }, (_, i) => scale * (i % 1013)),
@@ -60,23 +60,23 @@ test('large shards are sent in several parts, and every tensor is complete at th
     return { isSum, others: [...others], shapes: sums.map(({ shape }) => shape) }
   })
   const others = new Array(7).fill(2)
-  expect(told).toEqual([
+  expect(results).toEqual([
     { isSum: true, others, shapes: [[4, width]] },
     { isSum: true, others, shapes: [[1, width], [7]] },
   ])
   expect(backend.stats().handles).toBe(handles)
 })
 
-test('invalid shards are rejected before anything is sent', async () => {
+test('invalid shards are rejected before any message is sent', async () => {
   await local(2, async ranks => {
-    const [three, whole] = [vector(1, 2, 3), tensor(new Int32Array(2), [2], { backend })]
-    const rows = (from: number, to: number, of = three) => ({ tensor: of, from, to })
+    const [three, integers] = [vector(1, 2, 3), tensor(new Int32Array(2), [2], { backend })]
+    const rows = (from: number, to: number, tensor: Tensor = three) => ({ tensor, from, to })
     const two = ranks.rank === 0 ? [vector(1, 2)] : [vector(3)]
     const faults: Array<Promise<unknown>> = [
       ranks.reduceScatterRows([[rows(0, 3)]]),
       ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 4)]]),
       ranks.reduceScatterRows([[rows(1, 1)], []]),
-      ranks.reduceScatterRows([[rows(0, 3)], [rows(0, 2, whole)]]),
+      ranks.reduceScatterRows([[rows(0, 3)], [rows(0, 2, integers)]]),
       ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 3)]], []),
       ranks.reduceScatterRows([[rows(0, 2)], [rows(2, 3)]], two),
       ranks.allGatherRows([[rows(0, 2)], [rows(2, 3)]], two),
@@ -100,7 +100,7 @@ test('invalid shards are rejected before anything is sent', async () => {
   })
 })
 
-test('calls may overlap: they are matched by their order', async () => {
+test('overlapping calls are matched by their order', async () => {
   const results = await local(3, async ranks => {
     const sums = [1, 10, 100].map(scale => ranks.allReduce([vector(scale * (ranks.rank + 1))]))
     const gathered = ranks.allGather(vector(ranks.rank))
@@ -117,7 +117,7 @@ test('two groups of the same ranks are independent: a call that waits in one doe
       return all.item()
     }
     const steps = [() => sum(first, ranks.rank + 1), () => sum(second, 10 * ranks.rank + 10)]
-    // Rank 0 waits for the one before it begins the other, which rank 1 has begun first.
+    // Rank 0 completes the first call before it starts the second, which rank 1 starts first.
     if (ranks.rank === 0) return [await steps[0](), await steps[1]()]
     const begun = [steps[1](), steps[0]()]
     return (await Promise.all(begun)).reverse()
@@ -128,7 +128,7 @@ test('two groups of the same ranks are independent: a call that waits in one doe
   ])
 })
 
-test('invalid arguments are rejected before anything is sent', async () => {
+test('invalid arguments are rejected before any message is sent', async () => {
   await local(2, async ranks => {
     const faults: unknown[] = [
       ranks.allReduce([tensor(new Int32Array(2), [2], { backend })], 'mean'),
@@ -195,7 +195,7 @@ test('a call that fails leaves no tensor behind', async () => {
   expect(backend.stats().handles).toBe(handles)
 })
 
-test('a failed rank ends the calls that wait for it, and its error is the one that is thrown', async () => {
+test('a failed rank ends the calls that wait for it, and local() throws its error', async () => {
   const ended: string[] = []
   const run = local(3, async ranks => {
     if (ranks.rank === 1) throw new Error('the disk is full')

@@ -7,13 +7,13 @@ const now = () => performance.timeOrigin + performance.now()
 export class DelayedTransport implements Transport {
   readonly rank: number
   readonly size: number
-  readonly #whole: Transport
+  readonly #transport: Transport
   readonly #delay: (bytes: number) => number
 
-  constructor(whole: Transport, delay: (bytes: number) => number) {
-    this.rank = whole.rank
-    this.size = whole.size
-    this.#whole = whole
+  constructor(transport: Transport, delay: (bytes: number) => number) {
+    this.rank = transport.rank
+    this.size = transport.size
+    this.#transport = transport
     this.#delay = delay
   }
 
@@ -21,18 +21,18 @@ export class DelayedTransport implements Transport {
     const stamped = new Uint8Array(8 + bytes.length)
     new DataView(stamped.buffer).setFloat64(0, now() + this.#delay(bytes.length))
     stamped.set(bytes, 8)
-    return this.#whole.send(stamped, to, lane)
+    return this.#transport.send(stamped, to, lane)
   }
 
   async receive(bytes: Uint8Array, from: number, lane: number): Promise<void> {
     const stamped = new Uint8Array(8 + bytes.length)
-    await this.#whole.receive(stamped, from, lane)
+    await this.#transport.receive(stamped, from, lane)
     const left = new DataView(stamped.buffer).getFloat64(0) - now()
     if (left > 0) await new Promise(done => setTimeout(done, left))
     bytes.set(stamped.subarray(8))
   }
 
   close(): Promise<void> {
-    return this.#whole.close()
+    return this.#transport.close()
   }
 }

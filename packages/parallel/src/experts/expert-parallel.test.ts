@@ -1,4 +1,4 @@
-/** @file A DeepSeek model whose experts are spread over ranks, beside the whole model on one rank. */
+/** @file Expert parallelism of a DeepSeek model, compared with the same model on one rank. */
 import { type Backend, fromHost, full, namedParameters, scope, setDefaultBackend, trainable } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
@@ -7,7 +7,7 @@ import { AdamW, Muon, type Optimizer } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Communicator } from '../communicator/communicator.ts'
 import { local } from '../communicator/local.ts'
-import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
+import { batchesOf, type Changes, gradientsOf, newModel, stepOnOneRank, weightsOf } from '../test-steps.ts'
 import { ExpertParallel } from './expert-parallel.ts'
 
 let backend: Backend
@@ -16,23 +16,23 @@ beforeEach(() => {
   setDefaultBackend(backend)
 })
 
-// The order of sums differs, and what goes between ranks is rounded to f32.
+// Sums are in another order, and messages between ranks are rounded to f32.
 const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.closeTo(x, 5)) ?? null
 
-/** The rows of a rank, of a parameter of the whole model. */
-const rowsOf = (name: string, values: number[] | null, rank: number, size: number) => {
+/** The values of a parameter of the complete model that belong to a rank. */
+const shardOf = (name: string, values: number[] | null, rank: number, size: number) => {
   if (values === null || !name.includes('.experts.')) return values
   return values.slice((rank * values.length) / size, ((rank + 1) * values.length) / size)
 }
 
-describe('a step has loss, metrics, gradients and norm of one rank with all micro-batches, and leaves nothing behind', () => {
+describe('a step gives the loss, metrics, gradients and gradient norm of one rank with all micro-batches, and leaks no tensors', () => {
   test.each<[string, number, number, Changes, DeepSeekOptions, number?]>([
     ['one rank', 1, 2, {}, {}],
-    ['two of two ranks', 4, 1, {}, {}, 2],
-    ['three of two ranks, each with several micro-batches', 6, 2, {}, {}, 2],
-    ['two ranks that have all experts', 2, 1, {}, {}, 1],
+    ['experts sharded over pairs of four ranks', 4, 1, {}, {}, 2],
+    ['experts sharded over pairs of six ranks, several micro-batches per rank', 6, 2, {}, {}, 2],
+    ['two ranks with all experts each', 2, 1, {}, {}, 1],
     [
-      'a balancer, and two of two ranks',
+      'a balancer, and experts sharded over pairs of four ranks',
       4,
       1,
       {},
@@ -40,54 +40,60 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
       2,
     ],
     ['two ranks', 2, 2, {}, {}],
-    ['a rank for each expert', 4, 1, {}, {}],
-    ['shared experts, and eight ranks', 8, 1, { n_routed_experts: 8, n_shared_experts: 2 }, {}],
-    ['no shared experts, no groups', 2, 1, { n_shared_experts: 0, n_group: null, topk_group: null }, {}],
-    ['embedding and head are one', 2, 1, { tie_word_embeddings: true }, {}],
-    ['MTP with embeddings and heads of its own', 2, 1, { mtp_separate_embeddings: true }, {}],
-    ['MTP trained alone', 2, 1, {}, { objective: { mtpDetached: true } }],
-    ['no MTP', 2, 1, { num_nextn_predict_layers: 0 }, {}],
-    ['dense', 2, 1, { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
+    ['one rank per expert', 4, 1, {}, {}],
+    ['eight ranks, two shared experts', 8, 1, { n_routed_experts: 8, n_shared_experts: 2 }, {}],
+    ['without shared experts and groups', 2, 1, { n_shared_experts: 0, n_group: null, topk_group: null }, {}],
+    ['tied embedding and head', 2, 1, { tie_word_embeddings: true }, {}],
+    ['MTP with separate embeddings and heads', 2, 1, { mtp_separate_embeddings: true }, {}],
+    ['MTP detached from the main model', 2, 1, {}, { objective: { mtpDetached: true } }],
+    ['without MTP', 2, 1, { num_nextn_predict_layers: 0 }, {}],
+    [
+      'without experts',
+      2,
+      1,
+      { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null },
+      {},
+    ],
     ['a balancer', 2, 1, {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
-    // Draws are those of a batch of each rank, so all or none.
-    ['tokens are dropped', 2, 1, {}, { dropping: { devices: 2, undropped: 0.5 } }],
-    ['layers are recomputed, but for routed experts', 2, 2, {}, { recompute: 'layers' }],
-    ['parts of layers are recomputed', 2, 2, {}, { recompute: 'selective' }],
+    // Tokens are dropped per batch of a rank, with or without expert parallelism.
+    ['with token dropping', 2, 1, {}, { dropping: { devices: 2, undropped: 0.5 } }],
+    ['with recomputation of layers, except routed experts', 2, 2, {}, { recompute: 'layers' }],
+    ['with selective recomputation', 2, 2, {}, { recompute: 'selective' }],
   ])('%s', async (_, size, each, changes, options, expertParallelSize = size) => {
     const make = () => newModel(changes, options)
-    const { loss, metrics, gradients, gradNorm } = wholeStep(make(), size * each)
-    const held: number[] = []
+    const { loss, metrics, gradients, gradNorm } = stepOnOneRank(make(), size * each)
+    const handles: number[] = []
     await local(size, async ranks => {
       const model = make()
-      const spread = new ExpertParallel(model, ranks, { expertParallelSize })
+      const parallel = new ExpertParallel(model, ranks, { expertParallelSize })
       const batches = batchesOf(size * each, model).slice(ranks.rank * each, (ranks.rank + 1) * each)
       for (let round = 0; round < 2; round++) {
-        const found = await spread.step(batches)
+        const found = await parallel.step(batches)
         expect(found.loss).toBeCloseTo(loss, 5)
         expect(found.gradNorm).toBeCloseTo(gradNorm, 5)
         expect(found.metrics).toEqual(
           Object.fromEntries(Object.entries(metrics).map(([name, value]) => [name, expect.closeTo(value, 5)])),
         )
-        const wanted = Object.entries(gradients).map(([name, values]) => [
+        const expected = Object.entries(gradients).map(([name, values]) => [
           name,
-          near(rowsOf(name, values, ranks.rank % expertParallelSize, expertParallelSize)),
+          near(shardOf(name, values, ranks.rank % expertParallelSize, expertParallelSize)),
         ])
-        expect(gradientsOf(spread.parameters)).toEqual(Object.fromEntries(wanted))
+        expect(gradientsOf(parallel.parameters)).toEqual(Object.fromEntries(expected))
         await ranks.barrier()
-        held.push(backend.stats().handles)
+        handles.push(backend.stats().handles)
         await ranks.barrier()
       }
     })
-    expect(new Set(held).size).toBe(1)
+    expect(new Set(handles).size).toBe(1)
   })
 })
 
 test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optimizer, number]>([
   ['AdamW', parameters => new AdamW(parameters), 2],
   ['Muon', parameters => new Muon(parameters, { precision: 'f32' }), 2],
-  ['AdamW on two of two ranks', parameters => new AdamW(parameters), 4],
+  ['AdamW, experts sharded over pairs of four ranks', parameters => new AdamW(parameters), 4],
 ])(
-  'steps of %s, with biases that move: after gather all ranks have the weights of one',
+  'after steps and gather(), all ranks have the weights of a training on one rank: %s',
   async (_, optimizerOf, size) => {
     const steps = 4
     const take = (optimizer: Optimizer, gradNorm: number) =>
@@ -95,30 +101,30 @@ test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optim
     const whole = newModel()
     const named = namedParameters(whole)
     const optimizer = optimizerOf(named)
-    const told: unknown[] = []
+    const metrics: unknown[] = []
     for (let step = 0; step < steps; step++) {
-      const { gradNorm } = wholeStep(whole, size)
+      const { gradNorm } = stepOnOneRank(whole, size)
       take(optimizer, gradNorm)
       for (const { parameter } of named) parameter.zeroGrad()
-      told.push(await whole.afterStep())
+      metrics.push(await whole.afterStep())
     }
     const expected = weightsOf(named)
     await local(size, async ranks => {
       const model = newModel()
-      const spread = new ExpertParallel(model, ranks, { expertParallelSize: 2 })
-      const own = optimizerOf(spread.parameters)
+      const parallel = new ExpertParallel(model, ranks, { expertParallelSize: 2 })
+      const shardOptimizer = optimizerOf(parallel.parameters)
       const [batch] = batchesOf(size, model).slice(ranks.rank)
       for (let step = 0; step < steps; step++) {
-        take(own, (await spread.step([batch])).gradNorm)
-        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+        take(shardOptimizer, (await parallel.step([batch])).gradNorm)
+        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(metrics[step])
       }
       expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
-      await spread.gather()
-      const wanted = Object.entries(expected).map(([name, values]) => [name, near(values)])
-      expect(weightsOf(namedParameters(model))).toEqual(Object.fromEntries(wanted))
-      await spread.step([batch])
+      await parallel.gather()
+      const gathered = Object.entries(expected).map(([name, values]) => [name, near(values)])
+      expect(weightsOf(namedParameters(model))).toEqual(Object.fromEntries(gathered))
+      await parallel.step([batch])
       expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
-      spread.dispose()
+      parallel.dispose()
       model.dispose()
     })
   },
@@ -127,12 +133,12 @@ test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optim
 test('all ranks reject a step with unequal numbers of micro-batches, or with a loss that is not finite', async () => {
   const codes = await local(3, async ranks => {
     const model = newModel({ n_routed_experts: 6, n_group: null, topk_group: null })
-    const spread = new ExpertParallel(model, ranks)
+    const parallel = new ExpertParallel(model, ranks)
     const refusal = (step: Promise<unknown>) => step.then(String, error => `${error.code} ${error.message}`)
-    const none = await refusal(spread.step([]))
-    const uneven = await refusal(spread.step(batchesOf(1 + ranks.rank, model)))
+    const none = await refusal(parallel.step([]))
+    const uneven = await refusal(parallel.step(batchesOf(1 + ranks.rank, model)))
     if (ranks.rank === 1) model.model.norm.weight.assign(full([8], Number.NaN))
-    return [uneven, await refusal(spread.step(batchesOf(1, model))), none]
+    return [uneven, await refusal(parallel.step(batchesOf(1, model))), none]
   })
   for (const [rank, [uneven, notFinite, none]] of codes.entries()) {
     expect(none).toMatch(
@@ -145,7 +151,7 @@ test('all ranks reject a step with unequal numbers of micro-batches, or with a l
   }
 })
 
-test('experts keep their names, and their number must be divisible by the ranks that share them', async () => {
+test('parameters keep their names, and the number of experts must be divisible by expertParallelSize', async () => {
   await local(2, async ranks => {
     const model = newModel()
     const { parameters } = new ExpertParallel(model, ranks)

@@ -9,10 +9,11 @@ const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : 
 const doubled = async (x: Tensor) => x.mul(2)
 
 test.each([
-  ['computed while an exchange is under way', false],
-  ['put off', true],
+  ['computed while a message is in flight', false],
+  ['deferred', true],
 ])(
-  'a pass in pieces has the gradients of the whole one: residuals, exchanges, leaves that go to several pieces; those of weights are %s',
+  'a pass in pieces gives the same gradients as one graph, with weight gradients %s',
+  // Residual connections, an exchange between ranks, and an input that several pieces use.
   async (_, deferWeightGradients) => {
     const layers = [1, 2, 5].map(seed => new Linear(4, 4, { random: new Random(seed) }))
     const [first, second, third] = layers
@@ -32,19 +33,19 @@ test.each([
     const leaf = pass.input(x)
     const [h] = pass.piece([leaf], t => [first.forward(t)])
     const [inner] = pass.piece([h], t => [second.forward(t)])
-    /** Of which layers the weights have gradients: when the message leaves, and while it is under way. */
+    /** For each layer, whether its weight has a gradient: when the message is sent, while it is in flight, and at the end. */
     const seen: boolean[][] = []
-    const look = () => seen.push(weights().map(gradient => gradient !== null))
+    const record = () => seen.push(weights().map(gradient => gradient !== null))
     const sent = await pass.exchange(inner, doubled, async gradient => {
       for (let microtask = 0; microtask < 10; microtask++) await Promise.resolve()
-      look()
+      record()
       for (let turn = 0; turn < 2; turn++) await new Promise(setImmediate)
-      look()
+      record()
       return doubled(gradient)
     })
     const [y] = pass.piece([leaf, sent, h], (a, b, c) => [third.forward(a.add(b.mul(c)))])
     await pass.backwardInput([y], [dy], { deferWeightGradients })
-    look()
+    record()
     expect(seen).toEqual([
       [false, false, false],
       [false, false, !deferWeightGradients],
@@ -59,7 +60,7 @@ test.each([
   },
 )
 
-test('a rank whose result nothing depends on exchanges zeros; a result of another shape is refused', async () => {
+test('an exchange whose result is not used sends zeros in the backward pass; a gradient of another shape is an error', async () => {
   const pass = new PiecewisePass()
   const x = pass.input(randn([2, 2], new Random(1)))
   const back: unknown[] = []

@@ -1,16 +1,16 @@
-/** @file A layer whose experts lie on several ranks, beside the whole layer. */
+/** @file A layer with experts sharded over ranks, compared with the same layer on one rank. */
 import { backward, type Module, Parameter, scope, setDefaultBackend, trainable } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { local } from '../communicator/local.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { routeOverRanks } from './route-over-ranks.ts'
-import { config, experts, newLayer, numbers, seedOf, shardOf, split, tokensOf } from './test-layer.ts'
+import { config, experts, newLayer, numbers, seedOf, shardedPass, shardOf, tokensOf } from './test-layer.ts'
 
 beforeEach(() => setDefaultBackend(referenceBackend()))
 
-/** The whole layer on one rank's tokens. */
-function whole(rank: number, bias?: readonly number[]) {
+/** Forward and backward pass of the layer with all experts, on the tokens of one rank. */
+function unsharded(rank: number, bias?: readonly number[]) {
   const layer = newLayer(bias)
   const x = new Parameter(tokensOf(rank))
   return scope(() => {
@@ -27,57 +27,60 @@ function whole(rank: number, bias?: readonly number[]) {
 
 const near = (values: readonly number[] | null) => values?.map(x => expect.closeTo(x, 5)) ?? null
 
-/** Experts of one group get everything; those of the first get nothing. */
-const oneSided = [-9, -9, 0, 0, 9, 9, 0, 0]
+/** A selection bias that sends every token to both experts of the third group, and none to those of the first. */
+const imbalanced = [-9, -9, 0, 0, 9, 9, 0, 0]
 
-describe('experts on several ranks', () => {
+describe('a layer with sharded experts', () => {
   test.each([
     [1, undefined],
     [2, undefined],
     [4, undefined],
     [8, undefined],
-    [2, oneSided],
-    [4, oneSided],
-  ] as const)('%i ranks, bias %j: outputs and gradients of the whole layer', async (size, bias) => {
-    const all = Array.from({ length: size }, (_, r) => whole(r, bias))
-    const found = await local(size, ranks => split(ranks, newLayer(bias)))
-    const own = experts / size
-    for (const [r, { out, dx, router, shared, routed }] of found.entries()) {
-      // Tokens are f32 on their way.
-      expect(out).toEqual(near(all[r].out))
-      expect(dx).toEqual(near(all[r].dx))
-      expect(router).toEqual(all[r].router.map(near))
-      expect(shared).toEqual(all[r].shared.map(near))
-      // An expert's gradient is that of the tokens of all ranks; no expert that none has chosen has one.
-      for (const [k, gradient] of routed.entries()) {
-        const total = all.map(w => w.routed[k]).reduce((a, b) => a.map((x, i) => x + b[i]))
-        const wanted = total.slice((r * total.length) / size, ((r + 1) * total.length) / size)
-        if (gradient === null) expect(wanted.every(x => x === 0)).toBe(true)
-        else expect(gradient).toEqual(near(wanted))
-      }
-    }
-    if (bias !== undefined && size === 4) expect(found[0].routed).toEqual([null, null, null])
-    // With a rank for each group, a token travels to no more ranks than it may choose groups.
-    const { num_experts_per_tok: topK, topk_group } = config
-    if (size === config.n_group)
-      for (const { chosen } of found)
-        for (let t = 0; t < chosen.length; t += topK) {
-          const homes = new Set(chosen.slice(t, t + topK).map(e => Math.floor(e / own)))
-          expect(homes.size).toBeLessThanOrEqual(topk_group as number)
+    [2, imbalanced],
+    [4, imbalanced],
+  ] as const)(
+    'gives the outputs and gradients of the unsharded layer: %i ranks, selection bias %j',
+    async (size, bias) => {
+      const all = Array.from({ length: size }, (_, r) => unsharded(r, bias))
+      const found = await local(size, ranks => shardedPass(ranks, newLayer(bias)))
+      const own = experts / size
+      for (const [r, { out, dx, router, shared, routed }] of found.entries()) {
+        // Tokens are sent as f32.
+        expect(out).toEqual(near(all[r].out))
+        expect(dx).toEqual(near(all[r].dx))
+        expect(router).toEqual(all[r].router.map(near))
+        expect(shared).toEqual(all[r].shared.map(near))
+        // The gradient of an expert is summed over the tokens of all ranks. An expert that no token chooses has none.
+        for (const [k, gradient] of routed.entries()) {
+          const total = all.map(w => w.routed[k]).reduce((a, b) => a.map((x, i) => x + b[i]))
+          const expectedShard = total.slice((r * total.length) / size, ((r + 1) * total.length) / size)
+          if (gradient === null) expect(expectedShard.every(x => x === 0)).toBe(true)
+          else expect(gradient).toEqual(near(expectedShard))
         }
-  })
+      }
+      if (bias !== undefined && size === 4) expect(found[0].routed).toEqual([null, null, null])
+      // With one rank per group, a token is sent to at most topk_group ranks.
+      const { num_experts_per_tok: topK, topk_group } = config
+      if (size === config.n_group)
+        for (const { chosen } of found)
+          for (let t = 0; t < chosen.length; t += topK) {
+            const destinations = new Set(chosen.slice(t, t + topK).map(e => Math.floor(e / own)))
+            expect(destinations.size).toBeLessThanOrEqual(topk_group as number)
+          }
+    },
+  )
 
-  test('no tensor is leaked', async () => {
+  test('leaks no tensor', async () => {
     const layer = newLayer()
     await local(1, async ranks => {
       const shard = shardOf(layer, ranks)
       const before = layer.gate.weight.backend.stats().handles
-      await split(ranks, layer, shard)
+      await shardedPass(ranks, layer, shard)
       expect(layer.gate.weight.backend.stats().handles).toBe(before)
     })
   })
 
-  test('a number of ranks that does not divide the experts is an error', async () => {
+  test('rejects a number of ranks that does not divide the number of experts', async () => {
     const pass = new PiecewisePass()
     const x = pass.input(tokensOf(0))
     const tokens = { x, weights: x, indices: x }

@@ -21,7 +21,7 @@ export const config: RouterConfig = {
   norm_topk_prob: true,
   routed_scaling_factor: 2.5,
 }
-/** A layer with the same weights on every rank. `bias` changes the choice of experts. */
+/** A layer with the same weights on every rank. `bias` is the selection bias of the experts. */
 export function newLayer(bias?: readonly number[]): MoELayer {
   const layer = new MoELayer(config, { random: new Random(1), std: 0.5 })
   if (bias) layer.gate.e_score_correction_bias?.assign(tensor(bias))
@@ -40,7 +40,7 @@ export const seedOf = (rank: number) => randn([rowsOf(rank), features], new Rand
 export const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : null)
 
 /** Forward and backward pass of the layer on this rank's tokens, with its shard of the experts. */
-export async function split(ranks: Communicator, layer = newLayer(), shard = shardOf(layer, ranks)) {
+export async function shardedPass(ranks: Communicator, layer = newLayer(), shard = shardOf(layer, ranks)) {
   const { gate, shared_experts } = layer
   const [tokens, seed] = [tokensOf(ranks.rank), seedOf(ranks.rank)]
   const pass = new PiecewisePass()

@@ -3,15 +3,15 @@ import { fileURLToPath } from 'node:url'
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { split } from '../experts/test-layer.ts'
+import { shardedPass } from '../experts/test-layer.ts'
 import { local, mpi } from '../index.ts'
-import { pipelineSteps, spreadPairsStep, spreadStep } from '../test-steps.ts'
+import { expertParallelPipelineStep, expertParallelStep, pipelineSteps } from '../test-steps.ts'
 import { launch, launchers } from './test-launch.ts'
 
 const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
 const installed = launchers()
 
-test('a missing library is an error that lists what was tried and what to do', async () => {
+test('a missing library is an error that lists the paths tried and the possible fixes', async () => {
   await expect(mpi({ library: '/nowhere/libmpi.so' })).rejects.toThrow(
     /mpi: no MPI library found \(.*nowhere.*\); install Open MPI or MPICH, or set MOE_MPI_LIBRARY to .*; without MPI, local/,
   )
@@ -20,34 +20,40 @@ test('a missing library is an error that lists what was tried and what to do', a
 // Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
 describe.skipIf(installed.length === 0)('MPI', () => {
   describe.each(installed)('$name', launcher => {
-    test.each([1, 2, 3])('all calls between %i processes give the bits of the local communicator', async size => {
-      const { code, reports, errors } = await launch(launcher, size, [script, 'exercise'])
-      expect(errors).toBe('')
-      expect(reports).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
-      expect(code).toBe(0)
-    })
+    test.each([1, 2, 3])(
+      'all collectives between %i processes give the same bits as the local communicator',
+      async size => {
+        const { code, reports, errors } = await launch(launcher, size, [script, 'exercise'])
+        expect(errors).toBe('')
+        expect(reports).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
+        expect(code).toBe(0)
+      },
+    )
 
     test.each([
       ['a pipeline', 2, 'pipeline', pipelineSteps],
-      ['experts', 2, 'experts', split],
-      ['a model with its experts spread', 2, 'spread', spreadStep],
-      ['stages whose experts are spread', 4, 'pairs', spreadPairsStep],
-    ] as const)('%s on %i processes: the bits of the local communicator', async (_, size, what, work) => {
-      setDefaultBackend(referenceBackend())
-      const found = await local<Awaited<ReturnType<typeof work>> & { rank: number }>(size, async ranks => ({
-        rank: ranks.rank,
-        ...(await work(ranks)),
-      }))
-      const expected = found.map(({ rank, ...rest }) => ({ rank, ...JSON.parse(JSON.stringify(rest)) }))
-      const { code, reports, errors } = await launch(launcher, size, [script, what])
-      expect(errors).toBe('')
-      expect(reports).toEqual(expected)
-      expect(code).toBe(0)
-    })
+      ['a layer with sharded experts', 2, 'experts', shardedPass],
+      ['expert parallelism', 2, 'expert-parallel', expertParallelStep],
+      ['a pipeline with expert parallelism', 4, 'expert-parallel-pipeline', expertParallelPipelineStep],
+    ] as const)(
+      '%s on %i processes gives the same bits as with the local communicator',
+      async (_, size, scenario, work) => {
+        setDefaultBackend(referenceBackend())
+        const found = await local<Awaited<ReturnType<typeof work>> & { rank: number }>(size, async ranks => ({
+          rank: ranks.rank,
+          ...(await work(ranks)),
+        }))
+        const expected = found.map(({ rank, ...rest }) => ({ rank, ...JSON.parse(JSON.stringify(rest)) }))
+        const { code, reports, errors } = await launch(launcher, size, [script, scenario])
+        expect(errors).toBe('')
+        expect(reports).toEqual(expected)
+        expect(code).toBe(0)
+      },
+    )
 
     test('a rank that waits for another does not block its event loop', async () => {
       const { reports } = await launch(launcher, 2, [script, 'wait'])
-      expect(reports).toEqual([0, 1].map(rank => ({ rank, alive: true })))
+      expect(reports).toEqual([0, 1].map(rank => ({ rank, timersRan: true })))
     })
 
     test('ranks that make different calls get an error, and MPI does not abort', async () => {
@@ -61,12 +67,12 @@ describe.skipIf(installed.length === 0)('MPI', () => {
     test('a failed rank ends all ranks', async () => {
       const { code, errors } = await launch(launcher, 2, [script, 'fail'])
       expect(code).not.toBe(0)
-      expect(errors).toMatch(/rank 1 has had enough/)
+      expect(errors).toMatch(/rank 1 failed on purpose/)
     })
   })
 
-  test.skipIf(installed.length < 2 /* it takes two kinds of MPI */)(
-    'a library of another kind than the launcher',
+  test.skipIf(installed.length < 2 /* needs two MPI implementations */)(
+    'a library of another MPI implementation than the launcher is an error',
     async () => {
       const other = { 'Open MPI': 'libmpich.so.12', MPICH: 'libmpi.so.40' }
       for (const launcher of installed) {
@@ -78,7 +84,7 @@ describe.skipIf(installed.length === 0)('MPI', () => {
     },
   )
 
-  test('without a launcher it is the only rank', () => {
+  test('a process without a launcher is the only rank', () => {
     const { stdout } = spawnSync(process.execPath, [script, 'exercise'], { encoding: 'utf8' })
     expect(JSON.parse(stdout)).toEqual({ rank: 0, size: 1, same: true })
   })

@@ -3,9 +3,9 @@ import { isDeepStrictEqual } from 'node:util'
 import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { exercise, expected } from '../communicator/test-exercise.ts'
-import { split } from '../experts/test-layer.ts'
+import { shardedPass } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
-import { pipelineSteps, spreadPairsStep, spreadStep } from '../test-steps.ts'
+import { expertParallelPipelineStep, expertParallelStep, pipelineSteps } from '../test-steps.ts'
 import { report } from './test-launch.ts'
 
 const filled = (length: number, value: number) =>
@@ -30,27 +30,27 @@ switch (process.argv[2]) {
   }
   case 'experts': {
     setDefaultBackend(referenceBackend())
-    report({ rank: ranks.rank, ...(await split(ranks)) })
+    report({ rank: ranks.rank, ...(await shardedPass(ranks)) })
     break
   }
-  case 'spread': {
+  case 'expert-parallel': {
     setDefaultBackend(referenceBackend())
-    report({ rank: ranks.rank, ...(await spreadStep(ranks)) })
+    report({ rank: ranks.rank, ...(await expertParallelStep(ranks)) })
     break
   }
-  case 'pairs': {
+  case 'expert-parallel-pipeline': {
     setDefaultBackend(referenceBackend())
-    report({ rank: ranks.rank, ...(await spreadPairsStep(ranks)) })
+    report({ rank: ranks.rank, ...(await expertParallelPipelineStep(ranks)) })
     break
   }
   case 'wait': {
-    // Rank 0 is late: the other one's timers run meanwhile.
-    let turns = 0
-    const timer = setInterval(() => turns++, 10)
+    // Rank 0 arrives late. Timers of the other rank must run while it waits.
+    let ticks = 0
+    const timer = setInterval(() => ticks++, 10)
     if (ranks.rank === 0) await new Promise(resolve => setTimeout(resolve, 500))
     await ranks.barrier()
     clearInterval(timer)
-    report({ rank: ranks.rank, alive: turns >= 10 })
+    report({ rank: ranks.rank, timersRan: ticks >= 10 })
     break
   }
   case 'differ': {
@@ -67,7 +67,7 @@ switch (process.argv[2]) {
     break
   }
   case 'fail': {
-    if (ranks.rank === 1) throw new Error('rank 1 has had enough')
+    if (ranks.rank === 1) throw new Error('rank 1 failed on purpose')
     await ranks.barrier()
     break
   }

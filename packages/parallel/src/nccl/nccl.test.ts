@@ -1,4 +1,4 @@
-/** @file NCCL's ranks beside ranks on hosts, on emulated devices, with MOE_REQUIRE_CUDA=1 on those of this machine. What the emulated NCCL finds is said in its source, emulator/nccl.cc of `@moe/kernels-cuda`. */
+/** @file The NCCL communicator, compared with the host communicator, on emulated devices, or with MOE_REQUIRE_CUDA=1 on real ones. The emulated NCCL also detects invalid use: see emulator/nccl.cc of `@moe/kernels-cuda`. */
 import { fileURLToPath } from 'node:url'
 import { type Backend, fromHost, isMoeError, type MoeError, Random, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
@@ -9,7 +9,7 @@ import type { Communicator } from '../communicator/communicator.ts'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { local } from '../index.ts'
 import { launch, launchers } from '../mpi/test-launch.ts'
-import { arrangements, digestOf, trainSmall } from '../test-training.ts'
+import { digestOf, parallelisms, trainSmall } from '../test-training.ts'
 import type { CudaAccess } from './device-memory.ts'
 import { nccl } from './nccl.ts'
 import { backendOf, connect, driver, library, mostRanks, onDevice, onDevices, unavailable } from './test-devices.ts'
@@ -18,21 +18,23 @@ const script = fileURLToPath(new URL('./test-devices.ts', import.meta.url))
 
 async function failure(action: Promise<unknown>): Promise<MoeError> {
   const error = await action.then(
-    () => new Error('it worked'),
+    () => new Error('no error'),
     reason => reason,
   )
   expect(isMoeError(error), String(error)).toBe(true)
   return error as MoeError
 }
 
-/** As many of the tests' ranks as there are devices for. */
+/** Numbers of ranks for which there are enough devices. */
 const sizes = [1, 2, 3, 4].filter(size => size <= mostRanks)
-const ofTwo = test.skipIf(mostRanks < 2)
-/** Failures on purpose. */
+const onTwoDevices = test.skipIf(mostRanks < 2)
+/** For tests that make calls fail on purpose. */
 const onEmulator = test.skipIf(onDevice)
 
 describe.skipIf(unavailable)('NCCL', () => {
-  const living = () => (onDevice ? 0 : (koffi.load(library).func('int moe_nccl_living()') as unknown as () => number)())
+  /** The number of emulated communicators that are not destroyed. */
+  const openCommunicators = () =>
+    onDevice ? 0 : (koffi.load(library).func('int moe_nccl_living()') as unknown as () => number)()
   const fail = (call: string, after: number, status: number) =>
     koffi.load(driver).func('void moe_emulator_fail(const char* call, int after, int status)')(call, after, status)
   const reset = () => {
@@ -42,64 +44,73 @@ describe.skipIf(unavailable)('NCCL', () => {
   }
   afterEach(reset)
 
-  test.each(sizes)('all calls between %i ranks give what they give on hosts, and leave nothing', async size => {
-    const results = await onDevices(size, async (ranks, backend) => {
-      const before = backend.stats()
-      const result = await exercise(ranks, backend)
-      // What it made is never disposed of: tensors, but no working memory.
-      expect(backend.stats().handles).toBeGreaterThan(before.handles)
-      return result
-    })
-    for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
-    expect(living()).toBe(0)
-  })
+  test.each(sizes)(
+    'all collectives between %i ranks give the expected results, and leave no communicator open',
+    async size => {
+      const results = await onDevices(size, async (ranks, backend) => {
+        const before = backend.stats()
+        const result = await exercise(ranks, backend)
+        // `exercise` disposes of none of its tensors.
+        expect(backend.stats().handles).toBeGreaterThan(before.handles)
+        return result
+      })
+      for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
+      expect(openCommunicators()).toBe(0)
+    },
+  )
 
   // Reason to skip: no MPI is installed here.
-  test.skipIf(launchers().length === 0 || mostRanks < 3)('the same between processes', async () => {
-    const { code, reports, errors } = await launch(launchers()[0], 3, [script])
-    expect(errors).toBe('')
-    expect(reports.map(({ rank, size, same }) => ({ rank, size, same }))).toEqual(
-      [0, 1, 2].map(rank => ({ rank, size: 3, same: true })),
-    )
-    expect(code).toBe(0)
-  })
-
-  ofTwo('sums of numbers of all sizes, infinities, NaN and both zeros have the bits of those on hosts', async () => {
-    const size = Math.min(3, mostRanks)
-    const special = [0, -0, Number.NaN, Infinity, -Infinity, 3e38, -3e38, 1e-45, 2 ** 24 + 1]
-    const inputs = (rank: number, backend: Backend) => {
-      const random = new Random(5).fork(`${rank}`)
-      const wide = Float32Array.from({ length: 3000 }, () =>
-        random.integer(5) === 0
-          ? special[random.integer(special.length)]
-          : random.normal(1)[0] * 2 ** random.integer(60),
+  test.skipIf(launchers().length === 0 || mostRanks < 3)(
+    'all collectives between three processes give the expected results',
+    async () => {
+      const { code, reports, errors } = await launch(launchers()[0], 3, [script])
+      expect(errors).toBe('')
+      expect(reports.map(({ rank, size, same }) => ({ rank, size, same }))).toEqual(
+        [0, 1, 2].map(rank => ({ rank, size: 3, same: true })),
       )
-      const whole = Int32Array.from({ length: 500 }, () => random.integer(2 ** 32) - 2 ** 31)
-      return [
-        tensor(wide, [wide.length], { backend }),
-        tensor(wide, [wide.length], { backend, dtype: 'bf16' }),
-        fromHost(whole, [whole.length], 'i32', backend),
-      ]
-    }
-    const all = async (ranks: Communicator, backend: Backend) => {
-      const [f32, bf16, i32] = inputs(ranks.rank, backend)
-      const sums = [
-        ...(await ranks.allReduce([f32, bf16, i32])),
-        ...(await ranks.allReduce([f32, bf16, i32], 'max')),
-        ...(await ranks.allReduce([f32, bf16], 'mean')),
-      ]
-      // NaN has no sign here, and bits of its own nowhere.
-      return Promise.all(sums.map(async sum => Array.from(await sum.values())))
-    }
-    const found = await onDevices(size, all)
-    const onHosts = await local(size, ranks => all(ranks, referenceBackend()))
-    expect(found).toEqual(onHosts)
-  })
+      expect(code).toBe(0)
+    },
+  )
 
-  ofTwo.each(['rows', 'stages', 'experts'] as const)(
-    'a training that shards %s out has the weights of one over hosts',
-    async shard => {
-      const { accumulate, onRanks } = arrangements[shard]
+  onTwoDevices(
+    'reductions of numbers of all magnitudes, infinities, NaN and both zeros give the same bits as with the host communicator',
+    async () => {
+      const size = Math.min(3, mostRanks)
+      const special = [0, -0, Number.NaN, Infinity, -Infinity, 3e38, -3e38, 1e-45, 2 ** 24 + 1]
+      const inputs = (rank: number, backend: Backend) => {
+        const random = new Random(5).fork(`${rank}`)
+        const wide = Float32Array.from({ length: 3000 }, () =>
+          random.integer(5) === 0
+            ? special[random.integer(special.length)]
+            : random.normal(1)[0] * 2 ** random.integer(60),
+        )
+        const whole = Int32Array.from({ length: 500 }, () => random.integer(2 ** 32) - 2 ** 31)
+        return [
+          tensor(wide, [wide.length], { backend }),
+          tensor(wide, [wide.length], { backend, dtype: 'bf16' }),
+          fromHost(whole, [whole.length], 'i32', backend),
+        ]
+      }
+      const all = async (ranks: Communicator, backend: Backend) => {
+        const [f32, bf16, i32] = inputs(ranks.rank, backend)
+        const sums = [
+          ...(await ranks.allReduce([f32, bf16, i32])),
+          ...(await ranks.allReduce([f32, bf16, i32], 'max')),
+          ...(await ranks.allReduce([f32, bf16], 'mean')),
+        ]
+        // As numbers, so that the sign and payload of NaN do not count.
+        return Promise.all(sums.map(async sum => Array.from(await sum.values())))
+      }
+      const found = await onDevices(size, all)
+      const onHosts = await local(size, ranks => all(ranks, referenceBackend()))
+      expect(found).toEqual(onHosts)
+    },
+  )
+
+  onTwoDevices.each(['data', 'pipeline', 'expert'] as const)(
+    'training with %s parallelism gives the same weights as with the host communicator',
+    async kind => {
+      const { accumulate, onRanks } = parallelisms[kind]
       const trained = async (ranks: Communicator, backend: CudaBackend) => {
         const result = await trainSmall(backend, { accumulate, steps: 2 }, { onRanks: model => onRanks(model, ranks) })
         return { digest: digestOf(result), losses: result.steps.map(({ loss }) => loss) }
@@ -111,8 +122,8 @@ describe.skipIf(unavailable)('NCCL', () => {
     },
   )
 
-  ofTwo(
-    'recorded steps have the bits of steps op by op over hosts',
+  onTwoDevices(
+    'recorded steps give the same bits as steps op by op with the host communicator',
     async () => {
       const options = { steps: 4, accumulate: 2 }
       const trained = async (backend: CudaBackend, ranks: Communicator, record: boolean) => {
@@ -128,17 +139,17 @@ describe.skipIf(unavailable)('NCCL', () => {
         expect(numbers).toEqual(expected)
         expect(launches).toBeLessThan(0.8 * opByOp)
       }
-      // Sixteen seconds where nothing else runs.
+      // Takes sixteen seconds on an idle machine.
     },
     240_000,
   )
 
-  ofTwo('a pending message blocks neither the event loop nor the backend', async () => {
+  onTwoDevices('a pending message blocks neither the event loop nor the backend', async () => {
     const results = await onDevices(2, async (ranks, backend) => {
       const ones = tensor([1, 1], [2], { backend })
       const other = 1 - ranks.rank
       const coming = ranks.receive({ shape: [2], dtype: 'f32' }, other)
-      // Both wait for the other, and compute what they send from what they have.
+      // Both wait for the other's message, and compute their own meanwhile.
       let sum = ones
       for (let i = 0; i < 3; i++) {
         await new Promise(resolve => setTimeout(resolve, 5))
@@ -154,7 +165,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     ])
   })
 
-  ofTwo('messages between two ranks arrive in the order of sending, also when they leave at once', async () => {
+  onTwoDevices('messages between two ranks arrive in the order of sending, also if sent concurrently', async () => {
     const results = await onDevices(2, async (ranks, backend) => {
       const of = (i: number) => tensor([i], [1], { backend })
       if (ranks.rank === 0) {
@@ -191,7 +202,7 @@ describe.skipIf(unavailable)('NCCL', () => {
   onEmulator.each(['ncclGroupStart', 'ncclSend', 'ncclGroupEnd', 'ncclCommGetAsyncError'])(
     'if %s fails, messages in progress are aborted, and later calls fail with E_ABORTED',
     async call => {
-      const before = living()
+      const before = openCommunicators()
       await local(2, async host => {
         const backend = await backendOf(host.rank)
         const ranks = await connect(host, backend)
@@ -206,7 +217,7 @@ describe.skipIf(unavailable)('NCCL', () => {
         } else await ranks.close()
         backend.dispose()
       })
-      expect(living()).toBe(before)
+      expect(openCommunicators()).toBe(before)
     },
   )
 
@@ -222,7 +233,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     })
   })
 
-  test('invalid arguments are rejected before anything is opened', async () => {
+  test('a missing library, a backend that is not CUDA, an NCCL communicator as host and a closed communicator are errors', async () => {
     await local(1, async host => {
       const backend = await backendOf(0)
       const without = await failure(nccl(host, { backend, library: '/nowhere/libnccl.so' }))

@@ -20,7 +20,7 @@ export const library = join(folder, 'libmoe-nccl-emulator.so')
 /** The emulated driver. */
 export const driver = join(folder, 'libmoe-cuda-emulator.so')
 
-/** Why the tests cannot run, or undefined. */
+/** The reason why the tests cannot run, if any. */
 export const unavailable =
   onDevice || existsSync(library)
     ? undefined
@@ -37,7 +37,7 @@ function countDevices(): number {
   return count[0]
 }
 
-/** The backend of a rank, on a device of its own. `guarded` detects out-of-bounds access. */
+/** The backend of a rank, on its own device. `guarded` detects out-of-bounds access. */
 export function backendOf(rank: number, guarded = true): Promise<CudaBackend> {
   if (!onDevice) koffi.load(driver).func('void moe_emulator_set(const char* name, int value)')('devices', mostRanks)
   return createBackend({ guarded, device: rank, ...(onDevice ? {} : { driver, kernels: folder }) })

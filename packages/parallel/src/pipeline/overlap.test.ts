@@ -1,4 +1,4 @@
-/** @file Two passes at once on ranks that share experts out: whatever the order in which messages come, nobody waits for ever, and the numbers are the same. */
+/** @file Overlapping forward and backward passes with expert parallelism: in whatever order messages arrive, there is no deadlock, and the results are the same. */
 import { type Backend, Random, setDefaultBackend } from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, expect, test } from 'vitest'
@@ -31,10 +31,10 @@ test.each([
   ['DualPipe', dualPipe(2, 4), 4],
   ['DualPipeV', dualPipeV(2, 4), 4],
   ['DualPipeV on one rank', dualPipeV(1, 4), 4],
-] as const)('%s has the same bits with messages that are late at random', async (_, schedule, size) => {
+] as const)('%s gives the same bits if messages are delayed at random', async (_, schedule, size) => {
   const run = (seed: number) => {
     const random = new Random(seed)
-    // Some overtake others, some come after all that is to compute is done.
+    // Some messages overtake others, and some arrive after all computation that does not depend on them.
     const delay = () => [0, 0.1, 2, 5][random.integer(4)] * (seed > 0 ? 1 : 0)
     return localOver(
       size,

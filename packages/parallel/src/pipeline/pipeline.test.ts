@@ -1,4 +1,4 @@
-/** @file A DeepSeek model in stages, by every schedule, beside the whole model on one rank. */
+/** @file Pipeline parallelism of a DeepSeek model with every schedule, compared with the same model on one rank. */
 import { type Backend, full, type NamedParameter, namedParameters, scope, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
@@ -12,7 +12,7 @@ import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
 import { interleaved, oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
 import type { PipelineSchedule } from '../schedule/schedule.ts'
 import { zeroBubbleH1, zeroBubbleH2, zeroBubbleV } from '../schedule/zero-bubble.ts'
-import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
+import { batchesOf, type Changes, gradientsOf, newModel, stepOnOneRank, weightsOf } from '../test-steps.ts'
 import { Pipeline } from './pipeline.ts'
 
 let backend: Backend
@@ -24,7 +24,7 @@ beforeEach(() => {
 const schedules: PipelineSchedule[] = [
   oneForwardOneBackward(1, 2),
   oneForwardOneBackward(4, 6),
-  // A stage for every layer, the head and every MTP module.
+  // One stage for each layer, the head and each MTP module.
   oneForwardOneBackward(11, 3),
   interleaved(2, 4, 2),
   zeroBubbleH1(4, 6),
@@ -35,12 +35,12 @@ const schedules: PipelineSchedule[] = [
 ]
 const named = schedules.map(schedule => [`${schedule.name}, ${schedule.ranks.length} ranks`, schedule] as const)
 
-// The order of sums differs, and what goes between ranks is rounded to f32.
+// Sums are in another order, and messages between ranks are rounded to f32.
 const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.closeTo(x, 5)) ?? null
 const allNear = (numbers: Readonly<Record<string, number[] | null>>) =>
   Object.fromEntries(Object.entries(numbers).map(([name, values]) => [name, near(values)]))
 
-/** What this rank has of numbers of the whole model. */
+/** The part of the complete model's values that belongs to this rank. */
 const partOf = (
   whole: Readonly<Record<string, number[] | null>>,
   { parameters }: Pick<Pipeline<never>, 'parameters'>,
@@ -52,22 +52,22 @@ const partOf = (
     }),
   )
 
-interface Several {
-  /** Pipelines at once. */
+interface Replication {
+  /** The number of pipelines. */
   readonly replicas?: number
-  /** Of these, those that share experts out. */
+  /** The number of pipelines over which experts are sharded. */
   readonly expertParallelSize?: number
 }
 
-/** Steps on all ranks, each beside the whole model's. */
-async function expectWhole(
+/** Expects the results of a step on one rank from each of `rounds` steps of the pipelines. */
+async function expectStepOfOneRank(
   schedule: PipelineSchedule,
   make: () => DeepSeek,
   rounds = 1,
-  { replicas = 1, expertParallelSize = 1 }: Several = {},
+  { replicas = 1, expertParallelSize = 1 }: Replication = {},
 ): Promise<void> {
   const microBatches = replicas * schedule.microBatches
-  const { loss, metrics, gradients, gradNorm } = wholeStep(make(), microBatches)
+  const { loss, metrics, gradients, gradNorm } = stepOnOneRank(make(), microBatches)
   const trained = new Set<string>()
   /** Handles that all ranks together hold after each step. */
   const held: number[] = []
@@ -87,7 +87,7 @@ async function expectWhole(
       const own = gradientsOf(pipeline.parameters)
       expect(own).toEqual(allNear(partOf(gradients, pipeline)))
       for (const name of Object.keys(own)) trained.add(name)
-      // The others are of other ranks.
+      // This rank has gradients of no other parameters.
       const others = Object.entries(gradientsOf(namedParameters(model))).filter(([name]) => !(name in own))
       expect(others.filter(([, values]) => values !== null)).toEqual([])
       await ranks.barrier()
@@ -99,54 +99,59 @@ async function expectWhole(
   expect(new Set(held).size).toBe(1)
 }
 
-describe('a step in stages has loss, metrics, gradients and norm of the whole model, and leaves nothing behind', () => {
-  test.each(named)('%s', (_, schedule) => expectWhole(schedule, newModel, 2))
+describe('a pipelined step gives the loss, metrics, gradients and gradient norm of one rank, and leaks no tensors', () => {
+  test.each(named)('%s', (_, schedule) => expectStepOfOneRank(schedule, newModel, 2))
 
-  // Micro-batches count different numbers of positions, and so do the pipelines.
+  // The numbers of positions with a loss differ between micro-batches, and between pipelines.
   test.each([
-    ['two of 1F1B', oneForwardOneBackward(2, 3), 2],
-    ['three of one rank', oneForwardOneBackward(1, 1), 3],
-    ['two of DualPipe', dualPipe(2, 4), 2],
-    ['two of DualPipeV', dualPipeV(2, 4), 2],
-  ] as const)('several pipelines: %s', (_, schedule, replicas) => expectWhole(schedule, newModel, 2, { replicas }))
+    ['two with 1F1B', oneForwardOneBackward(2, 3), 2],
+    ['three of one rank each', oneForwardOneBackward(1, 1), 3],
+    ['two with DualPipe', dualPipe(2, 4), 2],
+    ['two with DualPipeV', dualPipeV(2, 4), 2],
+  ] as const)('with several pipelines: %s', (_, schedule, replicas) =>
+    expectStepOfOneRank(schedule, newModel, 2, { replicas }),
+  )
 
   test.each<[string, PipelineSchedule, number, number, Changes?]>([
     ['1F1B', oneForwardOneBackward(2, 3), 2, 2],
-    ['one stage, a rank for each expert', oneForwardOneBackward(1, 2), 4, 4],
-    ['a rank for every layer', oneForwardOneBackward(11, 2), 2, 2],
+    ['one stage, one rank per expert', oneForwardOneBackward(1, 2), 4, 4],
+    ['one rank per layer', oneForwardOneBackward(11, 2), 2, 2],
     ['ZB-H1', zeroBubbleH1(2, 3), 2, 2],
     ['ZB-V', zeroBubbleV(2, 3), 2, 2],
     ['DualPipe', dualPipe(2, 4), 2, 2],
     ['DualPipeV', dualPipeV(2, 4), 2, 2],
     ['DualPipeV on one rank', dualPipeV(1, 3), 2, 2],
-    ['twice two of ZB-H1', zeroBubbleH1(2, 2), 4, 2],
-  ])('pipelines that share experts out: %s', (_, schedule, replicas, expertParallelSize) =>
-    expectWhole(schedule, newModel, 2, { replicas, expertParallelSize }),
+    ['ZB-H1, four pipelines in two pairs', zeroBubbleH1(2, 2), 4, 2],
+  ])('with experts sharded over pipelines: %s', (_, schedule, replicas, expertParallelSize) =>
+    expectStepOfOneRank(schedule, newModel, 2, { replicas, expertParallelSize }),
   )
 
   test.each<[string, Changes, DeepSeekOptions]>([
-    ['embedding and head are one', { tie_word_embeddings: true }, {}],
-    ['weights in int8, beside which the others are trained', {}, { weights: 'int8' }],
-    ['MTP with embeddings and heads of its own', { mtp_separate_embeddings: true }, {}],
-    ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
-    ['no MTP', { num_nextn_predict_layers: 0 }, {}],
-    ['dense', { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
-    ['a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
-    ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
-    ['layers are recomputed', {}, { recompute: 'layers' }],
-    ['parts of layers are recomputed', {}, { recompute: 'selective' }],
+    ['tied embedding and head', { tie_word_embeddings: true }, {}],
+    ['frozen int8 weights', {}, { weights: 'int8' }],
+    ['MTP with separate embeddings and heads', { mtp_separate_embeddings: true }, {}],
+    ['MTP detached from the main model', {}, { objective: { mtpDetached: true } }],
+    ['without MTP', { num_nextn_predict_layers: 0 }, {}],
+    ['without experts', { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
+    ['with a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['with token dropping', {}, { dropping: { devices: 2, undropped: 0.5 } }],
+    ['with recomputation of layers', {}, { recompute: 'layers' }],
+    ['with selective recomputation', {}, { recompute: 'selective' }],
   ])('%s', async (_, changes, options) => {
     for (const schedule of [oneForwardOneBackward(3, 4), zeroBubbleH1(2, 3), dualPipe(2, 4), dualPipeV(2, 4)])
-      await expectWhole(schedule, () => newModel(changes, options))
-    // Experts in fewer bits cannot be taken apart.
+      await expectStepOfOneRank(schedule, () => newModel(changes, options))
+    // Quantized experts cannot be sharded.
     if (options.weights === undefined)
-      await expectWhole(dualPipeV(2, 4), () => newModel(changes, options), 1, { replicas: 2, expertParallelSize: 2 })
+      await expectStepOfOneRank(dualPipeV(2, 4), () => newModel(changes, options), 1, {
+        replicas: 2,
+        expertParallelSize: 2,
+      })
   })
 })
 
 test('steps with sharded experts leak no tensors, and dispose() frees the experts', async () => {
   const schedule = dualPipeV(2, 4)
-  await expectWhole(schedule, newModel, 3, { replicas: 4, expertParallelSize: 2 })
+  await expectStepOfOneRank(schedule, newModel, 3, { replicas: 4, expertParallelSize: 2 })
   const own = referenceBackend()
   await local(4, async ranks => {
     const model = newModel({}, { backend: own })
@@ -161,37 +166,37 @@ test('steps with sharded experts leak no tensors, and dispose() frees the expert
   expect(own.stats().handles).toBe(0)
 })
 
-test('loads of all stages move the selection biases, and every rank is told', async () => {
+test('selection biases are updated from the loads of all stages, and every rank gets the same metrics', async () => {
   const schedule = dualPipe(4, 8)
   const whole = newModel()
-  wholeStep(whole, 8)
-  const told = await whole.afterStep()
+  stepOnOneRank(whole, 8)
+  const metrics = await whole.afterStep()
   await local(4, async ranks => {
     const model = newModel()
     const pipeline = new Pipeline(model, schedule, ranks)
     await pipeline.step(batchesOf(8, model))
-    expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told)
+    expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(metrics)
     const expected = weightsOf(namedParameters(whole))
-    // The others are freed, but for selection biases, which move everywhere.
-    const isHere = ({ name, parameter }: NamedParameter) =>
+    // Parameters of other ranks are freed, except selection biases, which every rank updates.
+    const isOnThisRank = ({ name, parameter }: NamedParameter) =>
       pipeline.parameters.some(own => own.parameter === parameter) || name.endsWith('e_score_correction_bias')
     for (const named of namedParameters(model)) {
-      if (isHere(named)) expect(weightsOf([named])[named.name]).toEqual(near(expected[named.name]))
+      if (isOnThisRank(named)) expect(weightsOf([named])[named.name]).toEqual(near(expected[named.name]))
       else expect(() => named.parameter.neg()).toThrow(/freed/)
     }
     await pipeline.gather()
     expect(weightsOf(namedParameters(model))).toEqual(allNear(expected))
   })
-  expect(told['maxVio']).toBeGreaterThan(0)
+  expect(metrics['maxVio']).toBeGreaterThan(0)
 })
 
 test.each([
   ['1F1B', oneForwardOneBackward(3, 4), 1],
   ['DualPipe', dualPipe(2, 4), 1],
-  ['1F1B, experts shared out', oneForwardOneBackward(2, 2), 2],
-  ['DualPipe, experts shared out', dualPipe(2, 4), 2],
+  ['1F1B, sharded experts', oneForwardOneBackward(2, 2), 2],
+  ['DualPipe, sharded experts', dualPipe(2, 4), 2],
 ] as const)(
-  'steps of AdamW by %s: after gather all ranks have the weights of one',
+  'after steps of AdamW and gather(), all ranks have the weights of a training on one rank: %s',
   async (_, schedule, expertParallelSize) => {
     const steps = 4
     const world = expertParallelSize
@@ -201,14 +206,14 @@ test.each([
     const whole = newModel()
     const all = namedParameters(whole)
     const alone = new AdamW(all)
-    const told: unknown[] = []
+    const metrics: unknown[] = []
     for (let step = 0; step < steps; step++) {
-      take(alone, wholeStep(whole, microBatches).gradNorm)
+      take(alone, stepOnOneRank(whole, microBatches).gradNorm)
       for (const { parameter } of all) parameter.zeroGrad()
-      told.push(await whole.afterStep())
+      metrics.push(await whole.afterStep())
     }
     const expected = allNear(weightsOf(all))
-    const next = wholeStep(whole, microBatches).loss
+    const next = stepOnOneRank(whole, microBatches).loss
     await local(world * schedule.ranks.length, async ranks => {
       const model = newModel()
       const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize })
@@ -216,11 +221,11 @@ test.each([
       const batches = batchesOf(microBatches, model).filter((_, m) => m % world === pipeline.dataShard.rank)
       for (let step = 0; step < steps; step++) {
         take(optimizer, (await pipeline.step(batches)).gradNorm)
-        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(metrics[step])
       }
       await pipeline.gather()
       expect(weightsOf(namedParameters(model))).toEqual(expected)
-      // The next step takes from the model what this rank trains.
+      // The next step uses this rank's parameters of the gathered model.
       expect((await pipeline.step(batches)).loss).toBeCloseTo(next, 5)
       pipeline.dispose()
       model.dispose()
@@ -231,7 +236,7 @@ test.each([
 test.each([
   ['1F1B', oneForwardOneBackward(3, 4)],
   ['DualPipe', dualPipe(2, 4)],
-] as const)('%s: what several ranks have keeps the same bits', async (_, schedule) => {
+] as const)('%s: parameters that several ranks have stay bit-identical', async (_, schedule) => {
   const cpu = await createBackend()
   setDefaultBackend(cpu)
   const ranks = await local(schedule.ranks.length, async ranks => {
@@ -263,7 +268,7 @@ test('all ranks reject a step with a loss that is not finite', async () => {
   for (const refusal of refusals) expect(refusal).toMatch(/^E_NAN .*the step has loss NaN/)
 })
 
-test('a step with another number of micro-batches than the schedule, or with micro-batches of different sizes, is an error', async () => {
+test('a step with a wrong number of micro-batches, or with micro-batches of different shapes, is an error', async () => {
   await local(1, async ranks => {
     const model = newModel()
     const pipeline = new Pipeline(model, oneForwardOneBackward(1, 2), ranks)
@@ -274,23 +279,26 @@ test('a step with another number of micro-batches than the schedule, or with mic
   })
 })
 
-test.each([2, 4])('%i ranks reject a step if their micro-batches differ, and can take the next one', async size => {
-  const schedule = zeroBubbleH1(2, 4)
-  const found = await local(size, async ranks => {
-    const model = newModel()
-    const pipeline = new Pipeline(model, schedule, ranks)
-    const own = batchesOf(8, model)
-    // Those of the last two.
-    const first = ranks.rank === size - 1 ? 4 : 0
-    const refusal = await pipeline.step(own.slice(first, first + 4)).then(String, String)
-    const { loss } = await pipeline.step(own.slice(0, 4))
-    return [refusal, loss] as const
-  })
-  for (const [refusal, loss] of found) {
-    expect(refusal).toMatch(/ZB-H1: the ranks of a pipeline have different micro-batches; use the same seed/)
-    expect(loss).toBeCloseTo(wholeStep(newModel(), 4).loss, 5)
-  }
-})
+test.each([2, 4])(
+  'all of %i ranks reject a step with different micro-batches, and continue with the next step',
+  async size => {
+    const schedule = zeroBubbleH1(2, 4)
+    const found = await local(size, async ranks => {
+      const model = newModel()
+      const pipeline = new Pipeline(model, schedule, ranks)
+      const own = batchesOf(8, model)
+      // The last rank gets other micro-batches.
+      const first = ranks.rank === size - 1 ? 4 : 0
+      const refusal = await pipeline.step(own.slice(first, first + 4)).then(String, String)
+      const { loss } = await pipeline.step(own.slice(0, 4))
+      return [refusal, loss] as const
+    })
+    for (const [refusal, loss] of found) {
+      expect(refusal).toMatch(/ZB-H1: the ranks of a pipeline have different micro-batches; use the same seed/)
+      expect(loss).toBeCloseTo(stepOnOneRank(newModel(), 4).loss, 5)
+    }
+  },
+)
 
 test('an invalid model, schedule, communicator, option or list of micro-batches is an error', async () => {
   const schedule = oneForwardOneBackward(1, 2)

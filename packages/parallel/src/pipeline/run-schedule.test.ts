@@ -1,4 +1,4 @@
-/** @file What runs schedules, when something is missing or fails. That it gives the numbers of the whole model: pipeline.test.ts. */
+/** @file Errors of `runSchedule`, for missing stages and failing ranks. pipeline.test.ts tests its results. */
 import { type Backend, type MoeError, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { beforeEach, describe, expect, test } from 'vitest'
@@ -15,8 +15,8 @@ beforeEach(() => {
   setDefaultBackend(backend)
 })
 
-describe('a schedule that cannot be run', () => {
-  test('needs its number of ranks, and on each rank the stages that it assigns', async () => {
+describe('runSchedule', () => {
+  test('rejects a wrong number of ranks, missing stages, a stage without output and an unknown metric', async () => {
     const schedule = oneForwardOneBackward(2, 2)
     const activations = { shape: [1], dtype: 'f32' } as const
     const stage = { forward: () => ({}) }
@@ -48,9 +48,9 @@ describe('a schedule that cannot be run', () => {
   })
 
   test.each([
-    ['at once', zeroBubbleH1(2, 3), 0],
-    ['in a pair', dualPipeV(2, 5), 3],
-  ])('a rank that fails in its pass ends the others: %s', async (_, schedule, failsAt) => {
+    ['in its first pass', zeroBubbleH1(2, 3), 0],
+    ['in an overlapped pair of passes', dualPipeV(2, 5), 3],
+  ])('ends all ranks if one fails %s, and throws its error', async (_, schedule, failsAt) => {
     const before = backend.stats().handles
     const last = schedule.stages - 1
     const stageOf = (rank: number, stage: number): PipelineStage => ({

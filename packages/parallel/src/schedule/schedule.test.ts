@@ -28,7 +28,7 @@ const extra = fc.integer({ min: 0, max: 12 })
 /** Multiples of 1/4, so that sums are exact. */
 const quarters = (min: number, max: number) => fc.integer({ min: 4 * min, max: 4 * max }).map(n => n / 4)
 
-/** Every schedule there is, of sizes that it takes. */
+/** All kinds of schedules, with valid sizes. */
 const anySchedule = fc.oneof(
   fc.tuple(ranksOf, extra).map(([p, m]) => oneForwardOneBackward(p, m + 1)),
   fc.tuple(halves, halves, fc.integer({ min: 1, max: 4 })).map(([p, k, v]) => interleaved(p, p * k, v)),
@@ -39,7 +39,7 @@ const anySchedule = fc.oneof(
   fc.tuple(ranksOf, extra).map(([p, m]) => dualPipeV(p, 2 * p + m)),
 )
 
-test('the worked example: F = 1, B = 2, W = 1, F&B = 3', () => {
+test('bubbles of 1F1B, ZB-H1 and DualPipe for F = 1, B = 2, W = 1, F&B = 3', () => {
   const rows = [4, 8, 16].map(p =>
     [oneForwardOneBackward(p, 4 * p), zeroBubbleH1(p, 4 * p), dualPipe(p, 4 * p)].map(s => new Set(bubbles(s))),
   )
@@ -50,7 +50,7 @@ test('the worked example: F = 1, B = 2, W = 1, F&B = 3', () => {
   ])
 })
 
-test('columns of the table in the README of DualPipe: parameters and activations per rank', () => {
+test("parameters and activations per rank are those of the table in DualPipe's README", () => {
   const column = (schedule: PipelineSchedule, name: 'stages' | 'held') =>
     largest(simulate(schedule).ranks.map(r => r[name]))
   for (const p of [2, 4, 8, 16]) {
@@ -71,7 +71,7 @@ test('columns of the table in the README of DualPipe: parameters and activations
   }
 })
 
-test('1F1B: (p - 1)(F + B) for any durations, and p - r micro-batches alive', () => {
+test('1F1B has a bubble of (p - 1)(F + B) for any durations, and activations of p - r micro-batches', () => {
   fc.assert(
     fc.property(ranksOf, extra, quarters(0, 5), quarters(0, 5), (p, m, forward, backward) => {
       const { ranks } = simulate(oneForwardOneBackward(p, p + m), { forward, backward })
@@ -81,7 +81,7 @@ test('1F1B: (p - 1)(F + B) for any durations, and p - r micro-batches alive', ()
   )
 })
 
-test('interleaved: the bubble of 1F1B with passes of the smaller stages', () => {
+test('interleaved 1F1B has the bubble of 1F1B, in passes of its smaller stages', () => {
   fc.assert(
     fc.property(halves, halves, fc.integer({ min: 1, max: 4 }), (p, k, v) => {
       const schedule = interleaved(p, p * k, v)
@@ -91,7 +91,7 @@ test('interleaved: the bubble of 1F1B with passes of the smaller stages', () => 
   )
 })
 
-test('ZB-H1: (p - 1)(F + B - 2W) where W is at most F and I, in the memory of 1F1B', () => {
+test('ZB-H1 has a bubble of (p - 1)(F + B - 2W) if W is at most F and I, and the memory of 1F1B', () => {
   const durations = fc.record({ weight: quarters(0, 2), f: quarters(0, 2), i: quarters(0, 2) })
   fc.assert(
     fc.property(ranksOf, extra, durations, (p, m, { weight, f, i }) => {
@@ -104,19 +104,19 @@ test('ZB-H1: (p - 1)(F + B - 2W) where W is at most F and I, in the memory of 1F
   )
 })
 
-test('ZB-H2 and ZB-V: no rank waits between its first and its last action where F = I = W', () => {
+test('with ZB-H2 and ZB-V, no rank waits between its first and its last action if F = I = W', () => {
   fc.assert(
     fc.property(ranksOf, extra, (p, m) => {
       const h2 = simulate(zeroBubbleH2(p, 2 * p - 1 + m)).ranks
       expect(h2.map(({ idle, held }) => [idle, held])).toEqual(h2.map(() => [0, 2 * p - 1]))
-      // Two stages a rank, of half the size: 2p of them are the p of 1F1B.
+      // Each rank has two stages of half the size, so 2p of them take the memory of p with 1F1B.
       const v = simulate(zeroBubbleV(p, 2 * p + m)).ranks
       expect(v.map(({ idle, held, stages }) => [idle, held, stages])).toEqual(v.map(() => [0, 2 * p, 2]))
     }),
   )
 })
 
-test('DualPipe and DualPipeV: (p/2 - 1)(F&B + B - 3W) where F = I = W, for any gain by overlapping', () => {
+test('DualPipe and DualPipeV have a bubble of (p/2 - 1)(F&B + B - 3W) if F = I = W, for any gain by overlapping', () => {
   fc.assert(
     fc.property(halves, extra, quarters(2, 3), (h, m, overlapped) => {
       const bubble = (h - 1) * (overlapped + 2 - 3)
@@ -159,7 +159,7 @@ test('the eight phases of DualPipe have the counts of dualpipe.py', () => {
   )
 })
 
-test('every schedule: all passes once, in an order without waiting in a circle, weights first in first out, busy time without loss', () => {
+test('every schedule contains each pass once, without deadlock, in the same order for each stage, and its times add up', () => {
   fc.assert(
     fc.property(anySchedule, quarters(0, 3), quarters(1, 3), (schedule, communication, forward) => {
       checkSchedule(schedule)
@@ -185,13 +185,13 @@ test('every schedule: all passes once, in an order without waiting in a circle, 
         expect(idle).toBeGreaterThanOrEqual(0)
         expect(timeline.slice(1).every(({ start }, i) => start >= timeline[i].end)).toBe(true)
       }
-      // Later is never earlier.
+      // Communication time never shortens a schedule.
       expect(makespan).toBeGreaterThanOrEqual(simulate(schedule, { forward, backward: 2 }).makespan)
     }),
   )
 })
 
-test('communication takes time between ranks, and none where the V turns round on the last one', () => {
+test('communication takes time between ranks, but not between the two stages of the last rank of DualPipeV', () => {
   const { ranks } = simulate(dualPipeV(2, 4), { communication: 10 })
   const timed = ranks.flatMap(({ timeline }) => timeline)
   const starts = [0, 1, 2, 3].map(stage => {
@@ -202,8 +202,8 @@ test('communication takes time between ranks, and none where the V turns round o
 })
 
 const pass = (kind: Action['kind'], stage: number, microBatch = 0) => ({ kind, stage, microBatch }) as Action
-const made = (...ranks: Action[][]): PipelineSchedule => ({ name: 'mine', stages: 2, microBatches: 1, ranks })
-const faultOf = (schedule: PipelineSchedule) => {
+const scheduleOf = (...ranks: Action[][]): PipelineSchedule => ({ name: 'mine', stages: 2, microBatches: 1, ranks })
+const errorOf = (schedule: PipelineSchedule) => {
   try {
     checkSchedule(schedule)
   } catch (error) {
@@ -215,31 +215,33 @@ const faultOf = (schedule: PipelineSchedule) => {
 test('checkSchedule finds missing, duplicate, misplaced and out-of-range passes', () => {
   const down = [pass('forward', 0), pass('backward', 0)]
   const up = [pass('forward', 1), pass('backward', 1)]
-  expect(faultOf(made(down, up))).toBe('none')
-  expect(faultOf(made(down, []))).toMatch(/missing forward of stage 1, micro-batch 0/)
-  expect(faultOf(made(down, [pass('forward', 1)]))).toMatch(/missing backward of stage 1, micro-batch 0/)
-  expect(faultOf(made([...down, ...down], up))).toMatch(/rank 0: duplicate forward of stage 0, micro-batch 0/)
-  expect(faultOf(made(down, [...up, pass('backwardInput', 1)]))).toMatch(/duplicate backwardInput of stage 1/)
-  expect(faultOf(made([pass('backward', 0), pass('forward', 0)], up))).toMatch(/backward of stage 0.* without forward/)
-  expect(faultOf(made([pass('forward', 0)], [...up, pass('backward', 0)]))).toMatch(
+  expect(errorOf(scheduleOf(down, up))).toBe('none')
+  expect(errorOf(scheduleOf(down, []))).toMatch(/missing forward of stage 1, micro-batch 0/)
+  expect(errorOf(scheduleOf(down, [pass('forward', 1)]))).toMatch(/missing backward of stage 1, micro-batch 0/)
+  expect(errorOf(scheduleOf([...down, ...down], up))).toMatch(/rank 0: duplicate forward of stage 0, micro-batch 0/)
+  expect(errorOf(scheduleOf(down, [...up, pass('backwardInput', 1)]))).toMatch(/duplicate backwardInput of stage 1/)
+  expect(errorOf(scheduleOf([pass('backward', 0), pass('forward', 0)], up))).toMatch(
+    /backward of stage 0.* without forward/,
+  )
+  expect(errorOf(scheduleOf([pass('forward', 0)], [...up, pass('backward', 0)]))).toMatch(
     /rank 1: backward of stage 0.* on this rank/,
   )
-  expect(faultOf(made([pass('forward', 0), pass('backwardInput', 0)], up))).toMatch(
+  expect(errorOf(scheduleOf([pass('forward', 0), pass('backwardInput', 0)], up))).toMatch(
     /missing backwardWeight of stage 0, micro-batch 0/,
   )
-  expect(faultOf(made([pass('forward', 0), pass('backwardWeight', 0)], up))).toMatch(/without backwardInput/)
-  expect(faultOf(made(down, [...up, pass('forward', 2)]))).toMatch(
+  expect(errorOf(scheduleOf([pass('forward', 0), pass('backwardWeight', 0)], up))).toMatch(/without backwardInput/)
+  expect(errorOf(scheduleOf(down, [...up, pass('forward', 2)]))).toMatch(
     /stage 2, micro-batch 0 is out of range for 2 stages/,
   )
 })
 
 test('checkSchedule lists deadlocked ranks and what they wait for', () => {
-  const twice = { ...made(), microBatches: 2 }
+  const twice = { ...scheduleOf(), microBatches: 2 }
   const first = [pass('forward', 0, 0), pass('backward', 0, 0), pass('forward', 0, 1), pass('backward', 0, 1)]
   const second = [pass('forward', 1, 1), pass('backward', 1, 1), pass('forward', 1, 0), pass('backward', 1, 0)]
-  const fault = faultOf({ ...twice, ranks: [first, second] })
-  expect(fault).toMatch(/rank 0 waits in B0\.0 for the gradient of stage 1, micro-batch 0/)
-  expect(fault).toMatch(/rank 1 waits in F1\.1 for the forward of stage 0, micro-batch 1/)
+  const message = errorOf({ ...twice, ranks: [first, second] })
+  expect(message).toMatch(/rank 0 waits in B0\.0 for the gradient of stage 1, micro-batch 0/)
+  expect(message).toMatch(/rank 1 waits in F1\.1 for the forward of stage 0, micro-batch 1/)
 })
 
 test('invalid sizes and durations are errors', () => {
