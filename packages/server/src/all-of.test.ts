@@ -13,12 +13,12 @@ const merged = (schema: unknown) =>
     withoutAnnotations: ({ title: _, ...rest }) => rest,
   })
 
-/** Merges nested `allOf`, too. */
-function settled(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(settled)
+/** Merges `allOf` at all depths. */
+function mergedDeeply(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(mergedDeeply)
   if (typeof value !== 'object' || value === null) return value
   const own = 'allOf' in value ? merged(value) : value
-  return Object.fromEntries(Object.entries(own).map(([key, one]) => [key, settled(one)]))
+  return Object.fromEntries(Object.entries(own).map(([key, one]) => [key, mergedDeeply(one)]))
 }
 
 test('a merged schema allows only values that all schemas allow, for random schemas', () => {
@@ -53,16 +53,16 @@ test('a merged schema allows only values that all schemas allow, for random sche
   const one = () => pick(values)
   for (let i = 0; i < 60; i++) values.push(Object.fromEntries(some(['a', 'b', 'c', 'd']).map(name => [name, one()])))
   const $defs = { named: { type: 'object', required: ['a'] } }
-  let [allowed, refused] = [0, 0]
+  let [allowed, rejected] = [0, 0]
   for (let i = 0; i < 600; i++) {
     const given = { allOf: [schemaOf(0), schemaOf(0)], ...(random.next() < 0.3 && { minProperties: 0 }) }
     let own: object
     try {
-      own = settled(given) as object
+      own = mergedDeeply(given) as object
     } catch {
       continue
     }
-    // It may have several patterns.
+    // A merged schema may have several patterns.
     const text = JSON.stringify(own, (key, value) =>
       key === 'pattern' && Array.isArray(value) ? value.map(p => `(?=.*(?:${p}))`).join('') : value,
     )
@@ -72,16 +72,16 @@ test('a merged schema allows only values that all schemas allow, for random sche
     ].map(schema => new Ajv2020({ strict: false }).compile(schema))
     for (const value of values) {
       if (!single(value)) {
-        refused++
+        rejected++
         continue
       }
       allowed++
-      // oneOf is read as anyOf.
+      // oneOf is treated as anyOf.
       if (!JSON.stringify(given).includes('oneOf'))
         expect(all(value), `${JSON.stringify(given)} ${JSON.stringify(value)}`).toBe(true)
     }
   }
-  expect(Math.min(allowed, refused)).toBeGreaterThan(500)
+  expect(Math.min(allowed, rejected)).toBeGreaterThan(500)
 })
 
 test.each<[unknown, unknown]>([
@@ -110,8 +110,8 @@ test.each<[unknown, unknown]>([
     { required: ['a'], anyOf: [{ type: 'object' }, { required: ['b'] }] },
     { anyOf: [{ required: ['a'], type: 'object' }, { required: ['a', 'b'] }] },
   ],
-])('%j is %j', (schema, expected) => {
-  const own = settled(merged(schema))
+])('%j is merged to %j', (schema, expected) => {
+  const own = mergedDeeply(merged(schema))
   const validate = [own, expected].map(one =>
     JSON.stringify(one, (_, value) =>
       typeof value === 'object' && value && !Array.isArray(value)

@@ -1,4 +1,4 @@
-/** @file Grammars are made beside the server: its thread goes on, requests that leave end what only they wait for. */
+/** @file Compilation of grammars on threads: the event loop is not blocked, and aborted requests cancel compilations that no other request needs. */
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { type Form, LocalGrammars, type Vocabulary } from './grammar-host.ts'
@@ -10,7 +10,7 @@ import { findXGrammar } from './xgrammar.ts'
 
 const end = tokenizer.tokenToId('<|end|>') as number
 const form = (schema: object): Form => [[supportedSchema(schema, 'schema')]]
-/** Twenty take a second, 200 more than a minute. */
+/** A grammar that takes a second to compile with 20 lengths, and more than a minute with 200. */
 const slow = (lengths: number) =>
   form({ anyOf: Array.from({ length: lengths }, (_, i) => ({ type: 'string', minLength: i, maxLength: 200 + i })) })
 
@@ -31,11 +31,11 @@ test('a host on a thread returns the same masks as a local one', async () => {
     const texts = await Promise.all(hosts.map(async host => host.begin(await host.compile(form(schema)))))
     let token: number | null = null
     for (let i = 0; i < 60; i++) {
-      const [there, here] = await Promise.all(hosts.map((host, h) => host.next(texts[h], token)))
-      expect(there).toEqual(here)
-      if (token === end) expect(here).toHaveLength(0)
-      const allowed = Array.from({ length: 32 * here.length }, (_, id) => id).filter(
-        id => (here[id >> 5] >>> (id & 31)) & 1,
+      const [onThread, locally] = await Promise.all(hosts.map((host, h) => host.next(texts[h], token)))
+      expect(onThread).toEqual(locally)
+      if (token === end) expect(locally).toHaveLength(0)
+      const allowed = Array.from({ length: 32 * locally.length }, (_, id) => id).filter(
+        id => (locally[id >> 5] >>> (id & 31)) & 1,
       )
       if (allowed.length === 0) break
       token = allowed[random.integer(allowed.length)]
@@ -64,26 +64,26 @@ describe('while a grammar is compiled', () => {
   test('the event loop runs, and other texts continue', async () => {
     const grammars = new Grammars(tokenizer, [end])
     const [text] = await grammars.constraints(form({ type: 'array' }), 1, 'schema')
-    let made = false
-    const making = grammars.constraints(slow(20), 1, 'schema').then(all => {
-      made = true
+    let compiled = false
+    const compiling = grammars.constraints(slow(20), 1, 'schema').then(all => {
+      compiled = true
       return all
     })
     let turns = 0
-    let asked = 0
-    while (!made) {
+    let masks = 0
+    while (!compiled) {
       await new Promise(setImmediate)
       turns++
-      if (turns % 50 !== 0 || asked > 20) continue
+      if (turns % 50 !== 0 || masks > 20) continue
       const words = await text.allowed()
       const open = [...'[ '].map(character => tokenizer.encode(character)[0])
       const next = open.find(id => (words[id >> 5] >>> (id & 31)) & 1)
       if (next !== undefined) text.accept(next)
-      if (!made) asked++
+      if (!compiled) masks++
     }
     expect(turns).toBeGreaterThan(200)
-    expect(asked).toBeGreaterThan(3)
-    for (const one of [text, ...(await making)]) one.dispose()
+    expect(masks).toBeGreaterThan(3)
+    for (const one of [text, ...(await compiling)]) one.dispose()
   })
 
   test('an aborted request is rejected at once, and others receive the grammar', async () => {
@@ -110,14 +110,14 @@ describe('while a grammar is compiled', () => {
     const asked = app.request('/v1/chat/completions', post(body, { signal: leave.signal }))
     setTimeout(() => leave.abort(), 50)
     expect((await asked).status).toBe(499)
-    expect([records[0].status, engine.asked.length]).toEqual([499, 0])
+    expect([records[0].status, engine.calls.length]).toEqual([499, 0])
   })
 
   test('a compilation that no request waits for is cancelled', async () => {
     const grammars = new Grammars(tokenizer, [end])
     const [first] = await grammars.constraints(form({ type: 'boolean' }), 1, 'schema')
     first.dispose()
-    // More than there are threads.
+    // More compilations than threads.
     for (let i = 0; i < 6; i++) {
       const leave = new AbortController()
       const asked = grammars.constraints(slow(200 - i), 1, 'schema', leave.signal)

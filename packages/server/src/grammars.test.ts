@@ -1,4 +1,4 @@
-/** @file Whatever tokens are drawn, what a grammar allows is JSON of its schema. */
+/** @file Random texts that a grammar allows are JSON that matches its schema. */
 import { Random } from '@moe/core'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { Ajv2020 } from 'ajv/dist/2020.js'
@@ -16,32 +16,32 @@ const grammars = new Grammars(tokenizer, [end])
 const ajv = new Ajv2020({ strict: false })
 addFormats.default(ajv)
 
-/** A text of tokens that are drawn from those that are allowed, ends and closing ones more often the longer it is. */
-async function drawn(
+/** A random text of allowed tokens, which prefers closing tokens as it gets longer, or undefined if it does not end. */
+async function randomText(
   form: Parameters<Grammars['constraints']>[0],
   random: Random,
-  most = 400,
+  maxTokens = 400,
 ): Promise<string | undefined> {
   const [constraint] = await grammars.constraints(form, 1, 'schema')
-  const made: number[] = []
+  const generated: number[] = []
   try {
-    while (made.length < most) {
+    while (generated.length < maxTokens) {
       const words = (await constraint.allowed()) as Int32Array
       const ids = Array.from({ length: tokenizer.vocabSize }, (_, id) => id).filter(
         id => (words[id >> 5] >>> (id & 31)) & 1,
       )
       expect(ids).not.toHaveLength(0)
       const closing = ids.filter(id => id === end || /^["\]}]+$/.test(tokenizer.decode([id])))
-      const eager = closing.length > 0 && random.next() < Math.min(0.9, made.length / 60)
+      const eager = closing.length > 0 && random.next() < Math.min(0.9, generated.length / 60)
       const from = eager ? closing : ids
       const id = from[Math.floor(random.next() * from.length)]
       constraint.accept(id)
       if (id === end) {
-        const text = tokenizer.decode(made)
-        // Bytes of half a surrogate are one character to the library and three replacements to decoders.
+        const text = tokenizer.decode(generated)
+        // The library accepts unpaired surrogates in UTF-8, which decoders replace.
         return text.includes('\ufffd') ? undefined : text
       }
-      made.push(id)
+      generated.push(id)
     }
     return undefined
   } finally {
@@ -98,14 +98,14 @@ function isJson(text: string): boolean {
   }
 }
 
-test('random schemas: every complete text is JSON that validates', async () => {
+test('for random schemas, every finished text is JSON that validates', async () => {
   let ended = 0
   for (let seed = 0; seed < 150; seed++) {
     const random = new Random(seed)
     const schema = randomSchema(random)
     const validate = ajv.compile(schema)
     for (let i = 0; i < 4; i++) {
-      const text = await drawn([[supportedSchema(schema, 'schema')]], random)
+      const text = await randomText([[supportedSchema(schema, 'schema')]], random)
       if (text === undefined) continue
       ended++
       expect(isJson(text), `${JSON.stringify(schema)}\n${text}`).toBe(true)
@@ -115,7 +115,7 @@ test('random schemas: every complete text is JSON that validates', async () => {
   expect(ended).toBeGreaterThan(400)
 })
 
-test("Zod's schemas are supported, and its parsers accept the texts", async () => {
+test('Zod schemas are supported, and Zod accepts the texts', async () => {
   const schema = z.object({
     name: z.string().min(1).max(9).describe('of the speaker'),
     age: z.int().positive(),
@@ -139,7 +139,7 @@ test("Zod's schemas are supported, and its parsers accept the texts", async () =
     const form = [[supportedSchema(z.toJSONSchema(schema, { io }), 'schema')]]
     let ended = 0
     for (let seed = 0; seed < 20; seed++) {
-      const text = await drawn(form, new Random(seed), 1000)
+      const text = await randomText(form, new Random(seed), 1000)
       if (text === undefined) continue
       ended++
       expect(schema.safeParse(JSON.parse(text)).error, text).toBeUndefined()
@@ -178,10 +178,10 @@ test('numbers are within bounds, and every integer within them is allowed', () =
       for (let j = 0; j < 500; j++) {
         const x = Math.round(1000 * (least + (random.next() - 0.5) * 3 * scale)) / 1000
         if (Number.isInteger(x)) continue
-        // Between two whole numbers that are allowed everything is.
-        const must = type === 'number' && fits(Math.floor(x)) && fits(Math.ceil(x))
-        const may = type === 'number' && fits(x)
-        if (written.test(String(x)) ? !may : must) wrong.push(x)
+        // A number between two allowed integers must be allowed.
+        const mustMatch = type === 'number' && fits(Math.floor(x)) && fits(Math.ceil(x))
+        const mayMatch = type === 'number' && fits(x)
+        if (written.test(String(x)) ? !mayMatch : mustMatch) wrong.push(x)
       }
       expect(wrong, JSON.stringify(bounds)).toEqual([])
       for (const text of ['', '-', '01', '-01', '1.', '1.0', '.5', '-0']) expect(written.test(text)).toBe(false)
@@ -245,7 +245,7 @@ test.each([
   ['allows no value', false],
   ['expected an object', []],
   ['expected an object', 'text'],
-])('unsupported schemas are rejected by name: %s', (message, schema) => {
+])('unsupported schemas are rejected with a reason: %s', (message, schema) => {
   expect(() => supportedSchema(schema, 'schema')).toThrow(`schema: `)
   expect(() => supportedSchema(schema, 'schema')).toThrow(message)
 })
@@ -265,10 +265,10 @@ test('a schema that cannot be compiled is rejected, and other texts continue', a
       message: 'response_format: cannot compile a grammar: Unsupported type "nonsense"',
     })
   }
-  // From an instance that is retired after the failures.
+  // Its instance of the library is retired after the failures.
   expect(((await before.allowed()) as Int32Array).some(word => word !== 0)).toBe(true)
   before.dispose()
-  expect(await drawn(one, new Random(1))).toMatch(/^(true|false)$/)
+  expect(await randomText(one, new Random(1))).toMatch(/^(true|false)$/)
   const endless = new Grammars(tokenizer, [])
   await expect(endless.constraints(one, 1, 'schema')).rejects.toThrow('has no end token')
 })
@@ -305,7 +305,7 @@ test('string lengths that take too long to compile are rejected', async () => {
   const lengths = (...of: object[]) => [
     [supportedSchema({ anyOf: of.map(one => ({ type: 'string', ...one })) }, 'schema')],
   ]
-  // As large as that of DeepSeek-V3.
+  // The vocabulary size of DeepSeek-V3.
   const vocabulary = { addedTokens: [], vocabSize: 128_815, idToToken: String, tokenBytes: () => Uint8Array.of(97) }
   const large = new Grammars(vocabulary as unknown as BpeTokenizer, [end])
   const many = lengths({ maxLength: 1e6 }, { minLength: 1e5 }, { minLength: 3, maxLength: 12 })
@@ -317,21 +317,21 @@ test('string lengths that take too long to compile are rejected', async () => {
   for (const constraint of await grammars.constraints(equal, 2, 'schema')) constraint.dispose()
 })
 
-test('control tokens are not part of JSON, and literal texts are kept', async () => {
+test('control tokens are not allowed in JSON, and literal texts of a form are exact', async () => {
   const form = [
     ['a\n', supportedSchema({ type: 'array', items: { type: 'string' } }, 'schema'), ' end'],
     ['ab"', supportedSchema({ type: 'null' }, 'schema')],
   ]
   const texts = new Set<string>()
   for (let seed = 0; seed < 60; seed++) {
-    const text = await drawn(form, new Random(seed))
+    const text = await randomText(form, new Random(seed))
     if (text !== undefined) texts.add(text)
   }
   for (const text of texts) expect(text).toMatch(/^(a\n\[[\s\S]*\] end|ab"null)$/)
   expect(texts).toContain('ab"null')
   expect([...texts].filter(text => text.startsWith('a\n')).length).toBeGreaterThan(5)
   expect([...texts].some(text => text.includes('<|'))).toBe(false)
-  // Except control tokens that a form contains, which are allowed as one token.
+  // A control token in a literal text of the form is allowed as one token.
   const user = tokenizer.tokenToId('<|user|>') as number
   const written = new Grammars(tokenizer, [end], 'a<|user|>')
   const [constraint] = await written.constraints([['<|user|>']], 1, 'schema')

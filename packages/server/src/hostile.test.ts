@@ -5,12 +5,12 @@ import { describe, expect, test } from 'vitest'
 import { serve } from './index.ts'
 import { events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
-type Asked = Pick<ReturnType<typeof modelServer>['app'], 'request'>
+type App = Pick<ReturnType<typeof modelServer>['app'], 'request'>
 
 const paths = ['/v1/completions', '/v1/chat/completions'] as const
 type Path = (typeof paths)[number]
 
-const good = {
+const validBodies = {
   '/v1/completions': { model: 'tiny', prompt: 'the people', max_tokens: 2, seed: 1 },
   '/v1/chat/completions': { model: 'tiny', messages: [{ role: 'user', content: 'the' }], max_tokens: 2, seed: 1 },
 }
@@ -38,8 +38,8 @@ async function errorOf(response: Response, about: string): Promise<ReceivedError
 }
 
 /** Posts an invalid request and returns its error. The response must be a 4xx with a short message. */
-async function refusal(
-  app: Asked,
+async function rejection(
+  app: App,
   path: Path,
   body: unknown,
   init?: RequestInit,
@@ -52,9 +52,9 @@ async function refusal(
   return { status: response.status, ...error }
 }
 
-async function stillServes(app: Asked) {
+async function stillServes(app: App) {
   for (const path of paths) {
-    const response = await app.request(path, post(good[path]))
+    const response = await app.request(path, post(validBodies[path]))
     expect(response.status).toBe(200)
     const { choices, usage } = (await response.json()) as Completion
     expect(choices).toHaveLength(1)
@@ -75,7 +75,7 @@ class Raw {
 }
 
 function withFields(path: Path, fields: Readonly<Record<string, unknown>>): string {
-  const all = Object.entries({ ...good[path], ...fields })
+  const all = Object.entries({ ...validBodies[path], ...fields })
   const written = all.map(([name, value]) => [name, value instanceof Raw ? value.json : JSON.stringify(value)])
   return `{${written.map(([name, json]) => `${JSON.stringify(name)}:${json}`).join(',')}}`
 }
@@ -248,7 +248,7 @@ const wrongTools = [
 describe.each(paths)('%s rejects', path => {
   test('bodies that are not a JSON object', async () => {
     const { app, dispose } = modelServer()
-    for (const body of wrongBodies) expect((await refusal(app, path, body)).status, shown(body)).toBe(400)
+    for (const body of wrongBodies) expect((await rejection(app, path, body)).status, shown(body)).toBe(400)
     await stillServes(app)
     expect(dispose()).toBe(0)
   })
@@ -269,11 +269,11 @@ describe.each(paths)('%s rejects', path => {
     path === '/v1/completions' ? wrongFields : { ...wrongFields, max_completion_tokens: wrongFields.max_tokens }
   test.each(Object.entries({ ...fields, ...own }))('%s of a wrong type or size', async (name, values) => {
     const { app, records, dispose } = modelServer()
-    // An empty object asks for nothing.
+    // An empty object is valid.
     const everywhere = name === 'stream_options' ? wrongEverywhere.slice(1) : wrongEverywhere
     for (const value of [...values, ...everywhere]) {
       const body = withFields(path, { [name]: value })
-      const { status, param } = await refusal(app, path, body)
+      const { status, param } = await rejection(app, path, body)
       expect(status, shown(body)).toBe(400)
       expect(param, shown(body)).toMatch(new RegExp(`^${name}\\b`))
     }
@@ -350,30 +350,37 @@ describe.each(paths)('%s rejects', path => {
     ['repeat_penalty', 1.1, [1]],
     ['best_of', 2, [1]],
     ['suffix', 'end', ['', null]],
-  ])('unsupported %s: %j, which would change the answer', async (name, value, idle) => {
-    const { app, dispose } = modelServer()
-    const body = { ...good[path], [name]: value }
-    expect(await refusal(app, path, body)).toMatchObject({ status: 400, param: name, code: 'unsupported_parameter' })
-    for (const nothing of idle) {
-      const response = await app.request(path, post({ ...good[path], [name]: nothing }))
-      expect(response.status, `${name}: ${JSON.stringify(nothing)}`).toBe(200)
-    }
-    expect(dispose()).toBe(0)
-  })
+  ])(
+    'unsupported %s: %j, which would change the answer, but not values without effect',
+    async (name, value, valuesWithoutEffect) => {
+      const { app, dispose } = modelServer()
+      const body = { ...validBodies[path], [name]: value }
+      expect(await rejection(app, path, body)).toMatchObject({
+        status: 400,
+        param: name,
+        code: 'unsupported_parameter',
+      })
+      for (const nothing of valuesWithoutEffect) {
+        const response = await app.request(path, post({ ...validBodies[path], [name]: nothing }))
+        expect(response.status, `${name}: ${JSON.stringify(nothing)}`).toBe(200)
+      }
+      expect(dispose()).toBe(0)
+    },
+  )
 
   test('unknown models, too many texts, and prompts that fill the context', async () => {
     const { app, dispose } = modelServer()
     for (const model of ['gpt-4o', '', '__proto__', 'TINY', '🙂'.repeat(100)]) {
-      const told = await refusal(app, path, { ...good[path], model })
-      expect(told).toMatchObject({ status: 404, param: 'model', code: 'model_not_found' })
+      const error = await rejection(app, path, { ...validBodies[path], model })
+      expect(error).toMatchObject({ status: 404, param: 'model', code: 'model_not_found' })
     }
-    expect(await refusal(app, path, { ...good[path], n: 65 })).toMatchObject({ status: 400, param: 'n' })
+    expect(await rejection(app, path, { ...validBodies[path], n: 65 })).toMatchObject({ status: 400, param: 'n' })
     const field = path === '/v1/completions' ? 'prompt' : 'messages'
     const long = 'the people '.repeat(60)
-    const asked = field === 'prompt' ? { prompt: long } : { messages: [{ role: 'user', content: long }] }
-    const told = await refusal(app, path, { ...good[path], ...asked })
-    expect(told).toMatchObject({ status: 400, param: field, code: 'context_length_exceeded' })
-    expect(told.message).toContain('the context length of this model is 64')
+    const fields = field === 'prompt' ? { prompt: long } : { messages: [{ role: 'user', content: long }] }
+    const error = await rejection(app, path, { ...validBodies[path], ...fields })
+    expect(error).toMatchObject({ status: 400, param: field, code: 'context_length_exceeded' })
+    expect(error.message).toContain('the context length of this model is 64')
     expect(dispose()).toBe(0)
   })
 
@@ -382,7 +389,7 @@ describe.each(paths)('%s rejects', path => {
     const { app, dispose } = modelServer({ bodyLimit, apiKey: 'open sesame', cors: ['https://moe.example'] })
     const headers = { authorization: 'Bearer open sesame', origin: 'https://moe.example' }
     const padded = (bytes: number) => {
-      const body = JSON.stringify(good[path])
+      const body = JSON.stringify(validBodies[path])
       return body + ' '.repeat(bytes - body.length)
     }
     const ask = (body: string, more: Record<string, string> = {}) =>
@@ -453,7 +460,7 @@ describe.each(paths)('%s rejects', path => {
     expect(dispose()).toBe(0)
   })
 
-  test.each(['GET', 'PUT', 'DELETE', 'PATCH'])('%s', async method => {
+  test.each(['GET', 'PUT', 'DELETE', 'PATCH'])('the method %s', async method => {
     const { app, dispose } = modelServer()
     const response = await app.request(path, { method })
     expect([response.status, response.headers.get('allow')]).toEqual([405, 'POST'])
@@ -462,7 +469,7 @@ describe.each(paths)('%s rejects', path => {
   })
 
   test('requests from web pages of other origins', async () => {
-    const preflight = (app: Asked, origin: string) =>
+    const preflight = (app: App, origin: string) =>
       app.request(path, {
         method: 'OPTIONS',
         headers: {
@@ -476,7 +483,7 @@ describe.each(paths)('%s rejects', path => {
     expect(closed.ok).toBe(false)
     expect(closed.headers.get('access-control-allow-origin')).toBeNull()
     none.dispose()
-    // Browsers send no key with it.
+    // Browsers send preflight requests without a key.
     const one = modelServer({ cors: 'https://moe.example', apiKey: 'open sesame' })
     const open = await preflight(one.app, 'https://moe.example')
     expect(open.status).toBe(204)
@@ -487,11 +494,11 @@ describe.each(paths)('%s rejects', path => {
     expect(other.headers.get('access-control-allow-origin')).not.toBe('https://evil.example')
     expect(other.headers.get('access-control-allow-origin')).not.toBe('*')
     one.dispose()
-    // As a list it comes from the command line.
+    // The command passes a list.
     for (const cors of ['*', ['*']]) {
       const any = modelServer({ cors })
-      const told = await preflight(any.app, 'https://evil.example')
-      expect(told.headers.get('access-control-allow-origin')).toBe('*')
+      const response = await preflight(any.app, 'https://evil.example')
+      expect(response.headers.get('access-control-allow-origin')).toBe('*')
       any.dispose()
     }
   })
@@ -501,14 +508,14 @@ test('errors name token ids outside the vocabulary', async () => {
   const { app, dispose } = modelServer()
   const size = tokenizer.vocabSize
   for (const prompt of [[size], [1, size], [[1], [2, size]]]) {
-    const told = await refusal(app, '/v1/completions', { ...good['/v1/completions'], prompt })
-    expect(told).toMatchObject({ status: 400, param: 'prompt' })
-    expect(told.message).toContain(`token id ${size} is out of range`)
+    const error = await rejection(app, '/v1/completions', { ...validBodies['/v1/completions'], prompt })
+    expect(error).toMatchObject({ status: 400, param: 'prompt' })
+    expect(error.message).toContain(`token id ${size} is out of range`)
   }
-  const last = await app.request('/v1/completions', post({ ...good['/v1/completions'], prompt: [size - 1] }))
+  const last = await app.request('/v1/completions', post({ ...validBodies['/v1/completions'], prompt: [size - 1] }))
   expect(last.status).toBe(200)
-  const all = { ...good['/v1/completions'], prompt: many(8, 'the'), n: 9 }
-  expect(await refusal(app, '/v1/completions', all)).toMatchObject({ status: 400, param: 'prompt' })
+  const all = { ...validBodies['/v1/completions'], prompt: many(8, 'the'), n: 9 }
+  expect(await rejection(app, '/v1/completions', all)).toMatchObject({ status: 400, param: 'prompt' })
   expect(dispose()).toBe(0)
 })
 
@@ -522,7 +529,7 @@ test.each([
   '/..%2f..%2fetc/passwd',
   '/%ff',
   `/${'x'.repeat(5000)}`,
-])('there is no %s', async path => {
+])('the path %s is not found', async path => {
   const { app } = scriptedServer(async function* () {})
   for (const method of ['GET', 'POST']) {
     const response = await app.request(path, { method })
@@ -531,16 +538,19 @@ test.each([
   }
 })
 
-test.each(['other', '%ff', '%E0%A4', 'tiny%2f', '__proto__', 'x'.repeat(5000)])('unknown model %s', async id => {
-  const { app } = scriptedServer(async function* () {})
-  const response = await app.request(`/v1/models/${id}`)
-  expect(response.status).toBe(404)
-  const { message, code } = await errorOf(response, id)
-  expect(code).toBe('model_not_found')
-  expect(message.length).toBeLessThan(300)
-})
+test.each(['other', '%ff', '%E0%A4', 'tiny%2f', '__proto__', 'x'.repeat(5000)])(
+  'the model %s is not found',
+  async id => {
+    const { app } = scriptedServer(async function* () {})
+    const response = await app.request(`/v1/models/${id}`)
+    expect(response.status).toBe(404)
+    const { message, code } = await errorOf(response, id)
+    expect(code).toBe('model_not_found')
+    expect(message.length).toBeLessThan(300)
+  },
+)
 
-describe.each([true, false])('over a port, with a declared length: %s,', declared => {
+describe.each([true, false])('over a port, with Content-Length: %s,', declared => {
   const fetchFrom = (url: string, body: unknown, signal?: AbortSignal) => {
     const text = JSON.stringify(body)
     const sent = declared ? text : new Blob([text]).stream()
@@ -548,18 +558,18 @@ describe.each([true, false])('over a port, with a declared length: %s,', declare
   }
 
   test('serve rejects anything that is not an application', async () => {
-    const refused = {
+    const expected = {
       code: 'E_ATTR',
       message: expect.stringMatching(/expected an application with a fetch method, got .*; pass createServer\(\{/),
     }
     for (const app of [undefined, {}, 'app'])
-      await expect(serve(app as never, { port: 0 })).rejects.toMatchObject(refused)
+      await expect(serve(app as never, { port: 0 })).rejects.toMatchObject(expected)
   })
 
   test('a body is accepted up to the limit', async () => {
     const { app, dispose } = modelServer({ bodyLimit: 2 ** 20 })
     const server = await serve(app, { port: 0 })
-    const ask = good[paths[0]]
+    const ask = validBodies[paths[0]]
     for (const padding of [0, 2 ** 19, 2 ** 20, 2 ** 24, 0]) {
       const response = await fetchFrom(server.url, { ...ask, user: 'x'.repeat(padding) })
       expect(response.status, `${padding}`).toBe(padding < 2 ** 20 ? 200 : 413)
@@ -608,7 +618,7 @@ test.each([
   'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n',
   `GET /${'x'.repeat(20_000)} HTTP/1.1\r\nHost: a\r\n\r\n`,
   '\x16\x03\x01\x02\x00\x01\x00\r\n\r\n',
-])('what is no HTTP is refused, and the port stays: %j', async sent => {
+])('an invalid HTTP request is rejected, and the server continues: %j', async sent => {
   const { app, records, dispose } = modelServer()
   const server = await serve(app, { port: 0 })
   const received = await new Promise<string>(resolve => {
@@ -617,12 +627,12 @@ test.each([
     socket.on('data', data => {
       text += data
     })
-    // Of a request that is too long the rest is not read.
+    // The server does not read the rest of a request that is too long, so that sending may fail.
     socket.on('error', () => {})
     socket.on('close', () => resolve(text))
   })
   expect(received).toMatch(/^HTTP\/1\.1 4\d\d /)
-  const response = await fetch(`${server.url}/v1/completions`, post(good['/v1/completions']))
+  const response = await fetch(`${server.url}/v1/completions`, post(validBodies['/v1/completions']))
   expect(response.status).toBe(200)
   await response.text()
   await server.close({ timeout: 0 })
@@ -635,14 +645,14 @@ test('metrics count requests by path and status, and tokens', async () => {
   const [completions, chat] = paths
   type Usage = NonNullable<Completion['usage']>
   const usages: Usage[] = []
-  for (const body of [good[completions], { ...good[completions], n: 2 }])
+  for (const body of [validBodies[completions], { ...validBodies[completions], n: 2 }])
     usages.push(((await (await app.request(completions, post(body))).json()) as Completion).usage as Usage)
-  const streamed = { ...good[chat], stream: true, stream_options: { include_usage: true } }
+  const streamed = { ...validBodies[chat], stream: true, stream_options: { include_usage: true } }
   const all = (await events(await app.request(chat, post(streamed)))) as Completion[]
   usages.push(all[all.length - 2].usage as Usage)
-  await refusal(app, completions, '{')
-  await refusal(app, completions, { prompt: [], n: 1 })
-  await refusal(app, chat, { ...good[chat], model: 'other' })
+  await rejection(app, completions, '{')
+  await rejection(app, completions, { prompt: [], n: 1 })
+  await rejection(app, chat, { ...validBodies[chat], model: 'other' })
   for (const path of ['/a', '/b{x="y"}', '/c%0Ad']) await app.request(path)
   await app.request('/health')
   const response = await app.request('/metrics')

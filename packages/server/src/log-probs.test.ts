@@ -7,7 +7,7 @@ import { describe, expect, onTestFinished, test } from 'vitest'
 import { createServer, serve } from './index.ts'
 import { bytewise, config, events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
-/** As OpenAI writes a token. */
+/** A token in the notation of OpenAI. */
 const text = (id: number) => {
   const decoded = tokenizer.decode([id])
   if (!decoded.includes('\ufffd')) return decoded
@@ -15,33 +15,33 @@ const text = (id: number) => {
   return `bytes:${hex.replace(/../g, pair => (/^[2-7]/.test(pair) && pair !== '7f' ? String.fromCharCode(Number.parseInt(pair, 16)) : `\\x${pair}`))}`
 }
 
-function expectClose(made: ReadonlyArray<number | null>, expected: ReadonlyArray<number | null>, about = '') {
-  expect(made.length, about).toBe(expected.length)
-  for (const [i, value] of made.entries()) {
+function expectClose(actual: ReadonlyArray<number | null>, expected: ReadonlyArray<number | null>, about = '') {
+  expect(actual.length, about).toBe(expected.length)
+  for (const [i, value] of actual.entries()) {
     if (expected[i] === null) expect(value, `${about} ${i}`).toBeNull()
     else expect(Math.abs((value as number) - expected[i]), `${about} ${i}`).toBeLessThan(1e-5)
   }
 }
 
-/** Of a completion, that it is what the model says of these tokens. */
-function expectForm(
-  made: Completion['choices'][number]['logprobs'],
+/** Expects the log-probabilities of a completion to be those of the model for these tokens. */
+function expectLogProbs(
+  actual: Completion['choices'][number]['logprobs'],
   score: ReadonlyArray<TokenLogProb | null>,
   ids: readonly number[],
-  asked: number,
+  alternatives: number,
 ) {
-  expect(made?.tokens).toEqual(ids.map(text))
+  expect(actual?.tokens).toEqual(ids.map(text))
   expectClose(
-    made?.token_logprobs as never,
+    actual?.token_logprobs as never,
     score.map(one => one?.logProb ?? null),
   )
   for (const [i, one] of score.entries()) {
-    const found = made?.top_logprobs?.[i]
+    const found = actual?.top_logprobs?.[i]
     if (one === null) {
       expect(found).toBeNull()
       continue
     }
-    const all = new Map([...one.top.slice(0, asked), one].map(({ token, logProb }) => [text(token), logProb]))
+    const all = new Map([...one.top.slice(0, alternatives), one].map(({ token, logProb }) => [text(token), logProb]))
     expect(Object.keys(found ?? {}).sort()).toEqual([...all.keys()].sort())
     for (const [name, logProb] of all) expectClose([found?.[name] as number], [logProb])
   }
@@ -53,10 +53,10 @@ async function openaiOf(app: Parameters<typeof serve>[0]) {
   return new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'any', maxRetries: 0 })
 }
 
-async function madeBy(model: DeepSeek, ids: ArrayLike<number>, options: object): Promise<number[]> {
-  const made: number[] = []
-  for await (const id of model.generate(ids, { ...options, speculative: false })) made.push(id)
-  return made
+async function generatedBy(model: DeepSeek, ids: ArrayLike<number>, options: object): Promise<number[]> {
+  const generated: number[] = []
+  for await (const id of model.generate(ids, { ...options, speculative: false })) generated.push(id)
+  return generated
 }
 
 describe('completions', () => {
@@ -65,29 +65,29 @@ describe('completions', () => {
     { logprobs: 0, echo: true },
     { logprobs: 5 },
     { logprobs: 1, echo: true, max_tokens: 0 },
-  ])('tell what the model says, whole and streamed: %j', async asked => {
+  ])('return the log-probabilities of the model, streamed or not: %j', async request => {
     const { app, model, dispose } = modelServer()
     const openai = await openaiOf(app)
     const sampling = { temperature: 0.8, seed: 9 }
-    const { echo = false, logprobs, max_tokens: maxTokens = 9 } = asked
+    const { echo = false, logprobs, max_tokens: maxTokens = 9 } = request
     const prompts = ['the people', 'für']
-    const ask = { model: 'tiny', prompt: prompts, ...sampling, max_tokens: maxTokens, ...asked }
+    const ask = { model: 'tiny', prompt: prompts, ...sampling, max_tokens: maxTokens, ...request }
     const whole = await openai.completions.create(ask)
     expect(whole.choices).toHaveLength(2)
-    for (const { index, text: said, logprobs: told } of whole.choices) {
+    for (const { index, text: completion, logprobs: returned } of whole.choices) {
       const prompt = [...tokenizer.encode(prompts[index])]
-      const made = await madeBy(model, prompt, { ...sampling, maxTokens })
-      const madeText = tokenizer.decode(made, { skipSpecialTokens: true })
-      expect(said).toBe((echo ? prompts[index] : '') + madeText)
-      const [score] = await model.score([[...prompt, ...made]], { top: 5 })
+      const generated = await generatedBy(model, prompt, { ...sampling, maxTokens })
+      const generatedText = tokenizer.decode(generated, { skipSpecialTokens: true })
+      expect(completion).toBe((echo ? prompts[index] : '') + generatedText)
+      const [score] = await model.score([[...prompt, ...generated]], { top: 5 })
       const from = echo ? 0 : prompt.length
-      expectForm(told, score.slice(from), [...prompt, ...made].slice(from), logprobs)
-      // Whole characters in front of each, the prompt's among them.
+      expectLogProbs(returned, score.slice(from), [...prompt, ...generated].slice(from), logprobs)
+      // The offset of a token is the number of complete characters before it, including the prompt.
       const before = (ids: number[]) => tokenizer.createDecodeStream({ skipSpecialTokens: true }).push(ids)
-      const lengths = [...prompt, ...made].map((_, i, ids) => [...before(ids.slice(0, i))].length)
-      expect(told?.text_offset).toEqual(lengths.slice(from))
-      const all = [...prompts[index], ...madeText]
-      for (const [i, name] of told?.tokens?.entries() ?? [])
+      const lengths = [...prompt, ...generated].map((_, i, ids) => [...before(ids.slice(0, i))].length)
+      expect(returned?.text_offset).toEqual(lengths.slice(from))
+      const all = [...prompts[index], ...generatedText]
+      for (const [i, name] of returned?.tokens?.entries() ?? [])
         if (!/^(bytes:|<\|)/.test(name)) expect(all.slice(lengths[from + i]).join('')).toContain(name)
     }
     const streamed = whole.choices.map(() => ({
@@ -116,7 +116,7 @@ describe('completions', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('echo the prompt, given as text or ids', async () => {
+  test('echo the prompt, given as text or token ids', async () => {
     const { app, dispose } = modelServer()
     const ask = async (prompt: unknown, more: object = {}) => {
       const response = await app.request('/v1/completions', post({ prompt, echo: true, max_tokens: 0, ...more }))
@@ -131,9 +131,9 @@ describe('completions', () => {
     expect(await ask([special, 'für'], { n: 2 })).toEqual([special, special, 'für', 'für'])
     expect(await ask([[...tokenizer.encode('the')], [...tokenizer.encode('alle')]])).toEqual(['the', 'alle'])
     expect(await ask(bytewise('a🙂').slice(0, 3))).toEqual(['a\ufffd'])
-    // What the server puts in front of nothing is none of the request's.
+    // The begin token that the server adds to an empty prompt is not echoed.
     expect(await ask('')).toEqual([''])
-    // Nothing is made, so the context may be full.
+    // Nothing is generated, so that the prompt may fill the context.
     const full = new Array(64).fill(tokenizer.encode('a')[0])
     expect(await ask(full, { logprobs: 1 })).toEqual(['a'.repeat(64)])
     const response = await app.request('/v1/completions', post({ prompt: [...full, 1], echo: true, max_tokens: 0 }))
@@ -141,7 +141,7 @@ describe('completions', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('tokens that the tokenizer adds are included, but not part of the text', async () => {
+  test('include tokens that the tokenizer adds, which are not part of the text', async () => {
     const begin = config.bos_token_id as number
     const adding = Object.create(tokenizer, {
       encode: { value: (text: string) => Uint32Array.of(begin, ...tokenizer.encode(text)) },
@@ -162,28 +162,31 @@ describe('completions', () => {
   })
 })
 
-/** A server that says these tokens and ends, one way or the other. */
-function telling(said: readonly number[], { end, likeliest = 77 }: { end?: number; likeliest?: number } = {}) {
-  const told = (token: number) => ({ token, logProb: -1, top: [{ token: likeliest, logProb: -0.5 }] })
+/** A server that generates these tokens, then the token `end` or none. All log-probabilities are -1; the best alternative is `likeliest`. */
+function serverThatGenerates(
+  ids: readonly number[],
+  { end, likeliest = 77 }: { end?: number; likeliest?: number } = {},
+) {
+  const logProbOf = (token: number) => ({ token, logProb: -1, top: [{ token: likeliest, logProb: -0.5 }] })
   return scriptedServer(async function* (_, stats, logProbs) {
     const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
-    for (const id of said) {
+    for (const id of ids) {
       stats.tokens++
-      logProbs.push(told(id))
+      logProbs.push(logProbOf(id))
       const text = stream.push(id)
       if (text !== '') yield text
     }
     const rest = stream.end()
     if (rest !== '') yield rest
-    if (end !== undefined) logProbs.push(told(end))
+    if (end !== undefined) logProbs.push(logProbOf(end))
     stats.finishReason = end === undefined ? 'length' : 'stop'
   })
 }
 
 describe('tokens that are parts of characters', () => {
-  // As OpenAI has them: "bytes:" only in completions, and the place of the character.
+  // As in OpenAI's API: "bytes:" only in completions, with the offset of the character.
   test('are written as bytes in completions', async () => {
-    const { app } = telling(bytewise('é🙂!'))
+    const { app } = serverThatGenerates(bytewise('é🙂!'))
     const tokens = ['\\xc3', '\\xa9', '\\xf0', '\\x9f', '\\x99', '\\x82'].map(name => `bytes:${name}`)
     const ask = { prompt: '🙂🙂', logprobs: 1 }
     const { choices } = (await (await app.request('/v1/completions', post(ask))).json()) as Completion
@@ -204,7 +207,7 @@ describe('tokens that are parts of characters', () => {
   })
 
   test('include their bytes in chats', async () => {
-    const { app } = telling(bytewise('é'))
+    const { app } = serverThatGenerates(bytewise('é'))
     const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, top_logprobs: 1 }
     const response = await app.request('/v1/chat/completions', post(ask))
     const { choices } = (await response.json()) as OpenAI.ChatCompletion
@@ -219,9 +222,9 @@ describe('tokens that are parts of characters', () => {
   })
 })
 
-test('ids that the tokenizer does not define have no text', async () => {
+test('token ids that the tokenizer does not define have no text', async () => {
   const id = tokenizer.vocabSize + 3
-  const { app } = telling(bytewise('a'), { likeliest: id })
+  const { app } = serverThatGenerates(bytewise('a'), { likeliest: id })
   const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, top_logprobs: 1 }
   const chat = (await (await app.request('/v1/chat/completions', post(ask))).json()) as OpenAI.ChatCompletion
   const top = [{ token: `token_id:${id}`, logprob: -0.5, bytes: null }]
@@ -242,13 +245,13 @@ test('ids that the tokenizer does not define have no text', async () => {
 })
 
 test('completions include the end token, chats do not', async () => {
-  const { app } = telling(bytewise('ab'), { end: config.eos_token_id })
+  const { app } = serverThatGenerates(bytewise('ab'), { end: config.eos_token_id })
   for (const stream of [false, true]) {
-    const told: unknown[] = []
+    const tokens: unknown[] = []
     const response = await app.request('/v1/completions', post({ prompt: 'the', logprobs: 0, stream }))
     const all = (stream ? (await events(response)).slice(0, -1) : [await response.json()]) as Completion[]
-    for (const { choices } of all) told.push(...(choices[0].logprobs?.tokens ?? []))
-    expect(told).toEqual(['a', 'b', '<|end|>'])
+    for (const { choices } of all) tokens.push(...(choices[0].logprobs?.tokens ?? []))
+    expect(tokens).toEqual(['a', 'b', '<|end|>'])
     expect(all.map(({ choices }) => choices[0].text).join('')).toBe('ab')
     const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, stream }
     const chat = await app.request('/v1/chat/completions', post(ask))
@@ -266,11 +269,11 @@ test('chats return the log-probabilities of the model, streamed or not', async (
   const ask = { model: 'tiny', messages, max_tokens: 9, ...sampling, logprobs: true, top_logprobs: 20 }
   const whole = await openai.chat.completions.create(ask)
   const ids = [...tokenizer.encode('<|begin|><|user|>user: the people<|assistant|>')]
-  const made = await madeBy(model, ids, { ...sampling, maxTokens: 9 })
-  const [score] = await model.score([[...ids, ...made]], { top: 20 })
+  const generated = await generatedBy(model, ids, { ...sampling, maxTokens: 9 })
+  const [score] = await model.score([[...ids, ...generated]], { top: 20 })
   const content = whole.choices[0].logprobs?.content ?? []
   const bytes = (id: number) => [...tokenizer.tokenBytes(id)]
-  expect(content.map(({ bytes }) => bytes)).toEqual(made.map(bytes))
+  expect(content.map(({ bytes }) => bytes)).toEqual(generated.map(bytes))
   for (const [i, { logprob, top_logprobs: top }] of content.entries()) {
     const expected = score[ids.length + i] as TokenLogProb
     expectClose([logprob], [expected.logProb])
@@ -291,7 +294,7 @@ test('chats return the log-probabilities of the model, streamed or not', async (
   const plain = await openai.chat.completions.create({ ...ask, logprobs: false, top_logprobs: 0 })
   expect(plain.choices[0]).toEqual({ ...whole.choices[0], logprobs: null })
   const only = await openai.chat.completions.create({ ...ask, top_logprobs: undefined })
-  expect(only.choices[0].logprobs?.content?.map(({ top_logprobs: top }) => top)).toEqual(made.map(() => []))
+  expect(only.choices[0].logprobs?.content?.map(({ top_logprobs: top }) => top)).toEqual(generated.map(() => []))
   await expect(openai.chat.completions.create({ ...ask, logprobs: undefined })).rejects.toMatchObject({
     status: 400,
     param: 'top_logprobs',
@@ -299,8 +302,8 @@ test('chats return the log-probabilities of the model, streamed or not', async (
   expect(dispose()).toBe(0)
 })
 
-/** As `local-completions` of EleutherAI's lm-evaluation-harness asks, and reads the answer. */
-describe('an evaluation', () => {
+/** Requests of `local-completions` of EleutherAI's lm-evaluation-harness. */
+describe('lm-evaluation-harness', () => {
   type Pair = readonly [context: readonly number[], continuation: readonly number[]]
   type Likelihood = readonly [logLikelihood: number, isGreedy: boolean]
 
@@ -322,10 +325,10 @@ describe('an evaluation', () => {
       const { choices } = (await response.json()) as Completion
       const sorted = choices.toSorted((a, b) => a.index - b.index)
       for (const [i, [context]] of chunk.entries()) {
-        const told = sorted[i].logprobs
-        // The last one is taken for the token that was made.
-        const own = told?.token_logprobs?.slice(context.length, -1) ?? []
-        const tops = told?.top_logprobs?.slice(context.length, -1) ?? []
+        const logProbs = sorted[i].logprobs
+        // The last entry is that of the generated token.
+        const own = logProbs?.token_logprobs?.slice(context.length, -1) ?? []
+        const tops = logProbs?.top_logprobs?.slice(context.length, -1) ?? []
         const isGreedy = own.every((value, i) => value === Math.max(...Object.values(tops[i])))
         found.push([own.reduce((sum, value) => sum + value, 0), isGreedy])
       }
@@ -337,19 +340,22 @@ describe('an evaluation', () => {
   const continuations = ['the people', ' of our nature', '🙂', ' f', 'ür alle', 'angels: the better angels']
 
   test.each([
-    ['as it is', {}],
-    ['that ends everywhere', { eos_token_id: Array.from({ length: config.vocab_size }, (_, id) => id) }],
-  ])('has the likelihoods of score: a model %s', async (_name, own) => {
+    ['with one end token', {}],
+    [
+      'for which every token is an end token',
+      { eos_token_id: Array.from({ length: config.vocab_size }, (_, id) => id) },
+    ],
+  ])('gets the likelihoods that score returns, from a model %s', async (_name, changes) => {
     const backend = referenceBackend()
     setDefaultBackend(backend)
-    const model = new DeepSeek({ ...config, ...own }, { seed: 3 })
+    const model = new DeepSeek({ ...config, ...changes }, { seed: 3 })
     const engine = model.continuousBatch({ maxTexts: 3 })
     const app = createServer({ model, engine, tokenizer, name: 'tiny' }) as unknown as { request: typeof fetch }
     const contexts = ['the better', 'alle ', 'a', '🙂 für alle']
     const pairs: Pair[] = contexts.flatMap(context => continuations.map(text => [ids(context), ids(text)] as const))
-    // What the model would say itself, as there is to be something greedy; and windows of a text behind a first token.
+    // Greedy continuations, and a window of a text after the begin token.
     for (const context of contexts) {
-      const [[, first]] = await model.score([[...ids(context), 0]], { top: 1 }).then(([told]) => [told.slice(-2)])
+      const [[, first]] = await model.score([[...ids(context), 0]], { top: 1 }).then(([scored]) => [scored.slice(-2)])
       pairs.push([ids(context), [first?.top[0].token as number]])
     }
     pairs.push([[config.bos_token_id as number], ids('the better angels of our nature')])
@@ -358,8 +364,11 @@ describe('an evaluation', () => {
       { top: 1 },
     )
     const expected = scores.map((score, i): Likelihood => {
-      const told = score.slice(pairs[i][0].length) as TokenLogProb[]
-      return [told.reduce((sum, { logProb }) => sum + logProb, 0), told.every(one => one.token === one.top[0].token)]
+      const continuation = score.slice(pairs[i][0].length) as TokenLogProb[]
+      return [
+        continuation.reduce((sum, { logProb }) => sum + logProb, 0),
+        continuation.every(one => one.token === one.top[0].token),
+      ]
     })
     for (const batch of [1, 8]) {
       const found = await likelihoods(app, pairs, batch)
@@ -376,7 +385,7 @@ describe('an evaluation', () => {
     expect(backend.stats().handles).toBe(0)
   })
 
-  test('gets greedy texts up to a stop string for prompts of ids', async () => {
+  test('gets greedy texts up to a stop string for prompts of token ids', async () => {
     const { app, model, dispose } = modelServer()
     const prompts = ['the people', 'alle'].map(ids)
     const until = ['\n\n', 'Question:', '</s>', '<|im_end|>', '🙂', '<|end|>']

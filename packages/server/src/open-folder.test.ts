@@ -9,7 +9,7 @@ import { describe, expect, onTestFinished, test } from 'vitest'
 import { openFolder } from './open-folder.ts'
 import { config, tokenizer } from './test-server.ts'
 
-describe('invalid folders', () => {
+describe('openFolder rejects folders', () => {
   async function folderOf(files: Readonly<Record<string, string>>): Promise<string> {
     const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
     onTestFinished(() => rm(folder, { recursive: true }))
@@ -17,9 +17,9 @@ describe('invalid folders', () => {
     return folder
   }
   const tokenizerFile = JSON.stringify(tokenizer)
-  const wrong = async (folder: string, options = {}) => {
+  const errorOf = async (folder: string, options = {}) => {
     const error = await openFolder(folder, options).then(
-      () => expect.fail('it opened'),
+      () => expect.fail('no error'),
       (error: Error) => error,
     )
     expect(['MoeError', 'TokenizerError']).toContain(error.name)
@@ -31,30 +31,30 @@ describe('invalid folders', () => {
     await mkdir(join(folder, 'checkpoints', 'step-000001'), { recursive: true })
     for (const path of [folder, join(folder, 'missing'), join(folder, 'a.txt'), '']) {
       expect(() => modelFolder(path)).toThrow(MoeError)
-      expect(await wrong(path)).toMatch(path === '' ? /./ : `${path} has neither a config.json nor checkpoints`)
+      expect(await errorOf(path)).toMatch(path === '' ? /./ : `${path} has neither a config.json nor checkpoints`)
     }
   })
 
   test('with a missing or corrupt tokenizer', async () => {
     const model = { 'config.json': JSON.stringify(config) }
-    expect(await wrong(await folderOf(model))).toContain('tokenizer.json')
+    expect(await errorOf(await folderOf(model))).toContain('tokenizer.json')
     for (const text of ['', '{', 'null', '[]', '{}', '{"model":{}}'])
-      expect(await wrong(await folderOf({ ...model, 'tokenizer.json': text })), text).toMatch(/tokenizer/i)
+      expect(await errorOf(await folderOf({ ...model, 'tokenizer.json': text })), text).toMatch(/tokenizer/i)
   })
 
   test('without weights, or with a corrupt config', async () => {
     const files = { 'tokenizer.json': tokenizerFile }
-    expect(await wrong(await folderOf({ ...files, 'config.json': JSON.stringify(config) }))).toContain('safetensors')
+    expect(await errorOf(await folderOf({ ...files, 'config.json': JSON.stringify(config) }))).toContain('safetensors')
     for (const text of ['', '{', 'null', '[]', '{}', '"text"', '{"model_type":"llama"}'])
-      expect(await wrong(await folderOf({ ...files, 'config.json': text })), text).toMatch(/config/)
+      expect(await errorOf(await folderOf({ ...files, 'config.json': text })), text).toMatch(/config/)
   })
 
   test('with a missing or corrupt template', async () => {
     const files = { 'config.json': JSON.stringify(config), 'tokenizer.json': tokenizerFile }
     const folder = await folderOf(files)
-    expect(await wrong(folder, { chatTemplate: join(folder, 'none.jinja') })).toContain('none.jinja')
+    expect(await errorOf(folder, { chatTemplate: join(folder, 'none.jinja') })).toContain('none.jinja')
     for (const text of ['', '{', 'null', '[]', '1', '"text"'])
-      expect(await wrong(await folderOf({ ...files, 'tokenizer_config.json': text }))).toMatch(
+      expect(await errorOf(await folderOf({ ...files, 'tokenizer_config.json': text }))).toMatch(
         /tokenizer_config.json.*JSON/,
       )
     for (const text of [
@@ -63,20 +63,20 @@ describe('invalid folders', () => {
       '{"chat_template":[1]}',
       '{"chat_template":"{% for %}"}',
     ])
-      expect(await wrong(await folderOf({ ...files, 'tokenizer_config.json': text })), text).toMatch(/template/)
-    expect(await wrong(folder, { chatTemplate: folder })).toContain('cannot read the file')
-    expect(await wrong(await folderOf({ ...files, 'chat_template.jinja': '{% if %}' }))).toMatch(/template/)
+      expect(await errorOf(await folderOf({ ...files, 'tokenizer_config.json': text })), text).toMatch(/template/)
+    expect(await errorOf(folder, { chatTemplate: folder })).toContain('cannot read the file')
+    expect(await errorOf(await folderOf({ ...files, 'chat_template.jinja': '{% if %}' }))).toMatch(/template/)
   })
 })
 
-test('a training run with adapters opens with its base model, also quantized, and generates what it has learned', async () => {
+test('a training run with adapters opens with its base model, also quantized, and generates the same text as the trained model', async () => {
   setDefaultBackend(referenceBackend())
   const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
   onTestFinished(() => rm(folder, { recursive: true }))
   const [base, out] = [join(folder, 'base'), join(folder, 'run')]
-  const made = new DeepSeek(config, { seed: 1 })
-  await made.save(base)
-  made.dispose()
+  const baseModel = new DeepSeek(config, { seed: 1 })
+  await baseModel.save(base)
+  baseModel.dispose()
   const model = await DeepSeek.fromPretrained(base)
   addAdapters(model, { rank: 4 })
   const training = TokenDataset.fromTexts(['the better angels of our nature', 'für alle, the people'], tokenizer)

@@ -1,4 +1,4 @@
-/** @file The server as OpenAI's own client sees it, over a port. */
+/** @file The server with OpenAI's client library, over a port. */
 import OpenAI, { APIError, AuthenticationError, BadRequestError, InternalServerError, NotFoundError } from 'openai'
 import { expect, onTestFinished, test } from 'vitest'
 import { serve } from './index.ts'
@@ -21,8 +21,8 @@ const messages = [
   },
 ]
 
-const eventually = async (fits: () => boolean) => {
-  while (!fits()) await new Promise(resolve => setTimeout(resolve, 5))
+const eventually = async (condition: () => boolean) => {
+  while (!condition()) await new Promise(resolve => setTimeout(resolve, 5))
 }
 
 test('lists and describes the model', async () => {
@@ -69,19 +69,19 @@ test('chats, streamed or not, return what the model generates for the rendered t
   expect(dispose()).toBe(0)
 })
 
-test('errors have the classes of the client library', async () => {
+test('errors have the expected classes of the client library', async () => {
   const { app, dispose } = modelServer({ apiKey: 'open sesame' })
   const wrong = await client(app)
-  const asked = { model: 'tiny', prompt: 'the' }
-  await expect(wrong.completions.create(asked)).rejects.toThrow(AuthenticationError)
+  const request = { model: 'tiny', prompt: 'the' }
+  await expect(wrong.completions.create(request)).rejects.toThrow(AuthenticationError)
   const openai = await client(app, 'open sesame')
-  expect((await openai.completions.create(asked)).choices).toHaveLength(1)
-  await expect(openai.completions.create({ ...asked, model: 'gpt-4o' })).rejects.toMatchObject({
+  expect((await openai.completions.create(request)).choices).toHaveLength(1)
+  await expect(openai.completions.create({ ...request, model: 'gpt-4o' })).rejects.toMatchObject({
     constructor: NotFoundError,
     code: 'model_not_found',
     message: '404 unknown model "gpt-4o": this server serves "tiny"',
   })
-  const long = openai.completions.create({ ...asked, prompt: 'the people '.repeat(40) })
+  const long = openai.completions.create({ ...request, prompt: 'the people '.repeat(40) })
   const length = tokenizer.encode('the people '.repeat(40)).length
   await expect(long).rejects.toMatchObject({
     constructor: BadRequestError,
@@ -90,15 +90,15 @@ test('errors have the classes of the client library', async () => {
     type: 'invalid_request_error',
     message: `400 the prompt has ${length} tokens, but the context length of this model is 64, including at least one for the answer: shorten the prompt`,
   })
-  await expect(openai.completions.create({ ...asked, logprobs: 6 })).rejects.toMatchObject({ param: 'logprobs' })
+  await expect(openai.completions.create({ ...request, logprobs: 6 })).rejects.toMatchObject({ param: 'logprobs' })
   dispose()
 })
 
-test('an internal error is a 500, and in a stream an event that the client throws', async () => {
+test('an internal error has status 500, and in a stream is an event that the client throws', async () => {
   const failing = scriptedServer(async function* (_, stats) {
     stats.tokens = 1
     yield 'well'
-    throw new Error('a kernel fell over')
+    throw new Error('a kernel failed')
   })
   const openai = await client(failing.app)
   await expect(openai.completions.create({ model: 'tiny', prompt: 'the' })).rejects.toThrow(InternalServerError)
@@ -110,8 +110,8 @@ test('an internal error is a 500, and in a stream an event that the client throw
   await expect(reading).rejects.toMatchObject({ constructor: APIError, type: 'server_error', code: 'internal_error' })
   expect(seen).toEqual(['well'])
   expect(failing.records.map(({ status, error }) => [status, (error as Error).message])).toEqual([
-    [500, 'a kernel fell over'],
-    [500, 'a kernel fell over'],
+    [500, 'a kernel failed'],
+    [500, 'a kernel failed'],
   ])
 })
 
@@ -138,7 +138,7 @@ test.each([true, false])('disconnecting stops generation, streamed: %s', async s
     if (Symbol.asyncIterator in answer)
       for await (const { choices } of answer) if (choices[0].delta.content) abort.abort()
   })()
-  if (!stream) eventually(() => endless.engine.asked.length === 2).then(() => abort.abort())
+  if (!stream) eventually(() => endless.engine.calls.length === 2).then(() => abort.abort())
   await reading.catch(() => {})
   await eventually(() => endless.records.length > 0)
   expect(ended).toBe(2)

@@ -1,4 +1,4 @@
-/** @file Patterns as grammars, beside regular expressions of this engine: by another reading of the EBNF, and by the library's. */
+/** @file Patterns as grammars, compared with the regular expressions of JavaScript: the automaton, and the grammar library with its EBNF. */
 import { Random } from '@moe/core'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import addFormats from 'ajv-formats'
@@ -13,8 +13,8 @@ import { bytewise, tokenizer } from './test-server.ts'
 const ajv = new Ajv2020({ strict: false })
 addFormats.default(ajv)
 
-/** Whether an automaton takes a text, in which all beyond ASCII is one character. */
-function takesText({ next, ends }: Automaton, text: string): boolean {
+/** Whether an automaton accepts a text. All non-ASCII characters are one symbol. */
+function automatonAccepts({ next, ends }: Automaton, text: string): boolean {
   const state = [...text].reduce((state, character) => {
     const symbol = ASCII.indexOf(character.codePointAt(0) as number)
     return state < 0 ? -1 : next[state][character > '\x7f' ? NON_ASCII : symbol]
@@ -24,7 +24,7 @@ function takesText({ next, ends }: Automaton, text: string): boolean {
 
 const inJson = (text: string) => JSON.stringify(text).slice(1, -1)
 
-/** With the flag u, where it can be. */
+/** The regular expression with the flag u if it is valid with it, else without. */
 function expressionOf(pattern: string): RegExp {
   try {
     return new RegExp(pattern, 'u')
@@ -99,7 +99,7 @@ describe.each(patterns)('%s', pattern => {
       )
       const matches = expression.test(text)
       seen[Number(matches)]++
-      expect(takesText(automaton, text), JSON.stringify(text)).toBe(matches)
+      expect(automatonAccepts(automaton, text), JSON.stringify(text)).toBe(matches)
     }
   })
 })
@@ -107,12 +107,12 @@ describe.each(patterns)('%s', pattern => {
 const end = tokenizer.tokenToId('<|end|>') as number
 const grammars = new Grammars(tokenizer, [end])
 
-/** A text of tokens that the grammar allows. */
-async function drawn(schema: object, random: Random, most = 120): Promise<string | undefined> {
+/** A random text of tokens that the grammar allows, or undefined if it does not end. */
+async function randomText(schema: object, random: Random, maxTokens = 120): Promise<string | undefined> {
   const [constraint] = await grammars.constraints([[supportedSchema(schema, 'schema')]], 1, 'schema')
-  const made: number[] = []
+  const generated: number[] = []
   try {
-    while (made.length < most) {
+    while (generated.length < maxTokens) {
       const words = await constraint.allowed()
       const ids = Array.from({ length: tokenizer.vocabSize }, (_, id) => id).filter(
         id => (words[id >> 5] >>> (id & 31)) & 1,
@@ -123,10 +123,10 @@ async function drawn(schema: object, random: Random, most = 120): Promise<string
       const id = from[random.integer(from.length)]
       constraint.accept(id)
       if (id === end) {
-        const text = tokenizer.decode(made)
+        const text = tokenizer.decode(generated)
         return text.includes('\ufffd') ? undefined : text
       }
-      made.push(id)
+      generated.push(id)
     }
     return undefined
   } finally {
@@ -134,8 +134,8 @@ async function drawn(schema: object, random: Random, most = 120): Promise<string
   }
 }
 
-/** Whether the grammar takes a text. */
-async function takes(schema: object, text: string): Promise<boolean> {
+/** Whether the grammar accepts a text. */
+async function grammarAccepts(schema: object, text: string): Promise<boolean> {
   const [constraint] = await grammars.constraints([[supportedSchema(schema, 'schema')]], 1, 'schema')
   try {
     for (const token of [...bytewise(text), end]) {
@@ -161,27 +161,27 @@ test('the library generates only matching texts, and accepts matching ones', asy
     const random = new Random(i)
     const expression = expressionOf(pattern)
     for (let j = 0; j < 4; j++) {
-      const text = await drawn(schema, random)
+      const text = await randomText(schema, random)
       if (text === undefined) continue
       ended++
       expect(() => JSON.parse(text), `${pattern} ${text}`).not.toThrow()
       expect(JSON.parse(text), `${pattern} ${text}`).toMatch(expression)
     }
     for (const text of ['', 'a', 'b', 'ab', 'abab', 'ababab', 'a"\\b', 'a\nb', '20-1', '🙂', 'xaxb', 'aabb', ' ']) {
-      expect(await takes(schema, JSON.stringify(text)), `${pattern} ${text}`).toBe(expression.test(text))
+      expect(await grammarAccepts(schema, JSON.stringify(text)), `${pattern} ${text}`).toBe(expression.test(text))
     }
   }
   expect(ended).toBeGreaterThan(90)
 })
 
-test('an enum allows exactly its texts, also if characters share bytes', async () => {
+test('an enum allows exactly its values, also if their characters share bytes', async () => {
   const random = new Random(5)
   const letters = [...'abcabc"\\', ...'éũüżźüĩ中丰乭串\u1680\u2000\u2028🙂🙃']
   for (let i = 0; i < 12; i++) {
     const word = (of: number) =>
       Array.from({ length: 1 + random.integer(4) }, () => letters[random.integer(of)]).join('')
     const words = [...new Set(Array.from({ length: 2 + random.integer(10) }, () => word(i % 2 ? 3 : letters.length)))]
-    // Of beginnings of one and ends of another.
+    // Beginnings of one text with the ends of another.
     const bytes = words.map(text => Buffer.from(text))
     const mixed = bytes.flatMap(a =>
       bytes.map(b => Buffer.concat([a.subarray(0, random.integer(a.length)), b.subarray(random.integer(b.length))])),
@@ -195,19 +195,18 @@ test('an enum allows exactly its texts, also if characters share bytes', async (
       '',
     ])
     for (const text of probes)
-      expect(await takes({ enum: [...words, 4] }, JSON.stringify(text)), `${words} ${text}`).toBe(words.includes(text))
-    expect(await takes({ enum: [...words, 4] }, '4')).toBe(true)
+      expect(await grammarAccepts({ enum: [...words, 4] }, JSON.stringify(text)), `${words} ${text}`).toBe(
+        words.includes(text),
+      )
+    expect(await grammarAccepts({ enum: [...words, 4] }, '4')).toBe(true)
   }
 })
 
-test.each(['é', 'éb', 'é1', 'иa', '中b1', '🙂f', 'ũc', 'a b'])(
-  'a property is called %s, and nothing else',
-  async name => {
-    const schema = { type: 'object', properties: { [name]: { type: 'null' }, b: { type: 'null' } }, required: [name] }
-    for (const other of [name, 'é', 'b', '\u0e9b', '\u0438'])
-      expect(await takes(schema, `{"${other}":null}`), other).toBe(other === name)
-  },
-)
+test.each(['é', 'éb', 'é1', 'иa', '中b1', '🙂f', 'ũc', 'a b'])('a property name is matched exactly: %s', async name => {
+  const schema = { type: 'object', properties: { [name]: { type: 'null' }, b: { type: 'null' } }, required: [name] }
+  for (const other of [name, 'é', 'b', '\u0e9b', '\u0438'])
+    expect(await grammarAccepts(schema, `{"${other}":null}`), other).toBe(other === name)
+})
 
 test('the library accepts exactly the numbers within bounds', async () => {
   for (const [minimum, maximum] of [
@@ -239,13 +238,13 @@ test('the library accepts exactly the numbers within bounds', async () => {
     ]) {
       for (const value of [x, -x, x - 1, x + 1]) {
         const fits = value >= minimum && value <= maximum
-        expect(await takes({ type: 'integer', minimum, maximum }, String(value)), `${value}`).toBe(fits)
+        expect(await grammarAccepts({ type: 'integer', minimum, maximum }, String(value)), `${value}`).toBe(fits)
       }
     }
   }
 })
 
-test('texts match both a format and the pattern beside it', async () => {
+test('a format and a pattern must both match', async () => {
   const schema = { type: 'string', format: 'email', pattern: '@corp\\.com$', maxLength: 12 }
   for (const [text, fits] of [
     ['a@corp.com', true],
@@ -253,7 +252,7 @@ test('texts match both a format and the pattern beside it', async () => {
     ['@corp.com', false],
     ['abcd@corp.com', false],
   ] as const)
-    expect(await takes(schema, JSON.stringify(text))).toBe(fits)
+    expect(await grammarAccepts(schema, JSON.stringify(text))).toBe(fits)
 })
 
 test.each<[string, Lengths, RegExp]>([
@@ -266,12 +265,12 @@ test.each<[string, Lengths, RegExp]>([
   ['^(a|ccc)$|^bb$', { least: 0, most: 3 }, /^(a|ccc|bb)$/],
   ['^[a-c]{2}$|^x$', { least: 2, most: 9 }, /^[a-c]{2}$/],
   ['^[ab]+$|^[cx]+a*$', { least: 2, most: 4 }, /^([ab]{2,4}|(?=.{2,4}$)[cx]+a*)$/],
-])('%s with lengths %j', (pattern, lengths, expected) => {
+])('%s with lengths %j matches like one regular expression', (pattern, lengths, expected) => {
   const automaton = intersect(patternAutomaton(pattern), ofLength(lengths))
   const random = new Random(2)
   for (let i = 0; i < 3000; i++) {
     const text = Array.from({ length: random.integer(6) }, () => 'aabbcx🙂'.at(random.integer(6))).join('')
-    if (text.isWellFormed()) expect(takesText(automaton, text), text).toBe(expected.test(text))
+    if (text.isWellFormed()) expect(automatonAccepts(automaton, text), text).toBe(expected.test(text))
   }
 })
 
@@ -298,14 +297,14 @@ test.each([
   expect(() => supportedSchema({ type: 'string', pattern }, 'schema')).toThrow('schema: pattern "')
 })
 
-test('`.` matches non-ASCII line ends, and \\S non-ASCII white space', async () => {
+test('`.` matches non-ASCII line separators, and \\S non-ASCII white space', async () => {
   for (const [pattern, text] of [
     ['^.$', '\u2028'],
     ['^\\S$', '\u00a0'],
   ])
-    expect(await takes({ type: 'string', pattern }, `"${text}"`)).toBe(true)
+    expect(await grammarAccepts({ type: 'string', pattern }, `"${text}"`)).toBe(true)
   for (const text of ['\n', '\r', ' '])
-    expect(await takes({ type: 'string', pattern: '^\\S$' }, inJson(text))).toBe(false)
+    expect(await grammarAccepts({ type: 'string', pattern: '^\\S$' }, inJson(text))).toBe(false)
 })
 
 test.each<[object, string]>([
@@ -320,7 +319,7 @@ test.each<[object, string]>([
   expect(() => supportedSchema({ type: 'string', ...schema }, 'schema')).toThrow(message)
 })
 
-test('patterns that together need too many states are rejected; equal ones count once', () => {
+test('patterns that need too many states together are rejected, with equal patterns counted once', () => {
   const all = (count: number) =>
     Array.from({ length: count }, (_, i) => ({ type: 'string', pattern: `^.{${400 + i}}$` }))
   expect(() => supportedSchema({ anyOf: all(9) }, 'schema')).toThrow('too many states')
@@ -328,7 +327,7 @@ test('patterns that together need too many states are rejected; equal ones count
   expect(Object.keys(supportedSchema({ anyOf: equal }, 'schema').rules)).toHaveLength(1)
 })
 
-test("texts of Zod's patterns are accepted by Zod and ajv", async () => {
+test("generated texts of Zod's string formats are accepted by Zod and ajv", async () => {
   const all = {
     starts: z.string().startsWith('a"'),
     holds: z.string().includes('\\ b'),
@@ -351,7 +350,7 @@ test("texts of Zod's patterns are accepted by Zod and ajv", async () => {
     const { $schema: _, ...schema } = z.toJSONSchema(type)
     const validate = ajv.compile(schema)
     for (let seed = 0; seed < 5; seed++) {
-      const text = await drawn(schema, new Random(seed), 400)
+      const text = await randomText(schema, new Random(seed), 400)
       if (text === undefined) continue
       ended++
       expect(type.safeParse(JSON.parse(text)).error, `${name} ${text}`).toBeUndefined()
@@ -361,11 +360,11 @@ test("texts of Zod's patterns are accepted by Zod and ajv", async () => {
   expect(ended).toBeGreaterThan(50)
 })
 
-test('texts of a format are accepted by ajv', async () => {
+test('generated texts of a format are accepted by ajv', async () => {
   for (const format of ['time', 'duration', 'ipv6', 'hostname', 'uri']) {
     const validate = ajv.compile({ format })
     for (let seed = 0; seed < 8; seed++) {
-      const text = await drawn({ type: 'string', format }, new Random(seed), 300)
+      const text = await randomText({ type: 'string', format }, new Random(seed), 300)
       if (text !== undefined) expect(validate(JSON.parse(text)), `${format} ${text}`).toBe(true)
     }
   }

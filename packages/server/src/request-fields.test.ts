@@ -1,25 +1,26 @@
-/** @file Each field that clients send is supported, has no influence on the answer, or is rejected with a reason. */
+/** @file Every field that clients send is supported, ignored because it has no influence on the answer, or rejected with a reason. */
 import { readFileSync } from 'node:fs'
 import { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { describe, expect, test } from 'vitest'
 import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
-const good = {
+const validBodies = {
   '/v1/completions': { prompt: 'the people', max_tokens: 2 },
   '/v1/chat/completions': { messages: [{ role: 'user', content: 'the' }], max_tokens: 2 },
   '/v1/responses': { input: 'the', max_output_tokens: 2 },
 }
-type Path = keyof typeof good
-const paths = Object.keys(good) as Path[]
+type Path = keyof typeof validBodies
+const paths = Object.keys(validBodies) as Path[]
 
-const saying = (text: string, options = {}) =>
+/** A server that generates `text`. */
+const serverThatGenerates = (text: string, options = {}) =>
   scriptedServer(async function* (_, stats) {
     stats.finishReason = 'stop'
     yield text
   }, options)
 
-async function rejection(app: ReturnType<typeof saying>['app'], path: Path, fields: object) {
-  const response = await app.request(path, post({ ...good[path], ...fields }))
+async function rejection(app: ReturnType<typeof serverThatGenerates>['app'], path: Path, fields: object) {
+  const response = await app.request(path, post({ ...validBodies[path], ...fields }))
   const { error } = (await response.json()) as { error?: { message: string; param: string; code: string | null } }
   return { status: response.status, ...error }
 }
@@ -49,34 +50,34 @@ const declared = {
 
 describe.each(paths)('%s', path => {
   test('knows every field of OpenAI’s API', async () => {
-    const { app } = saying('so')
+    const { app } = serverThatGenerates('so')
     expect(declared[path].length).toBeGreaterThan(15)
     for (const name of declared[path]) {
       const nothing = await rejection(app, path, { [name]: null })
-      if (name in good[path] === false) expect(nothing.status, name).toBe(200)
-      // Not the value of any field.
+      if (name in validBodies[path] === false) expect(nothing.status, name).toBe(200)
+      // No field allows this value.
       const { code } = await rejection(app, path, { [name]: Number.MIN_VALUE })
       expect(code, name).not.toBe('unknown_parameter')
     }
   })
 
   test('ignores fields that have no influence on the answer', async () => {
-    const { app, engine } = saying('so')
-    await app.request(path, post({ ...good[path], seed: 1 }))
+    const { app, engine } = serverThatGenerates('so')
+    await app.request(path, post({ ...validBodies[path], seed: 1 }))
     for (const fields of [
       { user: 'a', safety_identifier: 'b', metadata: { topic: 'c' } },
       { service_tier: 'flex', prediction: { type: 'content', content: 'so' }, max_tool_calls: 3 },
       { prompt_cache_key: 'a', prompt_cache_retention: '24h', prompt_cache_options: { mode: 'explicit' } },
     ]) {
       expect(await rejection(app, path, { ...fields, seed: 1 })).toMatchObject({ status: 200 })
-      const { options, ids } = engine.asked[engine.asked.length - 1]
-      expect({ ...options, signal: null }).toEqual({ ...engine.asked[0].options, signal: null })
-      expect(ids).toEqual(engine.asked[0].ids)
+      const { options, ids } = engine.calls[engine.calls.length - 1]
+      expect({ ...options, signal: null }).toEqual({ ...engine.calls[0].options, signal: null })
+      expect(ids).toEqual(engine.calls[0].ids)
     }
   })
 
-  test('rejects unknown fields, and suggests the name that was meant', async () => {
-    const { app } = saying('so')
+  test('rejects unknown fields, and suggests the intended name', async () => {
+    const { app } = serverThatGenerates('so')
     const unknown = { status: 400, code: 'unknown_parameter' }
     for (const [name, message] of [
       ['temprature', 'unknown field "temprature": did you mean temperature?'],
@@ -87,7 +88,7 @@ describe.each(paths)('%s', path => {
       expect(await rejection(app, path, { [name]: 1 })).toMatchObject({ ...unknown, param: name, message })
     const long = await rejection(app, path, { ['x'.repeat(1e6)]: 1 })
     expect(long).toMatchObject({ ...unknown, message: `unknown field "${'x'.repeat(100)}": omit it` })
-    const proto = await app.request(path, post(JSON.stringify(good[path]).replace('{', '{"__proto__":{"a":1},')))
+    const proto = await app.request(path, post(JSON.stringify(validBodies[path]).replace('{', '{"__proto__":{"a":1},')))
     expect(proto.status).toBe(400)
     expect(await rejection(app, path, { mirostat: null })).toMatchObject({ status: 200 })
     expect(await rejection(app, path, { stream: true, stream_options: { include_use: true } })).toMatchObject({
@@ -98,7 +99,7 @@ describe.each(paths)('%s', path => {
 
   test('samples with penalties and logit bias as the model does', async () => {
     const { app, model, dispose } = modelServer()
-    const given = { ...good[path], max_tokens: undefined, max_output_tokens: undefined, seed: 3 }
+    const body = { ...validBodies[path], max_tokens: undefined, max_output_tokens: undefined, seed: 3 }
     const length = path === '/v1/responses' ? 'max_output_tokens' : 'max_tokens'
     const text = {
       '/v1/completions': 'the people',
@@ -115,7 +116,7 @@ describe.each(paths)('%s', path => {
       const sampled = { maxTokens: 24, temperature: 1, seed: 3, ...options, tokenizer }
       let expected = ''
       for await (const part of model.generate(tokenizer.encode(text), sampled)) expected += part
-      const response = await app.request(path, post({ ...given, [length]: 24, ...fields }))
+      const response = await app.request(path, post({ ...body, [length]: 24, ...fields }))
       const answer = answerText((await response.json()) as Answer)
       expect(answer).toBe(expected)
       answers.add(expected)
@@ -125,7 +126,7 @@ describe.each(paths)('%s', path => {
   })
 
   test('rejects penalties and biases that are out of range', async () => {
-    const { app } = saying('so')
+    const { app } = serverThatGenerates('so')
     for (const name of ['frequency_penalty', 'presence_penalty'])
       for (const value of [2.1, -2.1, '1', [1]])
         expect(await rejection(app, path, { [name]: value })).toMatchObject({ status: 400, param: name })
@@ -183,13 +184,13 @@ test.each<[Path, object, string, string]>([
   ['/v1/responses', { include: ['everything'] }, 'include[0]', ''],
   ['/v1/responses', { context_management: [{ type: 'compaction' }] }, 'context_management', 'shorten the conversation'],
 ])('%s rejects %j', async (path, fields, param, message) => {
-  const { app, engine } = saying('so')
+  const { app, engine } = serverThatGenerates('so')
   expect(await rejection(app, path, fields)).toMatchObject({
     status: 400,
     param,
     message: expect.stringContaining(message),
   })
-  expect(engine.asked).toHaveLength(0)
+  expect(engine.calls).toHaveLength(0)
 })
 
 test.each<[Path, object]>([
@@ -203,9 +204,9 @@ test.each<[Path, object]>([
     '/v1/responses',
     { include: ['reasoning.encrypted_content'], stream: true, stream_options: { include_usage: true } },
   ],
-])('%s accepts %j, which asks for nothing else', async (path, fields) => {
-  const { app } = saying('so')
-  const response = await app.request(path, post({ ...good[path], ...fields }))
+])('%s accepts %j, which has no effect', async (path, fields) => {
+  const { app } = serverThatGenerates('so')
+  const response = await app.request(path, post({ ...validBodies[path], ...fields }))
   expect(response.status).toBe(200)
   expect(await response.text()).toContain('so')
 })
@@ -215,14 +216,14 @@ describe('the chat template', () => {
     const chatTemplate = await ChatTemplate.from({
       chat_template: '{{ reasoning_effort or "none" }}{{ messages[0].content }}',
     })
-    const { app, engine } = saying('so', { chatTemplate })
+    const { app, engine } = serverThatGenerates('so', { chatTemplate })
     for (const [path, fields, prompt] of [
       ['/v1/chat/completions', {}, 'nonethe'],
       ['/v1/chat/completions', { reasoning_effort: 'high' }, 'highthe'],
       ['/v1/responses', { reasoning: { effort: 'low' } }, 'lowthe'],
     ] as const) {
       expect(await rejection(app, path, fields)).toMatchObject({ status: 200 })
-      expect(tokenizer.decode(engine.asked[engine.asked.length - 1].ids)).toBe(prompt)
+      expect(tokenizer.decode(engine.calls[engine.calls.length - 1].ids)).toBe(prompt)
     }
   })
 
@@ -230,12 +231,12 @@ describe('the chat template', () => {
     const chatTemplate = await ChatTemplate.from({
       chat_template: '{% for m in messages %}{{ m.name or m.role }}: {{ m.content }};{% endfor %}',
     })
-    const { app, engine } = saying('so', { chatTemplate })
+    const { app, engine } = serverThatGenerates('so', { chatTemplate })
     const messages = [
       { role: 'user', name: 'abe', content: 'the' },
       { role: 'assistant', name: null, content: 'people' },
     ]
     expect(await rejection(app, '/v1/chat/completions', { messages })).toMatchObject({ status: 200 })
-    expect(tokenizer.decode(engine.asked[0].ids)).toBe('abe: the;assistant: people;')
+    expect(tokenizer.decode(engine.calls[0].ids)).toBe('abe: the;assistant: people;')
   })
 })

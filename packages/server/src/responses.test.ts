@@ -1,4 +1,4 @@
-/** @file Answers in OpenAI's newer way, as its own client asks for them over a port, and beside those of chats. */
+/** @file The Responses API with OpenAI's client library over a port, compared with chat completions. */
 import { Random } from '@moe/core'
 import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import OpenAI, { BadRequestError } from 'openai'
@@ -31,8 +31,8 @@ const thinking = await ChatTemplate.from({
     '{# </think> tools #}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.reasoning_content %} ({{ m.reasoning_content }}){% endif %};{% endfor %}',
 })
 
-/** A server whose model says this. */
-function saying(parts: readonly string[], chatTemplate = plain, reason: 'stop' | 'length' = 'stop') {
+/** A server whose model generates these parts of a text. */
+function serverThatGenerates(parts: readonly string[], chatTemplate = plain, reason: 'stop' | 'length' = 'stop') {
   return scriptedServer(
     async function* (_, stats) {
       yield* parts
@@ -49,12 +49,12 @@ const withoutIds = (value: unknown): unknown =>
     ['id', 'item_id', 'call_id', 'created_at', 'cached_tokens'].includes(key) ? '' : one,
   )
 
-/** An answer as a whole, and the same as its stream ends with it, in whose events everything is in its place. */
-async function both(openai: OpenAI, ask: Ask): Promise<Response> {
-  const given = { model: 'tiny', input: 'the better angels', seed: 3, ...ask }
-  const whole = await openai.responses.create(given)
+/** Requests a response with and without streaming, and checks that the events are consistent and end with the same response. */
+async function createBoth(openai: OpenAI, ask: Ask): Promise<Response> {
+  const body = { model: 'tiny', input: 'the better angels', seed: 3, ...ask }
+  const whole = await openai.responses.create(body)
   const events: ResponseStreamEvent[] = []
-  for await (const event of await openai.responses.create({ ...given, stream: true })) events.push(event)
+  for await (const event of await openai.responses.create({ ...body, stream: true })) events.push(event)
   expect(events.map(({ sequence_number: number }) => number)).toEqual(events.map((_, i) => i))
   expect(events.slice(0, 2).map(({ type }) => type)).toEqual(['response.created', 'response.in_progress'])
   const last = events[events.length - 1]
@@ -81,7 +81,7 @@ async function both(openai: OpenAI, ask: Ask): Promise<Response> {
   return whole
 }
 
-test('the text is that of a chat, streamed or not', async () => {
+test('the text equals that of a chat completion, streamed or not', async () => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const sampling = { temperature: 0.8, seed: 7, top_p: 0.9 }
@@ -91,7 +91,7 @@ test('the text is that of a chat, streamed or not', async () => {
   ]
   const chat = await openai.chat.completions.create({ model: 'tiny', messages, ...sampling, max_tokens: 9 })
   const ask = { instructions: 'of the people', ...sampling, max_output_tokens: 9 }
-  const response = await both(openai, ask)
+  const response = await createBoth(openai, ask)
   expect(response.output_text).toBe(chat.choices[0].message.content)
   const isCut = chat.choices[0].finish_reason === 'length'
   expect(response).toMatchObject({
@@ -106,11 +106,11 @@ test('the text is that of a chat, streamed or not', async () => {
     usage: { input_tokens: chat.usage?.prompt_tokens, output_tokens: chat.usage?.completion_tokens },
   })
   const input = [messages[0], { ...messages[1], content: [{ type: 'input_text' as const, text: 'the better angels' }] }]
-  expect((await both(openai, { ...ask, instructions: null, input })).output_text).toBe(response.output_text)
+  expect((await createBoth(openai, { ...ask, instructions: null, input })).output_text).toBe(response.output_text)
   expect(dispose()).toBe(0)
 })
 
-test('the answer matches a schema, and the client parses it', async () => {
+test('the text matches the requested schema, and the client parses it', async () => {
   const { app, dispose } = modelServer({}, { context: 300 })
   const openai = await client(app)
   const Speech = z.object({ year: z.int().min(1790).max(1800), kind: z.enum(['speech', 'letter']) })
@@ -123,7 +123,7 @@ test('the answer matches a schema, and the client parses it', async () => {
     expect(Speech.safeParse(parsed).success).toBe(true)
   }
   expect(ended).toBeGreaterThan(2)
-  const cut = await both(openai, { text: { format: { type: 'json_object' } }, max_output_tokens: 2 })
+  const cut = await createBoth(openai, { text: { format: { type: 'json_object' } }, max_output_tokens: 2 })
   expect([cut.status, cut.output_text[0]]).toEqual(['incomplete', '{'])
   expect(dispose()).toBe(0)
 })
@@ -138,9 +138,9 @@ const tool = {
 describe('tools', () => {
   test('are called, and the conversation continues with their results', async () => {
     const call = '<tool_call>{"name": "look_up", "arguments": {"year": 1865}}</tool_call>'
-    const { app, engine } = saying(['I l', 'ook.\n', call.slice(0, 15), call.slice(15), call])
+    const { app, engine } = serverThatGenerates(['I l', 'ook.\n', call.slice(0, 15), call.slice(15), call])
     const openai = await client(app)
-    const { output } = await both(openai, { tools: [tool] })
+    const { output } = await createBoth(openai, { tools: [tool] })
     const own = { type: 'function_call', name: 'look_up', arguments: '{"year":1865}', status: 'completed' }
     expect(output).toMatchObject([{ type: 'message', content: [{ text: 'I look.\n' }] }, own, own])
     const [, first, second] = output
@@ -158,9 +158,9 @@ describe('tools', () => {
       },
     ]
     await openai.responses.create({ model: 'tiny', input: input as never, tools: [tool] })
-    const made = '<tool_call>\n{"name": "look_up", "arguments": {"year":1865}}\n</tool_call>'
-    expect(tokenizer.decode(engine.asked[engine.asked.length - 1].ids)).toContain(
-      `User: the better angels\n\nAssistant: I look.\n\n${made}${made}<|end|>Tool: malice\n\nTool: none\n\n`,
+    const rendered = '<tool_call>\n{"name": "look_up", "arguments": {"year":1865}}\n</tool_call>'
+    expect(tokenizer.decode(engine.calls[engine.calls.length - 1].ids)).toContain(
+      `User: the better angels\n\nAssistant: I look.\n\n${rendered}${rendered}<|end|>Tool: malice\n\nTool: none\n\n`,
     )
   })
 
@@ -169,16 +169,16 @@ describe('tools', () => {
     const openai = await client(app)
     const choice = { type: 'function' as const, name: 'look_up' }
     const ask = { tools: [tool], tool_choice: choice, max_output_tokens: 60 }
-    const { output } = await both(openai, ask)
+    const { output } = await createBoth(openai, ask)
     expect(output).toMatchObject([{ type: 'function_call', name: 'look_up' }])
     expect(dispose()).toBe(0)
   })
 })
 
-test('reasoning is a separate item, and can be sent back to the template', async () => {
-  const { app, engine } = saying(['<thi', 'nk>\nso', ' it is</think>\n', '\nYes', '.'], thinking)
+test('reasoning is a separate item, which can be sent back', async () => {
+  const { app, engine } = serverThatGenerates(['<thi', 'nk>\nso', ' it is</think>\n', '\nYes', '.'], thinking)
   const openai = await client(app)
-  const { output, output_text: text } = await both(openai, {})
+  const { output, output_text: text } = await createBoth(openai, {})
   expect(text).toBe('Yes.')
   expect(output).toMatchObject([
     { type: 'reasoning', summary: [], content: [{ type: 'reasoning_text', text: 'so it is' }], status: 'completed' },
@@ -186,10 +186,10 @@ test('reasoning is a separate item, and can be sent back to the template', async
   ])
   const input = [{ role: 'user' as const, content: 'a' }, ...output, { role: 'user' as const, content: 'b' }]
   await openai.responses.create({ model: 'tiny', input: input as never })
-  expect(tokenizer.decode(engine.asked[engine.asked.length - 1].ids)).toBe(
+  expect(tokenizer.decode(engine.calls[engine.calls.length - 1].ids)).toBe(
     'user: a;assistant: Yes. (so it is);user: b;',
   )
-  const cut = await both(await client(saying(['<think>so'], thinking, 'length').app), {})
+  const cut = await createBoth(await client(serverThatGenerates(['<think>so'], thinking, 'length').app), {})
   expect(cut).toMatchObject({ status: 'incomplete', output: [{ type: 'reasoning', status: 'incomplete' }] })
 })
 
@@ -206,7 +206,7 @@ test('usage counts the tokens of reasoning, also in chats', async () => {
     4096,
   )
   const openai = await client(app)
-  const { usage } = await both(openai, {})
+  const { usage } = await createBoth(openai, {})
   expect(usage).toMatchObject({ output_tokens: 6, output_tokens_details: { reasoning_tokens: 3 } })
   const ask = { model: 'tiny', messages: [{ role: 'user' as const, content: 'a' }], n: 2 }
   const chat = await openai.chat.completions.create(ask)
@@ -216,7 +216,7 @@ test('usage counts the tokens of reasoning, also in chats', async () => {
 })
 
 test('a response without text contains an empty message', async () => {
-  const { output, status } = await both(await client(saying([]).app), {})
+  const { output, status } = await createBoth(await client(serverThatGenerates([]).app), {})
   expect([status, output]).toMatchObject(['completed', [{ type: 'message', content: [{ text: '' }] }]])
 })
 
@@ -224,7 +224,7 @@ test('log-probabilities are included on request', async () => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const include = ['message.output_text.logprobs'] as const
-  const { output } = await both(openai, { include: [...include], top_logprobs: 2, max_output_tokens: 4 })
+  const { output } = await createBoth(openai, { include: [...include], top_logprobs: 2, max_output_tokens: 4 })
   const [message] = output
   if (message.type !== 'message' || message.content[0].type !== 'output_text') throw new Error('no text')
   expect(message.content[0].logprobs?.length).toBeGreaterThan(0)
@@ -235,7 +235,7 @@ test('log-probabilities are included on request', async () => {
 test('an error in a stream is an event', async () => {
   const failing = scriptedServer(async function* () {
     yield 'well'
-    throw new Error('a kernel fell over')
+    throw new Error('a kernel failed')
   })
   const response = await failing.app.request('/v1/responses', post({ input: 'the', stream: true }))
   const text = await response.text()
@@ -283,24 +283,24 @@ test('random fields never cause an internal error', async () => {
     'input_text',
     '{}',
   ]
-  const odd = (depth: number): unknown => {
+  const randomValue = (depth: number): unknown => {
     const kinds: ReadonlyArray<() => unknown> = [
       () => pick([null, true, false, 0, -1, 0.5, 1e308, '', '__proto__', '\ud800']),
       () => pick(words),
-      () => Array.from({ length: random.integer(4) }, () => odd(depth + 1)),
-      () => Object.fromEntries(Array.from({ length: random.integer(4) }, () => [pick(names), odd(depth + 1)])),
+      () => Array.from({ length: random.integer(4) }, () => randomValue(depth + 1)),
+      () => Object.fromEntries(Array.from({ length: random.integer(4) }, () => [pick(names), randomValue(depth + 1)])),
     ]
     return pick(depth > 4 ? kinds.slice(0, 2) : kinds)()
   }
   const item = () => ({
     type: pick([...words.slice(0, 4), undefined]),
     role: pick(['user', 'assistant']),
-    content: odd(1),
+    content: randomValue(1),
   })
   const seen = new Map<number, number>()
   for (let i = 0; i < 400; i++) {
     const given = random.next() < 0.7 ? { input: Array.from({ length: 1 + random.integer(3) }, item) } : {}
-    const more = Object.fromEntries(Array.from({ length: random.integer(2) }, () => [pick(fields), odd(0)]))
+    const more = Object.fromEntries(Array.from({ length: random.integer(2) }, () => [pick(fields), randomValue(0)]))
     const body = { input: 'the', max_output_tokens: 2, ...given, ...more }
     const response = await app.request('/v1/responses', post(body))
     const text = await response.text()
@@ -355,7 +355,7 @@ test.each<[Ask, string, string]>([
   [{ text: { format: { type: 'grammar' } as never } }, 'text.format.type', 'expected text'],
   [{ max_output_tokens: -1 }, 'max_output_tokens', ''],
   [{ model: 'gpt-5' }, 'model', 'unknown model'],
-])('%j is rejected by name', async (ask, param, message) => {
+])('rejects %j by name: %s', async (ask, param, message) => {
   const { app, dispose } = modelServer()
   const openai = await client(app)
   const asking = openai.responses.create({ model: 'tiny', input: 'the', ...ask } as ResponseCreateParamsNonStreaming)

@@ -1,4 +1,4 @@
-/** @file What a stream has in its parts: whole characters, and nothing of what ends it. */
+/** @file The parts of streamed texts: complete characters, and no stop strings. */
 import { Random, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek } from '@moe/deepseek'
@@ -10,17 +10,17 @@ import { bytewise, config, events, modelServer, post, tokenizer } from './test-s
 
 const _paths = ['/v1/completions', '/v1/chat/completions'] as const
 
-/** A server whose model's tokens are replaced, on their way to a text, by those that were asked for. */
-function sayingServer() {
+/** A server whose decoder replaces the tokens of the model by given ones. */
+function serverWithTokens() {
   const backend = referenceBackend()
   setDefaultBackend(backend)
   const model = new DeepSeek({ ...config, eos_token_id: undefined }, { seed: 3 })
   const engine = model.continuousBatch({ maxTexts: 3 })
-  let said: readonly number[] = []
+  let tokens: readonly number[] = []
   const replaced = {
     encode: (text: string) => tokenizer.encode(text),
     createDecodeStream(options: object) {
-      const [ids, stream] = [said, tokenizer.createDecodeStream(options)]
+      const [ids, stream] = [tokens, tokenizer.createDecodeStream(options)]
       let at = 0
       return { push: () => stream.push(ids[at++]), end: () => stream.end() }
     },
@@ -31,9 +31,9 @@ function sayingServer() {
     model.dispose()
     return backend.stats().handles
   }
-  /** What comes of these tokens, in the parts in which it comes, and why it ended. */
-  const say = async (ids: readonly number[], stop: readonly string[]) => {
-    said = ids
+  /** The text of these tokens, its streamed parts, and the finish reason. */
+  const generate = async (ids: readonly number[], stop: readonly string[]) => {
+    tokens = ids
     const ask = { prompt: [1], max_tokens: ids.length, stop }
     const whole = (await (await app.request('/v1/completions', post(ask))).json()) as Completion
     const response = await app.request('/v1/completions', post({ ...ask, stream: true }))
@@ -48,44 +48,43 @@ function sayingServer() {
     expect(parts.join('')).toBe(whole.choices[0].text)
     return { parts, text: parts.join(''), reason: end?.finish_reason, tokens: whole.usage?.completion_tokens }
   }
-  return { say, dispose }
+  return { generate, dispose }
 }
 
 describe('streamed texts', () => {
-  test('contain whole characters and no stop strings, wherever tokens break', async () => {
-    const { say, dispose } = sayingServer()
+  test('contain complete characters and no stop strings, wherever tokens end', async () => {
+    const { generate, dispose } = serverWithTokens()
     const random = new Random(5)
     const characters = ['a', 'b', 'ab', 'é', 'ü', '€', '、', '🙂', '👍🏽', ' ']
-    const drawn = (least: number, most: number) =>
-      Array.from(
-        { length: least + random.integer(most - least + 1) },
-        () => characters[random.integer(characters.length)],
-      )
+    const randomCharacters = (min: number, max: number) =>
+      Array.from({ length: min + random.integer(max - min + 1) }, () => characters[random.integer(characters.length)])
     let stopped = 0
     for (let i = 0; i < 80; i++) {
-      const text = drawn(3, 9).join('')
+      const text = randomCharacters(3, 9).join('')
       const ids = random.next() < 0.7 ? bytewise(text) : [...tokenizer.encode(text)]
       if (ids.length > 60) continue
       const stops = Array.from({ length: random.integer(4) }, () => {
         const whole = [...text]
         const at = random.integer(whole.length)
-        return random.next() < 0.8 ? whole.slice(at, at + 1 + random.integer(3)).join('') : drawn(1, 2).join('')
+        return random.next() < 0.8
+          ? whole.slice(at, at + 1 + random.integer(3)).join('')
+          : randomCharacters(1, 2).join('')
       })
-      // The fewest tokens that a stop is in, without the beginning of a character.
+      // The smallest number of tokens whose text contains a stop string.
       let [expected, tokens] = [text, ids.length]
       for (let n = 1; n <= ids.length; n++) {
-        const so = tokenizer.decode(ids.slice(0, n)).replace(/\ufffd$/, '')
-        const ats = stops.map(stop => so.indexOf(stop)).filter(at => at >= 0)
+        const prefix = tokenizer.decode(ids.slice(0, n)).replace(/\ufffd$/, '')
+        const ats = stops.map(stop => prefix.indexOf(stop)).filter(at => at >= 0)
         if (ats.length === 0) continue
-        ;[expected, tokens] = [so.slice(0, Math.min(...ats)), n]
+        ;[expected, tokens] = [prefix.slice(0, Math.min(...ats)), n]
         break
       }
       const ends = stops.some(stop => text.includes(stop))
       if (ends) stopped++
       const about = JSON.stringify({ text, stops, ids })
-      const made = await say(ids, stops)
-      expect(made, about).toMatchObject({ text: expected, reason: ends ? 'stop' : 'length', tokens })
-      for (const part of made.parts) {
+      const generated = await generate(ids, stops)
+      expect(generated, about).toMatchObject({ text: expected, reason: ends ? 'stop' : 'length', tokens })
+      for (const part of generated.parts) {
         expect(part.length, about).toBeGreaterThan(0)
         expect(part, about).not.toMatch(/\ufffd|^[\udc00-\udfff]|[\ud800-\udbff]$/)
       }
@@ -95,30 +94,30 @@ describe('streamed texts', () => {
     expect(dispose()).toBe(0)
   })
 
-  test('withhold a partial stop string only as long as it may be completed', async () => {
-    const { say, dispose } = sayingServer()
-    expect((await say(bytewise('abcabd'), ['abcabc'])).text).toBe('abcabd')
-    expect((await say(bytewise('aab'), ['ab'])).parts).toEqual(['a'])
-    expect(await say(bytewise('xab'), ['abc'])).toMatchObject({ parts: ['x', 'ab'], reason: 'length' })
-    expect(await say(bytewise('🙂'), ['🙂'])).toMatchObject({ parts: [], reason: 'stop', tokens: 4 })
-    expect(await say(bytewise('a🙂!'), ['🙂!'])).toMatchObject({ parts: ['a'], reason: 'stop', tokens: 6 })
+  test('withhold a partial stop string only while it may still be completed', async () => {
+    const { generate, dispose } = serverWithTokens()
+    expect((await generate(bytewise('abcabd'), ['abcabc'])).text).toBe('abcabd')
+    expect((await generate(bytewise('aab'), ['ab'])).parts).toEqual(['a'])
+    expect(await generate(bytewise('xab'), ['abc'])).toMatchObject({ parts: ['x', 'ab'], reason: 'length' })
+    expect(await generate(bytewise('🙂'), ['🙂'])).toMatchObject({ parts: [], reason: 'stop', tokens: 4 })
+    expect(await generate(bytewise('a🙂!'), ['🙂!'])).toMatchObject({ parts: ['a'], reason: 'stop', tokens: 6 })
     dispose()
   })
 
   test('end with one replacement character if the token limit cuts a character', async () => {
-    const { say, dispose } = sayingServer()
+    const { generate, dispose } = serverWithTokens()
     for (const n of [1, 2, 3]) {
-      const made = await say(bytewise('a🙂').slice(0, 1 + n), ['b'])
-      expect(made).toMatchObject({ parts: ['a', '\ufffd'], reason: 'length' })
+      const generated = await generate(bytewise('a🙂').slice(0, 1 + n), ['b'])
+      expect(generated).toMatchObject({ parts: ['a', '\ufffd'], reason: 'length' })
     }
     dispose()
   })
 
-  test('do not contain special tokens, and are not ended by them', async () => {
-    const { say, dispose } = sayingServer()
+  test('do not contain special tokens, which do not match stop strings', async () => {
+    const { generate, dispose } = serverWithTokens()
     const special = tokenizer.tokenToId('<|user|>') as number
-    const made = await say([...bytewise('a'), special, ...bytewise('b')], ['<|user|>'])
-    expect(made).toMatchObject({ text: 'ab', reason: 'length' })
+    const generated = await generate([...bytewise('a'), special, ...bytewise('b')], ['<|user|>'])
+    expect(generated).toMatchObject({ text: 'ab', reason: 'length' })
     dispose()
   })
 

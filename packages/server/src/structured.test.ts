@@ -1,4 +1,4 @@
-/** @file Answers of a form, and calls of tools, as OpenAI's own client asks for them. */
+/** @file Structured outputs and tool calls with OpenAI's client library. */
 import { Random } from '@moe/core'
 import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { Ajv2020 } from 'ajv/dist/2020.js'
@@ -42,11 +42,11 @@ const tools: ChatCompletionTool[] = [
   { type: 'function', function: { name: 'stop' } },
 ]
 
-/** A whole answer, and the same put together from a stream. */
-async function both(openai: OpenAI, ask: Omit<ChatCompletionCreateParams, 'stream' | 'model' | 'messages'>) {
-  const given = { model: 'tiny', messages, ...ask }
-  const whole = await openai.chat.completions.create(given)
-  const parts = await openai.chat.completions.create({ ...given, stream: true })
+/** Requests choices with and without streaming, and checks that both are equal. */
+async function createBoth(openai: OpenAI, ask: Omit<ChatCompletionCreateParams, 'stream' | 'model' | 'messages'>) {
+  const body = { model: 'tiny', messages, ...ask }
+  const whole = await openai.chat.completions.create(body)
+  const parts = await openai.chat.completions.create({ ...body, stream: true })
   const bare = whole.choices.map(({ finish_reason: end, message: { content, tool_calls: calls = [] } }) => ({
     content: content ?? '',
     calls: calls.map(call => call.type === 'function' && call.function),
@@ -66,7 +66,7 @@ async function both(openai: OpenAI, ask: Omit<ChatCompletionCreateParams, 'strea
 }
 
 describe.each([false, true])('with speculative decoding: %s', speculative => {
-  test('complete texts of a random model are JSON of the schema, streamed or not', async () => {
+  test('finished texts of a random model are JSON that matches the schema, streamed or not', async () => {
     const { app, dispose } = modelServer({}, { context: 250, speculative })
     const openai = await client(app)
     const validate = ajv.compile(schema)
@@ -81,8 +81,8 @@ describe.each([false, true])('with speculative decoding: %s', speculative => {
         logprobs: seed % 2 === 0,
         ...(seed % 4 === 3 && { repetition_penalty: 1.2, top_p: 0.9 }),
       }
-      for (const { finish_reason: end, message } of await both(openai, ask)) {
-        // As in grammars.test.ts.
+      for (const { finish_reason: end, message } of await createBoth(openai, ask)) {
+        // Invalid UTF-8 is skipped, as in grammars.test.ts.
         if (end === 'length' || message.content?.includes('\ufffd')) continue
         ended++
         expect(end).toBe('stop')
@@ -94,13 +94,13 @@ describe.each([false, true])('with speculative decoding: %s', speculative => {
   })
 })
 
-test('json_object allows any object, and a text can be cut', async () => {
+test('json_object allows any object, and the token limit may truncate a text', async () => {
   const { app, dispose } = modelServer({}, { context: 250 })
   const openai = await client(app)
   let ended = 0
   for (let seed = 0; seed < 6; seed++) {
     const ask = { seed, temperature: 2, max_tokens: 60, response_format: { type: 'json_object' as const } }
-    const [{ message, finish_reason: end }] = await both(openai, ask)
+    const [{ message, finish_reason: end }] = await createBoth(openai, ask)
     if (end === 'stop') expect(JSON.parse(message.content as string)).toEqual(expect.any(Object))
     if (end === 'stop') ended++
     expect(message.content).toMatch(/^\{/)
@@ -115,15 +115,15 @@ test('json_object allows any object, and a text can be cut', async () => {
 
 describe('tools', () => {
   test.each<[string, Partial<ChatCompletionCreateParams>, RegExp]>([
-    ['one by name', { tool_choice: { type: 'function', function: { name: 'look_up' } } }, /^look_up$/],
+    ['a named one', { tool_choice: { type: 'function', function: { name: 'look_up' } } }, /^look_up$/],
     ['any of them', { tool_choice: 'required' }, /^(look_up|look|stop)$/],
     ['the only one', { tools: [tools[1]], tool_choice: 'required' }, /^look$/],
-  ])('are called where they must be: %s', async (_, ask, names) => {
+  ])('are called if required: %s', async (_, ask, names) => {
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
     const openai = await client(app)
     let ended = 0
     for (let seed = 0; seed < 3; seed++) {
-      const choices = await both(openai, { tools, seed, max_tokens: 110, ...(ask as object) })
+      const choices = await createBoth(openai, { tools, seed, max_tokens: 110, ...(ask as object) })
       for (const { message, finish_reason: end } of choices) {
         if (end === 'length') continue
         ended++
@@ -205,22 +205,22 @@ describe('tools', () => {
       return parts
     }
 
-    test('are parsed, wherever parts of the text end', async () => {
+    test('are parsed, wherever the parts of the text end', async () => {
       for (let seed = 0; seed < 5; seed++) {
         const { openai } = await scripted(split(text, new Random(seed)))
-        const [{ message, finish_reason: end }] = await both(openai, { tools })
+        const [{ message, finish_reason: end }] = await createBoth(openai, { tools })
         expect(end).toBe('tool_calls')
         expect(message.content).toBe('I look.\n')
         expect(message.tool_calls?.map(call => call.type === 'function' && call.function)).toEqual([
           { name: 'look_up', arguments: json[0] },
           { name: 'stop', arguments: json[1] },
         ])
-        const [one] = await both(openai, { tools, parallel_tool_calls: false })
+        const [one] = await createBoth(openai, { tools, parallel_tool_calls: false })
         expect(one.message.tool_calls).toHaveLength(1)
       }
     })
 
-    test('invalid calls stay text, as do all calls if the request has no tools', async () => {
+    test('are left as text if the call is invalid, or if the request has no tools', async () => {
       for (const other of [
         'no <tool',
         'a <tool_call> is no call',
@@ -229,19 +229,19 @@ describe('tools', () => {
         text.slice(0, 12),
       ]) {
         const { openai } = await scripted(split(other, new Random(1)))
-        const [{ message, finish_reason: end }] = await both(openai, { tools })
+        const [{ message, finish_reason: end }] = await createBoth(openai, { tools })
         expect([message.content, end, message.tool_calls]).toEqual([other, 'stop', undefined])
       }
       const { openai, engine } = await scripted(split(text, new Random(1)))
       for (const ask of [{}, { tools, tool_choice: 'none' as const }]) {
-        const [{ message }] = await both(openai, ask)
+        const [{ message }] = await createBoth(openai, ask)
         expect(message.content).toBe(text)
       }
-      expect(tokenizer.decode(engine.asked[3].ids)).not.toContain('look_up')
+      expect(tokenizer.decode(engine.calls[3].ids)).not.toContain('look_up')
     })
   })
 
-  test('the template receives tools, calls and results', async () => {
+  test('are passed to the template, with calls and results', async () => {
     const { app, engine } = scriptedServer(async function* () {}, { chatTemplate: plain }, 4096)
     const openai = await client(app)
     const call = { id: 'call_1', type: 'function' as const, function: { name: 'look_up', arguments: '{"year": 1865}' } }
@@ -254,7 +254,7 @@ describe('tools', () => {
         { role: 'tool', tool_call_id: 'call_1', content: 'with malice toward none' },
       ],
     })
-    expect(tokenizer.decode(engine.asked[0].ids)).toBe(
+    expect(tokenizer.decode(engine.calls[0].ids)).toBe(
       [
         '<|begin|>To call a tool, write <tool_call>, {"name": its name, "arguments": its arguments} and </tool_call>. Tools:',
         '{"name": "stop"}\n',
@@ -268,20 +268,20 @@ describe('tools', () => {
   test('are rejected if the template or the request does not support them', async () => {
     const { app, dispose } = modelServer({ chatTemplate: plain })
     const openai = await client(app)
-    const none = await client(modelServer({ chatTemplate }).app)
-    const ask = (from: OpenAI, given: object) => from.chat.completions.create({ model: 'tiny', messages, ...given })
-    const refused = async (asking: Promise<unknown>, message: string) => {
+    const withoutTools = await client(modelServer({ chatTemplate }).app)
+    const ask = (from: OpenAI, body: object) => from.chat.completions.create({ model: 'tiny', messages, ...body })
+    const expectRejection = async (asking: Promise<unknown>, message: string) => {
       await expect(asking).rejects.toThrow(BadRequestError)
       await expect(asking).rejects.toThrow(message)
     }
-    await refused(ask(none, { tools }), 'chat template does not support tools')
+    await expectRejection(ask(withoutTools, { tools }), 'chat template does not support tools')
     const result = { role: 'tool', tool_call_id: 'a', content: 'the' }
-    await refused(ask(none, { messages: [...messages, result] }), 'does not support tool calls')
-    await refused(ask(openai, { tool_choice: 'required' }), 'tool_choice requires tools')
+    await expectRejection(ask(withoutTools, { messages: [...messages, result] }), 'does not support tool calls')
+    await expectRejection(ask(openai, { tool_choice: 'required' }), 'tool_choice requires tools')
     const other = { type: 'function', function: { name: 'other' } }
-    await refused(ask(openai, { tools, tool_choice: other }), 'no tool is named "other"')
+    await expectRejection(ask(openai, { tools, tool_choice: other }), 'no tool is named "other"')
     const strange = [{ type: 'function', function: { name: 'f', parameters: { not: {} } } }]
-    await refused(
+    await expectRejection(
       ask(openai, { tools: strange, tool_choice: 'required' }),
       'tools[0].function.parameters: not is not supported',
     )

@@ -74,18 +74,18 @@ export function modelServer(
 }
 
 /** The arguments of a call of the engine. */
-export interface Asked {
+export interface EngineCall {
   readonly ids: number[]
   readonly options: TextTurnOptions
 }
 
 /** An engine whose texts come from a function, which receives the arguments and may fill in statistics and log-probabilities. */
 export function scriptedEngine(
-  script: (asked: Asked, stats: GenerationStats, logProbs: TokenLogProb[]) => AsyncIterable<string>,
-): TextEngine & { readonly asked: Asked[] } {
-  const asked: Asked[] = []
+  script: (call: EngineCall, stats: GenerationStats, logProbs: TokenLogProb[]) => AsyncIterable<string>,
+): TextEngine & { readonly calls: EngineCall[] } {
+  const calls: EngineCall[] = []
   return {
-    asked,
+    calls,
     running: 0,
     waiting: 0,
     generate(ids, options) {
@@ -98,10 +98,10 @@ export function scriptedEngine(
         finishReason: null,
         tokensPerStep: 0,
       }
-      asked.push({ ids: Array.from(ids), options })
+      calls.push({ ids: Array.from(ids), options })
       const logProbs: TokenLogProb[] = []
-      const once = script(asked[asked.length - 1], stats, logProbs)[Symbol.asyncIterator]()
-      return { stats, logProbs, promptLogProbs: [], [Symbol.asyncIterator]: () => once }
+      const iterator = script(calls[calls.length - 1], stats, logProbs)[Symbol.asyncIterator]()
+      return { stats, logProbs, promptLogProbs: [], [Symbol.asyncIterator]: () => iterator }
     },
   }
 }

@@ -1,4 +1,4 @@
-/** @file What differs between models that call tools: names of calls, types of arguments, what they are told of tools. */
+/** @file Differences between models with tool calls: ids, types of arguments, reasoning, and descriptions of tools in the prompt. */
 import { Random } from '@moe/core'
 import { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { Ajv2020 } from 'ajv/dist/2020.js'
@@ -8,26 +8,26 @@ import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 import { toolFormatOf } from './tool-format.ts'
 
 const ask = async (app: Pick<ReturnType<typeof modelServer>['app'], 'request'>, body: object) => {
-  const asked = { messages: [{ role: 'user', content: 'the better angels' }], ...body }
-  const response = await app.request('/v1/chat/completions', post(asked))
+  const request = { messages: [{ role: 'user', content: 'the better angels' }], ...body }
+  const response = await app.request('/v1/chat/completions', post(request))
   const answer = (await response.json()) as ChatCompletion & { error?: { message: string; param: string } }
   return { status: response.status, error: answer.error, ...answer.choices?.[0] }
 }
 
-/** A template that writes one message per line, and generation prompts that end with this. */
+/** A template that renders one message per line, then `end`. */
 const template = async (marks: string, end = '') =>
   ChatTemplate.from({
     chat_template: `{# ${marks} #}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.reasoning_content or '' }}{% for call in m.tool_calls or [] %} {{ call.id }}{% endfor %}{{ '\\n' }}{% endfor %}{{ note or '' }}${end}`,
   })
 
-/** A server whose model says this, and what it was asked. */
-async function saying(text: string, chatTemplate: ChatTemplate) {
+/** A server whose model generates `text`, and the last prompt that it received. */
+async function serverThatGenerates(text: string, chatTemplate: ChatTemplate) {
   const script = async function* (_: unknown, stats: { finishReason: string | null }) {
     stats.finishReason = 'stop'
     yield text
   }
   const { app, engine } = scriptedServer(script as Parameters<typeof scriptedServer>[0], { chatTemplate }, 4096)
-  return { app, prompt: () => tokenizer.decode(engine.asked[engine.asked.length - 1].ids) }
+  return { app, prompt: () => tokenizer.decode(engine.calls[engine.calls.length - 1].ids) }
 }
 
 const tools = ['look_up', 'stop'].map(name => ({
@@ -47,7 +47,7 @@ describe('GLM', () => {
   const pair = (key: string, value: string) => `<arg_key>${key}</arg_key>\n<arg_value>${value}</arg_value>\n`
   const isText = (name: string, key: string) => name === 'look_up' && key === 'who'
 
-  test('strings are the arguments that the schema says are strings, and those that are not JSON', () => {
+  test('arguments are strings if their schema has type string, or if they are not JSON', () => {
     const values = [pair('year', '1865'), pair('who', '16'), pair('all', '[true, null]'), pair('any', 'A. "Abe" L.')]
     const [call] = parse(`<tool_call>look_up\n${values.join('')}</tool_call>`, isText)
     expect(call.name).toBe('look_up')
@@ -57,13 +57,13 @@ describe('GLM', () => {
   })
 
   test.each(['<tool_call>', '<tool_call>\n{"name": "look_up"}</tool_call>', '<tool_call>look up</tool_call>'])(
-    '%j is no call',
+    '%j is not parsed as a call',
     text => expect(parse(text, isText)).toEqual([]),
   )
 
   test('the server recognizes string arguments', async () => {
     const text = `<tool_call>look_up\n${pair('who', '16')}${pair('all', '17')}${pair('year', '18')}</tool_call>`
-    const { app } = await saying(text, await template('tools <arg_key>'))
+    const { app } = await serverThatGenerates(text, await template('tools <arg_key>'))
     const { message } = await ask(app, { tools })
     const [call] = message.tool_calls ?? []
     expect(call.type === 'function' && JSON.parse(call.function.arguments)).toEqual({ who: '16', all: '17', year: 18 })
@@ -71,7 +71,7 @@ describe('GLM', () => {
 
   test('a forced call continues after its name', async () => {
     const glm = await template('tools <arg_key>')
-    const { app, prompt } = await saying(`\n${pair('year', '1865')}</tool_call>`, glm)
+    const { app, prompt } = await serverThatGenerates(`\n${pair('year', '1865')}</tool_call>`, glm)
     const named = { type: 'function', function: { name: 'look_up' } }
     const { message, finish_reason: end } = await ask(app, { tools, tool_choice: named })
     expect(prompt()).toMatch(/\n<tool_call>look_up$/)
@@ -84,22 +84,25 @@ describe('GLM', () => {
 
 describe('Kimi', () => {
   const mark = '<|tool_calls_section_begin|>'
-  const made = (id: string) => `${mark}<|tool_call_begin|>${id}<|tool_call_argument_begin|>{}<|tool_call_end|>`
+  const callWithId = (id: string) => `${mark}<|tool_call_begin|>${id}<|tool_call_argument_begin|>{}<|tool_call_end|>`
 
   test('calls keep the ids that the model writes', async () => {
-    const { app, prompt } = await saying(made('functions.look_up:3'), await template(`tools tool_calls ${mark}`))
+    const { app, prompt } = await serverThatGenerates(
+      callWithId('functions.look_up:3'),
+      await template(`tools tool_calls ${mark}`),
+    )
     const { message } = await ask(app, { tools })
     expect(message.tool_calls).toMatchObject([{ id: 'functions.look_up:3', function: { name: 'look_up' } }])
     const messages = [{ role: 'user', content: 'a' }, message, { role: 'tool', tool_call_id: 'a', content: 'b' }]
     await ask(app, { messages })
     expect(prompt()).toContain('assistant:  functions.look_up:3\n')
-    // One that must be has the name that the model would have given.
+    // The id of a forced call is the one that the model would have generated.
     await ask(app, { messages, tools, tool_choice: { type: 'function', function: { name: 'stop' } } })
     expect(prompt()).toMatch(/functions\.stop:1<\|tool_call_argument_begin\|>$/)
   })
 
   test('a call without a name is not parsed', () => {
-    expect(toolFormatOf(mark).parse(made('what'), () => false)).toEqual([])
+    expect(toolFormatOf(mark).parse(callWithId('what'), () => false)).toEqual([])
   })
 })
 
@@ -112,21 +115,23 @@ describe('DeepSeek', () => {
       'tool_calls ```json',
       'function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```<｜tool▁call▁end｜>',
     ],
-  ])('is told of tools where the template does not: %s', async (marks, format) => {
-    const { app, prompt } = await saying('', await template(`${mark} ${marks}`))
+  ])('gets a description of tools in the system message if the template has none: %s', async (marks, format) => {
+    const { app, prompt } = await serverThatGenerates('', await template(`${mark} ${marks}`))
     const [system, user] = [
       { role: 'system', content: 'Be brief.' },
       { role: 'user', content: 'the better angels' },
     ]
     await ask(app, { tools: tools.slice(0, 1), messages: [system, user] })
-    const told = prompt()
-    expect(told).toMatch(/^system: Be brief\.\n\n## Tools\nYou have access to the following tools:\n\n### look_up\n/)
-    expect(told).toContain(`\n\nParameters: ${JSON.stringify(tools[0].function.parameters)}\n\nIMPORTANT`)
-    expect(told).toContain(`${mark}<｜tool▁call▁begin｜>${format}{additional_tool_calls}<｜tool▁calls▁end｜>\n`)
-    expect(told).toMatch(/\nuser: the better angels\n$/)
-    // Also what it is told of is how it calls.
-    const written = format.replace('tool_call_name', 'stop').replace('tool_call_arguments', '{"a": 1}')
-    const calling = await saying(`${mark}<｜tool▁call▁begin｜>${written}`, await template(`${mark} ${marks}`))
+    const description = prompt()
+    expect(description).toMatch(
+      /^system: Be brief\.\n\n## Tools\nYou have access to the following tools:\n\n### look_up\n/,
+    )
+    expect(description).toContain(`\n\nParameters: ${JSON.stringify(tools[0].function.parameters)}\n\nIMPORTANT`)
+    expect(description).toContain(`${mark}<｜tool▁call▁begin｜>${format}{additional_tool_calls}<｜tool▁calls▁end｜>\n`)
+    expect(description).toMatch(/\nuser: the better angels\n$/)
+    // Calls in the described format are parsed.
+    const call = format.replace('tool_call_name', 'stop').replace('tool_call_arguments', '{"a": 1}')
+    const calling = await serverThatGenerates(`${mark}<｜tool▁call▁begin｜>${call}`, await template(`${mark} ${marks}`))
     const { message } = await ask(calling.app, { tools })
     expect(message.tool_calls).toMatchObject([{ function: { name: 'stop', arguments: '{"a": 1}' } }])
     await ask(app, { tools, tool_choice: 'none' })
@@ -138,14 +143,19 @@ describe('response_format together with tools', () => {
   const schema = { type: 'object', properties: { year: { type: 'integer' } }, required: ['year'] }
   const format = { type: 'json_schema', json_schema: { name: 'year', schema } }
   const validate = new Ajv2020().compile(schema)
-  const asked = { tools, response_format: format }
+  const toolsAndFormat = { tools, response_format: format }
 
   test('the answer matches the format or starts with a call', async () => {
     const plain = await template('tools tool_calls')
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 400 })
     const seen = { json: 0, call: 0 }
     for (let seed = 0; seed < 12; seed++) {
-      const { message, finish_reason: end } = await ask(app, { ...asked, seed, temperature: 2, max_tokens: 40 })
+      const { message, finish_reason: end } = await ask(app, {
+        ...toolsAndFormat,
+        seed,
+        temperature: 2,
+        max_tokens: 40,
+      })
       const { content } = message
       if (content?.startsWith('<tool_call>')) seen.call++
       else if (end === 'stop' && content !== null) {
@@ -160,10 +170,10 @@ describe('response_format together with tools', () => {
   test('calls are parsed, but not their markers inside an answer', async () => {
     const plain = await template('tools tool_calls')
     const call = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-    const calling = await ask((await saying(call, plain)).app, asked)
+    const calling = await ask((await serverThatGenerates(call, plain)).app, toolsAndFormat)
     expect(calling.message).toMatchObject({ content: null, tool_calls: [{ function: { name: 'stop' } }] })
     for (const text of [`{"a": "${call.replaceAll('"', '')}"}`, '{}', ` ${call}`]) {
-      const { message, finish_reason: end } = await ask((await saying(text, plain)).app, asked)
+      const { message, finish_reason: end } = await ask((await serverThatGenerates(text, plain)).app, toolsAndFormat)
       expect([message.content, message.tool_calls, end]).toEqual([text, undefined, 'stop'])
     }
   })
@@ -180,7 +190,8 @@ describe('reasoning', () => {
     return parts
   }
 
-  async function both(text: string, end: string, seed: number, body: object = {}) {
+  /** The parsed message of a generated text, which must be the same when streamed in random parts. */
+  async function parsedMessage(text: string, end: string, seed: number, body: object = {}) {
     const parts = split(text, new Random(seed))
     const chatTemplate = await template('tools tool_calls </think>', end)
     const script: Parameters<typeof scriptedServer>[0] = async function* (_, stats) {
@@ -208,7 +219,7 @@ describe('reasoning', () => {
   }
 
   test.each<[string, string, string, string | undefined]>([
-    // What the prompt ends with, what the model writes, its answer, its reasoning.
+    // The end of the prompt, the generated text, its content and its reasoning.
     ['<think>', 'so it\n is.\n</think>\n\nYes </think>.', 'Yes </think>.', 'so it\n is.'],
     ['<think>\n', '\n</think>Yes', 'Yes', undefined],
     ['<think>', 'it is cut </thi', '', 'it is cut </thi'],
@@ -221,15 +232,18 @@ describe('reasoning', () => {
     ['', ' Yes', ' Yes', undefined],
     ['', '<think>hm', '', 'hm'],
     ['', '', '', undefined],
-  ])('behind %j of %j is %j, %j', async (end, text, content, reasoning) => {
-    for (let seed = 0; seed < 6; seed++) expect(await both(text, end, seed)).toEqual({ content, reasoning })
-  })
+  ])(
+    'after a prompt that ends with %j: the text %j has the content %j and the reasoning %j',
+    async (end, text, content, reasoning) => {
+      for (let seed = 0; seed < 6; seed++) expect(await parsedMessage(text, end, seed)).toEqual({ content, reasoning })
+    },
+  )
 
   test('comes before calls', async () => {
     const text = 'look\n</think>\n\nI look.<tool_call>{"name": "stop"}</tool_call>'
     const calls = [{ function: { name: 'stop', arguments: '{}' } }]
     for (let seed = 0; seed < 6; seed++)
-      expect(await both(text, '<think>', seed, { tools })).toMatchObject({
+      expect(await parsedMessage(text, '<think>', seed, { tools })).toMatchObject({
         content: 'I look.',
         reasoning: 'look',
         calls,
@@ -243,9 +257,9 @@ describe('reasoning', () => {
     const form = { response_format: { type: 'json_schema', json_schema: { name: 'a', schema } } }
     let ended = 0
     for (let seed = 0; seed < 8; seed++) {
-      const asked = [form, { tools, tool_choice: 'required' }]
+      const constraints = [form, { tools, tool_choice: 'required' }]
       const { message, finish_reason: reason } = await ask(app, {
-        ...asked[seed % 2],
+        ...constraints[seed % 2],
         seed,
         temperature: 2,
         max_tokens: 60,
@@ -255,13 +269,13 @@ describe('reasoning', () => {
       if (seed % 2 === 0) expect(JSON.parse(message.content as string)).toEqual({ a: expect.any(Boolean) })
       else expect(message.tool_calls).toHaveLength(1)
     }
-    // Who has begun to think does not end by chance.
+    // Random reasoning that the prompt has started hardly ever ends.
     if (end === '') expect(ended).toBeGreaterThan(0)
     expect(dispose()).toBe(0)
   })
 
   test('is passed to the template with its message', async () => {
-    const { app, prompt } = await saying('', await template('</think>'))
+    const { app, prompt } = await serverThatGenerates('', await template('</think>'))
     const messages = [
       { role: 'user', content: 'a', reasoning_content: 'no' },
       { role: 'assistant', content: 'b', reasoning_content: ' why' },
@@ -273,7 +287,7 @@ describe('reasoning', () => {
 })
 
 test('variables are passed to the template, except reserved ones', async () => {
-  const { app, prompt } = await saying('', await template(''))
+  const { app, prompt } = await serverThatGenerates('', await template(''))
   await ask(app, { chat_template_kwargs: { note: 'briefly' } })
   expect(prompt()).toMatch(/\nbriefly$/)
   for (const name of ['messages', 'tools', 'add_generation_prompt', 'bos_token']) {
