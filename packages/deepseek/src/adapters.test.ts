@@ -48,7 +48,7 @@ async function batch() {
   return { ids: data as Int32Array, rows: shape[0], time: shape[1] }
 }
 
-/** Training rows of the fixture's ids, whose last tokens have nothing to predict. */
+/** Training rows of the fixture's ids, padded by a token without loss. */
 async function rowsOf() {
   const { ids, rows, time } = await batch()
   const length = time + 1
@@ -65,7 +65,7 @@ async function logitsOf(model: DeepSeek): Promise<Float32Array> {
 }
 
 describe.each(['adapters-attention', 'adapters-experts'])('PEFT: %s', name => {
-  test('logits, loss, every gradient, AdamW steps', async () => {
+  test('logits, loss, all gradients and the losses of AdamW steps are the same', async () => {
     const expected = JSON.parse(await readFile(join(fixture(name), 'fixture.json'), 'utf8')) as Expected
     await using file = await readSafetensors(join(fixture(name), 'expected.safetensors'))
     const model = await DeepSeek.fromPretrained(fixture(name), { objective: quiet })
@@ -112,7 +112,7 @@ describe.each(['adapters-attention', 'adapters-experts'])('PEFT: %s', name => {
   })
 })
 
-describe('a model of every part', () => {
+describe('a model with adapters', () => {
   const config = {
     ...presets.tiny,
     vocab_size: 96,
@@ -128,7 +128,7 @@ describe('a model of every part', () => {
     folder = await mkdtemp(join(tmpdir(), 'adapters-'))
     plain = join(folder, 'base')
     const model = new DeepSeek(config, { seed: 1 })
-    // Large enough for the choice of a token to be no matter of rounding.
+    // Large enough that rounding does not change the most likely token.
     for (const { parameter } of namedParameters(model)) {
       if (parameter.trainable && parameter.shape.length > 1) parameter.assign(parameter.mul(6).detach())
     }
@@ -137,14 +137,14 @@ describe('a model of every part', () => {
   })
   afterAll(() => rm(folder, { recursive: true }))
 
-  /** With adapters that matter. */
+  /** The base model with adapters whose values are large enough to change its outputs. */
   async function adapted(weights?: 'int8'): Promise<DeepSeek> {
     const model = await DeepSeek.fromPretrained(plain, { weights })
-    learn(model)
+    addRandomAdapters(model)
     return model
   }
 
-  function learn(model: DeepSeek): void {
+  function addRandomAdapters(model: DeepSeek): void {
     addAdapters(model, { rank: 4 })
     for (const [i, { adapter }] of namedAdapters(model).entries()) {
       adapter.up.assign(randn(adapter.up.shape, new Random(9).fork(`${i}`), { std: 0.1 }))
@@ -161,7 +161,7 @@ describe('a model of every part', () => {
   const idsOf = (model: DeepSeek) =>
     model.infer(() => model.forward(fromHost(Int32Array.from(prompt), [1, prompt.length], 'i32'))).values()
 
-  test('has them beside attention, experts, dense nets and MTP, not beside the head, the table and the gate', async () => {
+  test('has them on attention, experts, dense MLPs and MTP, but not on embedding, head and gate', async () => {
     const model = await adapted()
     const names = namedAdapters(model).map(({ name }) => name.replace(/layers\.\d+/, 'layers.N'))
     const attention = ['q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj'].map(
@@ -177,22 +177,19 @@ describe('a model of every part', () => {
     model.dispose()
   })
 
-  test.each([{}, { speculative: true }])(
-    'decodes with them (absorbed) as it does once they are merged: %o',
-    async options => {
-      const model = await adapted()
-      const [logits, text] = [await idsOf(model), await textOf(model, options)]
-      const before = await DeepSeek.fromPretrained(plain)
-      expect(text).not.toEqual(await textOf(before, options))
-      await mergeAdapters(model)
-      assertClose('logits', await idsOf(model), logits, tolerance)
-      expect(await textOf(model, options)).toEqual(text)
-      model.dispose()
-      before.dispose()
-    },
-  )
+  test.each([{}, { speculative: true }])('generates the same text as after merging them: %o', async options => {
+    const model = await adapted()
+    const [logits, text] = [await idsOf(model), await textOf(model, options)]
+    const before = await DeepSeek.fromPretrained(plain)
+    expect(text).not.toEqual(await textOf(before, options))
+    await mergeAdapters(model)
+    assertClose('logits', await idsOf(model), logits, tolerance)
+    expect(await textOf(model, options)).toEqual(text)
+    model.dispose()
+    before.dispose()
+  })
 
-  test('absorbed weights of kv_b_proj are recomputed when the adapter changes', async () => {
+  test('recomputes absorbed weights of kv_b_proj when the adapter changes', async () => {
     const model = await adapted()
     const text = await textOf(model)
     for (const { name, adapter } of namedAdapters(model)) {
@@ -204,40 +201,40 @@ describe('a model of every part', () => {
     model.dispose()
   })
 
-  test('beside int8, in f32 arithmetic, is the model beside the numbers that int8 stands for', async () => {
-    const stored = await adapted('int8')
+  test('gives the same logits on int8 weights as on the dequantized weights', async () => {
+    const quantized = await adapted('int8')
     const dense = await DeepSeek.fromPretrained(plain)
     const rounded = await DeepSeek.fromPretrained(plain, { weights: 'int8' })
     await rounded.save(join(folder, 'rounded'))
-    const again = await DeepSeek.fromPretrained(join(folder, 'rounded'))
-    learn(again)
-    assertClose('logits', await idsOf(stored), await idsOf(again), tolerance)
-    expect(await idsOf(stored)).not.toEqual(await idsOf(dense))
-    for (const model of [stored, dense, rounded, again]) model.dispose()
+    const reopened = await DeepSeek.fromPretrained(join(folder, 'rounded'))
+    addRandomAdapters(reopened)
+    assertClose('logits', await idsOf(quantized), await idsOf(reopened), tolerance)
+    expect(await idsOf(quantized)).not.toEqual(await idsOf(dense))
+    for (const model of [quantized, dense, rounded, reopened]) model.dispose()
   })
 
-  test('is saved as adapters, opened beside its base or by itself, and then merged, exported, quantized', async () => {
+  test('is saved as adapters, which open alone or on a base model, and can be merged, exported and quantized', async () => {
     const model = await adapted()
     const own = join(folder, 'own')
     await expect(model.save(join(folder, 'whole'))).rejects.toThrow(/adapters/)
     await expect(exportGguf(model, join(folder, 'model.gguf'))).rejects.toThrow(/adapters/)
     await saveAdapters(own, model, { base: model.source })
-    const again = await DeepSeek.fromPretrained(own)
-    expect(await idsOf(again)).toEqual(await idsOf(model))
-    expect(again.source).toBe(plain)
-    const inFewerBits = await DeepSeek.fromPretrained(own, { weights: 'int8' })
-    expect(namedAdapters(inFewerBits).length).toBe(namedAdapters(model).length)
-    const beside = await DeepSeek.fromPretrained(plain)
-    await loadAdapters(beside, own)
-    expect(await idsOf(beside)).toEqual(await idsOf(model))
-    await mergeAdapters(beside)
-    await beside.save(join(folder, 'merged'))
+    const reopened = await DeepSeek.fromPretrained(own)
+    expect(await idsOf(reopened)).toEqual(await idsOf(model))
+    expect(reopened.source).toBe(plain)
+    const quantized = await DeepSeek.fromPretrained(own, { weights: 'int8' })
+    expect(namedAdapters(quantized).length).toBe(namedAdapters(model).length)
+    const loaded = await DeepSeek.fromPretrained(plain)
+    await loadAdapters(loaded, own)
+    expect(await idsOf(loaded)).toEqual(await idsOf(model))
+    await mergeAdapters(loaded)
+    await loaded.save(join(folder, 'merged'))
     const merged = await DeepSeek.fromPretrained(join(folder, 'merged'))
     assertClose('logits', await idsOf(merged), await idsOf(model), tolerance)
     await exportGguf(merged, join(folder, 'merged.gguf'), { tokenizer: 'none', type: 'f32' })
-    await quantizeWeights(again, 'int4')
-    expect(namedAdapters(again).length).toBe(namedAdapters(model).length)
-    for (const one of [model, again, inFewerBits, beside, merged]) one.dispose()
+    await quantizeWeights(reopened, 'int4')
+    expect(namedAdapters(reopened).length).toBe(namedAdapters(model).length)
+    for (const one of [model, reopened, quantized, loaded, merged]) one.dispose()
   })
 
   test('is rejected if its base model is missing or different', async () => {
@@ -258,7 +255,7 @@ describe('a model of every part', () => {
     for (const one of [model, other]) one.dispose()
   })
 
-  test('training changes neither balance biases nor the base model', async () => {
+  test('keeps selection biases and base weights unchanged in training, until adapters are merged', async () => {
     const model = await adapted()
     const before = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
     const rows = {
@@ -270,7 +267,7 @@ describe('a model of every part', () => {
     scope(() => backward(model.loss(rows).loss))
     const { maxVio } = await model.afterStep()
     expect(maxVio).toBeGreaterThan(0)
-    // Loads that other ranks counted.
+    // With loads summed over ranks.
     await model.afterStep(async counts =>
       counts.map(({ size, shape }) =>
         fromHost(

@@ -24,7 +24,7 @@ function node(...args: string[]) {
 
 const run = (...args: string[]) => node(cli, ...args)
 
-test('exports a folder', async () => {
+test('export-gguf exports the folder of a model or of a training run', async () => {
   const model = modelOf(cases.v3)
   await model.save(join(folder, 'model'))
   model.dispose()
@@ -41,7 +41,7 @@ test('exports a folder', async () => {
   expect(seen).toMatchObject({ status: 0, stdout, stderr: expect.stringMatching(/\d+%\s+\S/) })
   await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
   expect(file.metadata.get('general.name')?.value).toBe('model')
-  // The folder of a run, as the trainer leaves it.
+  // The folder of a training run.
   const checkpoints = join(folder, 'first', 'checkpoints')
   cpSync(join(folder, 'model'), join(checkpoints, 'step-000003', 'model'), { recursive: true })
   writeFileSync(join(checkpoints, 'latest'), 'step-000003\n')
@@ -51,11 +51,17 @@ test('exports a folder', async () => {
   })
 })
 
-test('exits with 1 for failures and 2 for wrong usage', () => {
+test('exits with 1 for failures and 2 for usage errors', () => {
   expect(run('--help')).toMatchObject({ status: 0 })
   expect(run()).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining('missing COMMAND') })
-  expect(run('bake')).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command bake') })
-  for (const args of [['bake'], ['export-gguf'], ['export-gguf', 'a', 'b', 'c'], ['export-gguf', 'a', '--nope'], []]) {
+  expect(run('unknown')).toMatchObject({ status: 2, stderr: expect.stringContaining('unknown command unknown') })
+  for (const args of [
+    ['unknown'],
+    ['export-gguf'],
+    ['export-gguf', 'a', 'b', 'c'],
+    ['export-gguf', 'a', '--nope'],
+    [],
+  ]) {
     const { status, stdout, stderr } = run(...args, '--json')
     expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
   }

@@ -23,17 +23,17 @@ const make =
   () =>
     new DeepSeek({ ...tiny, ...changes } as DeepSeekConfigInput, options).dispose()
 
-/** What else stands in the config.json of V3, V3.2, V2, Moonlight, Kimi K2 and DeepSeek LLM, and what transformers 5.18 writes of these. */
-const others =
+/** Other fields in the config.json of V3, V3.2, V2, Moonlight, Kimi K2 and DeepSeek LLM, and those that transformers 5.18 writes. */
+const otherFields =
   `architectures attention_dropout auto_map ep_size num_key_value_heads pretraining_tp quantization_config torch_dtype
   transformers_version use_cache aux_loss_alpha seq_aux pad_token_id head_dim qk_head_dim mlp_bias
   _name_or_path chunk_size_feed_forward dtype id2label is_encoder_decoder label2id output_attentions output_hidden_states problem_type
   return_dict use_return_dict num_local_experts sliding_window layer_types unk_token_id`.split(/\s+/)
 
 describe('field names of a configuration', () => {
-  test("that other programs' files have are let through", () => {
-    expect(others.length).toBeGreaterThan(30)
-    make(Object.fromEntries(others.map(name => [name, 1])))()
+  test('of other programs are ignored', () => {
+    expect(otherFields.length).toBeGreaterThan(30)
+    make(Object.fromEntries(otherFields.map(name => [name, 1])))()
     const { num_hidden_layers, ...rest } = parseConfig(presets['deepseek-v3'])
     expect(
       parseConfig({ ...rest, num_hidden_layers, rope_scaling: { ...rest.rope_scaling, attention_factor: 1 } }),
@@ -54,15 +54,15 @@ describe('field names of a configuration', () => {
     ['num_experts', 'n_routed_experts'],
     ['top_k', 'num_experts_per_tok'],
     ['n_dense_layers', 'first_k_dense_replace'],
-  ])('%s is told to be %s, also beside it', (name, known) => {
+  ])('that are unknown are errors: %s, with the suggestion %s', (name, known) => {
     expect(make({ [name]: 2 })).toThrow(`DeepSeek: unknown option ${name}; did you mean ${known}?`)
   })
 
-  test('of rope_scaling are asked, too', () => {
+  test('in rope_scaling that are unknown are errors', () => {
     expect(make({ rope_scaling: { type: 'yarn', factor: 4, beta_fats: 8 } })).toThrow('did you mean beta_fast?')
   })
 
-  test('of a file are its own', async () => {
+  test('in a file are ignored if they are unknown', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-names-'))
     const model = new DeepSeek(tiny)
     await model.save(folder)
@@ -107,13 +107,13 @@ test('unknown options are rejected', async () => {
   model.dispose()
 })
 
-describe('opened with another configuration', () => {
+describe('fromPretrained with changes of the configuration', () => {
   const yarn = { type: 'yarn', factor: 4, mscale: 1, mscale_all_dim: 1 } as const
   const folders: string[] = []
   afterEach(async () => {
     for (const folder of folders.splice(0)) await rm(folder, { recursive: true })
   })
-  /** A folder with a model of this configuration, whose config.json is then rewritten. */
+  /** Saves a model with this configuration, then rewrites its config.json. */
   const saved = async (changes: object, rewrite: (json: Record<string, unknown>) => object = json => json) => {
     const folder = await mkdtemp(join(tmpdir(), 'moe-config-'))
     folders.push(folder)
@@ -132,7 +132,7 @@ describe('opened with another configuration', () => {
     return model.config
   }
 
-  test('a context is extended from the one that the model was trained with', async () => {
+  test('extends the context from the trained length', async () => {
     const folder = await saved({})
     const config = await opened(folder, { max_position_embeddings: 512, rope_scaling: yarn })
     expect(config).toMatchObject({
@@ -142,14 +142,14 @@ describe('opened with another configuration', () => {
     expect(config).toEqual(parseConfig({ ...config, rope_scaling: { ...yarn, original_max_position_embeddings: 128 } }))
   })
 
-  test('that it was extended from before stays the original one, however the file has it', async () => {
+  test('keeps the original length of a context that was extended before, in both formats of the file', async () => {
     const folder = await saved({
       rope_theta: 5000,
       rope_scaling: { ...yarn, factor: 2, original_max_position_embeddings: 64 },
     })
     const inParameters = await saved({}, ({ rope_scaling: _, rope_theta: __, ...json }) => ({
       ...json,
-      // As transformers 5 writes it.
+      // The format of transformers 5.
       rope_parameters: {
         ...yarn,
         rope_type: 'yarn',
@@ -172,7 +172,7 @@ describe('opened with another configuration', () => {
     }
   })
 
-  test('sizes stay those of the weights', async () => {
+  test('rejects other sizes than those of the weights, and unknown fields', async () => {
     const folder = await saved({})
     await expect(opened(folder, { hidden_size: 96 })).rejects.toThrow(expect.objectContaining({ code: 'E_STATE_DICT' }))
     await expect(opened(folder, { rope_scalling: yarn } as never)).rejects.toThrow(/rope_scaling/)

@@ -1,4 +1,4 @@
-/** @file Texts of which something else says what may come next. */
+/** @file Generation with a constraint on the next token. */
 import { MoeError, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
@@ -20,21 +20,21 @@ async function read(text: Generation<number>): Promise<number[]> {
 
 const END = 30
 
-/** Whether a token may stand behind another; behind some all may. */
+/** Whether a token may follow another. After some, all tokens are allowed. */
 const follows = (token: number, last: number) => last % 5 === 0 || (token * 7 + last) % 3 !== 0
 
-/** Words of both kinds, and none where all may come. */
+/** Allows the tokens of `follows`, as words of both array types, synchronously or not, or null if all are allowed. */
 class Neighbours implements TokenConstraint {
   readonly accepted: number[] = []
-  asked = 0
+  queries = 0
   #last = 1
 
   allowed() {
-    this.asked++
+    this.queries++
     if (this.#last % 5 === 0) return null
-    const words = this.asked % 2 === 0 ? new Int32Array(2) : new Uint32Array(2)
+    const words = this.queries % 2 === 0 ? new Int32Array(2) : new Uint32Array(2)
     for (let id = 0; id < 40; id++) if (follows(id, this.#last)) words[id >> 5] |= 1 << (id & 31)
-    return this.asked % 3 === 0 ? Promise.resolve(words) : words
+    return this.queries % 3 === 0 ? Promise.resolve(words) : words
   }
 
   accept(token: number) {
@@ -43,7 +43,7 @@ class Neighbours implements TokenConstraint {
   }
 }
 
-const ways: TurnOptions[] = [
+const samplings: TurnOptions[] = [
   {},
   { temperature: 1.2, seed: 1 },
   { temperature: 1.2, seed: 2, topK: 9, topP: 0.9, minP: 0.01 },
@@ -56,7 +56,7 @@ const ways: TurnOptions[] = [
 
 describe.each(['reference', 'native'] as const)('on the backend %s', name => {
   test.each([0, 1, 3])(
-    'only what is allowed is made, in each way of making texts: drafts of %i modules',
+    'generate, sessions and batches produce only allowed tokens: drafts of %i modules',
     async depth => {
       const backend = { reference, native }[name]
       const { handles } = backend.stats()
@@ -68,33 +68,37 @@ describe.each(['reference', 'native'] as const)('on the backend %s', name => {
       const batch = model.continuousBatch({ speculative, maxTexts: 4 })
       const turn = { maxTokens: 40 }
       // Unconstrained texts share their passes.
-      const free = [{}, { temperature: 1, seed: 1 }].map(way => read(batch.generate([7, 8], { ...way, ...turn })))
-      const told = ways.map(() => new Neighbours())
-      const texts = ways.map((way, i) => batch.generate([1], { ...way, ...turn, constraint: told[i] }))
+      const free = [{}, { temperature: 1, seed: 1 }].map(sampling =>
+        read(batch.generate([7, 8], { ...sampling, ...turn })),
+      )
+      const batchConstraints = samplings.map(() => new Neighbours())
+      const texts = samplings.map((sampling, i) =>
+        batch.generate([1], { ...sampling, ...turn, constraint: batchConstraints[i] }),
+      )
       const together = await Promise.all(texts.map(read))
       let refused = 0
-      for (const [i, way] of ways.entries()) {
+      for (const [i, sampling] of samplings.entries()) {
         const constraints = [new Neighbours(), new Neighbours()]
-        const text = model.generate([1], { ...way, ...turn, speculative, constraint: constraints[0] })
+        const text = model.generate([1], { ...sampling, ...turn, speculative, constraint: constraints[0] })
         const alone = await read(text)
         expect(together[i]).toEqual(alone)
-        expect(await read(session.generate([1], { ...way, ...turn, constraint: constraints[1] }))).toEqual(alone)
+        expect(await read(session.generate([1], { ...sampling, ...turn, constraint: constraints[1] }))).toEqual(alone)
         for (const [j, token] of alone.entries()) expect(follows(token, alone[j - 1] ?? 1)).toBe(true)
-        for (const constraint of [told[i], ...constraints]) {
-          // It is told of the token that ends the text, and behind the most of drafts that stand.
+        for (const constraint of [batchConstraints[i], ...constraints]) {
+          // It also accepts the end token, and may have accepted one draft after maxTokens.
           const ended = text.stats.finishReason === 'stop'
           expect(constraint.accepted.slice(0, alone.length + 1)).toEqual(
             ended ? [...alone, END] : [...alone, ...constraint.accepted.slice(alone.length, alone.length + 1)],
           )
           if (ended) expect(constraint.accepted).toHaveLength(alone.length + 1)
-          expect(constraint.asked).toBe(constraint.accepted.length)
+          expect(constraint.queries).toBe(constraint.accepted.length)
         }
-        refused += (await read(model.generate([1], { ...way, ...turn }))).filter((id, j) => id !== alone[j]).length
+        refused += (await read(model.generate([1], { ...sampling, ...turn }))).filter((id, j) => id !== alone[j]).length
         if (depth > 0) expect(text.stats.accepted[0]).toBeLessThan(text.stats.drafted[0])
       }
       expect(refused).toBeGreaterThan(40)
-      for (const [i, way] of [{}, { temperature: 1, seed: 1 }].entries()) {
-        expect(await free[i]).toEqual(await read(model.generate([7, 8], { ...way, ...turn, speculative })))
+      for (const [i, sampling] of [{}, { temperature: 1, seed: 1 }].entries()) {
+        expect(await free[i]).toEqual(await read(model.generate([7, 8], { ...sampling, ...turn, speculative })))
       }
       session.dispose()
       batch.dispose()
@@ -104,7 +108,7 @@ describe.each(['reference', 'native'] as const)('on the backend %s', name => {
   )
 })
 
-test('the most likely allowed token is chosen; log-probabilities are those of the model', async () => {
+test('the most likely allowed token is chosen, with the log-probability of the model', async () => {
   const model = new DeepSeek(tiny, { seed: 3 })
   const text = model.generate([1], { maxTokens: 20, logProbs: 40, constraint: new Neighbours() })
   const ids = await read(text)
@@ -117,7 +121,7 @@ test('the most likely allowed token is chosen; log-probabilities are those of th
   model.dispose()
 })
 
-test('words of 32 ids: ids beyond the last word are not allowed', () => {
+test('ids beyond the last word of a mask are not allowed', () => {
   const constraint: TokenConstraint = { allowed: () => null, accept() {} }
   const none = new Occurrences([])
   for (const [words, expected] of [

@@ -22,12 +22,12 @@ async function read(text: Generation<number>): Promise<number[]> {
   return ids
 }
 
-/** Prompts of many lengths, some of which begin alike, made in every way there is. */
+/** Prompts of many lengths, some with common prefixes, with all kinds of sampling options. */
 function requests(count: number): ReadonlyArray<readonly [ids: number[], options: TurnOptions]> {
   const random = new Random(11)
   const below = (n: number) => Math.floor(random.uniform(1)[0] * n)
   const start = Array.from({ length: 140 }, () => below(40))
-  const ways: TurnOptions[] = [
+  const samplings: TurnOptions[] = [
     {},
     { temperature: 0.9, topP: 0.8 },
     { repetitionPenalty: 1.3 },
@@ -40,16 +40,16 @@ function requests(count: number): ReadonlyArray<readonly [ids: number[], options
   return Array.from({ length: count }, (_, i) => {
     const own = Array.from({ length: i % 4 === 1 ? 1 : 1 + below(20) }, () => below(40))
     const ids = [...start.slice(0, i % 3 === 0 ? 0 : below(140)), ...own]
-    const way = ways[i % ways.length]
-    return [ids, { ...way, ...(way.temperature && { seed: i }), maxTokens: 1 + below(40) }]
+    const sampling = samplings[i % samplings.length]
+    return [ids, { ...sampling, ...(sampling.temperature && { seed: i }), maxTokens: 1 + below(40) }]
   })
 }
 
-const arms: ReadonlyArray<readonly [name: string, options: ContinuousBatchOptions]> = [
+const variants: ReadonlyArray<readonly [name: string, options: ContinuousBatchOptions]> = [
   ['all at once', { maxTexts: 32 }],
   ['three at a time, prompts in small pieces', { maxTexts: 3, prefillChunkSize: 7 }],
   ['one at a time', { maxTexts: 1 }],
-  ['with hardly any room, so that texts are sent back', { maxTexts: 8, cacheTokens: 320 }],
+  ['with a small cache, so that texts are preempted', { maxTexts: 8, cacheTokens: 320 }],
 ]
 
 describe.each([
@@ -57,34 +57,34 @@ describe.each([
   ['a backend that records', () => native as Backend, 24],
 ])('texts on %s', (_, of, count) => {
   describe.each([0, 1, 3])('with drafts of %i modules', depth => {
-    test.each(arms)('%s: each text is the same as alone', async (_name, options) => {
+    test.each(variants)('%s: each text is the same as alone', async (_name, options) => {
       const backend = of()
       const { handles } = backend.stats()
       const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
       const model = new DeepSeek(config, { seed: 3, backend })
       makeDraftsAgree(model)
-      // Nothing drafts that is not asked to.
+      // With depth 0, the model has a module but no drafts.
       const drafting = depth > 0 ? { speculative: true } : {}
       const batch = model.continuousBatch({ ...options, ...drafting })
-      const asked = requests(count)
+      const all = requests(count)
       const alone: number[][] = []
       const counts: Array<Pick<GenerationStats, 'drafted' | 'accepted'>> = []
-      for (const [ids, turn] of asked) {
+      for (const [ids, turn] of all) {
         const text = model.generate(ids, { ...turn, ...drafting })
         alone.push(await read(text))
         counts.push(text.stats)
       }
-      // In two waves: the second comes while the first is being made.
+      // The second half starts while the first is being generated.
       const half = Math.ceil(count / 2)
-      const texts = asked.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
+      const texts = all.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
       const first = texts.map(read)
       await first[0]
-      texts.push(...asked.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
+      texts.push(...all.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
       const made = await Promise.all([...first, ...texts.slice(half).map(read)])
       expect(made).toEqual(alone)
       for (const [i, { stats }] of texts.entries()) {
         expect(stats.tokens).toBe(alone[i].length)
-        expect(stats.finishReason).toBe(alone[i].length === asked[i][1].maxTokens ? 'length' : 'stop')
+        expect(stats.finishReason).toBe(alone[i].length === all[i][1].maxTokens ? 'length' : 'stop')
         expect(stats.drafted).toHaveLength(depth)
         expect(stats.drafted).toEqual(counts[i].drafted)
         expect(stats.accepted).toEqual(counts[i].accepted)
@@ -102,14 +102,14 @@ describe.each([
   })
 })
 
-test('texts of dense models, whose caches hold keys and values', async () => {
+test('texts of dense models, whose caches contain keys and values, are the same as alone', async () => {
   const { num_nextn_predict_layers: _, ...rest } = tiny
   const dense = { ...rest, model_type: 'llama', num_key_value_heads: 1, head_dim: 12, max_position_embeddings: 256 }
   const model = new DeepSeek(dense as never, { seed: 3, backend: native })
   const batch = model.continuousBatch({ maxTexts: 4, prefillChunkSize: 9, cacheDtype: 'bf16' })
-  const asked = requests(8)
-  const made = await Promise.all(asked.map(([ids, turn]) => read(batch.generate(ids, turn))))
-  for (const [i, [ids, turn]] of asked.entries()) {
+  const all = requests(8)
+  const made = await Promise.all(all.map(([ids, turn]) => read(batch.generate(ids, turn))))
+  for (const [i, [ids, turn]] of all.entries()) {
     expect(made[i]).toEqual(await read(model.generate(ids, { ...turn, cacheDtype: 'bf16' })))
   }
   batch.dispose()
@@ -121,7 +121,7 @@ test('a preempted sampled text continues as if it had not been preempted', async
   makeDraftsAgree(model)
   const batch = model.continuousBatch({ cacheTokens: 256, speculative: true })
   for (let seed = 0; seed < 16; seed++) {
-    // Both grow to three pages of 64, of which there are four.
+    // Both need three pages of 64, but the cache has four.
     const prompts = [1, 2].map(id => [id, ...Array.from({ length: 40 + seed }, (_, i) => (i * 11 + seed) % 40)])
     const turn = { maxTokens: 100, temperature: 0.8, seed }
     const alone = (ids: number[]) => read(model.generate(ids, { ...turn, speculative: true }))
@@ -152,32 +152,29 @@ test('an end token or maxTokens among accepted drafts ends the text', async () =
   model.dispose()
 })
 
-test.each([false, true])(
-  'what texts begin with is read once, as long as weights stay (drafts: %s)',
-  async speculative => {
-    const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: reference })
-    const batch = model.continuousBatch({ speculative })
-    const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
-    const turn = async (ids: number[]) => {
-      const text = batch.generate(ids, { maxTokens: 50 })
-      return { answer: await read(text), reused: text.stats.cachedTokens }
-    }
-    const first = await turn(prompt)
-    expect(first.reused).toBe(0)
-    // Whole pages of 64: the last token is read for what follows it.
-    expect((await turn(prompt)).reused).toBe(128)
-    expect((await turn(prompt.slice(0, 128))).reused).toBe(64)
-    expect((await turn([...prompt, ...first.answer, 5])).reused).toBe(192)
-    expect((await turn([1, ...prompt])).reused).toBe(0)
-    const { weight } = model.lm_head
-    ;(weight as Parameter).assign(weight.detach().mul(-1))
-    const changed = await turn(prompt)
-    expect(changed.reused).toBe(0)
-    expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50 })))
-    batch.dispose()
-    model.dispose()
-  },
-)
+test.each([false, true])('common prefixes are processed once, until weights change (drafts: %s)', async speculative => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: reference })
+  const batch = model.continuousBatch({ speculative })
+  const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
+  const turn = async (ids: number[]) => {
+    const text = batch.generate(ids, { maxTokens: 50 })
+    return { answer: await read(text), reused: text.stats.cachedTokens }
+  }
+  const first = await turn(prompt)
+  expect(first.reused).toBe(0)
+  // Complete pages of 64 are reused, but the last token is always processed.
+  expect((await turn(prompt)).reused).toBe(128)
+  expect((await turn(prompt.slice(0, 128))).reused).toBe(64)
+  expect((await turn([...prompt, ...first.answer, 5])).reused).toBe(192)
+  expect((await turn([1, ...prompt])).reused).toBe(0)
+  const { weight } = model.lm_head
+  ;(weight as Parameter).assign(weight.detach().mul(-1))
+  const changed = await turn(prompt)
+  expect(changed.reused).toBe(0)
+  expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50 })))
+  batch.dispose()
+  model.dispose()
+})
 
 test('recordings are discarded when the cache moves to larger memory', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: native })
@@ -191,7 +188,7 @@ test('recordings are discarded when the cache moves to larger memory', async () 
   model.dispose()
 })
 
-test.each([0, 1, 3])('readers that leave, abort or never return do not affect others: %i modules', async depth => {
+test.each([0, 1, 3])('abandoned and aborted texts do not affect others: %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
@@ -212,7 +209,7 @@ test.each([0, 1, 3])('readers that leave, abort or never return do not affect ot
   expect(native.stats().handles).toBe(handles)
 })
 
-test.each([0, 1, 3])('disposed while texts are generated, with drafts of %i modules', async depth => {
+test.each([0, 1, 3])('disposing the batch ends its texts, with drafts of %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 4096, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
@@ -243,14 +240,14 @@ test.each(['model', 'module'])('a failing pass of the %s fails its texts, but no
     if (++passes > 3) throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'test', problem: 'no memory' })
   }
   if (part === 'model') {
-    model.hidden = (...of) => {
+    model.hidden = (...args) => {
       fails()
-      return hidden.apply(model, of)
+      return hidden.apply(model, args)
     }
   } else {
-    module.forward = (...of) => {
+    module.forward = (...args) => {
       fails()
-      return forward.apply(module, of)
+      return forward.apply(module, args)
     }
   }
   const texts = [read(batch.generate([1, 2])), read(batch.generate([3])), read(batch.generate([4, 5]))]
@@ -276,29 +273,29 @@ test('invalid arguments are rejected', async () => {
   model.dispose()
 })
 
-test.each([0, 1, 3])('a text that fills the cache alone ends there: %i modules', async depth => {
+test.each([0, 1, 3])('a text ends when it fills the cache: %i modules', async depth => {
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: reference })
   const batch = model.continuousBatch({ cacheTokens: 64, speculative: true })
   const text = batch.generate([1, 2], { maxTokens: 100 })
-  // 64 are read, and what follows the last of them is made.
+  // 64 tokens are processed, and one more is generated after them.
   expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63 })))
   expect(text.stats.finishReason).toBe('length')
   batch.dispose()
   model.dispose()
 })
 
-test('when memory runs out, texts wait, and one that does not fit alone fails', async () => {
+test('if memory runs out, texts wait, and a text that does not fit alone fails', async () => {
   const whole = referenceBackend()
   let full = true
-  const concat: typeof whole.primitives.concat = (...of) => {
-    const isCache = of[0].every(({ shape }) => shape.length === 3 && shape[1] === 64 && shape[2] === 12)
+  const concat: typeof whole.primitives.concat = (...args) => {
+    const isCache = args[0].every(({ shape }) => shape.length === 3 && shape[1] === 64 && shape[2] === 12)
     if (full && isCache) throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'concat', problem: 'no memory' })
-    return whole.primitives.concat(...of)
+    return whole.primitives.concat(...args)
   }
   const backend = { ...whole, primitives: { ...whole.primitives, concat } }
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 4096 }, { seed: 3, backend })
-  // 16 pages of 64 tokens are there from the start.
+  // The cache starts with 16 pages of 64 tokens.
   const batch = model.continuousBatch()
   const prompts = [1, 2, 3].map(first => [first, ...Array.from({ length: 480 }, (_, i) => (i * first) % 40)])
   const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, { maxTokens: 4 }))))

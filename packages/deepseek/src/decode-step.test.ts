@@ -1,4 +1,4 @@
-/** @file Recorded decoding beside decoding op by op, on a backend that records. */
+/** @file Recorded decoding compared with decoding op by op, on a backend that can record. */
 import {
   adamwStep,
   type Backend,
@@ -22,7 +22,7 @@ import { tiny } from './test-tiny.ts'
 const native = await createBackend()
 afterAll(() => native.dispose())
 
-/** The backend with its replays counted, and as one that cannot record. */
+/** A backend that counts captures and replays, and one that cannot record. */
 function pair() {
   const counts = { captures: 0, replays: 0 }
   const recording: Backend = {
@@ -46,7 +46,7 @@ function pair() {
 
 const prompt = [3, 7, 11, 2, 30]
 
-async function made(model: DeepSeek, options: GenerateOptions, onToken?: (n: number) => void): Promise<number[]> {
+async function generated(model: DeepSeek, options: GenerateOptions, onToken?: (n: number) => void): Promise<number[]> {
   const ids: number[] = []
   for await (const id of model.generate(prompt, options)) {
     ids.push(id)
@@ -55,7 +55,7 @@ async function made(model: DeepSeek, options: GenerateOptions, onToken?: (n: num
   return ids
 }
 
-/** The same model, on both backends. */
+/** The same model on both backends. */
 function models(config: object, options: DeepSeekOptions = {}) {
   const { counts, recording, eager } = pair()
   const make = (backend: Backend) => new DeepSeek({ ...tiny, ...config }, { seed: 1, ...options, backend })
@@ -66,9 +66,9 @@ describe('recorded decoding', () => {
   test('produces the same tokens as op by op, also when the cache grows, and leaks nothing', async () => {
     const { handles } = native.stats()
     const { counts, recorded, plain } = models({})
-    // 64 positions at first: the cache grows once, and the graph is recorded anew.
+    // The cache starts with 64 positions, grows once, and the graph is recorded again.
     const options = { maxTokens: 90 }
-    expect(await made(recorded, options)).toEqual(await made(plain, options))
+    expect(await generated(recorded, options)).toEqual(await generated(plain, options))
     expect(counts.captures).toBeGreaterThan(0)
     expect(counts.replays).toBeGreaterThan(80)
     recorded.dispose()
@@ -76,16 +76,16 @@ describe('recorded decoding', () => {
     expect(native.stats().handles).toBe(handles)
   })
 
-  test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('with weights in %s', async weights => {
+  test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('produces the same tokens with weights in %s', async weights => {
     const { counts, recorded, plain } = models({ hidden_size: 32 }, { weights })
     const options = { maxTokens: 20 }
-    expect(await made(recorded, options)).toEqual(await made(plain, options))
+    expect(await generated(recorded, options)).toEqual(await generated(plain, options))
     expect(counts.replays).toBe(18)
     recorded.dispose()
     plain.dispose()
   })
 
-  test('with drafts, sampled or greedy', async () => {
+  test('produces the same tokens with drafts, sampled or greedy', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 2 })
     for (const sampling of [
       {},
@@ -100,8 +100,8 @@ describe('recorded decoding', () => {
       const text = recorded.generate(prompt, options)
       const ids: number[] = []
       for await (const id of text) ids.push(id)
-      expect(ids).toEqual(await made(plain, options))
-      // The main model and both modules: all but the prompt and the first two runs of each length.
+      expect(ids).toEqual(await generated(plain, options))
+      // The main model and both modules replay all passes except the prompt and the first two of each length.
       const passes = 3 * text.stats.steps
       expect(counts.replays - replays).toBeGreaterThan(passes - 3 * 6)
     }
@@ -109,16 +109,16 @@ describe('recorded decoding', () => {
     plain.dispose()
   })
 
-  test('continues op by op without memory for a graph', async () => {
+  test('continues op by op if there is no memory for a graph', async () => {
     const { handles } = native.stats()
     const { recording, eager } = pair()
-    let refused = 0
+    let failed = 0
     const full: Backend = {
       ...recording,
       capture(fn) {
         return native.capture(() => {
-          for (const made of Object.values(fn() as Record<string, Tensor>)) made.dispose()
-          refused++
+          for (const result of Object.values(fn() as Record<string, Tensor>)) result.dispose()
+          failed++
           throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'matmul', problem: 'no memory' })
         })
       },
@@ -127,37 +127,37 @@ describe('recorded decoding', () => {
       backend => new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend }),
     )
     const options = { maxTokens: 40, speculative: true }
-    expect(await made(short, options)).toEqual(await made(plain, options))
-    // Each cache gives up once.
-    expect(refused).toBe(3)
+    expect(await generated(short, options)).toEqual(await generated(plain, options))
+    // Recording is tried once for each cache.
+    expect(failed).toBe(3)
     short.dispose()
     plain.dispose()
     expect(native.stats().handles).toBe(handles)
   })
 
-  test('too little memory is an error that leaves nothing behind', async () => {
+  test('leaks nothing after an out-of-memory error, at several limits', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 2 }
     const options = { maxTokens: 80, speculative: true, cacheDtype: 'bf16' } as const
-    const generated = async (memoryLimit?: number) => {
+    const runWithLimit = async (memoryLimit?: number) => {
       const backend = await createBackend({ memoryLimit })
       const model = new DeepSeek(config, { seed: 1, backend })
       const { bytes: weights } = backend.stats()
-      const ids = await made(model, options).catch(error => error as Error)
+      const ids = await generated(model, options).catch(error => error as Error)
       model.dispose()
       const { handles, bytes, peakBytes } = backend.stats()
       backend.dispose()
       expect({ handles, bytes }).toEqual({ handles: 0, bytes: 0 })
       return { ids, weights, peakBytes }
     }
-    const { ids, weights, peakBytes } = await generated()
+    const { ids, weights, peakBytes } = await runWithLimit()
     for (const share of [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]) {
-      const short = await generated(weights + Math.floor(share * (peakBytes - weights)))
+      const short = await runWithLimit(weights + Math.floor(share * (peakBytes - weights)))
       if (Array.isArray(short.ids)) expect(short.ids).toEqual(ids)
       else expect(short.ids).toMatchObject({ code: 'E_OUT_OF_MEMORY' })
     }
   })
 
-  test.each([1, 2, 3, 9, 10, 11, 40, 41, 42])('a read that fails (%i) leaves nothing behind', async fails => {
+  test.each([1, 2, 3, 9, 10, 11, 40, 41, 42])('leaks nothing if read %i from the device fails', async fails => {
     const { recording } = pair()
     let reads = 0
     const losing: Backend = {
@@ -169,23 +169,23 @@ describe('recorded decoding', () => {
     }
     const { handles } = native.stats()
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend: losing })
-    await expect(made(model, { maxTokens: 60, speculative: true })).rejects.toThrow(/the device is lost/)
+    await expect(generated(model, { maxTokens: 60, speculative: true })).rejects.toThrow(/the device is lost/)
     model.dispose()
     expect(native.stats().handles).toBe(handles)
   })
 
-  test('disposing the model ends the text: nothing is replayed over freed memory', async () => {
+  test('ends a text if the model is disposed, without replays over freed memory', async () => {
     for (const after of [1, 2, 3, 9, 20]) {
       const { recording } = pair()
       const { handles } = native.stats()
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: after % 2 }, { seed: 1, backend: recording })
-      const text = made(model, { maxTokens: 60, speculative: true }, n => n === after && model.dispose())
+      const text = generated(model, { maxTokens: 60, speculative: true }, n => n === after && model.dispose())
       await expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' })
       expect(native.stats().handles).toBe(handles)
     }
   })
 
-  test('texts generated concurrently equal those generated in sequence', async () => {
+  test('produces the same tokens for concurrent texts as in sequence', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 1 })
     const all: GenerateOptions[] = [
       { maxTokens: 90, speculative: true },
@@ -193,33 +193,33 @@ describe('recorded decoding', () => {
       { maxTokens: 40, speculative: true, temperature: 0.9, seed: 2 },
       { maxTokens: 40, speculative: true, precision: 'bf16' },
     ]
-    const together = await Promise.all(all.map(options => made(recorded, options)))
-    for (const [i, options] of all.entries()) expect(together[i]).toEqual(await made(plain, options))
+    const together = await Promise.all(all.map(options => generated(recorded, options)))
+    for (const [i, options] of all.entries()) expect(together[i]).toEqual(await generated(plain, options))
     expect(counts.captures).toBeGreaterThan(3)
     recorded.dispose()
     plain.dispose()
   })
 
-  test('continues op by op if memory runs out anywhere while recording', async () => {
+  test('continues op by op if any op runs out of memory while recording', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 1 }
     const model = new DeepSeek(config, { seed: 1, backend: native })
     const options = { maxTokens: 20, speculative: true }
-    const expected = await made(model, options)
+    const expected = await generated(model, options)
     model.dispose()
     const { handles } = native.stats()
-    /** Ops of a recording until one finds no memory. */
+    /** The number of recorded ops until one runs out of memory. */
     let left = Number.POSITIVE_INFINITY
     let recording = false
     const failing = <Kernels extends object>(kernels: Kernels): Kernels =>
       Object.fromEntries(
         Object.entries(kernels).map(([name, kernel]) => [
           name,
-          (...of: unknown[]) => {
+          (...args: unknown[]) => {
             // A reshape takes no memory.
             if (recording && name !== 'reshape' && --left === 0) {
               throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: name, problem: 'full' })
             }
-            return kernel(...of)
+            return kernel(...args)
           },
         ]),
       ) as Kernels
@@ -240,7 +240,7 @@ describe('recorded decoding', () => {
     let ops = 1
     do {
       left = ops
-      expect(await made(small, options)).toEqual(expected)
+      expect(await generated(small, options)).toEqual(expected)
       ops++
     } while (left <= 0)
     expect(ops).toBeGreaterThan(50)
@@ -248,20 +248,20 @@ describe('recorded decoding', () => {
     expect(native.stats().handles).toBe(handles)
   })
 
-  test('where memory is too short, an error leaves nothing behind', async () => {
+  test('leaks nothing after an out-of-memory error, at every limit', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 2 }
     const options = { maxTokens: 80, speculative: true }
-    const roomy = await createBackend({ threads: 1 })
-    const model = new DeepSeek(config, { seed: 1, backend: roomy })
-    const { bytes } = roomy.stats()
-    const expected = await made(model, options)
-    roomy.dispose()
+    const unlimited = await createBackend({ threads: 1 })
+    const model = new DeepSeek(config, { seed: 1, backend: unlimited })
+    const { bytes } = unlimited.stats()
+    const expected = await generated(model, options)
+    unlimited.dispose()
     let refused = 0
     for (let limit = bytes, done = false; !done; limit += 2048) {
       const backend = await createBackend({ threads: 1, memoryLimit: limit })
       const small = new DeepSeek(config, { seed: 1, backend })
       try {
-        expect(await made(small, options)).toEqual(expected)
+        expect(await generated(small, options)).toEqual(expected)
         done = true
       } catch (error) {
         if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
@@ -274,7 +274,7 @@ describe('recorded decoding', () => {
     expect(refused).toBeGreaterThan(10)
   })
 
-  test('a model for which memory is too short leaves nothing of itself', async () => {
+  test('creating a model leaks nothing after an out-of-memory error', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 2, mtp_separate_embeddings: true }
     const backend = await createBackend()
     const whole = new DeepSeek(config, { seed: 1, backend })
@@ -297,7 +297,7 @@ describe('recorded decoding', () => {
     backend.dispose()
   })
 
-  test('a read that fails leaves nothing behind', async () => {
+  test('leaks nothing if a read fails on a backend that is used by one model only', async () => {
     for (const reads of [1, 2, 3, 6]) {
       const memory = await createBackend()
       let left = reads
@@ -306,16 +306,16 @@ describe('recorded decoding', () => {
         return memory.download(value)
       }
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { backend: { ...memory, download } })
-      await expect(made(model, { maxTokens: 20, speculative: true })).rejects.toThrow('device lost')
+      await expect(generated(model, { maxTokens: 20, speculative: true })).rejects.toThrow('device lost')
       model.dispose()
       expect(memory.stats().handles).toBe(0)
       memory.dispose()
     }
   })
 
-  test('follows weights that are trained or replaced meanwhile', async () => {
+  test('uses weights that are trained or replaced during generation', async () => {
     const { recorded, plain } = models({})
-    /** AdamW in place where it can be, so that most weights stay in their memory. */
+    /** Takes a step of AdamW, in place if possible, so that most weights stay in the same memory. */
     const change = (model: DeepSeek) => {
       const random = new Random(5)
       scope(() => {
@@ -329,10 +329,10 @@ describe('recorded decoding', () => {
         }
       })
     }
-    const run = (model: DeepSeek) => made(model, { maxTokens: 24 }, n => (n === 8 || n === 15) && change(model))
+    const run = (model: DeepSeek) => generated(model, { maxTokens: 24 }, n => (n === 8 || n === 15) && change(model))
     const ids = await run(recorded)
     expect(ids).toEqual(await run(plain))
-    // What was absorbed from the weights of before is not used, although the new ones lie in the same memory.
+    // Weights absorbed before the change are not used, although the new ones are in the same memory.
     const expected = prompt.slice()
     for (let i = 0; i < 5; i++) {
       const input = tensor(Int32Array.from(expected), [1, expected.length], { backend: recorded.backend })
@@ -340,7 +340,7 @@ describe('recorded decoding', () => {
       const last = logits.subarray(logits.length - tiny.vocab_size)
       expected.push(last.indexOf(Math.max(...last)))
     }
-    expect(await made(recorded, { maxTokens: 5 })).toEqual(expected.slice(prompt.length))
+    expect(await generated(recorded, { maxTokens: 5 })).toEqual(expected.slice(prompt.length))
     recorded.dispose()
     plain.dispose()
   })

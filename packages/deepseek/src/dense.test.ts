@@ -40,7 +40,7 @@ const small: DenseConfigInput = {
 }
 
 describe('DeepSeek LLM', () => {
-  test('parameters to the unit: those of transformers, and those of the model made', async () => {
+  test('countParameters equals the counts of transformers, and those of created models', async () => {
     const sizes = fileURLToPath(new URL('../fixtures/llama-sizes.json', import.meta.url))
     const { parameters } = JSON.parse(await readFile(sizes, 'utf8'))
     for (const name of ['deepseek-llm-7b', 'deepseek-llm-67b'] as const) {
@@ -49,14 +49,14 @@ describe('DeepSeek LLM', () => {
     }
     for (const config of [small, { ...small, head_dim: 10, tie_word_embeddings: true }]) {
       const model = new DeepSeek(config)
-      const made = namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)
-      expect(countParameters(model.config).total).toBe(made)
+      const size = namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)
+      expect(countParameters(model.config).total).toBe(size)
       model.dispose()
     }
   })
 
   test.each([{ num_key_value_heads: 4 }, { num_key_value_heads: 2 }, { num_key_value_heads: 1, head_dim: 10 }])(
-    'greedy over the cache equals full forward passes, %o',
+    'greedy decoding with a cache equals full forward passes, %o',
     async changes => {
       const model = new DeepSeek({ ...small, ...changes }, { seed: 2 })
       const ids = [3, 7, 11, 2, 30]
@@ -66,15 +66,15 @@ describe('DeepSeek LLM', () => {
         ids.push(last.indexOf(Math.max(...last)))
       }
       const handles = backend.stats().handles
-      const made: number[] = []
-      for await (const id of model.generate(ids.slice(0, 5), { maxTokens: 30 })) made.push(id)
-      expect(made).toEqual(ids.slice(5))
+      const generated: number[] = []
+      for await (const id of model.generate(ids.slice(0, 5), { maxTokens: 30 })) generated.push(id)
+      expect(generated).toEqual(ids.slice(5))
       expect(backend.stats().handles).toBe(handles)
       model.dispose()
     },
   )
 
-  test('the cache holds keys and values of the shared heads: sequences of different length, tokens taken back, bf16', async () => {
+  test('the cache contains keys and values of shared heads, also in bf16, for sequences of different lengths, and can be truncated', async () => {
     const model = new DeepSeek(small, { seed: 3 })
     const random = new Random(4)
     const ids = Int32Array.from({ length: 14 }, () => random.integer(40))
@@ -87,7 +87,7 @@ describe('DeepSeek LLM', () => {
           .infer(() => model.forward(fromHost(Int32Array.from(tokens), [2, tokens.length / 2], 'i32'), { cache }))
           .values()
       await run([...ids.subarray(0, 6), ...ids.subarray(7, 13)])
-      // The second sequence takes three tokens back.
+      // The second sequence drops three tokens.
       cache.truncate([6, 3])
       const out = await run([ids[6], ids[10]])
       const tolerance = dtype === 'f32' ? { relative: 1e-5, absolute: 1e-6 } : { relative: 3e-2, absolute: 3e-2 }
@@ -103,7 +103,7 @@ describe('DeepSeek LLM', () => {
     model.dispose()
   })
 
-  test('learns, and what is saved opens as the same model with the keys of Llama', async () => {
+  test('learns, and a saved model opens as the same model, with the keys of Llama', async () => {
     const model = new DeepSeek({ ...small, initializer_range: 0.05 }, { seed: 5 })
     const rows = {
       tokens: Int32Array.from({ length: 24 }, (_, i) => (i * i) % 7),
@@ -141,17 +141,17 @@ describe('DeepSeek LLM', () => {
       head_dim: 8,
     })
     expect(Object.keys(config).filter(key => /lora|nope|expert|topk/.test(key))).toEqual([])
-    const again = await DeepSeek.fromPretrained(folder)
-    expect(namedParameters(again).map(({ name }) => name)).toEqual(namedParameters(model).map(({ name }) => name))
-    expect(namedParameters(again).map(({ name }) => name)).toContain('model.layers.1.self_attn.k_proj.weight')
+    const reopened = await DeepSeek.fromPretrained(folder)
+    expect(namedParameters(reopened).map(({ name }) => name)).toEqual(namedParameters(model).map(({ name }) => name))
+    expect(namedParameters(reopened).map(({ name }) => name)).toContain('model.layers.1.self_attn.k_proj.weight')
     const loss = async (m: DeepSeek) => scope(() => m.loss(rows).loss).item()
-    // The weights that were trained here have f64's digits, those of the file f32's.
-    expect(await loss(again)).toBeCloseTo(await loss(model), 7)
-    again.dispose()
+    // Trained weights have f64 values on this backend, those of the file f32 values.
+    expect(await loss(reopened)).toBeCloseTo(await loss(model), 7)
+    reopened.dispose()
     model.dispose()
   })
 
-  test('all problems are named in one message', () => {
+  test('all problems of a configuration are reported together', () => {
     expect(() => parseConfig({ ...small, hidden_size: 'wide', num_key_value_heads: 0.5 })).toThrow(
       /2 problems[\s\S]*hidden_size[\s\S]*num_key_value_heads/,
     )

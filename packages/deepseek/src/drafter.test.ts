@@ -15,18 +15,18 @@ afterAll(() => native.dispose())
 const random = new Random(7)
 const below = (n: number) => Math.floor(random.uniform(1)[0] * n)
 
-/** Adds `ids`, as many to each sequence, to the cache. */
-function read(model: DeepSeek, cache: SequenceCache, ids: readonly number[]) {
+/** Adds `ids` to the cache, the same number to each sequence. */
+function extend(model: DeepSeek, cache: SequenceCache, ids: readonly number[]) {
   const shape = [cache.batch, ids.length / cache.batch]
   return keep(model.infer(() => model.hidden(fromHost(Int32Array.from(ids), shape, 'i32', model.backend), { cache })))
 }
 
-/** What is drafted behind tokens that are all read at once. */
-async function anew(model: DeepSeek, depth: number, tokens: readonly number[]): Promise<number[]> {
+/** The drafts after tokens that are processed in one pass, with a new cache. */
+async function draftsFromScratch(model: DeepSeek, depth: number, tokens: readonly number[]): Promise<number[]> {
   const cache = model.makeCache({ depth })
   const drafter = new Drafter(model, depth, 'f32')
   const memory = new DraftMemory()
-  const hidden = read(model, cache, tokens.slice(0, -1))
+  const hidden = extend(model, cache, tokens.slice(0, -1))
   const [drafts] = await drafter.draft(cache, hidden, [{ tokens, confirmed: tokens.length - 1, memory }])
   for (const each of [cache, drafter, hidden]) each.dispose()
   memory.forget()
@@ -38,7 +38,7 @@ describe.each([
   ['a backend that records', () => native as Backend],
 ])('on %s', (_, of) => {
   test.each([1, 2, 4])(
-    '%i modules draft what they do when all is read anew, whatever stands of each text',
+    'gives the same drafts as from scratch, whichever drafts are confirmed, with %i modules',
     async depth => {
       const { handles } = of().stats()
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed: 3, backend: of() })
@@ -50,48 +50,48 @@ describe.each([
         sequence: cache.start([]),
         memory: new DraftMemory(),
       }))
-      // Prompts alone, in pieces.
+      // Prompts, one text at a time, in pieces.
       for (const { tokens, prompt, sequence, memory } of texts) {
         for (let start = 0; start < prompt; start += 5) {
           const end = Math.min(prompt, start + 5)
           cache.reserve(sequence, end)
           const batch = cache.batch([sequence])
-          const hidden = read(model, batch, tokens.slice(start, end))
+          const hidden = extend(model, batch, tokens.slice(start, end))
           const known = tokens.slice(0, end === prompt ? prompt + 1 : prompt)
           await drafter.draft(batch, hidden, [{ tokens: known, confirmed: end - start, memory }])
           hidden.dispose()
         }
       }
-      const pass = async (some: typeof texts) => {
-        const before = some.map(({ sequence }) => sequence.length)
-        const confirmed = some.map(() => 1 + below(depth + 1))
-        const ids = some.flatMap(({ tokens }, b) => {
+      const pass = async (batched: typeof texts) => {
+        const before = batched.map(({ sequence }) => sequence.length)
+        const confirmed = batched.map(() => 1 + below(depth + 1))
+        const ids = batched.flatMap(({ tokens }, b) => {
           const certain = tokens.slice(before[b], before[b] + confirmed[b])
           return [...certain, ...Array.from({ length: depth + 1 - certain.length }, () => below(40))]
         })
-        for (const [b, { sequence }] of some.entries()) cache.reserve(sequence, before[b] + depth + 1)
-        const batch = cache.batch(some.map(({ sequence }) => sequence))
-        const hidden = read(model, batch, ids)
+        for (const [b, { sequence }] of batched.entries()) cache.reserve(sequence, before[b] + depth + 1)
+        const batch = cache.batch(batched.map(({ sequence }) => sequence))
+        const hidden = extend(model, batch, ids)
         const ends = before.map((length, b) => length + confirmed[b])
         batch.truncate(ends)
-        const known = some.map(({ tokens }, b) => tokens.slice(0, ends[b] + 1))
+        const known = batched.map(({ tokens }, b) => tokens.slice(0, ends[b] + 1))
         const drafts = await drafter.draft(
           batch,
           hidden,
-          some.map(({ memory }, b) => ({ tokens: known[b], confirmed: confirmed[b], memory })),
+          batched.map(({ memory }, b) => ({ tokens: known[b], confirmed: confirmed[b], memory })),
         )
         hidden.dispose()
-        expect(some.map(({ sequence }) => sequence.length)).toEqual(ends)
-        expect(drafts).toEqual(await Promise.all(known.map(tokens => anew(model, depth, tokens))))
+        expect(batched.map(({ sequence }) => sequence.length)).toEqual(ends)
+        expect(drafts).toEqual(await Promise.all(known.map(tokens => draftsFromScratch(model, depth, tokens))))
       }
       for (let i = 0; i < 7; i++) {
-        // One goes, and comes again.
-        const there = texts.filter((_, b) => b !== 3 || i % 3 > 0)
-        const kinds = new Set(there.map(({ memory }) => memory.kind))
-        for (const kind of kinds) await pass(there.filter(({ memory }) => memory.kind === kind))
+        // One text is absent in some passes.
+        const present = texts.filter((_, b) => b !== 3 || i % 3 > 0)
+        const kinds = new Set(present.map(({ memory }) => memory.kind))
+        for (const kind of kinds) await pass(present.filter(({ memory }) => memory.kind === kind))
       }
       for (const { memory } of texts) memory.forget()
-      // Texts that begin as another one did, and part from it around the end of a page.
+      // Texts that share a prefix with another one, which ends around the end of a page.
       const [, { tokens: first, sequence }] = texts
       cache.share(sequence, first.slice(0, sequence.length + 1))
       for (const shared of [8, 9, 10, 12, 15]) {
@@ -102,9 +102,9 @@ describe.each([
         const batch = cache.batch([own])
         const memory = new DraftMemory()
         const confirmed = 19 - own.length
-        const hidden = read(model, batch, tokens.slice(own.length, 19))
+        const hidden = extend(model, batch, tokens.slice(own.length, 19))
         const drafts = await drafter.draft(batch, hidden, [{ tokens, confirmed, memory }])
-        expect(drafts).toEqual([await anew(model, depth, tokens)])
+        expect(drafts).toEqual([await draftsFromScratch(model, depth, tokens)])
         hidden.dispose()
         memory.forget()
       }

@@ -24,14 +24,14 @@ const native = await createBackend()
 beforeEach(() => setDefaultBackend(reference))
 afterAll(() => native.dispose())
 
-/** Logarithms of the shares of `exp(logits)`, in doubles. */
+/** The log-softmax in float64. */
 function logSoftmax(logits: ArrayLike<number>): number[] {
   const largest = Math.max(...Array.from(logits))
   const sum = Array.from(logits).reduce((sum, x) => sum + Math.exp(x - largest), 0)
   return Array.from(logits, x => x - largest - Math.log(sum))
 }
 
-/** By position of a text, log-probabilities `[V]` of what comes behind it. */
+/** For each position of a text, the log-probabilities `[V]` of the next token. */
 async function expectedOf(model: DeepSeek, ids: readonly number[]): Promise<number[][]> {
   const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)))
   const values = await logits.values()
@@ -42,17 +42,17 @@ async function expectedOf(model: DeepSeek, ids: readonly number[]): Promise<numb
 
 const tolerance = { relative: 1e-4, absolute: 1e-5 }
 
-/** Whether what is told of the tokens `ids[from...]` is what the model says there. */
-async function expectTold(
+/** Expects log-probabilities of the tokens `ids[from...]` to be those of a forward pass of the model. */
+async function expectLogProbs(
   model: DeepSeek,
   ids: readonly number[],
   from: number,
-  told: ReadonlyArray<TokenLogProb | null>,
+  logProbs: ReadonlyArray<TokenLogProb | null>,
   top: number,
 ): Promise<void> {
   const expected = await expectedOf(model, ids)
-  expect(told).toHaveLength(ids.length - from)
-  for (const [i, one] of told.entries()) {
+  expect(logProbs).toHaveLength(ids.length - from)
+  for (const [i, one] of logProbs.entries()) {
     if (from + i === 0) {
       expect(one).toBeNull()
       continue
@@ -69,7 +69,7 @@ async function expectTold(
       tolerance,
     )
     assertClose(
-      `their tokens ${from + i}`,
+      `tokens of the likeliest ${from + i}`,
       likeliest.map(({ token }) => row[token]),
       order,
       tolerance,
@@ -99,7 +99,7 @@ async function read(text: Generation<number>): Promise<number[]> {
 }
 
 const prompt = Array.from({ length: 90 }, (_, i) => (i * 7 + (i >> 3)) % 40)
-const ways: ReadonlyArray<readonly [ids: number[], options: TurnOptions]> = [
+const requests: ReadonlyArray<readonly [ids: number[], options: TurnOptions]> = [
   [prompt.slice(0, 5), { logProbs: 3 }],
   [prompt, { logProbs: 0, promptLogProbs: 2, temperature: 1.2, seed: 3 }],
   [[8], { logProbs: 50, promptLogProbs: 0, repetitionPenalty: 1.3 }],
@@ -111,18 +111,18 @@ const ways: ReadonlyArray<readonly [ids: number[], options: TurnOptions]> = [
   [prompt.slice(0, 66), { logProbs: 1, promptLogProbs: 1, maxTokens: 40 }],
 ]
 
-async function expectAllTold(model: DeepSeek, text: Generation<number>, ids: number[], options: GenerateOptions) {
+async function expectLogProbsOf(model: DeepSeek, text: Generation<number>, ids: number[], options: GenerateOptions) {
   const { logProbs, promptLogProbs, ...plain } = options
-  const made = await read(text)
-  // Asking changes nothing.
-  expect(made).toEqual(await read(model.generate(ids, plain)))
+  const generated = await read(text)
+  // Returning log-probabilities does not change the text.
+  expect(generated).toEqual(await read(model.generate(ids, plain)))
   if (logProbs === undefined) expect(text.logProbs).toEqual([])
-  else await expectTold(model, [...ids, ...made], ids.length, text.logProbs, logProbs)
+  else await expectLogProbs(model, [...ids, ...generated], ids.length, text.logProbs, logProbs)
   const isGreedy = !options.temperature && !options.repetitionPenalty
-  if (isGreedy && logProbs) expect(text.logProbs.map(({ top }) => top[0].token)).toEqual(made)
+  if (isGreedy && logProbs) expect(text.logProbs.map(({ top }) => top[0].token)).toEqual(generated)
   if (promptLogProbs === undefined) expect(text.promptLogProbs).toEqual([])
   else {
-    await expectTold(model, ids, 0, text.promptLogProbs, promptLogProbs)
+    await expectLogProbs(model, ids, 0, text.promptLogProbs, promptLogProbs)
     expect(text.stats.cachedTokens).toBe(0)
   }
   expect(text.stats.finishReason).toBe('length')
@@ -149,9 +149,9 @@ describe.each([
     sessionLimits.prefillChunkSize = piece
     limits.logits = 40 * 3
     try {
-      for (const [ids, options] of ways) {
+      for (const [ids, options] of requests) {
         const turn = { maxTokens: 12, ...options }
-        await expectAllTold(model, session.generate(ids, turn), ids, { ...turn, speculative })
+        await expectLogProbsOf(model, session.generate(ids, turn), ids, { ...turn, speculative })
       }
     } finally {
       sessionLimits.prefillChunkSize = 2048
@@ -165,7 +165,7 @@ describe.each([
   test.each<[string, ContinuousBatchOptions]>([
     ['all at once', { maxTexts: 16 }],
     ['in small pieces', { maxTexts: 3, prefillChunkSize: 7 }],
-    ['with texts that are sent back', { maxTexts: 8, prefillChunkSize: 40, cacheTokens: 256 }],
+    ['with preempted texts', { maxTexts: 8, prefillChunkSize: 40, cacheTokens: 256 }],
     ['with drafts', { maxTexts: 4, prefillChunkSize: 40, cacheTokens: 320, speculative: true }],
   ])('a batch returns log-probabilities: %s', async (_name, options) => {
     const { handles } = of().stats()
@@ -173,9 +173,11 @@ describe.each([
     const model = make(speculative ? 2 : 0)
     makeDraftsAgree(model)
     const batch = model.continuousBatch(options)
-    const asked = ways.map(([ids, turn]) => [ids, { maxTokens: 12, ...turn }] as const)
-    const texts = asked.map(([ids, turn]) => batch.generate(ids, turn))
-    await Promise.all(texts.map((text, i) => expectAllTold(model, text, asked[i][0], { ...asked[i][1], speculative })))
+    const turns = requests.map(([ids, turn]) => [ids, { maxTokens: 12, ...turn }] as const)
+    const texts = turns.map(([ids, turn]) => batch.generate(ids, turn))
+    await Promise.all(
+      texts.map((text, i) => expectLogProbsOf(model, text, turns[i][0], { ...turns[i][1], speculative })),
+    )
     batch.dispose()
     model.dispose()
     expect(of().stats().handles).toBe(handles)
@@ -193,7 +195,7 @@ describe.each([
         const text = by.generate(ids, { logProbs: 2, stop: [all[length]], maxTokens: 9 })
         expect(await read(text)).toEqual(all.slice(0, length))
         expect(text.stats).toMatchObject({ finishReason: 'stop', tokens: length })
-        await expectTold(model, [...ids, ...all.slice(0, length + 1)], 1, text.logProbs, 2)
+        await expectLogProbs(model, [...ids, ...all.slice(0, length + 1)], 1, text.logProbs, 2)
         expect(text.logProbs).toHaveLength(length + 1)
       }
     }
@@ -205,20 +207,20 @@ describe.each([
 
   test('prompt log-probabilities continue after preemption', async () => {
     const model = make()
-    // Five pages of 64: both others take a second one while this prompt is at its second.
+    // The cache has five pages of 64. Both other texts take a second page while this prompt is at its second.
     const batch = model.continuousBatch({ cacheTokens: 320, prefillChunkSize: 31 })
     const others = [1, 2].map(id => read(batch.generate([id, ...prompt.slice(0, 60)], { maxTokens: 12 })))
     const ids = [...prompt, ...prompt.slice(0, 10)]
     const text = batch.generate(ids, { promptLogProbs: 1, maxTokens: 1 })
     await read(text)
     await Promise.all(others)
-    await expectTold(model, ids, 0, text.promptLogProbs, 1)
+    await expectLogProbs(model, ids, 0, text.promptLogProbs, 1)
     expect(text.stats.cachedTokens).toBe(64)
     batch.dispose()
     model.dispose()
   })
 
-  test('texts are scored correctly, however they share passes', async () => {
+  test('score returns log-probabilities, however texts are batched into passes', async () => {
     const { handles } = of().stats()
     const model = make(1)
     const texts = [prompt.slice(0, 9), [3], prompt, Int32Array.of(4, 5), prompt.slice(2, 11)]
@@ -230,7 +232,7 @@ describe.each([
       Object.assign(scoreLimits, { passTokens })
       Object.assign(limits, { logits })
       const scores = await model.score(texts, { top: 2 })
-      for (const [i, text] of texts.entries()) await expectTold(model, Array.from(text), 0, scores[i], 2)
+      for (const [i, text] of texts.entries()) await expectLogProbs(model, Array.from(text), 0, scores[i], 2)
     }
     scoreLimits.passTokens = 4096
     limits.logits = 2 ** 24
@@ -241,17 +243,17 @@ describe.each([
   })
 })
 
-/** Texts that begin alike in many ways: examples for all, a question, answers of several lengths, some the beginning of others. */
+/** Texts with common prefixes: the same examples, one of three questions, and answers of several lengths, some of them prefixes of others. */
 const examples = Array.from({ length: 40 }, (_, i) => (i * 11) % 40)
 const questions = [0, 1, 2].map(q => [...examples, ...prompt.slice(20 * q, 20 * q + 14 + 9 * q)])
 const answers = [[3], [3, 4], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [7, 1, 2], [9]]
-const asked = questions.flatMap(question => answers.map(answer => ({ question, text: [...question, ...answer] })))
+const scoredTexts = questions.flatMap(question => answers.map(answer => ({ question, text: [...question, ...answer] })))
 
 describe.each<[string, DeepSeekConfigInput]>([
   ['latent attention', { ...tiny, max_position_embeddings: 256 }],
   ['keys and values', { ...llama, max_position_embeddings: 256 }],
-])('texts that begin alike, %s', (_, config) => {
-  /** Tokens that passes read meanwhile. */
+])('texts with common prefixes, %s', (_, config) => {
+  /** Counts the tokens of all passes during `run`. */
   async function counted<T>(model: DeepSeek, run: () => Promise<T>): Promise<{ result: T; read: number }> {
     const hidden = model.hidden.bind(model)
     let read = 0
@@ -267,8 +269,8 @@ describe.each<[string, DeepSeekConfigInput]>([
   test.each([4096, 64, 1])('are scored as if alone: passes of %i tokens', async passTokens => {
     const { handles } = reference.stats()
     const model = new DeepSeek(config, { seed: 3 })
-    const texts = [...asked.map(({ text }) => text), [5], prompt, [...prompt.slice(0, 30), 1, 1], [6, 7], [6, 7]]
-    const from = [...asked.map(({ question }) => question.length), 0, 50, 30, 1, 2]
+    const texts = [...scoredTexts.map(({ text }) => text), [5], prompt, [...prompt.slice(0, 30), 1, 1], [6, 7], [6, 7]]
+    const from = [...scoredTexts.map(({ question }) => question.length), 0, 50, 30, 1, 2]
     const before = { ...scoreLimits }
     Object.assign(scoreLimits, { passTokens })
     const done: number[] = []
@@ -277,7 +279,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     for (const [i, text] of texts.entries()) {
       const first = Math.max(1, from[i])
       expect(scores[i].slice(0, first)).toEqual(new Array(Math.min(first, text.length)).fill(null))
-      await expectTold(model, text, first, scores[i].slice(first), 2)
+      await expectLogProbs(model, text, first, scores[i].slice(first), 2)
     }
     expect(done.at(-1)).toBe(1)
     expect(done).toEqual(done.toSorted((a, b) => a - b))
@@ -287,19 +289,19 @@ describe.each<[string, DeepSeekConfigInput]>([
 
   test('process their common prefix once', async () => {
     const model = new DeepSeek(config, { seed: 3 })
-    const texts = asked.map(({ text }) => text)
-    const from = asked.map(({ question }) => question.length)
+    const texts = scoredTexts.map(({ text }) => text)
+    const from = scoredTexts.map(({ question }) => question.length)
     const alone = await counted(model, () => Promise.all(texts.map(text => model.score([text]))))
     const together = await counted(model, () => model.score(texts, { from }))
-    // 40 tokens of examples and what the second and third question share with the first, the questions' own, and answers, some with what another one begins with.
+    // Together, the 40 tokens of examples, the questions and the answers are processed once, except some common prefixes of answers.
     expect(alone.read).toBeGreaterThan(900)
     expect(together.read).toBeLessThan(200)
-    // One token of each is told of: nothing but the question is read.
+    // One token of each text is scored, so that only the question is processed.
     const letters = [1, 2, 3, 4].map(letter => [...questions[0], letter])
     const last = await counted(model, () => model.score(letters, { from: letters.map(() => questions[0].length) }))
     expect(last.read).toBe(questions[0].length)
-    expect(new Set(last.result.map(told => told.at(-1)?.logProb)).size).toBe(4)
-    // Where all is told of, all is read, once.
+    expect(new Set(last.result.map(scores => scores.at(-1)?.logProb)).size).toBe(4)
+    // If all tokens are scored, each is processed once.
     const whole = await counted(model, () => model.score(texts.slice(0, 2)))
     expect(whole.read).toBe(texts[1].length - 1)
     const [, , long, other] = texts
@@ -308,7 +310,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     model.dispose()
   })
 
-  test('may share prefixes of any length, and be scored from any position', async () => {
+  test('of any length are scored correctly, from any position', async () => {
     const model = new DeepSeek(config, { seed: 3 })
     const random = new Random(5)
     const texts = Array.from({ length: 24 }, () => [
@@ -319,7 +321,7 @@ describe.each<[string, DeepSeekConfigInput]>([
     const scores = await model.score(texts, { from })
     for (const [i, text] of texts.entries()) {
       const first = Math.max(1, from[i])
-      if (first < text.length) await expectTold(model, text, first, scores[i].slice(first), 0)
+      if (first < text.length) await expectLogProbs(model, text, first, scores[i].slice(first), 0)
     }
     model.dispose()
   })
@@ -332,8 +334,8 @@ test('scoring can be aborted between two passes', async () => {
   Object.assign(scoreLimits, { passTokens: 64 })
   const controller = new AbortController()
   const reason = new Error('enough')
-  const texts = asked.map(({ text }) => text)
-  const from = asked.map(({ question }) => question.length)
+  const texts = scoredTexts.map(({ text }) => text)
+  const from = scoredTexts.map(({ question }) => question.length)
   let passes = 0
   const onProgress = () => {
     passes++
@@ -349,15 +351,15 @@ test('scoring can be aborted between two passes', async () => {
 
 test('a text may have one token more than the context', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 64 }, { seed: 3 })
-  const [told] = await model.score([prompt.slice(0, 65)])
-  await expectTold(model, prompt.slice(0, 65), 0, told, 0)
+  const [scores] = await model.score([prompt.slice(0, 65)])
+  await expectLogProbs(model, prompt.slice(0, 65), 0, scores, 0)
   await expect(model.score([[1], prompt.slice(0, 66)])).rejects.toThrow(
     "text 1 has 66 tokens, more than the model's context of 64 plus one; split it",
   )
   model.dispose()
 })
 
-test.each(['v3-base', 'v2-lite', 'llama-gqa'])('scores are those of transformers: %s', async name => {
+test.each(['v3-base', 'v2-lite', 'llama-gqa'])('score equals the log-probabilities of transformers: %s', async name => {
   const folder = fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
   const file = await readSafetensors(`${folder}/expected.safetensors`)
   const ids = await file.read('input_ids')
@@ -372,11 +374,11 @@ test.each(['v3-base', 'v2-lite', 'llama-gqa'])('scores are those of transformers
   const scores = await model.score(texts)
   for (const [b, text] of texts.entries()) {
     const own = scores[b].slice(1).map(one => (one as TokenLogProb).logProb)
-    const theirs = text.slice(1).map((token, t) => {
+    const expected = text.slice(1).map((token, t) => {
       const at = (b * time + t) * vocabulary
       return logSoftmax(logits.subarray(at, at + vocabulary))[token]
     })
-    assertClose(`text ${b}`, own, theirs, { relative: 1e-4, absolute: 1e-4 })
+    assertClose(`text ${b}`, own, expected, { relative: 1e-4, absolute: 1e-4 })
   }
   model.dispose()
 })
@@ -401,9 +403,9 @@ test('invalid arguments are rejected', async () => {
   expect(reference.stats().handles).toBe(handles)
 })
 
-test('a pass whose log-probabilities fail frees everything', async () => {
+test('frees everything if the log-probabilities of a pass fail', async () => {
   const model = new DeepSeek(tiny, { seed: 3 })
-  // Absorbed weights and tables are the model's.
+  // Absorbed weights and rotation tables belong to the model.
   await read(model.generate([1, 2], { promptLogProbs: 0, maxTokens: 0 }))
   await model.score([[1, 2]])
   const { lm_head: head } = model

@@ -1,4 +1,4 @@
-/** @file The loss in pieces is the loss. On several ranks: `@moe/parallel`. */
+/** @file The loss computed in pieces, on one rank. `@moe/parallel` tests it on several ranks. */
 import { backward, dispatchPlan, namedParameters, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
@@ -9,7 +9,7 @@ import { tiny } from './test-tiny.ts'
 const rows = {
   tokens: Int32Array.from({ length: 16 }, (_, i) => (5 * i + i * i) % 40),
   documents: Int32Array.from({ length: 16 }, (_, i) => (i > 12 ? -1 : i >> 3)),
-  // From the fourth place on, tokens do not see those before it.
+  // From position 4 on, tokens do not attend to positions before it.
   starts: Int32Array.from({ length: 16 }, (_, i) => (i % 8 < 4 ? 0 : 4)),
   rows: 2,
   length: 8,
@@ -21,21 +21,21 @@ test.each([
   ['rows', rows],
   ['rows with weights', { ...rows, weights }],
 ])(
-  'pieces of %s that are not cut apart have loss, metrics and gradients of the model, and ask for every layer with experts in turn',
+  'inPieces gives the loss, metrics and gradients of loss for %s, and routes each MoE layer once in order',
   async (_, rows) => {
     setDefaultBackend(referenceBackend())
     const make = () =>
       new DeepSeek({ ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 2 })
     const [whole, model] = [make(), make()]
     const expected = whole.loss(rows)
-    const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
-    const asked: number[] = []
+    const runner: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
+    const routed: number[] = []
     const pieces = model.inPieces(rows)
-    const { loss, metrics } = await pieces.forward(together, async (layer, { x, weights, indices }) => {
-      asked.push(layer)
+    const { loss, metrics } = await pieces.forward(runner, async (layer, { x, weights, indices }) => {
+      routed.push(layer)
       return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
     })
-    expect(asked).toEqual([0, 1, 2, 3])
+    expect(routed).toEqual([0, 1, 2, 3])
     expect(pieces.count).toBe(expected.count)
     assertClose('loss', [await loss.item()], [await expected.loss.item()])
     expect(Object.keys(metrics).sort()).toEqual(['balance', 'mtp', 'nll'])

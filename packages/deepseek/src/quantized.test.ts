@@ -42,7 +42,7 @@ const config: DeepSeekConfigInput = {
 const prompt = Int32Array.of(3, 7, 11, 2, 30, 41, 8)
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
 
-/** Logits of the prompt: in one pass, or token by token over the latent cache. */
+/** The logits of the prompt, in one pass or token by token with the latent cache. */
 async function logits(model: DeepSeek, cached = false): Promise<Float32Array> {
   if (!cached) {
     using whole = model.infer(() => model.forward(tensor(prompt, [1, prompt.length])))
@@ -57,7 +57,7 @@ async function logits(model: DeepSeek, cached = false): Promise<Float32Array> {
   return Float32Array.from(parts.flatMap(part => [...part]))
 }
 
-/** Root of the mean squared difference, as a share of the expected numbers' own. */
+/** The root mean square difference, relative to that of the expected values. */
 function difference(actual: Float32Array, expected: Float32Array): number {
   let [error, power] = [0, 0]
   for (const [i, e] of expected.entries()) {
@@ -68,9 +68,9 @@ function difference(actual: Float32Array, expected: Float32Array): number {
 }
 
 /**
- * Rounding moves a weight by, as a share of its size: bf16 2^-8 / sqrt(3), fp8 2^-4 / sqrt(3), an integer 2.5 standard deviations (about the largest of a
- * block) over 127 or 7 steps, over sqrt(12). Errors of the weights are independent, so each product adds as much to its output, and the
- * products on the longest way (seven in each of two layers, and the head) add by squares: times sqrt(15). Half as much again is left for chance.
+ * The relative rounding error of a weight is 2^-8 / sqrt(3) in bf16 and 2^-4 / sqrt(3) in fp8. An integer has a step of 2.5 standard deviations (about the largest of a
+ * block) over 127 or 7, and an error of that over sqrt(12). Errors of weights are independent, so each product adds as much to its output, and the
+ * products on the longest path (seven in each of two layers, and the head) add by squares: times sqrt(15). The factor 1.5 is a margin.
  */
 const bound: Readonly<Record<WeightFormat, number>> = {
   bf16: (2 ** -8 / 3 ** 0.5) * 15 ** 0.5 * 1.5,
@@ -80,7 +80,7 @@ const bound: Readonly<Record<WeightFormat, number>> = {
 }
 
 describe.each(formats)('a model with weights in %s', format => {
-  test('has logits within what rounding its weights explains, cached or not', async () => {
+  test('has logits within the rounding errors of its weights, with and without a cache', async () => {
     const model = new DeepSeek(config, { seed: 1 })
     const exact = await logits(model)
     await quantizeWeights(model, format)
@@ -91,19 +91,19 @@ describe.each(formats)('a model with weights in %s', format => {
     model.dispose()
   })
 
-  test('decodes over the cache as it does without, and leaks nothing', async () => {
+  test('has the same logits with a cache as without, and leaks nothing', async () => {
     const before = defaultBackend().stats().handles
     const model = new DeepSeek(config, { seed: 2, weights: format })
-    // Absorbed W_UK and W_UV are rounded to bf16 (once, in two of the products of each layer).
+    // Absorbed W_UK and W_UV are rounded to bf16, in two of the products of each layer.
     expect(difference(await logits(model, true), await logits(model))).toBeLessThan(bound.bf16)
-    const made: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 8, speculative: true })) made.push(id)
-    expect(made).toHaveLength(8)
+    const ids: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 8, speculative: true })) ids.push(id)
+    expect(ids).toHaveLength(8)
     model.dispose()
     expect(defaultBackend().stats().handles).toBe(before)
   })
 
-  test('is quantized while a checkpoint is read, and saved dequantized', async () => {
+  test('is quantized while reading a checkpoint, and saved dequantized', async () => {
     const before = defaultBackend().stats().handles
     const model = new DeepSeek(config, { seed: 3 })
     const path = join(folder, format)
@@ -115,7 +115,7 @@ describe.each(formats)('a model with weights in %s', format => {
     await loaded.save(`${path}-again`)
     const plain = await DeepSeek.fromPretrained(`${path}-again`)
     expect(difference(await logits(plain), expected)).toBeLessThan(1e-6)
-    for (const made of [model, loaded, plain]) made.dispose()
+    for (const each of [model, loaded, plain]) each.dispose()
     expect(defaultBackend().stats().handles).toBe(before)
   })
 })
@@ -137,7 +137,7 @@ test('the loss of a quantized model can be computed', async () => {
   expect(await loss()).not.toBe(exact)
 })
 
-test('quantized weights are multiplied in bf16 when generating, unless f32 is requested', async () => {
+test('generation multiplies quantized weights in bf16, unless f32 is requested', async () => {
   const reference = referenceBackend()
   const seen = new Set<string>()
   const backend: Backend = {
@@ -152,7 +152,7 @@ test('quantized weights are multiplied in bf16 when generating, unless f32 is re
     primitives: {
       ...reference.primitives,
       matmul(inputs, attrs, outputs) {
-        seen.add(`${attrs.precision} unstored`)
+        seen.add(`${attrs.precision} plain`)
         return reference.primitives.matmul(inputs, attrs, outputs)
       },
     },
@@ -164,11 +164,11 @@ test('quantized weights are multiplied in bf16 when generating, unless f32 is re
     model.dispose()
     return [...seen].sort()
   }
-  const stored = await used({ weights: 'int8' })
-  expect(stored).toContain('bf16')
-  expect(stored).not.toContain('f32')
-  expect(await used({ weights: 'int8' }, 'f32')).toEqual(['f32', 'f32 unstored'])
-  expect(await used({})).toEqual(['f32 unstored'])
-  // The router's affinities are f32 always.
-  expect(await used({}, 'bf16')).toEqual(['bf16 unstored', 'f32 unstored'])
+  const quantized = await used({ weights: 'int8' })
+  expect(quantized).toContain('bf16')
+  expect(quantized).not.toContain('f32')
+  expect(await used({ weights: 'int8' }, 'f32')).toEqual(['f32', 'f32 plain'])
+  expect(await used({})).toEqual(['f32 plain'])
+  // The router's affinities are always f32.
+  expect(await used({}, 'bf16')).toEqual(['bf16 plain', 'f32 plain'])
 })

@@ -1,4 +1,4 @@
-/** @file Whatever is recomputed, numbers stay the same to the last bit, and loads are counted once. In pipelines and with experts on several ranks: `@moe/parallel`. */
+/** @file With recomputation, results stay bit-identical and loads are counted once. `@moe/parallel` tests it with pipeline and expert parallelism. */
 import {
   addAdapters,
   type Backend,
@@ -27,7 +27,7 @@ const choices: readonly Recompute[] = ['selective', 'layers', { every: 2 }]
 const rows = {
   tokens: Int32Array.from({ length: 20 }, (_, i) => (5 * i + i * i) % 40),
   documents: Int32Array.from({ length: 20 }, (_, i) => (i > 16 ? -1 : i >> 3)),
-  // From the fourth place on, tokens do not see those before it.
+  // From position 4 on, tokens do not attend to positions before it.
   starts: Int32Array.from({ length: 20 }, (_, i) => (i % 10 < 4 ? 0 : 4)),
   rows: 2,
   length: 10,
@@ -35,20 +35,20 @@ const rows = {
 
 const bits = (values: ArrayLike<number> | undefined) => values && Array.from(values)
 
-/** Loss, metrics, gradients and loads of two micro-batches, what they hold between the ways there and back, and what is left of them. */
-async function numbersOf(model: DeepSeek) {
+/** Loss, metrics, gradients and loads of two micro-batches, the bytes that they use between forward and backward pass, and the handles left afterwards. */
+async function runStep(model: DeepSeek) {
   const before = backend.stats()
-  let held = 0
-  const numbers = scope(() =>
+  let activationBytes = 0
+  const tensors = scope(() =>
     [rows, { ...rows, tokens: rows.tokens.map(token => (token * 7) % 40) }].map(batch => {
       const { loss, nll, metrics } = model.loss(batch)
-      held = backend.stats().bytes - before.bytes
+      activationBytes = backend.stats().bytes - before.bytes
       const found = [loss, nll, ...Object.values(metrics)].map(tensor => tensor.detach())
       backward(loss)
       return found
     }),
   )
-  const values = await Promise.all(numbers.flat().map(tensor => tensor.item()))
+  const values = await Promise.all(tensors.flat().map(tensor => tensor.item()))
   const gradients: Record<string, number[] | undefined> = {}
   for (const { name, parameter } of namedParameters(model)) {
     gradients[name] = bits(await parameter.grad?.values())
@@ -56,25 +56,25 @@ async function numbersOf(model: DeepSeek) {
   }
   const loads = await Promise.all(model.moeLayers.map(async ({ load }) => bits(await load?.values())))
   const after = await model.afterStep()
-  for (const tensor of numbers.flat()) tensor.dispose()
-  return { numbers: { values, gradients, loads, after }, held, left: backend.stats().handles - before.handles }
+  for (const tensor of tensors.flat()) tensor.dispose()
+  return {
+    results: { values, gradients, loads, after },
+    activationBytes,
+    leaked: backend.stats().handles - before.handles,
+  }
 }
 
 describe('loss, metrics, gradients and loads equal those without recomputation', () => {
   test.each<[string, Partial<DeepSeekConfigInput>, DeepSeekOptions, ((model: DeepSeek) => void)?]>([
-    ['usual', {}, {}],
-    [
-      'keys of queries are not compressed, embedding and head are one',
-      { q_lora_rank: null, tie_word_embeddings: true },
-      {},
-    ],
-    ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
+    ['default options', {}, {}],
+    ['uncompressed queries, tied embedding and head', { q_lora_rank: null, tie_word_embeddings: true }, {}],
+    ['MTP detached from the main model', {}, { objective: { mtpDetached: true } }],
     ['a balancer', {}, { balancer: combineBalancers(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
-    ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
-    ['weights in int8, beside which the others are trained', {}, { weights: 'int8' }],
+    ['token dropping', {}, { dropping: { devices: 2, undropped: 0.5 } }],
+    ['frozen int8 weights', {}, { weights: 'int8' }],
     ['adapters', {}, {}, model => addAdapters(model, { rank: 2 })],
     [
-      'dense, multi-head attention',
+      'a dense model with multi-head attention',
       { model_type: 'llama', n_routed_experts: null, num_experts_per_tok: null, num_nextn_predict_layers: 0 } as never,
       {},
     ],
@@ -84,15 +84,15 @@ describe('loss, metrics, gradients and loads equal those without recomputation',
       prepare?.(model)
       return model
     }
-    const kept = await numbersOf(make())
+    const plain = await runStep(make())
     for (const choice of choices) {
-      const { numbers, held } = await numbersOf(make(choice))
-      expect(numbers, JSON.stringify(choice)).toEqual(kept.numbers)
-      expect(held, JSON.stringify(choice)).toBeLessThan(kept.held)
+      const { results, activationBytes } = await runStep(make(choice))
+      expect(results, JSON.stringify(choice)).toEqual(plain.results)
+      expect(activationBytes, JSON.stringify(choice)).toBeLessThan(plain.activationBytes)
     }
   })
 
-  test('also in bf16, whatever the precision of the backward pass', async () => {
+  test('in bf16, also if the backward pass runs outside withPrecision', async () => {
     const run = async (recompute?: Recompute) => {
       const model = new DeepSeek(config, { seed: 1, recompute })
       scope(() => {
@@ -101,25 +101,25 @@ describe('loss, metrics, gradients and loads equal those without recomputation',
       })
       return Promise.all(namedParameters(model).map(async ({ parameter }) => bits(await parameter.grad?.values())))
     }
-    const kept = await run()
-    for (const choice of choices) expect(await run(choice), JSON.stringify(choice)).toEqual(kept)
+    const plain = await run()
+    for (const choice of choices) expect(await run(choice), JSON.stringify(choice)).toEqual(plain)
   })
 })
 
-test('recomputing every layer keeps the least, every second layer more, and nothing remains after a step', async () => {
-  const held: number[] = []
+test('recomputing every layer takes the least memory, every second layer more, and nothing is leaked', async () => {
+  const memory: number[] = []
   for (const recompute of ['layers', { every: 2 }, undefined] as const) {
     const model = new DeepSeek(config, { seed: 1, recompute })
-    await numbersOf(model)
-    const second = await numbersOf(model)
-    expect(second.left).toBe(0)
-    held.push(second.held)
+    await runStep(model)
+    const second = await runStep(model)
+    expect(second.leaked).toBe(0)
+    memory.push(second.activationBytes)
   }
-  expect(held).toEqual([...held].sort((a, b) => a - b))
-  expect(held[0]).toBeLessThan((2 / 3) * held[2])
+  expect(memory).toEqual([...memory].sort((a, b) => a - b))
+  expect(memory[0]).toBeLessThan((2 / 3) * memory[2])
 })
 
-test('a staged loss has the same ops as without recomputation, and carries loads', async () => {
+test('a staged loss gives the same loss and loads as without recomputation', async () => {
   const run = async (recompute?: Recompute) => {
     const model = new DeepSeek(config, { seed: 1, recompute })
     const { staged } = model
@@ -133,14 +133,14 @@ test('a staged loss has the same ops as without recomputation, and carries loads
         ]),
       )
       const { loss, carried } = staged.loss(inputs)
-      const shown = loss.detach()
+      const value = loss.detach()
       backward(loss)
-      return { loss: shown, carried: [...carried] }
+      return { loss: value, carried: [...carried] }
     })
     return [await loss.item(), bits(await carried[0].values()), model.moeLayers.map(({ load }) => load)]
   }
-  const kept = await run()
-  for (const choice of choices) expect(await run(choice)).toEqual(kept)
+  const plain = await run()
+  for (const choice of choices) expect(await run(choice)).toEqual(plain)
 })
 
 test('invalid recompute options are rejected', () => {

@@ -1,4 +1,4 @@
-/** @file Models of this architecture under other names, and names that are not of it. Their numbers: transformers.test.ts. */
+/** @file Models of this architecture with other types, and unsupported types. transformers.test.ts compares their outputs. */
 import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -82,14 +82,14 @@ const tinyYoutu: LatentConfigInput = {
   eos_token_id: 1,
 }
 
-test('parameters to the unit: those of transformers, and those of the models made', async () => {
+test('countParameters equals the counts of transformers, and those of created models', async () => {
   const { parameters } = JSON.parse(await readFile(fixture('relatives-sizes.json'), 'utf8'))
   const counts = (name: 'glm-4.7-flash' | 'youtu-llm-2b' | 'deepseek-v3.2') =>
     countParameters(parseConfig(presets[name]))
   expect(counts('glm-4.7-flash').total).toBe(parameters['glm-4.7-flash'])
   expect(counts('deepseek-v3.2').total).toBe(parameters['deepseek-v3.2'])
   expect(counts('youtu-llm-2b')).toMatchObject({ total: parameters['youtu-llm-2b'], moe: 0, mtp: 0 })
-  // 3 billion for a token, as it is sold.
+  // Published as 3 billion active parameters.
   expect(counts('glm-4.7-flash').activeWithoutEmbedding / 1e9).toBeCloseTo(3.4, 0)
   const tinySparse = { index_topk: 8, index_n_heads: 3, index_head_dim: 10 }
   for (const config of [tinyGlm, tinyYoutu, { ...tinyGlm, ...tinySparse, model_type: 'glm_moe_dsa' as const }]) {
@@ -100,7 +100,7 @@ test('parameters to the unit: those of transformers, and those of the models mad
   }
 })
 
-test('a checked configuration is one', () => {
+test('a parsed configuration, and its Hugging Face form, parse to the same', () => {
   const odd = { ...presets['deepseek-llm-67b'], head_dim: 96 }
   for (const preset of [...Object.values(presets), odd, tinyGlm, tinyYoutu]) {
     const config = parseConfig(preset)
@@ -110,7 +110,7 @@ test('a checked configuration is one', () => {
 })
 
 describe('GLM', () => {
-  test('computes as V3; defaults are those of its class in transformers', () => {
+  test('has the configuration of V3, with the defaults of its class in transformers', () => {
     const { model_type, ...rest } = parseConfig(tinyGlm)
     expect(model_type).toBe('glm4_moe_lite')
     expect(rest).toMatchObject({ topk_method: 'noaux_tc', scoring_func: 'sigmoid', norm_topk_prob: true })
@@ -128,25 +128,28 @@ describe('GLM', () => {
     [['sparse', 'sparse', 'sparse'], 0, 0],
     [null, undefined, 1],
     [null, 2, 2],
-  ])('layers %j with first_k_dense_replace %j: %i without experts', (mlp_layer_types, first_k_dense_replace, dense) => {
-    const config = parseConfig({ ...tinyGlm, mlp_layer_types, first_k_dense_replace })
-    expect(config.first_k_dense_replace).toBe(dense)
-    const kinds = Array.from({ length: 3 }, (_, layer) => (layer < dense ? 'dense' : 'sparse'))
-    expect(hfConfig(config)).toMatchObject({ mlp_layer_types: kinds, first_k_dense_replace: dense })
-  })
+  ])(
+    'layers %j with first_k_dense_replace %j give %i dense layers',
+    (mlp_layer_types, first_k_dense_replace, dense) => {
+      const config = parseConfig({ ...tinyGlm, mlp_layer_types, first_k_dense_replace })
+      expect(config.first_k_dense_replace).toBe(dense)
+      const kinds = Array.from({ length: 3 }, (_, layer) => (layer < dense ? 'dense' : 'sparse'))
+      expect(hfConfig(config)).toMatchObject({ mlp_layer_types: kinds, first_k_dense_replace: dense })
+    },
+  )
 
   test.each([
     [['dense', 'sparse', 'dense'], undefined],
     [['dense', 'sparse'], undefined],
     [['dense', 'dense', 'sparse'], 1],
     [['dense', 'full', 'sparse'], undefined],
-  ])('layers %j with first_k_dense_replace %j are refused', (mlp_layer_types, first_k_dense_replace) => {
+  ])('layers %j with first_k_dense_replace %j are rejected', (mlp_layer_types, first_k_dense_replace) => {
     expect(() => parseConfig({ ...tinyGlm, mlp_layer_types, first_k_dense_replace })).toThrow(
       /mlp_layer_types must have 3 entries: "dense" \d times, then "sparse"/,
     )
   })
 
-  test('a gate that its readers would ignore is rejected', () => {
+  test('settings of the gate that transformers would ignore are rejected', () => {
     expect(() => parseConfig({ ...tinyGlm, topk_method: 'greedy', scoring_func: 'softmax' })).toThrow(
       /2 problems[\s\S]*topk_method = "greedy", but glm4_moe_lite always has "noaux_tc"[\s\S]*scoring_func = "softmax"/,
     )
@@ -154,7 +157,7 @@ describe('GLM', () => {
 })
 
 describe('Youtu', () => {
-  test('has latent attention and no experts, and deviations of its own', async () => {
+  test('has latent attention, no experts, and its own initializer ranges', async () => {
     const wide = { ...tinyYoutu, hidden_size: 96, vocab_size: 400 }
     const config = parseConfig(wide)
     expect(config).toMatchObject({ n_routed_experts: null, tie_word_embeddings: true })
@@ -168,7 +171,7 @@ describe('Youtu', () => {
       const values = await parameter.values()
       return Math.sqrt(values.reduce((sum, x) => sum + x * x, 0) / values.length)
     }
-    const relative = async (name: string, wanted: number) => (await deviation(name)) / wanted
+    const relative = async (name: string, expected: number) => (await deviation(name)) / expected
     expect(await relative('model.embed_tokens.weight', 4 / Math.sqrt(5 * 96))).toBeCloseTo(1, 1)
     expect(await relative('model.layers.1.mlp.up_proj.weight', 2 / Math.sqrt(5 * 96))).toBeCloseTo(1, 1)
     model.dispose()
@@ -185,7 +188,7 @@ describe('Youtu', () => {
     )
   })
 
-  test('a missing expert size is a problem in V3, too', () => {
+  test('a missing expert size is rejected in V3', () => {
     expect(() => parseConfig({ ...presets.tiny, moe_intermediate_size: undefined })).toThrow(
       /moe_intermediate_size is missing/,
     )
@@ -207,13 +210,13 @@ describe('a saved model opens with the same type', () => {
     await model.save(folder)
     const saved = await json(folder)
     expect(saved).toMatchObject({ model_type, architectures: [architecture] })
-    const theirs = await json(fixture(name))
-    const told = (name === 'kimi-k25' ? theirs.text_config : theirs) as Record<string, unknown>
-    // What transformers wrote of the model, without what it writes of itself.
-    for (const [key, value] of Object.entries(told))
+    const original = await json(fixture(name))
+    const config = (name === 'kimi-k25' ? original.text_config : original) as Record<string, unknown>
+    // All fields that transformers wrote are the same, except the type.
+    for (const [key, value] of Object.entries(config))
       if (key in saved && key !== 'model_type') expect([key, saved[key]]).toEqual([key, value])
     expect(
-      Object.keys(told)
+      Object.keys(config)
         .filter(key => !(key in saved))
         .sort(),
     ).toEqual(
@@ -229,7 +232,7 @@ describe('a saved model opens with the same type', () => {
   })
 })
 
-test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters beside %s open there again', async name => {
+test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters of %s open with their base model', async name => {
   const model = await DeepSeek.fromPretrained(fixture(name))
   addAdapters(model, { rank: 2, targets: ['q_b_proj', 'kv_b_proj', 'up_proj'] })
   const random = new Random(5)
@@ -244,7 +247,7 @@ test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters beside %s open there 
     return await out.values()
   }
   const plain = await DeepSeek.fromPretrained(fixture(name))
-  // Adapters that were drawn here have f64's digits, those of the file f32's.
+  // Random adapters have f64 values on this backend, those of the file f32 values.
   assertClose('logits', await logits(again), await logits(model), { relative: 1e-5, absolute: 1e-6 })
   expect(Array.from(await logits(again))).not.toEqual(Array.from(await logits(plain)))
   for (const opened of [plain, again, model]) opened.dispose()
@@ -258,7 +261,7 @@ describe('a multimodal model', () => {
       text_config: change(config.text_config as Record<string, unknown>),
     }))
 
-  test('opens as its text model, by either way of writing keys, and what else is in the file stays there', async () => {
+  test('opens as its text model, with both forms of keys, and ignores other tensors', async () => {
     const plain = await DeepSeek.fromPretrained(fixture('v3-base'))
     const expected = await weightsOf(plain)
     const other = await changed('kimi-k25', config => ({ ...config, model_type: 'kimi_vl' }))
@@ -288,7 +291,7 @@ describe('a multimodal model', () => {
     plain.dispose()
   })
 
-  test('decides itself whether embedding and head are tied', async () => {
+  test('takes tie_word_embeddings from the outer configuration', async () => {
     const { config } = { config: await json(fixture('kimi-k25')) }
     expect(parseConfig({ ...config, tie_word_embeddings: true }).tie_word_embeddings).toBe(true)
     expect(parseConfig({ ...config, tie_word_embeddings: undefined }).tie_word_embeddings).toBe(false)
@@ -312,7 +315,7 @@ describe('a multimodal model', () => {
   })
 })
 
-describe('names of other architectures', () => {
+describe('other architectures', () => {
   test.each([
     ['deepseek_v4', 'its attention is sparse in another way'],
     ['mistral4', 'its queries are scaled by their positions'],
@@ -321,9 +324,9 @@ describe('names of other architectures', () => {
     ['qwen3_moe', 'it is not of this architecture'],
     ['toString', 'it is not of this architecture'],
     [7, 'it is not of this architecture'],
-  ])('%s is refused: %s', async (model_type, why) => {
+  ])('%s is rejected: %s', async (model_type, why) => {
     const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v32, deepseek_v2, glm4_moe_lite, glm_moe_dsa, youtu, llama, kimi_k2, and the text models of kimi_k25, kimi_vl`
-    // Whatever else there is: other families have other names for the same.
+    // Reported before unknown fields, because other families have other names for the same fields.
     expect(() => parseConfig({ ...presets.tiny, model_type, num_experts: 8 })).toThrow(message)
     const folder = await changed('v3-base', config => ({ ...config, model_type, num_experts: 8 }))
     await expect(DeepSeek.fromPretrained(folder)).rejects.toMatchObject({ code: 'E_CONFIG', message })
@@ -333,7 +336,7 @@ describe('names of other architectures', () => {
 describe('unsupported RoPE settings', () => {
   const yarn = { type: 'yarn', factor: 4, original_max_position_embeddings: 64 }
   test.each<[string, object, RegExp]>([
-    ['a part of the features', { partial_rotary_factor: 0.5 }, /partial_rotary_factor: .*expected 1/],
+    ['partial rotation', { partial_rotary_factor: 0.5 }, /partial_rotary_factor: .*expected 1/],
     [
       'in rope_parameters',
       { rope_parameters: { partial_rotary_factor: 0.5 } },
@@ -344,14 +347,14 @@ describe('unsupported RoPE settings', () => {
       { rope_scaling: { ...yarn, attention_factor: 1 } },
       /attention_factor = 1, but .* give 1\.138/,
     ],
-    ['a ramp not rounded', { rope_scaling: { ...yarn, truncate: false } }, /rope_scaling\.truncate/],
+    ['a ramp without truncation', { rope_scaling: { ...yarn, truncate: false } }, /rope_scaling\.truncate/],
     [
-      'queries that grow',
+      'queries scaled by position',
       { rope_scaling: { ...yarn, llama_4_scaling_beta: 0.1 } },
       /llama_4_scaling_beta: .*expected 0/,
     ],
     ['two types', { rope_scaling: { ...yarn, rope_type: 'default' } }, /type = "yarn", but .*rope_type = "default"/],
-    ['a type that is none here', { rope_scaling: { rope_type: 'longrope', factor: 4 } }, /rope type "longrope"/],
+    ['an unknown type', { rope_scaling: { rope_type: 'longrope', factor: 4 } }, /rope type "longrope"/],
     [
       'two bases',
       { rope_theta: 5e3, rope_parameters: { rope_theta: 1e4 } },
@@ -362,14 +365,14 @@ describe('unsupported RoPE settings', () => {
       { rope_parameters: { full_attention: { rope_theta: 1e6 } } },
       /rope_parameters\.full_attention/,
     ],
-  ])('%s is refused, in a file, too', async (_, change, message) => {
+  ])('%s is rejected, also in a file', async (_, change, message) => {
     const { rope_theta, rope_scaling, ...rest } = presets['deepseek-v3']
     expect(() => parseConfig({ ...rest, ...change })).toThrow(message)
     const folder = await changed('v3-base', ({ rope_parameters, ...config }) => ({ ...config, ...change }))
     await expect(DeepSeek.fromPretrained(folder)).rejects.toThrow(message)
   })
 
-  test('a base among rope_scaling is one', () => {
+  test('rope_scaling may contain the base', () => {
     const { rope_theta, ...rest } = presets['deepseek-v3']
     const scaled = { ...rest, rope_scaling: { ...yarn, rope_theta: 5e5, attention_factor: 0.1 * Math.log(4) + 1 } }
     expect(parseConfig(scaled)).toMatchObject({ rope_theta: 5e5, rope_scaling: yarn })

@@ -1,4 +1,4 @@
-/** @file Checkpoints laid out as the released ones are: names, dtypes, shards, the MTP layer behind the last, copies of what it shares. */
+/** @file Checkpoints with the layout of released ones: names, dtypes, shards, the MTP layer after the last, and its copies of shared weights. */
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -70,7 +70,7 @@ const config = {
   vocab_size: 50,
 }
 
-/** Of the released V3 (f32 scales), and V3.1 (powers of two, in f32 or as bare exponents). */
+/** The scales of the released V3 (f32), and of V3.1 (powers of two, in f32 or as exponents). */
 type Scales = 'f32' | 'powers of two' | 'f8e8m0'
 
 const e4m3 = (code: number): number => {
@@ -79,7 +79,7 @@ const e4m3 = (code: number): number => {
   return code & 128 ? -size : size
 }
 
-/** Writes a checkpoint and tells what its tensors stand for, computed in f64. */
+/** Writes a checkpoint. Returns its folder and the dequantized tensors, computed in f64. */
 async function release(name: string, options: { block?: [number, number]; scales?: Scales; quantization?: unknown }) {
   const { block, scales = 'f32', quantization } = options
   const random = new Random(7)
@@ -159,7 +159,7 @@ async function release(name: string, options: { block?: [number, number]; scales
   const weightMap: Record<string, string> = {}
   const shards = 4
   for (let i = 0; i < shards; i++) {
-    // Scales may lie in another shard than their weight.
+    // Scales may be in another shard than their weight.
     const part = entries.filter((_, j) => Math.floor((j * shards) / entries.length) === i)
     const file = `model-0000${i + 1}-of-00000${shards}.safetensors`
     await writeSafetensors(join(folder, file), part, { metadata: { format: 'pt' } })
@@ -185,7 +185,7 @@ async function release(name: string, options: { block?: [number, number]; scales
 
 const copies = /^model\.layers\.2\.(embed_tokens|shared_head\.head)\./
 
-async function expectNumbers(model: DeepSeek, expected: ReadonlyMap<string, Float64Array>) {
+async function expectWeights(model: DeepSeek, expected: ReadonlyMap<string, Float64Array>) {
   const entries = stateDict(model)
   expect(entries.map(({ name }) => name).sort()).toEqual([...expected.keys()].filter(key => !copies.test(key)).sort())
   for (const { name, data } of entries) {
@@ -198,20 +198,20 @@ describe('a released checkpoint', () => {
     ['bf16', {}],
     ['V3', { block: [128, 128] }],
     ['V3.1', { block: [128, 128], scales: 'powers of two' }],
-    ['bare exponents', { block: [16, 16], scales: 'f8e8m0' }],
-    ['blocks that are cut off', { block: [24, 32] }],
-    ['a scale a row', { block: [1, 128] }],
-    ['a scale a number', { block: [1, 1], scales: 'powers of two' }],
-  ])('%s: every weight is dequantized correctly', async (name, options) => {
+    ['exponents only', { block: [16, 16], scales: 'f8e8m0' }],
+    ['incomplete blocks', { block: [24, 32] }],
+    ['one scale per row', { block: [1, 128] }],
+    ['one scale per element', { block: [1, 1], scales: 'powers of two' }],
+  ])('is dequantized correctly: %s', async (name, options) => {
     const { folder, expected } = await release(name, options)
     const model = await DeepSeek.fromPretrained(folder)
-    await expectNumbers(model, expected)
+    await expectWeights(model, expected)
     const logits = scope(() => model.forward(tensor(Int32Array.of(3, 4, 5), [1, 3])))
     expect((await logits.values()).every(Number.isFinite)).toBe(true)
 
     const filled = new DeepSeek(model.config, { seed: 1 })
     await loadWeights(filled, folder)
-    await expectNumbers(filled, expected)
+    await expectWeights(filled, expected)
 
     const stored = await DeepSeek.fromPretrained(folder, { weights: 'fp8' })
     expect(stored.lm_head.weight.dtype).toBe('f8e4m3')
@@ -220,26 +220,26 @@ describe('a released checkpoint', () => {
     for (const each of [model, filled, stored]) each.dispose()
   })
 
-  test('without its MTP layer, as transformers opens it', async () => {
+  test('opens without its MTP layer if the configuration has none, as in transformers', async () => {
     const { folder, expected } = await release('main', { block: [128, 128] })
     await writeFile(join(folder, 'config.json'), JSON.stringify({ ...config, num_nextn_predict_layers: 0 }))
     const model = await DeepSeek.fromPretrained(folder)
-    await expectNumbers(model, new Map([...expected].filter(([key]) => !key.startsWith('model.layers.2.'))))
+    await expectWeights(model, new Map([...expected].filter(([key]) => !key.startsWith('model.layers.2.'))))
     model.dispose()
   })
 
   test.each([
     ['awq', { quant_method: 'awq', bits: 4 }, /config\.json: unsupported quantization: quant_method "awq"/],
-    ['no rows', { quant_method: 'fp8', weight_block_size: [0, 128] }, /weight_block_size \[0,128\]/],
-    ['one size', { quant_method: 'fp8', weight_block_size: [128] }, /weight_block_size \[128\]/],
-  ])('%s: quantized as %j is refused', async (name, quantization, message) => {
+    ['blocks without rows', { quant_method: 'fp8', weight_block_size: [0, 128] }, /weight_block_size \[0,128\]/],
+    ['blocks with one size', { quant_method: 'fp8', weight_block_size: [128] }, /weight_block_size \[128\]/],
+  ])('is rejected with %s: %j', async (name, quantization, message) => {
     const { folder } = await release(name, { block: [128, 128], quantization })
     await expect(DeepSeek.fromPretrained(folder)).rejects.toThrow(
       expect.objectContaining({ code: 'E_UNSUPPORTED', message: expect.stringMatching(message) }),
     )
   })
 
-  test('blocks of another size than in config.json are rejected, and nothing is leaked', async () => {
+  test('is rejected with blocks of another size than in config.json, without leaks', async () => {
     const { handles } = defaultBackend().stats()
     const quantization = { quant_method: 'fp8', weight_block_size: [64, 64] }
     const { folder } = await release('wrong', { block: [16, 16], quantization })

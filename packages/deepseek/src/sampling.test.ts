@@ -24,16 +24,16 @@ const rounded = (p: Float32Array) => Array.from(p, x => Math.round(1e6 * x) / 1e
 describe('the distribution of the next token', () => {
   // Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
   const logits = Float32Array.of(Math.log(2), Math.log(4), Math.log(1), Math.log(3))
-  const of = async ({ temperature = 1, ...options }: SamplingOptions) => {
+  const distribution = async ({ temperature = 1, ...options }: SamplingOptions) => {
     const p = restrict(await probabilities(logits, temperature), options)
     return rounded(p.map(x => x / total(p)))
   }
 
   test('follows the temperature', async () => {
-    expect(await of({})).toEqual([0.2, 0.4, 0.1, 0.3])
+    expect(await distribution({})).toEqual([0.2, 0.4, 0.1, 0.3])
     // Squared and normalized.
-    expect(await of({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
-    // Logits over such a temperature are beyond f32, their differences at most -Infinity.
+    expect(await distribution({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
+    // Logits divided by this temperature exceed f32.
     expect(
       rounded(
         await probabilities(
@@ -44,17 +44,17 @@ describe('the distribution of the next token', () => {
     ).toEqual([0, 1, 0, 0])
   })
 
-  test('topP keeps the smallest set that reaches it, minP what has that share of the likeliest', async () => {
-    expect(await of({ topP: 0.35 })).toEqual([0, 1, 0, 0])
-    expect(await of({ topP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
-    expect(await of({ topP: 0.85 })).toEqual([0.222222, 0.444444, 0, 0.333333])
-    expect(await of({ minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
-    expect(await of({ minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
+  test('topP keeps the smallest set with that probability, minP the tokens with that share of the most likely', async () => {
+    expect(await distribution({ topP: 0.35 })).toEqual([0, 1, 0, 0])
+    expect(await distribution({ topP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await distribution({ topP: 0.85 })).toEqual([0.222222, 0.444444, 0, 0.333333])
+    expect(await distribution({ minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await distribution({ minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
   })
 
   const restrictions: SamplingOptions[] = [{}, { topK: 3, topP: 0.6 }, { topK: 3, minP: 0.3 }]
   test.each(restrictions)(
-    'a drafted token is kept or replaced so that the result is distributed as without a draft: %o',
+    'verifyDraft accepts or replaces drafts so that tokens are distributed as without drafts: %o',
     async options => {
       const all = await probabilities(logits, 1)
       const p = restrict(all.slice(), options)
@@ -64,12 +64,13 @@ describe('the distribution of the next token', () => {
         const counts = [0, 0, 0, 0]
         let accepted = 0
         for (let i = 0; i < 20_000; i++) {
-          const made = verifyDraft(all.slice(), draft, options, random)
-          counts[made.token]++
-          if (made.accepted) accepted++
-          if (made.accepted !== (made.token === draft)) throw new Error(`${made.token} in place of ${draft}`)
+          const verified = verifyDraft(all.slice(), draft, options, random)
+          counts[verified.token]++
+          if (verified.accepted) accepted++
+          if (verified.accepted !== (verified.token === draft))
+            throw new Error(`${verified.token} in place of ${draft}`)
         }
-        // Four deviations of a share among 20,000 draws.
+        // Within four standard deviations of a share in 20,000 draws.
         for (const [i, n] of counts.entries()) {
           const share = p[i] / sum
           expect(Math.abs(n / 20_000 - share)).toBeLessThanOrEqual(4 * Math.sqrt((share * (1 - share)) / 20_000))
@@ -79,20 +80,20 @@ describe('the distribution of the next token', () => {
     },
   )
 
-  test('topK keeps the likeliest, of equals the first; topP is a share of what it leaves', async () => {
-    expect(await of({ topK: 1 })).toEqual([0, 1, 0, 0])
-    expect(await of({ topK: 3 })).toEqual([0.222222, 0.444444, 0, 0.333333])
-    expect(await of({ topK: 50 })).toEqual([0.2, 0.4, 0.1, 0.3])
+  test('topK keeps the most likely tokens, of equals the first, and topP is a share of the rest', async () => {
+    expect(await distribution({ topK: 1 })).toEqual([0, 1, 0, 0])
+    expect(await distribution({ topK: 3 })).toEqual([0.222222, 0.444444, 0, 0.333333])
+    expect(await distribution({ topK: 50 })).toEqual([0.2, 0.4, 0.1, 0.3])
     // 0.4 is less than half of all, and more than half of 0.4 and 0.3.
-    expect(await of({ topP: 0.5 })).toEqual([0, 0.571429, 0, 0.428571])
-    expect(await of({ topK: 2, topP: 0.5 })).toEqual([0, 1, 0, 0])
-    expect(await of({ topK: 3, minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await distribution({ topP: 0.5 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await distribution({ topK: 2, topP: 0.5 })).toEqual([0, 1, 0, 0])
+    expect(await distribution({ topK: 3, minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
     expect(rounded(restrict(Float32Array.of(1, 2, 2, 2, 1), { topK: 2 }))).toEqual([0, 2, 2, 0, 0])
     expect(rounded(restrict(Float32Array.of(1, 2, 2, 2, 1), { topK: 2, minP: 1 }))).toEqual([0, 2, 2, 0, 0])
     expect(rounded(restrict(Float32Array.of(1, 2, 0, 0, 0), { topK: 4 }))).toEqual([1, 2, 0, 0, 0])
   })
 
-  test('topP of many tokens is the same set as by sorting all of them, the first of equals', async () => {
+  test('topP and topK of many tokens keep the same set as after sorting all tokens', async () => {
     for (const [seed, spread] of [0.1, 1, 3, 12].entries()) {
       const random = new Random(seed)
       const many = random.normal(1000).map(x => Math.round(spread * 8 * x) / 8)
@@ -134,7 +135,7 @@ describe('the distribution of the next token', () => {
   })
 })
 
-describe('beside transformers (tools/reference/sampling.py)', async () => {
+describe('compared with transformers (tools/reference/sampling.py)', async () => {
   interface Fixture {
     prompt: number[]
     logits: number[]
@@ -144,7 +145,7 @@ describe('beside transformers (tools/reference/sampling.py)', async () => {
   const path = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
   const { prompt, logits, cases, texts }: Fixture = JSON.parse(await readFile(path('sampling.json'), 'utf8'))
 
-  test.each(cases)('draws from the same probabilities: $options', async ({ options, probabilities: expected }) => {
+  test.each(cases)('has the same probabilities: $options', async ({ options, probabilities: expected }) => {
     using scores = scope(() => scoresOf(tensor(logits), options))
     const penalized = processLogits((await scores.values()) as Float32Array, new Occurrences(prompt), options)
     const p = restrict(penalized as Float32Array, options)
@@ -154,16 +155,16 @@ describe('beside transformers (tools/reference/sampling.py)', async () => {
   })
 
   test.each(texts)(
-    'writes the same text under a penalty of $repetitionPenalty, with and without drafts',
+    'generates the same text with a repetition penalty of $repetitionPenalty, with and without drafts',
     async ({ made, repetitionPenalty }) => {
       const config = JSON.parse(await readFile(path('v3-mtp/config.json'), 'utf8'))
       const model = new DeepSeek({ ...config, eos_token_id: null }, { seed: null })
       await loadWeights(model, path('v3-mtp'))
       for (const speculative of [true, false]) {
-        const own: number[] = []
+        const ids: number[] = []
         const options = { maxTokens: made.length, repetitionPenalty, speculative }
-        for await (const id of model.generate(prompt, options)) own.push(id)
-        expect(own).toEqual(made)
+        for await (const id of model.generate(prompt, options)) ids.push(id)
+        expect(ids).toEqual(made)
       }
       model.dispose()
     },
@@ -177,7 +178,7 @@ describe('logit bias, frequency and presence penalties', () => {
     { frequencyPenalty: -0.3, presencePenalty: 1.2, logitBias: { 3: 1.5, 17: -100, 39: 0.25 } },
   ]
 
-  test('are those of the definition in the documentation of OpenAI', () => {
+  test("follow the definition in OpenAI's documentation", () => {
     const prompt = [5, 5, 9]
     const generated = [1, 4, 1, 9, 1, 4]
     const logits = new Random(3).normal(40)
@@ -197,7 +198,7 @@ describe('logit bias, frequency and presence penalties', () => {
     }
   })
 
-  test('the repetition penalty is applied between the bias and the other penalties, as in vLLM', () => {
+  test('apply before and after the repetition penalty, as in vLLM', () => {
     const occurrences = new Occurrences([0, 1])
     occurrences.add(1)
     const options = { temperature: 1, repetitionPenalty: 2, frequencyPenalty: 0.5, presencePenalty: 0.25 }
@@ -208,7 +209,7 @@ describe('logit bias, frequency and presence penalties', () => {
   })
 
   test.each([false, true])(
-    'each generated token is the most likely one under the log-probabilities of a scored text (drafts: %s)',
+    'choose the token with the highest adjusted log-probability of the scored text (drafts: %s)',
     async speculative => {
       const model = new DeepSeek(
         { ...tiny, num_nextn_predict_layers: 2, max_position_embeddings: 256, eos_token_id: null },
@@ -255,7 +256,7 @@ describe('logit bias, frequency and presence penalties', () => {
     },
   )
 
-  test('a bias that forces or excludes a token', async () => {
+  test('can force or exclude a token', async () => {
     const model = new DeepSeek({ ...tiny, eos_token_id: null }, { seed: 2 })
     const made = async (logitBias: Record<number, number>) => {
       const ids: number[] = []
@@ -269,7 +270,7 @@ describe('logit bias, frequency and presence penalties', () => {
   })
 })
 
-test('an abort between tokens ends generation and frees what it held', async () => {
+test('an abort between tokens ends generation and frees its memory', async () => {
   const handles = backend.stats().handles
   const model = new DeepSeek({
     ...presets.tiny,
@@ -291,7 +292,7 @@ test('an abort between tokens ends generation and frees what it held', async () 
   expect(backend.stats().handles).toBe(handles)
 })
 
-test('timers run between tokens, also on a backend that never waits, and can end generation', async () => {
+test('timers run between tokens, also on a synchronous backend, and can end generation', async () => {
   const model = new DeepSeek({
     ...presets.tiny,
     vocab_size: 32,
@@ -309,7 +310,7 @@ test('timers run between tokens, also on a backend that never waits, and can end
   model.dispose()
 })
 
-test('greedy: the most likely token, the lowest of equals; drafts are accepted if they equal it', async () => {
+test('greedy decoding chooses the most likely token, the lowest of equals, and accepts drafts that equal it', async () => {
   using best = scope(() => scoresOf(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]), {}))
   expect(best.shape).toEqual([2, 1])
   const [first, second] = await best.values()
@@ -321,9 +322,9 @@ test('greedy: the most likely token, the lowest of equals; drafts are accepted i
 })
 
 describe('a padded vocabulary', () => {
-  // Of 40 ids the tokenizer has text for 7: a random model makes others all the time.
+  // The tokenizer has 7 of the 40 ids, so that a random model would often generate others.
   const tokenizer = { vocabSize: 7, createDecodeStream: () => ({ push: (id: number) => `${id},`, end: () => '' }) }
-  const ways: TurnOptions[] = [
+  const samplings: TurnOptions[] = [
     {},
     { temperature: 1.5, seed: 1 },
     { temperature: 1.5, seed: 1, topK: 20, topP: 0.9 },
@@ -339,24 +340,24 @@ describe('a padded vocabulary', () => {
   const idsOf = async (text: AsyncIterable<string>) => (await read(text)).join('').split(',').slice(0, -1).map(Number)
 
   test.each([false, true])(
-    'ids without a text are not made, and are as likely as they are (drafts: %s)',
+    'ids without text are not generated, but log-probabilities include them (drafts: %s)',
     async speculative => {
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 2 })
       const session = model.session({ speculative })
       const batch = model.continuousBatch({ speculative })
       const turn = { maxTokens: 25, logProbs: 3 }
       const whole = batch.generate([3, 4], { ...turn, temperature: 1.5 })
-      const made = ways.map(way => batch.generate([1, 2], { ...way, ...turn, tokenizer }))
+      const made = samplings.map(sampling => batch.generate([1, 2], { ...sampling, ...turn, tokenizer }))
       const [together] = await Promise.all([Promise.all(made.map(idsOf)), read(whole)])
       expect(Math.max(...whole.logProbs.map(({ token }) => token))).toBeGreaterThan(6)
-      for (const [i, way] of ways.entries()) {
-        const alone = model.generate([1, 2], { ...way, ...turn, tokenizer, speculative })
+      for (const [i, sampling] of samplings.entries()) {
+        const alone = model.generate([1, 2], { ...sampling, ...turn, tokenizer, speculative })
         const ids = await idsOf(alone)
         expect(ids).toHaveLength(25)
         expect(Math.max(...ids)).toBeLessThan(7)
         expect(together[i]).toEqual(ids)
-        expect(await idsOf(session.generate([1, 2], { ...way, ...turn, tokenizer }))).toEqual(ids)
-        // By the logits of all.
+        expect(await idsOf(session.generate([1, 2], { ...sampling, ...turn, tokenizer }))).toEqual(ids)
+        // Log-probabilities are those over the complete vocabulary.
         const [scored] = await model.score([[1, 2, ...ids]], { top: 3 })
         for (const { logProbs } of [alone, made[i]]) {
           expect(logProbs.map(({ token, top }) => [token, top.map(({ token }) => token)])).toEqual(
@@ -374,8 +375,8 @@ describe('a padded vocabulary', () => {
   test('the most likely token with text is chosen', async () => {
     const model = new DeepSeek(tiny, { seed: 2 })
     const ids = await idsOf(model.generate([1, 2], { maxTokens: 1, tokenizer }))
-    const [told] = await model.score([[1, 2, 0]], { top: 40 })
-    expect(ids).toEqual([told[2]?.top.find(({ token }) => token < 7)?.token])
+    const [scored] = await model.score([[1, 2, 0]], { top: 40 })
+    expect(ids).toEqual([scored[2]?.top.find(({ token }) => token < 7)?.token])
     model.dispose()
   })
 })

@@ -17,7 +17,7 @@ async function read(text: Generation<number>): Promise<number[]> {
   return ids
 }
 
-/** Turns of a conversation: what is added to all before, and how the answer is made. */
+/** Turns of a conversation: the tokens added to all before, and the options of the answer. */
 const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [
   [[3, 7, 11, 2, 30], { maxTokens: 12 }],
   [[8], { maxTokens: 9, temperature: 0.9, seed: 4 }],
@@ -29,7 +29,7 @@ const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [
   [[9], { maxTokens: 12, frequencyPenalty: 0.9, presencePenalty: 0.5, logitBias: { 4: 2 } }],
 ]
 
-/** The answers of a session beside those of reading everything anew, and how many tokens were reused. */
+/** Generates the answers of a session, which must be those of generate(). Returns the lengths of prompts and the numbers of reused tokens. */
 async function converse(model: DeepSeek, options: SessionOptions = {}) {
   const session = model.session(options)
   const reused: number[] = []
@@ -48,19 +48,19 @@ async function converse(model: DeepSeek, options: SessionOptions = {}) {
   return { reused, prompts }
 }
 
-const arms: ReadonlyArray<readonly [name: string, config: object, options: SessionOptions]> = [
+const variants: ReadonlyArray<readonly [name: string, config: object, options: SessionOptions]> = [
   ['one token at a time', { num_nextn_predict_layers: 0 }, {}],
   ['drafts of one module', { num_nextn_predict_layers: 1 }, { speculative: true }],
   ['drafts of three modules', { num_nextn_predict_layers: 3 }, { speculative: true }],
-  ['modules that do not draft', { num_nextn_predict_layers: 2 }, {}],
+  ['modules without drafts', { num_nextn_predict_layers: 2 }, {}],
 ]
 
 describe.each([
   ['the reference backend', () => reference as Backend],
   ['a backend that records', () => native as Backend],
 ])('a conversation on %s', (_, of) => {
-  test.each(arms)(
-    '%s: says what it says when all is read anew, and reads what is new',
+  test.each(variants)(
+    '%s: gives the same answers as without a session, and processes only new tokens',
     async (_name, config, options) => {
       const backend = of()
       const { handles } = backend.stats()
@@ -69,7 +69,7 @@ describe.each([
       const depth = options.speculative ? model.mtp.length : 0
       expect(reused[0]).toBe(0)
       for (const [i, [added]] of turns.slice(1).entries()) {
-        // The last token was made and never read; modules see tokens ahead.
+        // The last generated token was not processed, and modules process tokens ahead.
         const before = prompts[i + 1] - added.length
         expect(reused[i + 1]).toBe(before - 1 - depth)
       }
@@ -83,70 +83,70 @@ describe('a session', () => {
   const config = { ...tiny, num_nextn_predict_layers: 2 }
   const prompt = [3, 7, 11, 2, 30, 4, 9]
 
-  /** Whether a text is that of a model that has read nothing before, with drafts that are as good. */
-  async function expectAsAnew(model: DeepSeek, session: Session, ids: readonly number[]) {
+  /** Expects a text, and the counts of its drafts, to be those of generate(). Returns the number of reused tokens. */
+  async function expectSameAsGenerate(model: DeepSeek, session: Session, ids: readonly number[]) {
     const text = session.generate(ids, { maxTokens: 10 })
-    const anew = model.generate(ids, { maxTokens: 10, speculative: true })
-    expect(await read(text)).toEqual(await read(anew))
-    expect(text.stats.accepted).toEqual(anew.stats.accepted)
-    expect(text.stats.drafted).toEqual(anew.stats.drafted)
+    const expected = model.generate(ids, { maxTokens: 10, speculative: true })
+    expect(await read(text)).toEqual(await read(expected))
+    expect(text.stats.accepted).toEqual(expected.stats.accepted)
+    expect(text.stats.drafted).toEqual(expected.stats.drafted)
     return text.stats.cachedTokens
   }
 
-  test('keeps what two prompts share, whatever follows', async () => {
+  test('reuses the common prefix of prompts', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
-    expect(await expectAsAnew(model, session, prompt)).toBe(0)
-    // The same again, one that is shorter, one that goes another way, and another altogether.
-    expect(await expectAsAnew(model, session, prompt)).toBe(prompt.length - 2)
-    expect(await expectAsAnew(model, session, prompt.slice(0, 4))).toBe(2)
-    expect(await expectAsAnew(model, session, [...prompt.slice(0, 4), 33, 34])).toBe(2)
-    expect(await expectAsAnew(model, session, [39, 1])).toBe(0)
+    expect(await expectSameAsGenerate(model, session, prompt)).toBe(0)
+    // The same prompt, a shorter one, one with another end, and one without a common prefix.
+    expect(await expectSameAsGenerate(model, session, prompt)).toBe(prompt.length - 2)
+    expect(await expectSameAsGenerate(model, session, prompt.slice(0, 4))).toBe(2)
+    expect(await expectSameAsGenerate(model, session, [...prompt.slice(0, 4), 33, 34])).toBe(2)
+    expect(await expectSameAsGenerate(model, session, [39, 1])).toBe(0)
     session.dispose()
     model.dispose()
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('continues after a stop, a reader that leaves, and an abort', async () => {
+  test('continues after a stop token, an abandoned text and an abort', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const whole = await read(model.generate(prompt, { maxTokens: 30, speculative: true }))
     const next = (n: number) => [...prompt, ...whole.slice(0, n), 13]
     for await (const _ of session.generate(prompt, { maxTokens: 30 })) break
-    expect(await expectAsAnew(model, session, next(1))).toBe(prompt.length - 2)
+    expect(await expectSameAsGenerate(model, session, next(1))).toBe(prompt.length - 2)
     await read(session.generate(prompt, { maxTokens: 30, stop: [whole[5]] }))
-    expect(await expectAsAnew(model, session, next(5))).toBeGreaterThanOrEqual(prompt.length + 2)
+    expect(await expectSameAsGenerate(model, session, next(5))).toBeGreaterThanOrEqual(prompt.length + 2)
     const abort = new AbortController()
     const seen: number[] = []
     const onToken = (id: number) => seen.push(id) === 6 && abort.abort()
     const aborted = session.generate(prompt, { maxTokens: 30, signal: abort.signal, onToken })
     await expect(read(aborted)).rejects.toMatchObject({ code: 'E_ABORTED' })
-    expect(await expectAsAnew(model, session, next(seen.length))).toBeGreaterThanOrEqual(prompt.length + 3)
+    expect(await expectSameAsGenerate(model, session, next(seen.length))).toBeGreaterThanOrEqual(prompt.length + 3)
     session.dispose()
     model.dispose()
     expect(reference.stats().handles).toBe(0)
   })
 
-  test('processes a long prompt in pieces, and everything again after a failure or with other weights', async () => {
+  test('processes a long prompt in pieces, and all tokens again after a failure or a change of weights', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     const long = Array.from({ length: 45 }, (_, i) => (i * 7) % 40)
     limits.prefillChunkSize = 10
     try {
-      expect(await expectAsAnew(model, session, long)).toBe(0)
-      expect(await expectAsAnew(model, session, [...long, ...long])).toBe(43)
+      expect(await expectSameAsGenerate(model, session, long)).toBe(0)
+      expect(await expectSameAsGenerate(model, session, [...long, ...long])).toBe(43)
     } finally {
       limits.prefillChunkSize = 2048
     }
     const onToken = () => {
-      throw new Error('the reader fails')
+      throw new Error('the listener fails')
     }
-    await expect(read(session.generate(long, { onToken }))).rejects.toThrow('the reader fails')
-    expect(await expectAsAnew(model, session, long)).toBe(0)
-    expect(await expectAsAnew(model, session, long)).toBe(43)
+    await expect(read(session.generate(long, { onToken }))).rejects.toThrow('the listener fails')
+    expect(await expectSameAsGenerate(model, session, long)).toBe(0)
+    expect(await expectSameAsGenerate(model, session, long)).toBe(43)
     const { parameter } = namedParameters(model)[0]
     parameter.assign(model.infer(() => parameter.mul(-1)))
-    expect(await expectAsAnew(model, session, long)).toBe(0)
+    expect(await expectSameAsGenerate(model, session, long)).toBe(0)
     session.dispose()
     model.dispose()
     expect(reference.stats().handles).toBe(0)
@@ -160,15 +160,15 @@ describe('a session', () => {
     await expect(read(session.generate(prompt))).rejects.toThrow(
       'another text of this session is being generated; read it',
     )
-    // The first one has not noticed.
+    // The first text is not affected.
     expect((await first.next()).done).toBe(false)
     await first.return?.()
-    expect(await expectAsAnew(model, session, prompt)).toBe(prompt.length - 2)
+    expect(await expectSameAsGenerate(model, session, prompt)).toBe(prompt.length - 2)
     session.dispose()
     model.dispose()
   })
 
-  test('frees everything if disposed while a reader never returns', async () => {
+  test('frees everything if disposed with an abandoned text', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     for (const taken of [1, 2, 5]) {
       const session = model.session({ speculative: true })
@@ -197,9 +197,9 @@ describe('a session', () => {
     const backend = of()
     const { handles } = backend.stats()
     const model = new DeepSeek(config, { seed: 5, backend })
-    // Absorbed weights are the model's.
+    // Absorbed weights belong to the model.
     await read(model.generate(prompt, { maxTokens: 30, speculative: true }))
-    const mine = backend.stats().handles
+    const handlesOfModel = backend.stats().handles
     const failure = expect.objectContaining({
       code: 'E_DISPOSED',
       message: expect.stringContaining('the session was disposed'),
@@ -212,20 +212,20 @@ describe('a session', () => {
       const rest = async () => {
         while (!(await text.next()).done);
       }
-      // Between two tokens, or so many turns of the event loop after the next was asked for.
+      // Between two tokens, or this number of turns of the event loop after the next one was requested.
       const reading = turns === 0 ? null : expect(rest()).rejects.toEqual(failure)
       for (let i = 1; i < turns; i++) await new Promise(setImmediate)
       session.dispose()
       session.dispose()
       await (reading ?? expect(rest()).rejects.toEqual(failure))
       expect(() => session.generate(prompt)).toThrow('the session was disposed; create another one')
-      expect(backend.stats().handles).toBe(mine)
+      expect(backend.stats().handles).toBe(handlesOfModel)
     }
     model.dispose()
     expect(backend.stats().handles).toBe(handles)
   })
 
-  test('reports that its model was disposed, and frees the rest', async () => {
+  test('fails if its model was disposed, and frees the rest', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     const session = model.session({ speculative: true })
     await read(session.generate(prompt, { maxTokens: 3 }))
@@ -242,11 +242,11 @@ describe.each([false, true])('at the end of the context, speculative: %s', specu
   const prompt = [5, 6, 7, 8, 9, 10, 11, 12]
 
   const makers = ['generate', 'session', 'continuousBatch'] as const
-  test.each(makers)('%s', async maker => {
+  test.each(makers)('%s ends the text', async maker => {
     const model = new DeepSeek(config, { seed: 2, backend: referenceBackend() })
-    const made = maker === 'generate' ? undefined : model[maker]({ speculative })
+    const generator = maker === 'generate' ? undefined : model[maker]({ speculative })
     const generate = (ids: number[], options: TurnOptions) =>
-      made ? made.generate(ids, options) : model.generate(ids, { ...options, speculative })
+      generator ? generator.generate(ids, options) : model.generate(ids, { ...options, speculative })
     const all: number[][] = []
     for (const maxTokens of [15, 16, 17, undefined]) {
       const text = generate(prompt, { maxTokens })
@@ -258,14 +258,14 @@ describe.each([false, true])('at the end of the context, speculative: %s', specu
     expect(all.map(ids => ids.length)).toEqual([15, 16, 16, 16])
     expect(all[0]).toEqual(all[1].slice(0, 15))
     expect(all[3]).toEqual(all[1])
-    const refused = { code: 'E_ATTR', message: expect.stringContaining("but the model's context is 24") }
+    const error = { code: 'E_ATTR', message: expect.stringContaining("but the model's context is 24") }
     const full = new Array<number>(context).fill(3)
-    expect(() => generate(full, {})).toThrow(expect.objectContaining(refused))
-    expect(() => generate([...full, 3], { maxTokens: 0 })).toThrow(expect.objectContaining(refused))
-    const told = generate(full, { maxTokens: 0, promptLogProbs: 0 })
-    for await (const _ of told) throw new Error('nothing is to be made')
-    expect(told.promptLogProbs).toHaveLength(context)
-    made?.dispose()
+    expect(() => generate(full, {})).toThrow(expect.objectContaining(error))
+    expect(() => generate([...full, 3], { maxTokens: 0 })).toThrow(expect.objectContaining(error))
+    const scored = generate(full, { maxTokens: 0, promptLogProbs: 0 })
+    for await (const _ of scored) throw new Error('a token was generated')
+    expect(scored.promptLogProbs).toHaveLength(context)
+    generator?.dispose()
     model.dispose()
   })
 })

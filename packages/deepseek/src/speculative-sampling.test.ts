@@ -1,4 +1,4 @@
-/** @file Speculative sampling draws from the same distribution. Hundreds of short runs: on the fastest backend there is. */
+/** @file Speculative sampling draws from the same distribution. Uses the fastest available backend for hundreds of short runs. */
 import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { expect, test } from 'vitest'
 import { DeepSeek, type GenerateOptions } from './index.ts'
@@ -11,21 +11,21 @@ const prompt = [3, 7, 11, 2, 30]
 test.each<GenerateOptions>([
   { temperature: 1.3 },
   { temperature: 1.3, topK: 12, topP: 0.9, minP: 0.02, repetitionPenalty: 1.4 },
-  // Strong, since only two tokens precede the compared one; the bias makes repetitions likely.
+  // Strong penalties, because only two generated tokens precede the compared one. The bias makes repetitions likely.
   { temperature: 1.3, frequencyPenalty: 1.2, presencePenalty: 1.5, logitBias: { 5: 3, 8: 3 } },
-])('sampling is repeatable by seed, and speculative sampling has the same distribution: %o', async sampling => {
+])('sampling is reproducible by seed, and speculative sampling has the same distribution: %o', async sampling => {
   const model = new DeepSeek(tiny, { seed: 2 })
   let accepted = 0
   const first = async (options: GenerateOptions) => {
-    const made: number[] = []
+    const ids: number[] = []
     const text = model.generate(prompt, { maxTokens: 3, ...sampling, ...options })
-    for await (const id of text) made.push(id)
+    for await (const id of text) ids.push(id)
     for (const n of text.stats.accepted) accepted += n
-    return made
+    return ids
   }
   for (const speculative of [false, true])
     expect(await first({ seed: 5, speculative })).toEqual(await first({ seed: 5, speculative }))
-  // Third tokens pass through acceptance; compare histograms over seeds by total variation.
+  // The third token depends on the acceptance of drafts. Compare its histograms over seeds.
   const runs = 250
   const histogram = async (speculative: boolean, offset: number) => {
     const counts = new Float64Array(40)
@@ -36,11 +36,11 @@ test.each<GenerateOptions>([
     const counts = new Float64Array(40)
     const batch = model.continuousBatch({ maxTexts: 16, speculative: true })
     const third = async (seed: number) => {
-      const made: number[] = []
+      const ids: number[] = []
       const text = batch.generate(prompt, { maxTokens: 3, ...sampling, seed: seed + offset })
-      for await (const id of text) made.push(id)
+      for await (const id of text) ids.push(id)
       for (const n of text.stats.accepted) accepted += n
-      counts[made[2]]++
+      counts[ids[2]]++
     }
     await Promise.all(Array.from({ length: runs }, (_, seed) => third(seed)))
     batch.dispose()
@@ -54,7 +54,7 @@ test.each<GenerateOptions>([
       (sum, n, i) => (n + counts[i] === 0 ? sum : sum + (n - counts[i]) ** 2 / (n + counts[i])),
       0,
     )
-    // Chi-squared with at most 39 degrees of freedom: above 72.1 once in a thousand.
+    // Chi-squared with at most 39 degrees of freedom exceeds 72.1 once in a thousand.
     expect(chi).toBeLessThan(72.1)
     expect(accepted).toBeGreaterThan(0)
   }

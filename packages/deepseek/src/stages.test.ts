@@ -1,4 +1,4 @@
-/** @file Where a model is cut, and that its stages together are its loss. By schedules and on several ranks: `@moe/parallel`. */
+/** @file The split of a model into stages, and the loss of all stages. `@moe/parallel` tests schedules on several ranks. */
 import { backward, dispatchPlan, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
@@ -23,49 +23,49 @@ const newModel = () =>
 const rows = {
   tokens: Int32Array.from({ length: 16 }, (_, i) => (5 * i + i * i) % 40),
   documents: Int32Array.from({ length: 16 }, (_, i) => (i > 12 ? -1 : i >> 3)),
-  // From the fourth place on, tokens do not see those before it.
+  // From position 4 on, tokens do not attend to positions before it.
   starts: Int32Array.from({ length: 16 }, (_, i) => (i % 8 < 4 ? 0 : 4)),
   rows: 2,
   length: 8,
 }
 
-/** All ways to cut a row of so many costs. */
-function* cuts(costs: number, runs: number, from = 0): Generator<number[]> {
+/** All partitions of a list of costs into runs, as the start of each. */
+function* partitions(costs: number, runs: number, from = 0): Generator<number[]> {
   if (runs === 1) yield [from]
   else
     for (let next = from + 1; next <= costs - runs + 1; next++)
-      for (const rest of cuts(costs, runs - 1, next)) yield [from, ...rest]
+      for (const rest of partitions(costs, runs - 1, next)) yield [from, ...rest]
 }
 
-test('runs are as balanced as any partition', () => {
+test('balancedRuns returns the most balanced partition', () => {
   const random = new Random(1)
   for (let trial = 0; trial < 300; trial++) {
     const costs = Array.from({ length: 1 + random.integer(8) }, () => random.integer(20))
     const runs = 1 + random.integer(costs.length)
-    const judge = (starts: readonly number[]) => {
+    const imbalance = (starts: readonly number[]) => {
       const sums = starts.map((start, n) => costs.slice(start, starts[n + 1]).reduce((sum, cost) => sum + cost, 0))
       return [Math.max(...sums), sums.reduce((total, sum) => total + sum * sum, 0)]
     }
-    const [best] = [...cuts(costs.length, runs)].map(judge).sort(([a, b], [c, d]) => a - c || b - d)
+    const [best] = [...partitions(costs.length, runs)].map(imbalance).sort(([a, b], [c, d]) => a - c || b - d)
     const found = balancedRuns(costs, runs)
     expect(new Set(found).size).toBe(runs)
-    expect(judge(found)).toEqual(best)
+    expect(imbalance(found)).toEqual(best)
   }
 })
 
-const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
+const runner: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
 
 const weights = Float32Array.from({ length: 16 }, (_, i) => Math.sin(i) * 2)
 
 test.each(
   [1, 2, 4, 6].flatMap(stages =>
-    ['', ', in pieces that are not cut apart,'].flatMap(pieces => [
+    ['', ' in pieces'].flatMap(pieces => [
       [stages, pieces, 'rows', rows] as const,
       [stages, pieces, 'rows with weights', { ...rows, weights }] as const,
     ]),
   ),
 )(
-  '%i stages one behind the other%s have the loss, the metrics and the gradients of the model for %s',
+  '%i stages%s in sequence give the loss, metrics and gradients of the model for %s',
   async (stages, pieces, _, rows) => {
     const [whole, model] = [newModel(), newModel()]
     const expected = whole.loss(rows)
@@ -73,34 +73,34 @@ test.each(
       nll,
       metrics: { mtp, balance },
     } = expected as DeepSeekLoss & { metrics: Record<'mtp' | 'balance', Tensor> }
-    const cut = model.inStages(stages)
+    const split = model.inStages(stages)
     let x: Tensor | null = null
     const losses: Tensor[] = []
     const metrics: Record<string, number> = {}
-    const asked: number[] = []
-    for (const [n, stage] of cut.step([rows]).stages.entries()) {
+    const routed: number[] = []
+    for (const [n, stage] of split.step([rows]).stages.entries()) {
       const route: RouteTokens = async (layer, { x, weights, indices }) => {
-        asked.push(layer)
+        routed.push(layer)
         return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
       }
-      const part: StageResult = await (pieces === '' ? stage.forward(x, 0) : stage.inPieces(x, 0, together, route))
+      const part: StageResult = await (pieces === '' ? stage.forward(x, 0) : stage.inPieces(x, 0, runner, route))
       expect(part.output === undefined).toBe(n === stages - 1)
       x = part.output ?? null
       losses.push(...part.losses)
       for (const [name, value] of Object.entries(part.metrics))
         metrics[name] = (metrics[name] ?? 0) + (await value.item())
     }
-    expect(asked).toEqual(pieces === '' ? [] : [0, 1, 2, 3])
+    expect(routed).toEqual(pieces === '' ? [] : [0, 1, 2, 3])
     const loss = losses.reduce((sum, part) => sum.add(part))
     const numbers: Record<string, number> = { loss: await loss.item(), ...metrics }
-    const wanted: Record<string, number> = {
+    const expectedNumbers: Record<string, number> = {
       loss: await expected.loss.item(),
       nll: (await nll.item()) / expected.count,
       mtp: await mtp.item(),
       balance: await balance.item(),
     }
-    expect(Object.keys(numbers).sort()).toEqual(Object.keys(wanted).sort())
-    for (const name of ['loss', 'nll', 'mtp', 'balance']) assertClose(name, [numbers[name]], [wanted[name]])
+    expect(Object.keys(numbers).sort()).toEqual(Object.keys(expectedNumbers).sort())
+    for (const name of ['loss', 'nll', 'mtp', 'balance']) assertClose(name, [numbers[name]], [expectedNumbers[name]])
     backward(loss)
     backward(expected.loss)
     const gradients = namedParameters(model)
@@ -113,7 +113,7 @@ test.each(
   },
 )
 
-test('all parameters are in a stage, shared ones in all that use them', () => {
+test('each parameter is in one stage, except shared ones, which are in each stage that uses them', () => {
   const model = newModel()
   const { parameters } = model.inStages(6)
   const stagesOf = (name: string) =>
@@ -128,13 +128,13 @@ test('all parameters are in a stage, shared ones in all that use them', () => {
   expect(stagesOf('model.layers.4.eh_proj.weight')).toEqual([5])
 })
 
-test('costs: what a token multiplies with, and the scores of attention', () => {
+test('costs are the active parameters per token, and the scores of attention', () => {
   const config = parseConfig({ ...presets.tiny, num_hidden_layers: 4, num_nextn_predict_layers: 0 })
   const model = new DeepSeek(config, { seed: null })
   const sum = (costs: readonly number[]) => costs.reduce((total, cost) => total + cost, 0)
   const short = sum(model.inStages(3, { sequenceLength: 0 }).costs)
   const { activeWithoutEmbedding, moe } = countParameters(config)
-  // But for norms and selection biases.
+  // Except norms and selection biases.
   expect(Math.abs(short / activeWithoutEmbedding - 1)).toBeLessThan(0.01)
   expect(moe).toBeGreaterThan(0)
   const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
@@ -158,10 +158,10 @@ test('invalid options are rejected, and the digest depends on all micro-batches'
     expect(() => model.inStages(2, { sequenceLength })).toThrow(
       `sequenceLength = ${sequenceLength}, expected a number of positions`,
     )
-  const cut = model.inStages(2)
+  const split = model.inStages(2)
   const changed = (key: 'tokens' | 'documents', at: number) => ({ ...rows, [key]: rows[key].with(at, 30) })
   const steps = [[rows], [rows, rows], [changed('tokens', 0)], [changed('documents', 15)], [changed('tokens', 1), rows]]
-  const digests = [...steps, [rows, changed('tokens', 1)]].map(step => cut.step(step).digest)
+  const digests = [...steps, [rows, changed('tokens', 1)]].map(step => split.step(step).digest)
   expect(new Set(digests).size).toBe(digests.length)
   expect(newModel().inStages(3).step([rows]).digest).toBe(digests[0])
   for (const digest of digests) expect(digest | 0).toBe(digest)

@@ -22,7 +22,7 @@ export const tiny = {
   bos_token_id: null,
 } satisfies DeepSeekConfigInput
 
-/** Makes the predictions of the model and its MTP modules depend mainly on the last token. As after training, some drafts are then accepted and some are not. */
+/** Changes weights so that predictions of the model and its MTP modules depend mainly on the last token. As after training, some drafts are then accepted and some are not. */
 export function makeDraftsAgree(model: DeepSeek): void {
   const { hidden_size: size } = model.config
   const first = Array.from({ length: 2 * size * size }, (_, i) =>

@@ -33,7 +33,7 @@ const newRows = () => ({
 })
 const batches = [newRows(), newRows()]
 
-/** Losses of single batches, two to a step, and the choices that the first layer kept in each step. */
+/** The losses of the batches, two per step, and the number of choices that the first layer kept in each step. */
 async function run(options: DeepSeekOptions['dropping'], steps: number, { start = 0, training = true } = {}) {
   const model = new DeepSeek(config, { seed: 8, dropping: options, objective: { biasSpeed: 0 } })
   model.step = start
@@ -48,26 +48,26 @@ async function run(options: DeepSeekOptions['dropping'], steps: number, { start 
   return { losses, kept }
 }
 
-test("V2's token dropping: in training only, and not in sequences that are spared", async () => {
+test("V2's token dropping applies only in training, and not to undropped sequences", async () => {
   const dropping = { devices: 2, capacity_factor: 0.5 }
   const free = await run(undefined, 1)
   expect((await run({ ...dropping, undropped: 1 }, 1)).losses).toEqual(free.losses)
   const none = await run({ ...dropping, undropped: 0 }, 1)
   expect(none.losses[0]).not.toBe(free.losses[0])
-  // Two batches of 16 x 4 positions with 2 choices; each device keeps half of its even share.
+  // Two batches of 16 x 4 positions with 2 choices. Each device keeps half of its balanced share.
   expect(none.kept).toEqual([2 * 0.5 * 16 * 4 * 2])
   const evaluated = await run({ ...dropping, undropped: 0 }, 1, { training: false })
   expect(evaluated.losses).toEqual((await run(undefined, 1, { training: false })).losses)
   expect(evaluated.kept).toEqual([Number.NaN])
 })
 
-test('undropped sequences depend on seed, step and tokens, so that a resumed run draws the same', async () => {
+test('undropped sequences depend on seed, step and tokens only, so that a resumed run selects the same', async () => {
   const dropping = { devices: 2, capacity_factor: 0.5, undropped: 0.5 }
-  const whole = await run(dropping, 3)
-  expect(new Set(whole.losses).size).toBe(6)
-  expect(await run(dropping, 3)).toEqual(whole)
-  expect((await run(dropping, 1, { start: 2 })).losses).toEqual(whole.losses.slice(4))
-  // By default a tenth: of 20 batches of 16 sequences, 32 give or take four deviations.
+  const uninterrupted = await run(dropping, 3)
+  expect(new Set(uninterrupted.losses).size).toBe(6)
+  expect(await run(dropping, 3)).toEqual(uninterrupted)
+  expect((await run(dropping, 1, { start: 2 })).losses).toEqual(uninterrupted.losses.slice(4))
+  // By default a tenth is undropped: 32 of 20 batches of 16 sequences, within four standard deviations.
   const model = new DeepSeek(config, { seed: 1, dropping: { devices: 2, capacity_factor: 1e-9 } })
   const [layer] = model.moeLayers
   const counts = [0]
@@ -75,10 +75,10 @@ test('undropped sequences depend on seed, step and tokens, so that a resumed run
     scope(() => model.loss(newRows()))
     counts.push((await layer.kept?.values())?.[0] as number)
   }
-  // Batches of one step are drawn by what is in them.
+  // The numbers differ between the batches of one step, because they depend on the tokens.
   expect(new Set(counts.slice(1).map((kept, i) => Math.floor((kept - counts[i]) / 8))).size).toBeGreaterThan(2)
   const kept = counts[20]
-  // A spared sequence keeps its 8 choices; a device otherwise one, unless a spared one has taken it.
+  // An undropped sequence keeps its 8 choices. Otherwise a device keeps one, unless undropped sequences use its budget.
   expect(kept / 8).toBeGreaterThan(32 - 4 * Math.sqrt(320 * 0.1 * 0.9))
   expect(kept / 8).toBeLessThan(32 + 4 * Math.sqrt(320 * 0.1 * 0.9) + 5)
   model.dispose()

@@ -34,14 +34,14 @@ interface Expected {
 
 const floats = async (file: TensorSource, key: string) => (await file.read(key)).data as Float32Array
 
-/** Training rows of the fixture's ids: all positions are trained on; labels of -100 stand at the end of rows. */
+/** Training rows of the fixture's ids. Positions with the label -100, at the end of rows, have no loss. */
 async function rowsOf(file: TensorSource, lookahead: number) {
   const ids = await file.read('input_ids')
   const labels = (await file.read('labels')).data as Int32Array
   const [rows, time] = ids.shape
   const length = time + lookahead
   const tokens = new Int32Array(rows * length)
-  // Whatever carries no label is a document of its own, so that no position of it has a target.
+  // Each position without a label is a separate document, so that it has no target.
   const documents = Int32Array.from({ length: rows * length }, (_, i) => i + 1)
   for (let row = 0; row < rows; row++) {
     for (let t = 0; t < time; t++) {
@@ -96,25 +96,25 @@ for (const name of [
       return { file, model }
     }
 
-    test('logits', async () => {
+    test('the logits are the same', async () => {
       const { file, model } = await open()
       const ids = await file.read('input_ids')
       const logits = model.infer(() => model.forward(fromHost(ids.data as Int32Array, ids.shape, 'i32')))
-      const own = await logits.values()
-      const theirs = await floats(file, 'logits')
-      // Padded positions see each other differently; they mean nothing.
+      const actual = await logits.values()
+      const expectedLogits = await floats(file, 'logits')
+      // Padded positions attend to different tokens, and their logits are not used.
       const labels = (await file.read('labels')).data as Int32Array
       const vocabulary = model.config.vocab_size
       for (let at = 0; at < labels.length; at++) {
         if (name.endsWith('padding') && labels[at] === -100) continue
         const range = [at * vocabulary, (at + 1) * vocabulary] as const
-        assertClose(`position ${at}`, own.subarray(...range), theirs.subarray(...range), tolerance)
+        assertClose(`position ${at}`, actual.subarray(...range), expectedLogits.subarray(...range), tolerance)
       }
       await file.close()
       model.dispose()
     })
 
-    test('loss, every gradient, ten AdamW steps', async () => {
+    test('the loss, all gradients and the losses of ten AdamW steps are the same', async () => {
       const { file, model } = await open()
       const rows = await rowsOf(file, model.lookahead)
       const { lr, betas, eps, weightDecay, clipNorm, losses } = expected.adamw

@@ -1,4 +1,4 @@
-/** @file The loss of rows whose tokens have weights: what it is, and what it does not reach. */
+/** @file The loss of rows with weighted tokens, its gradients, and the parts that weights do not affect. */
 import { backward, namedParameters, noGrad, setDefaultBackend, tensor, zeroGrad } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
@@ -53,26 +53,26 @@ describe('weights of tokens', () => {
     expect(await weighted.nlls.values()).toEqual(nlls)
     const mtp = await weighted.metrics['mtp'].item()
     expect(mtp).toBe(await plain.metrics['mtp'].item())
-    // In a pass that measures, too.
+    // Also in evaluation.
     expect(await model.loss(rows, { training: false }).nlls.values()).toEqual(nlls)
   })
 
   test('give the gradient of the weighted loss', async ({ skip }) => {
     const model = make({ mtpWeight: 0 })
-    skip(namedParameters(model)[0].parameter.backend.name !== 'reference', 'differences want f64')
+    skip(namedParameters(model)[0].parameter.backend.name !== 'reference', 'finite differences need f64')
     const gradients = await gradientsOf(model, weights)
     const lossAt = () => noGrad(() => model.loss({ ...rows, weights }).loss).item()
     for (const { name, parameter } of namedParameters(model)) {
-      // MTP modules lose nothing here, and selection biases choose.
+      // MTP modules and selection biases have no gradient here.
       if (!parameter.trainable || name.startsWith('model.layers.2.')) continue
-      const given = await parameter.values()
+      const original = await parameter.values()
       const gradient = gradients.get(name) ?? []
       const at = Array.from(gradient, Math.abs).reduce((best, x, i, all) => (x > Math.abs(all[best]) ? i : best), 0)
       const moved = async (h: number) => {
         noGrad(() =>
           parameter.assign(
             tensor(
-              given.map((x, i) => (i === at ? x + h : x)),
+              original.map((x, i) => (i === at ? x + h : x)),
               parameter.shape,
             ),
           ),

@@ -17,7 +17,7 @@ const folder = await mkdtemp(join(tmpdir(), 'moe-export-'))
 afterAll(() => rm(folder, { recursive: true }))
 const tokenizer = tokenizerWith('deepseek-v3')
 
-/** Keys of an architecture as plain values. */
+/** The metadata of an architecture as plain values, without its prefix. */
 const keysOf = (config: DeepSeekConfigInput) =>
   Object.fromEntries(
     Object.entries(architectureOf(parseConfig(config)).metadata).map(([key, { value }]) => [
@@ -26,7 +26,7 @@ const keysOf = (config: DeepSeekConfigInput) =>
     ]),
   )
 
-describe('keys', () => {
+describe('metadata', () => {
   test('of DeepSeek-V3', () => {
     const { name, notes } = architectureOf(parseConfig(presets['deepseek-v3']))
     expect(name).toBe('deepseek2')
@@ -67,7 +67,7 @@ describe('keys', () => {
     })
   })
 
-  test('of V2-Lite: no rank of queries, no groups, softmax, its temperature', () => {
+  test('of V2-Lite has softmax scores, but no query rank and groups', () => {
     const keys = keysOf(presets['deepseek-v2-lite'])
     expect(keys).toMatchObject({ expert_gating_func: 1, expert_weights_norm: false, expert_shared_count: 2 })
     expect(keys['rope.scaling.yarn_log_multiplier']).toBeCloseTo(0.0707, 12)
@@ -76,7 +76,7 @@ describe('keys', () => {
     }
   })
 
-  test('of GLM-4.7-Flash: those of its published files', () => {
+  test('of GLM-4.7-Flash equals that of its published files', () => {
     const { name, notes } = architectureOf(parseConfig(presets['glm-4.7-flash']))
     expect(name).toBe('deepseek2')
     expect(notes.join()).toMatch(/rms_norm_eps = 0.00001 instead of 1e-6,the MTP modules/)
@@ -104,7 +104,7 @@ describe('keys', () => {
     })
   })
 
-  test('of Youtu-LLM-2B: all layers are dense', () => {
+  test('of Youtu-LLM-2B has only dense layers', () => {
     const keys = keysOf(presets['youtu-llm-2b'])
     expect(keys).toMatchObject({
       leading_dense_block_count: 32,
@@ -132,7 +132,7 @@ describe('keys', () => {
     })
   })
 
-  test('notes name the differences of llama.cpp', () => {
+  test('has notes on differences of llama.cpp', () => {
     const notes = (config: DeepSeekConfigInput) => architectureOf(parseConfig(config)).notes.join('\n')
     expect(notes(presets['deepseek-v2'])).toMatch(/by its best two, V2 by its best one/)
     expect(notes(presets['moonlight-16b-a3b'])).toMatch(/rms_norm_eps = 0.00001 instead of 1e-6/)
@@ -143,13 +143,13 @@ describe('keys', () => {
     [{ ...cases.v3, num_hidden_layers: 27 }, /llama.cpp loads models of 27 layers as V2-Lite/],
     [{ ...cases.v3, n_group: 16, topk_group: 8 }, /scores a group by two experts/],
     [{ ...cases.v3, rope_scaling: { type: 'yarn', factor: 0.5 } }, /factor above 1/],
-  ])('models that llama.cpp cannot load are rejected', (config, message) => {
+  ])('rejects models that llama.cpp cannot load (%#)', (config, message) => {
     expect(() => architectureOf(parseConfig(config))).toThrow(message)
   })
 })
 
 describe('tensors', () => {
-  test('from a folder are those of the model in memory', async () => {
+  test('exported from a folder equal those exported from memory', async () => {
     const model = modelOf(cases.v3)
     const saved = join(folder, 'saved')
     await model.save(saved)
@@ -207,12 +207,12 @@ describe('tensors', () => {
     expect([...file.tensors.keys()].some(name => name.startsWith('blk.3'))).toBe(false)
   })
 
-  test('with rotated halves are reordered into pairs', async () => {
+  test('with RoPE on halves are reordered into pairs', async () => {
     const llama = modelOf(cases.llama)
     const path = join(folder, 'halves.gguf')
     await exportGguf(llama, path, { type: 'f32', tokenizer })
     await using file = await readGguf(path)
-    const theirs = await file.readF32('blk.0.attn_k.weight')
+    const exported = await file.readF32('blk.0.attn_k.weight')
     const ours = await (
       llama.decoder[0].self_attn as unknown as { k_proj: { weight: { data(): Promise<Float32Array> } } }
     ).k_proj.weight.data()
@@ -222,12 +222,12 @@ describe('tensors', () => {
       [0, 1],
       [7, 1],
     ]) {
-      expect(row(theirs, 32 + 2 * pair + side)).toEqual(row(ours, 32 + 16 * side + pair))
+      expect(row(exported, 32 + 2 * pair + side)).toEqual(row(ours, 32 + 16 * side + pair))
     }
     llama.dispose()
   })
 
-  test('have the requested type if their rows are whole blocks; norms and gates stay f32', async () => {
+  test('have the requested type if their rows are complete blocks, except norms and gates, which stay f32', async () => {
     const model = modelOf({ ...cases.v3, tie_word_embeddings: true, n_shared_experts: 0 })
     const path = join(folder, 'types.gguf')
     await exportGguf(model, path, { type: 'q4_0', tokenizer })
@@ -239,7 +239,7 @@ describe('tensors', () => {
     expect(type('blk.1.ffn_gate_inp.weight')).toBe('f32')
     expect(type('output.weight')).toBe(undefined)
     expect(file.metadata.get('general.file_type')?.value).toBe(2)
-    // A shared expert that adds nothing.
+    // llama.cpp requires a shared expert, so one of zeros is added.
     expect(file.metadata.get('deepseek2.expert_shared_count')?.value).toBe(1)
     expect((await file.readF32('blk.1.ffn_up_shexp.weight')).every(x => x === 0)).toBe(true)
     const odd = modelOf({ ...cases.v3, moe_intermediate_size: 40 })
@@ -251,7 +251,7 @@ describe('tensors', () => {
     expect(other.tensors.get('blk.1.ffn_up_exps.weight')?.type).toBe('q8_0')
   })
 
-  test('an unknown type is rejected before anything is read', async () => {
+  test('an unknown type is rejected before the model is read', async () => {
     await expect(exportGguf('nowhere', 'nowhere.gguf', { type: 'q5' as 'q8_0' })).rejects.toMatchObject({
       code: 'E_CONFIG',
       message: 'exportGguf: unknown type "q5"; pass one of f32, f16, q4_0, q8_0, bf16',

@@ -1,4 +1,4 @@
-// llama.cpp itself as judge. Runs where it is installed: npm install --prefix bench/peers/llama-cpp
+// Compares with llama.cpp, if it is installed: npm install --prefix bench/peers/llama-cpp
 import { execFile } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
@@ -22,7 +22,7 @@ const folder = await mkdtemp(join(tmpdir(), 'moe-llama-cpp-'))
 afterAll(() => rm(folder, { recursive: true }))
 const ids = Array.from({ length: 48 }, (_, i) => (7 + 31 * i) % 280)
 
-/** What a script beside llama.cpp answers about a file. */
+/** Runs a script in the folder of llama.cpp on a file, and returns its output. */
 async function ask<T>(script: string, path: string, question: unknown): Promise<T> {
   const args = [join(peer, script), path, JSON.stringify(question)]
   const { stdout } = await promisify(execFile)(process.execPath, args, { maxBuffer: 2 ** 28 })
@@ -31,7 +31,7 @@ async function ask<T>(script: string, path: string, question: unknown): Promise<
 
 // Reason to skip: llama.cpp is not installed here.
 describe.skipIf(!existsSync(join(peer, 'node_modules/node-llama-cpp')))('llama.cpp', () => {
-  /** Root mean square of the difference between its logits and ours, as a share of that of the logits. */
+  /** The root mean square difference between the logits of llama.cpp and ours, relative to that of the logits. */
   async function difference(config: DeepSeekConfigInput, type: GgufEncoding): Promise<number> {
     const model = modelOf(config)
     const path = join(folder, 'model.gguf')
@@ -39,10 +39,10 @@ describe.skipIf(!existsSync(join(peer, 'node_modules/node-llama-cpp')))('llama.c
     using ours = model.infer(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length])))
     const values = (await ours.values()) as Float32Array
     model.dispose()
-    const theirs = await ask<number[][]>('logits.mjs', path, ids)
-    expect(theirs).toHaveLength(ids.length)
+    const expected = await ask<number[][]>('logits.mjs', path, ids)
+    expect(expected).toHaveLength(ids.length)
     const square = (sum: number, x: number) => sum + x * x
-    const error = theirs.flat().map((x, i) => x - values[i])
+    const error = expected.flat().map((x, i) => x - values[i])
     return Math.sqrt(error.reduce(square, 0) / values.reduce(square, 0))
   }
 
@@ -50,7 +50,7 @@ describe.skipIf(!existsSync(join(peer, 'node_modules/node-llama-cpp')))('llama.c
     expect(await difference(config, 'f32')).toBeLessThan(2e-6)
   })
 
-  // Without experts: a choice that tips over is no matter of precision.
+  // Without experts, because a changed choice of experts would change logits beyond the precision.
   test.each<[GgufEncoding, number]>([
     ['f16', 3e-3],
     ['bf16', 2e-2],
@@ -62,7 +62,7 @@ describe.skipIf(!existsSync(join(peer, 'node_modules/node-llama-cpp')))('llama.c
   })
 
   test.each<PreTokenizerName>(['deepseek-v3', 'deepseek-llm', 'gpt2', 'cl100k', 'o200k', 'qwen2'])(
-    'makes the same ids of texts: %s',
+    'tokenizes texts to the same ids: %s',
     async name => {
       const tokenizer = tokenizerWith(name)
       const model = modelOf(cases.llama)

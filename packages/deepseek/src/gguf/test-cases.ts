@@ -86,7 +86,7 @@ export const cases = {
   'V3 with YaRN': { ...v3, rope_scaling: { ...yarn, mscale: 1, mscale_all_dim: 1 } },
   'V3 with YaRN without score scaling': { ...v3, rope_scaling: yarn },
   'V3 with YaRN of two temperatures': { ...v3, rope_scaling: { ...yarn, mscale: 1, mscale_all_dim: 0.5 } },
-  'V3 that rotates halves': { ...v3, rope_interleave: false },
+  'V3 with RoPE on halves': { ...v3, rope_interleave: false },
   'V3 without compressed queries': { ...v3, q_lora_rank: null },
   'V3 without shared experts': { ...v3, n_shared_experts: 0 },
   'V3 with tied embeddings': { ...v3, tie_word_embeddings: true },

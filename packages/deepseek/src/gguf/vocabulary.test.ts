@@ -14,16 +14,16 @@ const values = (files: Parameters<typeof vocabularyOf>[1], of = config) =>
   )
 
 describe('a vocabulary', () => {
-  test('has every token, its kind, merges and special ids', () => {
+  test('contains all tokens with their types, merges and special ids', () => {
     const found = values({ tokenizer: json })
     const tokens = found['ggml.tokens'] as string[]
-    const kinds = found['ggml.token_type'] as Int32Array
+    const types = found['ggml.token_type'] as Int32Array
     expect(tokens.length).toBe(320)
     expect(tokens.slice(0, tokenizer.vocabSize)).toEqual(
       Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.idToToken(id)),
     )
     expect(tokens[319]).toBe('[PAD319]')
-    expect([kinds[0], kinds[1], kinds[2], kinds[319]]).toEqual([3, 3, 1, 5])
+    expect([types[0], types[1], types[2], types[319]]).toEqual([3, 3, 1, 5])
     expect(found['ggml.merges']).toHaveLength(tokenizer.mergeCount)
     expect(found).toMatchObject({
       'ggml.model': 'gpt2',
@@ -34,7 +34,7 @@ describe('a vocabulary', () => {
     for (const merge of found['ggml.merges'] as string[]) expect(merge).toMatch(/^[^ ]+ [^ ]+$/)
   })
 
-  test('says which token ends a turn, when text starts with a special one, and how to chat', () => {
+  test('contains the tokens that end turns, whether a begin token is added, and the chat template', () => {
     const template = {
       type: 'TemplateProcessing',
       single: [{ SpecialToken: { id: '<|begin|>', type_id: 0 } }],
@@ -67,22 +67,22 @@ describe('a vocabulary', () => {
     ['cl100k', 'dbrx'],
     ['o200k', 'gpt-4o'],
     ['qwen2', 'qwen2'],
-  ])('with the pre-tokenizer %s is %s to llama.cpp', (name, theirs) => {
-    expect(values({ tokenizer: tokenizerWith(name).toJSON() })['ggml.pre']).toBe(theirs)
+  ])('with the pre-tokenizer %s has the name %s in llama.cpp', (name, nameInLlamaCpp) => {
+    expect(values({ tokenizer: tokenizerWith(name).toJSON() })['ggml.pre']).toBe(nameInLlamaCpp)
   })
 
-  test('of Llama 3 keeps pieces whole that are tokens', () => {
+  test('of Llama 3, which ignores merges for pieces that are tokens, has the name llama-bpe', () => {
     const llama3 = tokenizerWith('cl100k').toJSON() as { model: object }
     const tokenizer = { ...llama3, model: { ...llama3.model, ignore_merges: true } }
     expect(values({ tokenizer })['ggml.pre']).toBe('llama-bpe')
   })
 
-  test('has tokens with any name', () => {
+  test('may contain tokens with the names of object properties', () => {
     const tokenizer = { ...json, model: { vocab: JSON.parse('{"__proto__": 3, "constructor": 4}'), merges: [] } }
     expect((values({ tokenizer })['ggml.tokens'] as string[]).slice(3, 5)).toEqual(['__proto__', 'constructor'])
   })
 
-  test('with another pre-tokenizer needs its name', () => {
+  test('with an unknown pre-tokenizer requires its name in llama.cpp', () => {
     const other = { ...json, pre_tokenizer: { type: 'Whitespace' } }
     expect(() => values({ tokenizer: other })).toThrow(
       /no known equivalent of the pre_tokenizer .*; pass \{ preTokenizer \}/,
@@ -90,7 +90,7 @@ describe('a vocabulary', () => {
     expect(values({ tokenizer: other, preTokenizer: 'bloom' })['ggml.pre']).toBe('bloom')
   })
 
-  test('notes what is not exported', () => {
+  test('has notes on what is not exported', () => {
     const notes = (tokenizer: unknown, of = config) => vocabularyOf(of, { tokenizer }).notes.join('\n')
     expect(notes(json)).toBe('')
     expect(notes({ ...json, normalizer: { type: 'Sequence', normalizers: [] } })).toBe('')
@@ -100,20 +100,20 @@ describe('a vocabulary', () => {
   })
 
   test.each<[string, unknown, RegExp]>([
-    ['of another kind', { ...json, model: { type: 'Unigram', vocab: [], merges: [] } }, /model.type.*byte-level BPE/],
-    ['that is no object', 'tokens', /at the top/],
+    ['of another type', { ...json, model: { type: 'Unigram', vocab: [], merges: [] } }, /model.type.*byte-level BPE/],
+    ['that is not an object', 'tokens', /at the top/],
     [
-      'with ids that are none',
+      'with invalid ids',
       { ...json, model: { vocab: { a: -1 }, merges: [] } },
       /model.vocab: must give each token an id/,
     ],
-    ['with merges of three', { ...json, model: { vocab: {}, merges: [['a', 'b', 'c']] } }, /model.merges.0/],
+    ['with merges of three tokens', { ...json, model: { vocab: {}, merges: [['a', 'b', 'c']] } }, /model.merges.0/],
     [
       'larger than the model',
       { ...json, model: { vocab: { a: 320 }, merges: [] } },
       /the id 320, beyond the model's vocab_size of 320/,
     ],
-  ])('%s is refused', (_, tokenizer, message) => {
+  ])('%s is rejected', (_, tokenizer, message) => {
     expect(() => values({ tokenizer })).toThrow(message)
   })
 })
