@@ -8,7 +8,7 @@
 #include <set>
 #include <vector>
 
-#include "beside.h"
+#include "library.h"
 
 namespace {
 

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "beside.h"
+#include "library.h"
 
 namespace {
 

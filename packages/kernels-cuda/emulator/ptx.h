@@ -1,4 +1,4 @@
-// PTX instructions that are not C++ operators, as defined by the PTX ISA, for kernels translated by scripts/ptx.mjs.
+// PTX instructions that are not C++ operators, as defined by the PTX ISA, for kernels translated by scripts/ptx/.
 // Included only by those.
 #pragma once
 #include <math.h>

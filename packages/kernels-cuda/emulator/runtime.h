@@ -208,7 +208,7 @@ void dropCopies();
 void resetWarp(int warp);
 extern uint32_t pendingCopies;  // of all threads
 
-// --- convergence of warps (paths.cc) ---
+// --- convergence of warps (convergence.cc) ---
 
 /// Records that the current lane does something that its warp need not do with it.
 void walk(const char* what, const char* file, int line);

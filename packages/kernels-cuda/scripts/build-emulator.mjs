@@ -7,12 +7,12 @@
 // implements. --keep-going links what compiles, and keeps the last good object of what does not. --only compiles only these folders and links
 // them with the existing objects.
 //
-// --ptx builds build/emulator-ptx/ instead, from kernels that nvcc has compiled to PTX for this architecture and ptx.mjs has translated. Needs nvcc.
+// --ptx builds build/emulator-ptx/ instead, from kernels that nvcc has compiled to PTX for this architecture and ptx/translate.mjs has translated. Needs nvcc.
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { findCompiler, hash, lock, objectBuilder } from '../../kernels-cpu/scripts/objects.mjs'
-import { translateSources } from './ptx-sources.mjs'
+import { translateSources } from './ptx/sources.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
@@ -21,7 +21,7 @@ const objDir = join(outDir, 'obj')
 const ptxDir = join(outDir, 'ptx')
 const driver = join(outDir, 'libmoe-cuda-emulator.so')
 /** Libraries other than the driver, by their source. */
-const beside = { 'cublas-lt.cc': 'libmoe-cublas-lt-emulator.so', 'nccl.cc': 'libmoe-nccl-emulator.so' }
+const libraries = { 'cublas-lt.cc': 'libmoe-cublas-lt-emulator.so', 'nccl.cc': 'libmoe-nccl-emulator.so' }
 
 const common = [
   '-std=c++17',
@@ -196,9 +196,9 @@ function describe({ file: source, module, translated }, compiler) {
 function link(objects, compiler) {
   // No -fsanitize here, because the runtime implements the hooks. Signal handlers and faults refer to the library, so it must never be unmapped.
   const flags = ['-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc']
-  const runtime = objects.filter(({ source }) => !(basename(source) in beside))
+  const runtime = objects.filter(({ source }) => !(basename(source) in libraries))
   let linked = builder.link(driver, join(objDir, 'library.link'), runtime, compiler, flags)
-  for (const [name, library] of Object.entries(beside)) {
+  for (const [name, library] of Object.entries(libraries)) {
     const own = objects.filter(({ source }) => basename(source) === name)
     // They use the loaded driver library, which is in the same folder.
     const withDriver = [`-L${outDir}`, '-l:libmoe-cuda-emulator.so', '-Wl,-rpath,$ORIGIN', ...flags]

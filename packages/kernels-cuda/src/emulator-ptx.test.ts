@@ -1,5 +1,5 @@
 /**
- * @file Runs kernels written in PTX on the emulator: compares the instructions that are not C++ operators, as translated by scripts/ptx.mjs, with their
+ * @file Runs kernels written in PTX on the emulator: compares the instructions that are not C++ operators, as translated by scripts/ptx/, with their
  * definition in "Parallel Thread Execution ISA".
  */
 import { afterEach, describe, expect, test } from 'vitest'

@@ -1,10 +1,11 @@
 // Translates PTX sources for the emulator: tests written in PTX, and on request all kernels, compiled to PTX by nvcc. Plain Node >= 20.
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { basename, join } from 'node:path'
-import { dependencies, hash, run } from '../../kernels-cpu/scripts/objects.mjs'
-import { nvccVersion } from './nvcc.mjs'
-import { translate } from './ptx.mjs'
+import { basename, dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { dependencies, hash, run } from '../../../kernels-cpu/scripts/objects.mjs'
+import { nvccVersion } from '../nvcc.mjs'
+import { translate } from './translate.mjs'
 
 /**
  * Replaces PTX sources `{ file, module }` by C++, and with `ptx` (an architecture) also every kernel except the emulator's own tests. The C++ is written to
@@ -16,7 +17,7 @@ export async function translateSources(sources, { root, ptxDir, ptx: arch, only,
   const version = arch && nvccVersion()
   if (arch && version === undefined)
     return { sources, failed: [{ label: 'PTX', output: 'no nvcc; install the CUDA toolkit and run this again' }] }
-  const key = hash([version, arch, readFileSync(join(root, 'scripts', 'ptx.mjs'))].join(' '))
+  const key = hash([version, arch, ...translator()].join(' '))
   const isKernel = ({ module }) => module && module !== 'emulator-tests'
   const isTranslated = source => source.file.endsWith('.ptx') || (arch && isKernel(source))
   const kept = sources.filter(source => !isTranslated(source))
@@ -33,6 +34,14 @@ export async function translateSources(sources, { root, ptxDir, ptx: arch, only,
   }
   await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
   return { sources: [...kept, ...replaced.filter(({ file }) => existsSync(file))], failed }
+}
+
+/** The sources of the translator: if one changes, every module is translated again. */
+function translator() {
+  const folder = dirname(fileURLToPath(import.meta.url))
+  return readdirSync(folder)
+    .sort()
+    .map(name => readFileSync(join(folder, name)))
 }
 
 /** Whether a module is for this architecture; modules for a single one have it in their name. */
