@@ -50,6 +50,6 @@ MOE_DEVICE void writeAcross(const Fp8Codes& to, const RunTile& tile, const int* 
     const int own = column - half + i;
     if (own < columns && at < to.ld) *(uint4*)(to.data + (firstColumn + own) * to.ld + at) = pieces[i];
   }
-  const int64_t scaleRow = packed ? begin / fp8Tile : blockIdx.y;
+  const int64_t scaleRow = packed ? begin / fp8Tile : tileOfRows(columns);
   if (column < columns && first == 0) to.scales[scaleRow * to.ldScales + column] = scale.up;
 }

@@ -30,12 +30,14 @@ MOE_DEVICE Fp8Scale scaleAlong(const Four& x) {
 
 /// Quantizes tiles across rows. A block of 256 threads processes 128 rows, of which `left` exist, and 64 columns, of
 /// `Count` matrices at once; each thread has 32 rows of a column. `load(row, column, exists, x)` returns the values of
-/// all matrices, zeros where none exists. Then `write(matrix, column, first row, values, scale)` is called.
+/// all matrices, zeros where none exists. Then `write(matrix, column, first row, values, scale)` is called. Blocks are
+/// numbered tile of rows by tile of rows (runTile), along x, because a grid has at most 65,535 blocks along y.
 constexpr int stripe = 64, rowsOfThread = 32;
+MOE_DEVICE unsigned stripesOf(int columns) { return divUp(columns, stripe); }
 template <int Count, class Load, class Write>
 MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
   MOE_SHARED(uint32_t, found, [Count][fp8Tile / rowsOfThread][stripe]);
-  const int own = threadIdx.x % stripe, column = blockIdx.x * stripe + own, first = threadIdx.x / stripe * rowsOfThread;
+  const int own = threadIdx.x % stripe, column = blockIdx.x % stripesOf(columns) * stripe + own, first = threadIdx.x / stripe * rowsOfThread;
   float x[Count][rowsOfThread];
   uint32_t largest[Count] = {};
 #pragma unroll
@@ -59,17 +61,20 @@ MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
   }
 }
 
-/// The tile of rows of this block (blockIdx.y): its run, its number within the run, its first row, and how many rows of
-/// the run are left. With offsets, each expert's rows are a run.
+/// The tile of rows of this block, in a matrix with `columns` columns.
+MOE_DEVICE int tileOfRows(int columns) { return blockIdx.x / stripesOf(columns); }
+/// Its run, its number within the run, its first row, and how many rows of the run are left. With offsets, each expert's
+/// rows are a run.
 struct RunTile {
   int run, tile, row, left;
 };
-MOE_DEVICE RunTile runTile(const int* offsets, int rows, int runs) {
+MOE_DEVICE RunTile runTile(const int* offsets, int rows, int columns, int runs) {
+  const int index = tileOfRows(columns);
   if (offsets == nullptr) {
-    const int size = rows / runs, tiles = divUp(size, fp8Tile), run = blockIdx.y / tiles, tile = blockIdx.y % tiles;
+    const int size = rows / runs, tiles = divUp(size, fp8Tile), run = index / tiles, tile = index % tiles;
     return {run, tile, run * size + tile * fp8Tile, size - tile * fp8Tile};
   }
-  const ExpertTile found = expertTile<fp8Tile>(offsets, runs, rows, blockIdx.y);
+  const ExpertTile found = expertTile<fp8Tile>(offsets, runs, rows, index);
   // Rows after the last expert's belong to no run.
   const bool none = found.expert < 0 || found.expert == runs;
   return {found.expert, none ? 0 : (found.row - offsets[found.expert]) / fp8Tile, found.row, none ? 0 : found.end - found.row};

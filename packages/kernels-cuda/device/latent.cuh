@@ -3,39 +3,42 @@
 #include "flash.cuh"
 
 struct LatentSizes {
-  int T, S, H, C, V;
+  int B, T, S, H, C, V;
   float scale;
   const int* pages; // page table [B, S / P], or null and P = S
   int P;
 
-  /// The position of row s of sequence blockIdx.z: the number of its page, and the row within it.
+  /// The position of row s of a sequence: the number of its page, and the row within it.
   struct Place {
     int page, row;
   };
-  __device__ __forceinline__ Place place(int s) const {
-    if (pages == nullptr) return {(int)blockIdx.z, s};
-    return {pages[(int64_t)blockIdx.z * (S / P) + s / P], s % P};
+  __device__ __forceinline__ Place place(int sequence, int s) const {
+    if (pages == nullptr) return {sequence, s};
+    return {pages[(int64_t)sequence * (S / P) + s / P], s % P};
   }
   /// The same as a row of the whole cache.
-  __device__ __forceinline__ int64_t rowOf(int s) const {
-    const Place at = place(s);
+  __device__ __forceinline__ int64_t rowOf(int sequence, int s) const {
+    const Place at = place(sequence, s);
     return (int64_t)at.page * P + at.row;
   }
 };
 
-/// The split of keys (flash-decoding): keys from .. to - 1 of sequence blockIdx.z that belong to split blockIdx.x.
-/// Splits are whole tiles of BN, distributed evenly by the sequence's own length.
+/// This block's tile of BM rows, beginning with row `first` of a sequence, and its split of the keys (flash-decoding):
+/// keys from .. to - 1. blockIdx.x counts the tiles of all sequences, blockIdx.y the splits. Splits are whole tiles of BN
+/// keys, distributed evenly by the sequence's own length.
 struct Part {
-  int from, to;
+  int sequence, first, from, to;
   Visible visible;
-  template <int BN>
-  MOE_DEVICE Part of(const int* lengths, LatentSizes z) {
-    const Visible visible = Visible::of(z.T, z.S, lengths, blockIdx.z, 1);
-    const int size = divUp(divUp(visible.limit, BN), (int)gridDim.x) * BN;
-    const int from = min((int)blockIdx.x * size, visible.limit);
-    return {from, min(from + size, visible.limit), visible};
+  template <int BM, int BN>
+  MOE_DEVICE Part of(const int* lengths, const LatentSizes& z) {
+    const unsigned tiles = divUp(z.T * z.H, BM);
+    const int sequence = blockIdx.x / tiles, first = blockIdx.x % tiles * BM;
+    const Visible visible = Visible::of(z.T, z.S, lengths, sequence, 1);
+    const int size = divUp(divUp(visible.limit, BN), (int)gridDim.y) * BN;
+    const int from = min((int)blockIdx.y * size, visible.limit);
+    return {sequence, first, from, min(from + size, visible.limit), visible};
   }
 };
 
-/// Where the block writes row r of its results: in the output itself, or in the partial results of its split.
-MOE_DEVICE int64_t partRow(LatentSizes z, int r) { return ((int64_t)blockIdx.x * gridDim.z + blockIdx.z) * z.T * z.H + r; }
+/// Where the block writes row r of its sequence's results: in the output itself, or in the partial results of its split.
+MOE_DEVICE int64_t partRow(const LatentSizes& z, const Part& part, int r) { return ((int64_t)blockIdx.y * z.B + part.sequence) * z.T * z.H + r; }

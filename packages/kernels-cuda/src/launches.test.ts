@@ -201,6 +201,52 @@ function ops(backend: Backend): Record<string, () => unknown> {
   return all
 }
 
+/** Ops along an axis that is longer than a grid may be along y or z (65,535 blocks), by what makes it so long. All other sizes are as small as possible. */
+function longAxes(backend: Backend): Record<string, () => unknown> {
+  const made = (dtype: DType, ...shape: number[]) => full(shape, 0, { dtype, backend })
+  const learned = (...shape: number[]) => {
+    const tensor = made('f32', ...shape)
+    tensor.tracked = true
+    return tensor
+  }
+  const back = (loss: Tensor, of: readonly Tensor[]) => {
+    for (const gradient of gradients(loss.sum(), of)) gradient?.dispose()
+  }
+  const heads = (B: number, H: number, G: number) => () => {
+    const of = [learned(B, 1, H, 8), learned(B, 2, G, 8), learned(B, 2, G, 8)]
+    back(attention(of[0], of[1], of[2]), of)
+  }
+  const decode = (B: number, T: number, C: number, dtype: DType) => () =>
+    latentAttention(made('f32', B, T, 1, C), made(dtype, B, 2, C), made('i32', B), { scale: 1, valueDim: 4 })
+  const product = (batch: number, m: number) => () => {
+    const [x, w] = [learned(batch, m, 4), learned(batch, 4, 4)]
+    back(x.matmul(w, { transposeB: true }), [x, w])
+  }
+  const most = 65_535
+  return {
+    'attention of sequences': heads(most + 1, 1, 1),
+    'attention of heads': heads(1, most + 1, most + 1),
+    'attention of heads with common keys': heads(1, most + 1, 2),
+    'decoding of sequences': decode(most + 1, 1, 8, 'bf16'),
+    // A tile has 16 rows in f32, and up to 64 in bf16.
+    'decoding of rows': decode(1, 64 * most + 1, 8, 'bf16'),
+    'decoding of rows, f32': decode(1, 64 * most + 1, 4, 'f32'),
+    'products of few rows': product(most + 1, 1),
+    'products of matrices': product(most + 1, 9),
+    // The gradient of the weight rounds both operands in tiles of 128 rows.
+    'products of rows': () => {
+      const [x, w] = [learned(128 * most + 1, 1), learned(1, 1)]
+      back(x.matmul(w), [x, w])
+    },
+    'rows of experts': () => {
+      const [x, w] = [learned(128 * most + 1, 1), learned(1, 1, 1)]
+      back(groupedMatmul(x, w, made('i32', 2)), [x, w])
+    },
+    // A block computes 1024 elements of a position.
+    'rope of features': () => rope(made('f32', 1, 1, 512 * most + 1, 2), made('f32', 1, 1), made('f32', 1, 1)),
+  }
+}
+
 // The number of multiprocessors of an H100, for which tiles are chosen.
 process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '132'
 
@@ -252,7 +298,7 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
         set('capability', capability)
         sharedLimit = (sharedMemory.get(capability) ?? 0) * 1024
         const backend = await createBackend({ ...emulator, wgmma })
-        for (const [name, op] of Object.entries(ops(backend))) {
+        for (const [name, op] of Object.entries({ ...ops(backend), ...longAxes(backend) })) {
           for (const precision of ['f32', 'bf16', 'fp8'] as const) {
             try {
               withPrecision(precision, () => scope(() => void op()))
@@ -266,6 +312,21 @@ describe.skipIf(unavailable || onDevice)('launches', () => {
       })
     }
   }
+
+  test('a grid that no device accepts is an error that names the kernel, the grid and the limits', async () => {
+    const backend = await createBackend(emulator)
+    const rows = (...shape: number[]) => full(shape, 0, { backend })
+    const weights = rows(65_536, 1, 1)
+    weights.tracked = true
+    const offsets = full([65_537], 0, { dtype: 'i32', backend })
+    expect(() => scope(() => void gradients(groupedMatmul(rows(1, 1), weights, offsets).sum(), [weights]))).toThrow(
+      expect.objectContaining({
+        code: 'E_UNSUPPORTED',
+        message: expect.stringMatching(/^moe_grouped_matmul_bwd_\w+: .* 1 x 65536 x 1 blocks, .* 65535; split them /),
+      }),
+    )
+    backend.dispose()
+  })
 
   test('cover nearly all large kernels', () => {
     const large = reported.filter(({ name }) => /attention|matmul|experts|entropy|router|norm|softmax/.test(name))

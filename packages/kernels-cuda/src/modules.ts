@@ -10,7 +10,7 @@ import { mapAlignment, mapWords, type TensorMap } from './tensor-map.ts'
 
 /** How a kernel is launched. */
 export interface LaunchShape {
-  /** Number of blocks along x, or along x, y and z (y and z at most 65,535). If one is zero, nothing is launched. */
+  /** Number of blocks along x, or along x, y and z, up to `mostBlocks`. If one is zero, nothing is launched. */
   readonly grid: number | readonly number[]
   /** Number of threads per block. */
   readonly block: number
@@ -34,6 +34,9 @@ type Argument = number | readonly number[] | TensorMap
 
 /** Launches a kernel: its arguments in order. */
 export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<Argument>) => void
+
+/** Maximum number of blocks of a grid along x, y and z, on all devices. */
+export const mostBlocks = [2 ** 31 - 1, 65535, 65535] as const
 
 /** Maximum total size of a kernel's parameters. */
 const mostArgumentBytes = 4096
@@ -108,6 +111,7 @@ export class Modules {
       const { grid, block, shared: sharedBytes = 0 } = shape
       const [x, y, z] = typeof grid === 'number' ? [grid, 1, 1] : [grid[0], grid[1] ?? 1, grid[2] ?? 1]
       if (x === 0 || y === 0 || z === 0) return
+      if (x > mostBlocks[0] || y > mostBlocks[1] || z > mostBlocks[2]) throw tooManyBlocks(name, [x, y, z])
       load()
       if (sharedBytes > shared) {
         const context = `asking for ${sharedBytes} bytes of shared memory`
@@ -190,6 +194,15 @@ export class Modules {
     for (const module of this.#loaded.values()) this.#driver.call.cuModuleUnload(module)
     this.#loaded.clear()
   }
+}
+
+function tooManyBlocks(kernel: string, grid: readonly number[]): MoeError {
+  return new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: kernel,
+    problem: `the tensors need a grid of ${grid.join(' x ')} blocks, but CUDA allows at most ${mostBlocks.join(' x ')}`,
+    fix: 'split them along their largest axis, and compute the parts one after another',
+  })
 }
 
 /** Driver versions by the CUDA version that they support. */

@@ -38,7 +38,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     keys: forward,
     plain: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}`),
     withStarts: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_starts`),
-    pingpong: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_turns`),
+    pingpong: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_pingpong`),
   }))
   return (out, lse, { q, k, v, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
@@ -55,7 +55,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     const [, ...keysAndValues] = boxed(keys)
     const launch = starts ? withStarts : schedule.pingpong ? pingpong : plain
     launch(
-      { grid: [Math.ceil(T / rows), H, B], block: threads, shared: sharedBytes(dk, dv, keys) },
+      { grid: Math.ceil(T / rows) * H * B, block: threads, shared: sharedBytes(dk, dv, keys) },
       out,
       lse,
       queries,

@@ -109,7 +109,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const kernel = (starts ? kernelsWithStarts : kernels).get(engine)
     kernel?.(
       {
-        grid: [Math.ceil(T / engine.forward.m), H, B],
+        grid: Math.ceil(T / engine.forward.m) * H * B,
         block: engine.forward.threads,
         shared: forwardShared(engine),
       },
@@ -199,8 +199,8 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     const found = (starts ? kernelsWithStarts : kernels).get(engine)
     const { keys, queries } = found as NonNullable<typeof found>
     for (const gradients of keys)
-      gradients({ grid: [Math.ceil(S / m), G, B], ...launch }, dk.pointer, dv.pointer, ...inputs)
-    queries({ grid: [Math.ceil(T / m), H, B], ...launch }, dq.pointer, ...inputs)
+      gradients({ grid: Math.ceil(S / m) * G * B, ...launch }, dk.pointer, dv.pointer, ...inputs)
+    queries({ grid: Math.ceil(T / m) * H * B, ...launch }, dq.pointer, ...inputs)
     return [dq, dk, dv]
   }
 }

@@ -17,10 +17,9 @@ MOE_KERNEL((256), moe_fp8_codes_along_sm90a, (uint8_t* codes, float* scales, con
 }
 // Quantizes [rows, columns] across rows, in `runs` runs, and transposes it to codes [run][column][ld], with scales
 // [run][tile][ldScales]. Rows of experts become a single matrix, in which each expert's rows start at packedStart.
-// blockIdx.y is the tile of rows.
 MOE_KERNEL((256), moe_fp8_codes_across_sm90a,
            (uint8_t* codes, float* scales, const float* from, const int* offsets, int rows, int columns, int ld, int ldScales, int runs)) {
-  const RunTile tile = runTile(offsets, rows, runs);
+  const RunTile tile = runTile(offsets, rows, columns, runs);
   roundAcross<1>(
       tile.left, columns,
       [&](int row, int column, bool exists, float* x) { *x = exists ? from[(int64_t)(tile.row + row) * columns + column] : 0.f; },

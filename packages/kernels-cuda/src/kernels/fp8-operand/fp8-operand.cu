@@ -10,9 +10,9 @@ MOE_KERNEL((256), moe_fp8_operand_along_bf16, (bf16* to, const float* from, int 
   const Four x = load4<false>(from + (int64_t)row * k + first, lane * 4, k - first);
   writeAlong(Fp8InBf16{to, ld}, row, first + lane * 4, x, scaleAlong(x));
 }
-// [rows, columns] to rows of ld, in `runs` runs; blockIdx.y is the tile of rows.
+// [rows, columns] to rows of ld, in `runs` runs.
 MOE_KERNEL((256), moe_fp8_operand_across_bf16, (bf16* to, const float* from, const int* offsets, int rows, int columns, int ld, int runs)) {
-  const RunTile tile = runTile(offsets, rows, runs);
+  const RunTile tile = runTile(offsets, rows, columns, runs);
   roundAcross<1>(
       tile.left, columns,
       [&](int row, int column, bool exists, float* x) { *x = exists ? from[(int64_t)(tile.row + row) * columns + column] : 0.f; },

@@ -17,7 +17,7 @@ const stripe = 64
 
 /** Blocks of the kernels that round across rows; each 128 rows of a run, or of an expert, are a tile. */
 export const stripes = (columns: number, tiles: number): LaunchShape => ({
-  grid: [Math.ceil(columns / stripe), tiles],
+  grid: Math.ceil(columns / stripe) * tiles,
   block: 256,
 })
 

@@ -40,7 +40,7 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
     const kernel = cuda.kernel(
       'latent-attention-sm90a',
       `moe_latent_attention_sm90a_${dk}_${dv}`,
-      'p p p t p i i i i i f p i',
+      'p p p t p i i i i i i f p i',
     )
     const launch: LatentDecode = (results, lse, parts, { q, cache, lengths, pages }, { valueDim, scale }) => {
       const [B, T, H, C] = q.shape
@@ -48,12 +48,13 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
       const S = pages === undefined ? P : pages.shape[1] * P
       const boxRows = pages === undefined ? tile : Math.min(tile, P)
       kernel(
-        { grid: [parts, Math.ceil((T * H) / tile), B], block: threads, shared: sharedBytes(dk, stages) },
+        { grid: [Math.ceil((T * H) / tile) * B, parts], block: threads, shared: sharedBytes(dk, stages) },
         results,
         lse,
         pointerOf(q),
         cuda.tensorMap({ pointer: pointerOf(cache), ld: C, matrices, rows: P, columns: C, boxRows }),
         pointerOf(lengths),
+        B,
         T,
         S,
         H,

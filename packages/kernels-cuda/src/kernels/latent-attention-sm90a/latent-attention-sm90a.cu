@@ -29,7 +29,7 @@ struct LatentBlock {
   Barrier *scored; // [2]: exponentials and maxima of an even or odd tile are available
   float *rowMaxima;    // [2][BM]: running maxima up to that tile
   float *rowSums;   // [2][BM]: one per warpgroup
-  int tiles, first;
+  int tiles;
   Part part;
 };
 
@@ -43,7 +43,7 @@ MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, in
   for (int row = 0; row < E::BN; row += rows) {
     const int s = block.part.from + t * E::BN + row;
     // After the last row in use there may be no page. Reading outside of a page gives zeros.
-    const LatentSizes::Place at = s < block.part.to ? z.place(s) : LatentSizes::Place{0, z.P};
+    const LatentSizes::Place at = s < block.part.to ? z.place(block.part.sequence, s) : LatentSizes::Place{0, z.P};
     for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) tmaLoad(to + i * E::box + row * 128, cache, full, i * 64, at.row, at.page);
   }
 }
@@ -53,7 +53,7 @@ MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, in
 template <class E, int Group>
 MOE_DEVICE void consumeTiles(float* out, float* lse, const TensorMap& cache, const LatentBlock<E>& block, LatentSizes z) {
   const int lane = threadIdx.x % 32, tiles = block.tiles;
-  const int firstSeen = block.part.visible.keys(block.first / z.H);
+  const int firstSeen = block.part.visible.keys(block.part.first / z.H);
   const float scale = z.scale * E::Unit;
   auto stageOf = [&](int t) { return block.stages + t % E::Stages * E::stageBytes; };
   const uint64_t queriesAt = warpUniform(kMajorDescriptor(block.queries, 0)), keysAt = warpUniform(kMajorDescriptor(block.stages, 0));
@@ -138,7 +138,7 @@ MOE_DEVICE void consumeTiles(float* out, float* lse, const TensorMap& cache, con
     if (key + E::BN > firstSeen) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
-        const int left = block.part.visible.keys((block.first + E::groupRow(i)) / z.H) - key - E::column(0);
+        const int left = block.part.visible.keys((block.part.first + E::groupRow(i)) / z.H) - key - E::column(0);
 #pragma unroll
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::columnStep(j) < left ? E::at(s, i, j) : -infinity();
       }
@@ -211,15 +211,15 @@ MOE_DEVICE void consumeTiles(float* out, float* lse, const TensorMap& cache, con
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int row = E::groupRow(i);
-    const bool exists = block.first + row < z.T * z.H;
+    const bool exists = block.part.first + row < z.T * z.H;
     const float sum = block.rowSums[row] + block.rowSums[E::BM + row];
-    const int64_t to = partRow(z, block.first + row);
-    if (exists && Group == 0 && lane % 4 == 0 && gridDim.x > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
+    const int64_t to = partRow(z, block.part, block.part.first + row);
+    if (exists && Group == 0 && lane % 4 == 0 && gridDim.y > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
     storeRowIf<E, E::Half>(exists, out + to * z.V + Group * E::Half, sums, i, z.V - Group * E::Half, sum == 0.f ? 0.f : 1.f / sum);
   }
 }
 
-/// A block computes a tile of the T x H query rows of sequence blockIdx.z for split blockIdx.x of its keys.
+/// A block computes a tile of the T x H query rows of one sequence for one split of its keys (Part).
 template <class E>
 MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const TensorMap& cache, const int* lengths, LatentSizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
@@ -232,9 +232,8 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
   block.stages = block.queries + E::bytesQ;
   block.exponentials = block.stages + E::Stages * E::stageBytes;
   block.full = warpUniform(full), block.scored = warpUniform(scored), block.rowMaxima = rowMaxima, block.rowSums = rowSums;
-  block.part = Part::of<E::BN>(lengths, z);
+  block.part = Part::of<E::BM, E::BN>(lengths, z);
   block.tiles = divUp(block.part.to - block.part.from, E::BN);
-  block.first = blockIdx.y * E::BM;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < E::Stages * E::Parts; i++) initBarrier(&full[i], 1);
@@ -244,11 +243,11 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
       for (int part = 0; part < E::Parts; part++) copyPart(block, cache, t, part, z);
     }
   }
-  q += ((int64_t)blockIdx.z * z.T * z.H + block.first) * z.C;
+  q += ((int64_t)block.part.sequence * z.T * z.H + block.part.first) * z.C;
   for (int i = threadIdx.x; i < E::BM * (E::DK / 8); i += E::Threads) {
     const int row = i / (E::DK / 8), chunk = i % (E::DK / 8);
     float4 a = make_float4(0.f, 0.f, 0.f, 0.f), b = a;
-    if (block.first + row < z.T * z.H && chunk * 8 < z.C) {
+    if (block.part.first + row < z.T * z.H && chunk * 8 < z.C) {
       a = *(const float4*)(q + (int64_t)row * z.C + chunk * 8);
       b = *(const float4*)(q + (int64_t)row * z.C + chunk * 8 + 4);
     }
@@ -262,8 +261,8 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
 }
 
 #define LATENT_ATTENTION(name, Engine)                                                                                                                       \
-  MOE_KERNEL((Engine::Threads, 1), moe_latent_attention_sm90a_##name, (float* out, float* lse, const float* q, const __grid_constant__ TensorMap cache, const int* lengths, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
-    latentAttention<Engine>(out, lse, q, cache, lengths, {T, S, H, C, V, scale, pages, P});                                                                \
+  MOE_KERNEL((Engine::Threads, 1), moe_latent_attention_sm90a_##name, (float* out, float* lse, const float* q, const __grid_constant__ TensorMap cache, const int* lengths, int B, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
+    latentAttention<Engine>(out, lse, q, cache, lengths, {B, T, S, H, C, V, scale, pages, P});                                                                \
   }
 using Large = LatentHopper<576, 512, 2>;
 using Medium = LatentHopper<320, 256, 4>;

@@ -1,8 +1,9 @@
 // Absorbed MLA decoding with split keys (flash-decoding): keys are the rows of the latent cache, values their first V
-// features. A block computes a tile of the T x H query rows of one sequence (blockIdx.y) for one split of its keys
-// (blockIdx.x); a second kernel combines the splits in order.
+// features. A block computes a tile of the T x H query rows of one sequence for one split of its keys (Part); a second
+// kernel combines the splits in order.
 // Legend: B batch, T queries, H heads, S rows of the cache that a sequence has room for, C features, V value features,
 // P rows of a page; row r of a sequence = query r / H, head r % H.
+#include "four.cuh"
 #include "latent.cuh"
 
 constexpr int mostC = 576, mostV = 512;
@@ -22,7 +23,7 @@ struct KeyTiles<float, BN, Threads> {
   MOE_DEVICE void fetch(unsigned char* shared, int t, const float* cache, Part part, const LatentSizes& z) {
     for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
       const int s = part.from + t * BN + row;
-      const float* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
+      const float* const keys = cache + (s < part.to ? z.rowOf(part.sequence, s) : 0) * z.C;
       float* const to = raw(shared) + row * mostC;
       for (int c = threadIdx.x % 32 * 4; c < z.C; c += 128) cpAsync16(to + c, keys + c, s < part.to);
     }
@@ -47,7 +48,7 @@ struct KeyTiles<bf16, BN, Threads> {
   MOE_DEVICE void fetch(unsigned char* shared, int t, const bf16* cache, Part part, const LatentSizes& z) {
     for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
       const int s = part.from + t * BN + row;
-      const bf16* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
+      const bf16* const keys = cache + (s < part.to ? z.rowOf(part.sequence, s) : 0) * z.C;
       for (int c = threadIdx.x % 32 * 8; c < divUp(z.C, 16) * 16; c += 256) {
         cpAsync16(tile(shared, t) + swizzledOffset<mostC>(row, c / 8), keys + c, s < part.to && c < z.C);
       }
@@ -70,10 +71,11 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   bf16* const exponentials = (bf16*)(keys + Keys::sharedBytes);
   float* const perRow = (float*)(exponentials + BM * LP); // [columnWarps][BM]: maxima, finally sums
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = z.T * z.H, first = blockIdx.y * BM, C16 = divUp(z.C, 16) * 16;
-  const Part part = Part::of<BN>(lengths, z);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = z.T * z.H, C16 = divUp(z.C, 16) * 16;
+  const Part part = Part::of<BM, BN>(lengths, z);
+  const int first = part.first;
   const int tiles = divUp(part.to - part.from, BN);
-  q += ((int64_t)blockIdx.z * rows + first) * z.C;
+  q += ((int64_t)part.sequence * rows + first) * z.C;
   auto fetch = [&](int t) {
     if (t < tiles) Keys::fetch(keys, t, cache, part, z);
   };
@@ -208,8 +210,8 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
     float sum = 0.f;
     for (int w = 0; w < columnWarps; w++) sum += perRow[w * BM + row];
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    const int64_t to = partRow(z, first + row);
-    if (lane % 4 == 0 && warp % 4 == 0 && gridDim.x > 1) {
+    const int64_t to = partRow(z, part, first + row);
+    if (lane % 4 == 0 && warp % 4 == 0 && gridDim.y > 1) {
       lse[to] = sum == 0.f ? -infinity() : valueHigh[i] * 0.6931471805599453f + logf(sum);
     }
 #pragma unroll
@@ -247,17 +249,17 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
   float* const tile = queries + BM * L;
   float* const exponentials = tile + BN * L; // [BM][BN + 1]
 
-  const int rows = z.T * z.H, first = blockIdx.y * BM, C4 = divUp(z.C, 4) * 4;
-  const int row = threadIdx.x / 16, lane = threadIdx.x % 16, r = first + row;
-  const Part part = Part::of<BN>(lengths, z);
-  copyRowF32(queries + row * L, q + ((int64_t)blockIdx.z * rows + r) * z.C, z.C, r < rows);
+  const int rows = z.T * z.H, C4 = divUp(z.C, 4) * 4;
+  const Part part = Part::of<BM, BN>(lengths, z);
+  const int row = threadIdx.x / 16, lane = threadIdx.x % 16, r = part.first + row;
+  copyRowF32(queries + row * L, q + ((int64_t)part.sequence * rows + r) * z.C, z.C, r < rows);
 
   const int seen = part.visible.keys(r / z.H);
   float high = -infinity(), total = 0.f, sums[mostV / 16] = {};
   for (int key = part.from; key < part.to; key += BN) {
     __syncthreads();
     const bool exists = key + row < part.to;
-    copyRowF32(tile + row * L, cache + (exists ? z.rowOf(key + row) : 0) * z.C, z.C, exists);
+    copyRowF32(tile + row * L, cache + (exists ? z.rowOf(part.sequence, key + row) : 0) * z.C, z.C, exists);
     cpAsyncWait<0>();
     __syncthreads();
     float s = 0.f;
@@ -293,8 +295,8 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
   for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
   if (r >= rows) return;
   const float inverse = total == 0.f ? 0.f : 1.f / total;
-  const int64_t to = partRow(z, r);
-  if (lane == 0 && gridDim.x > 1) lse[to] = total == 0.f ? -infinity() : high + logf(total);
+  const int64_t to = partRow(z, part, r);
+  if (lane == 0 && gridDim.y > 1) lse[to] = total == 0.f ? -infinity() : high + logf(total);
 #pragma unroll
   for (int j = 0; j < mostV / 16; j++) {
     const int column = j / 4 * 64 + lane * 4 + j % 4;
@@ -303,8 +305,8 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
 }
 
 #define LATENT_ATTENTION(bounds, name, Cache, body)                                                                                                          \
-  MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
-    body(out, lse, q, cache, lengths, {T, S, H, C, V, scale, pages, P});                                                                                   \
+  MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int B, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
+    body(out, lse, q, cache, lengths, {B, T, S, H, C, V, scale, pages, P});                                                                                   \
   }
 // The name: arithmetic, tile, and dtype of the cache.
 LATENT_ATTENTION((256, 1), bf16_64x32_f32, float, (latentBf16<float, 64, 32>))
@@ -314,19 +316,36 @@ LATENT_ATTENTION((128, 1), bf16_32x16_bf16, bf16, (latentBf16<bf16, 32, 16>))
 LATENT_ATTENTION((256), f32_16x16_f32, float, latentF32<float>)
 LATENT_ATTENTION((256), f32_16x16_bf16, bf16, latentF32<bf16>)
 
-/// out [rows, V] = the splits' results, weighted by their share of the total sum of exponentials. One block per row.
-MOE_KERNEL((128), moe_latent_attention_combine_f32, (float* out, const float* parts, const float* lse, int count, int64_t rows, int V)) {
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    float high = -infinity();
-    for (int p = 0; p < count; p++) high = maxOrNan(high, lse[p * rows + row]);
-    const float base = high == -infinity() ? 0.f : high;
-    float total = 0.f;
-    for (int p = 0; p < count; p++) total += expf(lse[p * rows + row] - base);
-    const float inverse = total == 0.f ? 0.f : 1.f / total;
-    for (int d = threadIdx.x; d < V; d += 128) {
-      float sum = 0.f;
-      for (int p = 0; p < count; p++) sum = fmaf(expf(lse[p * rows + row] - base), parts[(p * rows + row) * V + d], sum);
-      out[row * V + d] = sum * inverse;
+/// out [V] = the weighted sum of `count` rows, `stride` elements apart, by a block of `Threads` threads. Whole: V is a
+/// multiple of 4.
+template <int Threads, bool Whole>
+MOE_DEVICE void addRows(float* out, const float* from, int64_t stride, const float* weights, int count, int V) {
+  for (int d = 4 * (int)threadIdx.x; d < V; d += 4 * Threads) {
+    Four sum = {};
+#pragma unroll 8
+    for (int p = 0; p < count; p++) {
+      const Four part = load4<Whole>(from + p * stride, d, V);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum.v[i] = fmaf(weights[p], part.v[i], sum.v[i]);
     }
+    store4<Whole>(out, d, V, sum);
+  }
+}
+
+/// out [rows, V] = the splits' results, weighted by their share of the total sum of exponentials. One block per row.
+/// There are at most as many splits as threads: each thread reads the log-sum-exp of one, so that the block waits for
+/// memory only once.
+MOE_KERNEL((128), moe_latent_attention_combine_f32, (float* out, const float* parts, const float* lse, int count, int64_t rows, int V)) {
+  constexpr int threads = 128;
+  MOE_SHARED(float, weights, [threads]);
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const float own = (int)threadIdx.x < count ? lse[threadIdx.x * rows + row] : -infinity();
+    const float high = blockMax<threads>(own);
+    const float exponential = expf(own - (high == -infinity() ? 0.f : high));
+    const float total = blockSum<threads>(exponential);
+    weights[threadIdx.x] = total == 0.f ? 0.f : exponential / total;
+    __syncthreads();
+    if (V % 4 == 0) addRows<threads, true>(out + row * V, parts + row * V, rows * V, weights, count, V);
+    else addRows<threads, false>(out + row * V, parts + row * V, rows * V, weights, count, V);
   }
 }

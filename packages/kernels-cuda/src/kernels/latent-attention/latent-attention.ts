@@ -65,7 +65,7 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
   const kernels = new Map(
     variants.map(v => [
       v,
-      cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f p i'),
+      cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i i f p i'),
     ]),
   )
   const onHopper = cuda.onHopper('latent-attention') ? latentOnHopper(cuda) : undefined
@@ -94,12 +94,13 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     if (launch !== undefined) launch(results, lse, parts, inputs, { valueDim, scale })
     else
       kernels.get(variant)?.(
-        { grid: [parts, tiles, B], block: variant.threads, shared: variant.shared },
+        { grid: [tiles * B, parts], block: variant.threads, shared: variant.shared },
         results,
         lse,
         pointerOf(q),
         pointerOf(cache),
         pointerOf(lengths),
+        B,
         T,
         S,
         H,

@@ -1,4 +1,5 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
+import { mostBlocks } from '../../modules.ts'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { fp8Product } from '../fp8-matmul-sm90a/product.ts'
 import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
@@ -34,7 +35,7 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
       return [c]
     }
     // With few rows, the time is that of reading b.
-    if (m <= mostFewRows && !transposeA && batch <= 65535) {
+    if (m <= mostFewRows && !transposeA && batch <= mostBlocks[2]) {
       const sizes = [m, n, k]
       if (transposeB && k % 4 === 0) {
         few[precision](

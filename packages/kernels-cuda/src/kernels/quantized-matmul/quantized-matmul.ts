@@ -1,5 +1,6 @@
 /** @file Products with quantized weights `[N, K]`, dense and per expert. The formats are described in quantized-matmul.cu. */
 import type { QuantizedAttrs, Value, WeightFormat, WidePrecision } from '@moe/core'
+import { mostBlocks } from '../../modules.ts'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew, mostRowTiles, multiplyGroups } from '../grouped-matmul/grouped-matmul.ts'
 import { gemm, type Matrix, mostFewRows, operands, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
@@ -182,7 +183,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
       const to = rows < n ? part : y.pointer
       multiply(precision, to, left, matrix, { m, n: rows, k, transposeA: false, transposeB: true })
       if (rows < n) {
-        const grid = [Math.min(Math.ceil(rows / 256), 16), Math.min(m, 65535)]
+        const grid = [Math.min(Math.ceil(rows / 256), 16), Math.min(m, mostBlocks[1])]
         place({ grid, block: 256 }, y.pointer, part, m, n, row, rows)
       }
     }

@@ -1,4 +1,5 @@
 /** @file Rotary position embedding. */
+import { mostBlocks } from '../../modules.ts'
 import { type FusedFactory, pointerOf } from '../../native.ts'
 
 const block = 256
@@ -17,8 +18,11 @@ export const rope: FusedFactory<'rope'> = cuda => {
     const isFours = D % 4 === 0 && all % 4 === 0 && half % (interleaved ? 2 : 4) === 0
     const vectors = (H * all) / (isFours ? 4 : 1)
     if (vectors === 0) return [y]
-    // A small position shares its block with others; a large one is split over several blocks with up to 4 vectors per thread.
-    const grid = [Math.ceil((B * T) / Math.max(1, Math.floor(block / vectors))), Math.ceil(vectors / (4 * block))]
+    // A small position shares its block with others; a large one is split over several blocks, usually with up to 4 vectors per thread.
+    const grid = [
+      Math.ceil((B * T) / Math.max(1, Math.floor(block / vectors))),
+      Math.min(Math.ceil(vectors / (4 * block)), mostBlocks[1]),
+    ]
     const pointers = [x, cos, sin, plain ?? x].map(pointerOf)
     const sizes = [B * T, T, H, D, first, plain ? first : D, half]
     const flags = [+(rank === 3), +interleaved, +inverse]

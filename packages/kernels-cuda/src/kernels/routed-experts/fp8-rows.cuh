@@ -69,7 +69,7 @@ MOE_DEVICE void swigluGradientAlong(const Form& dgate, const Form& dup, float* d
 template <class Form>
 MOE_DEVICE void swigluGradientAcross(const Form& dgate, const Form& dup, const Form& weighted, const GradientRows& from, const int* offsets, int experts) {
   MOE_SHARED(float, weights, [fp8Tile]);
-  const RunTile tile = runTile(offsets, from.rows, experts);
+  const RunTile tile = runTile(offsets, from.rows, from.I, experts);
   if (tile.left <= 0) return;
   if (threadIdx.x < fp8Tile && (int)threadIdx.x < tile.left) {
     const int slot = from.order[tile.row + threadIdx.x];
@@ -96,7 +96,7 @@ MOE_DEVICE void swigluGradientAcross(const Form& dgate, const Form& dup, const F
 template <class Form>
 MOE_DEVICE void tokensAcross(const Form& to, const float* from, const int* offsets, const int* order, int rows, int columns, int experts, int K) {
   MOE_SHARED(int, tokens, [fp8Tile]);
-  const RunTile tile = runTile(offsets, rows, experts);
+  const RunTile tile = runTile(offsets, rows, columns, experts);
   if (tile.left <= 0) return;
   if (threadIdx.x < fp8Tile && (int)threadIdx.x < tile.left) {
     const int slot = order[tile.row + threadIdx.x];

@@ -1,5 +1,6 @@
 /** @file Rows by index: takeRows, scatterAddRows, setRows. */
 import { dtypeBytes, sizeOf } from '@moe/core'
+import { mostBlocks } from '../../modules.ts'
 import { elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { byUnit, unitOf } from '../movement/units.ts'
 
@@ -37,7 +38,7 @@ export const setRows: PrimitiveFactory<'setRows'> = cuda => {
       findLast({ grid: elementwiseGrid(cuda, n), block: 256 }, last, pointerOf(index), n, rows)
     }
     // Eight units per thread.
-    const launch = { grid: [n, Math.min(Math.ceil(width / 1024), 65535)], block: 128 }
+    const launch = { grid: [n, Math.min(Math.ceil(width / 1024), mostBlocks[1])], block: 128 }
     kernelFor(unit)(launch, y.pointer, pointerOf(index), pointerOf(source), last, n, rows, width)
     return [y]
   }
