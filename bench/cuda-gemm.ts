@@ -12,7 +12,8 @@
 import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { Random, type WidePrecision } from '@moe/core'
-import { gemm, type Matrix, type Product } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
+import { gemm } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
+import type { Matrix, Product } from '../packages/kernels-cuda/src/matrix.ts'
 import { type Opened, openCuda } from '../packages/kernels-cuda/src/open.ts'
 import { linears } from './shared/linears.ts'
 

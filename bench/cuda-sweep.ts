@@ -17,7 +17,7 @@ import { type OpAttrs, type OpName, Random, type Shape, sizeOf, type TensorSpec,
 import { createBackend } from '@moe/kernels-cuda'
 import { schedule } from '../packages/kernels-cuda/src/kernels/attention-sm90a/forward.ts'
 import { limits } from '../packages/kernels-cuda/src/kernels/linear-cross-entropy/linear-cross-entropy.ts'
-import { choice, type Tile, tiles } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
+import { choice, type Tile, tiles } from '../packages/kernels-cuda/src/kernels/matmul/tiles.ts'
 import { denseHopperTiles, hopperTiles } from '../packages/kernels-cuda/src/kernels/matmul-sm90a/product.ts'
 import { linears } from './shared/linears.ts'
 

@@ -12,12 +12,13 @@ import type {
   Value,
 } from '@moe/core'
 import { checkOptions, dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
-import { capture, type Recording } from './graph.ts'
+import { capture } from './graph.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { bf16Isas, type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
 import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
 import { createNative, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
+import type { Recording } from './recording.ts'
 
 /** Options of `createBackend`. */
 export interface CpuOptions {

@@ -40,6 +40,16 @@ export interface NativeLibrary {
   address(buffer: ArrayBufferLike): number
 }
 
+const statusOutOfMemory = 2
+
+/** The error for a kernel's status, with the library's last message. */
+export function failure(library: NativeLibrary, op: string, status: number): MoeError {
+  const problem = library.lastError()
+  if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op, problem })
+  const fix = 'use a smaller batch or free tensors that are no longer needed'
+  return new MoeError({ code: 'E_OUT_OF_MEMORY', op, problem, fix })
+}
+
 /**
  * Loads the native library.
  * @param most highest instruction set to use; lower ones are used if the CPU does not support it. Default: the fastest one of this CPU

@@ -12,10 +12,10 @@ import type {
   TensorSpec,
   Value,
 } from '@moe/core'
-import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
-import type { RecordedAttrs, Recording } from './graph.ts'
-import { bf16Isas, type NativeLibrary } from './load.ts'
+import { dtypeBytes, sizeOf } from '@moe/core'
+import { bf16Isas, failure, type NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
+import type { RecordedAttrs, Recording } from './recording.ts'
 
 /** A C++ kernel: takes addresses, sizes and attributes as numbers, in the order in which the kernel reads them. */
 export type NativeKernel = (...values: number[]) => void
@@ -78,8 +78,6 @@ export function bySize(native: Native, op: string): (dtype: DType) => NativeKern
 
 /** Number of slots of a call: the thread count, then the arguments. */
 const slotCount = 64
-
-const statusOutOfMemory = 2
 
 /** @param recording returns the graph that is being recorded, or null */
 export function createNative(
@@ -172,12 +170,4 @@ export function createNative(
       return address
     },
   }
-}
-
-/** The error for a kernel's status, with the library's last message. */
-export function failure(library: NativeLibrary, op: string, status: number): MoeError {
-  const problem = library.lastError()
-  if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op, problem })
-  const fix = 'use a smaller batch or free tensors that are no longer needed'
-  return new MoeError({ code: 'E_OUT_OF_MEMORY', op, problem, fix })
 }

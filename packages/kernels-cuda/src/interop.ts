@@ -1,6 +1,5 @@
 /** @file Access to the device for other libraries: addresses, memory, and separate queues. */
-import { type DType, MoeError, type Shape, Tensor, type Value } from '@moe/core'
-import type { CudaBackend } from './backend.ts'
+import { type Backend, type DType, MoeError, type Shape, Tensor, type Value } from '@moe/core'
 import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
 import type { CudaBuffer } from './memory.ts'
 import { pointerOf } from './native.ts'
@@ -62,7 +61,7 @@ export interface CudaInterop {
 export function createInterop(
   opened: Opened,
   run: <T>(op: string, fn: () => T) => T,
-  backend: () => CudaBackend,
+  backend: () => Backend,
 ): CudaInterop {
   const { context, cuda, device, driver, memory, modules, stream } = opened
   const reduce = reduceRanks(cuda)

@@ -5,12 +5,12 @@ import { registerAll } from './all-features.ts'
 import { register } from './features.ts'
 import { features as files } from './files.ts'
 import { features as tiktoken } from './tiktoken.ts'
-import { validateCall } from './validate-call.ts'
+import { validateTokenizerCall } from './tokenizer-calls.ts'
 import { validation } from './validation.ts'
 
 registerAll()
 register({ ...files, ...tiktoken })
 longTokenMatcher.create = createMatcher
-validation.check = validateCall
+validation.check = validateTokenizerCall
 
 export * from './browser.ts'

@@ -1,6 +1,5 @@
 /** @file Normalizers of tokenizer.json: the four Unicode normalization forms, and sequences of them. */
 
-import type { Features } from './features.ts'
 import { asArray, asObject, describe, unsupported } from './json/check.ts'
 
 export type Normalizer = (text: string) => string
@@ -55,4 +54,4 @@ export function readNormalizer(value: unknown, where = 'normalizer'): Normalizer
   }
 }
 
-export const features: Partial<Features> = { normalizer: readNormalizer }
+export const features = { normalizer: readNormalizer }

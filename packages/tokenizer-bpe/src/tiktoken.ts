@@ -4,7 +4,6 @@ import { MergeTable } from './bpe/merge-table.ts'
 import { PieceMerger } from './bpe/piece-merger.ts'
 import { bytesToAlphabet } from './byte-alphabet.ts'
 import { TokenizerError } from './errors.ts'
-import type { Features } from './features.ts'
 import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
 import { toOniguruma } from './pattern/tiktoken-pattern.ts'
@@ -145,4 +144,4 @@ export function readTiktoken(
   }
 }
 
-export const features: Partial<Features> = { tiktoken: readTiktoken }
+export const features = { tiktoken: readTiktoken }

@@ -15,38 +15,15 @@ import { invalid, type JsonObject, unsupported } from './json/check.ts'
 import { checkDecoder, needsNormalizer, parseFile } from './json/file.ts'
 import { readModel, writeModel } from './json/model.ts'
 import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
-import { compilePreTokenizer, loadPreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
+import { compilePreTokenizer, loadPreTokenizer } from './json/pre-tokenizer.ts'
 import type { BpeModel } from './model.ts'
 import type { Normalizer } from './normalizer.ts'
 import { OffsetCollector } from './offsets.ts'
+import type { DecodeOptions, EncodeOptions } from './options.ts'
+import type { PreTokenizer } from './pre-tokenizer.ts'
 import type { PreTokenizerName } from './pre-tokenizers.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 import { validation } from './validation.ts'
-
-/** Options of `encode`. */
-export interface EncodeOptions {
-  /**
-   * Adds the special tokens of the post-processor, for example beginning of sentence. Default true, as in Hugging Face
-   * tokenizers.
-   */
-  readonly addSpecialTokens?: boolean
-  /**
-   * Whether special tokens in the text become their ids. Default true, as in Hugging Face tokenizers. Pass false for
-   * untrusted text (tiktoken's `encode_ordinary`).
-   */
-  readonly parseSpecialTokens?: boolean
-  /**
-   * Whether added tokens in the text become their ids. Default true. With false, tokens that the file does not mark as
-   * special are encoded as text, too: in DeepSeek-V3's, these are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
-   */
-  readonly parseAddedTokens?: boolean
-}
-
-/** Options of `decode`. */
-export interface DecodeOptions {
-  /** Omits special tokens. Default false. */
-  readonly skipSpecialTokens?: boolean
-}
 
 /** Ids with their positions in the text. */
 export interface EncodingWithOffsets {

@@ -4,7 +4,7 @@
  */
 import { MoeError, type WidePrecision } from '@moe/core'
 import type { Driver } from '../driver/driver.ts'
-import type { Matrix, Product } from '../kernels/matmul/gemm.ts'
+import type { Matrix, Product } from '../matrix.ts'
 import type { Memory } from '../memory.ts'
 import type { Stream } from '../stream.ts'
 import { fastest } from './fastest.ts'

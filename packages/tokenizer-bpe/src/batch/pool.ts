@@ -1,7 +1,7 @@
 /** @file Worker threads that encode batches. Each has its own copy of the tokenizer. */
 import type { Worker } from 'node:worker_threads'
 import { TokenizerError } from '../errors.ts'
-import type { EncodeOptions } from '../tokenizer.ts'
+import type { EncodeOptions } from '../options.ts'
 
 /**
  * Texts of a batch that a worker encodes at once. Requests are small, so that all workers finish at about the same

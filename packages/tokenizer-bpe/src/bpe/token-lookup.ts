@@ -1,5 +1,4 @@
 /** @file Looks up whether a piece is a token, for vocabularies that check this before merging (`ignore_merges`). */
-import type { Features } from '../features.ts'
 import { SHORT_KEY } from './piece-cache.ts'
 
 export class TokenLookup {
@@ -65,4 +64,4 @@ function hashBytes(bytes: Uint8Array, start: number, length: number): number {
   return (h ^ (h >>> 13)) | 0
 }
 
-export const features: Partial<Features> = { tokenLookup: TokenLookup }
+export const features = { tokenLookup: TokenLookup }

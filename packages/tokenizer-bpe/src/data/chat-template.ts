@@ -5,7 +5,7 @@
 
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
-import { validateCall } from '../validate-call.ts'
+import { type CallRules, validateCall } from '../validate-call.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
 /** A message of a conversation. Templates may use further fields. */
@@ -24,6 +24,8 @@ export interface ChatOptions {
   /** Additional variables for the template, for example `tools`. */
   readonly variables?: Readonly<Record<string, unknown>>
 }
+
+const rules: CallRules<ChatOptions> = { options: { addGenerationPrompt: true, variables: true } }
 
 /** The fields of tokenizer_config.json that a template needs. */
 export interface ChatConfig {
@@ -129,7 +131,7 @@ export class ChatTemplate {
    * steps than a template needs, for example in an endless loop
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
-    validateCall('ChatTemplate.render', options)
+    validateCall('ChatTemplate.render', rules, options)
     if (!Array.isArray(messages)) {
       throw new TokenizerError({
         code: 'E_DATA',

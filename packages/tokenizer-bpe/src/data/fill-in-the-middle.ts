@@ -4,7 +4,7 @@
  */
 
 import { TokenizerError } from '../errors.ts'
-import { validateCall } from '../validate-call.ts'
+import { type CallRules, isTexts, randomRule, validateCall } from '../validate-call.ts'
 
 /** Options of `fillInTheMiddle`. */
 export interface FillInTheMiddleOptions {
@@ -14,6 +14,17 @@ export interface FillInTheMiddleOptions {
   readonly random: () => number
   /** Sentinel tokens. Default: those of DeepSeek-V3's tokenizer. */
   readonly tokens?: { readonly begin: string; readonly hole: string; readonly end: string }
+}
+
+const rules: CallRules<FillInTheMiddleOptions> = {
+  options: {
+    rate: true,
+    random: randomRule,
+    tokens: [
+      'three texts: { begin, hole, end }',
+      value => isTexts(['begin', 'hole', 'end'].map(name => Object(value)[name])),
+    ],
+  },
 }
 
 /** The sentinel tokens of DeepSeek-V3's tokenizer.json. */
@@ -26,7 +37,7 @@ export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fi
  * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that contains a sentinel
  */
 export function fillInTheMiddle(document: string, options: FillInTheMiddleOptions): string {
-  validateCall('fillInTheMiddle', options)
+  validateCall('fillInTheMiddle', rules, options)
   const { rate = 0.1, random, tokens = DEEPSEEK_FIM_TOKENS } = options
   if (!(rate >= 0 && rate <= 1)) {
     throw new TokenizerError({ code: 'E_CONFIG', op: 'fillInTheMiddle', problem: `rate ${rate} is not from 0 to 1` })

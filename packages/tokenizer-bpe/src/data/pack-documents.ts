@@ -2,7 +2,7 @@
 
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
-import { validateCall } from '../validate-call.ts'
+import { type CallRules, isId, validateCall } from '../validate-call.ts'
 
 /** Options of `packDocuments`. */
 export interface PackOptions {
@@ -10,6 +10,15 @@ export interface PackOptions {
   readonly length: number
   /** Id to add after each document. */
   readonly endOfText: number
+}
+
+const rules: CallRules<PackOptions> = {
+  options: { length: true, endOfText: ['the id of a token', isId, true] },
+  input: [
+    'an iterable of documents',
+    input => typeof input === 'object' && Symbol.iterator in Object(input),
+    'pass a list of ids for each document: texts.map(text => tokenizer.encode(text))',
+  ],
 }
 
 /** A packed sequence. */
@@ -30,7 +39,7 @@ export function* packDocuments(
   documents: Iterable<ArrayLike<number>>,
   options: PackOptions,
 ): Generator<PackedSequence> {
-  validateCall('packDocuments', options, documents)
+  validateCall('packDocuments', rules, options, documents)
   const { length, endOfText } = options
   if (!Number.isInteger(length) || length < 1) {
     throw new TokenizerError({

@@ -6,7 +6,7 @@
 
 import { TokenizerError } from '../errors.ts'
 import type { BpeTokenizer } from '../tokenizer.ts'
-import { validateCall } from '../validate-call.ts'
+import { type CallRules, randomRule, validateCall } from '../validate-call.ts'
 
 /** Options of `MergedTokenSplitter`. */
 export interface SplitTokensOptions {
@@ -15,6 +15,8 @@ export interface SplitTokensOptions {
   /** Returns numbers in [0, 1); use `randomNumbers(seed)` for a reproducible source. */
   readonly random: () => number
 }
+
+const rules: CallRules<SplitTokensOptions> = { options: { rate: true, random: randomRule } }
 
 /** Splits tokens that merge punctuation and newlines. Create one per tokenizer, since it scans the whole vocabulary. */
 export class MergedTokenSplitter {
@@ -26,7 +28,7 @@ export class MergedTokenSplitter {
 
   /** @throws TokenizerError E_CONFIG for a rate outside 0..1 */
   constructor(tokenizer: BpeTokenizer, options: SplitTokensOptions) {
-    validateCall('MergedTokenSplitter', options)
+    validateCall('MergedTokenSplitter', rules, options)
     if (!(options.rate >= 0 && options.rate <= 1)) {
       throw new TokenizerError({
         code: 'E_CONFIG',

@@ -4,13 +4,12 @@
  * pieces; some drop or rewrite text.
  */
 import { PADDING } from '../bpe/encoder.ts'
-import type { Features } from '../features.ts'
 import { Pattern } from '../pattern/pattern.ts'
+import type { PreTokenizer } from '../pre-tokenizer.ts'
 import { scanGpt2 } from '../scan/gpt2.ts'
 import { classOf, isSpace, NUMBER, PUNCTUATION } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 import { asArray, asFlag, asObject, asString, describe, invalid, type JsonObject, unsupported } from './check.ts'
-import type { PreTokenizer } from './pre-tokenizer.ts'
 
 /** Pieces of a text: piece i is `bytes[spans[2i]..spans[2i+1])`. */
 export interface Pieces {
@@ -314,4 +313,4 @@ function compileSteps(json: unknown): PreTokenizer {
   }
 }
 
-export const features: Partial<Features> = { steps: compileSteps }
+export const features = { steps: compileSteps }

@@ -1,6 +1,5 @@
 /** @file Reads the post-processor TemplateProcessing of tokenizer.json. */
 import type { AddedToken } from '../added-tokens.ts'
-import type { Features } from '../features.ts'
 import { asArray, asId, asObject, asString, describe, invalid, type JsonObject, unsupported } from './check.ts'
 
 /**
@@ -33,4 +32,4 @@ export function readTemplate(json: JsonObject, where: string, tokens: readonly A
   return { before, after }
 }
 
-export const features: Partial<Features> = { template: readTemplate }
+export const features = { template: readTemplate }

@@ -1,5 +1,5 @@
 /** @file The pre-tokenizers of cl100k_base, Llama 3 (the same) and Qwen 2 and 3 (with single digits). */
-import type { Features } from '../features.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from '../pre-tokenizers.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 import { contractionWidth, type Scanner, whitespacePieceEnd } from './scanner.ts'
@@ -62,8 +62,8 @@ function cl100kScanner(maxDigits: number, wholeTail: boolean): Scanner {
   }
 }
 
-export const features: Partial<Features> = {
+export const features = {
   cl100k: { scanner: cl100kScanner(3, false), patterns: [CL100K] },
   'cl100k-tiktoken': { scanner: cl100kScanner(3, true), patterns: [CL100K_TIKTOKEN] },
   qwen2: { scanner: cl100kScanner(1, false), patterns: [QWEN2] },
-}
+} satisfies Partial<Record<PreTokenizerName, KnownPreTokenizer>>

@@ -2,7 +2,7 @@
  * @file The pre-tokenizer of DeepSeek-LLM and DeepSeek-V2: splits at newlines, words of scripts with case, punctuation,
  * trailing white space, CJK runs and single digits, each within the pieces of the previous splits.
  */
-import type { Features } from '../features.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from '../pre-tokenizers.ts'
 import {
   kindTable,
   NEWLINE as NEWLINE_CLASS,
@@ -108,6 +108,6 @@ function trails(table: Uint8Array, bytes: Uint8Array, at: number, end: number): 
   return false
 }
 
-export const features: Partial<Features> = {
+export const features = {
   'deepseek-llm': { scanner: scanDeepseekLlm, patterns: PATTERNS, digits: true },
-}
+} satisfies Partial<Record<PreTokenizerName, KnownPreTokenizer>>

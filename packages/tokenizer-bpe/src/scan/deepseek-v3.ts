@@ -7,7 +7,7 @@
  * or a CJK character form one piece, as at the end of a text, and a CJK run is split at its punctuation (゠ ・ ゛).
  * Adjacent characters that no alternative matches (controls, unassigned) form a piece.
  */
-import type { Features } from '../features.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from '../pre-tokenizers.ts'
 import { kindTable } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
@@ -145,4 +145,6 @@ function whitespacePieceEnd(table: Uint8Array, bytes: Uint8Array, pos: number, e
   return textEnds || last === pos ? at : last
 }
 
-export const features: Partial<Features> = { 'deepseek-v3': { scanner: scanDeepseekV3, patterns: PATTERNS } }
+export const features = { 'deepseek-v3': { scanner: scanDeepseekV3, patterns: PATTERNS } } satisfies Partial<
+  Record<PreTokenizerName, KnownPreTokenizer>
+>

@@ -1,5 +1,5 @@
 /** @file The pre-tokenizer of GPT-2, which is also that of ByteLevel with `use_regex`. */
-import type { Features } from '../features.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from '../pre-tokenizers.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 import { whitespaceRunEnd } from './scanner.ts'
@@ -62,4 +62,6 @@ function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   return ((a === 0x72 || a === 0x76) && b === 0x65) || (a === 0x6c && b === 0x6c) ? 3 : 0
 }
 
-export const features: Partial<Features> = { gpt2: { scanner: scanGpt2, patterns: [], explicitPattern: GPT2_PATTERN } }
+export const features = { gpt2: { scanner: scanGpt2, patterns: [], explicitPattern: GPT2_PATTERN } } satisfies Partial<
+  Record<PreTokenizerName, KnownPreTokenizer>
+>

@@ -2,7 +2,7 @@
  * @file The pre-tokenizer of o200k_base (GPT-4o and later): like cl100k, but also splits words before capitals after
  * lower case.
  */
-import type { Features } from '../features.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from '../pre-tokenizers.ts'
 import { classOf } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 import { contractionWidth, whitespacePieceEnd } from './scanner.ts'
@@ -105,4 +105,6 @@ function wordEnd(bytes: Uint8Array, pos: number, end: number): number {
   return at
 }
 
-export const features: Partial<Features> = { o200k: { scanner: scanO200k, patterns: [PATTERN] } }
+export const features = { o200k: { scanner: scanO200k, patterns: [PATTERN] } } satisfies Partial<
+  Record<PreTokenizerName, KnownPreTokenizer>
+>

@@ -1,7 +1,7 @@
 /** @file Backward pass of attention on Hopper: one kernel for keys and values and one for queries, so that the order of sums is fixed. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import type { Round } from '../matmul/gemm.ts'
+import type { Round } from '../matmul/operands.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
 /** Rows per block (BackwardHopper in attention-sm90a.cu). */

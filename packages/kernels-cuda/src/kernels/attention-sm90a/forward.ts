@@ -1,7 +1,7 @@
 /** @file Forward pass of attention on Hopper. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import type { Round } from '../matmul/gemm.ts'
+import type { Round } from '../matmul/operands.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
 /** Queries per block (FlashHopper in attention-sm90a.cu). */

@@ -2,7 +2,7 @@
 import type { Value } from '@moe/core'
 import type { Cuda } from '../../native.ts'
 import type { TensorMap } from '../../tensor-map.ts'
-import { type Round, wholeMatrix } from '../matmul/gemm.ts'
+import { type Round, wholeMatrix } from '../matmul/operands.ts'
 
 const [together, apart] = [['keys'], ['keys', 'values']]
 

@@ -3,7 +3,7 @@ import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
-import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
+import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/operands.ts'
 
 /** Threads per block, and rows and columns of its tile of scores. */
 interface Tile {

@@ -1,7 +1,10 @@
 /** @file Products in fp8 on Hopper: dense, one per expert, and the gradient of the experts' weights. */
+
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
 import { type Fp8Operand, tilesOfExperts } from '../fp8-operand/fp8-operand.ts'
-import { countTiles, type Matrix, partsOfK, sumOfParts, type Tile } from '../matmul/gemm.ts'
+import { sumOfParts } from '../matmul/gemm.ts'
+import { countTiles, partsOfK, type Tile } from '../matmul/tiles.ts'
 import { type Fp8Codes, fp8AsCodes } from './codes.ts'
 
 /** TileFp8 in gemm-fp8.cuh. */

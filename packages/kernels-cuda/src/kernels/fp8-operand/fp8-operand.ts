@@ -1,8 +1,9 @@
 /** @file Operands of products in precision 'fp8', as bf16, which represents the rounded values exactly. */
 import { fp8Tile, sizeOf, type Value } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import type { LaunchShape } from '../../modules.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
+import { paddedColumns } from '../matmul/operands.ts'
 
 /** A tensor of rows. k runs along a row or across rows: across `runs` equal runs of rows (default 1), or across those given by `offsets` (`i32 [runs + 1]`). */
 export interface Fp8Operand {

@@ -1,7 +1,10 @@
 /** @file One product per expert on Hopper, and the gradient of the experts' weights. */
+
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
 import { boxColumns } from '../../tensor-map.ts'
-import { chooseTile, countTiles, type Matrix, paddedColumns, type Tile } from '../matmul/gemm.ts'
+import { paddedColumns } from '../matmul/operands.ts'
+import { chooseTile, countTiles, type Tile } from '../matmul/tiles.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
 export interface Sizes {

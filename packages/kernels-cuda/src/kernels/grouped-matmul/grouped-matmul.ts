@@ -1,20 +1,13 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
 import type { WidePrecision } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { fp8Grouped, fp8WeightGradient } from '../fp8-matmul-sm90a/product.ts'
 import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
 import { hopperGrouped, hopperWeightGradient, type Sizes } from '../grouped-matmul-sm90a/product.ts'
-import {
-  chooseTile,
-  countTiles,
-  type Matrix,
-  mostFewRows,
-  operands,
-  roundToBf16,
-  type Tile,
-  tiles,
-  wholeMatrix,
-} from '../matmul/gemm.ts'
+import { mostFewRows } from '../matmul/gemm.ts'
+import { operands, roundToBf16, wholeMatrix } from '../matmul/operands.ts'
+import { chooseTile, countTiles, type Tile, tiles } from '../matmul/tiles.ts'
 
 /** Maximum number of rows for the few-row kernels, which read weights in f32; k must be a multiple of 4. */
 export const isFew = (rows: number, experts: number) => rows <= Math.min(mostFewRows * experts, 4096)

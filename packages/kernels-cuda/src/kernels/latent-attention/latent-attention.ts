@@ -2,7 +2,7 @@
 import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { latentOnHopper, tile as tileOnHopper } from '../latent-attention-sm90a/decode.ts'
-import { choice } from '../matmul/gemm.ts'
+import { choice } from '../matmul/tiles.ts'
 
 /** Maximum number of features of the kernels' tiles: of the cache, and of values. */
 const mostC = 576

@@ -1,6 +1,8 @@
 /** @file Tiles of logits on Hopper, reduced to what cross-entropy needs. */
+
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
-import type { Matrix, Tile } from '../matmul/gemm.ts'
+import type { Tile } from '../matmul/tiles.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
 /**

@@ -5,19 +5,9 @@
 import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { type Logits, logitsOnHopper } from '../linear-cross-entropy-sm90a/logits.ts'
-import {
-  chooseTile,
-  countTiles,
-  gemm,
-  operands,
-  paddedColumns,
-  type Round,
-  roundToBf16,
-  type Tile,
-  tiles,
-  timeOf,
-  wholeMatrix,
-} from '../matmul/gemm.ts'
+import { gemm } from '../matmul/gemm.ts'
+import { operands, paddedColumns, type Round, roundToBf16, wholeMatrix } from '../matmul/operands.ts'
+import { chooseTile, countTiles, type Tile, tiles, timeOf } from '../matmul/tiles.ts'
 import { hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** Approximate scratch memory of a chunk. Tests make it small. */

@@ -1,7 +1,9 @@
 /** @file Dense products on Hopper: tiles and launches. */
+
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
 import { boxColumns, type TensorMap } from '../../tensor-map.ts'
-import type { Matrix, Tile } from '../matmul/gemm.ts'
+import type { Tile } from '../matmul/tiles.ts'
 
 /** TileHopper in gemm-hopper.cuh: 128 rows by two warpgroups, and one more warp. */
 const tileHopper = (n: number, stages: number, speed: number): Tile => ({

@@ -5,7 +5,7 @@ import type { Cuda } from '../../native.ts'
 import { assertNearCpu, distance, exact, onCuda, output } from '../../test-against-cpu.ts'
 import { unavailable, wgmmaVariants } from '../../test-backend.ts'
 import { tilesOfForm } from '../matmul-sm90a/product.ts'
-import { chooseTile, countTiles } from './gemm.ts'
+import { chooseTile, countTiles } from './tiles.ts'
 
 interface Size {
   readonly name: string

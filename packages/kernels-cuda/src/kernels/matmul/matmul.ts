@@ -3,7 +3,8 @@ import { mostBlocks } from '../../modules.ts'
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { fp8Product } from '../fp8-matmul-sm90a/product.ts'
 import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
-import { gemm, mostFewRows, operands, roundToBf16, wholeMatrix } from './gemm.ts'
+import { gemm, mostFewRows } from './gemm.ts'
+import { operands, roundToBf16, wholeMatrix } from './operands.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)

@@ -1,9 +1,11 @@
 /** @file Products with quantized weights `[N, K]`, dense and per expert. The formats are described in quantized-matmul.cu. */
 import type { QuantizedAttrs, Value, WeightFormat, WidePrecision } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import { mostBlocks } from '../../modules.ts'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew, mostRowTiles, multiplyGroups } from '../grouped-matmul/grouped-matmul.ts'
-import { gemm, type Matrix, mostFewRows, operands, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
+import { gemm, mostFewRows } from '../matmul/gemm.ts'
+import { operands, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/operands.ts'
 
 /** Approximate scratch memory for the expanded weight; at least one expert. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }

@@ -1,12 +1,12 @@
 /** @file Routed experts in precision fp8: products give bf16, and results between them are quantized directly to operands of the next products. */
 import { fp8Tile, type Value } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import type { LaunchShape } from '../../modules.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { type Fp8Codes, fp8AsCodes, packedRows, scratchCodes } from '../fp8-matmul-sm90a/codes.ts'
 import { fp8GroupedRounded, fp8PackedWeightGradient } from '../fp8-matmul-sm90a/product.ts'
 import { type Fp8Operand, fp8AsBf16, stripes, tilesOfExperts } from '../fp8-operand/fp8-operand.ts'
 import type { Sizes } from '../grouped-matmul-sm90a/product.ts'
-import type { Matrix } from '../matmul/gemm.ts'
 import { rowSlices } from '../permute-tokens/row-slices.ts'
 import { expertProducts } from './products.ts'
 import { combineOf, type ExpertSizes, gatherOf, rowKernel, scratchRows, sizesOf } from './rows.ts'

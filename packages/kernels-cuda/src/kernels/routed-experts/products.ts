@@ -1,8 +1,10 @@
 /** @file Products of the routed experts with bf16 results: of rows in expert order with `mma`, and of packed rows on Hopper. */
+
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
 import { weightGradient } from '../grouped-matmul/grouped-matmul.ts'
 import { hopperPackedWeightGradient, packedRows, type Sizes } from '../grouped-matmul-sm90a/product.ts'
-import { chooseTile, type Matrix, type Tile, tiles } from '../matmul/gemm.ts'
+import { chooseTile, type Tile, tiles } from '../matmul/tiles.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
 /** An operand of rows, and the weights of all experts. */

@@ -1,8 +1,9 @@
 /** @file Routed experts, in bf16 here: all rows between the products are bf16, and no expert's output is saved. */
 import type { Precision } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew } from '../grouped-matmul/grouped-matmul.ts'
-import { type Matrix, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
+import { paddedColumns, roundToBf16, wholeMatrix } from '../matmul/operands.ts'
 import { rowSlices } from '../permute-tokens/row-slices.ts'
 import { fp8Experts } from './fp8.ts'
 import { expertProducts, hopperExpertProducts } from './products.ts'

@@ -1,7 +1,8 @@
 /** @file Shared by the routed experts of all precisions: sizes, and rows in bf16. */
 import type { Value } from '@moe/core'
+import type { Matrix } from '../../matrix.ts'
 import type { Cuda } from '../../native.ts'
-import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
+import { paddedColumns } from '../matmul/operands.ts'
 
 /** N tokens, K choices per token, M rows, E experts, D features, I inner features. */
 export function sizesOf([x, gate, , , weights]: readonly Value[]) {
