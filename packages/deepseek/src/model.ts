@@ -1,3 +1,8 @@
+/**
+ * @file A whole model: the network with training, generation, loading and saving.
+ *
+ * Legend: B batch, T time, E experts, V vocabulary.
+ */
 import { type CheckpointLocation, type FolderLocation, folderOptionNames } from '@moe/checkpoint'
 import {
   type Backend,
