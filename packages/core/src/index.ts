@@ -3,7 +3,20 @@ export { type BackwardOptions, backward, gradients } from './autograd/backward.t
 export { cacheForRecompute, checkpoint, isRecomputing, withKept, withRecomputed } from './autograd/checkpoint.ts'
 export { type CustomGradient, type CustomGradientContext, customGradient } from './autograd/custom-gradient.ts'
 export { backwardInput, type SplitBackward } from './autograd/split.ts'
-export type { AttrUpdates, Backend, BackendStats, CaptureOptions, FusedKernel, FusedKernels, Graph, Handle, Kernel, PrimitiveKernels, TensorSpec, Value } from './backend.ts'
+export type {
+  AttrUpdates,
+  Backend,
+  BackendStats,
+  CaptureOptions,
+  FusedKernel,
+  FusedKernels,
+  Graph,
+  Handle,
+  Kernel,
+  PrimitiveKernels,
+  TensorSpec,
+  Value,
+} from './backend.ts'
 export { needAxes } from './checks.ts'
 export { arange, type CreateOptions, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
 export { type BackendModule, defaultBackend, firstAvailable, setDefaultBackend } from './default-backend.ts'

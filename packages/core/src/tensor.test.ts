@@ -25,20 +25,20 @@ const list = async (t: Tensor) => Array.from(await t.values())
 const code = (wanted: string, message = /./) =>
   expect.objectContaining({ code: wanted, message: expect.stringMatching(message) })
 
-test('Node prints a description of a tensor, also inside a model', () => {
+test('util.inspect describes a tensor, also inside an object', () => {
   const x = tensor([1, 2])
   expect(inspect({ x, weight: new Parameter(ones([2, 3])) })).toBe('{ x: Tensor f32 [2], weight: Parameter f32 [2,3] }')
   x.dispose()
   expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
 })
 
-test('a tensor converted to a string or JSON gives the same description', () => {
+test('a tensor converted to a string or to JSON gives the same description', () => {
   const weight = new Parameter(ones([2, 3]))
   expect(`loss ${tensor([1, 2])}`).toBe('loss Tensor f32 [2]')
   expect(JSON.stringify({ weight })).toBe('{"weight":"Parameter f32 [2,3]"}')
 })
 
-describe('arguments that are not tensors are rejected by name', () => {
+describe('invalid arguments are rejected by name:', () => {
   const x = () => ones([2, 3])
   const wrong = (value: unknown) => value as Tensor
   test.each<[string, () => unknown, string]>([
@@ -47,26 +47,26 @@ describe('arguments that are not tensors are rejected by name', () => {
       () => x().add(wrong([1, 2])),
       'add: rhs is an array, not a tensor; pass a tensor, such as tensor(numbers, shape)',
     ],
-    ['nothing', () => x().mul(wrong(undefined)), 'mul: rhs is undefined'],
-    ['a text', () => x().sub(wrong('3')), 'sub: rhs is the string "3"'],
+    ['undefined', () => x().mul(wrong(undefined)), 'mul: rhs is undefined'],
+    ['a string', () => x().sub(wrong('3')), 'sub: rhs is the string "3"'],
     ['a number', () => where(x().lt(1), wrong(1), x()), 'where: a is the number 1'],
     ['a module', () => x().add(wrong(new Linear(2, 2))), 'add: rhs is a Linear'],
-    ['a right side', () => x().matmul(wrong([[1]])), 'matmul: rhs is an array'],
+    ['a right operand', () => x().matmul(wrong([[1]])), 'matmul: rhs is an array'],
     ['an input of a fused op', () => softmax(wrong(null)), 'softmax: x is null'],
-    ['a part', () => concat([wrong(undefined), x()], 1), 'concat: input 0 is undefined'],
+    ['a part of concat', () => concat([wrong(undefined), x()], 1), 'concat: input 0 is undefined'],
     [
-      'parts one by one',
+      'a tensor instead of the list of parts',
       () => concat(x() as unknown as Tensor[]),
       'concat: the parts are a Tensor, not an array; pass an array of tensors: [a, b]',
     ],
     ['an input of a layer', () => new Linear(2, 2).forward(wrong([1, 2])), 'linear: x is an array'],
     ['a loss', () => backward(wrong(Promise.resolve(1))), 'backward: the loss is a promise'],
     [
-      'values',
+      'missing values',
       () => tensor(undefined as unknown as number[]),
       'tensor: the values are undefined; pass a flat array of numbers',
     ],
-    ['one value', () => tensor(5 as unknown as number[]), 'tensor: the values are the number 5'],
+    ['a number instead of values', () => tensor(5 as unknown as number[]), 'tensor: the values are the number 5'],
     [
       'nested values',
       () =>
@@ -77,7 +77,7 @@ describe('arguments that are not tensors are rejected by name', () => {
       'tensor: value 0 is an array; pass a flat array of numbers',
     ],
     [
-      'sizes one by one',
+      'a number instead of a shape',
       () => x().reshape(3 as unknown as number[]),
       'reshape: the shape is 3, not an array; pass an array such as',
     ],
@@ -91,8 +91,12 @@ describe('arguments that are not tensors are rejected by name', () => {
       () => needAxes('Layer', x(), ['tokens', 4]),
       'Layer: the input has shape [2,3], expected [tokens, 4]; create the module with the size of the input',
     ],
-    ['a size', () => zeros(3 as unknown as number[]), 'zeros: the shape is 3, not an array'],
-    ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, not an array'],
+    [
+      'a number instead of the shape of zeros',
+      () => zeros(3 as unknown as number[]),
+      'zeros: the shape is 3, not an array',
+    ],
+    ['a number instead of axes', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, not an array'],
   ])('%s', (_, run, message) => {
     expect(run).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringContaining(message) }))
   })
@@ -110,7 +114,7 @@ test('the error of a freed parameter says that its model was freed', () => {
 })
 
 describe('reading', () => {
-  test('item needs exactly one element', async () => {
+  test('item returns the only element, and rejects a tensor with more', async () => {
     expect(await tensor([7], [1, 1]).item()).toBe(7)
     await expect(tensor([7, 8]).item()).rejects.toMatchObject(
       code('E_SHAPE', /\[2\] has 2 elements, expected 1; reduce it/),
@@ -183,7 +187,7 @@ describe('dtypes', () => {
     })
   }
 
-  test('two dtypes do not mix', () => {
+  test('operands of different dtypes are rejected', () => {
     const [x, i] = [tensor([1]), tensor(Int32Array.of(1))]
     const mixed = code('E_DTYPE', /dtypes differ, lhs f32 rhs i32; cast one of them/)
     expect(() => x.add(i)).toThrow(mixed)
@@ -196,7 +200,7 @@ describe('dtypes', () => {
 })
 
 describe('products', () => {
-  test('leading axes are folded, and equal ones multiply batchwise', async () => {
+  test('fold the leading axes of a left operand, and multiply equal leading axes batchwise', async () => {
     const naive = (a: number[][], b: number[][]) =>
       a.map(row => b[0].map((_, j) => row.reduce((s, x, k) => s + x * b[k][j], 0)))
     const a = Array.from({ length: 12 }, (_, i) => i - 5)
@@ -212,7 +216,7 @@ describe('products', () => {
     expect(await list(batched)).toEqual(expected)
   })
 
-  test('every pair of transpose flags is the product of the transposed matrices', async () => {
+  test('with transpose flags equal the products of the transposed matrices', async () => {
     const sizes = fc.record({ m: fc.nat(3), k: fc.nat(3), n: fc.nat(3) })
     const matrix = (rows: number, columns: number) =>
       tensor(
@@ -232,7 +236,7 @@ describe('products', () => {
     )
   })
 
-  test('the error of different sizes names both shapes and a fix', () => {
+  test('of shapes that do not fit are rejected with both shapes or a fix', () => {
     expect(() => ones([2, 3, 8]).matmul(ones([4, 8]))).toThrow(
       code('E_SHAPE', /^matmul: inner sizes differ, lhs \[6,8\] rhs \[4,8\]: 8 != 4; pass \{ transposeB: true \}/),
     )
@@ -242,7 +246,7 @@ describe('products', () => {
 })
 
 describe('movement', () => {
-  test('invalid arguments are rejected with both values', () => {
+  test('invalid shapes, axes and ranges are rejected with the values involved', () => {
     const x = zeros([2, 3])
     const cases: Array<[() => unknown, RegExp]> = [
       [() => x.reshape([4, 2]), /\[2,3\] has 6 elements and cannot become \[4,2\]/],
@@ -277,12 +281,12 @@ describe('movement', () => {
     for (const [call, message] of cases) expect(call, `${call}`).toThrow(code('E_SHAPE', message))
   })
 
-  test('one size of a reshape may be inferred, also without elements', () => {
+  test('one size of a reshape may be inferred, even without elements', () => {
     expect(zeros([2, 3]).reshape([3, -1]).shape).toEqual([3, 2])
     expect(zeros([0, 3]).reshape([3, -1]).shape).toEqual([3, 0])
   })
 
-  test('ops that change nothing do not copy', () => {
+  test('ops that change nothing return their input', () => {
     const x = zeros([2, 3])
     expect(x.reshape([2, -1])).toBe(x)
     expect(x.expand([2, 3])).toBe(x)
@@ -306,7 +310,7 @@ describe('donation', () => {
   })
 })
 
-test('tensors of two backends do not mix', () => {
+test('operands on different backends are rejected', () => {
   const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
   expect(() => ones([2]).add(ones([2], { backend: other }))).toThrow(
     code(

@@ -9,7 +9,17 @@ import { checkInputs } from './check-inputs.ts'
 import { checkBackend, needAlive, needDtype, needList, needTensor, shapeError } from './checks.ts'
 import { type DType, decodeHost, type HostArray } from './dtype.ts'
 import { MoeError } from './errors.ts'
-import { foldMatmul, type GivenName, type InferredName, infer, inferExpand, inferNarrow, inferPad, inferReshape, inferSlice } from './infer.ts'
+import {
+  foldMatmul,
+  type GivenName,
+  type InferredName,
+  infer,
+  inferExpand,
+  inferNarrow,
+  inferPad,
+  inferReshape,
+  inferSlice,
+} from './infer.ts'
 import type { BinaryCode, CompareCode, OpName, Precision, PrimitiveAttrs, UnaryCode } from './ops.ts'
 import { checkOptions } from './options.ts'
 import { checkPrecision, currentPrecision, widePrecision } from './precision.ts'
