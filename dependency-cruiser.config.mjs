@@ -24,7 +24,17 @@ const edges = {
 }
 
 /** Packages without circular imports even of types. */
-const oneWay = ['checkpoint', 'attention-mla', 'router', 'mtp', 'deepseek', 'trainer', 'parallel', 'evaluation', 'server']
+const oneWay = [
+  'checkpoint',
+  'attention-mla',
+  'router',
+  'mtp',
+  'deepseek',
+  'trainer',
+  'parallel',
+  'evaluation',
+  'server',
+]
 
 const notShipped = String.raw`\.(test|bench)\.ts$|/test-[^/]+\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`
 

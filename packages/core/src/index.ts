@@ -1,7 +1,12 @@
 /** @file Public interface of @moe/core. */
 export { type BackwardOptions, backward, gradients } from './autograd/backward.ts'
 export { cacheForRecompute, checkpoint, isRecomputing, withKept, withRecomputed } from './autograd/checkpoint.ts'
-export { type CustomGradient, type CustomGradientContext, customGradient } from './autograd/custom-gradient.ts'
+export {
+  type CustomGradient,
+  type CustomGradientContext,
+  customGradient,
+  type TensorFor,
+} from './autograd/custom-gradient.ts'
 export { backwardInput, type SplitBackward } from './autograd/split.ts'
 export type {
   AttrUpdates,

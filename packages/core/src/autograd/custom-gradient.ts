@@ -8,8 +8,8 @@ import { sameShape, showShape } from '../shape.ts'
 import { type GradientSource, isRecording, noGrad, record } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 
-/** A tensor for each element of an array type; one for a single tensor. */
-type TensorFor<T> = T extends readonly Tensor[] ? { readonly [K in keyof T]: Tensor } : readonly [Tensor]
+/** A tensor for each element of the array type `T`; one if `T` is a single tensor. */
+export type TensorFor<T> = T extends readonly Tensor[] ? { readonly [K in keyof T]: Tensor } : readonly [Tensor]
 
 /** What a custom gradient rule gets in addition to the gradients. */
 export interface CustomGradientContext<Outputs = readonly Tensor[], Inputs = readonly Tensor[]> {

@@ -2,7 +2,7 @@ import { Random } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
 import { assertNear, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
-import { choice } from '../matmul/gemm.ts'
+import { choice } from '../matmul/tiles.ts'
 
 const cases = [
   { name: 'V3, split keys', B: 1, T: 1, S: 700, H: 16, C: 576, V: 512, lengths: [650] },
@@ -87,7 +87,11 @@ describe.skipIf(unavailable).each(productVariants)(
     test.each([12, 13])('more splits than tiles of keys are combined, %i value features', async V => {
       const random = new Random(V)
       const [B, S, H, C] = [2, 200, 3, 16]
-      const inputs = [exact(random, B, 1, H, C), { ...exact(random, B, S, C), dtype: 'bf16' as const }, integers(200, 0)]
+      const inputs = [
+        exact(random, B, 1, H, C),
+        { ...exact(random, B, S, C), dtype: 'bf16' as const },
+        integers(200, 0),
+      ]
       const attrs = { scale: 0.25, valueDim: V, precision }
       const [expected] = await onCpu('latentAttention', inputs, attrs, [output(B, 1, H, V)])
       choice.parts = 14
