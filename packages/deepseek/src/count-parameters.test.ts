@@ -7,7 +7,7 @@ import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(referenceBackend())
 
-test('published parameter counts, to the unit', () => {
+test('countParameters returns the published counts', () => {
   const count = (name: keyof typeof presets) => countParameters(parseConfig(presets[name]))
   expect(count('deepseek-v3')).toMatchObject({
     attention: 187107328,
@@ -44,7 +44,7 @@ test('published parameter counts, to the unit', () => {
   expect(count('deepseek-v3').mtp / 1e9).toBeCloseTo(11.61, 1)
 })
 
-test('cache bytes per token: the published figures, and what the cache of a model takes', () => {
+test('cacheCost returns the published bytes per token, and those of the cache of a model', () => {
   const cost = (name: keyof typeof presets, dtype: 'bf16' | 'f32' = 'bf16') => {
     const config = parseConfig(presets[name])
     return cacheCost(config, config.num_hidden_layers, dtype)
@@ -65,7 +65,7 @@ test('cache bytes per token: the published figures, and what the cache of a mode
   model.dispose()
 })
 
-test('the count is that of the model made', () => {
+test('countParameters equals the number of parameters of created models', () => {
   for (const config of [tiny, { ...tiny, q_lora_rank: null, num_nextn_predict_layers: 0, tie_word_embeddings: true }]) {
     const model = new DeepSeek(config)
     const { total, mtp } = countParameters(model.config)

@@ -11,20 +11,20 @@ setDefaultBackend(referenceBackend())
 describe('generation', () => {
   const prompt = [3, 7, 11, 2, 30]
 
-  test('can be read once: stopping early does not restart it', async () => {
+  test('can be iterated once, and does not restart after stopping early', async () => {
     const model = new DeepSeek(tiny, { seed: 1 })
     const generation = model.generate(prompt, { maxTokens: 8 })
-    const made: number[] = []
+    const generated: number[] = []
     for await (const id of generation) {
-      made.push(id)
-      if (made.length === 3) break
+      generated.push(id)
+      if (generated.length === 3) break
     }
-    for await (const id of generation) made.push(id)
-    expect(made).toHaveLength(3)
+    for await (const id of generation) generated.push(id)
+    expect(generated).toHaveLength(3)
     model.dispose()
   })
 
-  test('greedy equals the most likely token of a full forward pass each time', async () => {
+  test('greedy decoding chooses the most likely tokens of full forward passes', async () => {
     const model = new DeepSeek(tiny, { seed: 1 })
     const ids = prompt.slice()
     for (let i = 0; i < 20; i++) {
@@ -32,14 +32,14 @@ describe('generation', () => {
       const last = logits.subarray(logits.length - 40)
       ids.push(last.indexOf(Math.max(...last)))
     }
-    const made: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 20 })) made.push(id)
-    expect(made).toEqual(ids.slice(prompt.length))
+    const generated: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 20 })) generated.push(id)
+    expect(generated).toEqual(ids.slice(prompt.length))
     model.dispose()
   })
 
   for (const depth of [1, 2, 3]) {
-    test(`speculative equals plain, token for token, at depth ${depth}`, async () => {
+    test(`speculative decoding with ${depth} modules gives the same tokens as without`, async () => {
       const handles = defaultBackend().stats().handles
       for (let seed = 0; seed < 4; seed++) {
         const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed })
@@ -59,15 +59,15 @@ describe('generation', () => {
     })
   }
 
-  test('a long prompt is processed in pieces, which do not change text or drafts, and can be aborted between', async () => {
+  test('a long prompt is processed in pieces, with the same text and drafts, and can be aborted between them', async () => {
     const long = Array.from({ length: 30 }, (_, i) => (i * 7) % 40)
     const handles = defaultBackend().stats().handles
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 4 })
     const text = async (options: GenerateOptions) => {
       const generation = model.generate(long, { maxTokens: 30, ...options })
-      const made: number[] = []
-      for await (const id of generation) made.push(id)
-      return { made, drafted: generation.stats.drafted, steps: generation.stats.steps }
+      const generated: number[] = []
+      for await (const id of generation) generated.push(id)
+      return { generated, drafted: generation.stats.drafted, steps: generation.stats.steps }
     }
     const all = async () => [
       await text({}),
@@ -109,21 +109,21 @@ describe('generation', () => {
     }
     const [few, many] = [await peak(2), await peak(6)]
     expect(many.bytes).toBeLessThan(1.05 * few.bytes)
-    // Who watches the loads keeps what was made.
+    // A listener of loads keeps them in memory.
     const loads: Tensor[] = []
     const watched = await peak(6, { onLoad: load => loads.push(load) })
     expect(watched.values).toEqual(many.values)
     expect(loads.length).toBeGreaterThan(0)
   })
 
-  test('over a bf16 cache, speculative equals plain too', async () => {
+  test('speculative decoding with a bf16 cache gives the same tokens as without', async () => {
     const handles = defaultBackend().stats().handles
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 6 })
     const text = async (speculative: boolean) => {
-      const made: number[] = []
+      const generated: number[] = []
       const options = { maxTokens: 40, speculative, cacheDtype: 'bf16' } as const
-      for await (const id of model.generate(prompt, options)) made.push(id)
-      return made
+      for await (const id of model.generate(prompt, options)) generated.push(id)
+      return generated
     }
     expect(await text(true)).toEqual(await text(false))
     expect((await text(false)).length).toBe(40)
@@ -132,7 +132,7 @@ describe('generation', () => {
   })
 
   test('a model that repeats itself accepts its drafts', async () => {
-    // Head and embedding that ignore the context: every depth predicts token 5.
+    // A head of zeros, so that every depth predicts token 0.
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 3 })
     const head = new Float32Array(40 * 24)
     model.lm_head.weight.assign(tensor(head, [40, 24]))
@@ -144,7 +144,7 @@ describe('generation', () => {
   })
 
   test.each([false, true])(
-    'stops at ids and, with a tokenizer, at strings wherever their tokens break (drafts: %s)',
+    'stops at ids and, with a tokenizer, at strings, wherever tokens end (drafts: %s)',
     async speculative => {
       const options = { maxTokens: 30, speculative }
       const model = new DeepSeek(tiny, { seed: 1 })
@@ -159,7 +159,7 @@ describe('generation', () => {
       expect(cut).toEqual(before)
       expect(seen).toEqual(before)
 
-      // Every token is two characters: a stop string may begin in one and end in the next.
+      // Every token has two characters, so that a stop string may begin in one and end in the next.
       const word = (id: number) => `${id}`.padStart(2, '0')
       const tokenizer = { createDecodeStream: () => ({ push: word, end: () => '' }) }
       const whole = ids.map(word).join('')
@@ -181,22 +181,22 @@ describe('generation', () => {
     },
   )
 
-  test('minP keeps likely tokens only, onToken receives each one, stats count tokens per pass', async () => {
+  test('minP of 1 keeps the most likely token, onToken receives each token, and stats has tokens per pass', async () => {
     const model = new DeepSeek(tiny, { seed: 2 })
     const greedy: number[] = []
     for await (const id of model.generate(prompt, { maxTokens: 12 })) greedy.push(id)
-    const told: number[] = []
+    const received: number[] = []
     const generation = model.generate(prompt, {
       maxTokens: 12,
       temperature: 5,
       minP: 1,
       seed: 9,
       speculative: true,
-      onToken: id => told.push(id),
+      onToken: id => received.push(id),
     })
-    // minP 1 leaves the likeliest token alone, whatever the temperature.
+    // minP of 1 keeps only the most likely token at any temperature.
     for await (const _ of generation);
-    expect(told).toEqual(greedy)
+    expect(received).toEqual(greedy)
     expect(generation.stats.tokensPerStep).toBe(12 / generation.stats.steps)
     model.dispose()
   })

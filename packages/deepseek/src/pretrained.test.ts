@@ -15,18 +15,18 @@ setDefaultBackend(referenceBackend())
 const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
 afterAll(() => rm(folder, { recursive: true }))
 
-test('a checkpoint is opened without drawing random weights', async () => {
+test('a checkpoint opens without generating random weights', async () => {
   const model = new DeepSeek(tiny, { seed: 1 })
   const at = join(folder, 'undrawn')
   await model.save(at)
   const { normal } = Random.prototype
   Random.prototype.normal = () => {
-    throw new Error('drawn')
+    throw new Error('random weights')
   }
-  const again = await DeepSeek.fromPretrained(at).finally(() => {
+  const reopened = await DeepSeek.fromPretrained(at).finally(() => {
     Random.prototype.normal = normal
   })
-  for (const loaded of [again, await DeepSeek.fromPretrained(at, { weights: 'int8' })]) {
+  for (const loaded of [reopened, await DeepSeek.fromPretrained(at, { weights: 'int8' })]) {
     expect(loaded.config.initializer_range).toBe(model.config.initializer_range)
     loaded.dispose()
   }
@@ -34,7 +34,7 @@ test('a checkpoint is opened without drawing random weights', async () => {
 })
 
 describe('checkpoints', () => {
-  test('a folder that cannot be written is reported, wherever it fails', async () => {
+  test('a folder or file that cannot be written is an error that names it', async () => {
     const model = new DeepSeek(tiny, { seed: 7 })
     const file = join(folder, 'file')
     await writeFile(file, '')
@@ -50,10 +50,10 @@ describe('checkpoints', () => {
     const bias = new Random(1).normal(8)
     model.moeLayers[0].gate.e_score_correction_bias?.assign(tensor(bias))
     await model.save(join(folder, 'saved'))
-    const again = await DeepSeek.fromPretrained(join(folder, 'saved'))
-    expect(again.config).toEqual(model.config)
+    const reopened = await DeepSeek.fromPretrained(join(folder, 'saved'))
+    expect(reopened.config).toEqual(model.config)
     for (const [i, { name, parameter }] of namedParameters(model).entries()) {
-      const other = namedParameters(again)[i]
+      const other = namedParameters(reopened)[i]
       expect(other.name).toBe(name)
       assertClose(name, await other.parameter.values(), await parameter.values(), { relative: 0, absolute: 0 })
     }
@@ -67,7 +67,7 @@ describe('checkpoints', () => {
       expect(file.has(key), key).toBe(true)
     }
     model.dispose()
-    again.dispose()
+    reopened.dispose()
   })
 
   test('config.json has floats as transformers requires, and empty matrices for missing shared experts', async () => {
@@ -89,13 +89,13 @@ describe('checkpoints', () => {
     await using file = await readSafetensors(join(at, 'model.safetensors'))
     expect(file.info('model.layers.1.mlp.shared_experts.gate_proj.weight').shape).toEqual([0, 24])
     expect(file.info('model.layers.2.mlp.shared_experts.down_proj.weight').shape).toEqual([24, 0])
-    const again = await DeepSeek.fromPretrained(at)
-    expect(again.config.n_shared_experts).toBe(0)
+    const reopened = await DeepSeek.fromPretrained(at)
+    expect(reopened.config.n_shared_experts).toBe(0)
     model.dispose()
-    again.dispose()
+    reopened.dispose()
   })
 
-  test('a checkpoint of another model is rejected with every key', async () => {
+  test('a checkpoint of another model is rejected, with missing keys and different shapes', async () => {
     const model = new DeepSeek(tiny)
     await model.save(join(folder, 'other'))
     await writeFile(
@@ -111,11 +111,11 @@ describe('checkpoints', () => {
 
 test('a model too large for its checkpoint is rejected before memory is allocated', async () => {
   const model = new DeepSeek(tiny)
-  const at = join(folder, 'absurd')
+  const at = join(folder, 'huge')
   await model.save(at)
   const { peakBytes } = defaultBackend().stats()
-  for (const absurd of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 2 ** 40 }, { n_routed_experts: 2 ** 20 }]) {
-    await writeFile(join(at, 'config.json'), JSON.stringify({ ...tiny, ...absurd }))
+  for (const huge of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 2 ** 40 }, { n_routed_experts: 2 ** 20 }]) {
+    await writeFile(join(at, 'config.json'), JSON.stringify({ ...tiny, ...huge }))
     await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
       expect.objectContaining({ code: 'E_STATE_DICT', message: expect.stringMatching(/describes a model of \d/) }),
     )
@@ -130,10 +130,10 @@ test('a folder may be a file URL, and config.json begin with a byte order mark',
   await model.save(at)
   const config = new URL(`${at}/config.json`)
   await writeFile(config, `\uFEFF${await readFile(config, 'utf8')}`)
-  const again = await DeepSeek.fromPretrained(at)
-  await loadWeights(again, at)
-  expect(await again.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
-  for (const opened of [model, again]) opened.dispose()
+  const reopened = await DeepSeek.fromPretrained(at)
+  await loadWeights(reopened, at)
+  expect(await reopened.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  for (const opened of [model, reopened]) opened.dispose()
   const none = undefined as unknown as string
   for (const call of [() => DeepSeek.fromPretrained(none), () => model.save(none), () => loadWeights(model, none)])
     await expect(call()).rejects.toMatchObject({
@@ -146,9 +146,9 @@ test('a model is opened from a URL, and from File objects', async () => {
   const at = join(folder, 'published')
   const model = new DeepSeek(tiny, { seed: 1 })
   await model.save(at)
-  const asked: string[] = []
+  const requested: string[] = []
   const answer = async (address: string) => {
-    asked.push(address)
+    requested.push(address)
     const body = await readFile(join(at, address.replace('https://example.org/m/', ''))).catch(() => null)
     return new Response(body, { status: body ? 200 : 404 })
   }
@@ -156,21 +156,21 @@ test('a model is opened from a URL, and from File objects', async () => {
   const onProgress = (progress: typeof last) => {
     last = progress
   }
-  const byAddress = await DeepSeek.fromPretrained('https://example.org/m', {
+  const fromUrl = await DeepSeek.fromPretrained('https://example.org/m', {
     fetch: answer,
     onProgress,
     weights: 'bf16',
   })
   expect(last.bytes).toBe(last.totalBytes)
-  expect(new Set(asked)).toEqual(
+  expect(new Set(requested)).toEqual(
     new Set(['config.json', 'model.safetensors'].map(name => `https://example.org/m/${name}`)),
   )
   const names = ['config.json', 'model.safetensors']
   const files = await Promise.all(names.map(async name => new File([await readFile(join(at, name))], name)))
-  const atHand = await DeepSeek.fromPretrained(files)
-  expect(await atHand.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
-  await loadWeights(atHand, new URL('https://example.org/m'), { fetch: answer })
-  for (const opened of [model, byAddress, atHand]) opened.dispose()
+  const fromFiles = await DeepSeek.fromPretrained(files)
+  expect(await fromFiles.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  await loadWeights(fromFiles, new URL('https://example.org/m'), { fetch: answer })
+  for (const opened of [model, fromUrl, fromFiles]) opened.dispose()
   await expect(DeepSeek.fromPretrained('https://example.org/other', { fetch: answer })).rejects.toThrow(
     'https://example.org/other/config.json: cannot be read: no such file; pass a folder',
   )
@@ -178,7 +178,7 @@ test('a model is opened from a URL, and from File objects', async () => {
   await expect(DeepSeek.fromPretrained(at, { signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
 })
 
-test('a config.json that is no file is refused', async () => {
+test('a config.json that is a folder is rejected', async () => {
   const at = join(folder, 'no-file')
   await mkdir(join(at, 'config.json'), { recursive: true })
   await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(

@@ -23,7 +23,7 @@ describe('training', () => {
   })
   const total = async (load: Tensor | null) => Array.from(await (load as Tensor).values()).reduce((a, b) => a + b, 0)
 
-  test('padding is neither counted nor balanced nor trained on', async () => {
+  test('padding has no loss, and no effect on loads and balance loss', async () => {
     const model = new DeepSeek(tiny, { seed: 1, objective: { biasSpeed: 0 } })
     // Row 1 ends after its fourth token; padding has negative documents that never repeat.
     const padded = rows(Array.from({ length: 20 }, (_, i) => (i < 14 ? 0 : -i)))
@@ -32,15 +32,15 @@ describe('training', () => {
     // The MTP layer reads the token after each position.
     expect(await Promise.all(model.moeLayers.map(layer => total(layer.load)))).toEqual([(8 + 4) * 2, (8 + 3) * 2])
     await model.afterStep()
-    // What stands in the padding changes nothing.
-    const other = { ...padded, tokens: padded.tokens.map((token, i) => (i < 14 ? token : 1)) }
-    const again = scope(() => model.loss(other))
-    expect(await again.metrics.balance.item()).toBeCloseTo(await metrics.balance.item(), 6)
-    expect(await again.loss.item()).toBeCloseTo(await loss.item(), 6)
+    // Tokens of the padding have no influence.
+    const changed = { ...padded, tokens: padded.tokens.map((token, i) => (i < 14 ? token : 1)) }
+    const other = scope(() => model.loss(changed))
+    expect(await other.metrics.balance.item()).toBeCloseTo(await metrics.balance.item(), 6)
+    expect(await other.loss.item()).toBeCloseTo(await loss.item(), 6)
     model.dispose()
   })
 
-  test('a balancer replaces the objective; the monitor receives loads and biases', async () => {
+  test('a balancer replaces the balance of the objective, and the monitor receives loads and biases', async () => {
     const monitor = new LoadMonitor({ topK: 2, groups: 4 })
     const balancer = combineBalancers(auxFree({ speed: step => (step === 0 ? 0.5 : 0) }), expertLevel({ alpha: 3 }))
     const model = new DeepSeek(tiny, { seed: 1, balancer, monitor, objective: { balanceWeight: 100, mtpWeight: 0 } })
@@ -48,7 +48,7 @@ describe('training', () => {
     const { loss, nll, metrics, count } = scope(() => model.loss(batch))
     const extra = (await loss.item()) - (await nll.item()) / count
     expect(extra).toBeCloseTo((await metrics.balance.item()) * model.moeLayers.length, 4)
-    // At least the factor: balance costs 1 when perfect.
+    // The balance loss is at least 1, times the factor of 3.
     expect(extra).toBeGreaterThan(2.5 * model.moeLayers.length)
     await model.afterStep()
     expect(model.step).toBe(1)
@@ -58,7 +58,7 @@ describe('training', () => {
     model.dispose()
   })
 
-  test('setting the step sets that of the balancer and the schedules', () => {
+  test('the step of the model is that of the balancer and the schedules', () => {
     const seen: number[] = []
     const loss = (_: unknown, step: number) => {
       seen.push(step)
@@ -73,7 +73,7 @@ describe('training', () => {
     model.dispose()
   })
 
-  test('λ follows its schedule; detached modules give no gradient to the main model', async () => {
+  test('mtpWeight follows its schedule, and detached modules give no gradient to the main model', async () => {
     const batch = rows()
     const parts = async (objective: object, step = 0) => {
       const model = new DeepSeek(tiny, { seed: 1, objective: { balanceWeight: 0, ...objective } })
@@ -114,32 +114,32 @@ describe('training', () => {
       expect(await metrics[`acceptance${k + 1}`].item()).toBe(await rate.item())
       expect(await individual[k].item()).toBeGreaterThanOrEqual(await rate.item())
     }
-    // Evaluation counts nothing: the loads are those of the one training pass.
+    // Evaluation does not count loads, which are those of the training pass.
     expect(await total(model.moeLayers[0].load)).toBe(17 * 2)
-    // A head without preference: all depths say token 0.
+    // A head of zeros, so that all depths predict token 0.
     model.lm_head.weight.assign(tensor(new Float32Array(40 * 24), [40, 24]))
     for (const rate of model.mtpAcceptance(batch).cumulative) expect(await rate.item()).toBe(1)
     model.dispose()
   })
 
-  test('MTP modules with an embedding and a head of their own are trained, counted, saved and used', async () => {
+  test('MTP modules with separate embeddings and heads are counted, saved and used', async () => {
     const config = { ...tiny, mtp_separate_embeddings: true }
     const model = new DeepSeek(config, { seed: 1 })
     const own = namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)
     const { total, mtp } = countParameters(model.config)
     expect(own).toBe(total + mtp)
     await model.save(join(folder, 'separate'))
-    const again = await DeepSeek.fromPretrained(join(folder, 'separate'))
+    const reopened = await DeepSeek.fromPretrained(join(folder, 'separate'))
     const ids = async (of: DeepSeek, speculative: boolean) => {
-      const made: number[] = []
-      for await (const id of of.generate([3, 7, 11], { maxTokens: 20, speculative })) made.push(id)
-      return made
+      const generated: number[] = []
+      for await (const id of of.generate([3, 7, 11], { maxTokens: 20, speculative })) generated.push(id)
+      return generated
     }
-    expect(await ids(again, true)).toEqual(await ids(model, false))
-    const head = again.mtp[0].ownHead as Tensor
+    expect(await ids(reopened, true)).toEqual(await ids(model, false))
+    const head = reopened.mtp[0].ownHead as Tensor
     expect(await head.values()).toEqual(await (model.mtp[0].ownHead as Tensor).values())
-    expect(await head.values()).not.toEqual(await again.lm_head.weight.values())
+    expect(await head.values()).not.toEqual(await reopened.lm_head.weight.values())
     model.dispose()
-    again.dispose()
+    reopened.dispose()
   })
 })

@@ -103,7 +103,7 @@ export class BigramModel extends Module implements TrainableModel {
 /** A model that also samples texts: each one separately, with the weights at its start. */
 export class TalkingBigram extends BigramModel implements SamplingModel {
   /** The tokens of all sampled texts. */
-  readonly made: number[][] = []
+  readonly sampledTexts: number[][] = []
 
   /** The probabilities of the next token after each token. */
   async table(): Promise<number[][]> {
@@ -148,7 +148,7 @@ export class TalkingBigram extends BigramModel implements SamplingModel {
               if (logProbs.length === maxTokens) stats.finishReason = 'length'
             }
           }
-          model.made.push(logProbs.map(({ token }) => token))
+          model.sampledTexts.push(logProbs.map(({ token }) => token))
         }
         return { logProbs, stats, [Symbol.asyncIterator]: () => make(this) }
       },

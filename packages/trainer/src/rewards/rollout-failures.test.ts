@@ -9,7 +9,7 @@ import { BigramModel, removeTemporaryFolders, roundingBackend, TalkingBigram, te
 import { train } from '../train.ts'
 import { evaluateRewards } from './evaluate-rewards.ts'
 import { type Prompt, type RolloutOptions, rollouts, type Sample } from './rollouts.ts'
-import { few, numbers, problem, prompts, ran, sevens, usual } from './test-rollouts.ts'
+import { errorOf, fewRollouts, numbers, prompts, run, settings, sevens } from './test-rollouts.ts'
 
 const backend = roundingBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -18,20 +18,20 @@ afterEach(async () => {
   expect(backend.stats().handles).toBe(0)
 })
 
-describe('what goes wrong', () => {
+describe('rollouts', () => {
   const failing = async (reward: RolloutOptions['reward']) => {
     const out = join(await temporaryFolder(), 'run')
-    const told = await problem(ran({ reward }, { steps: 6, out }))
-    return { ...told, out }
+    const error = await errorOf(run({ reward }, { steps: 6, out }))
+    return { ...error, out }
   }
 
-  /** Rewards as usual for two steps, of 24 texts each. */
+  /** A reward function that calls `then` after two steps of 24 texts. */
   const twoStepsThen = (then: () => unknown): RolloutOptions['reward'] => {
     let count = 0
     return ((sample: Sample) => (count++ < 48 ? sevens(sample) : then())) as RolloutOptions['reward']
   }
 
-  const bad: ReadonlyArray<readonly [then: () => unknown, told: RegExp]> = [
+  const bad: ReadonlyArray<readonly [then: () => unknown, message: RegExp]> = [
     [() => Number.NaN, /the reward of a text of \d tokens, "" is NaN; return a finite number/],
     [() => Number.POSITIVE_INFINITY, /is Infinity/],
     [() => '1', /is of type string/],
@@ -44,28 +44,28 @@ describe('what goes wrong', () => {
       /failed: x is not a function/,
     ],
   ]
-  test.each(bad)('a reward of %s is told, and what was learned stays', async (then, expected) => {
+  test.each(bad)('fail with the reward of %s, but keep the steps before', async (then, expected) => {
     const { code, message, out } = await failing(twoStepsThen(then))
     expect(code).toBe('E_DATA')
     expect(message).toMatch(expected)
     expect(latestCheckpoint(out)).toMatch(/step-000002$/)
-    const whole = await ran({}, { steps: 6 })
-    const rest = await ran({}, { steps: 6, out, resume: true })
+    const whole = await run({}, { steps: 6 })
+    const rest = await run({}, { steps: 6, out, resume: true })
     expect(numbers(rest)).toEqual(numbers(whole).slice(2))
   })
 
-  test('a reward that fails for a held-out prompt leaves a checkpoint, too', async () => {
+  test('save a checkpoint if the reward of a held-out prompt fails', async () => {
     const out = join(await temporaryFolder(), 'run')
     const reward = (sample: Sample) => {
       if ((sample.prompt as { tokens: number[] }).tokens[1] === 9) throw new Error('cannot judge')
       return sevens(sample)
     }
-    const given = { reward, validation: [{ tokens: [10, 9] }] }
-    expect(await problem(ran(given, { steps: 6, evalEvery: 4, out }))).toMatchObject({ code: 'E_DATA' })
+    const options = { reward, validation: [{ tokens: [10, 9] }] }
+    expect(await errorOf(run(options, { steps: 6, evalEvery: 4, out }))).toMatchObject({ code: 'E_DATA' })
     expect(latestCheckpoint(out)).toMatch(/step-000004$/)
   })
 
-  test('a slow reward is stopped by the signal, and the step is repeated', async () => {
+  test('stop pending rewards when interrupted, and repeat the step when resumed', async () => {
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
     const reward: RolloutOptions['reward'] = (sample, { signal }) =>
@@ -78,44 +78,44 @@ describe('what goes wrong', () => {
     let latest = 0
     const options: Partial<TrainOptions> = { steps: 5, out, signal: controller.signal }
     const model = new TalkingBigram()
-    const data = rollouts(prompts, { ...few, reward })
+    const data = rollouts(prompts, { ...fewRollouts, reward })
     const onEvent = (event: TrainEvent) => {
       if (event.type === 'step') latest = event.step
     }
-    const result = await train(model, { ...usual, ...options, data, onEvent })
+    const result = await train(model, { ...settings, ...options, data, onEvent })
     disposeModule(model)
     expect(result.stopped).toBe('interrupted')
     expect(result.steps).toBe(2)
-    const rest = await ran({}, { steps: 5, out, resume: true })
-    expect(numbers(rest)).toEqual(numbers(await ran({}, { steps: 5 })).slice(2))
+    const rest = await run({}, { steps: 5, out, resume: true })
+    expect(numbers(rest)).toEqual(numbers(await run({}, { steps: 5 })).slice(2))
   })
 
-  test('the first failing text is reported, and the others are stopped', async () => {
-    let asked = 0
-    let ended = 0
+  test('report the first failing reward, and abort the others', async () => {
+    let calls = 0
+    let aborted = 0
     const reward: RolloutOptions['reward'] = (_, { signal }) => {
-      if (++asked === 5) throw new Error('the fifth')
+      if (++calls === 5) throw new Error('the fifth')
       return new Promise((_, reject) => {
         signal.addEventListener('abort', () => {
-          ended++
+          aborted++
           reject(new Error('another'))
         })
       })
     }
-    expect(await problem(ran({ reward }))).toMatchObject({
+    expect(await errorOf(run({ reward }))).toMatchObject({
       code: 'E_DATA',
       message: expect.stringContaining('the fifth'),
     })
-    expect(ended).toBe(asked - 1)
+    expect(aborted).toBe(calls - 1)
   })
 
-  test('a reward that never resolves and ignores the signal is not awaited', async () => {
+  test('do not wait for a reward that ignores the signal', async () => {
     const controller = new AbortController()
     const reward = () => {
       controller.abort()
       return new Promise<number>(() => {})
     }
-    const { events } = await ran({ reward }, { signal: controller.signal })
+    const { events } = await run({ reward }, { signal: controller.signal })
     expect(events.at(-1)).toMatchObject({ type: 'end', result: { stopped: 'interrupted', steps: 0 } })
   })
 
@@ -130,8 +130,8 @@ describe('what goes wrong', () => {
     [{ kl: { weight: 0.1 } }, 'kl is invalid, expected { weight, reference }'],
     [{ groupsize: 4 }, 'unknown option groupsize; did you mean groupSize?'],
     [{ template: {} }, 'expected an object with a method render'],
-  ])('%o is refused', (given, expected) => {
-    const make = () => rollouts(prompts, { ...few, ...(given as object) })
+  ])('reject the options %o', (options, expected) => {
+    const make = () => rollouts(prompts, { ...fewRollouts, ...(options as object) })
     expect(make).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(expected) }))
   })
 
@@ -145,8 +145,8 @@ describe('what goes wrong', () => {
     [[{ answer: 3 }], 'has none or several'],
     [[{ messages: [] }], 'prompt 0 has no valid messages'],
     [[{ messages: [{ role: 'user', content: 'a' }] }], 'prompt 0 consists of messages, but no template is given'],
-  ])('prompts %o are refused', (given, expected) => {
-    const make = () => rollouts(given as unknown as Prompt[], few)
+  ])('reject the prompts %o', (invalid, expected) => {
+    const make = () => rollouts(invalid as unknown as Prompt[], fewRollouts)
     expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining(expected) }))
   })
 
@@ -165,41 +165,41 @@ describe('what goes wrong', () => {
       'world is 2 without ranks, but processes can share rollouts only if they train together',
     ],
     [{ isolate: true }, 'E_CONFIG', 'isolates documents that share a row'],
-  ] as const)('training with %o is refused', async (options, code, expected) => {
-    expect(await problem(ran({ updates: 2 }, options))).toMatchObject({
+  ] as const)('reject training with %o', async (options, code, expected) => {
+    expect(await errorOf(run({ updates: 2 }, options))).toMatchObject({
       code,
       message: expect.stringContaining(expected),
     })
   })
 
-  test('a row that exactly fits a text is enough', async () => {
-    await ran({}, { sequenceLength: 6, steps: 1 })
+  test('accept rows that exactly fit a text', async () => {
+    await run({}, { sequenceLength: 6, steps: 1 })
   })
 
-  test('models that cannot sample are refused with what is missing', async () => {
+  test('reject models that cannot sample or return no likelihoods, and data without a tokenizer or held-out prompts', async () => {
     const silent = new BigramModel() as TalkingBigram
-    expect(await problem(ran({}, {}, silent))).toMatchObject({
+    expect(await errorOf(run({}, {}, silent))).toMatchObject({
       code: 'E_ATTR',
       message: expect.stringContaining('continuousBatch'),
     })
-    class Deaf extends TalkingBigram {
+    class WithoutNlls extends TalkingBigram {
       override loss(batch: TokenBatch, options = {}): LossOutput {
         const { nlls, ...output } = super.loss(batch, options)
         return output
       }
     }
-    expect(await problem(ran({}, {}, new Deaf()))).toMatchObject({
+    expect(await errorOf(run({}, {}, new WithoutNlls()))).toMatchObject({
       code: 'E_ATTR',
       message: expect.stringContaining('does not return the likelihood of each token'),
     })
-    const texts = rollouts([{ text: 'ab' }], few)
-    expect(await problem(ran({}, { data: texts }))).toMatchObject({
+    const texts = rollouts([{ text: 'ab' }], fewRollouts)
+    expect(await errorOf(run({}, { data: texts }))).toMatchObject({
       code: 'E_CONFIG',
       message: expect.stringContaining('no tokenizer'),
     })
-    const data = rollouts(prompts, few)
+    const data = rollouts(prompts, fewRollouts)
     const model = new TalkingBigram()
-    expect(await problem(evaluateRewards(model, data))).toMatchObject({ code: 'E_DATA' })
+    expect(await errorOf(evaluateRewards(model, data))).toMatchObject({ code: 'E_DATA' })
     disposeModule(model)
   })
 })

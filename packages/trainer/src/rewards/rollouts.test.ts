@@ -13,7 +13,7 @@ import { PackedTexts } from './packed-texts.ts'
 import { advantagesOf, meanTerms, tokenWeights } from './policy-gradient.ts'
 import { RolloutBatches } from './rollout-batches.ts'
 import { rollouts, type Sample } from './rollouts.ts'
-import { few, numbers, problem, prompts, type Ran, ran, sevens, usual } from './test-rollouts.ts'
+import { errorOf, fewRollouts, numbers, prompts, type RolloutRun, run, settings, sevens } from './test-rollouts.ts'
 import { TextRanks } from './text-ranks.ts'
 
 const backend = roundingBackend()
@@ -24,36 +24,36 @@ afterEach(async () => {
 })
 
 describe('a model that is rewarded for token 7', () => {
-  test('learns to emit it, with the same numbers on every run', async () => {
-    const first = await ran({}, { steps: 40 })
+  test('learns to generate it, with the same results in every run', async () => {
+    const first = await run({}, { steps: 40 })
     const rewards = first.steps.map(({ metrics }) => metrics['reward'])
     expect(rewards[0]).toBeLessThan(0.2)
     expect(Math.min(...rewards.slice(-5))).toBeGreaterThan(0.6)
     expect(first.table[7][7]).toBeGreaterThan(0.6)
-    const again = await ran({}, { steps: 40 })
-    expect(numbers(again)).toEqual(numbers(first))
-    expect(again.made).toEqual(first.made)
-    const otherwise = await ran({}, { steps: 1, seed: 4 })
-    expect(otherwise.made).not.toEqual(first.made.slice(0, 24))
+    const second = await run({}, { steps: 40 })
+    expect(numbers(second)).toEqual(numbers(first))
+    expect(second.sampledTexts).toEqual(first.sampledTexts)
+    const other = await run({}, { steps: 1, seed: 4 })
+    expect(other.sampledTexts).not.toEqual(first.sampledTexts.slice(0, 24))
   })
 
-  test('learns faster from texts that it learns from several times, within the clip', async () => {
-    const once = await ran({}, { steps: 10 })
-    const often = await ran({ updates: 3 }, { steps: 30 })
-    const last = (run: Ran) => run.steps.slice(-6).reduce((sum, { metrics }) => sum + metrics['reward'], 0)
+  test('learns faster from several updates with the same texts, within the clip range', async () => {
+    const once = await run({}, { steps: 10 })
+    const often = await run({ updates: 3 }, { steps: 30 })
+    const last = (run: RolloutRun) => run.steps.slice(-6).reduce((sum, { metrics }) => sum + metrics['reward'], 0)
     expect(last(often)).toBeGreaterThan(last(once))
-    expect(often.made).toHaveLength(10 * 24)
+    expect(often.sampledTexts).toHaveLength(10 * 24)
     const clipped = often.steps.map(({ metrics }) => metrics['clipped'])
-    // The first of three has the policy that made the texts.
+    // In the first of three updates, the policy is the one that sampled the texts.
     expect(clipped.filter((_, i) => i % 3 === 0).every(share => share === 0)).toBe(true)
     expect(clipped.some(share => share > 0)).toBe(true)
   })
 
-  test('stays nearer to a reference for a larger KL weight', async () => {
+  test('stays closer to a reference with a larger KL weight', async () => {
     const kls: number[] = []
     for (const weight of [0.01, 1]) {
       const reference = new TalkingBigram()
-      const { steps } = await ran({ kl: { weight, reference } }, { steps: 20 })
+      const { steps } = await run({ kl: { weight, reference } }, { steps: 20 })
       expect(steps[0].metrics['kl']).toBeCloseTo(0, 10)
       kls.push(steps[19].metrics['kl'])
       disposeModule(reference)
@@ -63,21 +63,21 @@ describe('a model that is rewarded for token 7', () => {
   })
 })
 
-describe('a step', () => {
+describe('a training step', () => {
   test('logs metrics of the texts', async () => {
     const samples: Sample[] = []
     const reward = (sample: Sample) => {
       samples.push(sample)
       return sample.tokens.length
     }
-    const { steps, made } = await ran({ reward }, { steps: 1 })
-    expect(samples.map(({ tokens }) => tokens)).toEqual(made)
+    const { steps, sampledTexts } = await run({ reward }, { steps: 1 })
+    expect(samples.map(({ tokens }) => tokens)).toEqual(sampledTexts)
     for (const { tokens, finishReason, text } of samples) {
       expect(finishReason).toBe(tokens[tokens.length - 1] === 11 ? 'stop' : 'length')
       expect(tokens.length).toBeLessThanOrEqual(5)
       expect(text).toBe('')
     }
-    const lengths = made.map(({ length }) => length)
+    const lengths = sampledTexts.map(({ length }) => length)
     const mean = (values: readonly number[]) => values.reduce((sum, x) => sum + x, 0) / values.length
     const { metrics, count, nll } = steps[0] as StepEvent & { count?: number }
     expect(metrics['reward']).toBeCloseTo(mean(lengths), 12)
@@ -93,10 +93,10 @@ describe('a step', () => {
   })
 
   test('passes the original prompt and text without special tokens to the reward function', async () => {
-    const asked = ['ab', 'cd'].map((text, answer) => ({ text, answer }))
+    const texts = ['ab', 'cd'].map((text, answer) => ({ text, answer }))
     const seen = new Set<number>()
-    const data = rollouts(asked, {
-      ...few,
+    const data = rollouts(texts, {
+      ...fewRollouts,
       reward: async ({ prompt, text, tokens }) => {
         await new Promise(resolve => setTimeout(resolve, tokens.length))
         expect(text).toBe(letters.decode?.(tokens))
@@ -105,12 +105,12 @@ describe('a step', () => {
       },
     })
     const model = new TalkingBigram()
-    await train(model, { ...usual, data, tokenizer: letters, steps: 1 })
+    await train(model, { ...settings, data, tokenizer: letters, steps: 1 })
     expect([...seen].sort()).toEqual([0, 1])
     disposeModule(model)
   })
 
-  test('whose groups have equal rewards changes nothing', async () => {
+  test('changes no weights if the rewards within each group are equal', async () => {
     const untrained = new TalkingBigram()
     const before = await untrained.table()
     disposeModule(untrained)
@@ -119,7 +119,7 @@ describe('a step', () => {
         return {}
       }
     }
-    const { steps, table } = await ran({ reward: () => 3 }, { steps: 2 }, new Still())
+    const { steps, table } = await run({ reward: () => 3 }, { steps: 2 }, new Still())
     expect(table).toEqual(before)
     expect(steps.map(({ metrics }) => metrics['flatGroups'])).toEqual([1, 1])
     expect(steps.map(({ gradNorm }) => gradNorm)).toEqual([0, 0])
@@ -127,22 +127,22 @@ describe('a step', () => {
 
   test('samples different texts for the same prompt, within and across steps', async () => {
     const data = rollouts([{ tokens: [10, 2] }], { reward: () => 0, groups: 1, groupSize: 12, maxTokens: 5 })
-    const { made } = await ran({}, { data, steps: 2 })
-    expect(made.slice(0, 12)).not.toEqual(made.slice(12))
-    expect(new Set(made.map(String)).size).toBeGreaterThan(12)
+    const { sampledTexts } = await run({}, { data, steps: 2 })
+    expect(sampledTexts.slice(0, 12)).not.toEqual(sampledTexts.slice(12))
+    expect(new Set(sampledTexts.map(String)).size).toBeGreaterThan(12)
   })
 
   test.each(['token', 'text'] as const)(
-    'has the gradient of all texts, averaged by %s, and reads those that teach',
+    'has the gradient of all texts, averaged by %s, but processes only groups with different rewards',
     async average => {
       const model = new TalkingBigram()
       const samples: Array<Sample & { reward: number }> = []
       const data = rollouts(prompts, {
-        ...few,
+        ...fewRollouts,
         average,
         reward: sample => {
           const [, first] = (sample.prompt as { tokens: number[] }).tokens
-          // Some groups are all alike.
+          // Some groups have equal rewards.
           const reward = first < 3 ? 1 : sevens(sample) + sample.tokens.length
           samples.push({ ...sample, reward })
           return reward
@@ -188,23 +188,23 @@ describe('a step', () => {
     },
   )
 
-  test('takes every prompt once an epoch', async () => {
-    const asked: number[] = []
+  test('uses every prompt once per epoch', async () => {
+    const rewarded: number[] = []
     const data = {
       groups: 2,
       groupSize: 2,
-      reward: ({ prompt }: Sample) => asked.push((prompt as { tokens: number[] }).tokens[1]),
+      reward: ({ prompt }: Sample) => rewarded.push((prompt as { tokens: number[] }).tokens[1]),
     }
-    await ran(data, { steps: 5 })
-    const epochs = [asked.slice(0, 10), asked.slice(10)]
+    await run(data, { steps: 5 })
+    const epochs = [rewarded.slice(0, 10), rewarded.slice(10)]
     for (const epoch of epochs) expect(epoch.toSorted()).toEqual([1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
     expect(epochs[0]).not.toEqual(epochs[1])
   })
 })
 
-describe('a run', () => {
-  test.each([1, 3])('that was stopped goes on with the same numbers, %i updates', async updates => {
-    const whole = await ran({ updates }, { steps: 12 })
+describe('a training run', () => {
+  test.each([1, 3])('resumes bit for bit after an interruption, %i updates', async updates => {
+    const whole = await run({ updates }, { steps: 12 })
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
     const stopping: Partial<TrainOptions> = {
@@ -213,11 +213,11 @@ describe('a run', () => {
       signal: controller.signal,
       onEvent: event => event.type === 'step' && event.step === 4 && controller.abort(),
     }
-    await ran({ updates }, stopping)
+    await run({ updates }, stopping)
     const stopped = readMetrics(join(out, 'metrics.jsonl')).length
-    // It finishes what it has made texts for.
+    // It completes all updates with the sampled texts.
     expect(stopped).toBe(updates === 1 ? 4 : 6)
-    const rest = await ran({ updates }, { steps: 12, out, resume: true })
+    const rest = await run({ updates }, { steps: 12, out, resume: true })
     expect(numbers(rest)).toEqual(numbers(whole).slice(stopped))
     expect(rest.table).toEqual(whole.table)
   })
@@ -225,35 +225,35 @@ describe('a run', () => {
   test('saves and evaluates only after complete rounds', async () => {
     const out = join(await temporaryFolder(), 'run')
     const options = { steps: 12, out, checkpointEvery: 4, keepCheckpoints: 9, evalEvery: 5 }
-    const { events } = await ran({ updates: 3, validation: [{ tokens: [10, 9] }] }, options)
+    const { events } = await run({ updates: 3, validation: [{ tokens: [10, 9] }] }, options)
     const stepsOf = (type: string) =>
       events.flatMap(event => (event.type === type && 'step' in event ? event.step : []))
     expect(stepsOf('checkpoint')).toEqual([6, 9, 12])
     expect(stepsOf('evaluation')).toEqual([6, 12])
   })
 
-  test('is refused by a checkpoint of other rollouts', async () => {
+  test('cannot resume from a checkpoint with other rollout options', async () => {
     const out = join(await temporaryFolder(), 'run')
-    await ran({}, { steps: 2, out })
-    const { code, message } = await problem(ran({ groupSize: 7 }, { steps: 2, out, resume: true }))
+    await run({}, { steps: 2, out })
+    const { code, message } = await errorOf(run({ groupSize: 7 }, { steps: 2, out, resume: true }))
     expect(code).toBe('E_CHECKPOINT')
     expect(message).toContain('"groupSize":6')
     expect(message).toContain('"groupSize":7')
   })
 
-  test('measures the reward of held-out prompts, as evaluateRewards does', async () => {
+  test('evaluates the reward of held-out prompts like evaluateRewards', async () => {
     const validation = Array.from({ length: 20 }, (_, i) => ({ tokens: [10, i % 10] }))
-    const data = rollouts(prompts, { ...few, validation })
+    const data = rollouts(prompts, { ...fewRollouts, validation })
     const model = new TalkingBigram()
-    const before = await evaluateRewards(model, data, { seed: usual.seed })
+    const before = await evaluateRewards(model, data, { seed: settings.seed })
     const done: number[] = []
     const result = await train(model, {
-      ...usual,
+      ...settings,
       data,
       steps: 30,
       onEvent: event => event.type === 'evaluating' && done.push(event.done),
     })
-    const after = await evaluateRewards(model, data, { seed: usual.seed })
+    const after = await evaluateRewards(model, data, { seed: settings.seed })
     expect(result.validation.reward).toBe(after.reward)
     expect(result.validation.tokens).toBe(after.tokens)
     expect(Number(after.reward)).toBeGreaterThan(Number(before.reward) + 0.3)
@@ -265,7 +265,7 @@ describe('a run', () => {
     let text = ''
     const { progress } = await import('../report/progress.ts')
     const stream = { write: (part: string) => (text += part) } as never
-    await ran({ validation: [{ tokens: [1] }] }, { steps: 2, progress: progress({ stream, color: false }) })
+    await run({ validation: [{ tokens: [1] }] }, { steps: 2, progress: progress({ stream, color: false }) })
     expect(text).toMatch(/2 steps of 24 texts, 1\.6 epochs of 10\n/)
     expect(text).toMatch(/step 1\/2 {2}reward 0\.\d{3} {2}/)
     expect(text).toMatch(/step 2: held-out reward 0\.\d{3}, loss \d/)
