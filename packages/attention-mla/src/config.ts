@@ -38,22 +38,22 @@ export interface MlaConfig {
   /** Features of a value in each head. */
   readonly v_head_dim: number
   /** Base of the rotation wavelengths. Default 10000. */
-  readonly rope_theta?: number
+  readonly rope_theta?: number | undefined
   /** Context extension. Default null: none. */
-  readonly rope_scaling?: RopeScaling | null
+  readonly rope_scaling?: RopeScaling | null | undefined
   /** Whether to rotate adjacent features, as in the released layout (default), instead of halves. */
-  readonly rope_interleave?: boolean
+  readonly rope_interleave?: boolean | undefined
   /**
    * Number of keys that a query attends to, selected by a lightning indexer (DeepSeek-V3.2). Requires q_lora_rank.
    * Default null: all keys, without an indexer.
    */
-  readonly index_topk?: number | null
+  readonly index_topk?: number | null | undefined
   /** Number of heads of the indexer. */
-  readonly index_n_heads?: number | null
+  readonly index_n_heads?: number | null | undefined
   /** Features of the queries and the key of the indexer, of which the first qk_rope_head_dim are rotated. */
-  readonly index_head_dim?: number | null
+  readonly index_head_dim?: number | null | undefined
   /** Whether the indexer rotates adjacent features, as in GLM, instead of halves (default). */
-  readonly indexer_rope_interleave?: boolean
+  readonly indexer_rope_interleave?: boolean | undefined
 }
 
 export const mlaNames: OptionNames<MlaConfig> = {

@@ -36,13 +36,13 @@ export interface MhaConfig {
   /** Number of query heads. */
   readonly num_attention_heads: number
   /** Number of key/value heads, each shared by equally many query heads. Default: num_attention_heads. */
-  readonly num_key_value_heads?: number
+  readonly num_key_value_heads?: number | undefined
   /** Features of a head. Default: hidden_size / num_attention_heads. */
-  readonly head_dim?: number
+  readonly head_dim?: number | undefined
   /** Base of the rotation wavelengths. Default 10000. */
-  readonly rope_theta?: number
+  readonly rope_theta?: number | undefined
   /** Context extension. Default null: none. */
-  readonly rope_scaling?: RopeScaling | null
+  readonly rope_scaling?: RopeScaling | null | undefined
 }
 
 const configNames: OptionNames<MhaConfig> = {
@@ -57,7 +57,7 @@ const configNames: OptionNames<MhaConfig> = {
 /** Options of a multi-head attention layer: initialization and shared tables. */
 export interface MhaOptions extends InitOptions {
   /** Rotation tables of head_dim features, to share between layers. Default: its own tables. */
-  readonly rotary?: RotaryEmbedding
+  readonly rotary?: RotaryEmbedding | undefined
 }
 
 /** Options of a forward pass. */

@@ -50,9 +50,9 @@ import { chunkSize, sparseAttention } from './sparse-attention.ts'
 /** Options of an MLA layer: initialization and shared tables. */
 export interface MlaOptions extends InitOptions {
   /** Rotation tables to share between layers. Default: its own tables. */
-  readonly rotary?: RotaryEmbedding
+  readonly rotary?: RotaryEmbedding | undefined
   /** Epsilon of the norms on the latents. Default 1e-6, which the released models use regardless of rms_norm_eps. */
-  readonly latentNormEps?: number
+  readonly latentNormEps?: number | undefined
 }
 
 const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true }
@@ -60,31 +60,31 @@ const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, laten
 /** Options of a forward pass. */
 export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default: 0 to T-1, or the positions after those in the cache. */
-  readonly positions?: Int32Array
+  readonly positions?: Int32Array | undefined
   /**
    * `i32 [B, T]`: first position in its row that each token sees, for rows that contain several texts; see `attention`.
    * Not with a cache. Default 0.
    */
-  readonly starts?: Tensor
+  readonly starts?: Tensor | undefined
   /**
    * Cache with the earlier tokens, for inference only. The new tokens are written to it; the caller advances it once
    * for all layers.
    */
-  readonly cache?: SequenceCache
+  readonly cache?: SequenceCache | undefined
   /** Index of this layer in the cache. Default 0. */
-  readonly layer?: number
+  readonly layer?: number | undefined
   /** Up to this many new tokens are computed in absorbed form; for more, keys and values are expanded. Default 8. */
-  readonly absorbUpTo?: number
+  readonly absorbUpTo?: number | undefined
   /**
    * Receives the loss of the indexer, `[B, T]` (DeepSeek-V3.2 report eq. 4): for each token, how much the index scores
    * of its keys diverge from its attention to them. It trains the indexer alone. Not with a cache.
    */
-  readonly onIndexerLoss?: (loss_BT: Tensor) => void
+  readonly onIndexerLoss?: ((loss_BT: Tensor) => void) | undefined
   /**
    * If true, tokens attend to all keys instead of those that the indexer selects, and the loss of the indexer covers
    * all keys (eq. 3): to warm up a new indexer. Not with a cache. Default false.
    */
-  readonly dense?: boolean
+  readonly dense?: boolean | undefined
 }
 
 const forwardNames: OptionNames<MlaForwardOptions> = {

@@ -7,9 +7,9 @@ import { tfjsBackend } from './tfjs-backend.ts'
 /** Options of `createBackend`. */
 export interface CreateBackendOptions {
   /** Folder or URL of the `.wasm` files, with a trailing slash. Default: next to the library, which works in Node and offline. */
-  readonly wasmPaths?: string
+  readonly wasmPaths?: string | undefined
   /** Called with the reason if wasm fails to start and the much slower plain JavaScript backend is used instead. */
-  readonly onFallback?: (reason: string) => void
+  readonly onFallback?: ((reason: string) => void) | undefined
 }
 
 type Settable = TfNamespace & { setBackend(name: string): Promise<boolean> }

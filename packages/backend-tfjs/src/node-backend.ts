@@ -6,14 +6,14 @@ import { tfjsBackend } from './tfjs-backend.ts'
 /** Options of `createNodeBackend`. */
 export interface NodeBackendOptions {
   /** Use `@tensorflow/tfjs-node-gpu` and require a GPU. Default: false, which uses `@tensorflow/tfjs-node`. */
-  readonly gpu?: boolean
+  readonly gpu?: boolean | undefined
   /** Imports the package if it is not installed next to this one: `() => import('@tensorflow/tfjs-node-gpu')`. */
-  readonly load?: () => Promise<unknown>
+  readonly load?: (() => Promise<unknown>) | undefined
   /**
    * Let GPUs multiply f32 as TF32 (10 bits of mantissa). Default: false, because core promises f32. Only has an effect before the first product of
    * the process.
    */
-  readonly tf32?: boolean
+  readonly tf32?: boolean | undefined
 }
 
 interface NodeKernelBackend {

@@ -25,16 +25,16 @@ import { makeRunner, type Runner, type TfHandle, tensorOf } from './runner.ts'
 /** Options of `tfjsBackend`. */
 export interface TfjsBackendOptions {
   /** Name of a registered and initialized TensorFlow.js backend. Default: the current one (`tf.getBackend()`). */
-  readonly backend?: string
+  readonly backend?: string | undefined
   /** Name of the device, for display. Default: the name of the TensorFlow.js backend. */
-  readonly device?: string
+  readonly device?: string | undefined
   /**
    * How tensors may be read while computing. Default: the first that the TensorFlow.js backend supports; others are for tests.
    * - `views` (cpu, wasm): memory is accessed in place, and loops replace kernels that are inexact, slow or missing
    * - `sync` (also tensorflow): only kernels; small integer tensors are read back
    * - `async` (webgpu, webgl): only kernels; nothing is read back
    */
-  readonly reads?: 'views' | 'sync' | 'async'
+  readonly reads?: 'views' | 'sync' | 'async' | undefined
 }
 
 const supported: ReadonlySet<DType> = new Set(['f32', 'i32', 'u8'])

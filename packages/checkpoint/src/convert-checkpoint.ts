@@ -11,17 +11,17 @@ import type { TensorEntry } from './write-safetensors.ts'
 /** Options of {@link convertCheckpoint}. Without any, the checkpoint is copied unchanged. */
 export interface ConvertOptions extends SaveOptions, ReadF32Options {
   /** Returns the name of a tensor in the new checkpoint, or undefined to omit it. Default: the same name. */
-  readonly rename?: (key: string) => string | undefined
+  readonly rename?: ((key: string) => string | undefined) | undefined
   /**
    * Target dtype of floating-point tensors. Weights with block scales are dequantized, and their scales omitted. Default: everything is
    * copied as stored, including scales.
    */
-  readonly dtype?: 'f32' | 'bf16' | 'f16'
+  readonly dtype?: 'f32' | 'bf16' | 'f16' | undefined
   /**
    * Selects floating-point tensors that become f32 regardless of `dtype`. Default: `e_score_correction_bias`, because rounding it to
    * bf16 changes the routing (NVIDIA/Megatron-LM#1482).
    */
-  readonly keepF32?: (key: string) => boolean
+  readonly keepF32?: ((key: string) => boolean) | undefined
 }
 
 const names: OptionNames<ConvertOptions> = {

@@ -25,7 +25,7 @@ const MAX_INDEX_BYTES = 64 * 2 ** 20
 /** Options of {@link openCheckpoint}. */
 export interface OpenOptions extends FolderOptions {
   /** Maximum header size of each file in bytes. Default 32 MiB, enough for about 200,000 tensors. */
-  readonly maxHeaderBytes?: number
+  readonly maxHeaderBytes?: number | undefined
 }
 
 /**

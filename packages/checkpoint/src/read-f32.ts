@@ -9,7 +9,7 @@ import { toF32 } from './to-f32.ts'
 /** Options of {@link readF32} and {@link stateSource}. */
 export interface ReadF32Options {
   /** Rows and columns of a block: `quantization_config.weight_block_size` of the config.json. Default 128 x 128. */
-  readonly block?: readonly [number, number]
+  readonly block?: readonly [number, number] | undefined
 }
 
 /** The name of the block scales of a weight. */

@@ -52,7 +52,7 @@ export interface TensorSource {
 /** Options of {@link readSafetensors}. */
 export interface ReadOptions extends Omit<FolderOptions, 'root'> {
   /** Maximum header size in bytes. Default 32 MiB, enough for about 200,000 tensors. */
-  readonly maxHeaderBytes?: number
+  readonly maxHeaderBytes?: number | undefined
 }
 
 /**

@@ -17,7 +17,7 @@ import {
 /** Options of {@link saveCheckpoint}. */
 export interface SaveOptions extends WriteOptions {
   /** Maximum data size of a shard in bytes. A larger tensor gets its own shard. Default 5 GB, as in transformers. */
-  readonly maxShardBytes?: number
+  readonly maxShardBytes?: number | undefined
 }
 
 /** The result of {@link saveCheckpoint}. */

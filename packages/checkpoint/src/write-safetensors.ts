@@ -36,7 +36,7 @@ export interface TensorEntry {
 /** Options of {@link writeSafetensors}. */
 export interface WriteOptions {
   /** Metadata for the header. Default `{ format: 'pt' }`, which transformers requires. */
-  readonly metadata?: Readonly<Record<string, string>>
+  readonly metadata?: Readonly<Record<string, string>> | undefined
 }
 
 /**

@@ -69,7 +69,7 @@ export interface CaptureOptions {
    * replaces by new values. At the end of the graph, each new value is copied into the old tensor's memory, which the
    * tensor keeps.
    */
-  readonly state?: ReadonlyArray<{ handle: Handle }>
+  readonly state?: ReadonlyArray<{ handle: Handle }> | undefined
 }
 
 /** A recorded sequence of ops. It keeps its own memory until `dispose`. */

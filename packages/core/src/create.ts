@@ -12,9 +12,9 @@ import { Tensor } from './tensor.ts'
 /** Dtype and backend of a new tensor. */
 export interface CreateOptions {
   /** Default: f32; `tensor` infers it from the type of the values. */
-  readonly dtype?: DType
+  readonly dtype?: DType | undefined
   /** Default: the backend set by `setDefaultBackend`. */
-  readonly backend?: Backend
+  readonly backend?: Backend | undefined
 }
 
 const createNames: OptionNames<CreateOptions> = { dtype: true, backend: true }

@@ -27,15 +27,15 @@ import { type DeepSeekConfig, isMoELayer } from './config.ts'
 /** Options of a layer: those of the attention, and those of the MoE layer. */
 export interface LayerOptions extends MoEForwardOptions {
   /** Cache of the earlier tokens, to which the new ones are added. Inference only. */
-  readonly cache?: SequenceCache
+  readonly cache?: SequenceCache | undefined
   /** Index of the layer in the cache. */
-  readonly layer?: number
+  readonly layer?: number | undefined
   /** As in `MlaForwardOptions`: where the text of each token starts in its row. */
-  readonly starts?: Tensor
+  readonly starts?: Tensor | undefined
   /** As in `MlaForwardOptions`: receives the loss of the indexer, `[B, T]`. Only for layers with sparse attention. */
-  readonly onIndexerLoss?: (loss: Tensor) => void
+  readonly onIndexerLoss?: ((loss: Tensor) => void) | undefined
   /** As in `MlaForwardOptions`: whether sparse attention covers all keys. */
-  readonly dense?: boolean
+  readonly dense?: boolean | undefined
 }
 
 export const layerNames: OptionNames<LayerOptions> = {

@@ -23,13 +23,13 @@ import type { Recording } from './recording.ts'
 /** Options of `createBackend`. */
 export interface CpuOptions {
   /** Number of threads that kernels use, including the calling thread. Default: MOE_NUM_THREADS, or the CPUs available to this process. */
-  readonly threads?: number
+  readonly threads?: number | undefined
   /** Highest instruction set to use. Default: MOE_CPU_ISA, or the fastest that the CPU supports. */
-  readonly isa?: Isa
+  readonly isa?: Isa | undefined
   /** Maximum total size of all tensors in bytes; an op that would exceed it throws E_OUT_OF_MEMORY. Default: no limit. */
-  readonly memoryLimit?: number
+  readonly memoryLimit?: number | undefined
   /** For tests: puts guard bytes around every buffer, which `checkGuards` checks, and initializes outputs to NaN. Slow. */
-  readonly guarded?: boolean
+  readonly guarded?: boolean | undefined
 }
 
 /** The backend that `createBackend` returns. It captures graphs and reports its instruction set, threads and memory. */

@@ -31,9 +31,9 @@ export interface Pool {
 
 export interface MemoryOptions {
   /** Maximum total size of live tensors in bytes; beyond it, E_OUT_OF_MEMORY. Default: no limit. */
-  readonly limit?: number
+  readonly limit?: number | undefined
   /** For tests: puts guard bytes around every buffer, initializes it to NaN, and returns it to the system when it is freed. */
-  readonly guarded?: boolean
+  readonly guarded?: boolean | undefined
 }
 
 /** Memory use of a backend. */

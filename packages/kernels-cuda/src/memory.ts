@@ -57,9 +57,9 @@ export interface MemoryStats extends BackendStats {
 
 export interface MemoryOptions {
   /** Maximum total size of all tensors in bytes. */
-  readonly limit?: number
+  readonly limit?: number | undefined
   /** Makes every buffer a separate allocation, so that a checker (the emulator, compute-sanitizer) knows its bounds. Slow. */
-  readonly guarded?: boolean
+  readonly guarded?: boolean | undefined
 }
 
 /** Smaller pieces are cut from slabs of this size, because an allocation by the driver takes microseconds. */

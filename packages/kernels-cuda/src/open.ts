@@ -15,27 +15,27 @@ import { tensorMaps } from './tensor-map.ts'
 /** Options of `createBackend`. */
 export interface CudaOptions {
   /** Index of the device among those visible through CUDA_VISIBLE_DEVICES. Default: MOE_CUDA_DEVICE, or the first supported one. */
-  readonly device?: number
+  readonly device?: number | undefined
   /** Maximum total size of all tensors in bytes; an op that would exceed it throws E_OUT_OF_MEMORY. Default: limited only by the device. */
-  readonly memoryLimit?: number
+  readonly memoryLimit?: number | undefined
   /** For checkers such as compute-sanitizer: makes every tensor a separate allocation. Slow; graphs cannot be captured. */
-  readonly guarded?: boolean
+  readonly guarded?: boolean | undefined
   /**
    * Use kernels with Hopper's own instructions, if the device has compute capability 9.0, for matrix products (including the logits of
    * cross-entropy) and attention in bf16 and fp8. They have not run on a device yet. Default: whether MOE_CUDA_WGMMA is set, and not 0. If that
    * is a list of ops (`attention,matmul`), only these use them, whatever this option says.
    */
-  readonly wgmma?: boolean
+  readonly wgmma?: boolean | undefined
   /**
    * Use NVIDIA's cuBLASLt for dense products, if it is installed and fits the driver. `true`: for all except those of few rows, so that the same
    * sizes always use the same code. `'measured'`: where it is faster than our own kernels, measured at the first product of each size, which
    * waits for the device. A path: load this library and use it as with `true`. Default: MOE_CUDA_CUBLASLT (1, measured, or a path), or false.
    */
-  readonly cublasLt?: boolean | string
+  readonly cublasLt?: boolean | string | undefined
   /** Path of the driver's library. Default: MOE_CUDA_DRIVER, or the installed driver. */
-  readonly driver?: string
+  readonly driver?: string | undefined
   /** Folder of the fatbins. Default: MOE_CUDA_KERNELS, or the package's own. */
-  readonly kernels?: string
+  readonly kernels?: string | undefined
 }
 
 const names: OptionNames<CudaOptions> = {

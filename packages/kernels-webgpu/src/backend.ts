@@ -10,13 +10,13 @@ import { openDevice } from './open-device.ts'
 /** Options of `webgpuBackend`. */
 export interface WebGpuOptions {
   /** Name of the device, for display. Default: `WebGPU`. */
-  readonly name?: string
+  readonly name?: string | undefined
 }
 
 /** Options of `createBackend`. */
 export interface CreateWebGpuOptions {
   /** Also accept a GPU that is emulated by the processor (SwiftShader), for tests. Any other backend is faster. Default: false. */
-  readonly software?: boolean
+  readonly software?: boolean | undefined
 }
 
 /** Limits that kernels need: those guaranteed by every device that is not in compatibility mode. */

@@ -26,7 +26,7 @@ export interface MtpLossOptions {
    * shared embedding and head. Use it to add drafting to a finished model, or if the main loss must not change. Default
    * false: joint training.
    */
-  readonly detached?: boolean
+  readonly detached?: boolean | undefined
 }
 
 /**

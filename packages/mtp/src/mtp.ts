@@ -34,7 +34,7 @@ export interface MtpConfig {
   /** D, the features of a token in the main model. */
   readonly hidden_size: number
   /** Epsilon of the three norms. Default 1e-6. */
-  readonly rms_norm_eps?: number
+  readonly rms_norm_eps?: number | undefined
 }
 
 /** Options of a module: what it shares with the main model, and its block. */
@@ -48,7 +48,7 @@ export interface MtpModuleOptions<Options> extends InitOptions {
    * shared ones (`embed_tokens.weight`, `shared_head.head.weight`). Default false. Programs that read released
    * checkpoints share them regardless.
    */
-  readonly separate?: boolean
+  readonly separate?: boolean | undefined
   /** Creates the module's own transformer block. */
   readonly makeBlock: (init: InitOptions) => Block<Options>
 }

@@ -5,7 +5,7 @@ import type { Communicator } from './communicator/communicator.ts'
 /** Options of a training step. */
 export interface ParallelStepOptions {
   /** Arithmetic of matrix products. Default f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
 }
 
 /** The result of a training step, the same on every rank. */

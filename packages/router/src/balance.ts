@@ -22,12 +22,12 @@ export interface BiasUpdateOptions {
   /**
    * Update speed γ, as a number or a scalar on the device. Default 0.001. V3: 0.001 for the first 14.3T tokens, then 0.
    */
-  readonly speed?: number | Tensor
+  readonly speed?: number | Tensor | undefined
   /**
    * Subtracts the mean from the update, so that a common offset cannot drift (torchtitan's variant, not in the paper).
    * Default false.
    */
-  readonly center?: boolean
+  readonly center?: boolean | undefined
 }
 
 export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, center: true }

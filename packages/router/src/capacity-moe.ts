@@ -49,12 +49,12 @@ export interface CapacityMoEConfig {
    * Capacity of an expert in training, relative to an even share of the choices. Switch: 1 to 1.25; GShard: 2 per
    * choice. Default 1.25.
    */
-  readonly capacity_factor?: number
+  readonly capacity_factor?: number | undefined
   /**
    * Which second choices GShard uses in training: each with probability min(1, 2 g), where g is its normalized gate
    * (GShard, algorithm 1), or all of them. Evaluation always uses all. Default random.
    */
-  readonly second_expert?: 'random' | 'always'
+  readonly second_expert?: 'random' | 'always' | undefined
 }
 
 const configNames: OptionNames<CapacityMoEConfig> = {
@@ -69,14 +69,14 @@ const configNames: OptionNames<CapacityMoEConfig> = {
 /** Options of a forward pass: what to count, and a callback for the loss. */
 export interface CapacityForwardOptions {
   /** Counts loads, and drops what exceeds the capacity. Default false: evaluation drops nothing. */
-  readonly training?: boolean
+  readonly training?: boolean | undefined
   /** `f32 [batch, time]`: 1 for tokens and 0 for padding, which takes no capacity and is not counted. */
-  readonly mask?: Tensor
+  readonly mask?: Tensor | undefined
   /**
    * If given, is called with the auxiliary loss without its factor (Switch: 0.01): E sum_i f_i P_i, where f_i is the
    * share of first choices; 1 if balanced.
    */
-  readonly onBalanceLoss?: (loss: Tensor) => void
+  readonly onBalanceLoss?: ((loss: Tensor) => void) | undefined
 }
 
 const forwardNames: OptionNames<CapacityForwardOptions> = { training: true, mask: true, onBalanceLoss: true }

@@ -15,22 +15,22 @@ export interface RouterConfig {
    * Number of shared experts, implemented as one SwiGLU network with n_shared_experts * moe_intermediate_size features.
    * 0 or null for none.
    */
-  readonly n_shared_experts?: number | null
+  readonly n_shared_experts?: number | null | undefined
   /** Number of expert groups (nodes). Default 1. */
-  readonly n_group?: number | null
+  readonly n_group?: number | null | undefined
   /** Number of groups that a token may use. Default: all. */
-  readonly topk_group?: number | null
+  readonly topk_group?: number | null | undefined
   /** Whether to divide the gates by their sum. Default true. */
-  readonly norm_topk_prob?: boolean
+  readonly norm_topk_prob?: boolean | undefined
   /** Factor on the gates, applied last. Default 1. */
-  readonly routed_scaling_factor?: number
+  readonly routed_scaling_factor?: number | undefined
   /** Affinities: sigmoid of each logit, or softmax over all. Default: sigmoid for noaux_tc, softmax otherwise. */
-  readonly scoring_func?: 'sigmoid' | 'softmax'
+  readonly scoring_func?: 'sigmoid' | 'softmax' | undefined
   /**
    * How experts are chosen. noaux_tc: as in V3 (selection bias; groups scored by their top 2). group_limited_greedy: as
    * in V2 (groups scored by their maximum). greedy: without groups. Default noaux_tc.
    */
-  readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
+  readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy' | undefined
 }
 
 const names: OptionNames<RouterConfig> = {

@@ -34,9 +34,9 @@ import { droppingNames, type TokenDropping, withinDeviceBudget } from './token-d
 /** Options of an MoE layer: initialization, and how its experts are balanced. */
 export interface MoELayerOptions extends InitOptions {
   /** Balances the load of the experts. One balancer serves all layers. Without one, call `updateBias` yourself. */
-  readonly balancer?: Balancer
+  readonly balancer?: Balancer | undefined
   /** Drops choices that exceed the budget of a device during training, as in V2. Default: no token is dropped (V3). */
-  readonly dropping?: TokenDropping
+  readonly dropping?: TokenDropping | undefined
 }
 
 const optionNames: OptionNames<MoELayerOptions> = { ...initNames, balancer: true, dropping: true }
@@ -44,29 +44,29 @@ const optionNames: OptionNames<MoELayerOptions> = { ...initNames, balancer: true
 /** Options of a forward pass: what to count, and callbacks for loads and losses. */
 export interface MoEForwardOptions {
   /** Counts the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
-  readonly training?: boolean
+  readonly training?: boolean | undefined
   /**
    * `f32 [batch, time]`: 1 for tokens and 0 for padding, which is computed, but neither counted nor balanced. Default:
    * no padding.
    */
-  readonly mask?: Tensor
+  readonly mask?: Tensor | undefined
   /**
    * `f32 [batch]`: 1 for sequences whose tokens are never dropped (in V2 about a tenth, the same in all layers).
    * Default: none.
    */
-  readonly undropped?: Tensor
+  readonly undropped?: Tensor | undefined
   /** If given, is called with the layer's sequence-wise balance loss (a scalar without α). */
-  readonly onBalanceLoss?: (loss: Tensor) => void
+  readonly onBalanceLoss?: ((loss: Tensor) => void) | undefined
   /**
    * If given, is called in training with the loss of the layer's balancer (a scalar, including its factor), if the
    * balancer has one.
    */
-  readonly onBalancerLoss?: (loss: Tensor) => void
+  readonly onBalancerLoss?: ((loss: Tensor) => void) | undefined
   /**
    * If given, is called with the loads `i32 [E]` of every pass, including evaluation, but not when a pass is
    * recomputed.
    */
-  readonly onLoad?: (load: Tensor) => void
+  readonly onLoad?: ((load: Tensor) => void) | undefined
 }
 
 /** The experts chosen for the tokens of a pass. */

@@ -7,9 +7,9 @@ export interface LoadMonitorOptions {
   /** K, the number of experts per token: a collapsed layer uses about that many. */
   readonly topK: number
   /** Number of groups of consecutive experts whose share of the load is reported. Default 1. */
-  readonly groups?: number
+  readonly groups?: number | undefined
   /** Number of steps in the window; older ones are dropped. Default 100. */
-  readonly window?: number
+  readonly window?: number | undefined
 }
 
 /**

@@ -23,13 +23,13 @@ export interface ServerOptions extends ServedModel {
   /** Generates the texts. The caller disposes of it after the server has stopped. */
   readonly engine: TextEngine
   /** The key that clients must send as `Authorization: Bearer KEY`. Default: no key is required. */
-  readonly apiKey?: string
+  readonly apiKey?: string | undefined
   /** Origins that may call the server from a web page, or `*` for any. Default: the server's own origin only. */
-  readonly cors?: string | readonly string[]
+  readonly cors?: string | readonly string[] | undefined
   /** Maximum size of a request body in bytes. Default: 4 MiB. */
-  readonly bodyLimit?: number
+  readonly bodyLimit?: number | undefined
   /** Called with a record of each request when it has finished. */
-  readonly onRequest?: (record: RequestRecord) => void
+  readonly onRequest?: ((record: RequestRecord) => void) | undefined
 }
 
 const optionNames: OptionNames<ServerOptions> = {

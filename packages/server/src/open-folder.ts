@@ -9,11 +9,11 @@ import { modelFolder } from '@moe/trainer'
 import type { ServedModel } from './generation-request.ts'
 
 export interface OpenOptions {
-  readonly weights?: WeightFormat
+  readonly weights?: WeightFormat | undefined
   /** Path of a Jinja file that replaces the folder's template. */
-  readonly chatTemplate?: string
+  readonly chatTemplate?: string | undefined
   /** Name of the model for clients. Default: the name of the folder. */
-  readonly name?: string
+  readonly name?: string | undefined
 }
 
 /**

@@ -8,9 +8,9 @@ import { ApiError } from './errors.ts'
 /** Options of {@link serve}. */
 export interface ServeOptions {
   /** Port to listen on; 0 selects a free one. Default: 8000. */
-  readonly port?: number
+  readonly port?: number | undefined
   /** Address to listen on. Default: 127.0.0.1, which accepts connections from this machine only; use 0.0.0.0 or :: for all interfaces. */
-  readonly host?: string
+  readonly host?: string | undefined
 }
 
 /** A listening server, as returned by {@link serve}. */

@@ -18,7 +18,7 @@ export interface TiktokenOptions {
    */
   readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
   /** Ids of special tokens, by text. Default: none. */
-  readonly specialTokens?: Readonly<Record<string, number>>
+  readonly specialTokens?: Readonly<Record<string, number>> | undefined
 }
 
 const NAMES = ['gpt2', 'cl100k', 'o200k']

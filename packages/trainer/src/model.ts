@@ -31,9 +31,9 @@ export interface TokenBatch {
 /** Options of `TrainableModel.loss`. */
 export interface LossOptions {
   /** Whether the pass is for training (auxiliary losses, load counters) or for evaluation. Default true. */
-  readonly training?: boolean
+  readonly training?: boolean | undefined
   /** Positions before this one are only context and do not count in the loss (strided evaluation). Default 0. */
-  readonly from?: number
+  readonly from?: number | undefined
 }
 
 /** The loss of a batch, and values to log. */

@@ -30,21 +30,21 @@ export interface TrainingStepOptions {
   /** Learning rate of this step. */
   readonly lr: number
   /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
-  readonly clip?: number
+  readonly clip?: number | undefined
   /** Precision of matrix products. Default f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Number of the step, for error messages. */
-  readonly step?: number
+  readonly step?: number | undefined
   /**
    * Ranks that take this step together, each with equally many micro-batches of the same size. The result equals one
    * step on a batch with the rows of all ranks.
    */
-  readonly ranks?: Ranks
+  readonly ranks?: Ranks | undefined
   /**
    * The shard of the parameters that this rank updates for all ranks. The optimizer must be created from its
    * `parameters`. Default: every rank updates all parameters.
    */
-  readonly shard?: ParameterShard
+  readonly shard?: ParameterShard | undefined
 }
 
 const names: OptionNames<TrainingStepOptions> = {

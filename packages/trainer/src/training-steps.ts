@@ -30,21 +30,21 @@ import { trainingStep } from './training-step.ts'
 /** Options of `TrainingSteps`. */
 export interface TrainingStepsOptions {
   /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
-  readonly clip?: number
+  readonly clip?: number | undefined
   /** Precision of matrix products. Default f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /**
    * Records a step and replays it. The numbers are the same, bit for bit, and steps take less time, especially if their
    * ops are short. The memory of a recorded step stays allocated between steps. Default true.
    */
-  readonly record?: boolean
+  readonly record?: boolean | undefined
   /**
    * Ranks that take every step together: see `trainingStep`. Their steps are recorded if the ranks have
    * `allReduceInPlace`.
    */
-  readonly ranks?: Ranks
+  readonly ranks?: Ranks | undefined
   /** The shard of the parameters that this rank updates: see `trainingStep`. */
-  readonly shard?: ParameterShard
+  readonly shard?: ParameterShard | undefined
 }
 
 /** Runs the training steps of one model with one optimizer, recorded if possible. */

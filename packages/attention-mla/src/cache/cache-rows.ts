@@ -46,9 +46,9 @@ export interface CacheMemoryOptions {
   /** Number of attention layers, each of which has its own rows. */
   readonly layers: number
   /** Default f32. bf16 requires a backend that supports it. */
-  readonly dtype?: CacheDType
+  readonly dtype?: CacheDType | undefined
   /** Where the rows are stored. Default: the backend set by `setDefaultBackend`. */
-  readonly backend?: Backend
+  readonly backend?: Backend | undefined
 }
 
 export const memoryNames: OptionNames<CacheMemoryOptions> = { layers: true, dtype: true, backend: true }

@@ -48,9 +48,9 @@ export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType =
 /** Options of a cache with separate memory for each sequence. */
 export interface CacheOptions extends CacheMemoryOptions {
   /** Number of sequences. Default 1. */
-  readonly batch?: number
+  readonly batch?: number | undefined
   /** Initial number of tokens per sequence that memory is allocated for. It doubles when needed. Default 256. */
-  readonly capacity?: number
+  readonly capacity?: number | undefined
 }
 
 const names: OptionNames<CacheOptions> = { ...memoryNames, batch: true, capacity: true }

@@ -30,9 +30,9 @@ export interface PagedCacheOptions extends CacheMemoryOptions {
   /** Maximum number of tokens over all sequences, rounded up to whole pages. Memory is allocated as needed. */
   readonly tokens: number
   /** Tokens per page. Default 64. */
-  readonly pageSize?: number
+  readonly pageSize?: number | undefined
   /** How many tokens after a page also determine its contents: those that MTP modules look ahead. Default 0. */
-  readonly lookahead?: number
+  readonly lookahead?: number | undefined
 }
 
 const names: OptionNames<PagedCacheOptions> = { ...memoryNames, tokens: true, pageSize: true, lookahead: true }

@@ -33,7 +33,7 @@ interface GgufHeader {
 /** Options of {@link readGguf}. */
 export interface ReadGgufOptions extends Omit<FolderOptions, 'root'> {
   /** Maximum header size in bytes. Default 256 MiB, since the header contains the vocabulary. */
-  readonly maxHeaderBytes?: number
+  readonly maxHeaderBytes?: number | undefined
 }
 
 /**

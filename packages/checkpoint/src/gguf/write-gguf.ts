@@ -58,9 +58,9 @@ export interface GgufProgress {
 /** Options of {@link writeGguf}. */
 export interface WriteGgufOptions {
   /** Cancels writing. An existing file stays unchanged. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called after each part of a tensor. */
-  readonly onProgress?: (progress: GgufProgress) => void
+  readonly onProgress?: ((progress: GgufProgress) => void) | undefined
 }
 
 /**

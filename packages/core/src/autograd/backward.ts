@@ -16,9 +16,9 @@ import { rules } from './rules.ts'
 /** Options of `backward` and `gradients`. */
 export interface BackwardOptions {
   /** Gradient of the loss with respect to itself, in the shape of the loss. Required if the loss is not a scalar. */
-  readonly gradient?: Tensor
+  readonly gradient?: Tensor | undefined
   /** Keeps the recorded ops and their intermediate results for another backward pass. Default false. */
-  readonly retainGraph?: boolean
+  readonly retainGraph?: boolean | undefined
 }
 
 const names: OptionNames<BackwardOptions> = { gradient: true, retainGraph: true }

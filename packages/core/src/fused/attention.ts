@@ -184,18 +184,18 @@ export interface AttentionOptions {
    * If true, query i of T sees the keys up to its own position, where the last query has the position of the last key.
    * Default true.
    */
-  readonly causal?: boolean
+  readonly causal?: boolean | undefined
   /** Factor of the scores. Default: 1 / sqrt(features of a key). */
-  readonly scale?: number
+  readonly scale?: number | undefined
   /** `i32 [B]`: the number of keys in use of each sequence. Default: all. */
-  readonly lengths?: Tensor
+  readonly lengths?: Tensor | undefined
   /**
    * `i32 [B, T]`: the first key that each query sees. Default: 0. To pack several texts into a row without letting them
    * see each other, pass the position where the query's own text begins.
    */
-  readonly starts?: Tensor
+  readonly starts?: Tensor | undefined
   /** Precision of both products. Default: that of `withPrecision`, with bf16 instead of fp8. */
-  readonly precision?: WidePrecision
+  readonly precision?: WidePrecision | undefined
 }
 
 const attentionNames: OptionNames<AttentionOptions> = {
@@ -233,13 +233,13 @@ export interface LatentAttentionOptions {
   /** Features of a value: the first ones of each row of the cache. */
   readonly valueDim: number
   /** Precision of both products. Default: that of `withPrecision`, with bf16 instead of fp8. */
-  readonly precision?: WidePrecision
+  readonly precision?: WidePrecision | undefined
   /**
    * `i32 [B, M]`: for a paged cache of N pages with P rows each, the pages of each sequence. Row s of sequence b is
    * `cache[pages[b, floor(s / P)], s % P]`, so a sequence has room for M * P rows. Sequences may share pages. All
    * entries must be page numbers in 0..N-1; pages that no row in use needs are not read.
    */
-  readonly pages?: Tensor
+  readonly pages?: Tensor | undefined
 }
 
 const latentAttentionNames: OptionNames<LatentAttentionOptions> = {

@@ -66,9 +66,9 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
 /** Options of `rope`. */
 export interface RopeOptions {
   /** If true, pairs features 2i and 2i + 1, as in DeepSeek's released layout; if false, i and i + R/2. Default true. */
-  readonly interleaved?: boolean
+  readonly interleaved?: boolean | undefined
   /** `[B, T, H, F]`: features in front of the rotated ones, instead of the first D - R of `x`. */
-  readonly plain?: Tensor
+  readonly plain?: Tensor | undefined
 }
 
 const names: OptionNames<RopeOptions> = { interleaved: true, plain: true }

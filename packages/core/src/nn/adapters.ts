@@ -16,17 +16,17 @@ import { denseWeight, modulesOf, QuantizedParameter, quantizedRows, rowsPerChunk
 /** Options of `addAdapters`. */
 export interface AdapterOptions {
   /** Rank r: rows of A and columns of B. Default 16. */
-  readonly rank?: number
+  readonly rank?: number | undefined
   /** α: B A is scaled by α / r, so that one learning rate suits different ranks. Default 32. */
-  readonly alpha?: number
+  readonly alpha?: number | undefined
   /**
    * Which weights get an adapter: ends of their paths without `.weight`, for example `o_proj`, `self_attn.o_proj`, or
    * `experts.up_proj` for the up projections of routed experts; or a function of the whole path. Default: the weights
    * of all linear layers and experts, except the output head.
    */
-  readonly targets?: readonly string[] | ((path: string) => boolean)
+  readonly targets?: readonly string[] | ((path: string) => boolean) | undefined
   /** Source of the initial A. Each adapter uses its own stream, identified by its name. Default: `new Random(0)`. */
-  readonly random?: Random
+  readonly random?: Random | undefined
 }
 
 /** A weight with its adapter. */

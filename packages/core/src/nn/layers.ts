@@ -27,16 +27,16 @@ export interface InitOptions {
    * advance. If several modules of one kind get the same generator, each starts with different weights; use `forkInit`
    * to name them. Default: the next stream of the seed set by `seedDefaultRandom` (0).
    */
-  readonly random?: Random
+  readonly random?: Random | undefined
   /**
    * Standard deviation of the normally distributed initial weights. Default 0.02 (`initializer_range`); 0 creates zeros
    * without drawing numbers.
    */
-  readonly std?: number
+  readonly std?: number | undefined
   /** Where the parameters are stored. Default: the backend set by `setDefaultBackend`. */
-  readonly backend?: Backend
+  readonly backend?: Backend | undefined
   /** Quantizes the weights of linear layers, embeddings and experts from the start, for inference. Default: f32. */
-  readonly weights?: WeightFormat
+  readonly weights?: WeightFormat | undefined
 }
 
 /** The names of `InitOptions`, for options that extend them. @internal */

@@ -87,12 +87,12 @@ export interface LoadOptions {
    * Returns whether a key of the source may be missing in the module, for example a layer that is not wanted. Default:
    * none.
    */
-  readonly ignore?: (key: string) => boolean
+  readonly ignore?: ((key: string) => boolean) | undefined
   /**
    * Returns whether a key of the module may be missing in the source; the parameter then keeps its values. Default:
    * none.
    */
-  readonly optional?: (key: string) => boolean
+  readonly optional?: ((key: string) => boolean) | undefined
 }
 
 /**

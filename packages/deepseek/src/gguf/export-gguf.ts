@@ -26,18 +26,18 @@ export interface ExportGgufOptions extends WriteGgufOptions {
    * Format of the matrices: 32, 16, 16, 8.5 or 4.5 bits per weight. Norms and gates are always f32. With `q8_0` and `q4_0`, matrices whose rows are not a multiple of 32 are f16.
    * Default `q8_0`.
    */
-  readonly type?: GgufEncoding
+  readonly type?: GgufEncoding | undefined
   /**
    * A tokenizer (any object with `toJSON`, for example from `@moe/tokenizer-bpe`), the path of a tokenizer.json, or `'none'` for a file without a vocabulary. Default: tokenizer.json of the
    * folder.
    */
-  readonly tokenizer?: string | { toJSON(): unknown }
+  readonly tokenizer?: string | { toJSON(): unknown } | undefined
   /** Jinja chat template. Default: chat_template.jinja or that of tokenizer_config.json in the folder. */
-  readonly chatTemplate?: string
+  readonly chatTemplate?: string | undefined
   /** llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), if it is not recognized. */
-  readonly preTokenizer?: string
+  readonly preTokenizer?: string | undefined
   /** Display name of the model. Default: the folder's name. */
-  readonly name?: string
+  readonly name?: string | undefined
 }
 
 const names: OptionNames<ExportGgufOptions> = {

@@ -45,15 +45,15 @@ export interface RunOptions {
   /** Shape and dtype of the activations between stages. */
   readonly activations: TensorLike
   /** Names of the metrics of all stages, the same on every rank. Default: none. */
-  readonly metrics?: readonly string[]
+  readonly metrics?: readonly string[] | undefined
   /** Arithmetic of matrix products. Default: f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Factor for losses and metrics. Default: 1. */
-  readonly weight?: number
+  readonly weight?: number | undefined
   /** Creates the function by which a pass reaches routed experts on other ranks. If given, stages with `inPieces` run it instead of `forward`. */
-  readonly route?: (pass: PiecewisePass) => RouteTokens
+  readonly route?: ((pass: PiecewisePass) => RouteTokens) | undefined
   /** Called after each action of this rank. */
-  readonly onAction?: (action: Action) => void
+  readonly onAction?: ((action: Action) => void) | undefined
 }
 
 const names: OptionNames<RunOptions> = {

@@ -20,9 +20,9 @@ export interface ChatMessage {
 /** Options of `ChatTemplate.render`. */
 export interface ChatOptions {
   /** Whether the text ends with the start of an assistant message. Default true. */
-  readonly addGenerationPrompt?: boolean
+  readonly addGenerationPrompt?: boolean | undefined
   /** Additional variables for the template, for example `tools`. */
-  readonly variables?: Readonly<Record<string, unknown>>
+  readonly variables?: Readonly<Record<string, unknown>> | undefined
 }
 
 const rules: CallRules<ChatOptions> = { options: { addGenerationPrompt: true, variables: true } }
@@ -30,7 +30,7 @@ const rules: CallRules<ChatOptions> = { options: { addGenerationPrompt: true, va
 /** The fields of tokenizer_config.json that a template needs. */
 export interface ChatConfig {
   /** Text of the template, or several named templates. */
-  readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[]
+  readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[] | undefined
   readonly [key: string]: unknown
 }
 

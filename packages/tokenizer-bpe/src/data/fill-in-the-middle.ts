@@ -9,11 +9,11 @@ import { type CallRules, isTexts, randomRule, validateCall } from '../validate-c
 /** Options of `fillInTheMiddle`. */
 export interface FillInTheMiddleOptions {
   /** Fraction of documents to rearrange. Default 0.1, as in DeepSeek-V3. */
-  readonly rate?: number
+  readonly rate?: number | undefined
   /** Returns numbers in [0, 1); use `randomNumbers(seed)` for a reproducible source. */
   readonly random: () => number
   /** Sentinel tokens. Default: those of DeepSeek-V3's tokenizer. */
-  readonly tokens?: { readonly begin: string; readonly hole: string; readonly end: string }
+  readonly tokens?: { readonly begin: string; readonly hole: string; readonly end: string } | undefined
 }
 
 const rules: CallRules<FillInTheMiddleOptions> = {

@@ -42,29 +42,29 @@ export interface TrainBpeOptions {
    * tokenizer.json) whose matches and the text between them are pieces, or several that are applied in turn. Default
    * `deepseek-v3`.
    */
-  readonly preTokenizer?: PreTokenizerName | RegExp | { readonly patterns: readonly string[] }
+  readonly preTokenizer?: PreTokenizerName | RegExp | { readonly patterns: readonly string[] } | undefined
   /** Unicode normalization that is applied to texts first. Default: none. */
-  readonly normalizer?: 'NFC' | 'NFD' | 'NFKC' | 'NFKD'
+  readonly normalizer?: 'NFC' | 'NFD' | 'NFKC' | 'NFKD' | undefined
   /** Special tokens. They get the first ids, in this order, and are not searched for in the corpus. */
-  readonly specialTokens?: readonly (string | SpecialToken)[]
+  readonly specialTokens?: readonly (string | SpecialToken)[] | undefined
   /** Minimum number of occurrences of a merged pair. Default 2. */
-  readonly minFrequency?: number
+  readonly minFrequency?: number | undefined
   /**
    * Tokens of single bytes: all 256 (default; every text can then be encoded), only those in the corpus, or those and
    * the given characters of the byte alphabet.
    */
-  readonly initialAlphabet?: 'bytes' | 'seen' | { readonly characters: string }
+  readonly initialAlphabet?: 'bytes' | 'seen' | { readonly characters: string } | undefined
   /** Maximum token length in bytes, exclusive. Default: no limit. */
-  readonly maxTokenLength?: number
+  readonly maxTokenLength?: number | undefined
   /** Whether to accept a corpus that looks like binary data. Default false. */
-  readonly allowBinary?: boolean
+  readonly allowBinary?: boolean | undefined
   /** Called every 4 MiB of text, then every 500 merges, and at the end of each phase. */
-  readonly onProgress?: (progress: TrainProgress) => void
+  readonly onProgress?: ((progress: TrainProgress) => void) | undefined
   /**
    * Aborts training with E_ABORTED. `trainBpe` does not yield to the event loop; abort from its iterable or
    * `onProgress`.
    */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
 }
 
 /**

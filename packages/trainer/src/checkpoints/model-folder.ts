@@ -12,7 +12,7 @@ const CONFIG_FILES = ['config.json', 'adapter_config.json']
 /** Options of `modelFolder`. */
 export interface ModelFolderOptions {
   /** Returns the model with the averaged weights, for runs with the `ema` option. Default false. */
-  readonly ema?: boolean
+  readonly ema?: boolean | undefined
 }
 
 /**

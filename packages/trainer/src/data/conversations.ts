@@ -50,9 +50,9 @@ export interface ConversationOptions {
   /** The chat template for training and inference. */
   readonly template: ConversationTemplate
   /** Held-out conversations: a fraction in [0, 1), drawn by `seed`, or the conversations themselves. Default 0. */
-  readonly validation?: number | Iterable<Conversation>
+  readonly validation?: number | Iterable<Conversation> | undefined
   /** Seed of the draw of held-out conversations. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
 }
 
 /** Options of `conversationFiles`. */
@@ -60,11 +60,11 @@ export interface ConversationFilesOptions {
   /** The chat template for training and inference. */
   readonly template: ConversationTemplate
   /** As in `ConversationOptions`, or glob patterns of the files to hold out. */
-  readonly validation?: number | { readonly files: string | readonly string[] }
+  readonly validation?: number | { readonly files: string | readonly string[] } | undefined
   /** As in `ConversationOptions`. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /** Folder that patterns and paths are relative to. Default: the current one. */
-  readonly cwd?: string | URL
+  readonly cwd?: string | URL | undefined
 }
 
 const refused = (op: string, problem: string, fix: string, details?: Record<string, unknown>) =>

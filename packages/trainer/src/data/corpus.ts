@@ -19,25 +19,25 @@ export interface TextsOptions {
    * Held-out documents: a fraction in [0, 1), drawn by `seed`, or the documents themselves. If there is only one
    * document, its last part is held out. Default 0.
    */
-  readonly validation?: number | Iterable<string>
+  readonly validation?: number | Iterable<string> | undefined
   /** Seed of the draw of held-out documents. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
 }
 
 /** Options of `textFiles`. */
 export interface TextFilesOptions {
   /** As in `TextsOptions`, or glob patterns of the files to hold out. */
-  readonly validation?: number | { readonly files: string | readonly string[] }
+  readonly validation?: number | { readonly files: string | readonly string[] } | undefined
   /**
    * Splits each file into documents. Default: each file is a document. A document must fit into a string (512 Mi
    * characters); larger files can be split by a string, but not by a regular expression. A line feed in a string
    * matches the line ends of the file, CRLF or LF.
    */
-  readonly separator?: string | RegExp
+  readonly separator?: string | RegExp | undefined
   /** As in `TextsOptions`. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /** Folder that patterns and paths are relative to. Default: the current one. */
-  readonly cwd?: string | URL
+  readonly cwd?: string | URL | undefined
 }
 
 /**

@@ -13,9 +13,9 @@ export interface EvaluationOptions {
   /** Rows per batch. */
   readonly batchSize: number
   /** As in `OrderOptions`. Default false. */
-  readonly isolate?: boolean
+  readonly isolate?: boolean | undefined
   /** Approximate number of tokens to evaluate on, spread evenly over the data. Default: all. */
-  readonly limit?: number
+  readonly limit?: number | undefined
 }
 
 const names: OptionNames<EvaluationOptions> = {

@@ -11,11 +11,11 @@ import { lastUpTo, type TokenStream } from './token-stream.ts'
 /** Options of `tokenFiles`, for files without a manifest. */
 export interface TokenFilesOptions {
   /** Number of ids. Required for files of Megatron-LM. */
-  readonly vocabSize?: number
+  readonly vocabSize?: number | undefined
   /** Held-out files of Megatron-LM. */
-  readonly validation?: string | readonly string[]
+  readonly validation?: string | readonly string[] | undefined
   /** Folder that paths are relative to. Default: the current one. */
-  readonly cwd?: string | URL
+  readonly cwd?: string | URL | undefined
 }
 
 interface StreamParts {

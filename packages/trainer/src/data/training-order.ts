@@ -42,18 +42,18 @@ export interface OrderOptions {
    * Whether batches contain the start of each token's document (`TokenBatch.starts`), so that attention can be
    * restricted to it. Examples are then packed into shared rows. For models that declare `isolates`. Default false.
    */
-  readonly isolate?: boolean
+  readonly isolate?: boolean | undefined
   /** Micro-batches per step, or a function of the step. Default 1. */
-  readonly accumulate?: MicroBatches
+  readonly accumulate?: MicroBatches | undefined
   /** Seed of the order. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /**
    * Index of this process among those that share the data. Together, the ranks get the rows that a single process with
    * a `batchSize` larger by `world` gets. Default 0 of 1.
    */
-  readonly rank?: number
+  readonly rank?: number | undefined
   /** Number of processes that share the data. */
-  readonly world?: number
+  readonly world?: number | undefined
 }
 
 const names: OptionNames<OrderOptions> = {

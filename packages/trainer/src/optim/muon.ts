@@ -34,13 +34,13 @@ import {
 /** Settings of Muon, and of the AdamW that updates the other parameters. */
 export interface MuonOptions extends AdamWOptions {
   /** Momentum. Default 0.95. */
-  readonly momentum?: number
+  readonly momentum?: number | undefined
   /** Newton-Schulz iterations. Default 5. */
-  readonly iterations?: number
+  readonly iterations?: number | undefined
   /** Precision of these iterations. Default bf16, as usual for Muon. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Selects the parameters that Muon updates; AdamW updates the others. Default `hiddenMatrices`. */
-  readonly filter?: (named: NamedParameter) => boolean
+  readonly filter?: ((named: NamedParameter) => boolean) | undefined
 }
 
 const names: OptionNames<MuonOptions> = {

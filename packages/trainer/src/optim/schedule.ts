@@ -21,9 +21,9 @@ export interface CosineOptions {
   /** Number of steps of the whole run. */
   readonly steps: number
   /** Steps of linear warm-up from 0. Default: a tenth of the run, at most 100. */
-  readonly warmup?: number
+  readonly warmup?: number | undefined
   /** Multiplier at the last step. Default 0.1 (`warmupStableDecay`: 0). */
-  readonly floor?: number
+  readonly floor?: number | undefined
 }
 
 /** Returns a schedule with linear warm-up, then a cosine decay to `floor` (Loshchilov & Hutter 2017). */
@@ -42,7 +42,7 @@ export function warmupCosine(options: CosineOptions): Schedule {
 /** Options of `warmupStableDecay`. */
 export interface StableDecayOptions extends CosineOptions {
   /** Steps of the final decay. Default: a fifth of the run. */
-  readonly decay?: number
+  readonly decay?: number | undefined
 }
 
 /** Returns a schedule with linear warm-up, a constant phase, then a 1 - sqrt decay to `floor` (Hägele et al. 2024). */

@@ -9,13 +9,13 @@ import { isColorless, type ProgressStream, standardError } from '../host.ts'
 /** Options of `progress`. */
 export interface ProgressOptions {
   /** Stream to write to. Default: standard error, or the console in a browser. */
-  readonly stream?: ProgressStream
+  readonly stream?: ProgressStream | undefined
   /** Steps between two lines if the stream is not a terminal. Default: a twentieth of the run. */
-  readonly every?: number
+  readonly every?: number | undefined
   /** Whether to use colors. Default: on a terminal, unless NO_COLOR is set. */
-  readonly color?: boolean
+  readonly color?: boolean | undefined
   /** Clock in milliseconds, for tests. */
-  readonly now?: () => number
+  readonly now?: (() => number) | undefined
 }
 
 const redrawMs = 100

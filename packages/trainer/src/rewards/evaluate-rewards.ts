@@ -10,17 +10,17 @@ import { TextRanks } from './text-ranks.ts'
 /** Options of `evaluateRewards`. */
 export interface EvaluateRewardsOptions {
   /** Encodes prompts and decodes the sampled texts. */
-  readonly tokenizer?: TextTokenizer
+  readonly tokenizer?: TextTokenizer | undefined
   /** Id of the token before text prompts, as in `train`. */
-  readonly bos?: number | null
+  readonly bos?: number | null | undefined
   /** Precision of matrix products. Default f32. */
-  readonly precision?: Precision
+  readonly precision?: Precision | undefined
   /** Seed of sampling. `train` with the same seed samples the same texts from the same weights. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /** Stops the evaluation. The promise then rejects with the signal's reason. */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called after each text with the fraction of the evaluation that is done. */
-  readonly onProgress?: (done: number) => void
+  readonly onProgress?: ((done: number) => void) | undefined
 }
 
 const names: OptionNames<EvaluateRewardsOptions> = {

@@ -21,15 +21,15 @@ export interface PreferenceOptions {
   /** The model before training, for example a second copy of it. Preferences are measured relative to it. */
   readonly reference: TrainableModel
   /** Renders prompts that are `messages`, and their answers. Saved with the model in every checkpoint. */
-  readonly template?: ConversationTemplate
+  readonly template?: ConversationTemplate | undefined
   /** Pairs per step on this rank. Default 16. */
-  readonly pairs?: number
+  readonly pairs?: number | undefined
   /** β: higher values keep the model closer to the reference. Default 0.1. */
-  readonly beta?: number
+  readonly beta?: number | undefined
   /** Held-out pairs: a fraction in [0, 1), drawn by `seed`, or the pairs themselves. Default 0. */
-  readonly validation?: number | Iterable<Preference>
+  readonly validation?: number | Iterable<Preference> | undefined
   /** Seed of the draw of held-out pairs. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
 }
 
 const names: OptionNames<PreferenceOptions> = {

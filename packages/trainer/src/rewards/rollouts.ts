@@ -41,40 +41,40 @@ export interface RolloutOptions<P extends Prompt = Prompt> {
   /** The reward function. */
   readonly reward: Reward<P>
   /** Renders prompts that are `messages`, as in fine-tuning. Saved with the model in every checkpoint. */
-  readonly template?: ConversationTemplate
+  readonly template?: ConversationTemplate | undefined
   /** Prompts per step on this rank. Default 8. */
-  readonly groups?: number
+  readonly groups?: number | undefined
   /** Texts to sample per prompt, whose rewards are compared. Default 8. */
-  readonly groupSize?: number
+  readonly groupSize?: number | undefined
   /** Maximum number of tokens per text, including the end token. Default 128. */
-  readonly maxTokens?: number
+  readonly maxTokens?: number | undefined
   /** Steps that learn from the same texts. Default 1. */
-  readonly updates?: number
+  readonly updates?: number | undefined
   /**
    * ε of the clipped ratio, which takes effect from the second of `updates` on. Two numbers are ε below and above 1
    * (DAPO, arXiv 2503.14476, uses 0.2 and 0.28). Default 0.2.
    */
-  readonly clip?: number | readonly [below: number, above: number]
+  readonly clip?: number | readonly [below: number, above: number] | undefined
   /**
    * Keeps the policy near a reference model, for example the one before training: `weight` is the factor β of the KL
    * divergence. Default: no KL term.
    */
-  readonly kl?: { readonly weight: number; readonly reference: TrainableModel }
+  readonly kl?: { readonly weight: number; readonly reference: TrainableModel } | undefined
   /**
    * What is weighted equally: every token of a step (`'token'`, as in DAPO), or every text (`'text'`, as in
    * DeepSeekMath). With `'text'`, the tokens of a long bad text count less than those of a short one, so bad texts tend
    * to grow longer (arXiv 2503.20783). Default `'token'`.
    */
-  readonly average?: 'token' | 'text'
+  readonly average?: 'token' | 'text' | undefined
   /** Maximum number of texts to sample at the same time on this rank. Default 64. */
-  readonly maxTexts?: number
+  readonly maxTexts?: number | undefined
   /**
    * Held-out prompts: a fraction in [0, 1), drawn by `seed`, or the prompts themselves. An evaluation samples one text
    * for each. Default 0.
    */
-  readonly validation?: number | Iterable<P>
+  readonly validation?: number | Iterable<P> | undefined
   /** Seed of the draw of held-out prompts. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
 }
 
 const names: OptionNames<RolloutOptions> = {

@@ -138,7 +138,7 @@ export interface SampleOptions {
   readonly tokenizer: TextTokenizer | undefined
   readonly signal: AbortSignal
   /** Called for every text that has its reward. */
-  readonly onReward?: () => void
+  readonly onReward?: (() => void) | undefined
 }
 
 /**

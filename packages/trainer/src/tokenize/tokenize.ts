@@ -24,41 +24,41 @@ export interface TokenizeOptions extends DocumentTokens {
    * Separator of the documents in a text file. Default: each file is a document. A line feed matches the line ends of
    * the file, CRLF or LF.
    */
-  readonly separator?: string
+  readonly separator?: string | undefined
   /** Field of `.jsonl` lines, or column of `.parquet` files, that contains the text. Default `text`. */
-  readonly field?: string
+  readonly field?: string | undefined
   /**
    * Fraction of documents to hold out, selected by `seed` and the document's text, so that copies of a document stay
    * together. Default 0.
    */
-  readonly validation?: number
+  readonly validation?: number | undefined
   /**
    * Fraction of training documents to rearrange for fill-in-the-middle: prefix, suffix, middle (DeepSeek-V3 uses 0.1;
    * report, 4.1). Default 0.
    */
-  readonly fimRate?: number
+  readonly fimRate?: number | undefined
   /** Special tokens around the three parts. Default: those of DeepSeek-V3's tokenizer. */
-  readonly fimTokens?: FimTokens
+  readonly fimTokens?: FimTokens | undefined
   /** Seed of held-out selection and fill-in-the-middle. Default 0. */
-  readonly seed?: number
+  readonly seed?: number | undefined
   /**
    * Maximum number of tokens per pair of files, unless a single document has more. Default 2^29 (1 GiB with 16 bits
    * each).
    */
-  readonly shardTokens?: number
+  readonly shardTokens?: number | undefined
   /** Number of threads. Default: one per core. */
-  readonly threads?: number
+  readonly threads?: number | undefined
   /** Removes the output of an earlier call with other settings. Default false. */
-  readonly overwrite?: boolean
+  readonly overwrite?: boolean | undefined
   /** Folder that patterns are relative to. Default: the current one. */
-  readonly cwd?: string | URL
+  readonly cwd?: string | URL | undefined
   /**
    * Stops tokenizing. The promise then rejects with the signal's reason. The next call with the same settings
    * continues.
    */
-  readonly signal?: AbortSignal
+  readonly signal?: AbortSignal | undefined
   /** Called with the progress after every few megabytes. */
-  readonly onProgress?: (progress: TokenizeProgress) => void
+  readonly onProgress?: ((progress: TokenizeProgress) => void) | undefined
 }
 
 const names: OptionNames<TokenizeOptions> = {

@@ -13,9 +13,9 @@ import { WatchedRun } from './watched-run.ts'
 /** Options of `watchRuns`. */
 export interface WatchOptions {
   /** Port. Default 7070, or a free one if that is taken. */
-  readonly port?: number
+  readonly port?: number | undefined
   /** Address to listen on. Default 127.0.0.1: only this machine can open the page. */
-  readonly host?: string
+  readonly host?: string | undefined
 }
 
 /** A running dashboard. */
