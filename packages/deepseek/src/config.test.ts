@@ -95,7 +95,7 @@ test('unknown options are rejected', async () => {
   expect(make({}, { dropping: { devices: 1, undroped: 0 } })).toThrow('did you mean undropped?')
   expect(make({}, null as never)).toThrow('DeepSeek: expected an options object, got null')
   expect(() => new DeepSeek(undefined as never)).toThrow(
-    'DeepSeek: expected an options object, got undefined; pass an object: { model_type,',
+    'DeepSeek: the configuration is undefined, not an object; pass the content of a config.json, or one of the presets',
   )
   await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('unknown option seed')
   for (const config of [presets['deepseek-v3'], undefined] as never[]) {

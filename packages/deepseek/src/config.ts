@@ -1,6 +1,6 @@
 /** @file Model configurations with the keys of Hugging Face's config.json, for DeepSeek V3 and related models, and their validation. */
 import { type RopeScaling, rotaryAmplitude } from '@moe/attention-mla'
-import { checkShared, MoeError } from '@moe/core'
+import { checkShared, MoeError, shown } from '@moe/core'
 import { z } from 'zod'
 import {
   aliases,
@@ -204,11 +204,19 @@ export interface DeepSeekConfig
  * @throws MoeError E_CONFIG with all problems in one message, or, for an unsupported model_type, with the supported ones
  */
 export function parseConfig(input: unknown): DeepSeekConfig {
-  const given = isObject(input) ? textConfig(input as Json) : input
-  const type = isObject(given) ? modelTypeOf(given as Json) : 'deepseek_v3'
+  if (!isObject(input)) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'DeepSeek',
+      problem: `the configuration is ${shown(input)}, not an object`,
+      fix: 'pass the content of a config.json, or one of the presets, such as presets.tiny',
+    })
+  }
+  const given = textConfig(input as Json)
+  const type = modelTypeOf(given)
   const dense = type === 'llama'
-  checkShared('DeepSeek', given as object, fieldsOf(type))
-  const json = toV3Keys(type, given as Json)
+  checkShared('DeepSeek', given, fieldsOf(type))
+  const json = toV3Keys(type, given)
   for (const key of ropeKeys) {
     const scaling = json[key]
     if (isObject(scaling)) checkShared(`DeepSeek ${key}`, scaling, ropeFields.shape)

@@ -24,7 +24,7 @@ export function mixture(parts: Readonly<Record<string, MixturePart>>): TokenData
     throw refusal(`sources is ${shown(parts)}`, 'pass sources by name: { web: { data, weight: 1 } }')
   const validation: [string, TokenStream][] = []
   for (const [name, part] of given) {
-    checkOptions('mixture', part, { data: true, weight: true })
+    checkOptions(`mixture, source ${name}`, part, { data: true, weight: true })
     const { data, weight } = part
     if (!(Number.isFinite(weight) && weight > 0))
       throw refusal(`the weight of ${name} is ${shown(weight)}`, 'pass a positive number, or leave out the source')
