@@ -236,17 +236,6 @@ MOE_DEVICE float rowSum(float x) {
   return x;
 }
 
-/// The tile of BM rows, the head and the sequence of this block: tiles are numbered head by head, and heads sequence by
-/// sequence. All along x, because a grid has at most 65,535 blocks along y and z.
-struct HeadTile {
-  int batch, head, tile, tiles;
-  template <int BM>
-  MOE_DEVICE HeadTile of(int rows, int heads) {
-    const unsigned tiles = divUp(rows, BM), row = blockIdx.x / tiles;
-    return {(int)(row / heads), (int)(row % heads), (int)(blockIdx.x % tiles), (int)tiles};
-  }
-};
-
 /// The causal mask and the length of a sequence: query t may attend to keys below keys(t), starting with its first one
 /// (Starts).
 struct Visible {

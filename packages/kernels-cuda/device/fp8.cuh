@@ -63,8 +63,8 @@ MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
 
 /// The tile of rows of this block, in a matrix with `columns` columns.
 MOE_DEVICE int tileOfRows(int columns) { return blockIdx.x / stripesOf(columns); }
-/// Its run, its number within the run, its first row, and how many rows of the run are left. With offsets, each expert's
-/// rows are a run.
+/// Its run, its number within the run, its first row, and how many rows of the run are left. With offsets, each
+/// expert's rows are a run.
 struct RunTile {
   int run, tile, row, left;
 };

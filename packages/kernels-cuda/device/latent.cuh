@@ -24,8 +24,8 @@ struct LatentSizes {
 };
 
 /// This block's tile of BM rows, beginning with row `first` of a sequence, and its split of the keys (flash-decoding):
-/// keys from .. to - 1. blockIdx.x counts the tiles of all sequences, blockIdx.y the splits. Splits are whole tiles of BN
-/// keys, distributed evenly by the sequence's own length.
+/// keys from .. to - 1. blockIdx.x counts the tiles of all sequences, blockIdx.y the splits. Splits are whole tiles of
+/// BN keys, distributed evenly by the sequence's own length.
 struct Part {
   int sequence, first, from, to;
   Visible visible;

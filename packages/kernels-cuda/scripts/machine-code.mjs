@@ -113,7 +113,7 @@ function targetOf({ op, operands }) {
   return op.startsWith('BRA') ? Number.parseInt(operands.at(-1).match(/0x[0-9a-f]+$/)?.[0] ?? 'x', 16) : undefined
 }
 
-/** The innermost loop with the most wgmmas. */
+/** The innermost loop with the most wgmmas. Warpgroups may have a loop each: then the one with the most overlapping exponentials. */
 function loopOf(code) {
   const loops = code.flatMap((instruction, end) => {
     const target = targetOf(instruction)
@@ -121,10 +121,19 @@ function loopOf(code) {
     return begin >= 0 && begin <= end ? [code.slice(begin, end + 1)] : []
   })
   const count = loop => loop.filter(isWgmma).length
-  return loops.reduce((best, loop) => {
-    const [more, most] = [count(loop), count(best)]
-    return more > most || (more === most && more > 0 && loop.length < best.length) ? loop : best
+  const most = Math.max(0, ...loops.map(count))
+  const innermost = loops.filter(
+    loop => most > 0 && count(loop) === most && !loops.some(other => contains(loop, other) && count(other) === most),
+  )
+  return innermost.reduce((best, loop) => {
+    const [more, before] = [loop, best].map(each => exponentialsOf(each).overlapping)
+    return best.length === 0 || more > before || (more === before && loop.length < best.length) ? loop : best
   }, [])
+}
+
+/** Whether a loop contains another one. */
+function contains(loop, other) {
+  return other !== loop && loop[0].at <= other[0].at && other.at(-1).at <= loop.at(-1).at
 }
 
 /** The number of exponentials in a loop, and how many of them run while wgmmas are in flight. */

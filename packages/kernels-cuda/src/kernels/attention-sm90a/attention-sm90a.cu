@@ -31,7 +31,8 @@ struct Sizes {
   float scale;
 };
 
-/// The forward pass. A block computes BM queries of a head (HeadTile), against all keys they attend to, BN at a time. The product with values of a tile is issued after the product with keys of the next one, so that
+/// The forward pass. A block computes BM queries of head blockIdx.y of batch blockIdx.z, against all keys they attend
+/// to, BN at a time. The product with values of a tile is issued after the product with keys of the next one, so that
 /// the tensor cores are busy while exponentials are computed (intra-warpgroup pipelining in FlashAttention-3).
 /// PingPong: the warpgroups also take turns in issuing products, so that one's exponentials overlap with the other's
 /// products (its pingpong scheduling).
@@ -47,8 +48,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   unsigned char* const values = keys + E::Stages * E::bytesK;
 
   // The last queries attend to the most keys: they start first.
-  const HeadTile block = HeadTile::of<E::BM>(z.T, z.H);
-  const int b = block.batch, h = block.head, g = h / (z.H / z.G), first = (block.tiles - 1 - block.tile) * E::BM;
+  const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const auto begins = starts.range(first, E::BM);
@@ -327,7 +327,7 @@ MOE_DEVICE void wgmmaScores(typename E::Scores& s, typename E::Scores& gradients
   fenceAccumulator(s.v);
 }
 
-/// Gradients of 128 keys and/or values of a key head (HeadTile). The query heads that share the key head are processed
+/// Gradients of 128 keys and/or values of key head blockIdx.y. The query heads that share the key head are processed
 /// one after the other.
 template <class E, bool HasStarts, bool OfKeys, bool OfValues>
 MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
@@ -336,8 +336,7 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
   unsigned char* const rows = warpUniform(dynamic + (-sharedAddress(dynamic) & 1023));
   const uint64_t rowsAt = warpUniform(kMajorDescriptor(rows + threadIdx.x / 128 * 64 * 128, 0)), columnsAt = warpUniform(kMajorDescriptor(rows + E::rowBytes, 0));
   const uint64_t acrossAt = warpUniform(mnMajorTileDescriptor(rows + E::rowBytes, E::BN));
-  const HeadTile block = HeadTile::of<E::BM>(z.S, z.G);
-  const int b = block.batch, g = block.head, first = block.tile * E::BM, shares = z.H / z.G;
+  const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   // Tiles of queries of each head, from the first to the last query that attends to a key of this block.
@@ -422,15 +421,14 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
   }
 }
 
-/// Gradients of 128 queries of a head (HeadTile).
+/// Gradients of 128 queries of head blockIdx.y.
 template <class E, bool HasStarts>
 MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   unsigned char* const rows = warpUniform(dynamic + (-sharedAddress(dynamic) & 1023));
   const uint64_t rowsAt = warpUniform(kMajorDescriptor(rows + threadIdx.x / 128 * 64 * 128, 0)), columnsAt = warpUniform(kMajorDescriptor(rows + E::rowBytes, 0));
   const uint64_t acrossAt = warpUniform(mnMajorTileDescriptor(rows + E::rowBytes, E::BN));
-  const HeadTile block = HeadTile::of<E::BM>(z.T, z.H);
-  const int b = block.batch, h = block.head, g = h / (z.H / z.G), first = (block.tiles - 1 - block.tile) * E::BM;
+  const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const auto begins = starts.range(first, E::BM);

@@ -86,7 +86,7 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
     const launch = { block: threads, shared: sharedBytes(dk, dv, columns) }
     for (const ofKeys of keys)
       ofKeys(
-        { grid: Math.ceil(S / rows) * G * B, ...launch },
+        { grid: [Math.ceil(S / rows), G, B], ...launch },
         gradients.dk,
         gradients.dv,
         queriesAsColumns,
@@ -96,7 +96,7 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
         ...rest,
       )
     queries(
-      { grid: Math.ceil(T / rows) * H * B, ...launch },
+      { grid: [Math.ceil(T / rows), H, B], ...launch },
       gradients.dq,
       queriesAsRows,
       keysAsColumns,

@@ -55,7 +55,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     const [, ...keysAndValues] = boxed(keys)
     const launch = starts ? withStarts : schedule.pingpong ? pingpong : plain
     launch(
-      { grid: Math.ceil(T / rows) * H * B, block: threads, shared: sharedBytes(dk, dv, keys) },
+      { grid: [Math.ceil(T / rows), H, B], block: threads, shared: sharedBytes(dk, dv, keys) },
       out,
       lse,
       queries,

@@ -9,7 +9,8 @@ struct Sizes {
   float scale;
 };
 
-/// The forward pass. A block computes BM queries of a head (HeadTile), against all keys they attend to, BN at a time.
+/// The forward pass. A block computes BM queries of head blockIdx.y of batch blockIdx.z, against all keys they attend
+/// to, BN at a time.
 template <class E, bool HasStarts>
 MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
@@ -19,8 +20,7 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
   Element* const stages = queries + E::template tileSize<E::BM, DK>;
 
   // The last queries attend to the most keys: they start first.
-  const HeadTile block = HeadTile::of<E::BM>(z.T, z.H);
-  const int b = block.batch, h = block.head, g = h / (z.H / z.G), first = (block.tiles - 1 - block.tile) * E::BM;
+  const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first);
@@ -106,7 +106,7 @@ MOE_KERNEL((256), moe_attention_delta_f32, (float* delta, const float* out, cons
   }
 }
 
-/// Gradients of BM keys and/or values of a key head (HeadTile). Tiles of scores have keys as rows and queries as columns.
+/// Gradients of BM keys and/or values of key head blockIdx.y. Tiles of scores have keys as rows and queries as columns.
 /// The query heads that share the key head are processed one after the other.
 template <class E, bool HasStarts, bool OfKeys, bool OfValues>
 MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
@@ -118,8 +118,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
   Element* const values = keys + E::template tileSize<E::BM, DK>;
   unsigned char* const stages = (unsigned char*)(values + E::template tileSize<E::BM, DV>);
 
-  const HeadTile block = HeadTile::of<E::BM>(z.S, z.G);
-  const int b = block.batch, g = block.head, first = block.tile * E::BM, shares = z.H / z.G;
+  const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
@@ -210,7 +209,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
   }
 }
 
-/// Gradients of BM queries of a head (HeadTile).
+/// Gradients of BM queries of head blockIdx.y.
 template <class E, bool HasStarts>
 MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
@@ -220,8 +219,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   Element* const douts = queries + E::template tileSize<E::BM, DK>;
   Element* const stages = douts + E::template tileSize<E::BM, DV>;
 
-  const HeadTile block = HeadTile::of<E::BM>(z.T, z.H);
-  const int b = block.batch, h = block.head, g = h / (z.H / z.G), first = (block.tiles - 1 - block.tile) * E::BM;
+  const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<HasStarts> starts = Starts<HasStarts>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1);

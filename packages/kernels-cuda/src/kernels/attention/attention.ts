@@ -1,5 +1,6 @@
 /** @file Attention that never stores its scores, forward and backward. */
 import type { Value, WidePrecision } from '@moe/core'
+import { mostBlocks } from '../../modules.ts'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
@@ -65,6 +66,9 @@ function findEngine(cuda: Cuda, precision: WidePrecision, dk: number, dv: number
   return fitting.find(e => e.precision === precision) ?? fitting.find(e => e.precision === 'f32')
 }
 
+/** Whether the grids, with sequences along z and heads along y, are possible. Otherwise core computes attention with other ops. */
+const fitsGrid = (B: number, H: number) => B <= mostBlocks[2] && H <= mostBlocks[1]
+
 /** The tensors as a configuration reads them: unchanged, or in bf16 with padded features. */
 function prepare(
   engine: Engine,
@@ -97,7 +101,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, forwardShared)
-    if (!engine) return undefined
+    if (!engine || !fitsGrid(B, H)) return undefined
     const out = cuda.output(outSpec)
     const lse = cuda.output(lseSpec)
     if (B * T * H === 0) return [out, lse]
@@ -109,7 +113,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const kernel = (starts ? kernelsWithStarts : kernels).get(engine)
     kernel?.(
       {
-        grid: Math.ceil(T / engine.forward.m) * H * B,
+        grid: [Math.ceil(T / engine.forward.m), H, B],
         block: engine.forward.threads,
         shared: forwardShared(engine),
       },
@@ -154,7 +158,7 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, backwardShared)
-    if (!engine) return undefined
+    if (!engine || !fitsGrid(B, H)) return undefined
     const dq = cuda.output(dqSpec)
     const dk = cuda.output(dkSpec)
     const dv = cuda.output(dvSpec)
@@ -199,8 +203,8 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     const found = (starts ? kernelsWithStarts : kernels).get(engine)
     const { keys, queries } = found as NonNullable<typeof found>
     for (const gradients of keys)
-      gradients({ grid: Math.ceil(S / m) * G * B, ...launch }, dk.pointer, dv.pointer, ...inputs)
-    queries({ grid: Math.ceil(T / m) * H * B, ...launch }, dq.pointer, ...inputs)
+      gradients({ grid: [Math.ceil(S / m), G, B], ...launch }, dk.pointer, dv.pointer, ...inputs)
+    queries({ grid: [Math.ceil(T / m), H, B], ...launch }, dq.pointer, ...inputs)
     return [dq, dk, dv]
   }
 }

@@ -1,5 +1,5 @@
 // One bf16 product per expert on Hopper (persistent GEMM, gemm-hopper.cuh). As in grouped-matmul.cu, the number of
-// tiles is the most that any offsets could need; surplus tiles have no work.
+// tiles is the largest possible one; tiles that the offsets do not need have no work.
 #include "expert-tile.cuh"
 #include "gemm-hopper.cuh"
 #include "packed-rows.cuh"

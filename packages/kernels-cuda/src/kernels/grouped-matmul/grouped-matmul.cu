@@ -1,5 +1,5 @@
-// One matrix product per expert. The rows of each expert are read from `offsets` on the device: the grid has as many
-// tiles as any offsets could need, and each block finds its own.
+// One matrix product per expert. The rows of each expert are read from `offsets` on the device. The host does not know
+// them, so the grid has blocks for the largest possible number of tiles; each block finds its tile, or has no work.
 #include "expert-tile.cuh"
 #include "few-rows.cuh"
 #include "gemm.cuh"
