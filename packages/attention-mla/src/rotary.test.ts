@@ -53,7 +53,7 @@ test('inputs without a batch axis are rejected', () => {
     new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 }),
   ]
   for (const layer of layers)
-    expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], expected \[batch, time, hidden\]/)
+    expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], expected \[batch, time, 24\]/)
 })
 
 test('shared tables must have the number of features of the layer', () => {
