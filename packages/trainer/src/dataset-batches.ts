@@ -5,15 +5,17 @@ import { longestExample, truncatedTokens } from './data/examples.ts'
 import { namedStreams, sourcesOf, type TokenData } from './data/token-data.ts'
 import type { TokenStream } from './data/token-stream.ts'
 import type { SourceProgress, TrainingOrder } from './data/training-order.ts'
-import { type Evaluation, evaluate } from './evaluate.ts'
-import { orInterrupted } from './interrupt.ts'
+import { type Evaluation, evaluateOnRanks } from './evaluate.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
+import type { RankGroup } from './rank-group.ts'
 
 interface DatasetOptions {
   readonly validation: TokenData['validation']
   readonly precision: Precision
   /** Maximum number of held-out tokens of the final evaluation. */
   readonly finalTokens: number
+  /** Each rank evaluates its share. */
+  readonly ranks: RankGroup
 }
 
 /** Rows of a data set in the order of a `TrainingOrder`. */
@@ -23,16 +25,22 @@ export class DatasetBatches implements BatchSource {
   readonly #validation: TokenData['validation']
   readonly #precision: Precision
   readonly #finalTokens: number
+  readonly #ranks: RankGroup
   readonly textsPerStep = 0
   readonly stride = 1
   readonly metrics = {}
 
-  constructor(model: TrainableModel, order: TrainingOrder, { validation, precision, finalTokens }: DatasetOptions) {
+  constructor(
+    model: TrainableModel,
+    order: TrainingOrder,
+    { validation, precision, finalTokens, ranks }: DatasetOptions,
+  ) {
     this.#model = model
     this.#order = order
     this.#validation = validation
     this.#precision = precision
     this.#finalTokens = finalTokens
+    this.#ranks = ranks
   }
 
   get #sources() {
@@ -120,11 +128,8 @@ export class DatasetBatches implements BatchSource {
 
   evaluate(options: SourceEvaluationOptions): Promise<Evaluation | null> {
     const { sequenceLength, batchSize, isolate } = this.#order
-    const settings = { sequenceLength, batchSize, isolate, precision: this.#precision, ...options }
-    return orInterrupted(
-      options.signal,
-      evaluate(this.#model, this.#validation as NonNullable<TokenData['validation']>, settings),
-    )
+    const settings = { sequenceLength, batchSize, isolate, precision: this.#precision, ranks: this.#ranks, ...options }
+    return evaluateOnRanks(this.#model, namedStreams(this.#validation), settings)
   }
 
   dispose(): void {}

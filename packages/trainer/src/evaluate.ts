@@ -10,10 +10,11 @@ import {
   yieldToEventLoop,
 } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
-import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
+import { type EvaluationOptions, evaluationWindowsWhere } from './data/evaluation-windows.ts'
 import { namedStreams } from './data/token-data.ts'
 import { isTokenStream, type TokenStream } from './data/token-stream.ts'
-import type { TrainableModel } from './model.ts'
+import type { TokenBatch, TrainableModel } from './model.ts'
+import { RankGroup } from './rank-group.ts'
 
 /** Options of `evaluate`. */
 export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
@@ -90,18 +91,58 @@ export async function evaluate(
     })
   }
   checkOptions('evaluate', options, names)
+  const signal = options.signal ?? new AbortController().signal
+  const evaluation = await evaluateOnRanks(model, streams, { ...options, signal, ranks: new RankGroup() })
+  if (evaluation === null) throw signal.reason
+  return evaluation
+}
+
+interface EvaluateOnRanksOptions extends EvaluateOptions {
+  readonly signal: AbortSignal
+  /** Each rank evaluates its share of the batches. */
+  readonly ranks: RankGroup
+}
+
+/**
+ * Evaluates a model that all ranks have. The result is the same on all ranks and on any number of ranks, bit for bit.
+ * @returns null if it was interrupted on any rank
+ */
+export async function evaluateOnRanks(
+  model: TrainableModel,
+  streams: ReadonlyArray<readonly [name: string, stream: TokenStream]>,
+  { precision = 'f32', ranks, signal, onProgress, ...windows }: EvaluateOnRanksOptions,
+): Promise<Evaluation | null> {
   const started = performance.now()
-  const { limit, onProgress, ...rest } = options
+  const { limit } = windows
   const share = limit === undefined ? undefined : Math.max(1, Math.floor(limit / streams.length))
-  const all: [string, TokenStream, SourceEvaluation][] = []
-  for (const [name, stream] of streams) {
-    const before = all.length
-    const onStreamProgress = onProgress && ((done: number) => onProgress((before + done) / streams.length))
-    const settings = { ...rest, limit: share, onProgress: onStreamProgress }
-    all.push([name, stream, await evaluateStream(model, stream, settings)])
-  }
-  const [[only, , whole]] = all
+  const losses = await ranks.all(
+    signal,
+    async () => {
+      const losses: BatchLoss[] = []
+      let index = 0
+      const isOwn = () => index++ % ranks.size === ranks.rank
+      for (const [at, [, stream]] of streams.entries()) {
+        const options = { ...windows, limit: share, lookahead: model.lookahead }
+        for (const { batch, from, done } of evaluationWindowsWhere(stream, options, isOwn)) {
+          signal.throwIfAborted()
+          losses.push({ index, stream: at, ...(await lossOf(model, batch, from, precision)) })
+          onProgress?.((at + done) / streams.length)
+          await yieldToEventLoop()
+        }
+      }
+      return losses
+    },
+    { save: false },
+  )
+  if (losses === null) return null
+  // Added up in the order of the batches, so that the sums do not depend on the number of ranks.
+  losses.sort((a, b) => a.index - b.index)
+  const all = streams.map(([name, stream], at) => {
+    const own = losses.filter(loss => loss.stream === at)
+    return [name, stream, sourceEvaluation(stream, own)] as const
+  })
   const seconds = (performance.now() - started) / 1000
+  const [[only, , whole]] = all
   if (all.length === 1 && only === '') return { ...whole, seconds }
   const weighted = (value: 'loss' | 'bitsPerByte', weight: 'predictable' | 'textBytes') => {
     const sum = (of: (stream: TokenStream, evaluation: SourceEvaluation) => number) =>
@@ -117,30 +158,38 @@ export async function evaluate(
   }
 }
 
-async function evaluateStream(
+/** The loss of one batch of a held-out stream. */
+interface BatchLoss {
+  /** Position in the order of all batches of all streams. */
+  readonly index: number
+  readonly stream: number
+  /** Negative log-likelihood in nats, summed over `count` tokens. */
+  readonly nll: number
+  readonly count: number
+}
+
+async function lossOf(
   model: TrainableModel,
-  data: TokenStream,
-  options: EvaluateOptions,
-): Promise<SourceEvaluation> {
-  const { precision = 'f32', signal, onProgress, ...windows } = options
-  let nats = 0
-  let tokens = 0
-  for (const { batch, from, done } of evaluationWindows(data, { ...windows, lookahead: model.lookahead })) {
-    signal?.throwIfAborted()
-    const { nll, count } = scope(() =>
-      noGrad(() =>
-        withPrecision(precision, () => {
-          const output = checkedLoss(model.loss(batch, { training: false, from }))
-          return { nll: output.nll, count: output.count }
-        }),
-      ),
-    )
-    nats += await nll.item()
-    nll.dispose()
-    tokens += count
-    onProgress?.(done)
-    await yieldToEventLoop()
-  }
+  batch: TokenBatch,
+  from: number,
+  precision: Precision,
+): Promise<Pick<BatchLoss, 'nll' | 'count'>> {
+  const { nll, count } = scope(() =>
+    noGrad(() =>
+      withPrecision(precision, () => {
+        const output = checkedLoss(model.loss(batch, { training: false, from }))
+        return { nll: output.nll, count: output.count }
+      }),
+    ),
+  )
+  const value = await nll.item()
+  nll.dispose()
+  return { nll: value, count }
+}
+
+function sourceEvaluation(data: TokenStream, losses: readonly BatchLoss[]): SourceEvaluation {
+  const nats = losses.reduce((sum, { nll }) => sum + nll, 0)
+  const tokens = losses.reduce((sum, { count }) => sum + count, 0)
   const share = data.predictable === 0 ? 0 : tokens / data.predictable
   const charged = nats + share * data.unpredictable * Math.log(data.vocabSize)
   const bytes = share * data.textBytes

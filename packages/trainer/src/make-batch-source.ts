@@ -5,18 +5,18 @@ import { TrainingOrder } from './data/training-order.ts'
 import { DatasetBatches } from './dataset-batches.ts'
 import type { TrainableModel } from './model.ts'
 import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions } from './options.ts'
+import type { RankGroup } from './rank-group.ts'
 import { PreferenceBatches } from './rewards/preference-batches.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import { RolloutBatches } from './rewards/rollout-batches.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { checkSampling } from './rewards/sampler.ts'
-import type { TextRanks } from './rewards/text-ranks.ts'
 
 export function makeBatchSource(
   model: TrainableModel,
   settings: ResolvedOptions,
   data: TokenData | Rollouts | Preferences,
-  ranks: TextRanks,
+  ranks: RankGroup,
   signal: AbortSignal,
 ): BatchSource {
   const { sequenceLength, batchSize, accumulate, seed, rank, world, precision, tokenizer, bos } = settings
@@ -31,5 +31,5 @@ export function makeBatchSource(
   const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
   const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
   const finalTokens = evaluationLimit(settings, { final: true })
-  return new DatasetBatches(model, order, { validation: data.validation, precision, finalTokens })
+  return new DatasetBatches(model, order, { validation: data.validation, precision, finalTokens, ranks })
 }

@@ -23,6 +23,8 @@ export class ModelEma {
    * addresses.
    */
   readonly #shard: ParameterShard | undefined
+  /** Whether the model contains the averaged weights, during `withAverages`. */
+  isInModel = false
 
   constructor(parameters: readonly NamedParameter[], decay: number, { ranks, onRanks }: RunRanks = {}) {
     this.#onRanks = onRanks
@@ -49,11 +51,13 @@ export class ModelEma {
    */
   async withAverages<T>(fn: () => Promise<T>): Promise<T> {
     this.#swap()
+    this.isInModel = true
     try {
       await this.#gather()
       return await fn()
     } finally {
       this.#swap()
+      this.isInModel = false
       await this.#gather()
     }
   }

@@ -28,6 +28,7 @@ import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
 import { evaluationLimit, type ResolvedOptions, recordRun } from './options.ts'
+import { RankGroup } from './rank-group.ts'
 import { useRankStreams } from './rank-streams.ts'
 import {
   checkSameInitialState,
@@ -44,7 +45,6 @@ import { progress } from './report/progress.ts'
 import type { TrainResult } from './result.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
-import { TextRanks } from './rewards/text-ranks.ts'
 import type { ShardedUpdate } from './sharded-update.ts'
 import { startNotices } from './start-notices.ts'
 import type { Steps } from './step-numbers.ts'
@@ -120,8 +120,8 @@ export class Run {
         ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks, shard: sharded?.shard })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
-    const textRanks = new TextRanks({ ranks, like: parameters[0].parameter, save: () => this.save() })
-    this.source = makeBatchSource(model, settings, data, textRanks, interrupts.signal)
+    const group = new RankGroup({ ranks, like: parameters[0].parameter, save: () => this.saveAfterFailure() })
+    this.source = makeBatchSource(model, settings, data, group, interrupts.signal)
     this.record = recordRun(settings, this.source, model, parameters, optimizer)
     this.folder = settings.out === undefined ? undefined : runFolder(settings.out)
     this.writableFolder = (ranks?.rank ?? rank) === 0 ? this.folder : undefined
@@ -229,9 +229,18 @@ export class Run {
   /** @throws MoeError E_CONFIG if ranks have different options, data or models */
   async checkSettingsAgree(ranks: Ranks): Promise<void> {
     const { checkpointEvery, evalEvery } = this.settings
-    const validation = this.source.validationTokens > 0
+    // JSON has no Infinity.
+    const evalTokens = `${this.settings.evalTokens}`
+    const heldOutTokens = this.source.validationTokens
     // The optimizer's settings depend on the parameters, so those are compared first.
-    const own = { parameters: this.record.parameters, ...this.record, checkpointEvery, evalEvery, validation }
+    const own = {
+      parameters: this.record.parameters,
+      ...this.record,
+      checkpointEvery,
+      evalEvery,
+      evalTokens,
+      heldOutTokens,
+    }
     checkSameSettings(await gatherValues<RunRecord>(ranks, own, this.parameters[0].parameter))
   }
 
@@ -356,9 +365,9 @@ export class Run {
       return source.evaluate({ limit, signal, onProgress })
     }
     const ofWeights = await evaluatePart(0)
-    // Called even if this rank alone was interrupted: the others need it to gather the complete model.
-    const ofEma = await this.ema?.withAverages(async () => (ofWeights === null ? null : evaluatePart(1)))
-    if (ofWeights === null || ofEma === null) return null
+    if (ofWeights === null) return null
+    const ofEma = await this.ema?.withAverages(() => evaluatePart(1))
+    if (ofEma === null) return null
     const evaluation = { ...ofWeights, ...(ofEma && { ema: ofEma }) }
     this.events.emit({ type: 'evaluation', step: this.step, final, ...evaluation })
     await this.events.settled()
@@ -389,6 +398,11 @@ export class Run {
     this.checkpoint = path
     this.events.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
     await this.events.settled()
+  }
+
+  /** Not while the model contains the EMA, which would be saved as its weights. */
+  async saveAfterFailure(): Promise<void> {
+    if (this.ema?.isInModel !== true) await this.save()
   }
 
   get checkpointParts() {

@@ -41,7 +41,16 @@ export interface EvaluationBatch {
  * so that every token but the first is predicted exactly once, with at least half a window of context (except in the
  * first window). Examples do not overlap: each is a window of its own or shares one.
  */
-export function* evaluationWindows(data: TokenStream, options: EvaluationOptions): Generator<EvaluationBatch> {
+export function evaluationWindows(data: TokenStream, options: EvaluationOptions): Generator<EvaluationBatch> {
+  return evaluationWindowsWhere(data, options, () => true)
+}
+
+/** Yields only the batches whose index `isWanted` accepts, and reads the tokens of no others. */
+export function* evaluationWindowsWhere(
+  data: TokenStream,
+  options: EvaluationOptions,
+  isWanted: (index: number) => boolean,
+): Generator<EvaluationBatch> {
   checkOptions('evaluationWindows', options, names)
   const { sequenceLength, lookahead, batchSize, isolate = false, limit } = options
   const wrong = Object.entries({ sequenceLength, lookahead, batchSize }).filter(
@@ -66,12 +75,14 @@ export function* evaluationWindows(data: TokenStream, options: EvaluationOptions
   const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / each)))
   const from = overlaps ? sequenceLength - stride : 0
   let waiting: Row[] = []
+  let index = 0
   for (let i = 0; i < count; i++) {
     waiting.push(rows.row(Math.floor((i * all) / count)))
     // The first window has no context, so all of its positions count. It is a batch of its own.
     const first = overlaps && i === 0
     if (!first && waiting.length < batchSize && i < count - 1) continue
-    yield { batch: batchOf(data, waiting, length, isolate), from: first ? 0 : from, done: (i + 1) / count }
+    if (isWanted(index++))
+      yield { batch: batchOf(data, waiting, length, isolate), from: first ? 0 : from, done: (i + 1) / count }
     waiting = []
   }
 }

@@ -4,6 +4,7 @@ import { namedParameters } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, expect, test } from 'vitest'
+import { latestCheckpoint } from '../checkpoints/checkpoint-folder.ts'
 import { modelFolder } from '../checkpoints/model-folder.ts'
 import type { StepEvent, TrainEvent } from '../events.ts'
 import type { TrainOptions } from '../options.ts'
@@ -99,6 +100,28 @@ test('the EMA is evaluated next to the weights, and changes nothing', async () =
   expect(result.ema?.reward).toBe(reward)
   expect(result.ema?.loss).toBeCloseTo(loss, 5)
   expect(result.ema?.loss).not.toBe(result.validation.loss)
+})
+
+test('a reward that fails in an evaluation saves the weights, but not the EMA in their place', async () => {
+  const validation = prompts.slice(0, 3)
+  /** The steps of the checkpoints after the reward of held-out text number `failing` failed. */
+  const saved = async (failing: number) => {
+    const out = join(await temporaryFolder(), 'run')
+    let judged = 0
+    const reward: RolloutOptions['reward'] = sample => {
+      if (validation.includes(sample.prompt as (typeof validation)[number]) && judged++ === failing)
+        throw new Error('no server')
+      return small.reward(sample)
+    }
+    const given = { reward, validation, maxTexts: 1 }
+    const training = prompts.slice(3)
+    await expect(
+      run(given, { data: rollouts(training, { ...small, ...given }), evalEvery: 4, ema: 0.5, out }),
+    ).rejects.toThrow('no server')
+    return latestCheckpoint(out)?.slice(-'step-000004'.length)
+  }
+  expect(await saved(1)).toBe('step-000004')
+  expect(await saved(4)).toBeUndefined()
 })
 
 test('stays close to a reference model, which needs no MTP modules', async () => {

@@ -2,10 +2,10 @@
 import { checkOptions, checkPrecision, MoeError, type OptionNames, type Precision } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
+import { RankGroup } from '../rank-group.ts'
 import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
 import { checkSampling, encodePrompts, reportOf, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
-import { TextRanks } from './text-ranks.ts'
 
 /** Options of `evaluateRewards`. */
 export interface EvaluateRewardsOptions {
@@ -54,7 +54,7 @@ export async function evaluateRewards(
   const sampler = checkSampling(model).continuousBatch({ maxTexts: data.maxTexts, precision })
   try {
     const { onProgress = () => {} } = options
-    const ranks = new TextRanks()
+    const ranks = new RankGroup()
     const measured = await measureRewards(sampler, data, prompts, { tokenizer, seed, signal, onProgress, ranks })
     if (measured === null) throw signal.reason
     return measured
@@ -69,7 +69,7 @@ interface MeasureRewardsOptions {
   readonly signal: AbortSignal
   readonly onProgress: (done: number) => void
   /** Each rank samples its share of the texts. */
-  readonly ranks: TextRanks
+  readonly ranks: RankGroup
 }
 
 /**

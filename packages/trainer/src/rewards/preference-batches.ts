@@ -5,11 +5,11 @@ import { EpochOrder } from '../data/epoch-order.ts'
 import { tokenNamed } from '../data/token-dataset.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
+import type { RankGroup } from '../rank-group.ts'
 import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts, type PromptCompletion } from './packed-texts.ts'
 import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Preference, Preferences } from './preferences.ts'
 import { type EncodeOptions, encodePrompts, encoder } from './sampler.ts'
-import type { TextRanks } from './text-ranks.ts'
 
 export interface PreferenceBatchesOptions extends EncodeOptions {
   readonly sequenceLength: number
@@ -18,7 +18,7 @@ export interface PreferenceBatchesOptions extends EncodeOptions {
   readonly seed: number
   readonly precision: Precision
   /** Each rank learns from `pairs` pairs per step. */
-  readonly ranks: TextRanks
+  readonly ranks: RankGroup
 }
 
 /** The chosen text and the rejected text. */

@@ -7,11 +7,11 @@ import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import type { Conversation } from '../data/conversations.ts'
 import type { StepEvent, TrainEvent } from '../events.ts'
 import type { TrainOptions } from '../options.ts'
+import { RankGroup } from '../rank-group.ts'
 import { BigramModel, letters, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
 import { PreferenceBatches, pairTerm } from './preference-batches.ts'
 import { type Preference, type PreferenceOptions, preferences } from './preferences.ts'
-import { TextRanks } from './text-ranks.ts'
 
 const backend = roundingBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -53,7 +53,7 @@ test.each(fixture.cases)('losses and gradients equal those of PyTorch, beta $bet
     isolate: true,
     seed: 1,
     precision: 'f32',
-    ranks: new TextRanks(),
+    ranks: new RankGroup(),
   } as const
   const source = new PreferenceBatches(model, data, { ...rows, tokenizer: undefined, bos: undefined })
   const batches = await source.batches(0)

@@ -7,6 +7,7 @@ import type { BatchSource, SourceEvaluationOptions } from '../batch-source.ts'
 import { EpochOrder } from '../data/epoch-order.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
+import type { RankGroup } from '../rank-group.ts'
 import { measureRewards } from './evaluate-rewards.ts'
 import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts } from './packed-texts.ts'
 import {
@@ -29,7 +30,6 @@ import {
   seedOf,
   type TextSampler,
 } from './sampler.ts'
-import type { TextRanks } from './text-ranks.ts'
 
 export interface RolloutBatchesOptions {
   readonly tokenizer: TextTokenizer | undefined
@@ -41,7 +41,7 @@ export interface RolloutBatchesOptions {
   readonly precision: Precision
   readonly signal: AbortSignal
   /** Each rank samples `groups` groups per step. */
-  readonly ranks: TextRanks
+  readonly ranks: RankGroup
 }
 
 /** The texts of a sampling round, and what this rank learns from them. */

@@ -5,6 +5,7 @@ import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import type { StepEvent } from '../events.ts'
 import type { TokenBatch } from '../model.ts'
 import type { TrainOptions } from '../options.ts'
+import { RankGroup } from '../rank-group.ts'
 import { readMetrics } from '../report/metrics-log.ts'
 import { letters, removeTemporaryFolders, roundingBackend, TalkingBigram, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
@@ -14,7 +15,6 @@ import { advantagesOf, meanTerms, tokenWeights } from './policy-gradient.ts'
 import { RolloutBatches } from './rollout-batches.ts'
 import { rollouts, type Sample } from './rollouts.ts'
 import { errorOf, fewRollouts, numbers, prompts, type RolloutRun, run, settings, sevens } from './test-rollouts.ts'
-import { TextRanks } from './text-ranks.ts'
 
 const backend = roundingBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -150,7 +150,7 @@ describe('a training step', () => {
       })
       const rows = { sequenceLength: 12, batchSize: 3, isolate: true }
       const signal = new AbortController().signal
-      const ranks = new TextRanks()
+      const ranks = new RankGroup()
       const options = {
         ...rows,
         tokenizer: undefined,

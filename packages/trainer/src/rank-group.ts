@@ -1,7 +1,7 @@
-/** @file Ranks that sample and learn from texts together: each processes its share, and the numbers are gathered. */
+/** @file Ranks that divide work, such as evaluation and sampling: each does its share, and the results are gathered. */
 import { isMoeError, MoeError, type Tensor } from '@moe/core'
-import { orInterrupted } from '../interrupt.ts'
-import { gatherValues, type Ranks } from '../ranks.ts'
+import { orInterrupted } from './interrupt.ts'
+import { gatherValues, type Ranks } from './ranks.ts'
 
 /** The failure of a rank, as reported to the others. */
 interface Failure {
@@ -13,7 +13,7 @@ interface Failure {
 /** The result of a rank; null if it was interrupted. */
 type Outcome<T> = { readonly result: readonly T[] | null } | { readonly failure: Failure }
 
-export interface TextRanksOptions {
+export interface RankGroupOptions {
   /** The ranks that train together. */
   readonly ranks: Ranks | undefined
   /** A tensor on the backend that messages use. */
@@ -23,12 +23,12 @@ export interface TextRanksOptions {
 }
 
 /** Several ranks, or a single process. */
-export class TextRanks {
+export class RankGroup {
   readonly rank: number
   readonly size: number
-  readonly #options: TextRanksOptions | undefined
+  readonly #options: RankGroupOptions | undefined
 
-  constructor(options?: TextRanksOptions) {
+  constructor(options?: RankGroupOptions) {
     this.rank = options?.ranks?.rank ?? 0
     this.size = options?.ranks?.size ?? 1
     this.#options = options
@@ -50,9 +50,10 @@ export class TextRanks {
    * Runs `work` on each rank and concatenates the results of all ranks; null if `signal` interrupted it on any rank. If
    * it fails on any rank, all save a checkpoint and throw.
    *
+   * @param options.save false if a failure may be that of the weights, which are then not saved
    * @throws the error on the rank that failed, and a MoeError with the same problem on the others
    */
-  async all<T>(signal: AbortSignal, work: () => Promise<readonly T[]>): Promise<T[] | null> {
+  async all<T>(signal: AbortSignal, work: () => Promise<readonly T[]>, { save = true } = {}): Promise<T[] | null> {
     let cause: unknown
     const own = await orInterrupted(signal, work()).then(
       (result): Outcome<T> => ({ result }),
@@ -71,7 +72,7 @@ export class TextRanks {
     }
     if (failed === undefined) return results
     // An error while saving is ignored: the first error is reported.
-    const saved = await (this.#options?.save() ?? Promise.resolve()).then(
+    const saved = await (save && this.#options ? this.#options.save() : Promise.resolve()).then(
       () => true,
       () => false,
     )
