@@ -5,7 +5,7 @@ import { type EvaluationEvent, TokenDataset, type TokenStream, type TrainOptions
 import { expect, test } from 'vitest'
 import { local } from './index.ts'
 import { backend } from './test-runs.ts'
-import { arrangements, trainSmall } from './test-training.ts'
+import { parallelisms, trainSmall } from './test-training.ts'
 
 function documents(count: number, length: number, seed: number): TokenDataset {
   const random = new Random(seed)
@@ -86,7 +86,7 @@ test('ranks with different held-out data, or rows to evaluate it in, are an erro
   await expect(differing(rank => ({ batchSize: 1 + rank }))).rejects.toThrow(/batchSize is 1 on rank 0 but 2 on rank 1/)
 })
 
-test.each(Object.entries(arrangements))(
+test.each(Object.entries(parallelisms))(
   'an evaluation that one rank interrupts stops all: %s',
   async (_, { onRanks, accumulate }) => {
     const controller = new AbortController()
