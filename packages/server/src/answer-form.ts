@@ -30,17 +30,21 @@ const format = z.discriminatedUnion(
   { error: 'expected text, json_object or json_schema' },
 )
 
+const namedTool = z.looseObject({ type: z.literal('function'), function: z.looseObject({ name: z.string() }) })
+
+const allowedTools = z.looseObject({
+  type: z.literal('allowed_tools'),
+  allowed_tools: z.looseObject({ mode: z.enum(['auto', 'required']), tools: z.array(namedTool).min(1).max(128) }),
+})
+
 export const formFields = {
   response_format: format.nullish(),
   tools: z.array(tool).max(128).nullish(),
   tool_choice: z
-    .union(
-      [
-        z.enum(['none', 'auto', 'required']),
-        z.looseObject({ type: z.literal('function'), function: z.looseObject({ name: z.string() }) }),
-      ],
-      { error: "expected none, auto, required or { type: 'function', function: { name } }" },
-    )
+    .union([z.enum(['none', 'auto', 'required']), namedTool, allowedTools], {
+      error:
+        "expected none, auto, required, { type: 'function', function: { name } } or { type: 'allowed_tools', allowed_tools: { mode, tools } }",
+    })
     .nullish(),
   parallel_tool_calls: z.boolean().nullish(),
 }
@@ -59,8 +63,8 @@ export interface AnswerForm {
 }
 
 /**
- * The tools to describe to the model.
- * @throws ApiError 400 if the chat template does not support tools
+ * The tools to describe to the model: those that it may call.
+ * @throws ApiError 400 if the chat template does not support tools, or an allowed tool does not exist
  */
 export function promptedTools(
   { tools, tool_choice: choice }: FormFields,
@@ -69,11 +73,22 @@ export function promptedTools(
   if (isForced(choice) && !tools?.length)
     throw new ApiError(400, 'tool_choice requires tools', { param: 'tool_choice' })
   if (!tools?.length || choice === 'none') return []
-  if (describesTools || (supportsCalls && format.describeTools)) return tools
+  if (describesTools || (supportsCalls && format.describeTools)) return allowedOf(tools, choice)
   const message =
     "this model's chat template does not support tools: describe them in a message, or start the server with a template that supports them"
   throw new ApiError(400, message, { param: 'tools', code: 'unsupported_parameter' })
 }
+
+function allowedOf(tools: FormFields['tools'] & object, choice: FormFields['tool_choice']) {
+  if (typeof choice !== 'object' || choice?.type !== 'allowed_tools') return tools
+  const allowed = new Set(choice.allowed_tools.tools.map(({ function: { name } }) => name))
+  const unknown = [...allowed].find(name => !tools.some(tool => tool.function.name === name))
+  if (unknown !== undefined) throw noSuchTool(unknown)
+  return tools.filter(tool => allowed.has(tool.function.name))
+}
+
+const noSuchTool = (name: string) =>
+  new ApiError(400, `tool_choice: no tool is named ${JSON.stringify(name)}`, { param: 'tool_choice' })
 
 /**
  * The form of the answer, and how to extract tool calls from it.
@@ -107,8 +122,10 @@ export function answerForm(
   return forcedCall(given.tool_choice, format, tools, thinking, number, parse)
 }
 
-const isForced = (choice: FormFields['tool_choice']) =>
-  choice === 'required' || (typeof choice === 'object' && choice !== null)
+function isForced(choice: FormFields['tool_choice']): boolean {
+  if (typeof choice !== 'object' || choice === null) return choice === 'required'
+  return choice.type === 'function' || choice.allowed_tools.mode === 'required'
+}
 
 /** Forces one call with a valid name and, if the format writes them as JSON, valid arguments. */
 function forcedCall(
@@ -119,11 +136,9 @@ function forcedCall(
   number: number,
   parse: (text: string) => ToolCall[],
 ): AnswerForm {
-  const named = typeof choice === 'object' ? choice?.function.name : undefined
+  const named = typeof choice === 'object' && choice?.type === 'function' ? choice.function.name : undefined
   const callable = tools.filter(({ function: { name } }) => named === undefined || name === named)
-  if (callable.length === 0) {
-    throw new ApiError(400, `tool_choice: no tool is named ${JSON.stringify(named)}`, { param: 'tool_choice' })
-  }
+  if (named !== undefined && callable.length === 0) throw noSuchTool(named)
   const all = callable.map(({ function: { name, parameters } }, i) => {
     const param = `tools[${i}].function.parameters`
     const rest = format.isJson

@@ -167,10 +167,13 @@ describe('tools', () => {
   test('are called if required', async () => {
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
     const openai = await client(app)
-    const choice = { type: 'function' as const, name: 'look_up' }
-    const ask = { tools: [tool], tool_choice: choice, max_output_tokens: 60 }
-    const { output } = await createBoth(openai, ask)
-    expect(output).toMatchObject([{ type: 'function_call', name: 'look_up' }])
+    const named = { type: 'function' as const, name: 'look_up' }
+    const allowed = { type: 'allowed_tools' as const, mode: 'required' as const, tools: [named] }
+    for (const choice of [named, allowed]) {
+      const ask = { tools: [tool], tool_choice: choice, max_output_tokens: 60 }
+      const { output } = await createBoth(openai, ask as never)
+      expect(output).toMatchObject([{ type: 'function_call', name: 'look_up' }])
+    }
     expect(dispose()).toBe(0)
   })
 })

@@ -98,8 +98,7 @@ export const responses: Endpoint = {
       top_logprobs: hasLogProbs ? top : undefined,
       response_format: formatOf(text?.format),
       tools: tools?.map(({ type, ...own }) => (type === 'function' ? { type, function: own } : { type })),
-      tool_choice:
-        typeof choice === 'object' && choice ? { type: choice.type, function: { name: choice.name } } : choice,
+      tool_choice: choiceOf(choice),
       parallel_tool_calls: parsed.parallel_tool_calls,
       reasoning_effort: parsed.reasoning?.effort,
       chat_template_kwargs: parsed.chat_template_kwargs,
@@ -118,6 +117,17 @@ export const responses: Endpoint = {
   },
   stream: (head, request) => new ResponseStream(head, request),
   logProbs: chatCompletions.logProbs,
+}
+
+/** Converts a choice of tools to that of chats, which nests what is flat here. */
+function choiceOf(choice: Fields['tool_choice']) {
+  if (typeof choice !== 'object' || choice === null) return choice
+  const { type, name, mode, tools } = choice
+  if (type !== 'allowed_tools') return { type, function: { name } }
+  const nested = Array.isArray(tools)
+    ? tools.map(tool => ({ type: tool?.type, function: { name: tool?.name } }))
+    : tools
+  return { type, allowed_tools: { mode, tools: nested } }
 }
 
 function formatOf(format: { readonly type: string; readonly [key: string]: unknown } | null | undefined) {
@@ -188,6 +198,9 @@ function withOwnFieldNames(cause: ApiError, messages: readonly Message[]): ApiEr
       .replaceAll('response_format', 'text.format')
       .replaceAll(/\b(tools\[\d+\])\.function/g, '$1')
       .replaceAll('tool_choice.function', 'tool_choice')
+      .replaceAll('tool_choice.allowed_tools', 'tool_choice')
+      .replaceAll(', allowed_tools: { mode, tools }', ', mode, tools')
+      .replaceAll(', function: { name }', ', name')
       .replaceAll('reasoning_effort', 'reasoning.effort')
   const { status, message, param, code } = cause
   return new ApiError(status, own(message), {

@@ -113,11 +113,17 @@ test('json_object allows any object, and the token limit may truncate a text', a
   expect(dispose()).toBe(0)
 })
 
+const allowed = (mode: 'auto' | 'required', ...names: string[]) => ({
+  type: 'allowed_tools' as const,
+  allowed_tools: { mode, tools: names.map(name => ({ type: 'function', function: { name } })) },
+})
+
 describe('tools', () => {
   test.each<[string, Partial<ChatCompletionCreateParams>, RegExp]>([
     ['a named one', { tool_choice: { type: 'function', function: { name: 'look_up' } } }, /^look_up$/],
     ['any of them', { tool_choice: 'required' }, /^(look_up|look|stop)$/],
     ['the only one', { tools: [tools[1]], tool_choice: 'required' }, /^look$/],
+    ['one of the allowed ones', { tool_choice: allowed('required', 'stop', 'look') }, /^(look|stop)$/],
   ])('are called if required: %s', async (_, ask, names) => {
     const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
     const openai = await client(app)
@@ -280,6 +286,9 @@ describe('tools', () => {
     await expectRejection(ask(openai, { tool_choice: 'required' }), 'tool_choice requires tools')
     const other = { type: 'function', function: { name: 'other' } }
     await expectRejection(ask(openai, { tools, tool_choice: other }), 'no tool is named "other"')
+    for (const mode of ['auto', 'required'] as const)
+      await expectRejection(ask(openai, { tools, tool_choice: allowed(mode, 'look', 'other') }), 'is named "other"')
+    await expectRejection(ask(openai, { tools, tool_choice: allowed('auto') }), 'tool_choice')
     const strange = [{ type: 'function', function: { name: 'f', parameters: { not: {} } } }]
     await expectRejection(
       ask(openai, { tools: strange, tool_choice: 'required' }),

@@ -136,6 +136,9 @@ describe('DeepSeek', () => {
     expect(message.tool_calls).toMatchObject([{ function: { name: 'stop', arguments: '{"a": 1}' } }])
     await ask(app, { tools, tool_choice: 'none' })
     expect(prompt()).not.toContain('## Tools')
+    const allowed = { mode: 'auto', tools: [{ type: 'function', function: { name: 'stop' } }] }
+    await ask(app, { tools, tool_choice: { type: 'allowed_tools', allowed_tools: allowed } })
+    expect(prompt().match(/(?<=^### ).+/gm)).toEqual(['stop'])
   })
 })
 
