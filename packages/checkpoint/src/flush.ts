@@ -1,14 +1,14 @@
 /** @file Flushes files and folders to disk. */
 
 import { fsync } from 'node:fs'
-import { type FileHandle, open } from 'node:fs/promises'
+import { open } from 'node:fs/promises'
 
 /**
  * Flushes a file to disk, like `FileHandle.sync`, which Yarn's Plug'n'Play does not implement.
  * @throws the error of `fsync` of `node:fs`
  * @internal
  */
-export function flushFile({ fd }: Pick<FileHandle, 'fd'>): Promise<void> {
+export function flushFile({ fd }: { readonly fd: number }): Promise<void> {
   return new Promise((resolve, reject) => fsync(fd, error => (error ? reject(error) : resolve())))
 }
 
