@@ -12,7 +12,7 @@ import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { gzipSync } from 'node:zlib'
-import { type BuildOptions, build } from 'esbuild'
+import { type BuildOptions, build, type Plugin } from 'esbuild'
 
 /** Some places accept at most 64 MiB at a time. Node is a separate file, so that it can be copied first. */
 const mostBytes = 57e6
@@ -42,6 +42,12 @@ const isLeftOut = (name: string, path: string) =>
   !tested.includes(name) && /\.test\.ts$|\/fixtures(\/|$)/.test(path) && !path.endsWith('/nccl.test.ts')
 /** JavaScript dependencies that are bundled into one file each, and a package that depends on each. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
+
+/** zod's error messages in other languages are nearly half of it. */
+const withoutTranslations: Plugin = {
+  name: 'without-translations',
+  setup: ({ onLoad }) => onLoad({ filter: /\/zod\/v4\/locales\/index\.js$/ }, () => ({ contents: '' })),
+}
 
 if (process.platform !== 'linux') throw new Error('gpu:pack only runs on Linux, because the folder is for Linux')
 execFileSync(process.execPath, [join(root, 'packages/kernels-cuda/scripts/build-fatbins.mjs'), '--check'], {
@@ -141,6 +147,7 @@ async function bundle(entry: Pick<BuildOptions, 'entryPoints' | 'stdin'>, name: 
     platform: 'node',
     format: 'esm',
     banner,
+    plugins: [withoutTranslations],
     logLevel: 'error',
   })
   writeFileSync(join(folder, 'package.json'), `${JSON.stringify({ name, type: 'module', exports: './index.mjs' })}\n`)
