@@ -1,6 +1,6 @@
 /**
- * @file The training loss of one micro-batch, part by part, for pipeline and expert parallelism. Parts are decoder layers (the first with the embedding), the final norm with the head, and MTP modules. Each
- * returns `[B, T, D]` for the next and adds its losses here.
+ * @file The training loss of one micro-batch. Its parts can run one after another, for pipeline and expert parallelism: decoder layers (the first with the embedding), the final norm with the head, and MTP modules. Each
+ * returns `[B, T, D]` for the next and adds its terms here.
  *
  * Legend: B batch, T time, D hidden size.
  */
@@ -20,26 +20,52 @@ export interface LossSource {
   readonly balancer: boolean
 }
 
+/** What a term of the loss is: of the next token, or a mean over MTP depths, or a sum over layers. */
+type TermName = 'nll' | 'mtp' | 'balance' | 'indexer'
+
+/** A scalar that one part adds to the loss. */
+export interface LossTerm {
+  readonly name: TermName
+  /** The loss before its weight. */
+  readonly loss: Tensor
+}
+
+interface LossPartsOptions extends Pick<LayerOptions, 'onLoad'> {
+  /** False for an evaluation, which has only the loss of the next token and does not count loads. Default true. */
+  readonly training?: boolean
+  /** Factor of the loss and the metrics. Default 1. */
+  readonly share?: number
+}
+
 export class LossParts {
-  /** Scalars whose sum is the loss. */
-  readonly losses: Tensor[] = []
-  /** Detached scalars of the parts that have run: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` and `indexer` (means over layers, as in `DeepSeekLoss`). */
-  readonly metrics: Record<string, Tensor> = {}
+  /** Terms of the parts that have run. */
+  readonly terms: LossTerm[] = []
+  /** The negative log-likelihood of each position, `[B T]`, detached; set when the head has run. */
+  nlls?: Tensor
+  /** Their sum. */
+  nll?: Tensor
   readonly #model: Network
   readonly #inputs: LossTensors
   readonly #objective: Objective
   readonly #balancer: boolean
+  readonly #training: boolean
   readonly #share: number
-  readonly #layers: number
+  readonly #onLoad: LayerOptions['onLoad']
+  readonly #optionsAt: LayerOptions[] = []
 
-  /** @param share factor of all losses and metrics */
-  constructor(model: Network, inputs: LossTensors, source: Omit<LossSource, 'inputs'>, share = 1) {
+  constructor(
+    model: Network,
+    inputs: LossTensors,
+    source: Omit<LossSource, 'inputs'>,
+    { training = true, share = 1, onLoad }: LossPartsOptions = {},
+  ) {
     this.#model = model
     this.#inputs = inputs
     this.#objective = source.objective
     this.#balancer = source.balancer
+    this.#training = training
     this.#share = share
-    this.#layers = model.moeLayers.length
+    this.#onLoad = onLoad
   }
 
   /** Token weights do not apply to MTP modules, which then give no gradient to the main model. */
@@ -49,6 +75,15 @@ export class LossParts {
 
   get #time(): number {
     return this.#inputs.tokens.shape[1] - this.#model.lookahead
+  }
+
+  /** Runs all parts. Returns the hidden states of the main model after its final norm. */
+  runAll(): Tensor {
+    const { decoder, mtp } = this.#model
+    const hidden = this.#model.hidden(idsAhead(this.#inputs, this.#time, 0), this.optionsAt(0))
+    this.#predict(hidden)
+    if (this.#training) mtp.reduce((x, _, k) => this.run(decoder.length + 1 + k, x), hidden)
+    return hidden
   }
 
   /** Runs a part on the output of the previous one. */
@@ -66,37 +101,43 @@ export class LossParts {
 
   /** Options of decoder layers (depth 0) and of the blocks of MTP modules. */
   optionsAt(depth: number): LayerOptions {
-    const mask = maskAt(this.#inputs, depth)
-    const { config, blocks } = this.#model
-    const onIndexerLoss = (losses: Tensor) => {
-      const loss = meanOverTokens(losses, mask)
-      this.#add('indexer', loss.mul(factorAt(this.#inputs, 'indexer')), loss, 1 / blocks.length)
-    }
-    const balance = (loss: Tensor) => {
-      this.#add('balance', this.#balancer ? loss : loss.mul(factorAt(this.#inputs, 'balance')), loss, 1 / this.#layers)
-    }
+    this.#optionsAt[depth] ??= this.#makeOptions(maskAt(this.#inputs, depth))
+    return this.#optionsAt[depth]
+  }
+
+  #makeOptions(mask: Tensor | undefined): LayerOptions {
+    const { starts, undropped } = this.#inputs
+    if (!this.#training) return { starts, mask }
+    const onIndexerLoss = (losses: Tensor) => this.#add('indexer', meanOverTokens(losses, mask))
+    const onBalance = (loss: Tensor) => this.#add('balance', loss)
     return {
-      training: true,
-      starts: this.#inputs.starts,
-      undropped: this.#inputs.undropped,
+      training: this.#onLoad === undefined,
+      onLoad: this.#onLoad,
+      starts,
+      undropped,
       mask,
       dense: this.#objective.indexerWarmup,
-      ...(trainsIndexers(config, this.#objective) && { onIndexerLoss }),
-      ...(this.#balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
+      ...(trainsIndexers(this.#model.config, this.#objective) && { onIndexerLoss }),
+      ...(this.#balancer ? { onBalancerLoss: onBalance } : { onBalanceLoss: onBalance }),
     }
   }
 
   /** Runs the part after the last layer: norm, head and next-token loss. */
   next(x: Tensor): Tensor {
-    const { model, lm_head, config } = this.#model
-    const hidden = model.norm.forward(x)
+    const hidden = this.#model.model.norm.forward(x)
+    this.#predict(hidden)
+    return hidden
+  }
+
+  #predict(hidden: Tensor): void {
+    const { lm_head, config } = this.#model
     const flat = hidden.reshape([hidden.size / config.hidden_size, config.hidden_size])
     const nlls = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(this.#inputs, 0))
+    const nll = nlls.sum()
     const { weights } = this.#inputs
-    const mean = (each: Tensor) => each.sum().mul(inverseCountAt(this.#inputs, 0))
-    const nll = mean(nlls)
-    this.#add('nll', weights ? mean(nlls.mul(weights)) : nll, nll, 1)
-    return hidden
+    this.#add('nll', (weights ? nlls.mul(weights).sum() : nll).mul(inverseCountAt(this.#inputs, 0)))
+    this.nlls = nlls.detach()
+    this.nll = nll.detach()
   }
 
   /** Computes the input of an MTP module's block. `before` is the output of `next` or of the previous module. */
@@ -108,24 +149,50 @@ export class LossParts {
 
   /** Runs what follows the block of an MTP module: norm, head and loss. */
   further(depth: number, x: Tensor): Tensor {
-    const { lm_head, mtp } = this.#model
     const module = this.#moduleAt(depth)
     const hidden = module.normalize(x)
-    const loss = mtpDepthLoss(module, depth, hidden, this.#inputs, denseWeight(lm_head.weight), {
-      detached: this.#detached,
-    })
-    const part = 1 / mtp.length
-    this.#add('mtp', loss.mul(factorAt(this.#inputs, 'mtp')).mul(part), loss, part)
+    const head = denseWeight(this.#model.lm_head.weight)
+    this.#add('mtp', mtpDepthLoss(module, depth, hidden, this.#inputs, head, { detached: this.#detached }))
     return hidden
+  }
+
+  /**
+   * Adds up the terms: `loss`, undefined if there are none, and detached `metrics`: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), and `balance` and `indexer` (means over layers, as in
+   * `DeepSeekLoss`). A pipeline stage has its part of these means.
+   */
+  sum(): { readonly loss: Tensor | undefined; readonly metrics: Record<string, Tensor> } {
+    const { mtp, moeLayers, blocks } = this.#model
+    const metrics: Record<string, Tensor> = {}
+    const shared = (x: Tensor) => (this.#share === 1 ? x : x.mul(this.#share))
+    const sumOf = (name: TermName) => total(this.terms.filter(term => term.name === name).map(({ loss }) => loss))
+    const weighted = (name: Exclude<TermName, 'nll'>, count: number) => {
+      const sum = sumOf(name)
+      if (sum === undefined) return []
+      const mean = sum.mul(1 / count)
+      metrics[name] = shared(mean.detach())
+      if (name === 'balance' && this.#balancer) return [sum]
+      return [(name === 'mtp' ? mean : sum).mul(factorAt(this.#inputs, name))]
+    }
+    if (this.nll) metrics.nll = shared(this.nll.mul(inverseCountAt(this.#inputs, 0)))
+    const nll = sumOf('nll')
+    const losses = [
+      ...(nll ? [nll] : []),
+      ...weighted('mtp', mtp.length),
+      ...weighted('balance', moeLayers.length),
+      ...weighted('indexer', blocks.length),
+    ]
+    const loss = total(losses)
+    return { loss: loss && shared(loss), metrics }
   }
 
   #moduleAt(depth: number): MtpModule<LayerOptions> {
     return this.#model.mtp[depth - 1]
   }
 
-  #add(name: string, loss: Tensor, measured: Tensor, part: number): void {
-    this.losses.push(loss.mul(this.#share))
-    const own = measured.detach().mul(part * this.#share)
-    this.metrics[name] = this.metrics[name]?.add(own) ?? own
+  #add(name: TermName, loss: Tensor): void {
+    this.terms.push({ name, loss })
   }
 }
+
+const total = (losses: readonly Tensor[]): Tensor | undefined =>
+  losses.length === 0 ? undefined : losses.reduce((sum, loss) => sum.add(loss))

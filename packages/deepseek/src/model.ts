@@ -13,28 +13,18 @@ import {
   fromHost,
   type InitOptions,
   isFrozen,
-  linearCrossEntropy,
   noGrad,
   Random,
   type Tensor,
 } from '@moe/core'
-import {
-  idsAhead,
-  inverseCountAt,
-  type MtpAcceptance,
-  mtpAcceptance,
-  mtpLoss,
-  shiftTokens,
-  type TokenRows,
-  targetsAt,
-} from '@moe/mtp'
+import { type MtpAcceptance, mtpAcceptance, shiftTokens, type TokenRows } from '@moe/mtp'
 import { type Balancer, type LayerLoad, type LoadMonitor, scheduled, type TokenDropping, updateBias } from '@moe/router'
 import { changedConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import type { LayerOptions } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generation.ts'
 import type { TokenLogProb } from './log-probs.ts'
-import type { LossSource } from './loss-parts.ts'
+import { LossParts, type LossSource } from './loss-parts.ts'
 import { Network } from './network.ts'
 import {
   checkRecompute,
@@ -54,12 +44,9 @@ import { namedMoeLayers, reportLoads, type StepCounts, sumCounts } from './step-
 import {
   type DeepSeekLoss,
   digestOf,
-  factorAt,
   type HostInputs,
   type LossTensors,
   lossInputs,
-  maskAt,
-  meanOverTokens,
   type StagedDeepSeek,
   trainsIndexers,
   uploadInputs,
@@ -259,56 +246,16 @@ export class DeepSeek extends Network {
 
   /** Runs the ops of the loss. With `onLoad`, the loads of the layers are passed to it, in the order of `moeLayers`, and not counted. */
   #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
-    const { training, onLoad } = options
-    const { tokens, starts, weights, undropped } = inputs
-    const [batch, length] = tokens.shape
-    const time = length - this.lookahead
-    const balance: Tensor[] = []
-    const gather = (loss: Tensor) => balance.push(loss)
-    const wanted = this.#balancer ? { onBalancerLoss: gather } : { onBalanceLoss: gather }
-    const watched = training ? { training: !onLoad, undropped, onLoad, ...wanted } : {}
-    const indexing: Tensor[] = []
-    const layerOptions = (depth: number): LayerOptions => {
-      const mask = maskAt(inputs, depth)
-      const onIndexerLoss = (losses: Tensor) => void indexing.push(meanOverTokens(losses, mask))
-      return {
-        ...watched,
-        ...(training && trainsIndexers(this.config, this.#objective) && { onIndexerLoss }),
-        ...(training && { dense: this.#objective.indexerWarmup }),
-        starts,
-        mask,
-      }
+    const parts = new LossParts(this, inputs, this.#lossSource(), options)
+    const hidden = parts.runAll()
+    const { loss, metrics } = parts.sum()
+    const { nll: mean, ...others } = metrics
+    if (options.training && this.mtp.length > 0 && this.#objective.mtpAcceptance) {
+      const head = denseWeight(this.lm_head.weight)
+      const { cumulative } = mtpAcceptance(this.mtp, hidden, inputs, head, { starts: inputs.starts })
+      for (const [k, rate] of cumulative.entries()) others[`acceptance${k + 1}`] = rate
     }
-    const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
-    const head = denseWeight(this.lm_head.weight)
-    const flat = hidden.reshape([batch * time, this.config.hidden_size])
-    const nlls = linearCrossEntropy(flat, head, targetsAt(inputs, 0))
-    const nll = nlls.sum()
-    let loss = (weights ? nlls.mul(weights).sum() : nll).mul(inverseCountAt(inputs, 0))
-    const metrics: Record<string, Tensor> = {}
-    const { mtpDetached, mtpAcceptance: measured } = this.#objective
-    // Weights apply to the main model; MTP modules learn from the texts alone.
-    const detached = mtpDetached || weights !== undefined
-    if (training && this.mtp.length > 0) {
-      const mtp = mtpLoss(this.mtp, hidden, inputs, head, layerOptions, { detached })
-      metrics.mtp = mtp.loss.detach()
-      loss = loss.add(mtp.loss.mul(factorAt(inputs, 'mtp')))
-      if (measured) {
-        const { cumulative } = mtpAcceptance(this.mtp, hidden, inputs, head, { starts })
-        for (const [k, rate] of cumulative.entries()) metrics[`acceptance${k + 1}`] = rate
-      }
-    }
-    if (balance.length > 0) {
-      const total = balance.reduce((sum, part) => sum.add(part))
-      metrics.balance = total.mul(1 / balance.length).detach()
-      loss = loss.add(this.#balancer ? total : total.mul(factorAt(inputs, 'balance')))
-    }
-    if (indexing.length > 0) {
-      const total = indexing.reduce((sum, part) => sum.add(part))
-      metrics.indexer = total.mul(1 / indexing.length).detach()
-      loss = loss.add(total.mul(factorAt(inputs, 'indexer')))
-    }
-    return { loss, nll: nll.detach(), nlls: nlls.detach(), metrics }
+    return { loss: loss as Tensor, nll: parts.nll as Tensor, nlls: parts.nlls as Tensor, metrics: others }
   }
 
   /**

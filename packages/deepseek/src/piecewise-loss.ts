@@ -24,8 +24,6 @@ export type RouteTokens = (layer: number, tokens: Pick<Choice, 'x' | 'weights' |
 
 /** Runs the parts of a loss in pieces. */
 export class PartsInPieces {
-  /** Scalars whose sum is the loss, as leaves of the pass. */
-  readonly losses: Tensor[] = []
   readonly #model: Network
   readonly #parts: LossParts
   readonly #pass: PieceRunner
@@ -72,15 +70,30 @@ export class PartsInPieces {
     ])[0]
   }
 
-  /** Runs a piece, and moves the losses that its parts add out of it. */
-  #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
-    let own = 0
-    const made = this.#pass.piece(inputs, (...leaves) => {
-      const outputs = fn(...leaves)
-      own = outputs.length
-      return [...outputs, ...this.#parts.losses.splice(0)]
+  /** Adds up the loss, a leaf, and the metrics, as `LossParts.sum`. */
+  sum(): ReturnType<LossParts['sum']> {
+    const terms = this.#parts.terms.map(({ loss }) => loss)
+    if (terms.length === 0) return this.#pass.run(() => this.#parts.sum())
+    let metrics = {}
+    const [loss] = this.#pass.piece(terms, () => {
+      const sum = this.#parts.sum()
+      metrics = sum.metrics
+      return [sum.loss as Tensor]
     })
-    this.losses.push(...made.slice(own))
+    return { loss, metrics }
+  }
+
+  /** Runs a piece. The terms that its parts add to the loss become leaves. */
+  #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
+    const { terms } = this.#parts
+    const before = terms.length
+    const made = this.#pass.piece(inputs, (...leaves) => [
+      ...fn(...leaves),
+      ...terms.slice(before).map(({ loss }) => loss),
+    ])
+    const own = made.length - (terms.length - before)
+    const added = terms.splice(before)
+    terms.push(...added.map(({ name }, i) => ({ name, loss: made[own + i] })))
     return made.slice(0, own)
   }
 }
@@ -112,7 +125,7 @@ export class PiecewiseLoss {
     const inPieces = new PartsInPieces(this.#model, parts, pass, route)
     let x = inPieces.embed()
     for (let part = 0; part <= decoder.length + mtp.length; part++) x = await inPieces.run(part, x)
-    const [loss] = pass.piece(inPieces.losses, (...all) => [all.reduce((sum, part) => sum.add(part))])
-    return { loss, metrics: parts.metrics }
+    const { loss, metrics } = inPieces.sum()
+    return { loss: loss as Tensor, metrics }
   }
 }

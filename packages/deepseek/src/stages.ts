@@ -137,7 +137,7 @@ export class DeepSeekStages {
     const parts = this.#partsOf(microBatch)
     let x = input ?? parts.embed()
     for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = parts.run(part, x)
-    return this.#result(stage, x, parts.losses, parts)
+    return this.#result(stage, x, parts.sum())
   }
 
   async #inPieces(
@@ -151,16 +151,16 @@ export class DeepSeekStages {
     const inPieces = new PartsInPieces(this.#model, parts, pass, route)
     let x = input ?? inPieces.embed()
     for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = await inPieces.run(part, x)
-    return this.#result(stage, x, inPieces.losses, parts)
+    return this.#result(stage, x, inPieces.sum())
   }
 
   #partsOf({ arrays, share }: MicroBatch): LossParts {
-    return new LossParts(this.#model, uploadInputs(arrays, this.#model.backend), this.#source, share)
+    return new LossParts(this.#model, uploadInputs(arrays, this.#model.backend), this.#source, { share })
   }
 
-  #result(stage: number, x: Tensor, losses: readonly Tensor[], { metrics }: LossParts): StageResult {
+  #result(stage: number, x: Tensor, { loss, metrics }: ReturnType<LossParts['sum']>): StageResult {
     const isLast = stage === this.parameters.length - 1
-    return { ...(isLast ? {} : { output: x }), losses, metrics }
+    return { ...(isLast ? {} : { output: x }), losses: loss ? [loss] : [], metrics }
   }
 
   #parametersOf(part: number): Tensor[] {
