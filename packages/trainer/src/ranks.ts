@@ -1,15 +1,5 @@
 /** @file Communication between processes that train one model together. */
-import {
-  concat,
-  globalNorm,
-  MoeError,
-  type NamedParameter,
-  noGrad,
-  type ShardCommunicator,
-  scope,
-  type Tensor,
-  tensor,
-} from '@moe/core'
+import { concat, type ShardCommunicator, scope, type Tensor, tensor } from '@moe/core'
 import type { TokenBatch } from './model.ts'
 import { type Pass, weightOf } from './step-numbers.ts'
 
@@ -119,56 +109,6 @@ export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Pick<
     JSON.parse(new TextDecoder().decode(all.subarray(rank * width, rank * width + length))),
   )
 }
-
-/** @throws MoeError E_CONFIG unless all ranks have the same settings */
-export function checkSameSettings(settings: ReadonlyArray<Readonly<Record<string, unknown>>>): void {
-  const [first] = settings
-  for (const [rank, own] of settings.entries()) {
-    const name = [...Object.keys(first), ...Object.keys(own)].find(name => own[name] !== first[name])
-    if (name === undefined) continue
-    throw differing(
-      `${name} is ${first[name] ?? 'not set'} on rank 0 but ${own[name] ?? 'not set'} on rank ${rank}`,
-      'pass the same model, data and options to train on every rank',
-    )
-  }
-}
-
-/** The weights and the step that a rank starts with. */
-export interface InitialState {
-  readonly step: number
-  /** Norms of this rank's weights by name, for comparison with other ranks that have the same parameters. */
-  readonly norms: Readonly<Record<string, number>>
-}
-
-/**
- * @throws MoeError E_CONFIG unless all ranks start at the same step, and with the same weights in parameters that
- * several ranks have
- */
-export function checkSameInitialState(states: readonly InitialState[]): void {
-  for (const [rank, { step, norms }] of states.entries()) {
-    for (const [before, other] of states.slice(0, rank).entries()) {
-      const unlike = Object.keys(norms).find(name => name in other.norms && other.norms[name] !== norms[name])
-      if (step === other.step && unlike === undefined) continue
-      const show = ({ step, norms }: InitialState) =>
-        `step ${step}${unlike === undefined ? '' : ` with ${unlike} of norm ${norms[unlike]}`}`
-      throw differing(
-        `rank ${before} starts at ${show(other)}, rank ${rank} at ${show(states[rank])}`,
-        'create the same model on every rank (with the same seed); to resume, all ranks must read the same folder',
-      )
-    }
-  }
-}
-
-/** The norm of each f32 parameter, by name. */
-export async function parameterNorms(named: readonly NamedParameter[]): Promise<Record<string, number>> {
-  const weights = named.filter(({ parameter }) => parameter.dtype === 'f32')
-  if (weights.length === 0) return {}
-  using norms = scope(() => noGrad(() => concat(weights.map(({ parameter }) => globalNorm([parameter]).reshape([1])))))
-  const values = await norms.values()
-  return Object.fromEntries(weights.map(({ name }, i) => [name, values[i]]))
-}
-
-const differing = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix })
 
 /** Gathers a tensor's elements from all ranks, and frees the tensor. */
 async function gathered(ranks: Ranks, own: Tensor): ReturnType<Tensor['values']> {

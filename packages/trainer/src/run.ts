@@ -1,18 +1,11 @@
 /** @file One call of `train`: the loop over its steps, with checkpoints, evaluations, events and the result. */
-import {
-  globalNorm,
-  MoeError,
-  type NamedParameter,
-  namedStreams,
-  noGrad,
-  parameterCount,
-  yieldToEventLoop,
-} from '@moe/core'
+import { globalNorm, type NamedParameter, namedStreams, noGrad, parameterCount, yieldToEventLoop } from '@moe/core'
 import type { BatchSource } from './batch-source.ts'
 import { runFolder } from './checkpoints/locate-run.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
 import type { RunFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
+import { startingPoint } from './checkpoints/starting-point.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { TokenData } from './data/token-data.ts'
 import { Emitter } from './emitter.ts'
@@ -30,21 +23,15 @@ import { scheduled } from './optim/schedule.ts'
 import { evaluationLimit, type ResolvedOptions, recordRun } from './options.ts'
 import { RankGroup } from './rank-group.ts'
 import { useRankStreams } from './rank-streams.ts'
-import {
-  checkSameInitialState,
-  checkSameSettings,
-  gatherNumbers,
-  gatherValues,
-  type InitialState,
-  parameterNorms,
-  type Ranks,
-} from './ranks.ts'
+import { gatherNumbers, type Ranks } from './ranks.ts'
 import { LoadSums } from './report/loads-log.ts'
-import { type MetricsLine, metricsLine } from './report/metrics-log.ts'
+import { metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
+import { RecentMetrics } from './report/recent-metrics.ts'
 import type { TrainResult } from './result.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
+import { checkSameInitialState, checkSameSettings } from './same-on-ranks.ts'
 import type { ShardedUpdate } from './sharded-update.ts'
 import { startNotices } from './start-notices.ts'
 import type { Steps } from './step-numbers.ts'
@@ -82,10 +69,8 @@ export class Run {
   gatheredStep = -1
   /** Loads since the last `loads` event. */
   readonly loads = new LoadSums()
-  /** Lines of the last tenth of the steps done, for the result. */
-  readonly recentLines: MetricsLine[] = []
-  /** Names of the numbers that the model's `afterStep` returns. */
-  readonly balanceNames = new Set<string>()
+  /** Metrics of the last tenth of the steps done, for the result. */
+  readonly recent = new RecentMetrics()
   /** Batches of the next step, prepared while the device computes. */
   prefetched: readonly TokenBatch[] | null = null
   /** Steps done. */
@@ -172,7 +157,10 @@ export class Run {
     const parts = onRanks ?? (this.sharded && { ranks: this.sharded.ranks, parameters: this.sharded.shard.parameters })
     if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
     await this.prepareFolder()
-    if (ranks !== undefined) await this.checkWeightsAgree(ranks)
+    if (ranks !== undefined) {
+      const own = { step: this.step, saves: this.savesCheckpoints }
+      this.savesCheckpoints = (await checkSameInitialState(ranks, this.parameters, own)).saves
+    }
     this.emitStart()
     await this.events.settled()
     if (ranks !== undefined && onRanks === undefined) this.restoreStreams = useRankStreams(ranks, this.model)
@@ -233,58 +221,27 @@ export class Run {
     const evalTokens = `${this.settings.evalTokens}`
     const heldOutTokens = this.source.validationTokens
     // The optimizer's settings depend on the parameters, so those are compared first.
-    const own = {
-      parameters: this.record.parameters,
-      ...this.record,
-      checkpointEvery,
-      evalEvery,
-      evalTokens,
-      heldOutTokens,
-    }
-    checkSameSettings(await gatherValues<RunRecord>(ranks, own, this.parameters[0].parameter))
-  }
-
-  /** @throws MoeError E_CONFIG if ranks start at different steps or with different weights */
-  async checkWeightsAgree(ranks: Ranks): Promise<void> {
-    const { step, parameters, savesCheckpoints } = this
-    // If ranks have parts of the model, the parameters that others train are freed.
-    const norms = await parameterNorms(parameters.filter(({ parameter }) => parameter.handle !== null))
-    const own = { step, norms, savesCheckpoints }
-    const all = await gatherValues<InitialState & { savesCheckpoints: boolean }>(ranks, own, parameters[0].parameter)
-    checkSameInitialState(all)
-    this.savesCheckpoints = all[0].savesCheckpoints
+    const { parameters } = this.record
+    const own = { parameters, ...this.record, checkpointEvery, evalEvery, evalTokens, heldOutTokens }
+    await checkSameSettings(ranks, own, this.parameters[0].parameter)
   }
 
   /** Locks and clears the run's folder, or restores the checkpoint to resume from. */
   async prepareFolder(): Promise<void> {
     const { folder, writableFolder } = this
     if (folder === undefined) return
-    const { resume = false, allowChanges = false, overwrite = false } = this.settings
-    const latest = await folder.latest()
-    const from =
-      typeof resume === 'string' && resume !== 'auto' ? await folder.named(resume) : resume ? latest : undefined
-    if (resume === true && from === undefined) {
-      throw new MoeError({
-        code: 'E_CHECKPOINT',
-        op: 'train',
-        problem: `there is no checkpoint to resume from in ${folder.path}`,
-        fix: "start without resume, or pass resume: 'auto'",
-      })
-    }
-    if (from === undefined && latest !== undefined && !overwrite) {
-      throw new MoeError({
-        code: 'E_CONFIG',
-        op: 'train',
-        problem: `${folder.path} already contains a run (${latest.path})`,
-        fix: 'continue it with resume: true, choose another out, or replace it with overwrite: true',
-      })
-    }
+    const from = await startingPoint(folder, this.settings)
     if (writableFolder !== undefined) this.unlock = writableFolder.lock()
     if (from === undefined) {
       await writableFolder?.clear()
       return
     }
-    const state = await loadTraining(folder, from, this.checkpointParts, allowChanges ? null : this.record)
+    const state = await loadTraining(
+      folder,
+      from,
+      this.checkpointParts,
+      this.settings.allowChanges ? null : this.record,
+    )
     this.step = state.step
     if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
@@ -292,9 +249,9 @@ export class Run {
     this.earlierPeaks = state
     this.savedStep = state.step
     this.checkpoint = from.path
-    for (const name of state.balance ?? []) this.balanceNames.add(name)
+    this.recent.addBalanceNames(state.balance ?? [])
     for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
-    for (const line of (await writableFolder?.truncateLogs(state.step)) ?? []) this.remember(line)
+    for (const line of (await writableFolder?.truncateLogs(state.step)) ?? []) this.recent.add(line)
   }
 
   /** @returns false if it was interrupted before the step began */
@@ -332,10 +289,10 @@ export class Run {
       tokensPerSecond: tokens / seconds,
       metrics: { ...source.metrics, ...numbers.metrics, ...numbers.after },
     }
-    for (const name in numbers.after) this.balanceNames.add(name)
+    this.recent.addBalanceNames(Object.keys(numbers.after))
     const line = metricsLine(event)
     this.log?.line(line)
-    this.remember(line)
+    this.recent.add(line)
     this.events.emit(event)
     const { loadsEvery } = settings
     if (loadsEvery > 0) this.loads.add(this.model.layerLoads)
@@ -389,7 +346,7 @@ export class Run {
       await this.optimizerOnRanks?.send()
       return
     }
-    const balance = [...this.balanceNames]
+    const balance = this.recent.balanceNames
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
     const averagedSteps = this.ema?.steps
@@ -443,7 +400,7 @@ export class Run {
   }
 
   async finish(stopped: TrainResult['stopped'], { ema, ...validation }: RunEvaluation): Promise<TrainResult> {
-    const { settings, backend, recentLines } = this
+    const { settings, backend, recent } = this
     await this.gather()
     const result: TrainResult = {
       steps: this.step,
@@ -457,12 +414,10 @@ export class Run {
       tokensPerSecond: this.trainSeconds > 0 ? this.tokens / this.trainSeconds : Number.NaN,
       trainSeconds: this.trainSeconds,
       ...this.sources(this.step),
-      trainingLoss: mean(recentLines.map(({ nll }) => nll)),
+      trainingLoss: recent.trainingLoss,
       validation,
       ...(ema && { ema }),
-      balance: Object.fromEntries(
-        [...this.balanceNames].map(name => [name, mean(recentLines.flatMap(line => line[name] ?? []))]),
-      ),
+      balance: recent.balance,
       ...this.peaks,
       checkpoint: this.checkpoint,
     }
@@ -481,12 +436,6 @@ export class Run {
       return [name, { size: data.length, share, tokens: windows * this.settings.sequenceLength, epochs }]
     })
     return { sources: Object.fromEntries(entries) }
-  }
-
-  remember(line: MetricsLine): void {
-    const { recentLines } = this
-    recentLines.push(line)
-    while (recentLines[0].step <= line.step * 0.9) recentLines.shift()
   }
 
   emitStart(): void {
@@ -516,5 +465,3 @@ export class Run {
     for (const message of notices) this.events.emit({ type: 'notice', message })
   }
 }
-
-const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
