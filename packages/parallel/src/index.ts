@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/parallel. */
-export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
+export type { Communicator, Reduction, RowExchange, TensorEach, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
 export { ExpertParallel, type ExpertParallelModel } from './experts/expert-parallel.ts'
 export type { ExpertParallelLayer, PieceRunner, RouteTokens } from './experts/expert-shards.ts'

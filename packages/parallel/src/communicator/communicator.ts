@@ -12,6 +12,9 @@ export interface RowExchange {
   readonly counts: readonly number[]
 }
 
+/** A tensor for each of some tensors. */
+export type TensorEach<T extends readonly Tensor[]> = { -readonly [I in keyof T]: Tensor }
+
 /**
  * One of `size` ranks, with the collective and point-to-point operations between them. `mpi`, `nccl` and `local` create communicators.
  *
@@ -32,7 +35,7 @@ export interface Communicator {
    * @param reduction default: `'sum'`; there is no mean of `i32`
    * @throws MoeError E_DTYPE
    */
-  allReduce(tensors: readonly Tensor[], reduction?: Reduction): Promise<Tensor[]>
+  allReduce<const T extends readonly Tensor[]>(tensors: T, reduction?: Reduction): Promise<TensorEach<T>>
   /**
    * `allReduce` that writes the results into the given tensors, at the same addresses, where recorded steps read them. Needs a backend with
    * `Backend.write`. Other ranks may call `allReduce` instead.
@@ -66,7 +69,7 @@ export interface Communicator {
    */
   allToAll(rows: Tensor, counts: readonly number[], incoming?: readonly number[]): Promise<RowExchange>
   /** Sends the tensors of rank `root` (default 0) to all ranks. The other ranks pass tensors of the same shapes and dtypes. */
-  broadcast(tensors: readonly Tensor[], root?: number): Promise<Tensor[]>
+  broadcast<const T extends readonly Tensor[]>(tensors: T, root?: number): Promise<TensorEach<T>>
   /** Sends a tensor to one rank, which receives messages in the order of sending. @throws MoeError E_CONFIG if there is no other rank `to` */
   send(tensor: Tensor, to: number): Promise<void>
   /** Receives the next tensor that rank `from` sends, which must have the given shape and dtype. @throws MoeError E_CONFIG if there is no other rank `from` */

@@ -1,7 +1,7 @@
 /** @file A communicator built on messages between pairs of ranks, independent of the memory that holds the elements. */
 import { type DType, MoeError, sizeOf, type Tensor } from '@moe/core'
 import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
-import type { Communicator, Reduction, RowExchange, TensorLike } from './communicator.ts'
+import type { Communicator, Reduction, RowExchange, TensorEach, TensorLike } from './communicator.ts'
 import { checkReduction } from './reduce.ts'
 import {
   Assembly,
@@ -58,11 +58,12 @@ export class MessageCommunicator<E> implements Communicator {
     this.#isGroup = isGroup
   }
 
-  async allReduce(tensors: readonly Tensor[], reduction: Reduction = 'sum'): Promise<Tensor[]> {
+  async allReduce<const T extends readonly Tensor[]>(tensors: T, reduction: Reduction = 'sum'): Promise<TensorEach<T>> {
     for (const { dtype } of tensors) checkReduction('allReduce', dtype, reduction)
-    return this.#makeInTurn((_, results) =>
+    const sums = await this.#makeInTurn((_, results) =>
       this.#reduceAll(tensors, reduction, (space, elements, like) => results.push(space.tensor(elements, like))),
     )
+    return sums as TensorEach<T>
   }
 
   async allReduceInPlace(tensors: readonly Tensor[], reduction: Reduction = 'sum'): Promise<void> {
@@ -188,15 +189,16 @@ export class MessageCommunicator<E> implements Communicator {
     })
   }
 
-  async broadcast(tensors: readonly Tensor[], root = 0): Promise<Tensor[]> {
+  async broadcast<const T extends readonly Tensor[]>(tensors: T, root = 0): Promise<TensorEach<T>> {
     this.#checkRank('broadcast', root)
-    return this.#makeInTurn(async (space, results) => {
+    const copies = await this.#makeInTurn(async (space, results) => {
       for (const tensor of tensors) {
         const elements = this.rank === root ? await this.#memory.of(tensor) : space.make(tensor.dtype, tensor.size)
         await this.#broadcast(elements, root)
         results.push(space.tensor(elements, tensor))
       }
     })
+    return copies as TensorEach<T>
   }
 
   async send(tensor: Tensor, to: number): Promise<void> {

@@ -13,6 +13,7 @@ import {
   withPrecision,
   zeros,
 } from '@moe/core'
+import type { TensorEach } from '../communicator/communicator.ts'
 
 /** A recorded step of the forward pass. `leaves` stand for `outputs` in later pieces. */
 type Step =
@@ -62,14 +63,14 @@ export class PiecewisePass {
   }
 
   /** Runs ops on leaves of this pass: inputs and results of pieces and exchanges. Returns leaves for the results. A leaf may be used in several pieces. */
-  piece<const Inputs extends readonly Tensor[]>(
+  piece<const Inputs extends readonly Tensor[], const Outputs extends readonly Tensor[]>(
     inputs: Inputs,
-    fn: (...inputs: Inputs) => readonly Tensor[],
-  ): Tensor[] {
+    fn: (...inputs: Inputs) => Outputs,
+  ): TensorEach<Outputs> {
     const outputs = this.#life.run(() => withPrecision(this.#precision, () => fn(...inputs)))
     const leaves = outputs.map(output => this.#leafOf(output, output.tracked))
     this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, leaves })
-    return leaves
+    return leaves as TensorEach<Outputs>
   }
 
   /**
