@@ -1,6 +1,7 @@
+import { trainBpe } from '@moe/tokenizer-bpe'
 import type { Completion } from 'openai/resources'
 import { describe, expect, test } from 'vitest'
-import { events, modelServer, post, tokenizer } from './test-server.ts'
+import { events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
 describe('POST /v1/completions', () => {
   test('returns the text that the model generates', async () => {
@@ -60,5 +61,28 @@ describe('POST /v1/completions', () => {
     expect(texts[0]).not.toBe(texts[1])
     expect(ends).toEqual(whole.choices.map(choice => choice.finish_reason))
     expect(dispose()).toBe(0)
+  })
+
+  test('fills the gap before a suffix', async () => {
+    const specialTokens = ['<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>']
+    const infilling = trainBpe(['the better angels of our nature'], { vocabSize: 270, specialTokens })
+    async function* script() {
+      yield ' better '
+    }
+    const { app, engine } = scriptedServer(script, { tokenizer: infilling })
+    const ask = async (body: object) => {
+      const response = await app.request('/v1/completions', post(body))
+      return (await response.json()) as Completion & { error?: { message: string; param: string } }
+    }
+    const gap = { prompt: ['the', 'our'], suffix: 'angels' }
+    expect((await ask(gap)).choices.map(({ text }) => text)).toEqual([' better ', ' better '])
+    const [begin, hole, end] = specialTokens.map(token => infilling.tokenToId(token) as number)
+    const suffix = [...infilling.encode('angels')]
+    for (const [i, prefix] of ['the', 'our'].entries())
+      expect(engine.calls[i].ids).toEqual([begin, ...infilling.encode(prefix), hole, ...suffix, end])
+    await ask({ prompt: 'the', suffix: '' })
+    expect(engine.calls[2].ids).toEqual([...infilling.encode('the')])
+    expect((await ask({ ...gap, echo: true })).error).toMatchObject({ param: 'suffix' })
+    expect((await ask({ ...gap, prompt: [1, 2] })).error?.message).toContain('a prompt of text')
   })
 })

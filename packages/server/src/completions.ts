@@ -1,4 +1,5 @@
-/** @file `POST /v1/completions`: continues a text. */
+/** @file `POST /v1/completions`: continues a text, or fills a gap in one. */
+import { DEEPSEEK_FIM_TOKENS, fillInTheMiddlePrompt } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
 import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
@@ -20,6 +21,7 @@ const fields = z.object({
       error: 'expected a string, a list of token ids, or a list of either',
     })
     .nullish(),
+  suffix: z.string().nullish(),
   logprobs: z.int().min(0).max(5).nullish(),
   echo: z.boolean().nullish(),
 })
@@ -51,8 +53,9 @@ export const completions = choicesEndpoint({
       const message = `prompt: expected at most ${MAX_TEXTS} prompts, got ${many.length}: send several requests`
       throw new ApiError(400, message, { param: 'prompt' })
     }
-    const prompts = many.map(one => (typeof one === 'string' ? encode(one, served) : checkIds(one, served)))
-    const { echo, logprobs: logProbs } = parsed
+    const { suffix, echo, logprobs: logProbs } = parsed
+    const asked = suffix ? many.map(one => infill(one, suffix, echo ?? false, served)) : many
+    const prompts = asked.map(one => (typeof one === 'string' ? encode(one, served) : checkIds(one, served)))
     return {
       ...generationRequest(served, parsed, prompts, 'prompt', DEFAULT_MAX_TOKENS),
       echo: echo ?? false,
@@ -75,6 +78,16 @@ function encode(text: string, { model, tokenizer }: ServedModel): Prompt {
   const { bos_token_id: begin, eos_token_id: end } = model.config
   const first = begin ?? (Array.isArray(end) ? end[0] : end)
   return ids.length > 0 || first == null ? { ids, added: tokenizer.encode('').length } : { ids: [first], added: 1 }
+}
+
+/** The prompt for a text between a prefix and a suffix. */
+function infill(prefix: string | number[], suffix: string, echo: boolean, { tokenizer }: ServedModel): string {
+  const refuse = (problem: string) => new ApiError(400, `suffix: ${problem}`, { param: 'suffix' })
+  const missing = Object.values(DEEPSEEK_FIM_TOKENS).filter(token => tokenizer.tokenToId(token) === undefined)
+  if (missing.length > 0) throw refuse(`the tokenizer of this model has no ${missing.join(', ')}`)
+  if (typeof prefix !== 'string') throw refuse('it requires a prompt of text, not of token ids')
+  if (echo) throw refuse('it cannot be combined with echo')
+  return fillInTheMiddlePrompt(prefix, suffix)
 }
 
 function checkIds(ids: number[], { model }: ServedModel): Prompt {

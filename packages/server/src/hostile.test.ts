@@ -349,7 +349,6 @@ describe.each(paths)('%s rejects', path => {
     ['guided_json', { type: 'object' }, [null]],
     ['repeat_penalty', 1.1, [1]],
     ['best_of', 2, [1]],
-    ['suffix', 'end', ['', null]],
   ])(
     'unsupported %s: %j, which would change the answer, but not values without effect',
     async (name, value, valuesWithoutEffect) => {

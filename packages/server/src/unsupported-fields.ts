@@ -39,7 +39,7 @@ export const unsupportedFields: Readonly<Record<string, UnsupportedField>> = {
     isNoop: (value, body) => value === ((body as { n?: unknown }).n ?? 1),
     problem: 'is not supported: use n, and select the best choice in the client',
   },
-  suffix: { isNoop: is(''), problem: "is not supported: write the model's fill-in-the-middle tokens into the prompt" },
+  suffix: { isNoop: is(''), problem: 'is not supported here: use /v1/completions' },
   echo: { isNoop: is(false), problem: 'is not supported here: use /v1/completions' },
   top_logprobs: { isNoop: is(0), problem: 'is not supported here: set logprobs to a number' },
   prompt_logprobs: { isNoop: is(false), problem: 'is not supported: use echo and logprobs of /v1/completions' },

@@ -5,6 +5,7 @@ import { BpeTokenizer } from '../index.ts'
 import {
   ChatTemplate,
   fillInTheMiddle,
+  fillInTheMiddlePrompt,
   MergedTokenSplitter,
   packDocuments,
   plainChatTemplate,
@@ -32,6 +33,18 @@ test('fillInTheMiddle writes prefix, suffix and middle, in the given fraction of
   expect([...tokenizer.encode(fillInTheMiddle(document, { random, rate: 1 }))]).toEqual(
     expect.arrayContaining([128800, 128801, 128802]),
   )
+})
+
+test('fillInTheMiddlePrompt is what precedes the middle in a rearranged document', () => {
+  const [prefix, suffix] = ['if (x) {\n', '\n}']
+  expect(fillInTheMiddlePrompt(prefix, suffix)).toBe(`<｜fim▁begin｜>${prefix}<｜fim▁hole｜>${suffix}<｜fim▁end｜>`)
+  const tokens = { begin: '<b>', hole: '<h>', end: '<e>' }
+  const document = 'one two three'
+  const rearranged = fillInTheMiddle(document, { rate: 1, random: randomNumbers(5), tokens })
+  const [, before, after, middle] = /^<b>(.*)<h>(.*)<e>(.*)$/.exec(rearranged)!
+  expect(fillInTheMiddlePrompt(before, after, { tokens }) + middle).toBe(rearranged)
+  expect(() => fillInTheMiddlePrompt('a', undefined as never)).toThrow(expect.objectContaining({ code: 'E_DATA' }))
+  expect(() => fillInTheMiddlePrompt('a', 'b', { tokens: { begin: '<b>' } as never })).toThrow(/three texts/)
 })
 
 test('MergedTokenSplitter splits punctuation from newlines and keeps the text', () => {

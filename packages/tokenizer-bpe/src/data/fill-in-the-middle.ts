@@ -4,7 +4,7 @@
  */
 
 import { TokenizerError } from '../errors.ts'
-import { type CallRules, isTexts, randomRule, validateCall } from '../validate-call.ts'
+import { type CallRules, isTexts, type OptionRule, randomRule, validateCall } from '../validate-call.ts'
 
 /** Options of `fillInTheMiddle`. */
 export interface FillInTheMiddleOptions {
@@ -13,22 +13,33 @@ export interface FillInTheMiddleOptions {
   /** Returns numbers in [0, 1); use `randomNumbers(seed)` for a reproducible source. */
   readonly random: () => number
   /** Sentinel tokens. Default: those of DeepSeek-V3's tokenizer. */
-  readonly tokens?: { readonly begin: string; readonly hole: string; readonly end: string } | undefined
+  readonly tokens?: FimTokens | undefined
 }
 
-const rules: CallRules<FillInTheMiddleOptions> = {
-  options: {
-    rate: true,
-    random: randomRule,
-    tokens: [
-      'three texts: { begin, hole, end }',
-      value => isTexts(['begin', 'hole', 'end'].map(name => Object(value)[name])),
-    ],
-  },
+/** The texts of the sentinel tokens. */
+export interface FimTokens {
+  /** Before the prefix. */
+  readonly begin: string
+  /** Between prefix and suffix. */
+  readonly hole: string
+  /** After the suffix; the middle follows. */
+  readonly end: string
+}
+
+const tokensRule: OptionRule = [
+  'three texts: { begin, hole, end }',
+  value => isTexts(['begin', 'hole', 'end'].map(name => Object(value)[name])),
+]
+
+const rules: CallRules<FillInTheMiddleOptions> = { options: { rate: true, random: randomRule, tokens: tokensRule } }
+
+const promptRules: CallRules<Pick<FillInTheMiddleOptions, 'tokens'>> = {
+  options: { tokens: tokensRule },
+  input: ['two texts', isTexts, 'pass the text before the gap, and the text after it'],
 }
 
 /** The sentinel tokens of DeepSeek-V3's tokenizer.json. */
-export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
+export const DEEPSEEK_FIM_TOKENS: FimTokens = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
 
 /**
  * Rearranges a document, with probability `rate`, as `begin prefix hole suffix end middle`; otherwise returns it
@@ -56,7 +67,23 @@ export function fillInTheMiddle(document: string, options: FillInTheMiddleOption
   const a = randomPosition(document, random)
   const b = randomPosition(document, random)
   const [from, to] = a <= b ? [a, b] : [b, a]
-  return `${tokens.begin}${document.slice(0, from)}${tokens.hole}${document.slice(to)}${tokens.end}${document.slice(from, to)}`
+  return fillInTheMiddlePrompt(document.slice(0, from), document.slice(to), { tokens }) + document.slice(from, to)
+}
+
+/**
+ * Returns the prompt after which a model that was trained on results of `fillInTheMiddle` writes what is missing between
+ * `prefix` and `suffix`.
+ * @param options.tokens sentinel tokens. Default: those of DeepSeek-V3's tokenizer
+ * @throws TokenizerError E_DATA if one of them is not a text
+ */
+export function fillInTheMiddlePrompt(
+  prefix: string,
+  suffix: string,
+  options: Pick<FillInTheMiddleOptions, 'tokens'> = {},
+): string {
+  validateCall('fillInTheMiddlePrompt', promptRules, options, [prefix, suffix])
+  const { begin, hole, end } = options.tokens ?? DEEPSEEK_FIM_TOKENS
+  return `${begin}${prefix}${hole}${suffix}${end}`
 }
 
 /** Returns a random position that is not within a surrogate pair. */
