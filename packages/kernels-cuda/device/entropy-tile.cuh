@@ -36,7 +36,7 @@ MOE_DEVICE RowEntropy rowEntropy(typename Tile::Accumulator& logits, int i, Exis
       if (Tile::step(j) == own) *targetLogit = Tile::at(logits, i, j);
     }
   }
-  for (int step = Tile::RowLanes / 2; step > 0; step /= 2) highest = maxOrNan(highest, __shfl_xor_sync(wholeWarp, highest, step));
+  highest = joinLanes<MaxOrNan>(highest, Tile::RowLanes);
   const float base = exponentialBase(highest);
   float total = 0.f;
 #pragma unroll
@@ -44,8 +44,7 @@ MOE_DEVICE RowEntropy rowEntropy(typename Tile::Accumulator& logits, int i, Exis
     const float x = exponential<Tile>(Tile::at(logits, i, j), base);
     total += exists(j) ? x : 0.f;
   }
-  for (int step = Tile::RowLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
-  return {highest, total};
+  return {highest, joinLanes<Sum>(total, Tile::RowLanes)};
 }
 
 /// What the gradient needs of the loss. There are `classes` classes in total, and the chunk starts with class `first`.

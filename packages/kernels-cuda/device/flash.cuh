@@ -227,13 +227,11 @@ MOE_DEVICE void storeRow(float* to, typename Engine::template Accumulator<D>& su
 /// Reductions over the lanes that share a row.
 template <class Engine>
 MOE_DEVICE float rowMax(float x) {
-  for (int step = Engine::RowLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(wholeWarp, x, step));
-  return x;
+  return joinLanes<Max>(x, Engine::RowLanes);
 }
 template <class Engine>
 MOE_DEVICE float rowSum(float x) {
-  for (int step = Engine::RowLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(wholeWarp, x, step);
-  return x;
+  return joinLanes<Sum>(x, Engine::RowLanes);
 }
 
 /// The causal mask and the length of a sequence: query t may attend to keys below keys(t), starting with its first one

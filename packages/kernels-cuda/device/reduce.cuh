@@ -3,16 +3,39 @@
 
 constexpr unsigned wholeWarp = 0xffffffffu;
 
+#ifndef MOE_EMULATOR
+/// Every lane gets the result of all `lanes` neighbouring lanes (a power of two), with the same bits.
+template <class Op, class T>
+MOE_DEVICE T joinLanes(T x, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) x = Op::join(x, __shfl_xor_sync(wholeWarp, x, step));
+  return x;
+}
+#endif
+
+// Operations for reductions. `start` is the result for no values.
+struct Sum {
+  static __device__ float start(float) { return 0.f; }
+  static __device__ int start(int) { return 0; }
+  static __device__ float join(float a, float b) { return a + b; }
+  static __device__ int join(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
+};
+/// NaN if any value is NaN.
+struct MaxOrNan {
+  static __device__ float start(float) { return -infinity(); }
+  static __device__ int start(int) { return -2147483647 - 1; }
+  static __device__ float join(float a, float b) { return maxOrNan(a, b); }
+  static __device__ int join(int a, int b) { return a > b ? a : b; }
+};
+/// NaN only if all values are NaN.
+struct Max : MaxOrNan {
+  using MaxOrNan::join;
+  static __device__ float join(float a, float b) { return fmaxf(a, b); }
+};
+
 /// Every lane gets the sum of all lanes.
-MOE_DEVICE float warpSum(float x) {
-  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(wholeWarp, x, step);
-  return x;
-}
+MOE_DEVICE float warpSum(float x) { return joinLanes<Sum>(x, 32); }
 /// Every lane gets the maximum of all lanes (NaN if any value is NaN).
-MOE_DEVICE float warpMax(float x) {
-  for (int step = 16; step > 0; step >>= 1) x = maxOrNan(x, __shfl_xor_sync(wholeWarp, x, step));
-  return x;
-}
+MOE_DEVICE float warpMax(float x) { return joinLanes<MaxOrNan>(x, 32); }
 
 /// Every thread of a block of `Threads` threads gets the sum. All threads must call it. No barrier is needed between
 /// calls.

@@ -48,6 +48,8 @@ void warpBarrier(uint32_t mask, const char* file, int line);
 enum ShuffleKind : int { shuffleIndex, shuffleXor, shuffleUp, shuffleDown };
 uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t bits, int operand, int width, const char* file, int line);
 uint32_t ballot(uint32_t mask, bool value, const char* file, int line);
+/// Each lane of a warp brings a value; `combine` turns the 32 values into the results of all lanes.
+uint64_t combineLanes(uint64_t bits, void (*combine)(uint64_t* values, int lanes), int lanes, const char* file, int line);
 
 enum AtomicKind : int { atomicAddKind, atomicMaxKind, atomicMinKind, atomicMaxSigned, atomicMinSigned, atomicExchange, atomicCompare, atomicAndKind, atomicOrKind };
 uint32_t atomic(AtomicKind kind, void* address, uint32_t value, uint32_t compare);

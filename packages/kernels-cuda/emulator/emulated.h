@@ -162,6 +162,35 @@ EMU_SHUFFLE(__shfl_xor_sync, shuffleXor)
 EMU_SHUFFLE(__shfl_up_sync, shuffleUp)
 EMU_SHUFFLE(__shfl_down_sync, shuffleDown)
 #undef EMU_SHUFFLE
+
+namespace emu {
+template <class T>
+MOE_DEVICE T fromBits(uint64_t bits) {
+  if constexpr (sizeof(T) == 4) return __builtin_bit_cast(T, (uint32_t)bits);
+  else return __builtin_bit_cast(T, bits);
+}
+template <class T>
+MOE_DEVICE uint64_t toBits(T value) {
+  if constexpr (sizeof(T) == 4) return __builtin_bit_cast(uint32_t, value);
+  else return __builtin_bit_cast(uint64_t, value);
+}
+/// The shuffles of `joinLanes` for all lanes, without the hooks of the sanitizer.
+template <class Op, class T>
+__attribute__((no_sanitize("thread"), no_sanitize("undefined"))) void joinAllLanes(uint64_t* bits, int lanes) {
+  T values[32], joined[32];
+  for (int i = 0; i < 32; i++) values[i] = fromBits<T>(bits[i]);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < 32; i++) joined[i] = Op::join(values[i], values[i ^ step]);
+    for (int i = 0; i < 32; i++) values[i] = joined[i];
+  }
+  for (int i = 0; i < 32; i++) bits[i] = toBits(values[i]);
+}
+}  // namespace emu
+/// As `joinLanes` in reduce.cuh, with one meeting of the warp in place of one for each shuffle.
+template <class Op, class T>
+MOE_DEVICE T joinLanes(T x, int lanes, EMU_PLACE) {
+  return emu::fromBits<T>(emu::combineLanes(emu::toBits(x), emu::joinAllLanes<Op, T>, lanes, file, line));
+}
 MOE_DEVICE unsigned __ballot_sync(unsigned mask, int value, EMU_PLACE) { return emu::ballot(mask, value != 0, file, line); }
 MOE_DEVICE int __any_sync(unsigned mask, int value, EMU_PLACE) { return emu::ballot(mask, value != 0, file, line) != 0; }
 MOE_DEVICE int __all_sync(unsigned mask, int value, EMU_PLACE) { return emu::ballot(mask, value != 0, file, line) == mask; }

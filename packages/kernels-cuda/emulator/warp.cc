@@ -7,10 +7,9 @@
 namespace emu {
 namespace {
 
-/// What a lane contributes to a collective operation, and its result.
+/// What a lane contributes to an operation on matrices, and its result.
 struct Slot {
   union {
-    uint64_t bits;
     struct {
       Floats4 d;
       Words4 a;
@@ -20,13 +19,19 @@ struct Slot {
   };
 };
 
+/// What the lanes contribute to an operation, and the results.
+struct Slots {
+  uint64_t bits[32];  // for shuffles, votes and reductions
+  Slot matrices[32];
+};
+
 struct Warp {
   uint32_t arrived;
   uint32_t parity;
   const char *what, *file;  // where its lanes wait
   int line;
   /// Two in alternation: no lane can complete the next operation before all have read their results of this one.
-  Slot slots[2][32];
+  Slots slots[2];
 };
 Warp warps[maxWarps];
 
@@ -35,10 +40,10 @@ const char* baseName(const char* path) {
   return slash ? slash + 1 : path;
 }
 
-/// The current lane contributes with `bring(slot)`; the last one computes all results with `complete(slots)`. Returns
+/// The current lane contributes with `bring(slots)`; the last one computes all results with `complete(slots)`. Returns
 /// the slots of this operation.
 template <class Bring, class Complete>
-inline Slot* meet(const char* what, uint32_t mask, const char* file, int line, Bring bring, Complete complete) {
+inline const Slots& meet(const char* what, uint32_t mask, const char* file, int line, Bring bring, Complete complete) {
   Warp& warp = warps[run.warp];
   if (__builtin_expect(mask != 0xffffffffu, 0))
     stop(launchFailed, {file, line}, "%s with mask 0x%08x: only whole warps are supported", what, mask);
@@ -52,8 +57,8 @@ inline Slot* meet(const char* what, uint32_t mask, const char* file, int line, B
     stop(launchFailed, {file, line}, "%s without all lanes: others of the warp wait at %s at %s:%d", what, warp.what,
          baseName(warp.file), warp.line);
   }
-  Slot* slots = warp.slots[warp.parity];
-  bring(slots[run.lane]);
+  Slots& slots = warp.slots[warp.parity];
+  bring(slots);
   warp.arrived |= 1u << run.lane;
   if (warp.arrived != 0xffffffffu) {
     waitInWarp(what, file, line);
@@ -118,7 +123,7 @@ void resetWarp(int warp) {
 /// Orders the memory accesses of the lanes. A shuffle or vote does not (CUDA guide: they "do not imply a memory
 /// barrier").
 void warpBarrier(uint32_t mask, const char* file, int line) {
-  meet("__syncwarp", mask, file, line, nothing, [](Slot*) {
+  meet("__syncwarp", mask, file, line, nothing, [](Slots&) {
     run.warpClock[run.warp] = ++run.clock;
     touched[run.warp] = 0;
     if (othersHeard) shareHeard(run.warp);
@@ -126,7 +131,7 @@ void warpBarrier(uint32_t mask, const char* file, int line) {
 }
 
 uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t bits, int operand, int width, const char* file, int line) {
-  const Slot* slots = meet("a shuffle", mask, file, line, [&](Slot& slot) { slot.bits = bits; }, nothing);
+  const Slots& slots = meet("a shuffle", mask, file, line, [&](Slots& slots) { slots.bits[run.lane] = bits; }, nothing);
   const int lane = run.lane, first = lane & -width, last = first + width - 1;
   int source;
   switch (kind) {
@@ -136,18 +141,25 @@ uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t bits, int operand, in
     default: source = lane + operand; break;
   }
   if (kind == shuffleUp ? source < first : source > last) source = lane;
-  return slots[source & 31].bits;
+  return slots.bits[source & 31];
+}
+
+uint64_t combineLanes(uint64_t bits, void (*combine)(uint64_t*, int), int lanes, const char* file, int line) {
+  const Slots& slots = meet(
+      "a reduction", 0xffffffffu, file, line, [&](Slots& slots) { slots.bits[run.lane] = bits; },
+      [&](Slots& slots) { combine(slots.bits, lanes); });
+  return slots.bits[run.lane];
 }
 
 uint32_t ballot(uint32_t mask, bool value, const char* file, int line) {
-  const Slot* slots = meet(
-      "a vote", mask, file, line, [&](Slot& slot) { slot.bits = value; },
-      [](Slot* slots) {
+  const Slots& slots = meet(
+      "a vote", mask, file, line, [&](Slots& slots) { slots.bits[run.lane] = value; },
+      [](Slots& slots) {
         uint32_t votes = 0;
-        for (int i = 0; i < 32; i++) votes |= (uint32_t)slots[i].bits << i;
-        for (int i = 0; i < 32; i++) slots[i].bits = votes;
+        for (int i = 0; i < 32; i++) votes |= (uint32_t)slots.bits[i] << i;
+        for (int i = 0; i < 32; i++) slots.bits[i] = votes;
       });
-  return (uint32_t)slots[run.lane].bits;
+  return (uint32_t)slots.bits[run.lane];
 }
 
 Words4 loadMatrices(const void* row, bool transposed, const char* file, int line) {
@@ -159,12 +171,13 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
     readShared(at, 16, {file, line});
   }
   atAligned("ldmatrix4", file, line);
-  const Slot* slots = meet(
-      transposed ? "ldmatrix4Transposed" : "ldmatrix4", 0xffffffffu, file, line, [&](Slot& slot) { memcpy(slot.row, row, 16); }, nothing);
+  const Slots& slots = meet(
+      transposed ? "ldmatrix4Transposed" : "ldmatrix4", 0xffffffffu, file, line,
+      [&](Slots& slots) { memcpy(slots.matrices[run.lane].row, row, 16); }, nothing);
   const int g = run.lane / 4, t = run.lane % 4 * 2;
   Words4 result;
   for (int i = 0; i < 4; i++) {
-    const Slot* matrix = slots + 8 * i;
+    const Slot* matrix = slots.matrices + 8 * i;
     result.v[i] = transposed ? matrix[t].row[g] | (uint32_t)matrix[t + 1].row[g] << 16 : matrix[g].row[t] | (uint32_t)matrix[g].row[t + 1] << 16;
   }
   return result;
@@ -172,14 +185,14 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
 
 Floats4 mmaBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
   atAligned("mmaBf16", file, line);
-  const Slot* slots = meet(
-      "mmaBf16", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
-      [](Slot* slots) {
+  const Slots& slots = meet(
+      "mmaBf16", 0xffffffffu, file, line, [&](Slots& slots) { slots.matrices[run.lane].fragment = {d, a, {b0, b1}}; },
+      [](Slots& slots) {
         multiply<16>(
-            slots,
+            slots.matrices,
             [&](float(&a)[16][16]) {
               for (int lane = 0; lane < 32; lane++) {
-                const uint32_t* v = slots[lane].fragment.a.v;
+                const uint32_t* v = slots.matrices[lane].fragment.a.v;
                 const int g = lane / 4, t = lane % 4 * 2;
                 a[g][t] = low(v[0]), a[g][t + 1] = high(v[0]), a[g + 8][t] = low(v[1]), a[g + 8][t + 1] = high(v[1]);
                 a[g][t + 8] = low(v[2]), a[g][t + 9] = high(v[2]), a[g + 8][t + 8] = low(v[3]), a[g + 8][t + 9] = high(v[3]);
@@ -187,38 +200,38 @@ Floats4 mmaBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file,
             },
             [&](Row8(&b)[16]) {
               for (int lane = 0; lane < 32; lane++) {
-                const uint32_t* v = slots[lane].fragment.b;
+                const uint32_t* v = slots.matrices[lane].fragment.b;
                 const int g = lane / 4, t = lane % 4 * 2;
                 b[t][g] = low(v[0]), b[t + 1][g] = high(v[0]), b[t + 8][g] = low(v[1]), b[t + 9][g] = high(v[1]);
               }
             });
       });
-  return slots[run.lane].fragment.d;
+  return slots.matrices[run.lane].fragment.d;
 }
 
 Floats4 mmaTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
   atAligned("mmaTf32", file, line);
-  const Slot* slots = meet(
-      "mmaTf32", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
-      [](Slot* slots) {
+  const Slots& slots = meet(
+      "mmaTf32", 0xffffffffu, file, line, [&](Slots& slots) { slots.matrices[run.lane].fragment = {d, a, {b0, b1}}; },
+      [](Slots& slots) {
         multiply<8>(
-            slots,
+            slots.matrices,
             [&](float(&a)[16][8]) {
               for (int lane = 0; lane < 32; lane++) {
-                const uint32_t* v = slots[lane].fragment.a.v;
+                const uint32_t* v = slots.matrices[lane].fragment.a.v;
                 const int g = lane / 4, t = lane % 4;
                 a[g][t] = tf32(v[0]), a[g + 8][t] = tf32(v[1]), a[g][t + 4] = tf32(v[2]), a[g + 8][t + 4] = tf32(v[3]);
               }
             },
             [&](Row8(&b)[8]) {
               for (int lane = 0; lane < 32; lane++) {
-                const uint32_t* v = slots[lane].fragment.b;
+                const uint32_t* v = slots.matrices[lane].fragment.b;
                 const int g = lane / 4, t = lane % 4;
                 b[t][g] = tf32(v[0]), b[t + 4][g] = tf32(v[1]);
               }
             });
       });
-  return slots[run.lane].fragment.d;
+  return slots.matrices[run.lane].fragment.d;
 }
 
 // Asynchronous copies wait in a queue of their thread until it waits for their group, so that a thread that reads too

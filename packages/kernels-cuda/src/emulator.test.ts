@@ -63,6 +63,17 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(part(7)).toEqual(expected(() => 132))
     })
 
+    test('reductions of lanes have the bits of their shuffles', () => {
+      const x = numbers(64, i => Math.sin(i) * 10 ** (i % 7))
+      const y = device.allocate(4 * 12 * 64)
+      expect(run('moe_test_joins', 64, 'p p', [y, device.upload(x)])).toEqual({ status: 0, report: '' })
+      const values = device.download(y, Float32Array, 12 * 64)
+      expect(values.subarray(0, 6 * 64)).toEqual(values.subarray(6 * 64))
+      const largest = (from: number) => Math.max(...x.subarray(from, from + 4))
+      for (let i = 0; i < 64; i++) expect(values[5 * 64 + i]).toBe(largest(i - (i % 4)))
+      expect(new Set(values.subarray(0, 32)).size).toBe(1)
+    })
+
     test('atomics in shared and global memory, and the last block', () => {
       const x = Int32Array.from({ length: 1000 }, (_, i) => (i * i) % 13)
       const y = device.upload(new Int32Array(17))

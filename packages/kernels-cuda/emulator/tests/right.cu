@@ -30,6 +30,25 @@ MOE_KERNEL((64), moe_test_shuffles, (int* y)) {
   y[448 + i] = __syncthreads_count(i % 2) + 100 * __syncthreads_or(i == 63) + 1000 * __syncthreads_and(i < 63);
 }
 
+/// y [2, 2, 3, 64]: sums and maxima of 32, 16 and 4 lanes, first by joinLanes and then by its shuffles, which the emulator
+/// does in one step.
+MOE_KERNEL((64), moe_test_joins, (float* y, const float* x)) {
+  const int i = threadIdx.x;
+  float* shuffled = y + 6 * 64;
+  for (int k = 0; k < 3; k++) {
+    const int lanes = k == 0 ? 32 : k == 1 ? 16 : 4;
+    y[k * 64 + i] = joinLanes<Sum>(x[i], lanes);
+    y[(3 + k) * 64 + i] = joinLanes<Max>(x[i], lanes);
+    float sum = x[i], best = x[i];
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(wholeWarp, sum, step);
+      best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, step));
+    }
+    shuffled[k * 64 + i] = sum;
+    shuffled[(3 + k) * 64 + i] = best;
+  }
+}
+
 /// A histogram in shared memory, then in global memory; the last block adds them up.
 MOE_KERNEL((128), moe_test_atomics, (int* y, int* done, const int* x, int n)) {
   MOE_SHARED(int, bins, [16]);

@@ -130,8 +130,7 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
           x = key < seen[i] ? x * factor : -infinity();
           best = fmaxf(best, x);
         }
-        best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, 2));
+        best = joinLanes<Max>(best, 4);
         if (lane % 4 == 0) perRow[warp % columnWarps * BM + scoreRow + i * 8] = best;
       }
     }
@@ -197,8 +196,7 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   if (scoring) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      total[i] += __shfl_xor_sync(wholeWarp, total[i], 1);
-      total[i] += __shfl_xor_sync(wholeWarp, total[i], 2);
+      total[i] = joinLanes<Sum>(total[i], 4);
       if (lane % 4 == 0) perRow[warp % columnWarps * BM + scoreRow + i * 8] = total[i];
     }
   }
@@ -269,8 +267,7 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
       s = fmaf(x.x, y.x, s), s = fmaf(x.y, y.y, s), s = fmaf(x.z, y.z, s), s = fmaf(x.w, y.w, s);
     }
     s = key + lane < seen ? s * z.scale : -infinity();
-    float best = fmaxf(high, s);
-    for (int step = 8; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, step));
+    const float best = joinLanes<Max>(fmaxf(high, s), 16);
     const float base = best == -infinity() ? 0.f : best, shrink = expf(high - base), p = expf(s - base);
     high = best;
     total = total * shrink + p;
@@ -292,7 +289,7 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
     }
   }
   cpAsyncWait<0>();
-  for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
+  total = joinLanes<Sum>(total, 16);
   if (r >= rows) return;
   const float inverse = total == 0.f ? 0.f : 1.f / total;
   const int64_t to = partRow(z, part, r);

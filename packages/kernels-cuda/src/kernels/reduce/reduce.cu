@@ -3,19 +3,6 @@
 // depends only on the sizes.
 #include "each.cuh"
 
-struct Sum {
-  static __device__ float start(float) { return 0.f; }
-  static __device__ int start(int) { return 0; }
-  static __device__ float join(float a, float b) { return a + b; }
-  static __device__ int join(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
-};
-struct Max {
-  static __device__ float start(float) { return -infinity(); }
-  static __device__ int start(int) { return -2147483647 - 1; }
-  static __device__ float join(float a, float b) { return maxOrNan(a, b); }
-  static __device__ int join(int a, int b) { return a > b ? a : b; }
-};
-
 template <class Op, class T, int N>
 MOE_DEVICE void joinPack(Pack<T, N>& a, Pack<T, N> b) {
   for (int j = 0; j < N; j++) a.v[j] = Op::join(a.v[j], b.v[j]);
@@ -45,9 +32,7 @@ MOE_DEVICE void reduceRows(T* y, const T* x, int64_t rows, int64_t count, int64_
       for (int64_t i = lane; i < n; i += lanes) total = Op::join(total, from[i]);
     }
   }
-  for (int step = lanes < 32 ? lanes / 2 : 16; step > 0; step /= 2) {
-    total = Op::join(total, __shfl_xor_sync(wholeWarp, total, step));
-  }
+  total = joinLanes<Op>(total, lanes < 32 ? lanes : 32);
   if (lanes > 32) {
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = total;
     __syncthreads();
@@ -101,6 +86,6 @@ MOE_DEVICE void reduceColumns(T* y, const T* x, int64_t outer, int64_t count, in
   }
 
 REDUCE(moe_reduce_sum_f32, Sum, float)
-REDUCE(moe_reduce_max_f32, Max, float)
+REDUCE(moe_reduce_max_f32, MaxOrNan, float)
 REDUCE(moe_reduce_sum_i32, Sum, int)
-REDUCE(moe_reduce_max_i32, Max, int)
+REDUCE(moe_reduce_max_i32, MaxOrNan, int)

@@ -14,10 +14,7 @@ MOE_DEVICE int keyOf(float x) {
 MOE_DEVICE float valueOf(int key) { return asFloat((uint32_t)(key ^ (key >> 31 & 0x7fffffff))); }
 
 /// Every lane gets the largest key of all lanes.
-MOE_DEVICE int warpLargest(int key) {
-  for (int step = 16; step > 0; step >>= 1) key = max(key, __shfl_xor_sync(wholeWarp, key, step));
-  return key;
-}
+MOE_DEVICE int warpLargest(int key) { return joinLanes<Max>(key, 32); }
 
 /// f(j) for j = 0, 4, .. below Per.
 template <int Per, class F>
