@@ -95,6 +95,11 @@ export const isRecording = (): boolean => recording.value
 
 let nextNode = 0
 
+/** While `withUses` runs: the tracked inputs of ops that were not recorded. */
+let uses: Set<unknown> | null = null
+/** While `substituting` runs: what to record in place of a tensor. */
+let substitutes: ReadonlyMap<unknown, unknown> | null = null
+
 /** While `withReshapes` runs: its tensors, and their reshapes so far. */
 let watched: Set<unknown> | null = null
 
@@ -107,6 +112,7 @@ export function record<T extends Recordable<T>>(
   gradient: GradientSource<T> | null,
   secondRun: SecondRun<T> | null = null,
 ): void {
+  if (substitutes !== null) inputs = inputs.map(input => (substitutes?.get(input) ?? input) as T)
   for (let i = 0; i < inputs.length; i++) {
     if (!inputs[i].tracked) continue
     const outputGradients = new Array<T | null>(outputs.length).fill(null)
@@ -129,6 +135,36 @@ export function record<T extends Recordable<T>>(
     }
     if (op === 'reshape' && watched?.has(inputs[0])) watched.add(outputs[0])
     return
+  }
+}
+
+/** Notes the inputs of an op that is not recorded, for `withUses`. Internal. */
+export function noteUse<T extends Recordable<T>>(inputs: readonly T[]): void {
+  if (uses === null) return
+  for (const input of inputs) if (input.tracked) uses.add(input)
+}
+
+/** Runs `fn` without recording. Returns its result, and the tracked tensors that its ops read. Internal. */
+export function withUses<T extends Recordable<T>, R>(fn: () => R): { result: R; uses: ReadonlySet<T> } {
+  const outer = uses
+  const own = new Set<T>()
+  uses = own
+  try {
+    return { result: noGrad(fn), uses: own }
+  } finally {
+    uses = outer
+    for (const use of own) outer?.add(use)
+  }
+}
+
+/** Runs `fn`, and records its ops as if they had read the substitutes of their inputs. Internal. */
+export function substituting<T extends Recordable<T>, R>(pairs: ReadonlyMap<T, T>, fn: () => R): R {
+  const outer = substitutes
+  substitutes = pairs
+  try {
+    return fn()
+  } finally {
+    substitutes = outer
   }
 }
 

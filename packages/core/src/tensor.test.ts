@@ -32,6 +32,15 @@ test('util.inspect describes a tensor, also inside an object', () => {
   expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
 })
 
+test('the mean of no elements is 0, and its gradient empty', async () => {
+  const x = new Parameter(zeros([2, 0]))
+  expect(await list(x.mean())).toEqual([0])
+  expect(await list(x.mean(1))).toEqual([0, 0])
+  expect(await list(x.mean(0))).toEqual([])
+  backward(x.mean().add(x.mean(1).sum()))
+  expect(x.grad?.shape).toEqual([2, 0])
+})
+
 test('a tensor converted to a string or to JSON gives the same description', () => {
   const weight = new Parameter(ones([2, 3]))
   expect(`loss ${tensor([1, 2])}`).toBe('loss Tensor f32 [2]')

@@ -25,7 +25,7 @@ import { checkOptions } from './options.ts'
 import { checkPrecision, currentPrecision, widePrecision } from './precision.ts'
 import { Scoped, scope } from './scope.ts'
 import { normalizeAxis, type Shape, sameShape, showShape, sizeOf } from './shape.ts'
-import { type GradientSource, isRecording, record, type TapeNode } from './tape.ts'
+import { type GradientSource, isRecording, noteUse, record, type TapeNode } from './tape.ts'
 
 const matmulNames = { transposeA: true, transposeB: true, precision: true }
 
@@ -274,7 +274,7 @@ export class Tensor extends Scoped implements Value {
     needDtype('mean', 'input', this, 'f32')
     return composed([this], () => {
       const total = reduce('sum', this, axes, keepDims)
-      return total.mul(total.size === 0 ? 0 : total.size / this.size)
+      return total.mul(this.size === 0 ? 0 : total.size / this.size)
     })
   }
   /** Inclusive running sum along an axis; a negative axis counts from the end. @throws MoeError E_ATTR */
@@ -377,6 +377,7 @@ export function wrap(
     outputs[i] = new Tensor(backend, handles[i], specs[i].shape, specs[i].dtype)
   }
   if (isRecording()) record(op, inputs, attrs, outputs, gradient)
+  else noteUse(inputs)
   return outputs
 }
 

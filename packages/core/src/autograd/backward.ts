@@ -34,6 +34,7 @@ const names: OptionNames<BackwardOptions> = { gradient: true, retainGraph: true 
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
   checkOptions('backward', options, names)
   checkSeed(loss, options.gradient)
+  checkRecorded([loss])
   walk([loss], [options.gradient ?? null], options.retainGraph === true, accumulate)
 }
 
@@ -57,6 +58,7 @@ export function gradients<const Of extends readonly Tensor[]>(
     else gradient.dispose()
   }
   checkSeed(loss, options.gradient)
+  checkRecorded([loss])
   walk([loss], [options.gradient ?? null], options.retainGraph === true, collect, wanted)
   return of.map(tensor => found.get(tensor) ?? null) as { -readonly [K in keyof Of]: Tensor | null }
 }
@@ -81,6 +83,20 @@ export function checkSeed(loss: Tensor, given?: Tensor): void {
       fix: 'reduce it with .mean() or .sum(), or pass { gradient }',
     })
   }
+}
+
+/** Checks that at least one output was recorded, or is a parameter itself. Internal. @throws MoeError E_NO_GRADIENT */
+export function checkRecorded(outputs: readonly Tensor[]): void {
+  // A freed tensor has lost its history, which `reachable` reports.
+  const leads = (output: Tensor) =>
+    output.node !== null || (output.tracked && (output.disposed || output instanceof Parameter))
+  if (outputs.some(leads)) return
+  throw new MoeError({
+    code: 'E_NO_GRADIENT',
+    op: 'backward',
+    problem: 'the loss depends on no recorded trainable parameter',
+    fix: 'run the forward pass outside noGrad(), do not detach() tensors that lead to the loss, and pass { retainGraph: true } for a second backward pass',
+  })
 }
 
 /** Adds a gradient to the one that is collected for a tensor. Internal. */
@@ -219,7 +235,7 @@ let walks = 0
 /**
  * Returns the nodes that lead to the outputs, newest first, so that every consumer comes before what it consumes.
  * Internal.
- * @throws MoeError E_NO_GRADIENT, E_DISPOSED
+ * @throws MoeError E_DISPOSED
  */
 export function reachable(outputs: readonly Tensor[]): TapeNode<Tensor>[] {
   const walk = ++walks
@@ -236,14 +252,6 @@ export function reachable(outputs: readonly Tensor[]): TapeNode<Tensor>[] {
   for (let i = 0; i < found.length; i++) {
     const { inputs } = found[i]
     for (let j = 0; j < inputs.length; j++) visit(inputs[j])
-  }
-  if (found.length === 0 && !outputs.some(output => output instanceof Parameter && output.tracked)) {
-    throw new MoeError({
-      code: 'E_NO_GRADIENT',
-      op: 'backward',
-      problem: 'the loss depends on no recorded trainable parameter',
-      fix: 'run the forward pass outside noGrad(), do not detach() tensors that lead to the loss, and pass { retainGraph: true } for a second backward pass',
-    })
   }
   return found.sort((a, b) => b.id - a.id)
 }

@@ -15,6 +15,7 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, tolerances } from '../testing/compare.ts'
 import { backward, gradients } from './backward.ts'
 import { cacheForRecompute, checkpoint, isRecomputing, withRecomputed } from './checkpoint.ts'
+import { customGradient } from './custom-gradient.ts'
 import { backwardInput } from './split.ts'
 
 let backend: Backend
@@ -144,6 +145,70 @@ describe('checkpoint', () => {
     loss.dispose()
     w.zeroGrad()
     expect(alive()).toBe(start)
+  })
+
+  describe('gradients reach intermediate results that the function reads without taking them as inputs:', () => {
+    const directly = (fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]) => fn(...inputs)
+    const nested: typeof directly = (fn, ...inputs) => checkpoint((...own) => checkpoint(fn, ...own), ...inputs)
+    const straightThrough = (x: Tensor, y: Tensor) =>
+      customGradient(
+        (_x: Tensor, _y: Tensor) => ones([2]),
+        ([dy]) => [dy, dy.mul(3)],
+        x,
+        y,
+      )
+    test.each<[string, (input: Tensor, outside: Tensor, other: Tensor) => Tensor]>([
+      ['an operand', (x, outside) => x.mul(outside).exp()],
+      ['an operand together with an input of the function', (x, outside, other) => x.mul(outside).add(other)],
+      ['an input of a custom gradient', straightThrough],
+      ['a result of the function', (_, outside) => outside],
+    ])('%s', (_, use) => {
+      const step = (through: typeof directly) => {
+        const [v, w] = [parameter(1, 2), parameter(0.5, 0.25)]
+        const handles = alive()
+        scope(() => {
+          const outside = v.mul(2)
+          // Recorded before, and used after: its gradient arrives at `outside` last.
+          const before = outside.exp()
+          const input = w.mul(3)
+          const out = through(x => use(x, outside, input), input)
+          backward(before.mul(out).add(outside).sum())
+        })
+        const found = [grad(v), grad(w)]
+        for (const p of [v, w]) p.zeroGrad()
+        expect(alive()).toBe(handles)
+        return found
+      }
+      expect(step(checkpoint)).toEqual(step(directly))
+      expect(step(nested)).toEqual(step(directly))
+    })
+
+    test('in the first part of backwardInput', () => {
+      const w = parameter(0.5, 0.25)
+      const x = tensor([1, 2])
+      x.tracked = true
+      scope(() => {
+        const outside = x.mul(2)
+        const out = checkpoint(h => h.mul(outside), w.mul(3))
+        const { gradients: found, backwardWeight } = backwardInput([out], [x], [ones([2])])
+        expect(Array.from(readF64(found[0] as Tensor))).toEqual([3, 1.5])
+        backwardWeight()
+      })
+      expect(grad(w)).toEqual([6, 12])
+    })
+  })
+
+  test('the function may return its inputs unchanged', () => {
+    const [v, w] = [parameter(1, 2), parameter(3, 4)]
+    scope(() => {
+      const [same, other, again] = checkpoint((a, b) => [a, b.mul(2), a], v, w.mul(5))
+      backward(same.add(other).add(again.mul(3)).sum())
+    })
+    scope(() => backward(checkpoint(a => a.reshape([2]), v).sum()))
+    expect([grad(v), grad(w)]).toEqual([
+      [5, 5],
+      [10, 10],
+    ])
   })
 
   test('passes on an error of the function and restores recording', () => {

@@ -4,9 +4,10 @@
 import { needTensor } from '../checks.ts'
 import { full } from '../create.ts'
 import { needFunction } from '../errors.ts'
+import { Parameter } from '../parameter.ts'
 import { currentPrecision, withPrecision } from '../precision.ts'
 import { Lifetime, scope } from '../scope.ts'
-import { type InnerWalk, isRecording, noGrad, record, recording, type SecondRun } from '../tape.ts'
+import { type InnerWalk, isRecording, record, recording, type SecondRun, substituting, withUses } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import { restore, useAndDiscard } from './discarded.ts'
 
@@ -87,7 +88,8 @@ const listed = (outputs: Outputs): readonly Tensor[] => (Array.isArray(outputs) 
 
 /**
  * Runs `fn` without recording its ops, and runs it again during `backward`: gradient checkpointing, which saves the
- * memory of intermediate results at the cost of a second forward pass. Parameters used inside `fn` get their gradients.
+ * memory of intermediate results at the cost of a second forward pass. Parameters and intermediate results that `fn`
+ * reads without taking them as inputs get their gradients too.
  * During the second run `isRecomputing()` is true, and `cacheForRecompute` returns the values of the first run.
  * @param fn returns one tensor or several, and the same in the second run (except for integer tensors at the end, which
  * have no gradient)
@@ -134,22 +136,31 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
   const values: unknown[] = []
   cachedValues = values
   let result: T
+  let uses: readonly Tensor[]
   try {
-    result = scope(() => {
-      const made = noGrad(() => fn(...inputs))
+    ;({ result, uses } = scope(() => {
+      const first = withUses<Tensor, T>(() => fn(...inputs))
+      const made = first.result
       for (const output of listed(made)) needTensor('checkpoint', 'what the function returned', output)
-      return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
-    })
+      const detached = Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()
+      return { result: detached as T, uses: [...first.uses, ...listed(made).filter(output => output.tracked)] }
+    }))
   } finally {
     cachedValues = outer
   }
-  const secondRun = new RepeatedRun(inputs, leaves => {
+  // Intermediate results that `fn` reads from outside of it. Parameters collect their gradients themselves.
+  const captured = new Set(uses.filter(use => !(use instanceof Parameter || use.disposed || inputs.includes(use))))
+  const all = [...inputs, ...captured]
+  const secondRun = new RepeatedRun(all, leaves => {
+    const leafOf = new Map(all.flatMap((use, i) => (use instanceof Parameter ? [] : [[use, leaves[i]]])))
     const before = { recomputing, cachedValues, replayedValues }
     recomputing = true
     cachedValues = null
     replayedValues = values.values()
     try {
-      return listed(withPrecision(precision, () => fn(...leaves)))
+      const own = leaves.slice(0, inputs.length)
+      const made = substituting(leafOf, () => withPrecision(precision, () => fn(...own)))
+      return listed(made).map(output => leafOf.get(output) ?? output)
     } finally {
       ;({ recomputing, cachedValues, replayedValues } = before)
     }
@@ -159,6 +170,6 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
   const marker = full([], 0, { backend: outputs[0].backend })
   marker.tracked = true
   marker.temporary = true
-  record('checkpoint', [...inputs, marker], null, outputs, null, secondRun)
+  record('checkpoint', [...all, marker], null, outputs, null, secondRun)
   return { result, secondRun }
 }

@@ -5,7 +5,7 @@ import { isFloat } from '../dtype.ts'
 import { MoeError, shown } from '../errors.ts'
 import { scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { type GradientSource, isRecording, noGrad, record } from '../tape.ts'
+import { type GradientSource, isRecording, noGrad, noteUse, record } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 
 /** A tensor for each element of the array type `T`; one if `T` is a single tensor. */
@@ -59,6 +59,7 @@ export function customGradient<const T extends Tensor | readonly Tensor[], Input
   })
   const outputs = (Array.isArray(result) ? result : [result]) as readonly Tensor[]
   if (isRecording()) record('customGradient', inputs, null, outputs, sourceOf(rule as unknown as CustomGradient))
+  else noteUse(inputs)
   return result
 }
 
