@@ -85,11 +85,15 @@ export function checkSeed(loss: Tensor, given?: Tensor): void {
   }
 }
 
-/** Checks that at least one output was recorded, or is a parameter itself. Internal. @throws MoeError E_NO_GRADIENT */
-export function checkRecorded(outputs: readonly Tensor[]): void {
+/**
+ * Checks that at least one output was recorded, or is itself a parameter or a wanted leaf. Internal.
+ * @throws MoeError E_NO_GRADIENT
+ */
+export function checkRecorded(outputs: readonly Tensor[], wanted: readonly Tensor[] = []): void {
   // A freed tensor has lost its history, which `reachable` reports.
   const leads = (output: Tensor) =>
-    output.node !== null || (output.tracked && (output.disposed || output instanceof Parameter))
+    output.node !== null ||
+    (output.tracked && (output.disposed || output instanceof Parameter || wanted.includes(output)))
   if (outputs.some(leads)) return
   throw new MoeError({
     code: 'E_NO_GRADIENT',

@@ -183,6 +183,19 @@ describe('checkpoint', () => {
       expect(step(nested)).toEqual(step(directly))
     })
 
+    test('an input of a nested checkpoint that does not read it', () => {
+      const [v, w] = [parameter(1, 2), parameter(3, 4)]
+      scope(() => {
+        const outside = v.mul(2)
+        const before = outside.exp()
+        const out = checkpoint(x => checkpoint(a => a.mul(w), x, outside), w.mul(1))
+        backward(before.log().mul(out).sum())
+      })
+      // log(exp(2v)) w^2
+      expect(grad(v)?.map(Math.round)).toEqual([18, 32])
+      expect(grad(w)?.map(Math.round)).toEqual([12, 32])
+    })
+
     test('in the first part of backwardInput', () => {
       const w = parameter(0.5, 0.25)
       const x = tensor([1, 2])

@@ -7,7 +7,16 @@ import { needFunction } from '../errors.ts'
 import { Parameter } from '../parameter.ts'
 import { currentPrecision, withPrecision } from '../precision.ts'
 import { Lifetime, scope } from '../scope.ts'
-import { type InnerWalk, isRecording, record, recording, type SecondRun, substituting, withUses } from '../tape.ts'
+import {
+  type InnerWalk,
+  isRecording,
+  noteUse,
+  record,
+  recording,
+  type SecondRun,
+  substituting,
+  withUses,
+} from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import { restore, useAndDiscard } from './discarded.ts'
 
@@ -99,7 +108,7 @@ export function checkpoint<const T extends Tensor | readonly Tensor[]>(
   ...inputs: Tensor[]
 ): T {
   needFunction('checkpoint', fn)
-  if (!isRecording()) return fn(...inputs)
+  if (!isRecording()) return unrecorded(inputs, () => fn(...inputs))
   return recordAsOneOp(fn, inputs).result
 }
 
@@ -114,7 +123,7 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
   use: (...made: Made) => T,
   ...inputs: Tensor[]
 ): T {
-  if (!isRecording()) return use(...make(...inputs))
+  if (!isRecording()) return unrecorded(inputs, () => use(...make(...inputs)))
   const { result, secondRun } = recordAsOneOp(make, inputs)
   return useAndDiscard(
     result,
@@ -128,6 +137,12 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
  * @internal
  */
 export const withKept: typeof withRecomputed = (make, use, ...inputs) => use(...make(...inputs))
+
+/** Runs `fn` as part of the first run of an outer checkpoint, whose second run will record these inputs. */
+function unrecorded<T>(inputs: readonly Tensor[], fn: () => T): T {
+  noteUse(inputs)
+  return fn()
+}
 
 /** Runs `fn` and records its outputs as those of a single op. */
 function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {

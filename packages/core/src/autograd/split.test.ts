@@ -138,6 +138,16 @@ describe('a backward pass in two parts', () => {
     expect(alive()).toBe(before)
   })
 
+  test('an output may be an input itself', () => {
+    const [x, before] = [input(), alive()]
+    const seed = randn(x.shape, new Random(4))
+    const { gradients, backwardWeight } = backwardInput([x], [x], [seed])
+    expect(readF64(gradients[0] as Tensor)).toEqual(readF64(seed))
+    backwardWeight()
+    for (const t of [gradients[0], seed]) t?.dispose()
+    expect(alive()).toBe(before)
+  })
+
   test('an input that nothing depends on has no gradient; invalid inputs are reported', () => {
     const stage = new Stage()
     const x = input()

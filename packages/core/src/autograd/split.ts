@@ -63,7 +63,7 @@ export function backwardInput(
   for (const [name, list] of Object.entries({ outputs, inputs, gradients }))
     needList('backwardInput', name, list, 'pass an array of tensors')
   for (const [i, output] of outputs.entries()) checkSeed(output, gradients[i] ?? undefined)
-  checkRecorded(outputs)
+  checkRecorded(outputs, inputs)
   for (const input of inputs) checkInput(input)
   const found = new Map<Tensor, Tensor>()
   const wanted = new Set(inputs)

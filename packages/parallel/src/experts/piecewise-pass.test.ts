@@ -60,6 +60,15 @@ test.each([
   },
 )
 
+test('a piece may return its input unchanged, as the sum of a single loss does', async () => {
+  const pass = new PiecewisePass()
+  const leaf = pass.input(randn([2], new Random(1)))
+  const [same] = pass.piece([leaf], x => [x])
+  await pass.backward(same, randn([2], new Random(2)))
+  expect(numbers(pass.gradient(leaf))).toEqual(numbers(randn([2], new Random(2))))
+  pass.dispose()
+})
+
 test('an exchange whose result is not used sends zeros in the backward pass; a gradient of another shape is an error', async () => {
   const pass = new PiecewisePass()
   const x = pass.input(randn([2, 2], new Random(1)))
