@@ -3,7 +3,7 @@
     .venv-reference/bin/python tools/reference/dpo.py
 
 writes packages/trainer/fixtures/dpo.json: `embed` and `head` [V, D] of the policy and of the reference (logits of what follows token x: embed[x] head^T), `pairs` of a prompt, the chosen and the rejected tokens behind
-it; for each of `cases` the loss of every pair, and the gradients of their mean. All in doubles.
+it; for each of `cases` the implicit rewards and the loss of every pair, and the gradients of their mean. All in doubles.
 """
 
 import torch
@@ -15,12 +15,14 @@ PAIRS = 5
 BETAS = [0.1, 2.0]
 
 
-def losses(policy, reference, pairs, beta):
+def rewards(policy, reference, pairs, beta):
+    """[pairs, 2]: the implicit rewards of the chosen and the rejected texts."""
+
     def log_prob(model, pair, side):
         return log_probs(*model, dict(prompt=pair["prompt"], tokens=pair[side])).sum()
 
     ratio = lambda pair, side: log_prob(policy, pair, side) - log_prob(reference, pair, side)
-    return torch.stack([-torch.nn.functional.logsigmoid(beta * (ratio(p, "chosen") - ratio(p, "rejected"))) for p in pairs])
+    return torch.stack([torch.stack([beta * ratio(pair, side) for side in ("chosen", "rejected")]) for pair in pairs])
 
 
 def main():
@@ -33,9 +35,11 @@ def main():
     cases = []
     for beta in BETAS:
         embed, head = (w.clone().requires_grad_() for w in policy)
-        each = losses((embed, head), reference, pairs, beta)
+        chosen, rejected = rewards((embed, head), reference, pairs, beta).unbind(1)
+        each = -torch.nn.functional.logsigmoid(chosen - rejected)
         each.mean().backward()
-        cases.append(dict(beta=beta, losses=each.tolist(), embed=embed.grad.tolist(), head=head.grad.tolist()))
+        sides = dict(chosen=chosen.tolist(), rejected=rejected.tolist())
+        cases.append(dict(beta=beta, **sides, losses=each.tolist(), embed=embed.grad.tolist(), head=head.grad.tolist()))
     models = {name: dict(embed=e.tolist(), head=h.tolist()) for name, (e, h) in dict(policy=policy, reference=reference).items()}
     save_record(ROOT / "packages/trainer/fixtures/dpo.json", dict(provenance(SEED), **models, pairs=pairs, cases=cases))
 

@@ -219,6 +219,7 @@ describe('a model with adapters', () => {
     await expect(model.save(join(folder, 'whole'))).rejects.toThrow(/adapters/)
     await expect(exportGguf(model, join(folder, 'model.gguf'))).rejects.toThrow(/adapters/)
     await saveAdapters(own, model, { base: model.source })
+    await expect(exportGguf(own, join(folder, 'model.gguf'))).rejects.toThrow(/own contains adapters.*mergeAdapters/)
     const reopened = await DeepSeek.fromPretrained(own)
     expect(await idsOf(reopened)).toEqual(await idsOf(model))
     expect(reopened.source).toBe(plain)

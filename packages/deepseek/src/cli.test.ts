@@ -24,7 +24,7 @@ function node(...args: string[]) {
 
 const run = (...args: string[]) => node(cli, ...args)
 
-test('export-gguf exports the folder of a model or of a training run', async () => {
+test('export-gguf exports the folder of a model, of a checkpoint or of a training run', async () => {
   const model = modelOf(cases.v3)
   await model.save(join(folder, 'model'))
   model.dispose()
@@ -41,14 +41,18 @@ test('export-gguf exports the folder of a model or of a training run', async () 
   expect(seen).toMatchObject({ status: 0, stdout, stderr: expect.stringMatching(/\d+%\s+\S/) })
   await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
   expect(file.metadata.get('general.name')?.value).toBe('model')
-  // The folder of a training run.
+  // The folder of a training run, and of its checkpoint.
   const checkpoints = join(folder, 'first', 'checkpoints')
   cpSync(join(folder, 'model'), join(checkpoints, 'step-000003', 'model'), { recursive: true })
   writeFileSync(join(checkpoints, 'latest'), 'step-000003\n')
-  expect(run('export-gguf', 'first', '--type', 'q4_0')).toMatchObject({
-    status: 0,
-    stdout: stdout.replace('model-q4_0', 'first-q4_0'),
-  })
+  writeFileSync(join(checkpoints, 'step-000003', 'trainer.json'), '{}')
+  for (const [place, name] of [
+    ['first', 'first'],
+    ['first/checkpoints/step-000003', 'step-000003'],
+  ]) {
+    const exported = run('export-gguf', place, '--type', 'q4_0')
+    expect(exported).toMatchObject({ status: 0, stdout: stdout.replace('model-q4_0', `${name}-q4_0`) })
+  }
 })
 
 test('exits with 1 for failures and 2 for usage errors', () => {

@@ -9,7 +9,7 @@ import { type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 const HELP = `Usage: moe-deepseek COMMAND [options]
 
   export-gguf FOLDER [FILE]    convert a model for llama.cpp, Ollama and LM Studio
-      FOLDER                 with config.json, safetensors and tokenizer.json; or a training run (its latest checkpoint)
+      FOLDER                 with config.json, safetensors and tokenizer.json; a training run (its latest checkpoint), or a checkpoint
       FILE                   default: FOLDER-TYPE.gguf in the current folder
       --type TYPE            f32, f16, bf16, q8_0 (default) or q4_0
       --tokenizer PATH       use another tokenizer.json; "none" for a file without a vocabulary
@@ -99,9 +99,10 @@ async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
 
 /** Returns the model folder: of a run of `@moe/trainer`, that of its latest checkpoint. */
 function modelIn(folder: string): string {
+  if (existsSync(join(folder, 'config.json'))) return folder
+  if (existsSync(join(folder, 'trainer.json'))) return join(folder, 'model')
   const latest = join(folder, 'checkpoints', 'latest')
-  if (existsSync(join(folder, 'config.json')) || !existsSync(latest)) return folder
-  return join(folder, 'checkpoints', readFileSync(latest, 'utf8').trim(), 'model')
+  return existsSync(latest) ? join(folder, 'checkpoints', readFileSync(latest, 'utf8').trim(), 'model') : folder
 }
 
 let shown = Number.NEGATIVE_INFINITY

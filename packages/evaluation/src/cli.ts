@@ -15,7 +15,7 @@ const HELP = `Usage: moe-evaluate FOLDER --task NAME=FILE [options]
 
 Evaluates a language model on tasks.
 
-  FOLDER              a model (config.json, *.safetensors, tokenizer.json), or a training run (uses its latest checkpoint)
+  FOLDER              a model (config.json, *.safetensors, tokenizer.json), a training run (its latest checkpoint), or a checkpoint
 
   --task NAME=FILE    a task and its items; may be repeated. NAME: ${Object.keys(tasks).slice(0, 5).join(', ')},
                       ${Object.keys(tasks).slice(5).join(', ')}, or the path of a .json file that defines a task.

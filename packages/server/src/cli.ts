@@ -12,7 +12,7 @@ const HELP = `Usage: moe-serve FOLDER [options]
 
 Serves a language model through an OpenAI-compatible HTTP API.
 
-  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a training run (uses its latest checkpoint)
+  FOLDER             a model (config.json, *.safetensors, tokenizer.json), a training run (its latest checkpoint), or a checkpoint
 
   --host ADDRESS     address to listen on (default: 127.0.0.1, which accepts connections from this machine only)
   --port N           port to listen on; 0 selects a free one (default: 8000)

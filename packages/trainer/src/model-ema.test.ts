@@ -190,6 +190,8 @@ describe('a resumed run', () => {
       await storedWeights(modelFolder(reference, { ema: true })),
     )
     expect(result.ema?.loss).toBe(uninterrupted.result.ema?.loss)
+    const checkpoint = result.checkpoint as string
+    for (const ema of [false, true]) expect(modelFolder(checkpoint, { ema })).toBe(modelFolder(out, { ema }))
   })
 
   test('changes the decay, or starts or ends the EMA, only if changes are allowed', async () => {

@@ -2,6 +2,7 @@
 import { access, readFile } from 'node:fs/promises'
 import { basename, join, resolve } from 'node:path'
 import {
+  adapterBase,
   type GgufEncoding,
   type GgufValue,
   openFolder,
@@ -70,7 +71,7 @@ const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0
  * MTP modules are not exported.
  *
  * @param model a folder with config.json, safetensors and tokenizer.json, or a model in memory
- * @throws {MoeError} `E_CONFIG` for an unknown type or a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for a tokenizer that it does not support, `E_CHECKPOINT` for weights that do not fit or if the file
+ * @throws {MoeError} `E_CONFIG` for an unknown type or a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for adapters and for a tokenizer that it does not support, `E_CHECKPOINT` for weights that do not fit or if the file
  *   system fails, `E_ABORTED` when cancelled. An existing file at `path` then stays unchanged.
  *
  * @example
@@ -101,6 +102,14 @@ export async function exportGguf(
     )
   }
   const folder = pathOf('exportGguf', model)
+  if ((await adapterBase(folder)) !== undefined) {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: 'exportGguf',
+      problem: `${folder} contains adapters, not a model`,
+      fix: 'merge them into their base model and export that: const model = await DeepSeek.fromPretrained(folder); await mergeAdapters(model)',
+    })
+  }
   const opened = openFolder('exportGguf', folder)
   const config = parseConfig(await readConfig(opened))
   await using weights = await openWeights(opened)

@@ -69,12 +69,14 @@ test('a checkpoint contains the same as one on disk', async () => {
   expect([...folderAt(checkpoint, 'model').entries.keys()].sort()).toEqual(files)
 })
 
-test('modelFolder returns the model of the latest checkpoint of a run, or the given folder of a model', async () => {
+test('modelFolder returns the model of a checkpoint or of the latest one of a run, or the given folder of a model', async () => {
   const out = new TestDirectory('run')
   await expect(modelFolder(out)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: 'modelFolder' })
   await run({ out, checkpointEvery: 5, steps: 6 })
   const found = await modelFolder(out)
   expect(found).toBe(folderAt(out, 'checkpoints', 'step-000006', 'model'))
+  const earlier = folderAt(out, 'checkpoints', 'step-000005')
+  expect(await modelFolder(earlier)).toBe(folderAt(earlier, 'model'))
   await expect(modelFolder(out, { ema: true })).rejects.toThrow('run/checkpoints/step-000006 has no averaged weights')
   await write(found as TestDirectory, 'config.json', '{}')
   expect(await modelFolder(found)).toBe(found)

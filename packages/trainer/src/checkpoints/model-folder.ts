@@ -1,9 +1,9 @@
-/** @file Finds the model of a run. */
+/** @file Finds the model of a run or of a checkpoint. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { type DirectoryHandle, isDirectoryHandle, openFolder, pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError } from '@moe/core'
-import { latestCheckpoint } from './checkpoint-folder.ts'
+import { latestCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
 import { HandleRun } from './handle-run.ts'
 import { EMA_FOLDER, MODEL_FOLDER } from './save-load.ts'
 
@@ -17,10 +17,10 @@ export interface ModelFolderOptions {
 
 /**
  * Returns the folder of a model or of adapters: `folder` itself if it contains a config.json or adapter_config.json,
- * otherwise the model in the latest checkpoint of the run in `folder`. In a browser, pass a directory handle to get a
- * promise of one.
+ * otherwise the model in the checkpoint `folder`, or in the latest checkpoint of the run in `folder`. In a browser, pass
+ * a directory handle to get a promise of one.
  *
- * @throws MoeError E_CHECKPOINT if `folder` contains neither, or has no averaged weights and `ema` is set
+ * @throws MoeError E_CHECKPOINT if `folder` contains no model, or has no averaged weights and `ema` is set
  */
 export function modelFolder(folder: string | URL, options?: ModelFolderOptions): string
 export function modelFolder(folder: DirectoryHandle, options?: ModelFolderOptions): Promise<DirectoryHandle>
@@ -33,7 +33,7 @@ export function modelFolder(
   if (isDirectoryHandle(folder)) return inHandle(folder, ema)
   const path = pathOf('modelFolder', folder)
   if (!ema && CONFIG_FILES.some(name => existsSync(join(path, name)))) return path
-  const checkpoint = latestCheckpoint(path)
+  const checkpoint = existsSync(join(path, STATE_FILE)) ? path : latestCheckpoint(path)
   if (checkpoint === undefined) throw neither(path)
   const model = join(checkpoint, ema ? EMA_FOLDER : MODEL_FOLDER)
   if (ema && !existsSync(model)) throw notAveraged(checkpoint)
@@ -43,7 +43,7 @@ export function modelFolder(
 async function inHandle(folder: DirectoryHandle, ema: boolean): Promise<DirectoryHandle> {
   const { open, path } = openFolder('modelFolder', folder)
   if (!ema) for (const name of CONFIG_FILES) if (await open(name)) return folder
-  const checkpoint = await new HandleRun(folder).latest()
+  const checkpoint = (await open(STATE_FILE)) ? { path, location: folder } : await new HandleRun(folder).latest()
   if (checkpoint === undefined) throw neither(path)
   const { location } = checkpoint
   if (!ema) return await location.getDirectoryHandle(MODEL_FOLDER)
@@ -65,5 +65,5 @@ const neither = (path: string) =>
     code: 'E_CHECKPOINT',
     op: 'modelFolder',
     problem: `${path} has neither a config.json nor checkpoints`,
-    fix: 'pass the folder of a model or of a run: the `out` of train(), or runs/quickstart after `npm start`',
+    fix: 'pass the folder of a model, of a checkpoint, or of a run: the `out` of train(), or runs/quickstart after `npm start`',
   })

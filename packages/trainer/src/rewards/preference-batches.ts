@@ -31,16 +31,18 @@ export interface PairLogProbs {
 }
 
 /**
- * The loss of a pair (DPO, eq. 7): -log σ(β Δ), where Δ is how much more strongly the policy prefers the chosen text
- * than the reference does. `weight`, β σ(-β Δ), weights the tokens of the chosen text; those of the rejected text get
- * its negative.
+ * The loss of a pair (DPO, eq. 7): -log σ(margin). `chosen` and `rejected` are the implicit rewards of the texts, β times
+ * the logarithm of how much likelier the policy finds them than the reference does, and `margin` is their difference.
+ * `weight`, β σ(-margin), weights the tokens of the chosen text; those of the rejected text get its negative.
  */
 export function pairTerm(now: PairLogProbs, reference: PairLogProbs, beta: number) {
-  const margin = beta * (now.chosen - reference.chosen - (now.rejected - reference.rejected))
+  const chosen = beta * (now.chosen - reference.chosen)
+  const rejected = beta * (now.rejected - reference.rejected)
+  const margin = chosen - rejected
   // log(1 + exp(-m)) and 1/(1 + exp(m)), without overflow for any m.
   const small = Math.exp(-Math.abs(margin))
   const loss = Math.max(0, -margin) + Math.log1p(small)
-  return { margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
+  return { chosen, rejected, margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
 }
 
 export class PreferenceBatches implements BatchSource {
@@ -125,6 +127,8 @@ export class PreferenceBatches implements BatchSource {
       preference: meanOf(all.map(({ loss }) => loss)),
       preferred: meanOf(all.map(({ margin }) => Number(margin > 0))),
       margin: meanOf(all.map(({ margin }) => margin)),
+      chosen: meanOf(all.map(({ chosen }) => chosen)),
+      rejected: meanOf(all.map(({ rejected }) => rejected)),
     }
     // The loss is a mean over tokens, but eq. 7 is a mean over pairs.
     const share = sumOf(gathered.map(({ tokens }) => tokens)) / this.#pairsPerStep

@@ -29,7 +29,14 @@ interface Fixture {
   readonly policy: Weights
   readonly reference: Weights
   readonly pairs: Array<{ readonly prompt: number[]; readonly chosen: number[]; readonly rejected: number[] }>
-  readonly cases: Array<Weights & { readonly beta: number; readonly losses: number[] }>
+  readonly cases: Array<
+    Weights & {
+      readonly beta: number
+      readonly chosen: number[]
+      readonly rejected: number[]
+      readonly losses: number[]
+    }
+  >
 }
 
 const fixture: Fixture = JSON.parse(await readFile(new URL('../../fixtures/dpo.json', import.meta.url), 'utf8'))
@@ -43,7 +50,7 @@ function modelOf({ embed, head }: Weights): BigramModel {
   return model
 }
 
-test.each(fixture.cases)('losses and gradients equal those of PyTorch, beta $beta', async expected => {
+test.each(fixture.cases)('losses, rewards and gradients equal those of PyTorch, beta $beta', async expected => {
   const [model, reference] = [modelOf(fixture.policy), modelOf(fixture.reference)]
   const pairs = fixture.pairs.map(({ prompt, ...texts }) => ({ tokens: prompt, ...texts }))
   const data = preferences(pairs, { reference, beta: expected.beta, pairs: pairs.length, validation: pairs })
@@ -64,8 +71,11 @@ test.each(fixture.cases)('losses and gradients equal those of PyTorch, beta $bet
       backward(loss.mul(count / total))
     })
   }
-  const mean = expected.losses.reduce((sum, loss) => sum + loss, 0) / pairs.length
+  const meanOf = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / pairs.length
+  const mean = meanOf(expected.losses)
   expect(source.metrics['preference']).toBeCloseTo(mean, 5)
+  for (const side of ['chosen', 'rejected'] as const)
+    expect(source.metrics[side]).toBeCloseTo(meanOf(expected[side]), 4)
   for (const [name, { weight }] of [
     ['embed', model.embed_tokens],
     ['head', model.lm_head],
