@@ -84,16 +84,16 @@ export const chatCompletions = choicesEndpoint({
     finish_reason: finish,
   }),
   opening: index => ({ index, delta: { role: 'assistant', content: '' }, logprobs: null, finish_reason: null }),
-  part: (index, { text, reasoning, calls, logProbs }) => ({
-    index,
-    delta: {
+  parts(index, { text, reasoning, calls, logProbs }) {
+    const delta = {
       ...(reasoning && { reasoning_content: reasoning }),
       ...((text || (!reasoning && calls.length === 0)) && { content: text }),
-      ...(calls.length > 0 && { tool_calls: calls.map((call, i) => ({ index: i, ...toolCall(call) })) }),
-    },
-    logprobs: logProbs,
-    finish_reason: null,
-  }),
+    }
+    // As in OpenAI's API, a chunk contains at most one call.
+    const perCall = calls.map((call, i) => ({ tool_calls: [{ index: i, ...toolCall(call) }] }))
+    const deltas = Object.keys(delta).length > 0 ? [delta, ...perCall] : perCall
+    return deltas.map((delta, i) => ({ index, delta, logprobs: i === 0 ? logProbs : null, finish_reason: null }))
+  },
   end: (index, finish) => ({ index, delta: {}, logprobs: null, finish_reason: finish }),
   logProbs: chatLogProbs,
 })

@@ -9,8 +9,8 @@ interface Choices extends Pick<Endpoint, 'prefix' | 'parse' | 'logProbs'> {
   choice(index: number, part: GeneratedPart, finish: FinishReason): object
   /** In a stream: the element before any text of the choice. */
   opening(index: number): object | undefined
-  /** In a stream: a part of the text. */
-  part(index: number, part: GeneratedPart): object
+  /** In a stream: a part of the text, as the elements of one or more chunks. */
+  parts(index: number, part: GeneratedPart): readonly object[]
   /** In a stream: the end of the choice. */
   end(index: number, finish: FinishReason): object
 }
@@ -37,7 +37,7 @@ export function choicesEndpoint(choices: Choices): Endpoint {
           const opening = choices.opening(index)
           return opening ? chunk([opening]) : []
         },
-        part: (index, part) => chunk([choices.part(index, part)]),
+        part: (index, part) => choices.parts(index, part).flatMap(one => chunk([one])),
         end: (index, finish) => chunk([choices.end(index, finish)]),
         over: usage => (includeUsage ? chunk([], usageOf(usage)) : []),
         failed: error => [{ data: JSON.stringify(error) }],

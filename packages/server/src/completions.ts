@@ -65,7 +65,7 @@ export const completions = choicesEndpoint({
   },
   choice: (index, { text, logProbs }, finish) => choice(index, text, finish, logProbs),
   opening: () => undefined,
-  part: (index, { text, logProbs }) => choice(index, text, null, logProbs),
+  parts: (index, { text, logProbs }) => [choice(index, text, null, logProbs)],
   end: (index, finish) => choice(index, '', finish, null),
   logProbs: completionLogProbs,
 })

@@ -103,7 +103,11 @@ test('the text equals that of a chat completion, streamed or not', async () => {
     temperature: 0.8,
     max_output_tokens: 9,
     store: false,
-    usage: { input_tokens: chat.usage?.prompt_tokens, output_tokens: chat.usage?.completion_tokens },
+    usage: {
+      input_tokens: chat.usage?.prompt_tokens,
+      input_tokens_details: { cache_write_tokens: 0 },
+      output_tokens: chat.usage?.completion_tokens,
+    },
   })
   const input = [messages[0], { ...messages[1], content: [{ type: 'input_text' as const, text: 'the better angels' }] }]
   expect((await createBoth(openai, { ...ask, instructions: null, input })).output_text).toBe(response.output_text)

@@ -319,7 +319,8 @@ class ResponseStream implements Stream {
       usage: usage
         ? {
             input_tokens: usage.prompt,
-            input_tokens_details: { cached_tokens: usage.cachedTokens },
+            // Required by OpenAI's clients. The cache is written automatically, which is not counted.
+            input_tokens_details: { cached_tokens: usage.cachedTokens, cache_write_tokens: 0 },
             output_tokens: usage.generated,
             output_tokens_details: { reasoning_tokens: usage.reasoning },
             total_tokens: usage.prompt + usage.generated,

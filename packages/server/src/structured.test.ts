@@ -226,6 +226,16 @@ describe('tools', () => {
       }
     })
 
+    test('are reported one after the other by the stream helper of the client', async () => {
+      const { openai } = await scripted(split(text, new Random(9)))
+      const events: string[] = []
+      const stream = openai.chat.completions.stream({ model: 'tiny', messages, tools })
+      stream.on('tool_calls.function.arguments.delta', ({ name }) => events.push(`${name} delta`))
+      stream.on('tool_calls.function.arguments.done', ({ name }) => events.push(`${name} done`))
+      await stream.done()
+      expect(events).toEqual(['look_up delta', 'look_up done', 'stop delta', 'stop done'])
+    })
+
     test('are left as text if the call is invalid, or if the request has no tools', async () => {
       for (const other of [
         'no <tool',
