@@ -1,8 +1,8 @@
 /** @file Converts `response_format`, `tools` and `tool_choice` of a chat to a constraint on its answer. */
 import { z } from 'zod'
 import { ApiError } from './errors.ts'
-import type { Form } from './grammar-host.ts'
-import { supportedSchema } from './json-schema.ts'
+import type { CallForm, Form, FormPart } from './grammar-host.ts'
+import { type SupportedSchema, supportedSchema } from './json-schema.ts'
 import type { Thinking } from './reasoning.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import type { CallReader } from './tool-calls.ts'
@@ -14,6 +14,7 @@ const tool = z.looseObject({
     name: z.string().regex(/^[\w-]{1,64}$/, 'expected up to 64 letters, digits, _ and -'),
     description: z.string().nullish(),
     parameters: z.looseObject({}).nullish(),
+    strict: z.boolean().nullish(),
   }),
 })
 
@@ -52,6 +53,7 @@ export const formFields = {
 const fields = z.object(formFields)
 
 type FormFields = z.output<typeof fields>
+type Tool = z.output<typeof tool>
 
 export interface AnswerForm {
   /** Appended to the prompt; the answer continues it. */
@@ -114,12 +116,42 @@ export function answerForm(
   }
   const maxCalls = given.parallel_tool_calls === false ? 1 : Infinity
   const parse = (text: string) => format.parse(text, isString).slice(0, maxCalls)
-  if (!isForced(given.tool_choice)) {
-    const calls = [...reasoning, format.begin, { anything: true as const }]
-    const form = json && { ...json, form: [...json.form, calls] }
-    return { prefix: '', form, calls: { begin: format.begin, onlyAtStart: json !== undefined, read: parse } }
+  // Arguments that are not JSON cannot be constrained.
+  const isStrict = format.isJson && tools.some(tool => tool.function.strict)
+  if (isForced(given.tool_choice)) return forcedCall(given, format, tools, thinking, number, parse)
+  const calls = { begin: format.begin, onlyAtStart: json !== undefined, read: parse }
+  if (!isStrict) {
+    const anyCalls = [...reasoning, format.begin, { anything: true as const }]
+    return { prefix: '', form: json && { ...json, form: [...json.form, anyCalls] }, calls }
   }
-  return forcedCall(given.tool_choice, format, tools, thinking, number, parse)
+  const schemas = tools.map(tool => (tool.function.strict ? argumentsOf(tool, given) : anyObject))
+  if (json) {
+    // Grammars cannot have alternatives of which one is JSON and one is any number of calls, so it is one call.
+    const oneOf = tools.map((tool, i) => [...reasoning, headOf(format, tool, number), schemas[i], format.end])
+    return { prefix: '', form: { ...json, form: [...json.form, ...oneOf] }, calls }
+  }
+  const marked = { marker: format.callBegin, calls: tools.map((tool, i) => callForm(format, tool, schemas[i])) }
+  return { prefix: '', form: { form: [[...reasoning, marked]], param: 'tools' }, calls }
+}
+
+/** The schema of the arguments of a tool. @throws ApiError 400 if it is unsupported */
+function argumentsOf(tool: Tool, { tools }: FormFields): SupportedSchema {
+  const schema = tool.function.parameters ?? { type: 'object', properties: {} }
+  return supportedSchema(schema, `tools[${tools?.indexOf(tool)}].function.parameters`)
+}
+
+const anyObject = supportedSchema({ type: 'object' }, 'tools')
+const callNumber = supportedSchema({ type: 'integer', minimum: 0 }, 'tools')
+
+/** The text of the first call before its arguments. */
+const headOf = ({ opening, separator }: ToolFormat, tool: Tool, number: number): string =>
+  opening + tool.function.name + separator.join(String(number))
+
+/** A call, which may be preceded by others. */
+function callForm({ opening, callBegin, separator, end }: ToolFormat, tool: Tool, schema: SupportedSchema): CallForm {
+  const [first, ...further] = separator
+  const begin = opening.slice(opening.indexOf(callBegin)) + tool.function.name + first
+  return { begin, content: [...further.flatMap((part): FormPart[] => [callNumber, part]), schema], end }
 }
 
 function isForced(choice: FormFields['tool_choice']): boolean {
@@ -129,23 +161,22 @@ function isForced(choice: FormFields['tool_choice']): boolean {
 
 /** Forces one call with a valid name and, if the format writes them as JSON, valid arguments. */
 function forcedCall(
-  choice: FormFields['tool_choice'],
+  given: FormFields,
   format: ToolFormat,
   tools: FormFields['tools'] & object,
   thinking: Thinking,
   number: number,
   parse: (text: string) => ToolCall[],
 ): AnswerForm {
+  const { tool_choice: choice } = given
   const named = typeof choice === 'object' && choice?.type === 'function' ? choice.function.name : undefined
   const callable = tools.filter(({ function: { name } }) => named === undefined || name === named)
   if (named !== undefined && callable.length === 0) throw noSuchTool(named)
-  const all = callable.map(({ function: { name, parameters } }, i) => {
-    const param = `tools[${i}].function.parameters`
-    const rest = format.isJson
-      ? supportedSchema(parameters ?? { type: 'object', properties: {} }, param)
-      : { anything: true as const }
-    return { name, head: format.opening + name + format.separator(number), rest }
-  })
+  const all = callable.map(tool => ({
+    name: tool.function.name,
+    head: headOf(format, tool, number),
+    rest: format.isJson ? argumentsOf(tool, given) : { anything: true as const },
+  }))
   // Text that is already determined goes into the prompt instead of being generated.
   const prefix = thinking !== 'none' ? '' : all.length === 1 ? all[0].head : format.opening
   const reasoning = thinking === 'none' ? [] : [{ thinking }]

@@ -4,14 +4,23 @@ import { INTEGER, NUMBER } from './number-range.ts'
 import { THINK_END, THINK_START } from './reasoning.ts'
 import { type Compiler, type Handle, loadXGrammar, type Matcher, type XGrammar } from './xgrammar.ts'
 
+/** A tool call in a text: what it consists of, from the marker of calls on. */
+export interface CallForm {
+  readonly begin: string
+  readonly content: readonly FormPart[]
+  readonly end: string
+}
+
 /**
- * Part of a form: a literal string; JSON that matches a schema; reasoning up to and including its end, either already open or optional; or any text.
+ * Part of a form: a literal string; JSON that matches a schema; reasoning up to and including its end, either already open or optional; any text; or, only as the last
+ * part of a form without alternatives, any text in which everything that begins with a marker is one of the calls.
  */
 export type FormPart =
   | string
   | SupportedSchema
   | { readonly thinking: 'open' | 'optional' }
   | { readonly anything: true }
+  | { readonly marker: string; readonly calls: readonly CallForm[] }
 
 /** Alternatives, each a sequence of parts. */
 export type Form = ReadonlyArray<readonly FormPart[]>
@@ -75,12 +84,7 @@ export class LocalGrammars implements GrammarHost {
 
   async compile(form: Form): Promise<number> {
     try {
-      const sequences = await Promise.all(
-        form.map(async parts => ({
-          type: 'sequence',
-          elements: await Promise.all(parts.map(part => this.#element(part))),
-        })),
-      )
+      const sequences = await Promise.all(form.map(parts => this.#sequence(parts)))
       const tag = { type: 'structural_tag', format: { type: 'or', elements: sequences } }
       return this.#grammars.push(await this.#compiler.compileStructuralTag(JSON.stringify(tag))) - 1
     } catch (cause) {
@@ -111,6 +115,10 @@ export class LocalGrammars implements GrammarHost {
     for (const text of this.#texts.keys()) this.end(text)
   }
 
+  async #sequence(parts: readonly FormPart[]): Promise<object> {
+    return { type: 'sequence', elements: await Promise.all(parts.map(part => this.#element(part))) }
+  }
+
   async #element(part: FormPart): Promise<object> {
     if (typeof part === 'string') return { type: 'const_string', value: part }
     if ('anything' in part) return grammar('root ::= [^\\0]*')
@@ -119,6 +127,12 @@ export class LocalGrammars implements GrammarHost {
       const thought = { type: 'tag', begin: optional ? THINK_START : '', content: { type: 'any_text' }, end: THINK_END }
       const all = { type: 'sequence', elements: [thought, grammar('root ::= "\\n"{0,2}')] }
       return optional ? { type: 'or', elements: [grammar('root ::= ""'), all] } : all
+    }
+    if ('calls' in part) {
+      const tags = part.calls.map(async ({ begin, content, end }) => {
+        return { type: 'tag', begin, content: await this.#sequence(content), end }
+      })
+      return { type: 'triggered_tags', triggers: [part.marker], tags: await Promise.all(tags) }
     }
     const schema = JSON.stringify(part.schema)
     const made = await this.#library.Grammar.fromJSONSchema(schema, true, undefined, undefined, true, MAX_WHITESPACE)

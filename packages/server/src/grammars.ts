@@ -3,7 +3,7 @@ import { yieldToEventLoop } from '@moe/core'
 import type { TokenConstraint } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { ApiError, CLIENT_GONE } from './errors.ts'
-import { type Form, type GrammarHost, LocalGrammars, type Vocabulary } from './grammar-host.ts'
+import { type Form, type FormPart, type GrammarHost, LocalGrammars, type Vocabulary } from './grammar-host.ts'
 import { openGrammars } from './grammar-thread.ts'
 import { findXGrammar } from './xgrammar.ts'
 
@@ -128,7 +128,7 @@ export class Grammars {
   }
 
   #checkLengths(form: Form, param: string, isLocal: boolean): void {
-    const characters = form.flat().reduce((sum, part) => sum + (isSchema(part) ? part.characters : 0), 0)
+    const characters = lengthsOf(form.flat())
     const limit = Math.floor((isLocal ? MAX_LENGTHS.local : MAX_LENGTHS.threaded) / this.#tokenizer.vocabSize)
     if (characters <= limit) return
     const message = `${param}: the string lengths add up to ${characters}, but the limit for this model's vocabulary is ${limit}`
@@ -148,7 +148,14 @@ export class Grammars {
 
 const disconnected = (cause: unknown) => new ApiError(CLIENT_GONE, 'the client disconnected', { cause })
 
-const isSchema = (part: Form[number][number]) => typeof part === 'object' && 'schema' in part
+/** The string lengths of the schemas, added up. */
+function lengthsOf(parts: readonly FormPart[]): number {
+  return parts.reduce((sum, part) => {
+    if (typeof part !== 'object') return sum
+    if ('calls' in part) return sum + lengthsOf(part.calls.flatMap(({ content }) => content))
+    return 'schema' in part ? sum + part.characters : sum
+  }, 0)
+}
 
 async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (signal === undefined) return work

@@ -13,10 +13,14 @@ export interface ToolCall {
 export interface ToolFormat {
   /** Marks the start of the calls, which extend to the end of the text. */
   readonly begin: string
-  /** The text from `begin` up to the name of the first call. */
+  /** Marks the start of each call. */
+  readonly callBegin: string
+  /** The text from `begin` up to the name of the first call. From its `callBegin` on, it is also that of further calls. */
   readonly opening: string
-  /** The text between name and arguments of a call. Calls are numbered from 0 within a conversation. */
-  separator(number: number): string
+  /** The text between name and arguments of a call. If there are several parts, the number of the call is between them, counted from 0 within a conversation. */
+  readonly separator: readonly string[]
+  /** The text after the arguments of a call. */
+  readonly end: string
   /** The id of a call, in formats in which the model writes one. */
   id?(name: string, number: number): string
   /** Whether the arguments are JSON. */
@@ -35,8 +39,10 @@ export interface ToolFormat {
 /** The format of Hermes, Qwen and `plainChatTemplate`. */
 const plain: ToolFormat = {
   begin: '<tool_call>',
+  callBegin: '<tool_call>',
   opening: '<tool_call>\n{"name": "',
-  separator: () => '", "arguments": ',
+  separator: ['", "arguments": '],
+  end: '}\n</tool_call>',
   isJson: true,
   controlTokens: '<tool_call></tool_call>',
   parse(text) {
@@ -56,8 +62,10 @@ function deepseek(kind: string, separator: string, end: string, call: RegExp): T
   const opening = `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>${kind}`
   return {
     begin: '<｜tool▁calls▁begin｜>',
+    callBegin: '<｜tool▁call▁begin｜>',
     opening,
-    separator: () => separator,
+    separator: [separator],
+    end,
     isJson: true,
     controlTokens: '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜><｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     parse: text => Array.from(text.matchAll(call), ([, name, json]) => ({ name, arguments: json })),
@@ -96,8 +104,10 @@ const deepseekV31 = deepseek(
 
 const kimi: ToolFormat = {
   begin: '<|tool_calls_section_begin|>',
+  callBegin: '<|tool_call_begin|>',
   opening: '<|tool_calls_section_begin|><|tool_call_begin|>functions.',
-  separator: number => `:${number}<|tool_call_argument_begin|>`,
+  separator: [':', '<|tool_call_argument_begin|>'],
+  end: '<|tool_call_end|>',
   id: (name, number) => `functions.${name}:${number}`,
   isJson: true,
   controlTokens:
@@ -114,8 +124,10 @@ const kimi: ToolFormat = {
 /** The format of GLM 4.5 and later. GLM 4.7 omits the line feeds. */
 const glm: ToolFormat = {
   begin: '<tool_call>',
+  callBegin: '<tool_call>',
   opening: '<tool_call>',
-  separator: () => '',
+  separator: [''],
+  end: '</tool_call>',
   isJson: false,
   controlTokens: '<tool_call></tool_call><arg_key></arg_key><arg_value></arg_value>',
   parse(text, isString) {
