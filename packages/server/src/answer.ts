@@ -9,7 +9,7 @@ import type { GenerationRequest, ServedModel } from './generation-request.ts'
 import { withReasoning } from './reasoning.ts'
 import type { RequestRecord } from './request-record.ts'
 import type { FinishReason, TextEngine } from './text-engine.ts'
-import { type TextPart, textParts } from './text-parts.ts'
+import { type TextPart, textParts, visibleText } from './text-parts.ts'
 import { withCalls } from './tool-calls.ts'
 
 /** The Hono environment of the server: variables that its handlers set for each request. */
@@ -141,16 +141,24 @@ function begin(
   engine: TextEngine,
   signal: AbortSignal,
 ): Text[] {
-  const { prompts, choices, sampling, echo, logProbs, constraints, thinking, calls } = request
+  const { prompts, choices, sampling, echo, logProbs, constraints, thinking, calls, visibleTokens } = request
+  const decoder = visibleTokens ? visibleText(tokenizer, visibleTokens) : tokenizer
   const scored = logProbs !== undefined
   const texts: Text[] = []
   for (const prompt of prompts) {
     const maxTokens = request.maxTokens(prompt.ids.length)
-    const shared = { ...sampling, maxTokens, tokenizer, signal, logProbs, promptLogProbs: echo ? logProbs : undefined }
+    const shared = {
+      ...sampling,
+      maxTokens,
+      tokenizer: decoder,
+      signal,
+      logProbs,
+      promptLogProbs: echo ? logProbs : undefined,
+    }
     for (let choice = 0; choice < choices; choice++) {
       const constraint = constraints?.[texts.length]
       const generation = engine.generate(prompt.ids, { ...shared, constraint, seed: sampling.seed + choice })
-      const raw = textParts(prompt, generation, tokenizer, { echo, scored })
+      const raw = textParts(prompt, generation, tokenizer, decoder, { echo, scored })
       const parts = thinking === 'none' ? raw : withReasoning(raw, thinking)
       texts.push({
         index: texts.length,

@@ -6,7 +6,7 @@ import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
 import { generationRequest, type PreparedModel } from './generation-request.ts'
 import { chatLogProbs } from './log-probs.ts'
-import { thinkingAfter } from './reasoning.ts'
+import { THINK_END, THINK_START, thinkingAfter } from './reasoning.ts'
 import { parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import { newCallId, type ToolCall } from './tool-format.ts'
@@ -68,6 +68,7 @@ export const chatCompletions = choicesEndpoint({
       logProbs: hasLogProbs ? (top ?? 0) : undefined,
       thinking,
       calls,
+      visibleTokens: (calls ? traits.format.controlTokens : '') + (thinking === 'none' ? '' : THINK_START + THINK_END),
       constraints: form && (await served.grammars.constraints(form.form, texts.choices, form.param, signal)),
     }
   },

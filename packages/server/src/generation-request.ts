@@ -48,6 +48,8 @@ export interface GenerationRequest {
   readonly thinking: Thinking
   /** Extracts tool calls from the texts. */
   readonly calls?: CallReader
+  /** Special tokens that mark the reasoning or calls to extract, concatenated. Others are not part of the texts. */
+  readonly visibleTokens?: string
   /** Request fields that the response repeats. */
   readonly echoedFields?: object
 }
@@ -64,7 +66,7 @@ export function generationRequest(
   prompts: readonly Prompt[],
   field: 'prompt' | 'messages',
   defaultMaxTokens: number | null,
-): Omit<GenerationRequest, 'echo' | 'logProbs' | 'constraints' | 'thinking' | 'calls'> {
+): Omit<GenerationRequest, 'echo' | 'logProbs' | 'constraints' | 'thinking' | 'calls' | 'visibleTokens'> {
   const { model, stream, stream_options: streamOptions, n, stop } = fields
   const logitBias = fields.logit_bias ?? undefined
   if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)

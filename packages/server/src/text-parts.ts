@@ -1,5 +1,5 @@
 /** @file A text in parts: the prompt and what is generated, each part with the log-probabilities of its tokens. */
-import type { Generation, TokenLogProb } from '@moe/deepseek'
+import type { Generation, TextTokenizer, TokenLogProb } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ToolCall } from './tool-format.ts'
 
@@ -30,6 +30,20 @@ export interface TextPart {
   readonly calls?: readonly ToolCall[]
 }
 
+/** Decodes generated tokens as text. Special tokens are omitted, except for those that `visible` contains. */
+export function visibleText(tokenizer: BpeTokenizer, visible: string): TextTokenizer {
+  const hidden = new Set(
+    tokenizer.addedTokens.flatMap(({ id, content, special }) => (special && !visible.includes(content) ? id : [])),
+  )
+  return {
+    vocabSize: tokenizer.vocabSize,
+    createDecodeStream() {
+      const stream = tokenizer.createDecodeStream()
+      return { push: id => (hidden.has(id) ? '' : stream.push(id)), end: () => stream.end() }
+    },
+  }
+}
+
 /**
  * The parts of a generated text, preceded by the prompt if `echo` is set. A token belongs to the part that contains the characters it completes.
  */
@@ -37,10 +51,11 @@ export async function* textParts(
   prompt: Prompt,
   generation: Generation<string>,
   tokenizer: BpeTokenizer,
+  decoder: TextTokenizer,
   { echo, scored }: { readonly echo: boolean; readonly scored: boolean },
 ): AsyncGenerator<TextPart> {
   const { text: promptText, offsets } = echo || scored ? read(prompt, tokenizer) : { text: '', offsets: [] }
-  const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
+  const stream = decoder.createDecodeStream({ skipSpecialTokens: true })
   let offset = characters(promptText)
   let reported = 0
   const newTokens = (): ScoredToken[] | null => {

@@ -1,5 +1,6 @@
 /** @file Differences between models with tool calls: ids, types of arguments, reasoning, and descriptions of tools in the prompt. */
 import { Random } from '@moe/core'
+import { trainBpe } from '@moe/tokenizer-bpe'
 import { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import type { ChatCompletion } from 'openai/resources'
@@ -298,4 +299,25 @@ test('variables are passed to the template, except reserved ones', async () => {
     expect([status, error?.param]).toEqual([400, 'chat_template_kwargs'])
   }
   expect((await ask(app, { chat_template_kwargs: 'note' })).status).toBe(400)
+})
+
+test('calls and reasoning are extracted if their marks are special tokens, which are not part of other texts', async () => {
+  const specialTokens = ['<tool_call>', '</tool_call>', '<think>', '</think>', '<other>']
+  const own = trainBpe(['the better angels'], { vocabSize: 270, specialTokens, minFrequency: 1 })
+  const text = '<think>so</think>I <other>look<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+  const { app } = scriptedServer(
+    async function* ({ options }, stats) {
+      stats.finishReason = 'stop'
+      const stream = options.tokenizer.createDecodeStream({ skipSpecialTokens: true })
+      for (const id of own.encode(text)) yield stream.push(id)
+    },
+    { tokenizer: own, chatTemplate: await template('tools tool_calls </think>') },
+    4096,
+  )
+  const { message, finish_reason: end } = await ask(app, { tools })
+  expect(message).toMatchObject({ content: 'I look', reasoning_content: 'so' })
+  expect(message.tool_calls).toMatchObject([{ function: { name: 'stop', arguments: '{}' } }])
+  expect(end).toBe('tool_calls')
+  const { message: withoutTools } = await ask(app, {})
+  expect(withoutTools.content).toBe('I look{"name": "stop", "arguments": {}}')
 })
