@@ -4,6 +4,7 @@ import { ApiError } from './errors.ts'
 import type { CallForm, Form, FormPart } from './grammar-host.ts'
 import { type SupportedSchema, supportedSchema } from './json-schema.ts'
 import type { Thinking } from './reasoning.ts'
+import { list, MAX_TOOLS } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import type { CallReader } from './tool-calls.ts'
 import type { ToolCall, ToolFormat } from './tool-format.ts'
@@ -35,12 +36,12 @@ const namedTool = z.looseObject({ type: z.literal('function'), function: z.loose
 
 const allowedTools = z.looseObject({
   type: z.literal('allowed_tools'),
-  allowed_tools: z.looseObject({ mode: z.enum(['auto', 'required']), tools: z.array(namedTool).min(1).max(128) }),
+  allowed_tools: z.looseObject({ mode: z.enum(['auto', 'required']), tools: list(namedTool, MAX_TOOLS) }),
 })
 
 export const formFields = {
   response_format: format.nullish(),
-  tools: z.array(tool).max(128).nullish(),
+  tools: list(tool, MAX_TOOLS).nullish(),
   tool_choice: z
     .union([z.enum(['none', 'auto', 'required']), namedTool, allowedTools], {
       error:

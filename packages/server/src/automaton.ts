@@ -65,10 +65,20 @@ function equivalentSymbols(expression: Expression): number[] {
 
 /** The intersection of two automata. @throws PatternError if it is empty or has too many states */
 export function intersect(a: Automaton, b: Automaton): Automaton {
-  return determinize([0, 0], ([p, q]) => ({
-    ends: a.ends[p] && b.ends[q],
-    next: a.next[p].map((to, symbol) => (to < 0 || b.next[q][symbol] < 0 ? [] : [to, b.next[q][symbol]])),
-  }))
+  return determinize([0, 0], ([p, q]) => {
+    const pairs = new Map<number, number[]>()
+    const pair = (to: number, other: number) => {
+      const key = to * MAX_STATES + other
+      const known = pairs.get(key) ?? [to, other]
+      pairs.set(key, known)
+      return known
+    }
+    const next = a.next[p].map((to, symbol) => {
+      const other = b.next[q][symbol]
+      return to < 0 || other < 0 ? [] : pair(to, other)
+    })
+    return { ends: a.ends[p] && b.ends[q], next }
+  })
 }
 
 /** Accepts all texts of certain lengths. @throws PatternError if it needs too many states */
@@ -148,7 +158,7 @@ function determinize(
   const numbers = new Map([[first.join(), 0]])
   const ends: boolean[] = []
   const next: number[][] = []
-  const before: number[][] = [[]]
+  const before: Array<Set<number>> = [new Set()]
   for (let state = 0; state < parts.length; state++) {
     const behind = follow(parts[state])
     const known = new Map<readonly number[], number>()
@@ -156,7 +166,7 @@ function determinize(
       const key = part.join()
       const number = numbers.get(key) ?? parts.push(part) - 1
       numbers.set(key, number)
-      before[number] = [...(before[number] ?? []), state]
+      before[number] = (before[number] ?? new Set()).add(state)
       return number
     }
     ends.push(behind.ends)
@@ -239,7 +249,9 @@ export function ruleOfTexts(texts: readonly string[], name: string): Rule {
     const groups = new Map<string, string[]>()
     for (const text of new Set(rests)) {
       const [first = ''] = text
-      groups.set(first, [...(groups.get(first) ?? []), text.slice(first.length)])
+      const group = groups.get(first)
+      if (group) group.push(text.slice(first.length))
+      else groups.set(first, [text.slice(first.length)])
     }
     const alternatives = [...groups].map(([first, behind]) => {
       if (first === '') return '""'

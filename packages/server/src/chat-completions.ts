@@ -3,11 +3,12 @@ import type { ChatMessage } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
 import { answerForm, formFields, promptedTools } from './answer-form.ts'
 import { choicesEndpoint } from './choices.ts'
+import { encodeText } from './encode-text.ts'
 import { ApiError } from './errors.ts'
 import { generationRequest, type PreparedModel } from './generation-request.ts'
 import { chatLogProbs } from './log-probs.ts'
 import { THINK_END, THINK_START, thinkingAfter } from './reasoning.ts'
-import { parseFields, sharedFields, storeField } from './request-fields.ts'
+import { list, MAX_MESSAGES, parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { TemplateTraits } from './template-traits.ts'
 import { newCallId, type ToolCall } from './tool-format.ts'
 
@@ -16,11 +17,13 @@ const roles = ['system', 'developer', 'user', 'assistant', 'tool'] as const
 /** Variables that the server or the template sets. */
 const reservedVariables = ['messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token']
 
+const message = z.looseObject({ role: z.enum(roles, { error: `expected one of ${roles.join(', ')}` }) })
+
 const fields = z.object({
   ...sharedFields,
   max_completion_tokens: sharedFields.max_tokens,
   ...formFields,
-  messages: z.array(z.looseObject({ role: z.enum(roles, { error: `expected one of ${roles.join(', ')}` }) })).min(1),
+  messages: list(message, MAX_MESSAGES).refine(({ length }) => length > 0, 'expected at least one message'),
   chat_template_kwargs: z
     .record(z.string(), z.unknown())
     .refine(given => !reservedVariables.some(name => name in given), `${reservedVariables.join(', ')} cannot be set`)
@@ -50,15 +53,19 @@ export const chatCompletions = choicesEndpoint({
     const maxTokens = maxTokensOf(parsed)
     const tools = promptedTools(parsed, traits)
     const messages = parsed.messages.map((one, i) => templateMessage(one, i, traits))
-    const text = render(messages, tools, variables, served)
-    const thinking = thinkingAfter(text, traits.hasReasoning)
     const previousCalls = messages.reduce(
       (sum, { tool_calls: calls }) => sum + (Array.isArray(calls) ? calls.length : 0),
       0,
     )
+    if (previousCalls > MAX_MESSAGES) {
+      const message = `messages: there are ${previousCalls} tool calls, but the limit is ${MAX_MESSAGES}`
+      throw new ApiError(400, message, { param: 'messages' })
+    }
+    const text = render(messages, tools, variables, served)
+    const thinking = thinkingAfter(text, traits.hasReasoning)
     const { prefix, form, calls } = answerForm(parsed, traits, tools, thinking, previousCalls)
     // The template already contains the special tokens.
-    const ids = served.tokenizer.encode(text + prefix, { addSpecialTokens: false })
+    const ids = await encodeText(served.tokenizer, text + prefix, { addSpecialTokens: false })
     const { logprobs: hasLogProbs, top_logprobs: top } = parsed
     if (top && !hasLogProbs) throw new ApiError(400, 'top_logprobs requires logprobs: true', { param: 'top_logprobs' })
     const texts = generationRequest(served, { ...parsed, max_tokens: maxTokens }, [{ ids, added: 0 }], 'messages', null)
@@ -125,12 +132,13 @@ const toolCall = ({ id = newCallId(), name, arguments: json }: ToolCall) => ({
 
 const textPart = z.object({ type: z.literal('text'), text: z.string() })
 
-const toolCalls = z.array(
+const toolCalls = list(
   z.looseObject({
     id: z.string().nullish(),
     type: z.literal('function').default('function'),
     function: z.looseObject({ name: z.string(), arguments: z.string() }),
   }),
+  MAX_MESSAGES,
 )
 
 /** In templates, a message with tool calls may have no content. */
@@ -172,7 +180,8 @@ function templateMessage(
 function callsOf(calls: unknown, param: string, { parsesArguments }: TemplateTraits) {
   const { data } = toolCalls.safeParse(calls)
   const problem = (what: string) => new ApiError(400, `${param}: ${what}`, { param })
-  if (data === undefined) throw problem('expected a list of { id, type, function: { name, arguments } }')
+  if (data === undefined)
+    throw problem(`expected a list of up to ${MAX_MESSAGES} { id, type, function: { name, arguments } }`)
   if (!parsesArguments) return data
   return data.map(call => {
     try {

@@ -2,6 +2,7 @@
 import { DEEPSEEK_FIM_TOKENS, fillInTheMiddlePrompt } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
 import { choicesEndpoint } from './choices.ts'
+import { encodeText } from './encode-text.ts'
 import { ApiError } from './errors.ts'
 import { generationRequest, type ServedModel } from './generation-request.ts'
 import { completionLogProbs } from './log-probs.ts'
@@ -12,12 +13,19 @@ import type { Prompt } from './text-parts.ts'
 /** As in OpenAI's API. */
 const DEFAULT_MAX_TOKENS = 16
 
-const id = z.int().nonnegative()
+const isId = (given: unknown) => Number.isSafeInteger(given) && (given as number) >= 0
+const isListOf = (isItem: (item: unknown) => boolean) => (given: unknown) =>
+  Array.isArray(given) && given.length > 0 && given.every(isItem)
+
+/** Not a union of lists, which would report every item of a long prompt as invalid in the other kinds of lists. */
+const isPrompt = (given: unknown) =>
+  typeof given === 'string' ||
+  [isListOf(isId), isListOf(item => typeof item === 'string'), isListOf(isListOf(isId))].some(fits => fits(given))
 
 const fields = z.object({
   ...sharedFields,
   prompt: z
-    .union([z.string(), z.array(z.string()).min(1), z.array(id).min(1), z.array(z.array(id)).min(1)], {
+    .custom<string | string[] | number[] | number[][]>(isPrompt, {
       error: 'expected a string, a list of token ids, or a list of either',
     })
     .nullish(),
@@ -55,7 +63,8 @@ export const completions = choicesEndpoint({
     }
     const { suffix, echo, logprobs: logProbs } = parsed
     const asked = suffix ? many.map(one => infill(one, suffix, echo ?? false, served)) : many
-    const prompts = asked.map(one => (typeof one === 'string' ? encode(one, served) : checkIds(one, served)))
+    const prompts: Prompt[] = []
+    for (const one of asked) prompts.push(typeof one === 'string' ? await encode(one, served) : checkIds(one, served))
     return {
       ...generationRequest(served, parsed, prompts, 'prompt', DEFAULT_MAX_TOKENS),
       echo: echo ?? false,
@@ -73,8 +82,8 @@ export const completions = choicesEndpoint({
 const isIds = (prompt: string[] | number[] | number[][]): prompt is number[] => typeof prompt[0] === 'number'
 
 /** An empty prompt starts a document: with the begin token or, if there is none, after an end token. */
-function encode(text: string, { model, tokenizer }: ServedModel): Prompt {
-  const ids = tokenizer.encode(text)
+async function encode(text: string, { model, tokenizer }: ServedModel): Promise<Prompt> {
+  const ids = await encodeText(tokenizer, text)
   const { bos_token_id: begin, eos_token_id: end } = model.config
   const first = begin ?? (Array.isArray(end) ? end[0] : end)
   return ids.length > 0 || first == null ? { ids, added: tokenizer.encode('').length } : { ids: [first], added: 1 }

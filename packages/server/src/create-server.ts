@@ -163,11 +163,33 @@ async function readJson(request: Request, maxSize: number): Promise<unknown> {
   } catch (cause) {
     throw new ApiError(400, 'the body is not valid UTF-8', { cause })
   }
+  if (isNestedTooDeeply(text)) {
+    throw new ApiError(400, `the body is nested deeper than ${MAX_NESTING} levels`)
+  }
   try {
     return JSON.parse(text)
   } catch (cause) {
     throw new ApiError(400, `the body is not valid JSON: ${(cause as Error).message}`, { cause })
   }
+}
+
+/** Writing JSON that is nested a few thousand levels deep exhausts the call stack. */
+const MAX_NESTING = 500
+
+function isNestedTooDeeply(json: string): boolean {
+  let depth = 0
+  let isInString = false
+  for (let i = 0; i < json.length; i++) {
+    const character = json[i]
+    if (isInString) {
+      if (character === '\\') i++
+      else if (character === '"') isInString = false
+    } else if (character === '"') isInString = true
+    else if (character === '[' || character === '{') depth++
+    else if (character === ']' || character === '}') depth--
+    if (depth > MAX_NESTING) return true
+  }
+  return false
 }
 
 /**

@@ -92,8 +92,8 @@ const wrongEverywhere: readonly unknown[] = [
   { __proto__: null, length: 1 },
   new Raw('{"__proto__":{"polluted":true}}'),
   new Raw('{"constructor":{"prototype":{"polluted":true}}}'),
-  new Raw(nested(2000, '[', ']')),
-  new Raw(nested(2000, '{"a":', '}')),
+  new Raw(nested(400, '[', ']')),
+  new Raw(nested(400, '{"a":', '}')),
   many(100_000, null),
   many(100_000, []),
 ]
@@ -183,7 +183,7 @@ const wrongMessages: readonly unknown[] = [
   [{ role: 'assistant', content: 'the', function_call: { name: 'f' } }],
   new Raw('[{"role":"user","__proto__":{"content":"the"}}]'),
   new Raw('[{"content":"the","__proto__":{"role":"user"}}]'),
-  new Raw(`[{"role":"user","content":${nested(2000, '[', ']')}}]`),
+  new Raw(`[{"role":"user","content":${nested(400, '[', ']')}}]`),
   many(20_000, { role: 'user', content: 'the people' }),
 ]
 

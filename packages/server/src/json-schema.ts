@@ -39,6 +39,7 @@ const MAX_SCHEMAS = 300
 const MAX_JSON = 2 ** 16
 const MAX_DEPTH = 32
 const MAX_STATES = 3000
+const MAX_IGNORED = 20
 
 /** Maximum number of characters for which a grammar has a rule each; beyond that, it uses a counter. */
 const MAX_UNROLLED = 256
@@ -103,6 +104,8 @@ class Reader {
   readonly #param: string
   #count = 0
   #states = 0
+  /** Number of unsupported patterns beside formats. */
+  #ignored = 0
   #definitions: ReadonlyMap<string, unknown> = new Map()
 
   constructor(param: string) {
@@ -252,13 +255,23 @@ class Reader {
     return this.#automaton([name, pattern, minLength, maxLength], subject, at, () => {
       const all: Automaton[] = name === undefined ? [] : [patternAutomaton(`^(?:${formats[String(name)]})$`)]
       // Beside a format, Zod writes an equivalent or weaker pattern, which may be unsupported and can then be ignored.
-      const kept = name === undefined ? patterns : patterns.filter(isSupported)
+      const kept = name === undefined ? patterns : patterns.filter(one => this.#isSupported(one))
       all.push(...kept.map(patternAutomaton))
       if (minLength !== undefined || maxLength !== undefined) {
         all.push(ofLength({ least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }))
       }
       return all.reduce(intersect)
     })
+  }
+
+  /** @throws PatternError if too many patterns are not supported, since finding out takes time */
+  #isSupported(pattern: string): boolean {
+    try {
+      return patternAutomaton(pattern).ends.length > 0
+    } catch {
+      if (++this.#ignored > MAX_IGNORED) throw new PatternError(`more than ${MAX_IGNORED} patterns are not supported`)
+      return false
+    }
   }
 
   /** A rule for an automaton over strings, or over numbers if `key` has one element. Built once per key. */
@@ -340,14 +353,6 @@ class Reader {
 
   #error(at: string, problem: string): ApiError {
     return new ApiError(400, `${this.#param}: ${problem} (at ${at.slice(0, 200)})`, { param: this.#param })
-  }
-}
-
-function isSupported(pattern: string): boolean {
-  try {
-    return patternAutomaton(pattern).ends.length > 0
-  } catch {
-    return false
   }
 }
 

@@ -244,6 +244,14 @@ test('the library accepts exactly the numbers within bounds', async () => {
   }
 })
 
+test('up to 20 unsupported patterns are ignored beside a format', () => {
+  const schema = (count: number) => ({
+    anyOf: Array.from({ length: count }, (_, i) => ({ type: 'string', format: 'date', pattern: `(?=${i})` })),
+  })
+  expect(() => supportedSchema(schema(20), 'schema')).not.toThrow()
+  expect(() => supportedSchema(schema(21), 'schema')).toThrow('more than 20 patterns are not supported (at #/anyOf/20)')
+})
+
 test('a format and a pattern must both match', async () => {
   const schema = { type: 'string', format: 'email', pattern: '@corp\\.com$', maxLength: 12 }
   for (const [text, fits] of [

@@ -71,7 +71,7 @@ function withoutAnchors(node: Node): Expression {
 }
 
 /** A character of a set, which must contain all or none of the non-ASCII characters. Non-ASCII white space may be missing. */
-function character(set: CharacterSet): Expression {
+function character(set: CharacterSet): Expression & { readonly kind: 'set' } {
   const holds = (point: number) => set.some(([from, to]) => point >= from && point <= to)
   const beyond = complement([...complement(set), [0, 0x7f], [0xd800, 0xdfff]])
   const missing = complement([...set, [0, 0x7f], [0xd800, 0xdfff], ...SPACES])
@@ -80,6 +80,17 @@ function character(set: CharacterSet): Expression {
   if (!isNone && missing.length > 0)
     throw new PatternError('a set must contain all or none of the non-ASCII characters')
   return { kind: 'set', has: [...ASCII.map(holds), !isNone] }
+}
+
+/** Expressions of ASCII characters, shared by all their occurrences. */
+const literals = new Map<string, ReturnType<typeof character>>()
+
+function literal(one: string) {
+  const known = literals.get(one)
+  if (known) return known
+  const expression = character(single(one))
+  if (one < '\x80') literals.set(one, expression)
+  return expression
 }
 
 function complement(set: CharacterSet): CharacterSet {
@@ -141,13 +152,13 @@ class Parser {
     return parts
   }
 
-  #sees(text: string): boolean {
-    return this.#source.slice(this.#at, this.#at + text.length).join('') === text
+  #sees(character: string): boolean {
+    return this.#source[this.#at] === character
   }
 
-  #take(text: string): boolean {
-    const sees = this.#sees(text)
-    if (sees) this.#at += text.length
+  #take(character: string): boolean {
+    const sees = this.#sees(character)
+    if (sees) this.#at++
     return sees
   }
 
@@ -164,7 +175,7 @@ class Parser {
     if (this.#take('^')) return { kind: 'anchor', at: '^' }
     if (this.#take('$')) return { kind: 'anchor', at: '$' }
     if (this.#take('\\')) return character(this.#escape(false))
-    return character(single(this.#source[this.#at++]))
+    return literal(this.#source[this.#at++])
   }
 
   #group(): Node {
@@ -180,7 +191,8 @@ class Parser {
   }
 
   #repeated(of: Node): Node {
-    const counts = /^\{(\d+)(,?)(\d*)\}/.exec(this.#source.slice(this.#at, this.#at + 40).join(''))
+    const ahead = this.#sees('{') ? this.#source.slice(this.#at, this.#at + 40).join('') : ''
+    const counts = /^\{(\d+)(,?)(\d*)\}/.exec(ahead)
     let bounds: readonly [number, number] | undefined
     if (this.#take('*')) bounds = [0, Infinity]
     else if (this.#take('+')) bounds = [1, Infinity]

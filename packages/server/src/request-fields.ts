@@ -7,8 +7,24 @@ import { type UnsupportedField, unsupportedFields } from './unsupported-fields.t
 /** Maximum number of texts of one request: prompts times choices. */
 export const MAX_TEXTS = 64
 
+/** Maximum number of messages of a conversation: rendering tens of thousands would block the server for seconds. */
+export const MAX_MESSAGES = 4096
+
+/** As in OpenAI's API. */
+export const MAX_TOOLS = 128
+
 /** OpenAI's limit is 4, but evaluations of generated programs use more. */
 const MAX_STOPS = 16
+
+/** A list of up to `most` items. Its length is checked first, because each invalid item of a long list would take time. */
+export const list = <Item extends z.ZodType>(item: Item, most: number) =>
+  z.array(z.unknown()).max(most).pipe(z.array(item))
+
+const isBias = (given: unknown) =>
+  typeof given === 'object' &&
+  given !== null &&
+  !Array.isArray(given) &&
+  Object.entries(given).every(([id, bias]) => /^\d+$/.test(id) && typeof bias === 'number' && Math.abs(bias) <= 100)
 
 const count = z.int().nonnegative()
 const stopText = z.string().min(1)
@@ -35,9 +51,7 @@ export const sharedFields = {
   frequency_penalty: penalty.nullish(),
   presence_penalty: penalty.nullish(),
   logit_bias: z
-    .record(z.string().regex(/^\d+$/), z.number().min(-100).max(100), {
-      error: 'expected numbers from -100 to 100 by token id',
-    })
+    .custom<Record<string, number>>(isBias, { error: 'expected numbers from -100 to 100 by token id' })
     .nullish(),
   // Not z.int(): 64-bit seeds exceed the safe integers, and lose their last bits in JSON.
   seed: z.number().refine(Number.isInteger, 'expected an integer').nullish(),

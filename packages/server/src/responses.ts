@@ -8,7 +8,7 @@ import { chatCompletions } from './chat-completions.ts'
 import type { Endpoint, GeneratedPart, Head, Stream, StreamEvent, Usage } from './endpoint.ts'
 import { ApiError } from './errors.ts'
 import type { GenerationRequest } from './generation-request.ts'
-import { parseFields, sharedFields, storeField } from './request-fields.ts'
+import { list, MAX_MESSAGES, MAX_TOOLS, parseFields, sharedFields, storeField } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
 import { newCallId } from './tool-format.ts'
 
@@ -36,7 +36,11 @@ const summary = z.enum(['auto', 'concise', 'detailed']).nullish()
 
 const fields = z.object({
   ...shared,
-  input: z.union([z.string(), z.array(item).min(1)], { error: 'expected a string or a list of items' }),
+  input: z
+    .union([z.string(), list(item, MAX_MESSAGES)], {
+      error: `expected a string or a list of items, at most ${MAX_MESSAGES}`,
+    })
+    .refine(input => typeof input === 'string' || input.length > 0, 'expected at least one item'),
   instructions: z.string().nullish(),
   max_output_tokens: count,
   text: z
@@ -47,10 +51,10 @@ const fields = z.object({
     .nullish(),
   // Reasoning is always returned in full, so it needs no summary.
   reasoning: z.strictObject({ effort: z.string().nullish(), summary, generate_summary: summary }).nullish(),
-  tools: z.array(z.looseObject({ type: z.string() })).nullish(),
+  tools: list(z.looseObject({ type: z.string() }), MAX_TOOLS).nullish(),
   tool_choice: z.union([z.string(), z.looseObject({ type: z.string() })]).nullish(),
   parallel_tool_calls: z.boolean().nullish(),
-  include: z.array(z.enum([LOG_PROBS, ...included])).nullish(),
+  include: list(z.enum([LOG_PROBS, ...included]), 20).nullish(),
   top_logprobs: z.int().min(0).max(20).nullish(),
   chat_template_kwargs: z.unknown().optional(),
   metadata: z.record(z.string(), z.unknown()).nullish(),
