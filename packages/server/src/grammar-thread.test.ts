@@ -61,9 +61,11 @@ test('without threads, grammars are compiled on the calling thread', async () =>
 })
 
 describe('while a grammar is compiled', () => {
-  test('the event loop runs, and other texts continue', async () => {
+  test.each([1, 3])('the event loop runs, and %d other texts continue', async count => {
     const grammars = new Grammars(tokenizer, [end])
-    const [text] = await grammars.constraints(form({ type: 'array' }), 1, 'schema')
+    const cheap = [{ type: 'array' }, { type: 'null' }, { type: 'boolean' }].slice(0, count)
+    const others = await Promise.all(cheap.map(schema => grammars.constraints(form(schema), 1, 'schema')))
+    const [text, ...idle] = others.flat()
     let compiled = false
     const compiling = grammars.constraints(slow(20), 1, 'schema').then(all => {
       compiled = true
@@ -83,7 +85,30 @@ describe('while a grammar is compiled', () => {
     }
     expect(turns).toBeGreaterThan(200)
     expect(masks).toBeGreaterThan(3)
-    for (const one of [text, ...(await compiling)]) one.dispose()
+    for (const one of [text, ...idle, ...(await compiling)]) one.dispose()
+  })
+
+  test('further large grammars wait if too many threads have texts', async () => {
+    const grammars = new Grammars(tokenizer, [end])
+    const cheap = [{ type: 'array' }, { type: 'null' }, { type: 'boolean' }]
+    const texts = await Promise.all(cheap.map(schema => grammars.constraints(form(schema), 1, 'schema')))
+    const large = (more: number): Form => [['x'.repeat(2 ** 13 + more)]]
+    const expensive = [1, 2, 3].map(more => grammars.constraints(large(more), 1, 'schema'))
+    texts.push(...(await Promise.all(expensive)))
+    const leave = new AbortController()
+    const left = grammars.constraints(large(4), 1, 'schema', leave.signal)
+    let isDone = false
+    const waits = grammars.constraints(large(5), 1, 'schema').finally(() => {
+      isDone = true
+    })
+    leave.abort()
+    await expect(left).rejects.toMatchObject({ status: 499 })
+    // A grammar that is compiled meanwhile would be behind the large one.
+    const [quick] = await grammars.constraints(form({ type: 'integer' }), 1, 'schema')
+    expect((await quick.allowed()).some(Boolean)).toBe(true)
+    expect(isDone).toBe(false)
+    texts[0][0].dispose()
+    for (const one of [quick, ...texts.slice(1).flat(), ...(await waits)]) one.dispose()
   })
 
   test('an aborted request is rejected at once, and others receive the grammar', async () => {

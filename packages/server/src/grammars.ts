@@ -16,8 +16,12 @@ const MAX_LENGTHS = { threaded: 2 ** 26, local: 2 ** 22 }
 /** Maximum number of grammars per instance, since its memory only grows. */
 const MAX_GRAMMARS = 64
 
-/** Compiling in an instance delays its texts, so there are several; but each needs memory for the whole vocabulary. */
+/** Instances that accept more grammars, and all of them. Compiling delays the texts of an instance, so there are several; but each needs memory for the whole vocabulary. */
 const MAX_INSTANCES = 3
+const MAX_ALIVE = 6
+
+/** From this cost on (string lengths times vocabulary size, or characters of the form), compilation may take a second or more. */
+const EXPENSIVE = { lengths: 2 ** 20, size: 2 ** 13 }
 
 interface Grammar {
   /** Resolves to its number in the host. */
@@ -41,6 +45,10 @@ export class Grammars {
   #vocabulary: Promise<Vocabulary> | undefined
   /** The instances that accept more grammars. */
   #instances: readonly Instance[] = []
+  /** Number of instances, including those that only finish their texts. */
+  #alive = 0
+  /** Called when an instance may have become available. */
+  #waiting: Array<() => void> = []
 
   /**
    * @param endTokens ids of the tokens that end a text
@@ -62,8 +70,8 @@ export class Grammars {
     if (this.#endTokens.length === 0)
       throw new ApiError(400, `${param}: the model has no end token: set eos_token_id in its config.json`, { param })
     const key = JSON.stringify(form)
-    const instance = this.#instanceFor(key)
-    instance.users++
+    const lengths = lengthsOf(form.flat()) * this.#tokenizer.vocabSize
+    const instance = await this.#acquire(key, lengths > EXPENSIVE.lengths || key.length > EXPENSIVE.size, signal)
     try {
       const host = await instance.host
       if (signal?.aborted) throw disconnected(signal.reason)
@@ -85,17 +93,39 @@ export class Grammars {
     }
   }
 
-  /** The instance that has the grammar, or an unused one, or a new one; at the maximum, the least used one. */
-  #instanceFor(key: string): Instance {
+  /** Waits for an instance and counts as its user. @throws ApiError 499 if aborted */
+  async #acquire(key: string, isExpensive: boolean, signal: AbortSignal | undefined): Promise<Instance> {
+    for (;;) {
+      const instance = this.#instanceFor(key, isExpensive)
+      if (instance) {
+        instance.users++
+        return instance
+      }
+      const change = new Promise<void>(resolve => this.#waiting.push(resolve))
+      await unlessAborted(change, signal).catch(cause => {
+        throw disconnected(cause)
+      })
+    }
+  }
+
+  /**
+   * The instance that has the grammar, or an unused one, or a new one; at the maximum, the least used one. An expensive grammar would delay its texts, and with them all texts
+   * of a batch. It gets a new instance instead, and the least used one only finishes its texts; undefined if there are too many.
+   */
+  #instanceFor(key: string, isExpensive: boolean): Instance | undefined {
     const all = this.#instances
     const known = all.find(({ grammars }) => grammars.has(key))
     if (known) return known
     const [least] = [...all].sort((a, b) => a.users - b.users)
-    if (least?.users === 0 || all.length === MAX_INSTANCES) return least
+    const isFull = all.length === MAX_INSTANCES
+    if (least?.users === 0 || (isFull && !isExpensive)) return least
+    if (this.#alive === MAX_ALIVE) return isExpensive ? undefined : least
+    if (isFull) this.#retire(least)
     const library = findXGrammar()
     this.#vocabulary ??= vocabularyOf(this.#tokenizer, this.#endTokens, this.#allowedControlTokens, library)
     const another: Instance = { host: this.#vocabulary.then(openGrammars), grammars: new Map(), users: 0 }
-    this.#instances = [...all, another]
+    this.#instances = [...this.#instances, another]
+    this.#alive++
     return another
   }
 
@@ -141,8 +171,12 @@ export class Grammars {
   }
 
   #release(instance: Instance): void {
-    if (--instance.users > 0 || this.#instances.includes(instance)) return
-    void instance.host.then(host => host.close()).catch(() => {})
+    if (--instance.users > 0) return
+    if (!this.#instances.includes(instance)) {
+      this.#alive--
+      void instance.host.then(host => host.close()).catch(() => {})
+    }
+    for (const wake of this.#waiting.splice(0)) wake()
   }
 }
 
