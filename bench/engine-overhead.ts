@@ -71,6 +71,8 @@ const fusedNames: FusedName[] = [
   'attention',
   'attentionBackward',
   'latentAttention',
+  'indexScores',
+  'indexScoresBackward',
   'crossEntropy',
   'crossEntropyBackward',
   'linearCrossEntropy',

@@ -4,7 +4,7 @@
  *
  * Legend: B batch, T time, S keys, J heads of the indexer, I features of its queries and keys, K selected keys.
  */
-import { arange, forkInit, full, type InitOptions, Linear, Module, rope, type Tensor, where } from '@moe/core'
+import { forkInit, type InitOptions, indexScores, Linear, Module, rope, type Tensor } from '@moe/core'
 import type { MlaConfig } from './config.ts'
 import { LayerNorm } from './layer-norm.ts'
 import type { RotaryTables } from './rotary.ts'
@@ -84,25 +84,10 @@ export class LightningIndexer extends Module {
   }
 }
 
-/** Returns the index scores `[B, T, S]` of keys `[B, S, I]` (eq. 1): sum_j w_tj ReLU(q_tj . k_s). */
-export function indexScores({ q, weights }: IndexQueries, keys_BSI: Tensor): Tensor {
-  const [batch, time, heads, features] = q.shape
-  const keys = keys_BSI.shape[1]
-  const products = q.reshape([batch, time * heads, features]).matmul(keys_BSI, { transposeB: true })
-  const perHead = products.maximum(0).reshape([batch * time, heads, keys])
-  return weights
-    .reshape([batch * time, 1, heads])
-    .matmul(perHead)
-    .reshape([batch, time, keys])
-}
-
 /**
- * Returns the positions of the K best keys of each query, `i32 [B, T, K]`. Keys at or past `limits` (`i32 [B, T, 1]`)
- * come last, so the first min(K, limit) positions are the selection.
+ * Returns the positions of the K keys `[B, S, I]` with the best index scores (eq. 1) for each query, `i32 [B, T, K]`.
+ * Keys at or past `limits` (`i32 [B, T]`) come last, so the first min(K, limit) positions are the selection.
  */
-export function bestKeys(scores_BTS: Tensor, limits: Tensor, count: number): Tensor {
-  const { backend } = scores_BTS
-  const keys = scores_BTS.shape[2]
-  const seen = arange(keys, { backend }).reshape([1, 1, keys]).lt(limits)
-  return where(seen, scores_BTS, full([], Number.NEGATIVE_INFINITY, { backend })).topk(count).indices
+export function bestKeys({ q, weights }: IndexQueries, keys_BSI: Tensor, limits: Tensor, count: number): Tensor {
+  return indexScores(q, weights, keys_BSI, { limits }).topk(count).indices
 }

@@ -350,11 +350,11 @@ export class MultiHeadLatentAttention extends Module {
     step: CacheStep,
     within: number,
   ): Tensor {
-    const { num_attention_heads: heads, index_n_heads: indexHeads } = this.#config
+    const { num_attention_heads: heads } = this.#config
     const [batch, time] = x.shape
     const selected = new SelectedRows(cache, layer, step, time, this.#config.index_topk as number, within)
     const index = (this.indexer as LightningIndexer).queries(x, compressed, tables)
-    const chunk = chunkSize(batch * Math.max(within * (indexHeads as number), heads * cache.features))
+    const chunk = chunkSize(batch * Math.max(within, heads * cache.features))
     const outs: Tensor[] = []
     for (let from = 0; from < time; from += chunk) {
       const to = Math.min(time, from + chunk)

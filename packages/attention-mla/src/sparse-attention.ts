@@ -10,6 +10,7 @@ import {
   checkpoint,
   concat,
   full,
+  indexScores,
   isRecording,
   noGrad,
   ones,
@@ -19,7 +20,7 @@ import {
   type Tensor,
   where,
 } from '@moe/core'
-import { type IndexQueries, indexScores } from './lightning-indexer.ts'
+import type { IndexQueries } from './lightning-indexer.ts'
 
 /** Maximum number of scores of a chunk: 64 MiB. Tests reduce it. */
 export const limits = { scores: 2 ** 24 }
@@ -58,7 +59,7 @@ export function sparseAttention(
   options: SparseOptions,
 ): { readonly out: Tensor; readonly loss: Tensor | undefined } {
   const [batch, time, heads] = q.shape
-  const step = chunkSize(batch * time * Math.max(heads, index.q.shape[2]))
+  const step = chunkSize(batch * time * heads)
   const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
   const inputs = [byHead(q), byHead(k), byHead(v), index.q, index.weights, index.keys]
   const outs: Tensor[] = []
@@ -77,8 +78,7 @@ export function sparseAttention(
 function attendChunk(inputs: readonly Tensor[], from: number, to: number, options: SparseOptions): readonly Tensor[] {
   const [q, k, v, indexQ, weights, indexKeys] = inputs
   const { scale, count, dense } = options
-  const queries = { q: indexQ.narrow(1, from, to), weights: weights.narrow(1, from, to) }
-  const ranked = () => indexScores(queries, indexKeys.narrow(1, 0, to))
+  const ranked = () => indexScores(indexQ.narrow(1, from, to), weights.narrow(1, from, to), indexKeys.narrow(1, 0, to))
   const index = options.loss ? ranked() : null
   const seen = noGrad(() => {
     const visible = visibleKeys(from, to, options.starts, q)

@@ -41,6 +41,7 @@ const inputNames: { readonly [Op in OpName]?: readonly string[] } = {
   mlaKeyValue: ['kv', 'ropeKey'],
   attention: ['q', 'k', 'v', 'lengths', 'starts'],
   latentAttention: ['q', 'cache', 'lengths', 'pages'],
+  indexScores: ['q', 'weights', 'keys', 'limits'],
   crossEntropy: ['logits', 'targets'],
   linearCrossEntropy: ['x', 'weight', 'targets'],
   routerTopk: ['logits', 'bias'],

@@ -53,6 +53,7 @@ export { type Fallback, fallbacks } from './fused/definition.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
 export { emaStep } from './fused/ema.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'
+export { type IndexScoresOptions, indexScores } from './fused/index-scores.ts'
 export { mlaKeyValue } from './fused/mla-key-value.ts'
 export { quantize } from './fused/quantize.ts'
 export {
@@ -137,6 +138,7 @@ export type {
   EmaAttrs,
   FusedAttrs,
   FusedName,
+  IndexScoresAttrs,
   OpAttrs,
   OpName,
   Precision,

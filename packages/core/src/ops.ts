@@ -150,6 +150,12 @@ export interface AttentionAttrs {
   readonly precision: WidePrecision
 }
 
+/** Attributes of `indexScores` and `indexScoresBackward`. */
+export interface IndexScoresAttrs {
+  /** Precision of the products of queries and keys, and of their gradients. The sum over heads runs in f32 or better. */
+  readonly precision: WidePrecision
+}
+
 /** Attributes of `routedExperts`. */
 export interface RoutedExpertsAttrs {
   /** Precision of the three products of an expert. */
@@ -214,9 +220,10 @@ export interface QuantizedAttrs {
  * Attributes of each fused op. A backend may omit any of these ops, and a kernel may return `undefined` to decline a
  * size or dtype. Core then runs the decomposition in `fused/` and counts it in `fallbacks()`.
  *
- * Legend: N rows, D features, B batch, T queries, S keys, H heads, G key/value heads (H is a multiple of G), E experts,
- * K experts per token, I intermediate features of an expert, V vocabulary. All floats are f32, except in `quantize`,
- * the cache of `latentAttention`, quantized weights, the moments of `adamwStep`, and what `routedExperts` saves.
+ * Legend: N rows, D features, B batch, T queries, S keys, H heads, G key/value heads (H is a multiple of G), J heads of an
+ * indexer, E experts, K experts per token, I intermediate features of an expert, V vocabulary. All floats are f32,
+ * except in `quantize`, the cache of `latentAttention`, quantized weights, the moments of `adamwStep`, and what
+ * `routedExperts` saves.
  */
 export interface FusedAttrs {
   /** `[x [..., D]] -> [y]` over the last axis. A row that is -Infinity everywhere gives zeros. */
@@ -269,6 +276,17 @@ export interface FusedAttrs {
    * the cache to f32.
    */
   latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: WidePrecision }
+  /**
+   * `[q [B, T, J, D], weights [B, T, J], keys [B, S, D], limits? i32 [B, T]] -> [scores [B, T, S]]`: scores[b, t, s] is
+   * the sum over the heads j of weights[b, t, j] * max(0, q[b, t, j] . keys[b, s]). Scores of keys at or past limits[b,
+   * t] are -Infinity. NaN products stay NaN.
+   */
+  indexScores: IndexScoresAttrs
+  /**
+   * `[q, weights, keys, dscores, limits?] -> [dq, dweights, dkeys]`. The slope of max(0, x) at 0 is 0. dscores of keys
+   * at or past a limit is ignored.
+   */
+  indexScoresBackward: IndexScoresAttrs
   /**
    * `[logits [N, V], targets i32 [N]] -> [loss [N], lse [N]]`; loss is 0 where the target is `ignoreIndex` or out of
    * range.

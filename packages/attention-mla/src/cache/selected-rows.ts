@@ -4,7 +4,7 @@
  * Legend: B batch, n queries per sequence, K selected keys, S positions among which to select.
  */
 import { arange, type Tensor } from '@moe/core'
-import { bestKeys, type IndexQueries, indexScores } from '../lightning-indexer.ts'
+import { bestKeys, type IndexQueries } from '../lightning-indexer.ts'
 import type { CacheStep, SequenceCache } from './sequence-cache.ts'
 
 /** `[blocks, rows of a block, features]` to `[rows, features]`. */
@@ -49,12 +49,12 @@ export class SelectedRows {
     const [batch, n] = queries.q.shape
     const { lengths: after } = this.#step
     // The number of keys that each query sees.
-    const limits_BN1 = after
-      .reshape([batch, 1, 1])
-      .add(arange(n, { backend: after.backend }).reshape([1, n, 1]))
+    const limits_BN = after
+      .reshape([batch, 1])
+      .add(arange(n, { backend: after.backend }).reshape([1, n]))
       .add(from + 1 - this.#time)
-    const positions = bestKeys(indexScores(queries, this.#keys), limits_BN1, this.#count)
+    const positions = bestKeys(queries, this.#keys, limits_BN, this.#count)
     const pages = this.#rowOf.takeRows(positions.add(this.#firstOf)).reshape([batch * n, this.#count])
-    return { pages, lengths: limits_BN1.reshape([batch * n]).minimum(this.#count) }
+    return { pages, lengths: limits_BN.reshape([batch * n]).minimum(this.#count) }
   }
 }

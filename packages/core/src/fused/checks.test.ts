@@ -10,6 +10,7 @@ import { combineTokens, dispatchPlan, permuteTokens } from './dispatch.ts'
 import { emaStep } from './ema.ts'
 import { groupedMatmul } from './grouped-matmul.ts'
 import { fusedDefinitions } from './index.ts'
+import { indexScores } from './index-scores.ts'
 import { quantize } from './quantize.ts'
 import { quantizedGroupedMatmul, quantizedMatmul, quantizeWeight } from './quantized-matmul.ts'
 import { rmsNorm } from './rms-norm.ts'
@@ -146,6 +147,43 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       'floats as pages',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: f(1, 1) }),
       /pages has dtype f32, expected i32; cast it with .cast\('i32'\)/,
+    ],
+  ],
+  indexScores: [
+    [
+      'queries without heads',
+      () => indexScores(f(1, 2, 4), f(1, 2, 3), f(1, 5, 4)),
+      /q has shape \[1,2,4\], expected \[\*,\*,\*,\*\]; pass q \[B, T, J, D\]/,
+    ],
+    [
+      'weights of other heads',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 4), f(1, 5, 4)),
+      /weights has shape \[1,2,4\], expected \[1,2,3\]/,
+    ],
+    [
+      'keys of other features',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 3), f(1, 5, 3)),
+      /keys has shape \[1,5,3\], expected \[1,\*,4\]/,
+    ],
+    [
+      'keys of other sequences',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 3), f(2, 5, 4)),
+      /keys has shape \[2,5,4\], expected \[1,\*,4\]/,
+    ],
+    [
+      'keys in bf16',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 3), f(1, 5, 4).cast('bf16')),
+      /keys has dtype bf16, expected f32/,
+    ],
+    [
+      'limits of sequences',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 3), f(1, 5, 4), { limits: i([1], 5) }),
+      /limits has shape \[1\], expected \[1,2\]/,
+    ],
+    [
+      'floats as limits',
+      () => indexScores(f(1, 2, 3, 4), f(1, 2, 3), f(1, 5, 4), { limits: f(1, 2) }),
+      /limits has dtype f32, expected i32/,
     ],
   ],
   crossEntropy: [

@@ -18,6 +18,7 @@ import {
 } from './dispatch.ts'
 import { emaStepDefinition } from './ema.ts'
 import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
+import { indexScoresBackwardDefinition, indexScoresDefinition } from './index-scores.ts'
 import { mlaKeyValueBackwardDefinition, mlaKeyValueDefinition } from './mla-key-value.ts'
 import { quantizeDefinition } from './quantize.ts'
 import { quantizedGroupedMatmulDefinition, quantizedMatmulDefinition } from './quantized-matmul.ts'
@@ -41,6 +42,8 @@ export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> }
   attention: attentionDefinition,
   attentionBackward: attentionBackwardDefinition,
   latentAttention: latentAttentionDefinition,
+  indexScores: indexScoresDefinition,
+  indexScoresBackward: indexScoresBackwardDefinition,
   crossEntropy: crossEntropyDefinition,
   crossEntropyBackward: crossEntropyBackwardDefinition,
   linearCrossEntropy: linearCrossEntropyDefinition,

@@ -1,4 +1,5 @@
 /** @file Cases of rotary embeddings, MLA keys and values, attention, and absorbed decoding. */
+import type { WidePrecision } from '../../ops.ts'
 import { Random } from '../../random.ts'
 import { type CaseInput, f32, given, type OpCase, opCase, uniform } from '../case.ts'
 import { precisions, rough, sum } from './tolerances.ts'
@@ -156,6 +157,45 @@ const pagedCases = pagedSizes.flatMap(({ size, time }) =>
   ),
 )
 
+/** Sizes: batch, queries, heads, features, keys; then the limits of the queries, row by row. */
+const indexSizes: ReadonlyArray<readonly [name: string, sizes: number[], limits?: number[]]> = [
+  ['small', [2, 3, 5, 6, 7]],
+  ['one query, odd sizes', [1, 1, 3, 5, 37]],
+  ['heads of V3.2', [1, 3, 64, 128, 70]],
+  ['more keys than a tile', [1, 5, 33, 24, 300]],
+  ['more heads than a tile', [1, 2, 150, 16, 130]],
+  ['more queries than a tile', [2, 131, 8, 16, 40]],
+  ['one head and one feature', [1, 4, 1, 1, 5]],
+  ['no keys', [1, 2, 3, 4, 0]],
+  ['no queries', [2, 0, 3, 4, 5]],
+  ['limits', [2, 4, 5, 8, 9], [1, 2, 3, 9, 0, 12, -1, 5]],
+  ['causal limits of several tiles', [1, 150, 4, 16, 280], Array.from({ length: 150 }, (_, t) => 131 + t)],
+  ['limits far below the number of keys', [2, 1, 32, 16, 700], [129, 3]],
+]
+
+/** Queries or keys. In bf16 they are integers, so that rounding them changes no sign of a product. */
+const indexed = (precision: WidePrecision, ...shape: number[]): CaseInput =>
+  precision === 'f32' ? f32(...shape) : { shape, dtype: 'f32', random: 'integer', low: -4, high: 5 }
+
+const indexCases = indexSizes.flatMap(([name, [b, t, j, d, s], limits]) =>
+  precisions.flatMap(precision => {
+    const inputs = [indexed(precision, b, t, j, d), f32(b, t, j), indexed(precision, b, s, d)]
+    const seen = limits ? [given('i32', [b, t], limits)] : []
+    const tolerance = precision === 'bf16' ? rough(1) : sum
+    const gradient = s * t > 0 && precision === 'f32' && limits === undefined
+    return [
+      opCase('indexScores', `${name}, ${precision}`, [...inputs, ...seen], { precision }, { ...tolerance, gradient }),
+      opCase(
+        'indexScoresBackward',
+        `${name}, ${precision}`,
+        [...inputs, f32(b, t, s), ...seen],
+        { precision },
+        { ...tolerance, gradient: false },
+      ),
+    ]
+  }),
+)
+
 /** Every op of an attention layer. */
 export const attentionLayerCases: readonly OpCase[] = [
   ...ropeCases,
@@ -261,4 +301,29 @@ export const attentionLayerCases: readonly OpCase[] = [
     ),
   ),
   ...pagedCases,
+  ...indexCases,
+  opCase(
+    'indexScores',
+    'products of zero, NaN and infinity',
+    [
+      given('f32', [1, 3, 2, 2], [0, 0, 1, -1, Number.NaN, 0, 1, 1, 1, 0, -1, Number.POSITIVE_INFINITY]),
+      f32(1, 3, 2),
+      given('f32', [1, 3, 2], [1, 1, 0, 0, -1, 2]),
+    ],
+    { precision: 'f32' },
+    { gradient: false },
+  ),
+  opCase(
+    'indexScoresBackward',
+    'limits, products of zero',
+    [
+      given('f32', [1, 2, 2, 2], [1, 1, 0, 0, -1, 1, 2, -2]),
+      f32(1, 2, 2),
+      given('f32', [1, 3, 2], [1, 1, 0.5, -0.5, -1, 2]),
+      f32(1, 2, 3),
+      given('i32', [1, 2], [2, 3]),
+    ],
+    { precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
 ]
