@@ -15,6 +15,7 @@ import {
   globalNorm,
   gradients,
   groupedMatmul,
+  indexScores,
   latentAttention,
   linearCrossEntropy,
   mlaKeyValue,
@@ -195,6 +196,11 @@ function ops(backend: Backend): Record<string, () => unknown> {
   for (const format of ['bf16', 'fp8', 'int8', 'int4'] as const) {
     for (const rows of [1, 8, 600]) all[`stored ${format}, ${rows} rows`] = stored(format, rows, 1024, 2048)
     all[`stored ${format}, odd`] = stored(format, 3, 130, 129)
+  }
+  for (const heads of [64, 32, 5]) {
+    all[`index scores of ${heads} heads`] = () => {
+      indexScores(given(1, 300, heads, 128), given(1, 300, heads), given(1, 900, 128), { limits: ints(1, 300) })
+    }
   }
   all['loss'] = entropy(4096, 16384, 2048)
   all['loss, odd'] = entropy(50, 1003, 129)

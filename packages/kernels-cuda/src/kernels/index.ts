@@ -14,6 +14,7 @@ import { emaStep } from './ema/ema.ts'
 import { fill } from './fill/fill.ts'
 import { globalNorm } from './global-norm/global-norm.ts'
 import { groupedMatmul, groupedMatmulWeightGrad } from './grouped-matmul/grouped-matmul.ts'
+import { indexScores } from './index-scores/index-scores.ts'
 import { latentAttention } from './latent-attention/latent-attention.ts'
 import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy/linear-cross-entropy.ts'
 import { matmul } from './matmul/matmul.ts'
@@ -69,6 +70,7 @@ export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   globalNorm,
   groupedMatmul,
   groupedMatmulWeightGrad,
+  indexScores,
   latentAttention,
   linearCrossEntropy,
   linearCrossEntropyBackward,
