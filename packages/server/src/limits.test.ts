@@ -20,7 +20,7 @@ const call = { id: 'a', type: 'function', function: { name: 'f', arguments: '{}'
 const calls = (count: number) => ({ role: 'assistant', content: null, tool_calls: Array(count).fill(call) })
 
 test('bodies are nested up to 500 levels', async () => {
-  const nested = (depth: number) => '[{"a":'.repeat(depth / 2) + '1' + '}]'.repeat(depth / 2)
+  const nested = (depth: number) => `${'[{"a":'.repeat(depth / 2)}1${'}]'.repeat(depth / 2)}`
   const body = (depth: number, text = '') => `{"prompt":${JSON.stringify(text)},"metadata":${nested(depth)}}`
   expect((await send('/v1/completions', body(498))).status).toBe(200)
   expect(await send('/v1/completions', body(500))).toMatchObject({

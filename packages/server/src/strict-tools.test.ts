@@ -140,9 +140,10 @@ describe.each(formats)('in the format of %s', (_, chatTemplate, section, opening
       )
       const { choice } = await ask({ tools })
       expect(choice.finish_reason).toBe('tool_calls')
-      const [one, two] = choice.message.tool_calls?.map(call => call.type === 'function' && call.function) ?? []
-      expect([one && one.name, two]).toEqual(['look_up', { name: 'stop', arguments: '{}' }])
-      expect(validate(JSON.parse((one as { arguments: string }).arguments))).toBe(true)
+      const [one, two] =
+        choice.message.tool_calls?.flatMap(call => (call.type === 'function' ? [call.function] : [])) ?? []
+      expect([one?.name, two]).toEqual(['look_up', { name: 'stop', arguments: '{}' }])
+      expect(validate(JSON.parse(one.arguments))).toBe(true)
     }
   })
 
@@ -154,7 +155,7 @@ describe.each(formats)('in the format of %s', (_, chatTemplate, section, opening
       expect(await writer.allows(end)).toBe(true)
     })
     const { choice } = await ask({ tools, response_format: { type: 'json_object' } })
-    const [call] = choice.message.tool_calls?.map(call => call.type === 'function' && call.function) ?? []
+    const [call] = choice.message.tool_calls?.flatMap(call => (call.type === 'function' ? [call.function] : [])) ?? []
     expect(validate(JSON.parse((call as { arguments: string }).arguments))).toBe(true)
     const json = await serverThatWrites(chatTemplate, writer => writer.write('{"so": 1}'))
     expect((await json({ tools, response_format: { type: 'json_object' } })).choice.message.content).toBe('{"so": 1}')
