@@ -211,6 +211,12 @@ describe('checkpoint', () => {
     })
   })
 
+  test('the function may return no tensor', () => {
+    const before = alive()
+    scope(() => expect(checkpoint(() => [], ones([2]))).toEqual([]))
+    expect(alive()).toBe(before)
+  })
+
   test('the function may return its inputs unchanged', () => {
     const [v, w] = [parameter(1, 2), parameter(3, 4)]
     scope(() => {

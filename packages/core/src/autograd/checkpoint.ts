@@ -181,6 +181,7 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
     }
   })
   const outputs = listed(result)
+  if (outputs.length === 0) return { result, secondRun }
   // The marker is tracked regardless of the inputs, because parameters used inside `fn` may need gradients.
   const marker = full([], 0, { backend: outputs[0].backend })
   marker.tracked = true

@@ -11,6 +11,8 @@ import { setRows } from '../primitives.ts'
 import { Random } from '../random.ts'
 import { scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
+import { checkPrograms, compareValues, programCount, readResult } from './random-programs/check-program.ts'
+import { ProgramRun } from './random-programs/program.ts'
 import type { SuiteCheck } from './suite.ts'
 
 /** A backend that captures graphs. */
@@ -28,6 +30,7 @@ export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
     'a disposed graph frees its memory': checkMemory,
     'a failed capture leaves the state unchanged': checkFailure,
     'results outlive their graph, and are freed once': checkResult,
+    'replayed random programs equal the eager ones bit for bit': checkRandom,
   }
   return [
     {
@@ -207,6 +210,20 @@ async function checkResult(backend: Recorder): Promise<void> {
   expectSame([...(await graph.result.values())], [-1, -2])
   graph.result.dispose()
   for (const other of others) other.dispose()
+}
+
+async function checkRandom(backend: Recorder): Promise<void> {
+  await checkPrograms(programCount(), async program => {
+    const { handles } = backend.stats()
+    const run = new ProgramRun(program, backend)
+    const eager = await readResult(run.step())
+    const graph = backend.capture(() => run.step())
+    for (let replay = 0; replay < 2; replay++) graph.replay()
+    graph.dispose()
+    compareValues(await readResult(graph.result), eager)
+    run.dispose()
+    expectSame(backend.stats().handles, handles)
+  })
 }
 
 async function checkFailure(backend: Recorder): Promise<void> {

@@ -21,6 +21,7 @@ import { fusedCases } from './cases/fused.ts'
 import { primitiveCases } from './cases/primitives.ts'
 import { assertClose, normalizedError, tolerances } from './compare.ts'
 import { fp8ErrorBounds } from './few-bits.ts'
+import { checkProgram, checkPrograms, programCount } from './random-programs/check-program.ts'
 
 /** One check of a suite, for any test runner: `test(check.name, check.run)`. */
 export interface SuiteCheck {
@@ -53,7 +54,8 @@ export const caseName = (item: OpCase): string => `${item.op}: ${item.name}`
  * another.
  *
  * Each op case compares values and gradients with the reference backend (f64), runs twice to compare bits, and looks
- * for changed inputs and leaked handles. Further checks cover storage, errors, lifetimes and a small training loop.
+ * for changed inputs and leaked handles. Further checks cover storage, errors, lifetimes, a small training loop and
+ * random programs: 10, or as many as the environment variable MOE_RANDOM_PROGRAMS says.
  */
 export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions = {}): SuiteCheck[] {
   checkOptions('backendSuite', options, { skip: true, guards: true, fp8Bits: true })
@@ -70,6 +72,7 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
     { name: 'lifetimes: a tensor can be freed while it is downloaded', run: async () => checkReading(await get()) },
     { name: 'lifetimes: donation in setRows leaves aliases unchanged', run: async () => checkDonation(await get()) },
     { name: 'training: a linear model learns and leaks nothing', run: async () => checkTraining(await get()) },
+    { name: 'programs: random programs agree with the reference', run: async () => checkRandom(await get(), options) },
   ]
   const skipped = new Map(
     (options.skip ?? []).flatMap(({ reason, checks: names }) => names.map(name => [name, reason])),
@@ -82,6 +85,13 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
     return reason === undefined
       ? check
       : { name: `${check.name} (expected failure: ${reason})`, run: () => mustFail(check) }
+  })
+}
+
+async function checkRandom(backend: Backend, { guards }: SuiteOptions): Promise<void> {
+  await checkPrograms(programCount(), async program => {
+    await checkProgram(program, backend)
+    guards?.(backend)
   })
 }
 
