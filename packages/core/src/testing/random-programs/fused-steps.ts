@@ -85,7 +85,7 @@ export const fusedSteps = {
       1 + below(c, 2),
       below(c, 6),
       1 + below(c, 3),
-      below(c, 5),
+      1 + below(c, 4),
       below(c, 5),
       below(c, 4),
     ]

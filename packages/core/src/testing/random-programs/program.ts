@@ -83,18 +83,23 @@ export class ProgramRun {
     return [...this.#leaves.values()].filter((leaf): leaf is Parameter => leaf instanceof Parameter && leaf.trainable)
   }
 
-  /** Runs the program. The loss is the sum of all tracked results times fixed random weights; null without any. */
-  forward(options: { recompute?: boolean } = {}): { outputs: Tensor[]; loss: Tensor | null } {
+  /** Runs the program. Returns its results that have a gradient, and the gradient of the loss with respect to each. */
+  forward(options: { recompute?: boolean } = {}): { outputs: Tensor[]; tracked: Tensor[]; weights: Tensor[] } {
     const { precision, steps: all } = this.#program
     const { recompute = true } = options
     const results = withPrecision(precision, () => this.#run(all, { inputs: [], outside: [], path: '', recompute }))
-    const outputs = results.map(result => result.detach())
-    const parts = results.flatMap((result, i) => {
-      if (!result.tracked) return []
-      const weights = tensor(new Random(i + 1).normal(result.size), result.shape, { backend: this.#backend })
-      return [result.mul(weights).sum()]
-    })
-    return { outputs, loss: parts.length === 0 ? null : parts.reduce((sum, part) => sum.add(part)) }
+    const tracked = results.filter(result => result.tracked)
+    const weights = results.flatMap((result, i) =>
+      result.tracked ? [tensor(new Random(i + 1).normal(result.size), result.shape, { backend: this.#backend })] : [],
+    )
+    return { outputs: results.map(result => result.detach()), tracked, weights }
+  }
+
+  /** Runs the program and returns the loss, the sum of all tracked results times their weights; null without any. */
+  loss(options: { recompute?: boolean } = {}): { outputs: Tensor[]; loss: Tensor | null } {
+    const { outputs, tracked, weights } = this.forward(options)
+    const [first, ...others] = tracked.map((result, i) => result.mul(weights[i]).sum())
+    return { outputs, loss: first ? others.reduce((sum, part) => sum.add(part), first) : null }
   }
 
   /** Runs the program and its backward pass. */
@@ -109,7 +114,7 @@ export class ProgramRun {
   }
 
   #step(way: Exclude<Way, 'split'>): StepResult {
-    const { outputs, loss } = this.forward({ recompute: way !== 'direct' })
+    const { outputs, loss } = this.loss({ recompute: way !== 'direct' })
     const { parameters } = this
     if (loss === null) return { outputs, gradients: parameters.map(() => null) }
     if (way === 'gradients') return { outputs, gradients: gradients(loss, parameters) }
@@ -121,7 +126,7 @@ export class ProgramRun {
     return { outputs, gradients: parameters.map(takeGradient) }
   }
 
-  /** As a stage of a pipeline, with an input in place of the first parameter. */
+  /** As a stage of a pipeline, with an input in place of the first parameter, and all results as outputs. */
   #splitStep(): StepResult {
     scope(() => void this.forward())
     const first = [...this.#leaves].find(([, leaf]) => leaf.tracked)
@@ -130,11 +135,11 @@ export class ProgramRun {
     const input = parameter.detach()
     input.tracked = true
     this.#leaves.set(name, input)
-    const { outputs, loss } = this.forward()
+    const { outputs, tracked, weights } = this.forward()
     this.#leaves.set(name, parameter)
     const { parameters } = this
-    if (loss === null) return { outputs, gradients: parameters.map(() => null) }
-    const { gradients: ofInputs, backwardWeight } = backwardInput([loss], [input])
+    if (tracked.length === 0) return { outputs, gradients: parameters.map(() => null) }
+    const { gradients: ofInputs, backwardWeight } = backwardInput(tracked, [input], weights)
     backwardWeight()
     return { outputs, gradients: parameters.map(own => (own === parameter ? ofInputs[0] : takeGradient(own))) }
   }
