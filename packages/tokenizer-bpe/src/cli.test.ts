@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -31,6 +31,29 @@ test('trains, encodes, decodes and inspects', () => {
     vocabSize: 265,
     preTokenizer: 'deepseek-v3',
     specialTokens: 1,
+  })
+})
+
+test('train expands patterns that the shell left as they are', () => {
+  mkdirSync(join(folder, 'parts', 'deep.txt'), { recursive: true })
+  for (const [name, word] of [
+    ['a.txt', 'cat'],
+    ['b.txt', 'mat'],
+    ['deep.txt/c.txt', 'hat'],
+  ])
+    writeFileSync(join(folder, 'parts', name), `the ${word} `.repeat(20))
+  const train = (...files: string[]) => {
+    const options = ['--vocab-size', '265', '--out', 'parts.json', '--json']
+    expect(run(['train', ...files, ...options])).toMatchObject({ status: 0, stderr: '' })
+    return readFileSync(join(folder, 'parts.json'), 'utf8')
+  }
+  expect(train('parts/*.txt')).toBe(train('parts/a.txt', 'parts/b.txt'))
+  const all = train('parts/**/*.txt')
+  expect(all).toBe(train('parts/a.txt', 'parts/b.txt', 'parts/deep.txt/c.txt'))
+  expect(all).not.toBe(train('parts/*.txt'))
+  expect(run(['train', 'parts/*.md', '--vocab-size', '265'])).toMatchObject({
+    status: 1,
+    stderr: 'moe-tokenizer: train: no file matches parts/*.md; check the pattern and the current folder\n',
   })
 })
 

@@ -3,13 +3,13 @@
  * @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 success, 1 failure, 2 usage error,
  * 130 interrupted.
  */
-import { createReadStream, readFileSync } from 'node:fs'
+import fs, { createReadStream, existsSync, readFileSync, statSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
 const HELP = `Usage: moe-tokenizer COMMAND [options]
 
-  train FILE...    train a byte-level BPE vocabulary on text files (- for standard input)
+  train FILE...    train a byte-level BPE vocabulary on text files; FILE may be a pattern, or - for standard input
       --vocab-size N         number of ids, including special tokens and the 256 bytes (required)
       --out PATH             output file (default tokenizer.json)
       --pre-tokenizer NAME   deepseek-v3 (default), deepseek-llm, gpt2, cl100k, o200k, qwen2
@@ -111,7 +111,7 @@ async function train(files: string[]): Promise<void> {
   }
   process.once('SIGINT', () => interrupt.abort())
   const started = performance.now()
-  const tokenizer = await trainBpeAsync(textsOf(files), {
+  const tokenizer = await trainBpeAsync(textsOf(files.flatMap(filesOf)), {
     vocabSize: wholeNumber('vocab-size'),
     minFrequency: wholeNumber('min-frequency'),
     specialTokens: values.special,
@@ -142,6 +142,18 @@ function showProgress(progress: TrainProgress): void {
       ? `counting: ${megabytes} MB, ${progress.pieces} distinct pieces`
       : `merging: ${progress.tokens} of ${progress.vocabSize} ids`
   process.stderr.write(`\r\x1b[K${line}`)
+}
+
+/** The files that match a pattern, for shells that do not expand it. Paths of files are returned as they are. */
+function filesOf(pattern: string): string[] {
+  if (pattern === '-' || existsSync(pattern)) return [pattern]
+  // Node 20 has no globSync.
+  const matches = fs.globSync?.(pattern).filter(path => statSync(path).isFile()) ?? []
+  if (matches.length > 0) return matches.sort()
+  const fix = fs.globSync
+    ? 'check the pattern and the current folder'
+    : 'leave out the quotes: Node 20 expands no patterns'
+  throw new TokenizerError({ code: 'E_DATA', op: 'train', problem: `no file matches ${pattern}`, fix })
 }
 
 /** Yields the texts of files. Large files are split before a line that does not start with white space. */
