@@ -54,7 +54,7 @@ export class BatchText {
     this.options = options
     this.report = report
     this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
-    this.occurrences = new Occurrences(tokens)
+    this.occurrences = new Occurrences(tokens, options)
     this.random = new Random(options.seed ?? 0)
   }
 

@@ -123,7 +123,7 @@ test('the most likely allowed token is chosen, with the log-probability of the m
 
 test('ids beyond the last word of a mask are not allowed', () => {
   const constraint: TokenConstraint = { allowed: () => null, accept() {} }
-  const none = new Occurrences([])
+  const none = new Occurrences([], {})
   for (const [words, expected] of [
     [[-1, 1], 32],
     [[-1], 31],

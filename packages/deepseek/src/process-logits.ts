@@ -2,15 +2,24 @@
 import { MoeError } from '@moe/core'
 import { type AllowedTokens, isDrawn, needsLogits, type SamplingOptions, type Scores } from './sampling.ts'
 
-/** The tokens that occur in a text, for penalties. */
+/** The tokens that occur in a text, for penalties, and its logit bias. */
 export class Occurrences {
   /** Tokens of the prompt and the generated text. */
   readonly #all: Set<number>
   /** How often each token was generated. */
   readonly #generated = new Map<number, number>()
+  /** Tokens with a bias and their biases. Reading them from the object for each token would be slow. */
+  readonly #biased: Uint32Array
+  readonly #biases: Float64Array
 
-  constructor(prompt: Iterable<number>) {
+  readonly #options: SamplingOptions
+
+  constructor(prompt: Iterable<number>, options: SamplingOptions) {
+    const { logitBias = {} } = options
+    this.#options = options
     this.#all = new Set(prompt)
+    this.#biased = Uint32Array.from(Object.keys(logitBias), Number)
+    this.#biases = Float64Array.from(Object.values(logitBias))
   }
 
   /** Counts a generated token. */
@@ -19,9 +28,10 @@ export class Occurrences {
     this.#generated.set(token, (this.#generated.get(token) ?? 0) + 1)
   }
 
-  /** Applies the penalties to logits, in place: first that of repetition, as vLLM does. */
-  penalize(logits: Float32Array, options: SamplingOptions): void {
-    const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0 } = options
+  /** Applies the logit bias and the penalties to logits, in place, in the order of vLLM. */
+  apply(logits: Float32Array): void {
+    const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0 } = this.#options
+    for (let i = 0; i < this.#biased.length; i++) logits[this.#biased[i]] += this.#biases[i]
     if (repetitionPenalty !== 1) {
       for (const token of this.#all) {
         logits[token] = logits[token] < 0 ? logits[token] * repetitionPenalty : logits[token] / repetitionPenalty
@@ -42,10 +52,9 @@ export function processLogits(
   options: SamplingOptions,
   allowed: AllowedTokens = null,
 ): Scores {
-  const { temperature = 0, logitBias = {} } = options
+  const { temperature = 0 } = options
   if (typeof scores === 'number' || !needsLogits(options)) return scores
-  for (const [token, bias] of Object.entries(logitBias)) scores[Number(token)] += bias
-  occurrences.penalize(scores, options)
+  occurrences.apply(scores)
   if (allowed) mask(scores, allowed)
   const { length } = scores
   let best = 0

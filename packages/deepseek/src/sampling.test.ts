@@ -147,7 +147,7 @@ describe('compared with transformers (tools/reference/sampling.py)', async () =>
 
   test.each(cases)('has the same probabilities: $options', async ({ options, probabilities: expected }) => {
     using scores = scope(() => scoresOf(tensor(logits), options))
-    const penalized = processLogits((await scores.values()) as Float32Array, new Occurrences(prompt), options)
+    const penalized = processLogits((await scores.values()) as Float32Array, new Occurrences(prompt, options), options)
     const p = restrict(penalized as Float32Array, options)
     const sum = total(p)
     for (const [i, x] of p.entries()) expect(Math.abs(x / sum - expected[i])).toBeLessThan(1e-6)
@@ -188,7 +188,7 @@ describe('logit bias, frequency and presence penalties', () => {
         const count = generated.filter(one => one === token).length
         return logit + (logitBias[token] ?? 0) - count * frequencyPenalty - (count > 0 ? presencePenalty : 0)
       })
-      const occurrences = new Occurrences(prompt)
+      const occurrences = new Occurrences(prompt, options)
       for (const token of generated) occurrences.add(token)
       const largest = Math.max(...expected)
       const temperature = 0.7
@@ -199,10 +199,10 @@ describe('logit bias, frequency and presence penalties', () => {
   })
 
   test('apply before and after the repetition penalty, as in vLLM', () => {
-    const occurrences = new Occurrences([0, 1])
-    occurrences.add(1)
     const options = { temperature: 1, repetitionPenalty: 2, frequencyPenalty: 0.5, presencePenalty: 0.25 }
     const biased = { ...options, logitBias: { 0: 2, 1: -3 } }
+    const occurrences = new Occurrences([0, 1], biased)
+    occurrences.add(1)
     // (2 + 2) / 2, (1 - 3) * 2 - 0.75, and a token that does not occur.
     const p = processLogits(Float32Array.of(2, 1, 2), occurrences, biased) as Float32Array
     expect(rounded(p)).toEqual(rounded(Float32Array.of(1, Math.exp(-6.75), 1)))

@@ -62,9 +62,9 @@ export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temper
 
 /** Whether an option applies to the logits on the host: see `processLogits`. */
 export function needsLogits(options: SamplingOptions): boolean {
-  const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0, logitBias = {}, constraint } = options
+  const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0, logitBias, constraint } = options
   const isPenalized = repetitionPenalty !== 1 || frequencyPenalty !== 0 || presencePenalty !== 0
-  return isPenalized || constraint !== undefined || Object.keys(logitBias).length > 0
+  return isPenalized || constraint !== undefined || logitBias !== undefined
 }
 
 /**
@@ -162,29 +162,54 @@ function cutoff(
   topK: number,
   topP: number,
 ): { least: number; equals: number } {
-  const { length } = p
-  const limited = topK < length
-  // Only values that may be kept need to be sorted. Those below the mean of what may be removed add up to less than that.
-  const bound = limited ? lowerBound(p, topK) : Math.max(floor, (sum - topP * sum) / length)
-  let candidates = 0
-  for (let i = 0; i < length; i++) if (p[i] >= bound) candidates++
-  const sorted = new Float32Array(candidates)
-  candidates = 0
-  for (let i = 0; i < length; i++) if (p[i] >= bound) sorted[candidates++] = p[i]
-  sorted.sort()
+  const limited = topK < p.length
+  // Only the smallest kept value must be found, so only values near it are sorted.
+  const { from, below, above } = limited
+    ? { from: lowerBound(p, topK), below: Infinity, above: 0 }
+    : nucleus(p, floor, topP * sum)
+  const sorted = valuesBetween(p, from, below)
   const end = sorted.length
   const start = limited ? end - topK : 0
   let all = limited ? 0 : sum
   if (limited) for (let i = end - 1; i >= start; i--) all += sorted[i]
   // In f64, the sum may reach that of all before the last small values are added.
   const mass = topP < 1 ? topP * all : Infinity
-  let reached = 0
+  let reached = above
   let at = end
   while (at > start && reached < mass) reached += sorted[--at]
   const least = sorted[at]
-  let above = at
-  while (above < end && sorted[above] === least) above++
-  return { least, equals: above - at }
+  let equal = at
+  while (equal < end && sorted[equal] === least) equal++
+  return { least, equals: equal - at }
+}
+
+/** The values from `from` to below `below`, in increasing order. */
+function valuesBetween(p: Float32Array, from: number, below: number): Float32Array {
+  const { length } = p
+  let count = 0
+  for (let i = 0; i < length; i++) if (p[i] >= from && p[i] < below) count++
+  const values = new Float32Array(count)
+  count = 0
+  for (let i = 0; i < length; i++) if (p[i] >= from && p[i] < below) values[count++] = p[i]
+  return values.sort()
+}
+
+/** Values are grouped by the first 16 of their bits, since positive floats have the order of their bits. */
+const groups = new Float64Array(2 ** 16)
+const INFINITY_GROUP = 0x7f80
+const firstOf = (group: number) => new Float32Array(Uint32Array.of(group << 16).buffer)[0]
+
+/** The range of values in which the sum of the largest values reaches `mass`, or that contains `floor`, and the sum of the values above. */
+function nucleus(p: Float32Array, floor: number, mass: number): { from: number; below: number; above: number } {
+  const { length } = p
+  const bits = new Uint32Array(p.buffer, p.byteOffset, length)
+  groups.fill(0)
+  for (let i = 0; i < length; i++) groups[bits[i] >>> 16] += p[i]
+  const last = new Uint32Array(Float32Array.of(floor).buffer)[0] >>> 16
+  let group = INFINITY_GROUP - 1
+  let above = 0
+  while (group > last && above + groups[group] < mass) above += groups[group--]
+  return { from: firstOf(group), below: firstOf(group + 1), above }
 }
 
 /** A lower bound of the `parts`-th largest value: the least of the maxima of that many parts. */

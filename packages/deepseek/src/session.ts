@@ -108,7 +108,7 @@ export class Session {
     const prompt = tokens.length
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
-    const occurrences = new Occurrences(tokens)
+    const occurrences = new Occurrences(tokens, options)
     /** Number of latest hidden states of accepted tokens that the modules have not processed. */
     let unseen = 0
     /** Lets signals, timers and readers run, since a backend that computes on this thread never waits. */
