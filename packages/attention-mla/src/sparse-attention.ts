@@ -28,6 +28,12 @@ export const limits = { scores: 2 ** 24 }
 /** Returns the number of queries of a chunk, given the scores of each query. */
 export const chunkSize = (scoresPerQuery: number): number => Math.max(1, Math.floor(limits.scores / scoresPerQuery))
 
+/**
+ * Minimum number of chunks of a sequence. A chunk computes no scores of keys after its last query, so four chunks
+ * compute 5/8 of the scores of a single one.
+ */
+const leastChunks = 4
+
 /** What the attention reads of the indexer: its queries, and the keys `[B, T, I]` of the same tokens. */
 export interface IndexInputs extends IndexQueries {
   readonly keys: Tensor
@@ -59,7 +65,7 @@ export function sparseAttention(
   options: SparseOptions,
 ): { readonly out: Tensor; readonly loss: Tensor | undefined } {
   const [batch, time, heads] = q.shape
-  const step = chunkSize(batch * time * heads)
+  const step = Math.min(chunkSize(batch * time * heads), Math.ceil(time / leastChunks))
   const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
   const inputs = [byHead(q), byHead(k), byHead(v), index.q, index.weights, index.keys]
   const outs: Tensor[] = []
@@ -88,8 +94,8 @@ function attendChunk(inputs: readonly Tensor[], from: number, to: number, option
   const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
   const scores = q
     .narrow(2, from, to)
-    .matmul(k.narrow(2, 0, to), { transposeB: true })
     .mul(scale)
+    .matmul(k.narrow(2, 0, to), { transposeB: true })
   const [batch, time, keys] = seen.shape
   const p = softmax(mask(scores, seen.reshape([batch, 1, time, keys])))
   const out = p.matmul(v.narrow(2, 0, to))

@@ -39,7 +39,9 @@ MOE_INLINE void row_softmax(int64_t n, const float* x, float* y) {
   const float top = row_max(n, x);
   const f32v shift = splat(top == -std::numeric_limits<float>::infinity() ? 0 : top);
   const float total = row_sum(n, [&](int64_t i, int count) {
-    const f32v e = exp(load_some(x + i, count, -std::numeric_limits<float>::infinity()) - shift);
+    const f32v difference = load_some(x + i, count, -std::numeric_limits<float>::infinity()) - shift;
+    // NaN stays NaN.
+    const f32v e = select(difference == difference, exp_nonpositive(difference), difference);
     store_some(y + i, e, count);
     return e;
   });
