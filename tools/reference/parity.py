@@ -1,14 +1,14 @@
 """Live parity with transformers on random small configurations; driven by packages/deepseek/scripts/parity.ts.
 
     parity.py export DIR SEED ...   writes DIR/<seed>/theirs/ (a checkpoint) and theirs.safetensors, theirs.json: ids, labels,
-                                    logits, losses, every gradient; seeds 4, 9, ... are Llama, 3, 13, ... Youtu, 8, 18, ... GLM, of the others
-                                    even ones are V3, odd ones V2
+                                    logits, losses, every gradient; seeds 4, 9, ... are Llama, 3, 13, ... Youtu, 8, 18, ... GLM, 6, 16, ...
+                                    V3.2, 7, 17, ... GLM-5; of the others even ones are V3, odd ones V2
     parity.py check DIR SEED ...    opens DIR/<seed>/{back,ours}/ (checkpoints written by @moe/deepseek) without one missing or
                                     unexpected key; back must be theirs bit for bit, ours have the logits of ours.logits/
     parity.py generate DIR SEED ... writes DIR/<seed>/theirs/ and generate.json: 200 tokens of greedy generate()
 
-Prints one JSON line per seed. A case whose routing (or likeliest token) is too close to a tie is drawn again, so that
-rounding cannot decide.
+Prints one JSON line per seed. A case whose routing, selection of keys or likeliest token is too close to a tie is drawn
+again, so that rounding cannot decide.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from fixture_file import deterministic, save_record
 from safetensors.torch import load_file, save_file
+from selection import SelectionCheck
 from transformers import YoutuConfig
 from whole_model import (
     FAMILIES, MTP_WEIGHT, YARN, Joint, RoutingCheck, family_of, gradients, make_batch, make_config, on_disk, open_strictly,
@@ -26,6 +27,8 @@ from whole_model import (
 )
 
 MIN_MARGIN = 2e-5
+MIN_SELECTION_MARGIN = 2e-6
+SPARSE = ("v32", "dsa")
 MIN_GAP = 1e-3  # between the two likeliest tokens, in logits
 
 
@@ -68,8 +71,16 @@ def draw_fields(family, r):
         fields["topk_method"] = "greedy" if groups == 1 else "group_limited_greedy"
         return fields
     fields |= dict(norm_topk_prob=r.random() < 0.7, num_nextn_predict_layers=r.choice([0, 1, 2]))
-    fields["rope_interleave"] = r.random() < 0.8
-    if family == "glm":
+    if family in SPARSE:
+        # With fewer heads, the scores of too many keys are exactly 0: ties.
+        fields |= dict(
+            q_lora_rank=12, index_topk=r.choice([1, 3, 4, 7, 11, 30]), index_n_heads=r.choice([6, 8, 9]),
+            index_head_dim=fields["qk_rope_head_dim"] + r.choice([0, 2, 8]), scoring_func="sigmoid", topk_method="noaux_tc")
+    else:
+        fields["rope_interleave"] = r.random() < 0.8
+    if family == "dsa":
+        fields["num_nextn_predict_layers"] = 0  # MtpModel cannot run its layers, which return a pair
+    if family in ("glm", "dsa"):
         dense = fields["first_k_dense_replace"]
         fields["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
     if family == "youtu":
@@ -81,7 +92,7 @@ def draw_fields(family, r):
 def family_of_seed(seed):
     if seed % 5 == 4:
         return "llama"
-    return {3: "youtu", 8: "glm"}.get(seed % 10, ("v3", "v2")[seed % 2])
+    return {3: "youtu", 6: "v32", 7: "dsa", 8: "glm"}.get(seed % 10, ("v3", "v2")[seed % 2])
 
 
 def draw(seed, accept):
@@ -95,8 +106,9 @@ def draw(seed, accept):
         randomize(joint, torch.Generator().manual_seed(1000 * seed + attempt), bias)
         check = RoutingCheck(config)
         check.watch(joint)
-        found = accept(joint, config, check, r)
-        if found is not None and check.margin >= MIN_MARGIN:
+        selection = SelectionCheck()
+        found = accept(joint, config, selection, r)
+        if found is not None and check.margin >= MIN_MARGIN and selection.margin >= MIN_SELECTION_MARGIN:
             return joint, config, found
     raise SystemExit(f"seed {seed}: no weights far enough from a tie")
 
@@ -109,7 +121,8 @@ def write(joint, config, folder):
 
 
 def export(folder, seed):
-    def run(joint, config, check, r):
+    def run(joint, config, selection, r):
+        selection.watch(joint)
         batch = make_batch(config, torch.Generator().manual_seed(seed), 4 if seed % 4 >= 2 else 0)
         joint.zero_grad()
         return batch, *joint(*batch)
@@ -136,18 +149,20 @@ def check(folder, seed):
         assert (again - expected["logits"]).norm() <= 1e-5 * expected["logits"].norm(), "logits differ after the round trip"
         ours = open_strictly(folder / "ours")
         routing = RoutingCheck(ours.main.config)
+        selection = SelectionCheck()
         routing.watch(ours)
+        selection.watch(ours)
         tensors = load_file(folder / "ours.logits/model.safetensors")
         ids = tensors["input_ids"].long()
         logits = ours(ids, ids.clone(), None)[1]["logits"]
     error = ((logits - tensors["logits"]).norm() / logits.norm()).item()
-    if routing.margin < MIN_MARGIN / 10:
-        return {"logits": None, "margin": routing.margin}
+    if routing.margin < MIN_MARGIN / 10 or selection.margin < MIN_SELECTION_MARGIN / 10:
+        return {"logits": None, "margin": min(routing.margin, selection.margin)}
     return {"logits": error}
 
 
 def generate(folder, seed):
-    def run(joint, config, check, r):
+    def run(joint, config, selection, r):
         prompt = torch.randint(2, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(seed))
         out = joint.main.generate(
             prompt, max_new_tokens=200, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True,
@@ -155,6 +170,10 @@ def generate(folder, seed):
         best = torch.stack(out.logits).topk(2, dim=-1).values
         if (best[..., 0] - best[..., 1]).min() < MIN_GAP:
             return None
+        # The check of a selection knows no cache: it sees the same selections in one pass over the text.
+        selection.watch(joint)
+        with torch.no_grad():
+            joint.main(input_ids=out.sequences, use_cache=False)
         return prompt[0].tolist(), out.sequences[0, prompt.shape[1]:].tolist()
 
     joint, config, (prompt, made) = draw(seed, run)

@@ -120,6 +120,11 @@ async function compareTheirs(folder: string, model: DeepSeek, answer: Answer) {
   const gradients: Array<[key: string, own: Float32Array, theirs: Float32Array]> = []
   for (const { name, parameter, slices } of namedParameters(model)) {
     if (!parameter.trainable) continue
+    // The selection of keys has no gradient, and transformers has no loss for the indexers.
+    if (name.includes('.indexer.')) {
+      if (parameter.grad != null) throw new Error(`${name} has a gradient without a loss of the indexer`)
+      continue
+    }
     const own = (await parameter.grad?.values()) ?? new Float32Array(parameter.size)
     const parts = await Promise.all((slices ?? [name]).map(slice => floats(file, `grad.${slice}`)))
     gradients.push([name, own as Float32Array, Float32Array.from(parts.flatMap(part => Array.from(part)))])
@@ -170,7 +175,7 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
       failures.push(`seed ${seed}: ${answer?.error ?? 'no result'}`)
       continue
     }
-    const objective = { mtpWeight: answer.mtpWeight as number, balanceWeight: 0 }
+    const objective = { mtpWeight: answer.mtpWeight as number, balanceWeight: 0, indexerWeight: 0 }
     const model = await DeepSeek.fromPretrained(join(at, 'theirs'), { objective })
     const { config } = model
     shapes.set(
@@ -188,6 +193,7 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
           : `top ${config.num_experts_per_tok}, ${config.topk_group}/${config.n_group} groups, ${config.n_shared_experts} shared`,
         config.rope_scaling ? 'YaRN' : 'RoPE',
         ...(config.tie_word_embeddings ? ['tied'] : []),
+        ...(config.index_topk === null ? [] : [`${config.index_topk} keys by ${config.index_n_heads} heads`]),
         ...(config.num_nextn_predict_layers > 0 ? [`MTP ${config.num_nextn_predict_layers}`] : []),
       ].join(', '),
     )

@@ -22,6 +22,8 @@ const cases: readonly Size[] = [
   { name: 'one head, fewer rows than a panel', sizes: [1, 3, 1, 33, 65] },
   { name: 'more heads than a block has rows', sizes: [1, 3, 200, 16, 40] },
   { name: 'causal limits', sizes: [1, 150, 4, 24, 620], limit: (_, t) => 471 + t },
+  // The gradients of 4,096 products by 512 keys are stored at once.
+  { name: 'several blocks in the backward pass', sizes: [1, 130, 32, 4, 530], limit: (_, t) => (t < 128 ? 500 : 530) },
   { name: 'limits out of range', sizes: [2, 3, 6, 10, 33], limit: (b, t) => [-3, 0, 99, 33, 1, 20][3 * b + t] },
   { name: 'no keys', sizes: [1, 2, 3, 4, 0] },
   { name: 'no heads', sizes: [1, 2, 0, 4, 5] },
