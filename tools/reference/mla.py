@@ -8,7 +8,7 @@ writes packages/attention-mla/fixtures/<case>.safetensors and <case>.json. Tenso
     cache.c_kv [B, T, kv_lora] (after its norm) and cache.k_rope [B, T, rope] (after RoPE, adjacent pairs as in the
     released code), grad_output, grad.hidden_states, grad.weight.<name>.
 
-The sparse cases are DeepseekV32Attention and GlmMoeDsaAttention, whose indexer gets no gradient. Their seed is the first one for
+scaled-queries is Mistral4Attention. The sparse cases are DeepseekV32Attention and GlmMoeDsaAttention, whose indexer gets no gradient. Their seed is the first one for
 which no selection is nearer than MIN_MARGIN to a tie; topk [B, T, K] i32 are the selected positions, ascending, -1 where a query
 sees fewer keys.
 """
@@ -23,6 +23,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_moe_dsa
+from transformers.models.mistral4 import modeling_mistral4 as mistral4
 
 OUT = ROOT / "packages/attention-mla/fixtures"
 BASE = dict(
@@ -42,6 +43,10 @@ CASES = {
     "yarn-mscale": dict(seed=14, config=dict(rope_scaling=dict(YARN, mscale=0.5, mscale_all_dim=0.8), q_lora_rank=None,
                                              max_position_embeddings=163840), starts=[7, 0],
                         note="YaRN with unequal mscale: cos and sin carry their ratio, the softmax scale mscale_all_dim"),
+    "scaled-queries": dict(
+        seed=17, classes=(mistral4, "Mistral4"), starts=[0, 30],
+        config=dict(rope_scaling=dict(YARN, original_max_position_embeddings=4, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.3)),
+        note="queries scaled by their positions, as in Mistral Small 4: one step per 4 positions; row 1 starts at position 30"),
     "sparse": dict(seed=15, config=SPARSE, starts=[0, 3], classes=(deepseek_v32, "DeepseekV32"),
                    note="sparse attention of DeepSeek-V3.2 to 4 of 10 keys"),
     "sparse-interleaved": dict(
@@ -67,11 +72,19 @@ def classes(spec):
     return tuple(getattr(module, prefix + name) for name in ("Config", "Attention", "RotaryEmbedding"))
 
 
+def rope_parameters(fields, make_config):
+    """The fields of a configuration; Mistral4Config has defaults for RoPE that only rope_parameters replaces."""
+    if "Mistral4" not in make_config.__name__:
+        return fields
+    scaling, theta = fields.pop("rope_scaling"), fields.pop("rope_theta")
+    return {**fields, "rope_parameters": {**scaling, "rope_theta": theta}}
+
+
 def write_with_seed(case, spec, seed):
     deterministic(seed)
     g = torch.Generator().manual_seed(seed)
     make_config, make_attention, make_rotary = classes(spec)
-    config = make_config(**{**BASE, **copy.deepcopy(spec["config"])})
+    config = make_config(**rope_parameters({**BASE, **copy.deepcopy(spec["config"])}, make_config))
     config._attn_implementation = "eager"
     attention = make_attention(config, layer_idx=0).eval()
     rotary = make_rotary(config)
@@ -86,7 +99,8 @@ def write_with_seed(case, spec, seed):
     positions = torch.tensor(spec["starts"])[:, None] + torch.arange(time)[None]
     cos, sin = rotary(hidden, positions)
     causal = torch.full((time, time), float("-inf")).triu(1)[None, None]
-    output = attention(hidden, (cos, sin), causal)[0]
+    at = {"position_ids": positions} if "Mistral4" in type(attention).__name__ else {}
+    output = attention(hidden, (cos, sin), causal, **at)[0]
     if check.margin < MIN_MARGIN:
         return False
     grad_output = torch.randn(output.shape, generator=g)

@@ -83,6 +83,14 @@ def draw_fields(family, r):
     if family in ("glm", "dsa"):
         dense = fields["first_k_dense_replace"]
         fields["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
+    if family == "mistral":
+        del fields["num_nextn_predict_layers"], fields["rope_theta"]
+        theta, context = r.choice([10000.0, 50000.0]), r.choice([4, 32])
+        fields.pop("rope_scaling", None)
+        fields["rope_parameters"] = dict(
+            YARN, rope_theta=theta, factor=16.0, original_max_position_embeddings=context, mscale=1.0, mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.1)
+        fields |= dict(n_group=1, topk_group=1, n_shared_experts=r.choice([1, 2]), pad_token_id=None)
     if family == "youtu":
         known = {*YoutuConfig().to_dict(), "rope_theta", "rope_scaling"}
         return {key: value for key, value in fields.items() if key in known}
@@ -92,7 +100,7 @@ def draw_fields(family, r):
 def family_of_seed(seed):
     if seed % 5 == 4:
         return "llama"
-    return {3: "youtu", 6: "v32", 7: "dsa", 8: "glm"}.get(seed % 10, ("v3", "v2")[seed % 2])
+    return {3: "youtu", 5: "mistral", 6: "v32", 7: "dsa", 8: "glm"}.get(seed % 10, ("v3", "v2")[seed % 2])
 
 
 def draw(seed, accept):

@@ -3,7 +3,7 @@
     .venv-reference/bin/python tools/reference/relatives.py [CASE ...]
 
 writes packages/deepseek/fixtures/glm-<case>/ (Glm4MoeLiteForCausalLM), youtu-<case>/ (YoutuForCausalLM), v32-<case>/
-(DeepseekV32ForCausalLM), dsa-<case>/ (GlmMoeDsaForCausalLM) and kimi-k25/, files and tensors as in
+(DeepseekV32ForCausalLM), dsa-<case>/ (GlmMoeDsaForCausalLM), mistral-<case>/ (Mistral4ForCausalLM) and kimi-k25/, files and tensors as in
 deepseek_v3.py, and packages/deepseek/fixtures/relatives-sizes.json: parameters of the released models, counted on transformers' own modules without
 memory for them.
 
@@ -44,12 +44,28 @@ V32 = dict(
 )
 DSA = {**GLM, "moe_intermediate_size": 4, "first_k_dense_replace": 1, "index_topk": 3, "index_n_heads": 6, "index_head_dim": 8,
        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1}
+MISTRAL = dict(
+    vocab_size=48, hidden_size=24, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=12, q_lora_rank=16,
+    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    pad_token_id=None,  # with one, its row of the embedding gets no gradient
+    rope_parameters=dict(
+        rope_type="yarn", rope_theta=10000.0, factor=16.0, original_max_position_embeddings=3, beta_fast=32.0, beta_slow=1.0,
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4),
+)
 
 CASES = {
     "v32-mtp": dict(
         config=dict(num_nextn_predict_layers=1), bias="mixed",
         note="DeepSeek-V3.2: attention to 4 of 12 keys, YaRN, an MTP layer with an indexer of its own"),
     "dsa-glm": dict(config={}, bias="mixed", note="the shape of GLM-5: attention to 3 of 12 keys, by indexers that rotate adjacent features"),
+    "mistral-base": dict(
+        config=dict(first_k_dense_replace=1),
+        note="the shape of Mistral Small 4 with one dense layer: queries scaled in four steps of 3 positions, softmax gate"),
+    "mistral-padding": dict(
+        config=dict(q_lora_rank=None, rope_interleave=False, norm_topk_prob=False, routed_scaling_factor=1.5, n_shared_experts=2,
+                    moe_intermediate_size=6), pad=5,
+        note="queries not compressed, halves turned, gates as they are; right padding: the last 5 tokens of row 1 carry no loss"),
     "glm-mtp": dict(
         config=dict(num_nextn_predict_layers=1, moe_intermediate_size=4, hidden_size=20), bias="mixed",
         note="the shape of GLM-4.7-Flash: values as wide as queries, one dense layer, one group, an MTP layer behind the last"),
@@ -63,11 +79,12 @@ CASES = {
         note="untied, queries not compressed, halves turned; right padding: the last 5 tokens of row 1 carry no loss"),
 }
 
-BASES = {"glm": GLM, "youtu": YOUTU, "v32": V32, "dsa": DSA}
+BASES = {"glm": GLM, "youtu": YOUTU, "v32": V32, "dsa": DSA, "mistral": MISTRAL}
 RELEASED = {
     "glm-4.7-flash": ("glm", {}),
     "youtu-llm-2b": ("youtu", {}),
     "deepseek-v3.2": ("v32", {}),
+    "mistral-small-4": ("mistral", {}),
 }
 
 VISION = dict(num_attention_heads=1, num_hidden_layers=1, hidden_size=8, intermediate_size=8, pos_emb_height=2, pos_emb_width=2, patch_size=2)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import (
     DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV32Config,
     DeepseekV32ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, LlamaConfig,
-    LlamaForCausalLM, YoutuConfig, YoutuForCausalLM,
+    LlamaForCausalLM, Mistral4Config, Mistral4ForCausalLM, YoutuConfig, YoutuForCausalLM,
 )
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
@@ -32,7 +32,7 @@ FAMILIES = {
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM), "glm": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "youtu": (YoutuConfig, YoutuForCausalLM), "v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
-    "dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
+    "dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM), "mistral": (Mistral4Config, Mistral4ForCausalLM),
 }
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
 
@@ -103,7 +103,7 @@ class RoutingCheck:
             expected_ids, expected_weights = v3_gate(logits, bias, **rule)
             choice, groups = v3_choice(logits, bias, c.n_group, c.topk_group)
         else:
-            if c.topk_method == "greedy":
+            if getattr(c, "topk_method", "greedy") == "greedy":
                 rule |= dict(groups=1, kept_groups=1)
             expected_ids, expected_weights = v2_gate(logits, **rule)
             choice, groups = v2_choice(logits, rule["groups"], rule["kept_groups"])
@@ -165,19 +165,22 @@ def on_disk(joint, config):
         prefix = f"model.layers.{config.num_hidden_layers + k}."
         for name, t in layer.state_dict().items():
             name = name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
-            if name == "mlp.experts.gate_up_proj":
-                for e, stacked in enumerate(t):
-                    gate, up = stacked.chunk(2)
-                    tensors[f"{prefix}mlp.experts.{e}.gate_proj.weight"] = gate
-                    tensors[f"{prefix}mlp.experts.{e}.up_proj.weight"] = up
-            elif name == "mlp.experts.down_proj":
-                tensors |= {f"{prefix}mlp.experts.{e}.down_proj.weight": one for e, one in enumerate(t)}
-            else:
-                tensors[prefix + name] = t
+            tensors |= one_by_one(prefix + name, t)
         tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         # A tied head is not in the file; the released layout repeats it inside each MTP layer all the same.
         tensors[f"{prefix}shared_head.head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     return tensors, config_json
+
+
+def one_by_one(name, t):
+    """A tensor under its name; the matrices of stacked experts under a name each."""
+    prefix, _, projection = name.rpartition(".")
+    if not prefix.endswith("mlp.experts"):
+        return {name: t}
+    if projection == "down_proj":
+        return {f"{prefix}.{e}.down_proj.weight": one for e, one in enumerate(t)}
+    halves = [stacked.chunk(2) for stacked in t]
+    return {f"{prefix}.{e}.{which}_proj.weight": half for e, pair in enumerate(halves) for which, half in zip(("gate", "up"), pair)}
 
 
 def gradients(joint, config):
@@ -191,7 +194,8 @@ def gradients(joint, config):
     copies = ("e_score_correction_bias", "shared_head.head.weight")
     tensors, _ = on_disk(twin, config)
     own = lambda key: not key.endswith(copies) and ".indexer." not in key and not (key.startswith("model.layers.") and key.endswith(".embed_tokens.weight"))
-    return {k: v for k, v in tensors.items() if own(k) and v.numel() > 0}
+    apart = {k: v for name, t in tensors.items() for k, v in one_by_one(name, t).items()}
+    return {k: v for k, v in apart.items() if own(k) and v.numel() > 0}
 
 
 def adamw_losses(joint, batch, decay_vectors):

@@ -17,6 +17,11 @@ export interface RopeScaling {
   readonly mscale?: number
   /** Parameter of the factor on the softmax scale; see `softmaxScale`. If 0 or undefined, there is none. */
   readonly mscale_all_dim?: number
+  /**
+   * Queries at position p are multiplied by 1 + beta ln(1 + floor(p / original_max_position_embeddings)), as in
+   * Llama 4 and Mistral Small 4. Default 0: not at all.
+   */
+  readonly llama_4_scaling_beta?: number
 }
 
 /** Sizes of an MLA layer. You can pass a complete Hugging Face config.json. */
@@ -81,6 +86,7 @@ const scalingNames: OptionNames<RopeScaling> = {
   beta_slow: true,
   mscale: true,
   mscale_all_dim: true,
+  llama_4_scaling_beta: true,
 }
 
 /** Returns the problems of the settings that determine the rotation tables. */
@@ -92,12 +98,15 @@ export function ropeProblems({
   if (!(theta > 0 && theta < Infinity)) problems.push(`rope_theta = ${theta} is not a positive number`)
   if (!scaling) return problems
   checkShared('rope_scaling', scaling, scalingNames)
-  const { type, factor, original_max_position_embeddings: context } = scaling
+  const { type, factor, original_max_position_embeddings: context, llama_4_scaling_beta: beta = 0 } = scaling
   if (type !== 'yarn')
     problems.push(`rope_scaling.type = ${JSON.stringify(type)} is not "yarn"; use null for no scaling`)
   if (!(factor > 0 && factor < Infinity)) problems.push(`rope_scaling.factor = ${factor} is not a positive number`)
   if (!(Number.isInteger(context) && context >= 1)) {
     problems.push(`rope_scaling.original_max_position_embeddings = ${context} is not a positive integer`)
+  }
+  if (!(beta >= 0 && beta < Infinity)) {
+    problems.push(`rope_scaling.llama_4_scaling_beta = ${beta} is neither 0 nor a positive number`)
   }
   return problems
 }

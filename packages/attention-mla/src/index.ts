@@ -16,6 +16,7 @@ export { type IndexQueries, LightningIndexer } from './lightning-indexer.ts'
 export { type MhaConfig, type MhaForwardOptions, type MhaOptions, MultiHeadAttention } from './mha.ts'
 export { type MlaForwardOptions, type MlaOptions, MultiHeadLatentAttention } from './mla.ts'
 export {
+  type RotaryAngles,
   RotaryEmbedding,
   type RotaryTables,
   rotaryAmplitude,

@@ -104,6 +104,8 @@ export class MultiHeadAttention extends Module {
     if (heads % groups !== 0) problems.push(`${heads} heads is not a multiple of ${groups} key/value heads`)
     if (features % 2 === 1) problems.push(`head_dim = ${features} is odd`)
     problems.push(...ropeProblems(config))
+    if (rope_scaling?.llama_4_scaling_beta)
+      problems.push('rope_scaling.llama_4_scaling_beta is set, but only latent attention scales queries by position')
     if (problems.length > 0) {
       throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadAttention', problem: problems.join('; ') })
     }

@@ -106,7 +106,7 @@ describe('published constants', () => {
   })
 })
 
-for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale', 'sparse', 'sparse-interleaved']) {
+for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale', 'scaled-queries', 'sparse', 'sparse-interleaved']) {
   describe(`transformers: ${name}`, () => {
     const { config, softmaxScale: scale } = JSON.parse(readFileSync(fixture(`${name}.json`), 'utf8'))
 
@@ -161,10 +161,12 @@ describe('decoding over the latent cache', () => {
     v_head_dim: 6,
   }
   const yarn = { type: 'yarn', factor: 8, original_max_position_embeddings: 16, mscale: 1, mscale_all_dim: 1 } as const
+  const scaled = { ...yarn, original_max_position_embeddings: 3, llama_4_scaling_beta: 0.5 }
+  const scalings = [['plain', null] as const, ['YaRN', yarn] as const, ['scaled queries', scaled] as const]
   for (const q_lora_rank of [10, null]) {
-    for (const rope_scaling of [null, yarn]) {
+    for (const [rope, rope_scaling] of scalings) {
       for (const absorbUpTo of [0, 100]) {
-        const label = `${q_lora_rank ? 'q_lora' : 'no q_lora'}, ${rope_scaling ? 'YaRN' : 'plain'}, ${absorbUpTo ? 'absorbed' : 'expanded'}`
+        const label = `${q_lora_rank ? 'q_lora' : 'no q_lora'}, ${rope}, ${absorbUpTo ? 'absorbed' : 'expanded'}`
         test(`equals the full forward at every position: ${label}`, async () => {
           const config = { ...base, q_lora_rank, rope_scaling }
           const random = new Random(4)

@@ -188,12 +188,16 @@ export class MultiHeadLatentAttention extends Module {
     const time = x_BTD.shape[1]
     const { backend } = x_BTD
     if (cache === undefined) {
-      const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)
+      const first = () => {
+        const tables = this.#rotary.first(time, backend)
+        return starts === undefined ? tables : this.#rotary.from(starts, tables)
+      }
+      const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : first()
       const { down, both } = this.#project(x_BTD)
       const through = this.recompute ? withRecomputed : withKept
       return through(
         (queryInput, keyInput) => {
-          const flat = this.#queries(this.#compressed(queryInput))
+          const flat = this.#queries(this.#compressed(queryInput), tables)
           const q = this.#rotate(flat, tables)
           // No gradient rule reads it, nor `kv` below.
           disposeAfterUse(flat)
@@ -232,10 +236,12 @@ export class MultiHeadLatentAttention extends Module {
     return this.q_a_layernorm?.forward(down) ?? down
   }
 
-  /** Queries `[B, T, H, N + R]`, with the rope part not yet rotated. */
-  #queries(compressed: Tensor): Tensor {
+  /** Queries `[B, T, H, N + R]`, scaled by their positions if configured, with the rope part not yet rotated. */
+  #queries(compressed: Tensor, { queryFactors }: RotaryTables): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim } = this.#config
-    const flat = this.q_b_proj?.forward(compressed) ?? compressed
+    // Before the projection, which is linear, there are fewer features to scale.
+    const scaled = queryFactors === undefined ? compressed : compressed.mul(queryFactors)
+    const flat = this.q_b_proj?.forward(scaled) ?? scaled
     return flat.reshape([compressed.shape[0], compressed.shape[1], heads, nope + ropeDim])
   }
 
@@ -312,7 +318,7 @@ export class MultiHeadLatentAttention extends Module {
     const row = this.#rotate(oneHead(both), tables, oneHead(this.#latent(both)))
     cache.write(layer, row.reshape(both.shape))
     const compressed = this.#compressed(down)
-    const q = this.#queries(compressed)
+    const q = this.#queries(compressed, tables)
     const step = cache.next(time)
     const isShort = time <= absorbUpTo
     const keys = Math.max(...cache.lengths) + time

@@ -27,6 +27,25 @@ test('first(n) equals at() for the first n positions', async () => {
   }
 })
 
+test('queries are scaled by the logarithm of the contexts before them', async () => {
+  const rope_scaling = {
+    type: 'yarn',
+    factor: 4,
+    original_max_position_embeddings: 4,
+    llama_4_scaling_beta: 0.5,
+  } as const
+  const backend = referenceBackend()
+  const rotary = new RotaryEmbedding({ ...config, rope_scaling })
+  const { queryFactors } = rotary.first(9, backend)
+  const [first, second, third] = [1, 1 + 0.5 * Math.log(2), 1 + 0.5 * Math.log(3)]
+  const expected = Float32Array.of(first, first, first, first, second, second, second, second, third)
+  expect(await queryFactors?.values()).toEqual(expected)
+  expect(await rotary.at(Int32Array.of(3, 4, 8), [3, 1], backend).queryFactors?.values()).toEqual(
+    Float32Array.of(first, second, third),
+  )
+  expect(new RotaryEmbedding(config).first(9, backend).queryFactors).toBeUndefined()
+})
+
 describe('settings that would give NaN are rejected', () => {
   const yarn = { type: 'yarn', factor: 4, original_max_position_embeddings: 16 } as const
   const cases: ReadonlyArray<[string, object, RegExp]> = [
@@ -38,6 +57,11 @@ describe('settings that would give NaN are rejected', () => {
       /original_max_position_embeddings = undefined/,
     ],
     ['a base of 0', { rope_theta: 0 }, /rope_theta = 0 is not/],
+    [
+      'a negative scaling of queries',
+      { rope_scaling: { ...yarn, llama_4_scaling_beta: -1 } },
+      /llama_4_scaling_beta = -1 is neither 0 nor/,
+    ],
   ]
   test.each(cases)('%s', (_, changed, message) => {
     const configError = expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
@@ -45,6 +69,18 @@ describe('settings that would give NaN are rejected', () => {
     expect(() => new MultiHeadAttention({ hidden_size: 8, num_attention_heads: 2, ...changed })).toThrow(configError)
     expect(() => new RotaryEmbedding({ ...config, ...changed } as MlaConfig)).toThrow(configError)
   })
+})
+
+test('multi-head attention does not scale queries by position', () => {
+  const rope_scaling = {
+    type: 'yarn',
+    factor: 4,
+    original_max_position_embeddings: 16,
+    llama_4_scaling_beta: 1,
+  } as const
+  expect(() => new MultiHeadAttention({ hidden_size: 8, num_attention_heads: 2, rope_scaling })).toThrow(
+    /llama_4_scaling_beta is set, but only latent attention/,
+  )
 })
 
 test('inputs without a batch axis are rejected', () => {

@@ -2,7 +2,7 @@
  * @file Rotary position embedding with YaRN, and the corresponding softmax scale (V3 report 4.3; modeling_deepseek.py
  * of the released weights).
  */
-import { type Backend, checkShared, fromHost, keep, MoeError, type Tensor } from '@moe/core'
+import { arange, type Backend, checkShared, fromHost, keep, MoeError, type Tensor } from '@moe/core'
 import { type MlaConfig, mlaNames, type RopeScaling, ropeProblems } from './config.ts'
 
 /** Returns YaRN's attention temperature: 0.1 m ln(factor) + 1, or 1 without an extension. */
@@ -51,12 +51,29 @@ export function rotaryAmplitude(scaling?: RopeScaling | null): number {
   return yarnMscale(factor, 1)
 }
 
-/** cos and sin of every pair, `[T, R/2]` or `[B, T, R/2]`. */
+/** What attention needs of the positions of tokens: cos and sin of every pair, `[T, R/2]` or `[B, T, R/2]`. */
 export interface RotaryTables {
   /** cos(position * frequency) times `rotaryAmplitude`. */
   readonly cos: Tensor
   /** sin(position * frequency) times `rotaryAmplitude`. */
   readonly sin: Tensor
+  /** Factors of queries, `[T, 1]` or `[B, T, 1]`: see `llama_4_scaling_beta`. Undefined if queries are not scaled. */
+  readonly queryFactors?: Tensor | undefined
+}
+
+/** The elements of `RotaryTables` on the host. */
+export interface RotaryAngles {
+  /** Elements of `cos`. */
+  readonly cos: Float32Array<ArrayBuffer>
+  /** Elements of `sin`. */
+  readonly sin: Float32Array<ArrayBuffer>
+  /** Elements of `queryFactors`. */
+  readonly queryFactors?: Float32Array<ArrayBuffer> | undefined
+}
+
+/** Frees the tables. */
+export function disposeTables({ cos, sin, queryFactors }: RotaryTables): void {
+  for (const table of [cos, sin, queryFactors]) table?.dispose()
 }
 
 /** Creates rotation tables. One instance can serve all layers of a model. */
@@ -64,7 +81,7 @@ export class RotaryEmbedding {
   /** Number of rotated features, R. */
   readonly features: number
   readonly #frequencies: Float64Array
-  readonly #amplitude: number
+  readonly #scaling: RopeScaling | null
   /**
    * Tables of positions 0 .. n-1 by backend and n. n is a power of two, so that texts of all lengths take at most twice
    * the memory of the longest.
@@ -82,10 +99,10 @@ export class RotaryEmbedding {
       throw new MoeError({ code: 'E_CONFIG', op: 'RotaryEmbedding', problem: problems.join('; ') })
     this.features = features
     this.#frequencies = rotaryFrequencies(features, config.rope_theta ?? 10000, config.rope_scaling)
-    this.#amplitude = rotaryAmplitude(config.rope_scaling)
+    this.#scaling = config.rope_scaling ?? null
   }
 
-  /** Returns tables `[T, R/2]` for the first T positions. They belong to this object or to the current scope. */
+  /** Returns tables for the first T positions. They belong to this object or to the current scope. */
   first(time: number, backend: Backend): RotaryTables {
     const rows = 2 ** Math.ceil(Math.log2(Math.max(1, time)))
     let byRows = this.#cached.get(backend)
@@ -100,11 +117,13 @@ export class RotaryEmbedding {
       byRows.set(rows, tables)
     }
     if (rows === time) return tables
-    return { cos: tables.cos.narrow(0, 0, time), sin: tables.sin.narrow(0, 0, time) }
+    const { cos, sin, queryFactors } = tables
+    const head = (table: Tensor) => table.narrow(0, 0, time)
+    return { cos: head(cos), sin: head(sin), queryFactors: queryFactors && head(queryFactors) }
   }
 
   /**
-   * Returns tables `[B, T, R/2]` for the given positions (row-major `[B, T]`). They belong to the current scope.
+   * Returns tables with a batch axis for the given positions (row-major `[B, T]`). They belong to the current scope.
    * @throws MoeError E_SHAPE if the number of positions is not B T
    */
   at(positions: Int32Array, [batch, time]: readonly number[], backend: Backend): RotaryTables {
@@ -120,33 +139,49 @@ export class RotaryEmbedding {
   }
 
   #make(positions: Int32Array, lead: readonly number[], backend: Backend): RotaryTables {
-    const { cos, sin } = this.angles(positions)
-    const shape = [...lead, this.#frequencies.length]
-    return { cos: fromHost(cos, shape, 'f32', backend), sin: fromHost(sin, shape, 'f32', backend) }
+    const { cos, sin, queryFactors } = this.angles(positions)
+    const table = (data: Float32Array, width: number) => fromHost(data, [...lead, width], 'f32', backend)
+    const half = this.#frequencies.length
+    return { cos: table(cos, half), sin: table(sin, half), queryFactors: queryFactors && table(queryFactors, 1) }
   }
 
-  /** Returns the elements of the tables on the host: cos and sin for every position and pair. */
-  angles(positions: Int32Array): { readonly cos: Float32Array<ArrayBuffer>; readonly sin: Float32Array<ArrayBuffer> } {
+  /**
+   * Returns tables whose query factors count positions from the start of each token's text, `starts i32 [B, T]`.
+   * Rotations need no such change: scores depend only on differences of positions.
+   */
+  from(starts: Tensor, tables: RotaryTables): RotaryTables {
+    const { llama_4_scaling_beta: beta, original_max_position_embeddings: context } = this.#scaling ?? {}
+    if (!beta || context === undefined) return tables
+    const [batch, time] = starts.shape
+    const positions = arange(time, { backend: starts.backend }).reshape([1, time]).sub(starts).cast('f32')
+    // Half a position more does not change the result, but protects it from inexact divisions.
+    const contexts = positions.add(0.5).div(context).floor()
+    return { ...tables, queryFactors: contexts.add(1).log().mul(beta).add(1).reshape([batch, time, 1]) }
+  }
+
+  /** Returns the elements of the tables on the host, for every position. */
+  angles(positions: Int32Array): RotaryAngles {
+    const amplitude = rotaryAmplitude(this.#scaling)
     const half = this.#frequencies.length
     const cos = new Float32Array(positions.length * half)
     const sin = new Float32Array(positions.length * half)
     positions.forEach((position, p) => {
       for (let i = 0; i < half; i++) {
         const angle = position * this.#frequencies[i]
-        cos[p * half + i] = this.#amplitude * Math.cos(angle)
-        sin[p * half + i] = this.#amplitude * Math.sin(angle)
+        cos[p * half + i] = amplitude * Math.cos(angle)
+        sin[p * half + i] = amplitude * Math.sin(angle)
       }
     })
-    return { cos, sin }
+    const { llama_4_scaling_beta: beta, original_max_position_embeddings: context } = this.#scaling ?? {}
+    if (!beta || context === undefined) return { cos, sin }
+    const factor = (position: number) => 1 + beta * Math.log(1 + Math.floor(position / context))
+    return { cos, sin, queryFactors: Float32Array.from(positions, factor) }
   }
 
   /** Frees the cached tables. */
   dispose(): void {
     for (const byRows of this.#cached.values()) {
-      for (const { cos, sin } of byRows.values()) {
-        cos.dispose()
-        sin.dispose()
-      }
+      for (const tables of byRows.values()) disposeTables(tables)
     }
     this.#cached.clear()
   }

@@ -10,8 +10,13 @@ setDefaultBackend(referenceBackend())
 const sizes = { hidden_size: 12, num_attention_heads: 2 }
 const latent = { kv_lora_rank: 6, qk_nope_head_dim: 4, qk_rope_head_dim: 4, v_head_dim: 4 }
 const init = { random: new Random(3), std: 0.4 }
+const scaled = { type: 'yarn', factor: 4, original_max_position_embeddings: 2, llama_4_scaling_beta: 0.5 } as const
 const layers = {
   MultiHeadLatentAttention: new MultiHeadLatentAttention({ ...sizes, ...latent, q_lora_rank: 8 }, init),
+  'queries scaled by position': new MultiHeadLatentAttention(
+    { ...sizes, ...latent, q_lora_rank: null, rope_scaling: scaled },
+    init,
+  ),
   MultiHeadAttention: new MultiHeadAttention({ ...sizes, num_key_value_heads: 1 }, init),
 }
 

@@ -8,8 +8,11 @@ import { toF32 } from './to-f32.ts'
 
 /** Options of {@link readF32} and {@link stateSource}. */
 export interface ReadF32Options {
-  /** Rows and columns of a block: `quantization_config.weight_block_size` of the config.json. Default 128 x 128. */
-  readonly block?: readonly [number, number] | undefined
+  /**
+   * Rows and columns of a block: `quantization_config.weight_block_size` of the config.json. Null: one scale for the
+   * whole weight. Default 128 x 128.
+   */
+  readonly block?: readonly [number, number] | null | undefined
 }
 
 /** The name of the block scales of a weight. */
@@ -18,6 +21,13 @@ export const scaleKey = (key: string): string => `${key}_scale_inv`
 /** Whether a tensor contains the block scales of a weight in the same source. */
 export const isScaleKey = (source: TensorSource, key: string): boolean =>
   key.endsWith('_scale_inv') && source.has(key.slice(0, -'_scale_inv'.length))
+
+/** A block that covers a weight. */
+const wholeBlock = ([rows, columns]: readonly number[]): readonly [number, number] => [rows || 1, columns || 1]
+
+/** One scale, which may be stored as a scalar, as a matrix. */
+const single = (scale: { readonly shape: readonly number[]; readonly data: Float32Array }) =>
+  scale.data.length === 1 ? { ...scale, shape: [1, 1] } : scale
 
 /**
  * Reads a tensor as f32. bf16, f16 and 8-bit floats are converted exactly. An `f8e4m3` weight is multiplied by its block scales
@@ -35,8 +45,9 @@ export async function readF32(
   if (dtype === 'f8e4m3' && source.has(scaleKey(key))) {
     const scale = await readF32(source, scaleKey(key))
     const where = `${source.info(key).file}: tensor ${shown(key)}`
-    const block = options.block ?? DEFAULT_BLOCK
-    return { shape, data: dequantizeFp8Blocks({ shape, data: data as Uint8Array }, scale, block, where) }
+    const q = { shape, data: data as Uint8Array }
+    if (options.block === null) return { shape, data: dequantizeFp8Blocks(q, single(scale), wholeBlock(shape), where) }
+    return { shape, data: dequantizeFp8Blocks(q, scale, options.block ?? DEFAULT_BLOCK, where) }
   }
   const values = toF32(dtype, data)
   if (!values) {

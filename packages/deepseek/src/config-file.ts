@@ -3,7 +3,8 @@ import { DEFAULT_BLOCK, type Folder, openInFolder, readAll, type TensorSource } 
 import { isMoeError, MoeError, shown } from '@moe/core'
 import { z } from 'zod'
 import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
-import { isNested, type Json, textConfig, textKey } from './model-types.ts'
+import { isNested, type Json, stacksExperts, textConfig, textKey } from './model-types.ts'
+import { splitExperts } from './stacked-experts.ts'
 
 const FILE = 'config.json'
 const MAX_BYTES = 64 * 2 ** 20
@@ -24,30 +25,36 @@ const fp8 = z.object({
   quant_method: z.literal('fp8'),
   weight_block_size: z
     .tuple([z.int().positive(), z.int().positive()])
-    .nullish()
-    .transform(block => block ?? DEFAULT_BLOCK),
+    .nullable()
+    .default([...DEFAULT_BLOCK]),
 })
 
 /** The weights of a folder. */
 export interface FolderWeights extends AsyncDisposable {
   readonly checkpoint: TensorSource
-  /** Rows and columns of a block with a common scale: `quantization_config.weight_block_size`, default 128 x 128. */
-  readonly block: readonly [number, number]
+  /** Rows and columns of a block with a common scale: `quantization_config.weight_block_size`, default 128 x 128. Null: one scale per matrix. */
+  readonly block: readonly [number, number] | null
 }
 
 /**
- * Opens the weights of a folder. For a multimodal model, only those of its text model, under the keys of a text model.
+ * Opens the weights of a folder, with one matrix per expert. For a multimodal model, only those of its text model, under the keys of a text model.
  * @throws MoeError E_UNSUPPORTED for quantization other than fp8 blocks
  */
 export async function openWeights(folder: Folder): Promise<FolderWeights> {
   const json = (await readJson(folder)) ?? {}
   const block = scaleBlock(folder, json)
   const opened = await openInFolder(folder)
-  const checkpoint = isNested(json) ? textWeights(opened) : opened
-  return { checkpoint, block, [Symbol.asyncDispose]: () => opened.close() }
+  try {
+    const text = isNested(json) ? textWeights(opened) : opened
+    const checkpoint = stacksExperts(json) ? splitExperts(text, block) : text
+    return { checkpoint, block, [Symbol.asyncDispose]: () => opened.close() }
+  } catch (error) {
+    await opened.close()
+    throw error
+  }
 }
 
-function scaleBlock(folder: Folder, json: Json): readonly [number, number] {
+function scaleBlock(folder: Folder, json: Json): readonly [number, number] | null {
   const quantization = textConfig(json).quantization_config ?? json.quantization_config
   if (quantization === undefined || quantization === null) return DEFAULT_BLOCK
   const parsed = fp8.safeParse(quantization)
@@ -57,7 +64,7 @@ function scaleBlock(folder: Folder, json: Json): readonly [number, number] {
     code: 'E_UNSUPPORTED',
     op: folder.pathOf(FILE),
     problem: `unsupported quantization: quant_method ${shown(method)}, weight_block_size ${shown(block)}`,
-    fix: 'use a checkpoint in f32, f16, bf16, or fp8 with a weight_block_size of two numbers (if its tensors are in one of these formats, remove quantization_config from its config.json)',
+    fix: 'use a checkpoint in f32, f16, bf16, or fp8 with a weight_block_size of two numbers or null (if its tensors are in one of these formats, remove quantization_config from its config.json)',
   })
 }
 

@@ -32,10 +32,10 @@ const ropeFields = z.object({
   attention_factor: z.number().nullish(),
   /** Whether the bounds of the YaRN ramp are rounded; always true. */
   truncate: z.literal(true).nullish(),
-  /** Share of the rotary features that are rotated; always 1. */
-  partial_rotary_factor: z.literal(1).nullish(),
-  /** Scaling of queries by their positions; always 0. */
-  llama_4_scaling_beta: z.literal(0).nullish(),
+  /** Share of the features of a head that are rotated: 1, except in mistral4, whose heads include those that are not. */
+  partial_rotary_factor: z.number().nullish(),
+  /** Scaling of queries by their positions, for mistral4; see `RopeScaling`. */
+  llama_4_scaling_beta: z.number().nonnegative().nullish(),
 })
 
 /** Fields of all architectures. */
@@ -94,7 +94,16 @@ const denseFields = z.object({
 const latentFields = z.object({
   /** Architecture. Default `deepseek_v3`. `kimi_k2` is the same as `deepseek_v3`. */
   model_type: z
-    .enum(['deepseek_v3', 'deepseek_v32', 'deepseek_v2', 'glm4_moe_lite', 'glm_moe_dsa', 'youtu', 'kimi_k2'])
+    .enum([
+      'deepseek_v3',
+      'deepseek_v32',
+      'deepseek_v2',
+      'glm4_moe_lite',
+      'glm_moe_dsa',
+      'youtu',
+      'mistral4',
+      'kimi_k2',
+    ])
     .default('deepseek_v3')
     .transform(type => (type === 'kimi_k2' ? aliases[type] : type)),
   ...common,
@@ -255,7 +264,9 @@ export function changedConfig(
   const { rope_parameters: _, ...others } = config
   const { rope_theta, rope_scaling, max_position_embeddings } = parseConfig(config)
   const original = rope_scaling?.original_max_position_embeddings ?? max_position_embeddings
-  const extended = changes.rope_scaling && { original_max_position_embeddings: original, ...changes.rope_scaling }
+  const { llama_4_scaling_beta } = rope_scaling ?? {}
+  const kept = { original_max_position_embeddings: original, ...(llama_4_scaling_beta && { llama_4_scaling_beta }) }
+  const extended = changes.rope_scaling && { ...kept, ...changes.rope_scaling }
   const changed = { ...others, rope_theta, rope_scaling, ...changes }
   return { ...changed, ...(extended && { rope_scaling: extended }) } as DeepSeekConfigInput
 }
@@ -407,6 +418,16 @@ function ropeProblems(json: Json, config: CheckedFields): string[] {
     Math.abs(given - amplitude) > 1e-6,
     `rope_scaling.attention_factor = ${given}, but the other settings give ${amplitude}`,
   )
+  const { scalesQueries = false, rotaryShare = () => 1 } = modelTypes[config.model_type]
+  const beta = scaling?.llama_4_scaling_beta
+  add(!scalesQueries && !!beta, `rope_scaling.llama_4_scaling_beta: got ${beta}, expected 0 for ${config.model_type}`)
+  add(scalesQueries && type !== 'yarn', `rope_scaling.rope_type must be "yarn" for ${config.model_type}`)
+  add(scalesQueries && beta == null, 'rope_scaling.llama_4_scaling_beta is missing')
+  const share = rotaryShare(config)
+  for (const key of ropeKeys) {
+    const rotated = config[key]?.partial_rotary_factor ?? share
+    add(Math.abs(rotated - share) > 1e-6, `${key}.partial_rotary_factor: got ${rotated}, expected ${share}`)
+  }
   const bases = [config.rope_theta, rope_scaling?.rope_theta, rope_parameters?.rope_theta].filter(x => x !== undefined)
   add(new Set(bases).size > 1, `rope_theta has conflicting values: ${[...new Set(bases)].join(' and ')}`)
   return problems
@@ -422,8 +443,10 @@ function yarn(scaling: Fields['rope_scaling'], context: number): RopeScaling | n
     beta_slow,
     mscale,
     mscale_all_dim,
+    llama_4_scaling_beta: beta,
   } = scaling
-  return { type: 'yarn', factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim }
+  const yarn = { factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim }
+  return { type: 'yarn', ...yarn, ...(beta != null && { llama_4_scaling_beta: beta }) }
 }
 
 /** Whether layer i has experts. */
@@ -483,7 +506,7 @@ function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
 
 /** Keys that transformers requires to be floats: it accepts 1.0, but not 1. */
 const floatKeys =
-  'routed_scaling_factor|rms_norm_eps|initializer_range|embedding_initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim'
+  'routed_scaling_factor|rms_norm_eps|initializer_range|embedding_initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim|llama_4_scaling_beta|partial_rotary_factor'
 
 /** Returns the text of config.json. */
 export function configJson(config: DeepSeekConfig): string {

@@ -4,9 +4,16 @@ import { MoeError } from '@moe/core'
 /** Content of a config.json. */
 export type Json = Readonly<Record<string, unknown>>
 
+interface HeadSizes {
+  readonly qk_nope_head_dim: number
+  readonly qk_rope_head_dim: number
+}
+
 /** Fields that some model types store under other keys. */
-interface Written {
+interface Written extends HeadSizes {
   readonly num_hidden_layers: number
+  readonly rope_theta?: number | undefined
+  readonly rope_scaling?: object | null | undefined
   readonly first_k_dense_replace: number
   readonly n_routed_experts: number | null
 }
@@ -16,6 +23,12 @@ interface ModelType {
   readonly architecture: string
   /** Whether attention is sparse, with an indexer in every layer. */
   readonly isSparse?: true
+  /** Whether queries are scaled by their positions. */
+  readonly scalesQueries?: true
+  /** The only possible `partial_rotary_factor`: the share of rotated features in what the type calls a head. Default 1. */
+  readonly rotaryShare?: (config: HeadSizes) => number
+  /** Whether the experts of a layer are stacked in checkpoints: see stacked-experts.ts. */
+  readonly stacksExperts?: true
   /** Defaults that differ from those of V3. */
   readonly defaults: Json
   /** Values that all models of this type have. Readers of this type ignore these keys. */
@@ -33,6 +46,21 @@ const noExperts = Object.fromEntries(
     .split(/\s+/)
     .map(key => [key, undefined]),
 )
+
+const shareOfHead = ({ qk_nope_head_dim: nope, qk_rope_head_dim: rotated }: HeadSizes): number =>
+  rotated / (nope + rotated)
+
+/** The RoPE settings of a Mistral4Config without any. */
+const mistralRope: Json = {
+  rope_type: 'yarn',
+  factor: 128,
+  original_max_position_embeddings: 8192,
+  beta_fast: 32,
+  beta_slow: 1,
+  mscale: 1,
+  mscale_all_dim: 1,
+  llama_4_scaling_beta: 0.1,
+}
 
 const types = {
   deepseek_v3: { architecture: 'DeepseekV3ForCausalLM', defaults: {} },
@@ -96,6 +124,32 @@ const types = {
     },
     write: () => noExperts,
   },
+  /** Mistral Small 4: queries are scaled by their positions, and the gate of V2 without groups. */
+  mistral4: {
+    architecture: 'Mistral4ForCausalLM',
+    scalesQueries: true,
+    rotaryShare: shareOfHead,
+    stacksExperts: true,
+    defaults: {
+      n_shared_experts: 1,
+      n_group: 1,
+      topk_group: 1,
+      topk_method: 'greedy',
+      scoring_func: 'softmax',
+      max_position_embeddings: 1048576,
+    },
+    fixed: { n_group: 1, topk_method: 'greedy', scoring_func: 'softmax', num_nextn_predict_layers: 0 },
+    read: ({ rope_scaling, rope_parameters, ...json }) => {
+      const given = (rope_scaling ?? rope_parameters ?? mistralRope) as Json
+      return { ...json, rope_scaling: given }
+    },
+    write: config => {
+      const { type, ...scaling } = config.rope_scaling as Json
+      const { rope_theta } = config
+      const rope_parameters = { rope_type: type, rope_theta, ...scaling, partial_rotary_factor: shareOfHead(config) }
+      return { rope_theta: undefined, rope_scaling: undefined, rope_parameters }
+    },
+  },
   /** DeepSeek LLM: attention without latents. In a validated configuration, v_head_dim is the size of a head. */
   llama: {
     architecture: 'LlamaForCausalLM',
@@ -119,7 +173,7 @@ export const sparseTypes = Object.entries(modelTypes)
 export const aliases = { kimi_k2: 'deepseek_v3' } as const satisfies Readonly<Record<string, ModelTypeName>>
 
 /** Multimodal models, whose `text_config` is the configuration of a text model. */
-const multimodal: ReadonlySet<unknown> = new Set(['kimi_k25', 'kimi_vl'])
+const multimodal: ReadonlySet<unknown> = new Set(['kimi_k25', 'kimi_vl', 'mistral3'])
 
 /** Related models that are not supported, and why. */
 const unsupportedTypes: Readonly<Record<string, string>> = {
@@ -133,7 +187,6 @@ const unsupportedTypes: Readonly<Record<string, string>> = {
   kimi_linear: 'most of its attention is linear',
   longcat_flash: 'its layers have two attention blocks each, and zero-computation experts',
   minicpm3: 'it scales embeddings, residuals and logits',
-  mistral4: 'its queries are scaled by their positions',
   solar_open: 'its attention has no latents',
 }
 
@@ -196,6 +249,12 @@ export function textConfig(json: Json): Json {
   const { model_type: name, text_config: text, tie_word_embeddings: tied } = json
   if (!multimodal.has(name) || typeof text !== 'object' || text === null) return json
   return { ...text, ...(tied === undefined ? {} : { tie_word_embeddings: tied }) }
+}
+
+/** Whether the experts in the checkpoint of a configuration are stacked. */
+export function stacksExperts(json: Json): boolean {
+  const { model_type: name } = textConfig(json)
+  return Object.hasOwn(types, String(name)) && modelTypes[name as ModelTypeName].stacksExperts === true
 }
 
 /** Whether the weights of the text model are part of a multimodal checkpoint. */

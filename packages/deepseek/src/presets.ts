@@ -157,6 +157,41 @@ const youtu: LatentConfigInput = {
   eos_token_id: 128001,
 }
 
+/** Mistral Small 4: 119B-A6.5B, the text model. */
+const mistralSmall4: LatentConfigInput = {
+  model_type: 'mistral4',
+  vocab_size: 131072,
+  hidden_size: 4096,
+  intermediate_size: 12288,
+  moe_intermediate_size: 2048,
+  num_hidden_layers: 36,
+  num_attention_heads: 32,
+  first_k_dense_replace: 0,
+  n_routed_experts: 128,
+  n_shared_experts: 1,
+  num_experts_per_tok: 4,
+  q_lora_rank: 1024,
+  kv_lora_rank: 256,
+  qk_nope_head_dim: 64,
+  qk_rope_head_dim: 64,
+  v_head_dim: 128,
+  max_position_embeddings: 1048576,
+  rope_theta: 10000,
+  rope_scaling: {
+    type: 'yarn',
+    factor: 128,
+    original_max_position_embeddings: 8192,
+    beta_fast: 32,
+    beta_slow: 1,
+    mscale: 1,
+    mscale_all_dim: 1,
+    llama_4_scaling_beta: 0.1,
+  },
+  rms_norm_eps: 1e-6,
+  bos_token_id: 1,
+  eos_token_id: 2,
+}
+
 /** DeepSeek LLM 7B: a dense model with the attention of Llama. */
 const llm7b: DenseConfigInput = {
   model_type: 'llama',
@@ -271,6 +306,7 @@ export const presets = {
   'moonlight-16b-a3b': moonlight,
   'glm-4.7-flash': glmFlash,
   'youtu-llm-2b': youtu,
+  'mistral-small-4': mistralSmall4,
   'deepseek-llm-7b': llm7b,
   'deepseek-llm-67b': llm67b,
   '1b': large,

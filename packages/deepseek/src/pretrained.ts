@@ -33,7 +33,9 @@ import {
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
+import { modelTypes } from './model-types.ts'
 import type { Network } from './network.ts'
+import { stackExperts } from './stacked-experts.ts'
 
 /** Keys under which every MTP layer repeats the shared embedding and head. */
 const sharedCopies = (model: Network): Array<[copy: string, of: string]> => {
@@ -85,7 +87,8 @@ export async function savePretrained(model: Network, location: FolderLocation): 
   const byName = new Map(entries.map(entry => [entry.name, entry]))
   for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
   entries.push(...emptySharedExperts(model))
-  await saveCheckpoint(location, entries, { metadata: { format: 'pt' } })
+  const written = modelTypes[model.config.model_type].stacksExperts ? stackExperts(entries) : entries
+  await saveCheckpoint(location, written, { metadata: { format: 'pt' } })
   await writeText(folder, 'config.json', configJson(model.config))
 }
 
@@ -166,11 +169,15 @@ export async function fillWeights(
   const beyond = (key: string) => Number(/^model\.layers\.(\d+)\./.exec(key)?.[1] ?? -1) >= layers + depth
   const tied = (key: string) => model.config.tie_word_embeddings && key === 'lm_head.weight'
   await loadStateDict(model, source, {
-    ignore: key => copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq'),
+    ignore: key =>
+      copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq') || isOfActivations(key),
     optional: key => newIndexers && isOfIndexer(key),
   })
   if (newIndexers) drawIndexers(model)
 }
+
+/** Whether a tensor is the scale of rounded activations. Here, activations are not rounded to fp8. */
+const isOfActivations = (key: string) => /[._]activation_scale$/.test(key)
 
 const isOfIndexer = (key: string) => key.includes('.self_attn.indexer.')
 

@@ -84,10 +84,11 @@ const tinyYoutu: LatentConfigInput = {
 
 test('countParameters equals the counts of transformers, and those of created models', async () => {
   const { parameters } = JSON.parse(await readFile(fixture('relatives-sizes.json'), 'utf8'))
-  const counts = (name: 'glm-4.7-flash' | 'youtu-llm-2b' | 'deepseek-v3.2') =>
+  const counts = (name: 'glm-4.7-flash' | 'youtu-llm-2b' | 'deepseek-v3.2' | 'mistral-small-4') =>
     countParameters(parseConfig(presets[name]))
   expect(counts('glm-4.7-flash').total).toBe(parameters['glm-4.7-flash'])
   expect(counts('deepseek-v3.2').total).toBe(parameters['deepseek-v3.2'])
+  expect(counts('mistral-small-4').total).toBe(parameters['mistral-small-4'])
   expect(counts('youtu-llm-2b')).toMatchObject({ total: parameters['youtu-llm-2b'], moe: 0, mtp: 0 })
   // Published as 3 billion active parameters.
   expect(counts('glm-4.7-flash').activeWithoutEmbedding / 1e9).toBeCloseTo(3.4, 0)
@@ -204,6 +205,8 @@ describe('a saved model opens with the same type', () => {
     ['kimi-k25', 'deepseek_v3', 'DeepseekV3ForCausalLM'],
     ['v32-mtp', 'deepseek_v32', 'DeepseekV32ForCausalLM'],
     ['dsa-glm', 'glm_moe_dsa', 'GlmMoeDsaForCausalLM'],
+    ['mistral-base', 'mistral4', 'Mistral4ForCausalLM'],
+    ['mistral-padding', 'mistral4', 'Mistral4ForCausalLM'],
   ])('%s: as %s', async (name, model_type, architecture) => {
     const model = await DeepSeek.fromPretrained(fixture(name))
     const folder = join(root, name)
@@ -318,14 +321,13 @@ describe('a multimodal model', () => {
 describe('other architectures', () => {
   test.each([
     ['deepseek_v4', 'its attention is sparse in another way'],
-    ['mistral4', 'its queries are scaled by their positions'],
     ['axk1', 'it has a norm after the experts'],
     ['glm4_moe', 'its attention has no latents'],
     ['qwen3_moe', 'it is not of this architecture'],
     ['toString', 'it is not of this architecture'],
     [7, 'it is not of this architecture'],
   ])('%s is rejected: %s', async (model_type, why) => {
-    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v32, deepseek_v2, glm4_moe_lite, glm_moe_dsa, youtu, llama, kimi_k2, and the text models of kimi_k25, kimi_vl`
+    const message = `DeepSeek: model_type ${JSON.stringify(model_type)} is not supported: ${why}; supported are deepseek_v3, deepseek_v32, deepseek_v2, glm4_moe_lite, glm_moe_dsa, youtu, mistral4, llama, kimi_k2, and the text models of kimi_k25, kimi_vl, mistral3`
     // Reported before unknown fields, because other families have other names for the same fields.
     expect(() => parseConfig({ ...presets.tiny, model_type, num_experts: 8 })).toThrow(message)
     const folder = await changed('v3-base', config => ({ ...config, model_type, num_experts: 8 }))

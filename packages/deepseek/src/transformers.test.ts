@@ -82,6 +82,8 @@ for (const name of [
   'kimi-k25',
   'v32-mtp',
   'dsa-glm',
+  'mistral-base',
+  'mistral-padding',
 ]) {
   describe(`transformers: ${name}`, async () => {
     const expected = JSON.parse(await readFile(join(fixture(name), 'fixture.json'), 'utf8')) as Expected

@@ -1,6 +1,6 @@
 /** @file The interface between attention and a cache of earlier tokens, independent of where the rows are stored. */
 import { arange, type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
-import type { RotaryEmbedding, RotaryTables } from '../rotary.ts'
+import { disposeTables, type RotaryEmbedding, type RotaryTables } from '../rotary.ts'
 import { type CacheRows, cacheError, type RowKind } from './cache-rows.ts'
 
 /** Prompts have steps that occur once; decoding repeats short steps, which are kept up to this many tokens. */
@@ -181,7 +181,7 @@ export class CacheStep {
     this.pages = pages && upload(pages, [cache.batch, pages.length / cache.batch])
   }
 
-  /** Returns rotation tables `[batch, time, R/2]` for the positions of the tokens. */
+  /** Returns rotation tables with a batch axis for the positions of the tokens. */
   tables(rotary: RotaryEmbedding): RotaryTables {
     let tables = this.#rotary.get(rotary)
     if (tables === undefined) {
@@ -220,10 +220,11 @@ export class CacheStep {
     if (same(before.lengths, now.lengths)) return
     overwrite(this.lengths, now.lengths)
     const positions = this.#positions(now.lengths)
-    for (const [rotary, { cos, sin }] of this.#rotary) {
+    for (const [rotary, { cos, sin, queryFactors }] of this.#rotary) {
       const angles = rotary.angles(positions)
       overwrite(cos, angles.cos)
       overwrite(sin, angles.sin)
+      if (queryFactors && angles.queryFactors) overwrite(queryFactors, angles.queryFactors)
     }
   }
 
@@ -249,10 +250,7 @@ export class CacheStep {
     this.index.dispose()
     this.lengths.dispose()
     this.pages?.dispose()
-    for (const { cos, sin } of this.#rotary.values()) {
-      cos.dispose()
-      sin.dispose()
-    }
+    for (const tables of this.#rotary.values()) disposeTables(tables)
   }
 }
 

@@ -19,7 +19,7 @@ const string = (value: string): GgufValue => ({ type: 'string', value })
 /**
  * Returns the hyperparameters of a configuration (llama.cpp `src/llama-arch.cpp`, `src/models/deepseek2.cpp`, as of v0.5.0).
  *
- * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for sparse attention
+ * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load, `E_UNSUPPORTED` for sparse attention, and for queries scaled by position
  */
 export function architectureOf(config: DeepSeekConfig): Architecture {
   if (config.index_topk !== null) {
@@ -27,6 +27,14 @@ export function architectureOf(config: DeepSeekConfig): Architecture {
       code: 'E_UNSUPPORTED',
       op: 'exportGguf',
       problem: `models with sparse attention (${config.model_type}) cannot be exported: their indexers have no place in the architecture deepseek2`,
+      fix: 'run the model here, or save it in the Hugging Face layout with model.save(folder)',
+    })
+  }
+  if (config.rope_scaling?.llama_4_scaling_beta) {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: 'exportGguf',
+      problem: `models of type ${config.model_type} cannot be exported: scaling queries by position is not part of the exported architecture deepseek2`,
       fix: 'run the model here, or save it in the Hugging Face layout with model.save(folder)',
     })
   }
