@@ -4,6 +4,7 @@ import { attention, latentAttention } from '../../fused/attention.ts'
 import { crossEntropy, linearCrossEntropy } from '../../fused/cross-entropy.ts'
 import { combineTokens, dispatchPlan, permuteTokens } from '../../fused/dispatch.ts'
 import { groupedMatmul } from '../../fused/grouped-matmul.ts'
+import { indexScores } from '../../fused/index-scores.ts'
 import { mlaKeyValue } from '../../fused/mla-key-value.ts'
 import { quantizedGroupedMatmul, quantizedMatmul, quantizeWeight } from '../../fused/quantized-matmul.ts'
 import { rmsNorm } from '../../fused/rms-norm.ts'
@@ -106,6 +107,15 @@ export const fusedSteps = {
       starts: flip(c) ? c.integers([batch, time], 0, keys + 1) : undefined,
       ...(flip(c) ? { scale: 0.3 } : {}),
     })
+  },
+  indexScores(c) {
+    const [batch, time, heads] = [1 + below(c, 3), below(c, 9), 1 + below(c, 4)]
+    const [keys, features] = [one(c, [0, 1, 5, 17, 40]), one(c, [1, 4, 16, 33])]
+    const q = like(c, [batch, time, heads, features])
+    const limits = flip(c) ? c.integers([batch, time], 0, keys + 2) : undefined
+    const weights = like(c, [batch, time, heads])
+    // Hidden keys have -Infinity.
+    return indexScores(q, weights, like(c, [batch, keys, features]), { limits }).maximum(-9)
   },
   latentAttention: c =>
     noGrad(() => {
