@@ -24,9 +24,12 @@ test('prompts of completions', async () => {
 
 test('chats, whose template contains the special tokens', async () => {
   const { app, engine, encode } = server()
+  const batch = vi.spyOn(tokenizer, 'encodeBatch')
+  onTestFinished(() => batch.mockRestore())
   const response = await app.request('/v1/chat/completions', post({ messages: [{ role: 'user', content: long }] }))
   expect(response.status).toBe(200)
   expect(encode).not.toHaveBeenCalled()
   const text = `<|begin|><|user|>user: ${long}<|assistant|>`
+  expect(batch).toHaveBeenCalledWith([text], expect.objectContaining({ addSpecialTokens: false }))
   expect(engine.calls[0].ids).toEqual([...tokenizer.encode(text, { addSpecialTokens: false })])
 })
