@@ -36,7 +36,7 @@ const namedTool = z.looseObject({ type: z.literal('function'), function: z.loose
 
 const allowedTools = z.looseObject({
   type: z.literal('allowed_tools'),
-  allowed_tools: z.looseObject({ mode: z.enum(['auto', 'required']), tools: list(namedTool, MAX_TOOLS) }),
+  allowed_tools: z.looseObject({ mode: z.enum(['auto', 'required']), tools: list(namedTool, MAX_TOOLS, 1) }),
 })
 
 export const formFields = {

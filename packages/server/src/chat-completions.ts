@@ -23,7 +23,7 @@ const fields = z.object({
   ...sharedFields,
   max_completion_tokens: sharedFields.max_tokens,
   ...formFields,
-  messages: list(message, MAX_MESSAGES).refine(({ length }) => length > 0, 'expected at least one message'),
+  messages: list(message, MAX_MESSAGES, 1),
   chat_template_kwargs: z
     .record(z.string(), z.unknown())
     .refine(given => !reservedVariables.some(name => name in given), `${reservedVariables.join(', ')} cannot be set`)

@@ -16,9 +16,9 @@ export const MAX_TOOLS = 128
 /** OpenAI's limit is 4, but evaluations of generated programs use more. */
 const MAX_STOPS = 16
 
-/** A list of up to `most` items. Its length is checked first, because each invalid item of a long list would take time. */
-export const list = <Item extends z.ZodType>(item: Item, most: number) =>
-  z.array(z.unknown()).max(most).pipe(z.array(item))
+/** A list of `least` to `most` items. Its length is checked first, because each invalid item of a long list would take time. */
+export const list = <Item extends z.ZodType>(item: Item, most: number, least = 0) =>
+  z.array(z.unknown()).min(least).max(most).pipe(z.array(item))
 
 const isBias = (given: unknown) =>
   typeof given === 'object' &&

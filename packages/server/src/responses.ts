@@ -36,11 +36,9 @@ const summary = z.enum(['auto', 'concise', 'detailed']).nullish()
 
 const fields = z.object({
   ...shared,
-  input: z
-    .union([z.string(), list(item, MAX_MESSAGES)], {
-      error: `expected a string or a list of items, at most ${MAX_MESSAGES}`,
-    })
-    .refine(input => typeof input === 'string' || input.length > 0, 'expected at least one item'),
+  input: z.union([z.string(), list(item, MAX_MESSAGES, 1)], {
+    error: `expected a string or a list of items, at most ${MAX_MESSAGES}`,
+  }),
   instructions: z.string().nullish(),
   max_output_tokens: count,
   text: z
