@@ -129,15 +129,25 @@ struct FlashF32 {
   static constexpr int tileSize = Count * (D + 4);
   template <int Count, int D>
   MOE_DEVICE void copyRows(float* tile, const float* from, int64_t ld, int rows, int features) {
-    if (features % 4 == 0) {
-      for (int i = threadIdx.x; i < Count * D / 4; i += Threads) {
-        const int row = i / (D / 4), feature = i % (D / 4) * 4;
-        cpAsync16(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
-      }
-    } else {
-      for (int i = threadIdx.x; i < Count * D; i += Threads) {
-        const int row = i / D, feature = i % D;
-        cpAsync4(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
+    if (features % 4 == 0) copyVectors<Count, D, 4>(tile, from, ld, rows, features);
+    else copyVectors<Count, D, 1>(tile, from, ld, rows, features);
+  }
+  /// Neighbouring threads copy 64 features of a row at a time, Width each, so each thread needs only one address and one
+  /// stride.
+  template <int Count, int D, int Width>
+  MOE_DEVICE void copyVectors(float* tile, const float* from, int64_t ld, int rows, int features) {
+    constexpr int line = 64, lanes = line / Width, rowsPerStep = Threads / lanes;
+    static_assert(Count % rowsPerStep == 0 && D % line == 0, "every thread copies as much");
+    const int row = threadIdx.x / lanes, feature = threadIdx.x % lanes * Width;
+    tile += row * (D + 4) + feature;
+    from += row * ld + feature;
+#pragma unroll(Width == 4 ? Count / rowsPerStep : 1)
+    for (int step = 0; step < Count; step += rowsPerStep, from += rowsPerStep * ld) {
+#pragma unroll
+      for (int at = 0; at < D; at += line) {
+        const bool valid = step + row < rows && at + feature < features;
+        if constexpr (Width == 4) cpAsync16(tile + step * (D + 4) + at, from + at, valid);
+        else cpAsync4(tile + step * (D + 4) + at, from + at, valid);
       }
     }
   }
