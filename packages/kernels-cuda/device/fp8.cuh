@@ -28,16 +28,20 @@ MOE_DEVICE Fp8Scale scaleAlong(const Four& x) {
   return fp8Scale(largest);
 }
 
-/// Quantizes tiles across rows. A block of 256 threads processes 128 rows, of which `left` exist, and 64 columns, of
-/// `Count` matrices at once; each thread has 32 rows of a column. `load(row, column, exists, x)` returns the values of
-/// all matrices, zeros where none exists. Then `write(matrix, column, first row, values, scale)` is called. Blocks are
-/// numbered tile of rows by tile of rows (runTile), along x, because a grid has at most 65,535 blocks along y.
-constexpr int stripe = 64, rowsOfThread = 32;
+/// Quantizes tiles across rows. A block of 256 threads processes 128 rows, of which `left` exist, and 32 columns, of
+/// `Count` matrices at once; each thread has 16 rows of a column. Half a warp has the same 16 rows, and the other half
+/// the next ones, so that a load is a sector per row and 32 codes of a column, stored by two lanes, are a sector, too.
+/// `load(row, column, exists, x)` returns the values of all matrices, zeros where none exists. Then `write(matrix,
+/// column, first row, values, scale)` is called. Blocks are numbered tile of rows by tile of rows (runTile), along x,
+/// because a grid has at most 65,535 blocks along y.
+constexpr int stripe = 32, rowsOfThread = 16;
 MOE_DEVICE unsigned stripesOf(int columns) { return divUp(columns, stripe); }
 template <int Count, class Load, class Write>
 MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
-  MOE_SHARED(uint32_t, found, [Count][fp8Tile / rowsOfThread][stripe]);
-  const int own = threadIdx.x % stripe, column = blockIdx.x % stripesOf(columns) * stripe + own, first = threadIdx.x / stripe * rowsOfThread;
+  constexpr int groups = fp8Tile / rowsOfThread;
+  MOE_SHARED(uint32_t, found, [Count][groups][stripe + 16]); // padded, so that the two halves of a warp use different banks
+  const int own = threadIdx.x / 32 % 2 * 16 + threadIdx.x % 16, group = threadIdx.x / 64 * 2 + threadIdx.x % 32 / 16;
+  const int column = blockIdx.x % stripesOf(columns) * stripe + own, first = group * rowsOfThread;
   float x[Count][rowsOfThread];
   uint32_t largest[Count] = {};
 #pragma unroll
@@ -51,12 +55,12 @@ MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
     }
   }
 #pragma unroll
-  for (int m = 0; m < Count; m++) found[m][threadIdx.x / stripe][own] = largest[m];
+  for (int m = 0; m < Count; m++) found[m][group][own] = largest[m];
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < Count; m++) {
 #pragma unroll
-    for (int i = 0; i < fp8Tile / rowsOfThread; i++) largest[m] = max(largest[m], found[m][i][own]);
+    for (int i = 0; i < groups; i++) largest[m] = max(largest[m], found[m][i][own]);
     write(m, column, first, x[m], fp8Scale(largest[m]));
   }
 }
@@ -86,15 +90,22 @@ struct Fp8InBf16 {
   int ld;
 };
 MOE_DEVICE bool isWanted(const Fp8InBf16& to) { return to.data != nullptr; }
-MOE_DEVICE float inFp8(float x, Fp8Scale scale) { return toFloat(toF8e4m3(x * scale.down)) * scale.up; }
+/// Two values rounded to fp8, as a pair of bf16.
+MOE_DEVICE uint32_t inFp8(float low, float high, Fp8Scale scale) {
+  const float2 rounded = unpackF8e4m3(packF8e4m3(low * scale.down, high * scale.down));
+  return packBf16(rounded.x * scale.up, rounded.y * scale.up);
+}
 MOE_DEVICE void writeAlong(const Fp8InBf16& to, int64_t row, int at, const Four& x, Fp8Scale scale) {
-  const uint2 pairs = make_uint2(packBf16(inFp8(x.v[0], scale), inFp8(x.v[1], scale)), packBf16(inFp8(x.v[2], scale), inFp8(x.v[3], scale)));
+  const uint2 pairs = make_uint2(inFp8(x.v[0], x.v[1], scale), inFp8(x.v[2], x.v[3], scale));
   if (at < to.ld) *(uint2*)(to.data + row * to.ld + at) = pairs;
 }
 MOE_DEVICE void writeAcross(const Fp8InBf16& to, const RunTile& tile, const int*, int, int column, int first, const float* x, Fp8Scale scale) {
   if (column >= to.ld) return;
+  bf16* const start = to.data + (int64_t)(tile.row + first) * to.ld + column;
 #pragma unroll
-  for (int i = 0; i < rowsOfThread; i++) {
-    if (first + i < tile.left) to.data[(int64_t)(tile.row + first + i) * to.ld + column] = toBf16(inFp8(x[i], scale));
+  for (int i = 0; i < rowsOfThread; i += 2) {
+    const uint32_t pair = inFp8(x[i], x[i + 1], scale);
+    if (first + i < tile.left) start[(int64_t)i * to.ld] = bf16{(uint16_t)(pair & 0xffffu)};
+    if (first + i + 1 < tile.left) start[(int64_t)(i + 1) * to.ld] = bf16{(uint16_t)(pair >> 16)};
   }
 }

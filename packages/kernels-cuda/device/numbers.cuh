@@ -2,6 +2,11 @@
 // f8 saturates).
 #pragma once
 
+#if !defined(MOE_EMULATOR) && __CUDA_ARCH__ >= 890
+/// Conversions from and to f8e4m3 are instructions.
+#define MOE_HAS_FP8_CONVERSIONS
+#endif
+
 struct bf16 {
   uint16_t bits;
 };
@@ -76,25 +81,38 @@ MOE_DEVICE f16 toF16(float x) {
 #endif
 }
 
-/// Exact for every value; NaN is 0x7f with its sign.
-MOE_DEVICE float toFloat(f8e4m3 x) {
-  const uint32_t sign = (uint32_t)(x.bits & 0x80u) << 24;
-  const uint32_t magnitude = x.bits & 0x7fu;
-  if (magnitude == 0x7fu) return asFloat(sign | 0x7fc00000u);
-  // 2^120 adjusts the exponent bias from 7 to 127, subnormals included.
-  return asFloat(sign | asBits(asFloat(magnitude << 20) * asFloat(0x7b800000u)));
-}
-/// Rounds to nearest even and saturates at 448; NaN stays NaN.
-MOE_DEVICE f8e4m3 toF8e4m3(float x) {
-  const uint32_t u = asBits(x);
-  const uint32_t sign = u >> 24 & 0x80u;
-  const float a = asFloat(u & 0x7fffffffu);
-  if (!(a <= 3.4e38f)) return f8e4m3{(uint8_t)(sign | (a != a ? 0x7fu : 0x7eu))};
-  if (a >= 448.f) return f8e4m3{(uint8_t)(sign | 0x7eu)};
-  if (a < 0.015625f) {
+/// Two floats as f8e4m3, the first in the low byte. Rounds to nearest even and saturates at 448; NaN is 0x7f.
+MOE_DEVICE uint32_t packF8e4m3(float low, float high) {
+#ifdef MOE_HAS_FP8_CONVERSIONS
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  auto round = [](float x) -> uint32_t {
+    const float a = fminf(fabsf(x), 448.f);
     // Below 2^-6 the spacing is 2^-9: adding 2^14 makes the float addition round to it.
-    return f8e4m3{(uint8_t)(sign | (asBits(a + 16384.f) - asBits(16384.f)))};
-  }
-  const uint32_t rounded = asBits(a) + 0x7ffffu + (asBits(a) >> 20 & 1u);
-  return f8e4m3{(uint8_t)(sign | ((rounded >> 20) - (120u << 3)))};
+    const uint32_t subnormal = asBits(a + 16384.f) - asBits(16384.f);
+    const uint32_t normal = ((asBits(a) + 0x7ffffu + (asBits(a) >> 20 & 1u)) >> 20) - (120u << 3);
+    return x != x ? 0x7fu : (asBits(x) >> 24 & 0x80u) | (a < 0.015625f ? subnormal : normal);
+  };
+  return round(low) | round(high) << 8;
+#endif
 }
+MOE_DEVICE f8e4m3 toF8e4m3(float x) { return f8e4m3{(uint8_t)(packF8e4m3(x, 0.f) & 0xffu)}; }
+
+/// The values of two f8e4m3, the one in the low byte first. Exact for every value; NaN is 0x7f with its sign.
+MOE_DEVICE float2 unpackF8e4m3(uint32_t pair) {
+#ifdef MOE_HAS_FP8_CONVERSIONS
+  uint32_t halves; // f16 represents every value of f8e4m3
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((uint16_t)pair));
+  return make_float2(toFloat(f16{(uint16_t)(halves & 0xffffu)}), toFloat(f16{(uint16_t)(halves >> 16)}));
+#else
+  auto value = [](uint32_t code) -> float {
+    // 2^120 adjusts the exponent bias from 7 to 127, subnormals included.
+    const uint32_t finite = asBits(asFloat((code & 0x7fu) << 20) * asFloat(0x7b800000u));
+    return asFloat((code & 0x80u) << 24 | ((code & 0x7fu) == 0x7fu ? 0x7fc00000u : finite));
+  };
+  return make_float2(value(pair), value(pair >> 8));
+#endif
+}
+MOE_DEVICE float toFloat(f8e4m3 x) { return unpackF8e4m3(x.bits).x; }

@@ -188,6 +188,17 @@ PTX_OP uint16_t toBf16(float x) {
   return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 PTX_OP uint32_t toBf16x2(float high, float low) { return (uint32_t)toBf16(high) << 16 | toBf16(low); }
+/// The nearest value of e4m3: up to 15 units of the last of its 3 bits, which is at least 2^-9.
+PTX_OP uint8_t toE4m3(float x) {
+  if (x != x) return 0x7f;
+  const float a = fabsf(x) < 448.f ? fabsf(x) : 448.f;
+  int exponent = a < 0x1p-6f ? -6 : ilogbf(a);
+  float units = nearbyintf(ldexpf(a, 3 - exponent));
+  if (units == 16.f) units = 8.f, exponent++;
+  const int code = units < 8.f ? (int)units : (exponent + 7) << 3 | ((int)units - 8);
+  return (uint8_t)(code | (__builtin_signbit(x) ? 0x80 : 0));
+}
+PTX_OP uint16_t toE4m3x2(float high, float low) { return (uint16_t)(toE4m3(high) << 8 | toE4m3(low)); }
 PTX_OP uint16_t halfOfE4m3(uint8_t x) {
   const int exponent = x >> 3 & 15, fraction = x & 7;
   const uint16_t sign = (uint16_t)((x & 0x80) << 8);

@@ -2,8 +2,8 @@
  * Counts the memory traffic of kernels without a GPU. For every instruction of a training step and of decoding, it counts the 32-byte sectors of global memory that
  * warps touch and the passes over the banks of shared memory that they need, compared with the minimum for the bytes accessed.
  *
- *     node scripts/build-emulator.mjs --ptx && node scripts/traffic.ts [--wgmma] [--only train,decode] [--precision f32|bf16|fp8] [--weights int8]
- *         [--kernel NAME] [--least 1.1] [--json FILE]
+ *     node scripts/build-emulator.mjs --ptx && node scripts/traffic.ts [--wgmma] [--sparse] [--only train,decode] [--precision f32|bf16|fp8]
+ *         [--weights int8] [--kernel NAME] [--least 1.1] [--json FILE]
  *
  * Prints a table of kernels and of the most expensive source lines: those whose ratio to the minimum exceeds `--least`, or with `--kernel` all lines of kernels whose
  * name contains it. Box copies and products of warpgroups (TMA, wgmma) are not counted. Runs the code that nvcc generates.
@@ -21,6 +21,7 @@ import { createBackend } from '../src/index.ts'
 const { values: options } = parseArgs({
   options: {
     wgmma: { type: 'boolean', default: false },
+    sparse: { type: 'boolean', default: false },
     only: { type: 'string', default: 'train,decode' },
     precision: { type: 'string', default: 'bf16' },
     weights: { type: 'string' },
@@ -35,7 +36,7 @@ if (!precisions.includes(precision))
 const folder = join(import.meta.dirname, '..', 'build', 'emulator-ptx')
 const library = join(folder, 'libmoe-cuda-emulator.so')
 
-/** Attention has V3's widths; everything else is as small as whole tiles allow. */
+/** Attention has V3's widths, or V3.2's with `--sparse`; everything else is as small as whole tiles allow. */
 const config: DeepSeekConfigInput = {
   ...presets['1b'],
   vocab_size: 1024,
@@ -51,7 +52,9 @@ const config: DeepSeekConfigInput = {
   num_experts_per_tok: 2,
   q_lora_rank: 256,
   max_position_embeddings: 512,
+  ...(options.sparse ? { model_type: 'deepseek_v32', index_topk: 128, index_n_heads: 64, index_head_dim: 128 } : {}),
 }
+const attention = options.sparse ? ', sparse attention' : ''
 
 /** The counts of one instruction in one kernel. */
 interface Line {
@@ -105,7 +108,7 @@ async function trainingStep(): Promise<void> {
     progress: false,
     handleSignals: false,
   })
-  await finish(`training step, ${precision}, 256 tokens`)
+  await finish(`training step, ${precision}, 256 tokens${attention}`)
 }
 
 async function decoding(): Promise<void> {
@@ -118,7 +121,7 @@ async function decoding(): Promise<void> {
   for await (const _ of model.generate(prompt, { maxTokens: 5, precision, temperature: 0 })) {
     if (++tokens === 1) count(1)
   }
-  await finish(`decoding, ${options.weights ?? precision}, 256 tokens of context`)
+  await finish(`decoding, ${options.weights ?? precision}, 256 tokens of context${attention}`)
 }
 
 async function finish(title: string): Promise<void> {

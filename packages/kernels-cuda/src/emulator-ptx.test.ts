@@ -2,6 +2,7 @@
  * @file Runs kernels written in PTX on the emulator: compares the instructions that are not C++ operators, as translated by scripts/ptx/, with their
  * definition in "Parallel Thread Execution ISA".
  */
+import { fromF8e4m3, fromF16, toF8e4m3 } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
 
@@ -139,6 +140,29 @@ describe.skipIf(unbuilt)('translated PTX', () => {
       if (!Number.isNaN(a)) expect(floatOf(word[13]!), label).toBe(Math.f16round(a))
       expect(word[14], label).toBe((pair >>> 16) | (pair << 16))
       expect(floatOf(word[15]!), label).toBe(-Math.abs(a))
+    }
+  })
+
+  test('converts to and from f8e4m3 as defined', () => {
+    // Every value, the middles between neighbours, and numbers just beside those.
+    const codes = Array.from({ length: 127 }, (_, code) => fromF8e4m3(code))
+    const middles = codes
+      .slice(1)
+      .flatMap((x, i) => [-1, 0, 1].map(step => floatOf(bitsOf((x + codes[i]!) / 2) + step)))
+    const magnitudes = [...codes, ...middles, 463, 464, 465, 1e30, 1e-40, Number.POSITIVE_INFINITY, Number.NaN]
+    const values = magnitudes.flatMap(x => [x, -x])
+    for (let first = 0; first < values.length; first += 128) {
+      const pairs = values.slice(first, first + 128)
+      const threads = pairs.length / 2
+      const got = run('moe_test_ptx_fp8', threads, 'p p', out => [device.upload(Float32Array.from(pairs)), out], 2)
+      for (const [i, words] of got.entries()) {
+        const [a, b] = [pairs[2 * i]!, pairs[2 * i + 1]!]
+        // The first operand is the upper byte. NaN has no sign.
+        const code = (x: number) => (Number.isNaN(x) ? 0x7f : toF8e4m3(x))
+        expect(words[0], `${a} ${b}`).toBe((code(a) << 8) | code(b))
+        const [high, low] = [fromF16(words[1]! >>> 16), fromF16(words[1]! & 0xffff)]
+        expect([high, low], `${a} ${b}`).toEqual([fromF8e4m3(code(a)), fromF8e4m3(code(b))])
+      }
     }
   })
 

@@ -102,6 +102,8 @@ function convertTypes(kernel, modifiers, d, a, b) {
   const form = modifiers.join('.')
   if (form === 'rn.bf16x2.f32')
     return kernel.write(d, 'uint32_t', `toBf16x2(${kernel.read(a, 'float')}, ${kernel.read(b, 'float')})`)
+  if (form === 'rn.satfinite.e4m3x2.f32')
+    return kernel.write(d, 'uint16_t', `toE4m3x2(${kernel.read(a, 'float')}, ${kernel.read(b, 'float')})`)
   if (form === 'rn.f16x2.e4m3x2') return kernel.write(d, 'uint32_t', `halvesOfE4m3x2(${kernel.read(a, 'uint16_t')})`)
   if (form === 'f32.f16') return kernel.write(d, 'float', `fromHalf(${kernel.read(a, 'uint16_t')})`)
   if (form === 'rn.f16.f32') return kernel.write(d, 'uint16_t', `toHalf(${kernel.read(a, 'float')})`)

@@ -14,7 +14,7 @@ export interface Fp8Operand {
 }
 
 /** Columns per block of the kernels that round across rows. */
-const stripe = 64
+const stripe = 32
 
 /** Blocks of the kernels that round across rows; each 128 rows of a run, or of an expert, are a tile. */
 export const stripes = (columns: number, tiles: number): LaunchShape => ({

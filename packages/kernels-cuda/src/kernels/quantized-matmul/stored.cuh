@@ -21,13 +21,9 @@ template <>
 struct Stored<Format::fp8> {
   static constexpr int perWord = 4;
   MOE_DEVICE void unpack(float* v, uint32_t word) {
-#if !defined(MOE_EMULATOR) && __CUDA_ARCH__ >= 890
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t pair; // of f16, which represents every value of f8e4m3
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)(word >> 16 * half)));
-      v[2 * half] = toFloat(f16{(uint16_t)(pair & 0xffffu)}), v[2 * half + 1] = toFloat(f16{(uint16_t)(pair >> 16)});
-    }
+#ifdef MOE_HAS_FP8_CONVERSIONS
+    const float2 low = unpackF8e4m3(word), high = unpackF8e4m3(word >> 16);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
 #else
     // Adjusts the exponent bias from 7 to 127 by a multiplication with 2^120, subnormals included.
 #pragma unroll

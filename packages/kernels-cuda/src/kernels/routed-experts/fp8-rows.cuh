@@ -11,7 +11,7 @@ struct SwigluSlopes {
   float dgate, dup, weighted, dweight;
 };
 MOE_DEVICE SwigluSlopes swigluSlopes(float dinner, float gate, float up, float weight) {
-  const float s = sigmoid(gate), silu = gate * s, inner = silu * up, own = dinner * weight;
+  const float s = sigmoidFast(gate), silu = gate * s, inner = silu * up, own = dinner * weight;
   // d silu(g) / dg = s (1 + g (1 - s))
   return {own * up * (s * (1.f + gate * (1.f - s))), own * silu, weight * inner, dinner * inner};
 }
@@ -23,7 +23,7 @@ MOE_DEVICE void swigluAlong(const Form& inner, const bf16* gate, const bf16* up,
   const int at = blockIdx.y * fp8Tile + threadIdx.x % 32 * 4;
   if (row >= rows) return;
   const Four g = load4(gate + row * I, at, I), u = load4(up + row * I, at, I);
-  const Four x = four([&](int i) { return g.v[i] * sigmoid(g.v[i]) * u.v[i]; });
+  const Four x = four([&](int i) { return g.v[i] * sigmoidFast(g.v[i]) * u.v[i]; });
   writeAlong(inner, row, at, x, scaleAlong(x));
 }
 
