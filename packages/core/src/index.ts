@@ -126,6 +126,8 @@ export {
   entriesSource,
   type LoadOptions,
   loadStateDict,
+  type QuantizedElements,
+  type QuantizedLayout,
   type StateEntry,
   type StateSource,
   stateDict,

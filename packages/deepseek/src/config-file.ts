@@ -1,9 +1,9 @@
 /** @file Reads config.json of a checkpoint folder: the model's configuration, the quantization of its weights, and which weights belong to the text model. */
-import { DEFAULT_BLOCK, type Folder, openInFolder, readAll, type TensorSource } from '@moe/checkpoint'
-import { isMoeError, MoeError, shown } from '@moe/core'
-import { z } from 'zod'
+import { type Folder, type Int4Source, openInFolder, readAll, type TensorSource, unpackInt4 } from '@moe/checkpoint'
+import { isMoeError, MoeError } from '@moe/core'
 import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
 import { isNested, type Json, stacksExperts, textConfig, textKey } from './model-types.ts'
+import { parseQuantization } from './quantization.ts'
 import { splitExperts } from './stacked-experts.ts'
 
 const FILE = 'config.json'
@@ -21,55 +21,44 @@ export async function readConfig(folder: Folder): Promise<DeepSeekConfigInput> {
   return config as DeepSeekConfigInput
 }
 
-const fp8 = z.object({
-  quant_method: z.literal('fp8'),
-  weight_block_size: z
-    .tuple([z.int().positive(), z.int().positive()])
-    .nullable()
-    .default([...DEFAULT_BLOCK]),
-})
-
 /** The weights of a folder. */
 export interface FolderWeights extends AsyncDisposable {
   readonly checkpoint: TensorSource
   /** Rows and columns of a block with a common scale: `quantization_config.weight_block_size`, default 128 x 128. Null: one scale per matrix. */
   readonly block: readonly [number, number] | null
+  /** Reads codes and scales of a weight, if it is stored as 4-bit codes. */
+  readonly readInt4?: Int4Source['readInt4']
 }
 
 /**
  * Opens the weights of a folder, with one matrix per expert. For a multimodal model, only those of its text model, under the keys of a text model.
- * @throws MoeError E_UNSUPPORTED for quantization other than fp8 blocks
+ * @throws MoeError E_UNSUPPORTED for quantization that cannot be read
  */
 export async function openWeights(folder: Folder): Promise<FolderWeights> {
   const json = (await readJson(folder)) ?? {}
-  const block = scaleBlock(folder, json)
+  const given = textConfig(json).quantization_config ?? json.quantization_config
+  const { block, group, renamesScales = false } = parseQuantization(folder.pathOf(FILE), given)
   const opened = await openInFolder(folder)
   try {
-    const text = isNested(json) ? textWeights(opened) : opened
-    const checkpoint = stacksExperts(json) ? splitExperts(text, block) : text
-    return { checkpoint, block, [Symbol.asyncDispose]: () => opened.close() }
+    const text = isNested(json) ? withKeys(opened, textKey) : opened
+    const split = stacksExperts(json) ? splitExperts(text, block) : text
+    const weights = { block, [Symbol.asyncDispose]: () => opened.close() }
+    if (renamesScales) return { ...weights, checkpoint: withKeys(split, scaleInvKey) }
+    if (group === undefined) return { ...weights, checkpoint: split }
+    const checkpoint = unpackInt4(split, group)
+    return { ...weights, checkpoint, readInt4: checkpoint.readInt4 }
   } catch (error) {
     await opened.close()
     throw error
   }
 }
 
-function scaleBlock(folder: Folder, json: Json): readonly [number, number] | null {
-  const quantization = textConfig(json).quantization_config ?? json.quantization_config
-  if (quantization === undefined || quantization === null) return DEFAULT_BLOCK
-  const parsed = fp8.safeParse(quantization)
-  if (parsed.success) return parsed.data.weight_block_size
-  const { quant_method: method, weight_block_size: block } = quantization as Record<string, unknown>
-  throw new MoeError({
-    code: 'E_UNSUPPORTED',
-    op: folder.pathOf(FILE),
-    problem: `unsupported quantization: quant_method ${shown(method)}, weight_block_size ${shown(block)}`,
-    fix: 'use a checkpoint in f32, f16, bf16, or fp8 with a weight_block_size of two numbers or null (if its tensors are in one of these formats, remove quantization_config from its config.json)',
-  })
-}
+/** `weight_scale_inv` for the scales that compressed-tensors calls `weight_scale`. Both are factors of the codes. */
+const scaleInvKey = (key: string): string => (key.endsWith('.weight_scale') ? `${key}_inv` : key)
 
-function textWeights(checkpoint: TensorSource): TensorSource {
-  const all = checkpoint.keys().map(key => [textKey(key), key] as const)
+/** The tensors for which `rename` returns a key, under these keys. */
+function withKeys(checkpoint: TensorSource, rename: (key: string) => string | undefined): TensorSource {
+  const all = checkpoint.keys().map(key => [rename(key), key] as const)
   const stored = new Map(all.filter((pair): pair is [string, string] => pair[0] !== undefined))
   const of = (key: string) => stored.get(key) ?? key
   return {

@@ -153,13 +153,18 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
  */
 export async function fillWeights(
   model: Network,
-  { checkpoint, block }: FolderWeights,
+  { checkpoint, block, readInt4 }: FolderWeights,
   { newIndexers = false } = {},
 ): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
     read: async key => (await readF32(checkpoint, key, { block })).data,
+    readQuantized: async (key, { format, block: [rows, columns] }) => {
+      if (format !== 'int4' || rows !== 1) return undefined
+      const weight = await readInt4?.(key)
+      return weight && weight.scale.length * columns === weight.shape[0] * weight.shape[1] ? weight : undefined
+    },
   }
   const copies = new Set([
     ...sharedCopies(model).map(([copy]) => copy),
@@ -177,7 +182,7 @@ export async function fillWeights(
 }
 
 /** Whether a tensor is the scale of rounded activations. Here, activations are not rounded to fp8. */
-const isOfActivations = (key: string) => /[._]activation_scale$/.test(key)
+const isOfActivations = (key: string) => /([._]activation|\.input)_scale$/.test(key)
 
 const isOfIndexer = (key: string) => key.includes('.self_attn.indexer.')
 

@@ -42,7 +42,9 @@ const usualBlocks: Readonly<Record<WeightFormat, readonly [number, number]>> = {
 /** The byte that encodes zero; in int4, two zeros. */
 const zeroCodes: Readonly<Record<WeightFormat, number>> = { bf16: 0, fp8: 0, int8: 128, int4: 0x88 }
 
-const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
+/** Stored elements of a row. Internal. */
+export const storedColumns = (format: WeightFormat, columns: number): number =>
+  format === 'int4' ? Math.ceil(columns / 2) : columns
 
 /** Checks a format that a caller passed. Internal. @throws MoeError E_ATTR */
 export function checkFormat(op: string, format: WeightFormat): void {

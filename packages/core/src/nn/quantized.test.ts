@@ -20,7 +20,7 @@ import {
   quantizeWeights,
   weightBytes,
 } from './quantized.ts'
-import { entriesSource, loadStateDict, stateDict } from './state-dict.ts'
+import { entriesSource, loadStateDict, type QuantizedLayout, stateDict } from './state-dict.ts'
 
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
 const bytes = async (tensor: Tensor) => Buffer.from((await tensor.data()).buffer)
@@ -181,6 +181,72 @@ test('loading into quantized weights quantizes slice by slice', async () => {
   }))
   await loadStateDict(model, entriesSource(watched))
   expect(peak).toBeLessThan(whole * 1.2)
+})
+
+describe('codes of a source', () => {
+  /** A source of matrices [16, 24], of which some also have codes and scales of int4. */
+  const sourceOf = (withCodes: (name: string) => boolean, likes: unknown[] = []) => {
+    const entries = entriesSource(stateDict(new Experts(3)))
+    return {
+      keys: () => entries.keys(),
+      info: (name: string) => entries.info(name),
+      read: (name: string) => entries.read(name),
+      readQuantized: async (name: string, { format, block }: QuantizedLayout) => {
+        likes.push([format, block])
+        if (!withCodes(name) || format !== 'int4') return undefined
+        // All codes, including 0, for -8, which quantization never chooses.
+        const q = Uint8Array.from({ length: 16 * 12 }, (_, i) => (i * 37) % 256)
+        return { q, scale: Float32Array.from({ length: 16 }, (_, i) => 1 + i / 8) }
+      },
+    }
+  }
+  const elementAt = (i: number) => {
+    const byte = (Math.floor(i / 2) * 37) % 256
+    return ((i % 2 === 0 ? byte & 15 : byte >> 4) - 8) * (1 + Math.floor(i / 24) / 8)
+  }
+
+  test('are stored as they are, and other matrices are quantized', async () => {
+    const likes: unknown[] = []
+    const model = new Experts(3, 'int4')
+    const plain = new Experts(3, 'int4')
+    await loadStateDict(plain, entriesSource(stateDict(new Experts(3))))
+    const source = sourceOf(name => !name.startsWith('1.'), likes)
+    const { handles } = backend.stats()
+    await loadStateDict(model, source)
+    expect(backend.stats().handles).toBe(handles)
+    expect(likes).toEqual(Array.from({ length: 3 }, () => ['int4', [1, 32]]))
+    const found = await (model.up_proj as QuantizedParameter).dequantize().values()
+    const rounded = await (plain.up_proj as QuantizedParameter).dequantize().values()
+    const exact = Float32Array.from({ length: 16 * 24 }, (_, i) => elementAt(i))
+    for (const expert of [0, 2]) expect(found.subarray(expert * 384, (expert + 1) * 384)).toEqual(exact)
+    expect(found.subarray(384, 768)).toEqual(rounded.subarray(384, 768))
+  })
+
+  test('fill matrices that are not stacked', async () => {
+    const model = new Linear(24, 16, { weights: 'int4' })
+    const { readQuantized } = sourceOf(() => true)
+    const plain = entriesSource(stateDict(new Linear(24, 16)))
+    await loadStateDict(model, { ...plain, readQuantized })
+    const found = await (model.weight as QuantizedParameter).dequantize().values()
+    expect(found).toEqual(Float32Array.from({ length: 16 * 24 }, (_, i) => elementAt(i)))
+  })
+
+  test('are not asked for if the weight is not quantized', async () => {
+    const likes: unknown[] = []
+    await loadStateDict(
+      new Experts(3),
+      sourceOf(() => true, likes),
+    )
+    expect(likes).toEqual([])
+  })
+
+  test('in another format or other blocks are rejected', async () => {
+    const { up_proj } = new Experts(1, 'int4')
+    const others = [quantizeWeight(zeros([1, 16, 24]), 'int8'), quantizeWeight(zeros([1, 16, 24]), 'int4', [1, 16])]
+    for (const part of others) {
+      await expect((up_proj as QuantizedParameter).assignParts(1, () => part)).rejects.toMatchObject({ code: 'E_ATTR' })
+    }
+  })
 })
 
 test('a quantized parameter cannot be trained, and accepts only its own shape', () => {

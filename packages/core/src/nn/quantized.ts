@@ -21,7 +21,7 @@ import { concat } from '../primitives.ts'
 import { keep, scope } from '../scope.ts'
 import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
 import { disposeRecorded, noGrad } from '../tape.ts'
-import type { Tensor } from '../tensor.ts'
+import { Tensor } from '../tensor.ts'
 import { pacer, runSync, runYielding } from '../turns.ts'
 import { Module, namedParameters, needModule } from './module.ts'
 
@@ -71,9 +71,13 @@ export class QuantizedParameter extends Parameter {
 
   /**
    * Quantizes and stores f32 values that `read` returns in `count` parts along the first axis, so that only one part at
-   * a time is in memory as f32. The parts are disposed.
+   * a time is in memory as f32. Parts that are already quantized, in the format and blocks of this weight, are stored as
+   * they are. The parts are disposed.
    */
-  async assignParts(count: number, read: (part: number) => Promise<Tensor> | Tensor): Promise<void> {
+  async assignParts(
+    count: number,
+    read: (part: number) => Promise<Tensor | QuantizedWeight> | Tensor | QuantizedWeight,
+  ): Promise<void> {
     const parts: QuantizedWeight[] = []
     const paced = pacer()
     try {
@@ -100,9 +104,17 @@ export class QuantizedParameter extends Parameter {
     })
   }
 
-  #part(next: Tensor): QuantizedWeight {
+  #part(next: Tensor | QuantizedWeight): QuantizedWeight {
     const { shape, format, block } = this.#weight
     if (!sameShape(next.shape.slice(1), shape.slice(1))) throw this.#misfit(next.shape)
+    if (!(next instanceof Tensor)) {
+      if (next.format === format && sameShape(next.block, block)) return keep(next)
+      throw attrError(
+        'assignParts',
+        `a part is stored in ${next.format}, blocks [${next.block}]`,
+        `expected ${format}, [${block}]`,
+      )
+    }
     try {
       return keep(scope(() => noGrad(() => quantizeWeight(next, format, block))))
     } finally {

@@ -3,6 +3,7 @@ import { attrError } from '../checks.ts'
 import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
+import { type QuantizedWeight, storedColumns } from '../fused/quantized-matmul.ts'
 import { checkOptions } from '../options.ts'
 import type { Parameter } from '../parameter.ts'
 import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
@@ -32,6 +33,22 @@ export interface StateSource {
   info(name: string): { readonly dtype: DType; readonly shape: Shape }
   /** Reads the elements of a tensor, row-major, as raw bits for the 16- and 8-bit floats. */
   read(name: string): Promise<HostArray>
+  /**
+   * Reads a matrix as codes and scales, so that a quantized weight is loaded without rounding. Returns undefined if it is
+   * not stored in that format with those blocks; `read` is called then. Default: no matrix is.
+   */
+  readonly readQuantized?: ((name: string, like: QuantizedLayout) => Promise<QuantizedElements | undefined>) | undefined
+}
+
+/** How a quantized weight is stored. */
+export type QuantizedLayout = Pick<QuantizedWeight, 'format' | 'block'>
+
+/** The elements of a quantized matrix: those of `q` and `scale` of a `QuantizedWeight`. */
+export interface QuantizedElements {
+  /** Codes. */
+  readonly q: Uint8Array<ArrayBuffer>
+  /** Scales. */
+  readonly scale: Float32Array
 }
 
 /**
@@ -152,10 +169,36 @@ async function loadQuantized(
   stacked: boolean,
   source: StateSource,
 ) {
+  const { weight } = parameter
+  const slice = stacked ? [1, ...weight.shape.slice(1)] : weight.shape
   const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, 'f32') as Float32Array
-  if (!stacked) return parameter.assignValues(await read(keys[0]))
-  const slice = [1, ...parameter.weight.shape.slice(1)]
-  return parameter.assignParts(keys.length, async i => fromHost(await read(keys[i]), slice, 'f32', parameter.backend))
+  const readCodes = async (key: string) => {
+    const elements = await source.readQuantized?.(key, weight)
+    return elements && onDevice(elements, slice, parameter)
+  }
+  if (!stacked) {
+    const whole = await readCodes(keys[0])
+    return whole === undefined ? parameter.assignValues(await read(keys[0])) : parameter.assignParts(1, () => whole)
+  }
+  return parameter.assignParts(keys.length, async i => {
+    return (await readCodes(keys[i])) ?? fromHost(await read(keys[i]), slice, 'f32', parameter.backend)
+  })
+}
+
+/** Uploads codes and scales of the shape in the format of a parameter. */
+function onDevice({ q, scale }: QuantizedElements, shape: Shape, parameter: QuantizedParameter): QuantizedWeight {
+  const { dtype, backend, weight } = parameter
+  const { format, block } = weight
+  const lead = shape.slice(0, -2)
+  const [rows, columns] = shape.slice(-2)
+  const blocks = [...lead, Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
+  return {
+    format,
+    block,
+    shape,
+    q: fromHost(q, [...lead, rows, storedColumns(format, columns)], dtype, backend),
+    scale: fromHost(scale, blocks, 'f32', backend),
+  }
 }
 
 function noSource(what: string): MoeError {
