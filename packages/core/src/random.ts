@@ -91,8 +91,7 @@ export class Random {
    */
   fork(name: number | string): Random {
     let hash = 0x811c9dc5
-    for (const char of `${this.stream}/${name}`)
-      hash = imul(hash ^ (char.codePointAt(0) as number), 0x01000193) >>> 0
+    for (const char of `${this.stream}/${name}`) hash = imul(hash ^ (char.codePointAt(0) as number), 0x01000193) >>> 0
     return new Random(this.seed, hash)
   }
 

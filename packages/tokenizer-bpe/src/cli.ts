@@ -148,9 +148,10 @@ function showProgress(progress: TrainProgress): void {
 function filesOf(pattern: string): string[] {
   if (pattern === '-' || existsSync(pattern)) return [pattern]
   // Node 20 has no globSync.
-  const matches = fs.globSync?.(pattern).filter(path => statSync(path).isFile()) ?? []
+  const globSync = fs.globSync as typeof fs.globSync | undefined
+  const matches = globSync?.(pattern).filter(path => statSync(path).isFile()) ?? []
   if (matches.length > 0) return matches.sort()
-  const fix = fs.globSync
+  const fix = globSync
     ? 'check the pattern and the current folder'
     : 'leave out the quotes: Node 20 expands no patterns'
   throw new TokenizerError({ code: 'E_DATA', op: 'train', problem: `no file matches ${pattern}`, fix })
