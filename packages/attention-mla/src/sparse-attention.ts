@@ -94,8 +94,8 @@ function attendChunk(inputs: readonly Tensor[], from: number, to: number, option
   const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
   const scores = q
     .narrow(2, from, to)
-    .mul(scale)
     .matmul(k.narrow(2, 0, to), { transposeB: true })
+    .mul(scale)
   const [batch, time, keys] = seen.shape
   const p = softmax(mask(scores, seen.reshape([batch, 1, time, keys])))
   const out = p.matmul(v.narrow(2, 0, to))
