@@ -44,7 +44,7 @@ export function findFiles(op: string, patterns: string | readonly string[] | und
         code: 'E_DATA',
         op,
         problem: `no file matches ${pattern} in ${cwd}`,
-        fix: 'check the pattern and the current folder, or pass { cwd }',
+        fix: 'check the pattern, which starts from that folder',
       })
     }
     for (const path of matches) found.add(slashed(path))
