@@ -14,7 +14,7 @@ import { emaStep } from './ema/ema.ts'
 import { fill } from './fill/fill.ts'
 import { globalNorm } from './global-norm/global-norm.ts'
 import { groupedMatmul, groupedMatmulWeightGrad } from './grouped-matmul/grouped-matmul.ts'
-import { indexScores } from './index-scores/index-scores.ts'
+import { indexScores, indexScoresBackward } from './index-scores/index-scores.ts'
 import { latentAttention } from './latent-attention/latent-attention.ts'
 import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy/linear-cross-entropy.ts'
 import { matmul } from './matmul/matmul.ts'
@@ -71,6 +71,7 @@ export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   groupedMatmul,
   groupedMatmulWeightGrad,
   indexScores,
+  indexScoresBackward,
   latentAttention,
   linearCrossEntropy,
   linearCrossEntropyBackward,

@@ -18,6 +18,7 @@ const cases: readonly Size[] = [
   { name: 'odd sizes', sizes: [3, 3, 5, 33, 67] },
   { name: 'limits', sizes: [1, 4, 64, 24, 300], limits: [1, 128, 129, 400] },
   { name: 'limits that hide whole tiles from both queries', sizes: [2, 2, 6, 16, 300], limits: [0, -5, 64, 3] },
+  { name: 'many queries of few keys', sizes: [2, 37, 40, 128, 70] },
 ]
 
 describe.skipIf(unavailable)('indexScores', () => {
@@ -27,6 +28,21 @@ describe.skipIf(unavailable)('indexScores', () => {
       const inputs = [exact(random, B, T, J, D), exact(random, B, T, J), exact(random, B, S, D)]
       const seen = limits ? [{ data: [...limits], shape: [B, T], dtype: 'i32' as const }] : []
       await assertNearCpu('indexScores', [...inputs, ...seen], { precision }, [output(B, T, S)], 2e-6)
+    })
+
+    test.each(cases)('gradients: $name', async ({ sizes: [B, T, J, D, S], limits }) => {
+      const random = new Random(D)
+      // Multiples of 1/8, whose products are exact, so that none changes its sign.
+      const given = (...shape: number[]) => {
+        const { data } = exact(random, ...shape)
+        return { data: Float32Array.from(data as Float32Array, x => Math.round(8 * x) / 8), shape }
+      }
+      const inputs = [given(B, T, J, D), exact(random, B, T, J), given(B, S, D), exact(random, B, T, S)]
+      const seen = limits ? [{ data: [...limits], shape: [B, T], dtype: 'i32' as const }] : []
+      const outputs = [output(B, T, J, D), output(B, T, J), output(B, S, D)]
+      // In bf16, the gradients of products are rounded.
+      const tolerance = precision === 'bf16' ? 4e-3 : 2e-6
+      await assertNearCpu('indexScoresBackward', [...inputs, ...seen], { precision }, outputs, tolerance)
     })
 
     test('NaN and infinities affect only their queries and keys', async () => {
