@@ -249,16 +249,6 @@ MOE_DEVICE void indexKeysBackward(float* dkeys, const typename E::Element* q, co
   }
 }
 
-/// y [n] = the sum of `parts` arrays x.
-MOE_KERNEL((256), moe_index_scores_bwd_sum_f32, (float* y, const float* x, int parts, int64_t n)) {
-  for (int64_t at = gridThread(); at < n; at += gridThreads()) {
-    float sum = 0.f;
-#pragma unroll 4
-    for (int part = 0; part < parts; part++) sum += x[part * n + at];
-    y[at] = sum;
-  }
-}
-
 #define INDEX_SCORES_BACKWARD(blocks, name, Engine)                                                                                                       \
   MOE_KERNEL((Engine::Threads, blocks), moe_index_scores_bwd_queries_##name, (float* dq, float* dweights, const Engine::Element* q, const Engine::Element* keys, const float* weights, const float* dscores, const int* limits, int T, int J, int D, int S)) { \
     indexQueriesBackward<Engine>(dq, dweights, q, keys, weights, dscores, limits, {T, J, D, S});                                                          \

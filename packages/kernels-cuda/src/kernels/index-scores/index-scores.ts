@@ -66,7 +66,7 @@ export const indexScoresBackward: FusedFactory<'indexScoresBackward'> = cuda => 
     ofKeys: kernel(`keys_${precision}`, 'p p p p p p i i i i'),
   })
   const kernels = { f32: kernelsOf('f32'), bf16: kernelsOf('bf16') }
-  const sum = kernel('sum_f32', 'p p i l')
+  const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
   return ([q, weights, keys, dscores, limits], { precision }, specs) => {
     const [B, T, J, D] = q.shape
     const S = keys.shape[1]
@@ -75,7 +75,7 @@ export const indexScoresBackward: FusedFactory<'indexScoresBackward'> = cuda => 
     const outputs = specs.map(cuda.output)
     const [dq, dweights, dkeys] = outputs
     const add = (to: CudaBuffer, parts: CudaBuffer, count: number, n: number) =>
-      sum({ grid: elementwiseGrid(cuda, n), block: 256 }, to.pointer, parts.pointer, count, n)
+      sum({ grid: elementwiseGrid(cuda, n), block: 256 }, to.pointer, parts.pointer, n, count, 0)
     if (B * T * J * D * S === 0) {
       for (const [i, { shape }] of specs.entries()) add(outputs[i], outputs[i], 0, sizeOf(shape))
       return outputs
