@@ -4,9 +4,9 @@
 import type { TensorSpec, Value } from '../backend.ts'
 import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype.ts'
 import type { BinaryCode, PrimitiveAttrs, PrimitiveName, UnaryCode } from '../ops.ts'
-import { type Shape, sizeOf, stridesOf } from '../shape.ts'
+import { type Shape, sameShape, sizeOf, stridesOf } from '../shape.ts'
 import { roundOperand } from './fp8.ts'
-import { allocate, broadcastIndex, type Numbers, type ReferenceHandle, walk } from './storage.ts'
+import { allocate, broadcastPositions, type Numbers, positions, type ReferenceHandle } from './storage.ts'
 
 export type ReferenceKernels = {
   readonly [P in PrimitiveName]: (
@@ -17,6 +17,18 @@ export type ReferenceKernels = {
 }
 
 const dataOf = (value: Value): Numbers => (value.handle as ReferenceHandle).storage.data
+
+/** Returns the elements of a tensor at these positions. */
+function gather(value: Value, at: Int32Array): Numbers {
+  const out = allocate(value.dtype, at.length)
+  const data = dataOf(value)
+  for (let i = 0; i < out.length; i++) out[i] = data[at[i]]
+  return out
+}
+
+/** Returns the elements of a tensor, broadcast to `shape`. */
+const broadcast = (value: Value, shape: Shape): Numbers =>
+  sameShape(value.shape, shape) ? dataOf(value) : gather(value, broadcastPositions(value.shape, shape))
 
 const unary: { readonly [C in UnaryCode]: (x: number) => number } = {
   neg: x => -x,
@@ -60,6 +72,10 @@ function around(shape: Shape, axis: number): [number, number, number] {
   return [sizeOf(shape.slice(0, axis)), shape[axis], sizeOf(shape.slice(axis + 1))]
 }
 
+/** Returns the position of an index for each axis. */
+const offsetOf = (indices: readonly number[], strides: readonly number[]) =>
+  indices.reduce((sum, at, axis) => sum + at * strides[axis], 0)
+
 const rowSize = (shape: Shape, rowAxes: number) => sizeOf(shape.slice(rowAxes))
 
 export const referencePrimitives: ReferenceKernels = {
@@ -74,26 +90,23 @@ export const referencePrimitives: ReferenceKernels = {
   binary([a, b], { code }, [spec]) {
     const out = allocate(spec.dtype, sizeOf(spec.shape))
     const fn = spec.dtype === 'i32' ? integerBinary[code] : binary[code]
-    const [x, y] = [dataOf(a), dataOf(b)]
-    const [ix, iy] = [broadcastIndex(a.shape, spec.shape), broadcastIndex(b.shape, spec.shape)]
-    for (let i = 0; i < out.length; i++) out[i] = fn(x[ix[i]], y[iy[i]])
+    const [x, y] = [broadcast(a, spec.shape), broadcast(b, spec.shape)]
+    for (let i = 0; i < out.length; i++) out[i] = fn(x[i], y[i])
     return [out]
   },
 
   compare([a, b], { code }, [spec]) {
     const out = allocate('u8', sizeOf(spec.shape))
     const fn = compare[code]
-    const [x, y] = [dataOf(a), dataOf(b)]
-    const [ix, iy] = [broadcastIndex(a.shape, spec.shape), broadcastIndex(b.shape, spec.shape)]
-    for (let i = 0; i < out.length; i++) out[i] = fn(x[ix[i]], y[iy[i]]) ? 1 : 0
+    const [x, y] = [broadcast(a, spec.shape), broadcast(b, spec.shape)]
+    for (let i = 0; i < out.length; i++) out[i] = fn(x[i], y[i]) ? 1 : 0
     return [out]
   },
 
   where([condition, a, b], _, [spec]) {
     const out = allocate(spec.dtype, sizeOf(spec.shape))
-    const [c, x, y] = [condition, a, b].map(dataOf)
-    const [ic, ix, iy] = [condition, a, b].map(value => broadcastIndex(value.shape, spec.shape))
-    for (let i = 0; i < out.length; i++) out[i] = c[ic[i]] !== 0 ? x[ix[i]] : y[iy[i]]
+    const [c, x, y] = [condition, a, b].map(value => broadcast(value, spec.shape))
+    for (let i = 0; i < out.length; i++) out[i] = c[i] !== 0 ? x[i] : y[i]
     return [out]
   },
 
@@ -115,9 +128,9 @@ export const referencePrimitives: ReferenceKernels = {
     const strides = stridesOf(spec.shape)
     for (const axis of axes) strides[axis] = 0
     const data = dataOf(x)
-    walk(x.shape, strides, 0, (flat, at) => {
-      out[at] = code === 'sum' ? out[at] + data[flat] : Math.max(out[at], data[flat])
-    })
+    const at = positions(x.shape, strides)
+    const fn = code === 'sum' ? binary.add : binary.max
+    for (let i = 0; i < at.length; i++) out[at[i]] = fn(out[at[i]], data[i])
     return [out]
   },
 
@@ -218,48 +231,26 @@ export const referencePrimitives: ReferenceKernels = {
   },
 
   permute([x], { axes }, [spec]) {
-    const out = allocate(spec.dtype, sizeOf(spec.shape))
     const strides = stridesOf(x.shape)
-    const data = dataOf(x)
-    walk(
-      spec.shape,
-      axes.map(axis => strides[axis]),
-      0,
-      (flat, at) => {
-        out[flat] = data[at]
-      },
-    )
-    return [out]
+    const permuted = axes.map(axis => strides[axis])
+    return [gather(x, positions(spec.shape, permuted))]
   },
 
   expand([x], _, [spec]) {
-    const out = allocate(spec.dtype, sizeOf(spec.shape))
-    const data = dataOf(x)
-    broadcastIndex(x.shape, spec.shape).forEach((from, i) => {
-      out[i] = data[from]
-    })
-    return [out]
+    return [gather(x, broadcastPositions(x.shape, spec.shape))]
   },
 
   slice([x], { starts }, [spec]) {
-    const out = allocate(spec.dtype, sizeOf(spec.shape))
     const strides = stridesOf(x.shape)
-    const data = dataOf(x)
-    const start = starts.reduce((sum, at, i) => sum + at * strides[i], 0)
-    walk(spec.shape, strides, start, (flat, at) => {
-      out[flat] = data[at]
-    })
-    return [out]
+    return [gather(x, positions(spec.shape, strides, offsetOf(starts, strides)))]
   },
 
   pad([x], { before, value }, [spec]) {
     const out = allocate(spec.dtype, sizeOf(spec.shape)).fill(value)
     const strides = stridesOf(spec.shape)
     const data = dataOf(x)
-    const start = before.reduce((sum, at, i) => sum + at * strides[i], 0)
-    walk(x.shape, strides, start, (flat, at) => {
-      out[at] = data[flat]
-    })
+    const at = positions(x.shape, strides, offsetOf(before, strides))
+    for (let i = 0; i < at.length; i++) out[at[i]] = data[i]
     return [out]
   },
 

@@ -1,6 +1,6 @@
 /** @file Buffers of the reference backend. Floats are stored as f64, so f32 tensors are not rounded at all. */
 import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
-import type { Shape } from '../shape.ts'
+import { type Shape, sizeOf, stridesOf } from '../shape.ts'
 
 /** The elements of a tensor on the reference backend: f64 for all floats, unchanged for i32 and u8. */
 export type Numbers = Float64Array | Int32Array | Uint8Array
@@ -32,40 +32,27 @@ export function toHostArray(data: Numbers, dtype: DType): HostArray {
   return encodeHost(dtype, dtype === 'i32' || dtype === 'u8' ? data.slice() : Float32Array.from(data))
 }
 
-/**
- * Returns, for every element of `out` in row-major order, its flat position in a tensor of shape `from` that is
- * broadcast to `out`.
- */
-export function broadcastIndex(from: Shape, out: Shape): Int32Array {
-  const total = out.reduce((a, b) => a * b, 1)
-  const index = new Int32Array(total)
-  const strides = new Array<number>(out.length).fill(0)
-  let stride = 1
-  for (let i = 1; i <= from.length; i++) {
-    const size = from[from.length - i]
-    if (size !== 1) strides[out.length - i] = stride
-    stride *= size
+/** Returns the positions of the elements of a box of `shape` under the given strides, in row-major order. */
+export function positions(shape: Shape, strides: readonly number[], start = 0): Int32Array {
+  const at = new Int32Array(sizeOf(shape)).fill(start)
+  // The positions behind an axis are the same for each of its indices, except for their offset.
+  let block = 1
+  for (let axis = shape.length - 1; axis >= 0; axis--) {
+    for (let i = 1; i < shape[axis]; i++) {
+      const offset = i * strides[axis]
+      for (let j = 0; j < block; j++) at[i * block + j] = at[j] + offset
+    }
+    block *= shape[axis]
   }
-  walk(out, strides, 0, (flat, at) => {
-    index[flat] = at
-  })
-  return index
+  return at
 }
 
-/** Visits the elements of a box of `shape` in row-major order, with their positions under the given strides. */
-export function walk(
-  shape: Shape,
-  strides: readonly number[],
-  start: number,
-  visit: (flat: number, at: number) => void,
-): void {
-  let flat = 0
-  const descend = (axis: number, at: number) => {
-    if (axis === shape.length) {
-      visit(flat++, at)
-      return
-    }
-    for (let i = 0, position = at; i < shape[axis]; i++, position += strides[axis]) descend(axis + 1, position)
-  }
-  descend(0, start)
+/** Returns the positions of the elements of a tensor of shape `from` that is broadcast to `to`. */
+export function broadcastPositions(from: Shape, to: Shape): Int32Array {
+  const missing = to.length - from.length
+  const strides = stridesOf(from)
+  return positions(
+    to,
+    to.map((_, axis) => (axis < missing || from[axis - missing] === 1 ? 0 : strides[axis - missing])),
+  )
 }
