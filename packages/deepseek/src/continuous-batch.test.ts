@@ -45,6 +45,26 @@ function requests(count: number): ReadonlyArray<readonly [ids: number[], options
   })
 }
 
+/** A model whose drafts are sometimes accepted. With depth 0, it has a module but no drafts. */
+function draftingModel(depth: number, backend: Backend): DeepSeek {
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
+  const model = new DeepSeek(config, { seed: 3, backend })
+  makeDraftsAgree(model)
+  return model
+}
+
+/** The texts for some requests, one after the other, each with its statistics. */
+async function generateAlone(depth: number, backend: Backend, all: ReturnType<typeof requests>) {
+  const model = draftingModel(depth, backend)
+  const alone: Array<{ readonly ids: number[]; readonly stats: GenerationStats }> = []
+  for (const [ids, turn] of all) {
+    const text = model.generate(ids, { ...turn, speculative: depth > 0 })
+    alone.push({ ids: await read(text), stats: text.stats })
+  }
+  model.dispose()
+  return alone
+}
+
 const variants: ReadonlyArray<readonly [name: string, options: ContinuousBatchOptions]> = [
   ['all at once', { maxTexts: 32 }],
   ['three at a time, prompts in small pieces', { maxTexts: 3, prefillChunkSize: 7 }],
@@ -57,23 +77,15 @@ describe.each([
   ['a backend that records', () => native as Backend, 24],
 ])('texts on %s', (_, of, count) => {
   describe.each([0, 1, 3])('with drafts of %i modules', depth => {
+    const all = requests(count)
+    let aloneOnce: ReturnType<typeof generateAlone> | undefined
     test.each(variants)('%s: each text is the same as alone', async (_name, options) => {
       const backend = of()
+      aloneOnce ??= generateAlone(depth, backend, all)
+      const alone = await aloneOnce
       const { handles } = backend.stats()
-      const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
-      const model = new DeepSeek(config, { seed: 3, backend })
-      makeDraftsAgree(model)
-      // With depth 0, the model has a module but no drafts.
-      const drafting = depth > 0 ? { speculative: true } : {}
-      const batch = model.continuousBatch({ ...options, ...drafting })
-      const all = requests(count)
-      const alone: number[][] = []
-      const counts: Array<Pick<GenerationStats, 'drafted' | 'accepted'>> = []
-      for (const [ids, turn] of all) {
-        const text = model.generate(ids, { ...turn, ...drafting })
-        alone.push(await read(text))
-        counts.push(text.stats)
-      }
+      const model = draftingModel(depth, backend)
+      const batch = model.continuousBatch({ ...options, speculative: depth > 0 })
       // The second half starts while the first is being generated.
       const half = Math.ceil(count / 2)
       const texts = all.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
@@ -81,13 +93,14 @@ describe.each([
       await first[0]
       texts.push(...all.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
       const made = await Promise.all([...first, ...texts.slice(half).map(read)])
-      expect(made).toEqual(alone)
+      expect(made).toEqual(alone.map(({ ids }) => ids))
       for (const [i, { stats }] of texts.entries()) {
-        expect(stats.tokens).toBe(alone[i].length)
-        expect(stats.finishReason).toBe(alone[i].length === all[i][1].maxTokens ? 'length' : 'stop')
+        const { ids, stats: ofAlone } = alone[i]
+        expect(stats.tokens).toBe(ids.length)
+        expect(stats.finishReason).toBe(ids.length === all[i][1].maxTokens ? 'length' : 'stop')
         expect(stats.drafted).toHaveLength(depth)
-        expect(stats.drafted).toEqual(counts[i].drafted)
-        expect(stats.accepted).toEqual(counts[i].accepted)
+        expect(stats.drafted).toEqual(ofAlone.drafted)
+        expect(stats.accepted).toEqual(ofAlone.accepted)
       }
       for (let k = 0; k < depth; k++) {
         const count = (of: 'drafted' | 'accepted') => texts.reduce((sum, { stats }) => sum + stats[of][k], 0)
