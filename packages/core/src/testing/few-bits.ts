@@ -55,7 +55,8 @@ export function fp8ErrorBounds(bits: number): Backend {
             if (largest === 0) continue
             const bit = lastBit(largest, bits)
             if (sum !== 0) error += bit
-            for (let t = 0; t < count; t++) error += products[t] % bit
+            // The remainder by a power of two, exactly; % takes most of the time of a suite.
+            for (let t = 0; t < count; t++) error += products[t] - Math.floor(products[t] / bit) * bit
             sum = total
             if (Math.abs(sum) + error > 0) error += lastBit(Math.abs(sum) + error, bits)
           }

@@ -226,6 +226,17 @@ function hasGradient(item: OpCase): boolean {
   return item.gradient ?? (!integers && item.inputs.some(({ dtype }) => dtype === 'f32'))
 }
 
+const references = new WeakMap<OpCase, Map<string, Promise<CaseResult>>>()
+
+/** Returns what a case is compared with. It is computed once for all backends of a process. */
+function onceFor(item: OpCase, variant: string, compute: () => Promise<CaseResult>): Promise<CaseResult> {
+  const known = references.get(item) ?? new Map<string, Promise<CaseResult>>()
+  references.set(item, known)
+  const result = known.get(variant) ?? compute()
+  known.set(variant, result)
+  return result
+}
+
 async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions): Promise<void> {
   const used = [
     ...item.inputs.map(({ dtype }) => dtype),
@@ -237,10 +248,15 @@ async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions):
   const withGradient = hasGradient(item)
   const { precision } = item.attrs as { precision?: Precision }
   const wider = precision === 'fp8' && !backend.fp8Matmul
-  const expectedItem = wider ? ({ ...item, attrs: { ...item.attrs, precision: 'f32' } } as OpCase) : item
-  const expected = await evaluate(expectedItem, referenceBackend(), {}, withGradient)
+  const expected = await onceFor(item, wider ? 'f32' : 'as it is', () => {
+    const expectedItem = wider ? ({ ...item, attrs: { ...item.attrs, precision: 'f32' } } as OpCase) : item
+    return evaluate(expectedItem, referenceBackend(), {}, withGradient)
+  })
+  const { fp8Bits = 24 } = options
   const rounds = precision === 'fp8' && !wider
-  const bounds = rounds ? await evaluate(item, fp8ErrorBounds(options.fp8Bits ?? 24), {}, withGradient) : undefined
+  const bounds = rounds
+    ? await onceFor(item, `${fp8Bits} bits`, () => evaluate(item, fp8ErrorBounds(fp8Bits), {}, withGradient))
+    : undefined
   const actual = await evaluate(item, backend, options, withGradient)
   const again = await evaluate(item, backend, options, withGradient)
   const { tolerance = tolerances.elementwise, gradientTolerance = tolerances.gradient } = item
