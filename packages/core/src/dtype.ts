@@ -146,6 +146,16 @@ function roundHalfEven(value: number): number {
   return floor
 }
 
+/** Sets every element of `out` to `convert` of a value. `from(values, convert)` of typed arrays takes 30 times as long. */
+function mapTo<A extends HostArray | Uint8ClampedArray>(
+  out: A,
+  values: ArrayLike<number>,
+  convert: (value: number) => number,
+): A {
+  for (let i = 0; i < out.length; i++) out[i] = convert(values[i])
+  return out
+}
+
 /** Decodes a host array of any dtype to numbers. f32, i32 and u8 arrays are returned as they are, without a copy. */
 export function decodeHost(dtype: DType, data: HostArray): Float32Array | Int32Array | Uint8Array {
   switch (dtype) {
@@ -156,7 +166,7 @@ export function decodeHost(dtype: DType, data: HostArray): Float32Array | Int32A
     case 'u8':
       return data as Uint8Array
     default:
-      return Float32Array.from(data, decoders[dtype])
+      return mapTo(new Float32Array(data.length), data, decoders[dtype])
   }
 }
 
@@ -171,11 +181,13 @@ export function encodeHost(dtype: DType, values: ArrayLike<number>): HostArray {
     case 'i32':
       return values instanceof Int32Array ? values : Int32Array.from(values)
     case 'u8':
-      return values instanceof Uint8Array ? values : Uint8Array.from(Uint8ClampedArray.from(values, Math.trunc))
+      return values instanceof Uint8Array
+        ? values
+        : new Uint8Array(mapTo(new Uint8ClampedArray(values.length), values, Math.trunc))
     case 'f8e4m3':
-      return Uint8Array.from(values, toF8e4m3)
+      return mapTo(new Uint8Array(values.length), values, toF8e4m3)
     default:
-      return Uint16Array.from(values, encoders[dtype])
+      return mapTo(new Uint16Array(values.length), values, encoders[dtype])
   }
 }
 

@@ -1,5 +1,5 @@
 /** @file Reductions over ranks on the host, always in the order of ranks. */
-import { type DType, fromBf16, type HostArray, MoeError, toBf16 } from '@moe/core'
+import { type DType, decodeHost, type HostArray, MoeError, toBf16 } from '@moe/core'
 import type { Reduction } from './communicator.ts'
 
 /** @throws MoeError E_DTYPE if the dtype does not support the reduction */
@@ -22,7 +22,7 @@ export function reduce(to: HostArray, parts: readonly HostArray[], dtype: DType,
     const result = new Float32Array(to.length)
     reduceNumbers(
       result,
-      parts.map(part => Float32Array.from(part, fromBf16)),
+      parts.map(part => decodeHost('bf16', part)),
       reduction,
     )
     for (let i = 0; i < to.length; i++) to[i] = toBf16(result[i])
