@@ -1,14 +1,21 @@
 // Tests the packages as users get them: packs each one (after `pnpm build`), checks the tarball with publint, installs all tarballs with npm
 // into an empty folder and imports every entry point there, without sources or TypeScript. Entry points for browsers are bundled for one. If
 // native kernels were built for publishing (`node packages/kernels-cpu/scripts/build-native.mjs --platforms`), this machine's platform
-// package must work; with `--release` they are required. `--runtimes` also runs everything in Bun and Deno, installed from npm.
+// package must work.
+//
+// --release: the native libraries of all platforms and up-to-date fatbins are required.
+// --tarballs=DIR: checks the tarballs that `changeset pack --out-dir DIR` wrote, instead of packing; needs no build. They must contain a
+//   native library for this machine.
+// --runtimes: also runs everything in Bun and Deno, installed from npm.
 import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
+import { basename, join, resolve } from 'node:path'
+import { parseArgs } from 'node:util'
 import { build } from 'esbuild'
 import { publint } from 'publint'
 import { formatMessage } from 'publint/utils'
+import { librariesOf, platforms } from '../packages/kernels-cpu/src/platforms.mjs'
 
 interface Manifest {
   name: string
@@ -31,12 +38,16 @@ interface Packed {
 /** Entry points without a `browser` condition that also run in browsers. */
 const asTheyAre = ['@moe/core', '@moe/backend-tfjs', '@moe/kernels-webgpu']
 
+const { values: options } = parseArgs({
+  options: { release: { type: 'boolean' }, tarballs: { type: 'string' }, runtimes: { type: 'boolean' } },
+})
 const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
 const problems: string[] = []
 try {
   const packages = [...foldersIn('packages'), ...foldersIn(join('packages', 'kernels-cpu', 'npm'))].flatMap(pack)
   for (const { manifest, tarball } of packages) await lint(manifest, tarball)
   for (const folder of foldersIn('packages')) problems.push(...bundledByMistake(folder))
+  if (options.release) requireKernels()
   await installAndImport(packages)
   const bytes = packages.reduce((sum, { tarball }) => sum + statSync(tarball).size, 0)
   console.log(`${packages.length} packages packed (${(bytes / 1e3).toFixed(0)} kB), installed and imported`)
@@ -54,15 +65,36 @@ function pack(folder: string): Packed[] {
   if (!existsSync(join(folder, 'package.json'))) return []
   const manifest: Manifest = JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'))
   if (manifest.private) return []
+  if (options.tarballs) {
+    // A package that was published before a release failed half-way is not packed again; npm installs it from the registry.
+    const tarball = resolve(options.tarballs, 'packages', tarballName(manifest))
+    return existsSync(tarball) ? [{ manifest, tarball }] : []
+  }
   if (manifest.exports && !existsSync(join(folder, 'dist')))
     throw new Error(`${folder}/dist is missing: run \`pnpm build\` first`)
-  if (manifest.publishConfig?.os && !hasLibrary(folder) && process.argv.includes('--release'))
-    problems.push(
-      `${manifest.name}: the native library is missing; run \`node packages/kernels-cpu/scripts/build-native.mjs --platforms\``,
-    )
   const tarball = join(work, `${basename(folder)}.tgz`)
   pnpm(['pack', '--out', tarball], folder)
   return [{ manifest, tarball }]
+}
+
+/** The file name that `changeset pack` and `pnpm pack` give to a package. */
+function tarballName({ name, version }: Manifest): string {
+  return `${name.replace('@', '').replace('/', '-')}-${version}.tgz`
+}
+
+/** Reports native libraries and fatbins that are missing or out of date. */
+function requireKernels(): void {
+  for (const platform of Object.keys(platforms)) {
+    const missing = librariesOf(platform).filter(file => !existsSync(join('packages/kernels-cpu/npm', platform, file)))
+    if (missing.length > 0)
+      problems.push(`@moe/kernels-cpu-${platform} lacks ${missing.join(', ')}; run \`pnpm build:platforms\``)
+  }
+  const fatbins = spawnSync(
+    process.execPath,
+    ['packages/kernels-cuda/scripts/build-fatbins.mjs', '--check', '--published'],
+    { encoding: 'utf8' },
+  )
+  if (fatbins.status !== 0) problems.push(`@moe/kernels-cuda: ${fatbins.stderr.trim()}`)
 }
 
 function hasLibrary(folder: string): boolean {
@@ -123,8 +155,10 @@ async function installAndImport(packages: Packed[]): Promise<void> {
   const native = foldersIn(join(app, 'node_modules', '@moe')).some(
     folder => /kernels-cpu-/.test(folder) && hasLibrary(folder),
   )
+  if ((options.release || options.tarballs) && !native)
+    problems.push('@moe/kernels-cpu: npm installed no native library for this machine')
   writeFileSync(join(app, 'import-all.js'), importAll(entries) + openPage() + (native ? useNativeKernels() : ''))
-  for (const [program, ...args] of [...nodes(), ...(process.argv.includes('--runtimes') ? installRuntimes() : [])]) {
+  for (const [program, ...args] of [...nodes(), ...(options.runtimes ? installRuntimes() : [])]) {
     const output = execFileSync(program, [...args, 'import-all.js'], { cwd: app, encoding: 'utf8' })
     for (const line of output.split('\n').filter(Boolean)) problems.push(`${basename(program)}: ${line}`)
   }

@@ -77,3 +77,13 @@ export function platformName(os, cpu, libc) {
 export function libraryName(isa, os) {
   return `moe-cpu-${isa}.${{ darwin: 'dylib', win32: 'dll' }[os] ?? 'so'}`
 }
+
+/**
+ * File names of the libraries in a platform's package.
+ * @param {string} platform
+ * @returns {string[]}
+ */
+export function librariesOf(platform) {
+  const { os, cpu, isas = Object.keys(levels[cpu]) } = platforms[platform]
+  return isas.map(isa => libraryName(isa, os))
+}

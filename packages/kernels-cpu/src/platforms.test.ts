@@ -1,7 +1,7 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { extname, join } from 'node:path'
 import { expect, test } from 'vitest'
-import { levels, libraryName, platformName, platforms } from './platforms.mjs'
+import { levels, librariesOf, libraryName, platformName, platforms } from './platforms.mjs'
 
 interface Manifest {
   name: string
@@ -46,4 +46,9 @@ test('instruction sets of a platform belong to its architecture and are sorted, 
     const all = Object.keys(levels[cpu as keyof typeof levels])
     expect(isas ?? all).toEqual(all.filter(isa => isas?.includes(isa) ?? true))
   }
+})
+
+test('a package contains a library for each instruction set of its platform', () => {
+  expect(librariesOf('linux-arm64')).toEqual(['moe-cpu-baseline.so', 'moe-cpu-dotprod.so', 'moe-cpu-bf16.so'])
+  expect(librariesOf('darwin-arm64')).toEqual(['moe-cpu-dotprod.dylib', 'moe-cpu-bf16.dylib'])
 })

@@ -1,12 +1,13 @@
 // Builds the kernels for GPUs into build/fatbins/, one file per op, if its sources changed. Needs nvcc (CUDA 12.8 or later). Plain Node >= 20.
 //
-//   node scripts/build-fatbins.mjs [--arch=80,90a] [--jit] [--force] [--verbose] [--check]
+//   node scripts/build-fatbins.mjs [--arch=80,90a] [--jit] [--force] [--verbose] [--check [--published]]
 //
 // Machine code needs a driver of the compiler's CUDA version (13: 580; 12: 550, because it is compressed). --jit writes PTX of version 8.0 instead, for drivers from
 // 525 on, which compile each module when it is first needed. That takes minutes in total, once per user and driver, and is not used for published packages.
 // A module `<op>-sm90a` is built for that architecture only. Published packages contain all architectures; if all are built, the registers and shared memory of each
 // kernel are written to device/resources.txt.
-// --check compiles nothing. It fails if a fatbin is missing or older than its sources, if a kernel spills registers, or if the fatbins are too large.
+// --check compiles nothing. It fails if a fatbin is missing or older than its sources, if a kernel spills registers, or if the fatbins are too large;
+// with --published also if they lack an architecture that published packages contain.
 import {
   appendFileSync,
   existsSync,
@@ -45,9 +46,9 @@ async function main() {
   const modules = findModules()
   if (options.check) return check(modules)
   const version = nvccVersion()
-  if (version === undefined) return say('not built: found no nvcc; install the CUDA toolkit and try again')
+  if (version === undefined) return fail('not built: found no nvcc; install the CUDA toolkit and try again')
   mkdirSync(outDir, { recursive: true })
-  const key = hash([version, ...(options.jit ? ['jit'] : architectures)].join(' '))
+  const key = keyOf(version, options.jit ? ['jit'] : architectures)
   const stale = modules.filter(module => options.force || !isFresh(module, key))
   const failed = await compileAll(stale, key)
   for (const { module, output } of failed) console.error(`kernels-cuda: ${module.name} failed to compile\n${output}`)
@@ -75,12 +76,13 @@ async function main() {
 }
 
 function parseArguments(args) {
-  const parsed = { arch: undefined, jit: false, force: false, verbose: false, check: false }
+  const parsed = { arch: undefined, jit: false, force: false, verbose: false, check: false, published: false }
   for (const arg of args) {
     if (arg === '--force') parsed.force = true
     else if (arg === '--jit') parsed.jit = true
     else if (arg === '--verbose') parsed.verbose = true
     else if (arg === '--check') parsed.check = true
+    else if (arg === '--published') parsed.published = true
     else if (arg.startsWith('--arch=')) parsed.arch = arg.slice(7).split(',')
     else {
       console.error(
@@ -127,6 +129,11 @@ function targetsOf(only) {
     .filter(arch => only === undefined || arch === only)
     .flatMap(arch => ['-gencode', `arch=compute_${arch},code=sm_${arch}`])
   return only === undefined ? [...machine, '-gencode', `arch=compute_${portable},code=compute_${portable}`] : machine
+}
+
+/** What a fatbin was compiled with and for, as its stamp records it. */
+function keyOf(version, architectures) {
+  return hash([version, ...architectures].join(' '))
 }
 
 function isFresh({ file, stamp }, key) {
@@ -268,15 +275,16 @@ function groupByName(uses) {
 }
 
 function check(modules) {
-  const missing = modules.filter(module => !isFresh(module, undefined))
+  const manifest = join(outDir, 'manifest.json')
+  const { cuda, architectures } = existsSync(manifest) ? JSON.parse(readFileSync(manifest, 'utf8')) : {}
+  const missing = modules.filter(module => !isFresh(module, options.published ? keyOf(cuda, published) : undefined))
   if (missing.length > 0)
     fail(`not up to date: ${missing.map(({ name }) => name).join(', ')}; run node scripts/build-fatbins.mjs`)
   const built = modules.filter(({ stamp }) => existsSync(stamp))
   const spills = built.flatMap(resourcesOf).filter(({ spill }) => spill > 0)
   for (const { name, arch, spill } of spills) fail(`${name} spills ${spill} bytes on sm_${arch}`)
   const bytes = modules.reduce((sum, { file }) => sum + (existsSync(file) ? statSync(file).size : 0), 0)
-  const manifest = join(outDir, 'manifest.json')
-  const isText = existsSync(manifest) && JSON.parse(readFileSync(manifest, 'utf8')).architectures.length === 0
+  const isText = architectures?.length === 0
   if (!isText && bytes > mostBytes) fail(`the kernels have ${bytes} bytes, but the limit is ${mostBytes}`)
   if (process.exitCode === undefined) say(`${modules.length} fatbins up to date, ${(bytes / 1e6).toFixed(1)} MB`)
 }
