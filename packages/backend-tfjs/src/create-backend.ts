@@ -8,7 +8,10 @@ import { tfjsBackend } from './tfjs-backend.ts'
 export interface CreateBackendOptions {
   /** Folder or URL of the `.wasm` files, with a trailing slash. Default: next to the library, which works in Node and offline. */
   readonly wasmPaths?: string | undefined
-  /** Called with the reason if wasm fails to start and the much slower plain JavaScript backend is used instead. */
+  /**
+   * Called with the reason if wasm fails to start and the much slower plain JavaScript backend is used instead. Default: prints a warning with
+   * `console.warn`.
+   */
   readonly onFallback?: ((reason: string) => void) | undefined
 }
 
@@ -28,8 +31,11 @@ export async function createBackend(options: CreateBackendOptions = {}): Promise
   try {
     return await wasmBackend(tf, options, install)
   } catch (error) {
-    options.onFallback?.(error instanceof Error ? error.message : String(error))
-    return await plainBackend(tf, error)
+    const backend = await plainBackend(tf, error)
+    const reason = error instanceof Error ? error.message : String(error)
+    const { onFallback = warn } = options
+    onFallback(reason)
+    return backend
   } finally {
     if (before && before !== tf.getBackend()) await tf.setBackend(before)
   }
@@ -48,6 +54,12 @@ async function wasmBackend(tf: Settable, { wasmPaths }: CreateBackendOptions, in
     })
   }
   return tfjsBackend(tf, { backend: 'wasm', device: 'TensorFlow.js wasm (XNNPACK)' })
+}
+
+function warn(reason: string): void {
+  console.warn(
+    `@moe/backend-tfjs: using plain JavaScript, which is many times slower than wasm: ${reason} (pass { onFallback } to handle this)`,
+  )
 }
 
 async function plainBackend(tf: Settable, cause: unknown): Promise<Backend> {

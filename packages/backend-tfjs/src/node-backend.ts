@@ -32,7 +32,8 @@ export async function createNodeBackend(options: NodeBackendOptions = {}): Promi
   const name = gpu ? '@tensorflow/tfjs-node-gpu' : '@tensorflow/tfjs-node'
   await restoreNodeUtil()
   if (gpu && !tf32) process.env['NVIDIA_TF32_OVERRIDE'] ??= '0'
-  const load = options.load ?? (() => import(name))
+  // Bundlers leave this import alone: the packages have native parts.
+  const load = options.load ?? (() => import(/* webpackIgnore: true */ /* @vite-ignore */ name))
   const tf = namespaceOf(await loadPackage(name, installHelp(name), load))
   const current = tf.getBackend()
   if (current !== 'tensorflow') {
@@ -52,7 +53,9 @@ export async function createNodeBackend(options: NodeBackendOptions = {}): Promi
 /** tfjs-node 4.22 calls functions of `node:util` that Node 23 removed; without them every op throws. */
 async function restoreNodeUtil(): Promise<void> {
   const specifier = 'node:util'
-  const { default: util } = (await import(specifier)) as { default: Record<string, unknown> }
+  const { default: util } = (await import(/* webpackIgnore: true */ /* @vite-ignore */ specifier)) as {
+    default: Record<string, unknown>
+  }
   util['isNullOrUndefined'] ??= (value: unknown) => value === null || value === undefined
   util['isArray'] ??= Array.isArray
 }

@@ -85,7 +85,7 @@ async function importKoffi(): Promise<Koffi> {
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
       problem: `koffi (used to call native code) failed to load: ${cause instanceof Error ? cause.message : cause}`,
-      fix: 'reinstall with optional dependencies, which include its binary for this platform',
+      fix: 'reinstall with optional dependencies, which include its binary for this platform; if your program is bundled, leave @moe/kernels-cpu out of the bundle',
       cause,
     })
   }
