@@ -50,7 +50,7 @@ def draw_fields(family, r):
         return draw_dense_fields(r)
     groups = r.choice([1, 2, 4])
     heads = r.choice([1, 2, 4])
-    layers = r.choice([1, 2, 2, 3])
+    layers = r.choice([1, 3, 4, 5] if family == "dsa" else [1, 2, 2, 3])
     fields = dict(
         vocab_size=r.choice([40, 64]), hidden_size=heads * r.choice([8, 12]), intermediate_size=r.choice([20, 32]),
         moe_intermediate_size=r.choice([4, 8]), num_hidden_layers=layers, num_attention_heads=heads,
@@ -80,6 +80,7 @@ def draw_fields(family, r):
         fields["rope_interleave"] = r.random() < 0.8
     if family == "dsa":
         fields["num_nextn_predict_layers"] = 0  # MtpModel cannot run its layers, which return a pair
+        fields |= dict(index_topk_freq=r.choice([1, 2, 3]), index_skip_topk_offset=r.choice([1, 2]))
     if family in ("glm", "dsa"):
         dense = fields["first_k_dense_replace"]
         fields["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)

@@ -59,6 +59,10 @@ CASES = {
         config=dict(num_nextn_predict_layers=1), bias="mixed",
         note="DeepSeek-V3.2: attention to 4 of 12 keys, YaRN, an MTP layer with an indexer of its own"),
     "dsa-glm": dict(config={}, bias="mixed", note="the shape of GLM-5: attention to 3 of 12 keys, by indexers that rotate adjacent features"),
+    "dsa-shared": dict(
+        config=dict(num_hidden_layers=5, index_topk_freq=2, index_skip_topk_offset=2, hidden_size=16, n_routed_experts=4, moe_intermediate_size=4,
+                    intermediate_size=16, vocab_size=40, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8),
+        bias="mixed", note="the shape of GLM-5.2: two layers attend to the 3 of 12 keys that the indexer of the layer before them selects"),
     "mistral-base": dict(
         config=dict(first_k_dense_replace=1),
         note="the shape of Mistral Small 4 with one dense layer: queries scaled in four steps of 3 positions, softmax gate"),

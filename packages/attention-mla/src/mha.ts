@@ -61,7 +61,10 @@ export interface MhaOptions extends InitOptions {
 }
 
 /** Options of a forward pass. */
-export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo' | 'onIndexerLoss' | 'dense'>
+export type MhaForwardOptions = Omit<
+  MlaForwardOptions,
+  'absorbUpTo' | 'onIndexerLoss' | 'dense' | 'selected' | 'onSelected'
+>
 
 const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, starts: true, cache: true, layer: true }
 

@@ -8,44 +8,38 @@
 import {
   type AttentionOptions,
   attention,
-  type Backend,
   checkOptions,
   checkShared,
   concat,
-  denseWeight,
   disposeAfterUse,
   forkInit,
-  fromHost,
   type InitOptions,
   initNames,
-  keep,
   Linear,
   latentAttention,
   Module,
+  MoeError,
   mlaKeyValue,
   needAxes,
   noGrad,
   type OptionNames,
-  QuantizedParameter,
-  type QuantizedWeight,
-  quantizedGroupedMatmul,
-  quantizeWeight,
   RmsNorm,
   rope,
+  type Shape,
   scope,
   type Tensor,
-  weightVersion,
   withKept,
   withRecomputed,
 } from '@moe/core'
+import { AbsorbedProjections } from './absorbed-projections.ts'
 import type { CacheFeatures } from './cache/cache-rows.ts'
 import { latentFeatures } from './cache/kv-cache.ts'
 import { SelectedRows } from './cache/selected-rows.ts'
-import { type CacheStep, needSequences, type SequenceCache } from './cache/sequence-cache.ts'
+import { needSequences, type SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
-import { LightningIndexer } from './lightning-indexer.ts'
+import { type IndexQueries, LightningIndexer } from './lightning-indexer.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
-import { chunkSize, sparseAttention } from './sparse-attention.ts'
+import { chunkSize, type IndexInputs, selectKeys, sparseAttention } from './sparse-attention.ts'
 
 /** Options of an MLA layer: initialization and shared tables. */
 export interface MlaOptions extends InitOptions {
@@ -53,9 +47,14 @@ export interface MlaOptions extends InitOptions {
   readonly rotary?: RotaryEmbedding | undefined
   /** Epsilon of the norms on the latents. Default 1e-6, which the released models use regardless of rms_norm_eps. */
   readonly latentNormEps?: number | undefined
+  /**
+   * Whether sparse attention has an indexer. Without one, the layer attends to the keys that an earlier layer has
+   * selected, as in GLM-5.2: pass them to `forward` as `selected`. Default true.
+   */
+  readonly indexer?: boolean | undefined
 }
 
-const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true }
+const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true, indexer: true }
 
 /** Options of a forward pass. */
 export interface MlaForwardOptions {
@@ -85,6 +84,16 @@ export interface MlaForwardOptions {
    * all keys (eq. 3): to warm up a new indexer. Not with a cache. Default false.
    */
   readonly dense?: boolean | undefined
+  /**
+   * The keys that each token attends to, from `onSelected` of the layer whose indexer this layer shares, for the same
+   * tokens. Required by a layer without an indexer if there are more than index_topk keys.
+   */
+  readonly selected?: Tensor | undefined
+  /**
+   * Receives the positions of the keys that the indexer selects for each token, `i32 [B, T, index_topk]`, for layers
+   * that share it. Positions that a token must not see do not count. Not called if tokens attend to all keys.
+   */
+  readonly onSelected?: ((selected_BTK: Tensor) => void) | undefined
 }
 
 const forwardNames: OptionNames<MlaForwardOptions> = {
@@ -95,17 +104,15 @@ const forwardNames: OptionNames<MlaForwardOptions> = {
   absorbUpTo: true,
   onIndexerLoss: true,
   dense: true,
+  selected: true,
+  onSelected: true,
 }
 
-/**
- * W_UK and W_UV from kv_b_proj for absorbed decoding, valid for one version of that weight: `[H, N, C]` and `[H, V,
- * C]`. If kv_b_proj is quantized, `[H, C, N]` and `[H, V, C]` in bf16, because quantizing W_UK again along another axis
- * would add a second error.
- */
-type Absorbed = { readonly of: Tensor; readonly version: number } & (
-  | { readonly keyUp_HNC: Tensor; readonly valueUp_HVC: Tensor }
-  | { readonly keyUp_HCN: QuantizedWeight; readonly valueUp_HVC: QuantizedWeight }
-)
+/** What a forward pass with a cache computes. */
+interface CachedResult {
+  readonly out: Tensor
+  readonly selected?: Tensor | undefined
+}
 
 /**
  * Causal attention whose keys and values are expanded from one low-rank latent per token. Maps `[B, T, hidden]` to the
@@ -134,7 +141,7 @@ export class MultiHeadLatentAttention extends Module {
   kv_b_proj: Linear
   /** W_O `[hidden_size, heads * v]` (eq. 11). */
   o_proj: Linear
-  /** Selects the keys of sparse attention; only present if index_topk is set. */
+  /** Selects the keys of sparse attention; only present if index_topk is set, and not if the layer shares another's. */
   declare indexer?: LightningIndexer
   /**
    * Recomputes queries, keys and values from the latents in the backward pass instead of keeping them (V3 report
@@ -144,7 +151,7 @@ export class MultiHeadLatentAttention extends Module {
   readonly #config: MlaConfig
   readonly #scale: number
   readonly #rotary: RotaryEmbedding
-  #absorbed: Absorbed | null = null
+  readonly #absorbed: AbsorbedProjections
 
   /** @throws MoeError E_CONFIG for invalid sizes */
   constructor(config: MlaConfig, options: MlaOptions = {}) {
@@ -152,7 +159,7 @@ export class MultiHeadLatentAttention extends Module {
     checkMlaConfig(config)
     checkOptions('MultiHeadLatentAttention', options, optionNames)
     const { hidden_size: hidden, num_attention_heads: heads, kv_lora_rank: latent, qk_rope_head_dim: ropeDim } = config
-    const { latentNormEps = 1e-6, rotary, ...init } = options
+    const { latentNormEps = 1e-6, rotary, indexer = true, ...init } = options
     const queries = heads * (config.qk_nope_head_dim + ropeDim)
     const child = (name: string) => forkInit(init, name)
     if (config.q_lora_rank === null) this.q_proj = new Linear(hidden, queries, child('q_proj'))
@@ -165,15 +172,17 @@ export class MultiHeadLatentAttention extends Module {
     this.kv_a_layernorm = new RmsNorm(latent, latentNormEps, init)
     this.kv_b_proj = new Linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), child('kv_b_proj'))
     this.o_proj = new Linear(heads * config.v_head_dim, hidden, child('o_proj'))
-    if (config.index_topk != null) this.indexer = new LightningIndexer(config, child('indexer'))
+    if (config.index_topk != null && indexer) this.indexer = new LightningIndexer(config, child('indexer'))
     this.#config = config
+    this.#absorbed = new AbsorbedProjections(config)
     this.#scale = softmaxScale(config)
     this.#rotary = sharedRotary(rotary, config)
   }
 
   /** Elements that a cache of this layer stores per token: latent and rope key, and the key of the indexer. */
   get cacheFeatures(): CacheFeatures {
-    return latentFeatures('MultiHeadLatentAttention', this.#config)
+    const features = latentFeatures('MultiHeadLatentAttention', this.#config)
+    return this.indexer === undefined ? { ...features, index: 0 } : features
   }
 
   /**
@@ -212,7 +221,7 @@ export class MultiHeadLatentAttention extends Module {
       )
     }
     needSequences('MultiHeadLatentAttention', x_BTD, cache)
-    return noGrad(() =>
+    const { out, selected } = noGrad(() =>
       scope(() => {
         cache.reserve(time)
         const tables = positions
@@ -221,6 +230,8 @@ export class MultiHeadLatentAttention extends Module {
         return this.#cached(x_BTD, cache, tables, options)
       }),
     )
+    if (selected) options.onSelected?.(selected)
+    return out
   }
 
   /**
@@ -281,10 +292,11 @@ export class MultiHeadLatentAttention extends Module {
     return this.o_proj.forward(out.reshape([batch, time, v.shape[2] * v.shape[3]]))
   }
 
-  /** Whether a forward pass of so many tokens without a cache needs the indexer. */
+  /** Whether a forward pass of so many tokens without a cache needs the indexer, or its selection. */
   #isSparse(time: number, { dense = false, onIndexerLoss }: MlaForwardOptions): boolean {
     const { index_topk: count } = this.#config
-    return count != null && (onIndexerLoss !== undefined || (time > count && !dense))
+    const hasLoss = this.indexer !== undefined && onIndexerLoss !== undefined
+    return count != null && (hasLoss || (time > count && !dense))
   }
 
   /** The output for tokens x whose keys are their own, with the losses of the indexer. Its input gets no gradient. */
@@ -293,24 +305,57 @@ export class MultiHeadLatentAttention extends Module {
     down: Tensor,
     tables: RotaryTables,
     [q, k, v]: readonly [Tensor, Tensor, Tensor],
-    { starts, dense = false, onIndexerLoss }: MlaForwardOptions,
+    options: MlaForwardOptions,
   ): Tensor {
-    const indexer = this.indexer as LightningIndexer
-    const input = x.detach()
-    const compressed = noGrad(() => this.#compressed(down)).detach()
-    const ofIndexer = onIndexerLoss === undefined ? noGrad : <T>(fn: () => T) => fn()
-    const index = ofIndexer(() => ({
-      ...indexer.queries(input, compressed, tables),
-      keys: indexer.keys(input, tables),
-    }))
+    const { indexer } = this
+    const { starts, dense = false, onIndexerLoss, onSelected } = options
     const count = this.#config.index_topk as number
-    const wanted = { scale: this.#scale, count, starts, dense, loss: onIndexerLoss !== undefined }
+    const hasLoss = indexer !== undefined && onIndexerLoss !== undefined
+    const index = indexer && this.#indexInputs(indexer, x, down, tables, hasLoss)
+    const isChosen = x.shape[1] > count && !dense
+    const selected =
+      index === undefined
+        ? this.#given(options, x.shape)
+        : isChosen && onSelected !== undefined
+          ? noGrad(() => scope(() => selectKeys(index, count, starts)))
+          : undefined
+    const wanted = { scale: this.#scale, count, starts, dense, loss: hasLoss, selected }
     const { out, loss } = sparseAttention(q, k, v, index, wanted)
     if (loss !== undefined) onIndexerLoss?.(loss)
+    if (index !== undefined && selected !== undefined) onSelected?.(selected)
     return this.o_proj.forward(out.reshape([out.shape[0], out.shape[1], v.shape[2] * v.shape[3]]))
   }
 
-  #cached(x: Tensor, cache: SequenceCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
+  /** What attention without a cache reads of the indexer. */
+  #indexInputs(
+    indexer: LightningIndexer,
+    x: Tensor,
+    down: Tensor,
+    tables: RotaryTables,
+    recorded: boolean,
+  ): IndexInputs {
+    const input = x.detach()
+    const compressed = noGrad(() => this.#compressed(down)).detach()
+    const run = recorded ? <T>(fn: () => T) => fn() : noGrad
+    return run(() => ({ ...indexer.queries(input, compressed, tables), keys: indexer.keys(input, tables) }))
+  }
+
+  /** The selection that a layer without an indexer needs. @throws MoeError E_ATTR, E_SHAPE */
+  #given({ selected }: MlaForwardOptions, [batch, time]: Shape): Tensor {
+    if (selected === undefined) {
+      throw new MoeError({
+        code: 'E_ATTR',
+        op: 'MultiHeadLatentAttention',
+        problem: 'the option selected is missing, and the layer has no indexer of its own',
+        fix: 'pass what onSelected of the layer with the indexer receives for the same tokens',
+      })
+    }
+    needAxes('MultiHeadLatentAttention', selected, [batch, time, this.#config.index_topk as number])
+    return selected
+  }
+
+  /** The output, and the selection if there is one and `onSelected` wants it. */
+  #cached(x: Tensor, cache: SequenceCache, tables: RotaryTables, options: MlaForwardOptions): CachedResult {
     const { layer = 0, absorbUpTo = 8 } = options
     const [batch, time] = x.shape
     const { down, both } = this.#project(x)
@@ -319,64 +364,66 @@ export class MultiHeadLatentAttention extends Module {
     cache.write(layer, row.reshape(both.shape))
     const compressed = this.#compressed(down)
     const q = this.#queries(compressed, tables)
-    const step = cache.next(time)
+    const { lengths, pages } = cache.next(time)
     const isShort = time <= absorbUpTo
     const keys = Math.max(...cache.lengths) + time
-    if (this.indexer !== undefined) {
-      cache.write(layer, this.indexer.keys(x, tables), 'index')
-      // The shapes of short passes, which may be recorded, depend on the capacity instead of the length.
-      const within = isShort ? cache.capacity : keys
-      if (within > (this.#config.index_topk as number)) {
-        return this.#selectedForward(x, compressed, q, tables, cache, layer, step, within)
-      }
+    if (this.indexer !== undefined) cache.write(layer, this.indexer.keys(x, tables), 'index')
+    const { index_topk: count } = this.#config
+    // The shapes of short passes, which may be recorded, depend on the capacity instead of the length.
+    const within = isShort ? cache.capacity : keys
+    if (count != null && within > count) {
+      const index = this.indexer?.queries(x, compressed, tables) ?? this.#given(options, x.shape)
+      return this.#selectedForward(q, tables, index, cache, within, options)
     }
     if (isShort) {
-      const { lengths, pages } = step
-      return this.#absorbedForward(q, tables, qAbsorbed =>
-        latentAttention(qAbsorbed, cache.rows(layer), lengths, { ...this.#latentOptions, pages }),
-      )
+      const attend = (qAbsorbed: Tensor) =>
+        latentAttention(qAbsorbed, cache.rows(layer), lengths, { ...this.#latentOptions, pages })
+      return { out: this.#absorbedForward(q, tables, attend) }
     }
     const rows = cache.first(layer, keys).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
     const [k, v] = this.#keyValue(latents, this.#ropeKey(rows))
-    return this.#attend(this.#rotate(q, tables), k, v, { lengths: step.lengths })
+    return { out: this.#attend(this.#rotate(q, tables), k, v, { lengths }) }
   }
 
   /**
-   * Attends to the cached keys that the indexer selects, in latent space: each query reads its rows as pages of one row.
-   * `within` is the number of positions among which to select.
+   * Attends to selected cached keys in latent space: each query reads its rows as pages of one row.
+   * @param index queries of the indexer, or the positions `[B, T, K]` that another has selected
+   * @param within number of positions among which to select
    */
   #selectedForward(
-    x: Tensor,
-    compressed: Tensor,
     q_BTHD: Tensor,
     tables: RotaryTables,
+    index: IndexQueries | Tensor,
     cache: SequenceCache,
-    layer: number,
-    step: CacheStep,
     within: number,
-  ): Tensor {
-    const { num_attention_heads: heads } = this.#config
-    const [batch, time] = x.shape
-    const selected = new SelectedRows(cache, layer, step, time, this.#config.index_topk as number, within)
-    const index = (this.indexer as LightningIndexer).queries(x, compressed, tables)
+    { layer = 0, onSelected }: MlaForwardOptions,
+  ): CachedResult {
+    const { num_attention_heads: heads, index_topk } = this.#config
+    const [batch, time] = q_BTHD.shape
+    const rows = new SelectedRows(cache, layer, time, index_topk as number)
+    const select = 'q' in index ? rows.selector(index, within) : (from: number, to: number) => index.narrow(1, from, to)
     const chunk = chunkSize(batch * Math.max(within, heads * cache.features))
     const outs: Tensor[] = []
+    const all: Tensor[] = []
     for (let from = 0; from < time; from += chunk) {
       const to = Math.min(time, from + chunk)
       const part = (t: Tensor) => t.narrow(1, from, to)
-      outs.push(
-        scope(() => {
-          const { pages, lengths } = selected.select({ q: part(index.q), weights: part(index.weights) }, from)
-          const turn = { cos: part(tables.cos), sin: part(tables.sin) }
-          return this.#absorbedForward(part(q_BTHD), turn, q => {
-            const perQuery = q.reshape([batch * (to - from), 1, heads, cache.features])
-            return latentAttention(perQuery, selected.pool, lengths, { ...this.#latentOptions, pages })
-          })
-        }),
-      )
+      const [out, selected] = scope(() => {
+        const selected = select(from, to)
+        const { pages, lengths } = rows.read(selected, from)
+        const turn = { cos: part(tables.cos), sin: part(tables.sin) }
+        const attended = this.#absorbedForward(part(q_BTHD), turn, q => {
+          const perQuery = q.reshape([batch * (to - from), 1, heads, cache.features])
+          return latentAttention(perQuery, rows.pool, lengths, { ...this.#latentOptions, pages })
+        })
+        return [attended, selected]
+      })
+      outs.push(out)
+      all.push(selected)
     }
-    return outs.length === 1 ? outs[0] : concat(outs, 1)
+    const joined = (parts: readonly Tensor[]) => (parts.length === 1 ? parts[0] : concat(parts, 1))
+    return { out: joined(outs), selected: onSelected && 'q' in index ? joined(all) : undefined }
   }
 
   get #latentOptions() {
@@ -390,7 +437,7 @@ export class MultiHeadLatentAttention extends Module {
   #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, attend: (q_BTHC: Tensor) => Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     const [batch, time] = q_BTHD.shape
-    const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
+    const { up, down } = this.#absorbed.products(this.kv_b_proj.weight, batch * time)
     // With a single token, the heads are already the leading axis.
     const one = batch * time === 1
     const byHead = (t: Tensor) => (one ? t : t.permute([2, 0, 1, 3])).reshape([heads, batch * time, t.shape[3]])
@@ -403,71 +450,8 @@ export class MultiHeadLatentAttention extends Module {
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))
   }
 
-  /** The products with W_UK and W_UV of every head: `[H, M, N]` to `[H, M, C]`, and `[H, M, C]` to `[H, M, V]`. */
-  #perHead(rows: number, backend: Backend) {
-    const absorbed = this.#absorb()
-    if ('keyUp_HNC' in absorbed) {
-      const { keyUp_HNC, valueUp_HVC } = absorbed
-      return {
-        up: (x: Tensor) => x.matmul(keyUp_HNC),
-        down: (x: Tensor) => x.matmul(valueUp_HVC, { transposeB: true }),
-      }
-    }
-    const { num_attention_heads: heads } = this.#config
-    const offsets = fromHost(
-      Int32Array.from({ length: heads + 1 }, (_, head) => head * rows),
-      [heads + 1],
-      'i32',
-      backend,
-    )
-    const product = (weight: QuantizedWeight) => (x: Tensor) =>
-      quantizedGroupedMatmul(x.reshape([heads * rows, x.shape[2]]), weight, offsets).reshape([
-        heads,
-        rows,
-        weight.shape[1],
-      ])
-    return { up: product(absorbed.keyUp_HCN), down: product(absorbed.valueUp_HVC) }
-  }
-
-  #absorb(): Absorbed {
-    const { weight } = this.kv_b_proj
-    const before = this.#absorbed
-    if (before !== null && before.of === weight && before.version === weightVersion(weight)) return before
-    const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
-    this.releaseAbsorbed()
-    const isQuantized = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
-    const absorbed = {
-      of: weight,
-      version: weightVersion(weight),
-      ...keep(
-        scope(() => {
-          const perHead = denseWeight(weight)
-            .detach()
-            .reshape([heads, nope + value, rank])
-          const keyUp_HNC = perHead.narrow(1, 0, nope)
-          const valueUp_HVC = perHead.narrow(1, nope, nope + value)
-          if (!isQuantized) return { keyUp_HNC, valueUp_HVC }
-          return {
-            keyUp_HCN: quantizeWeight(keyUp_HNC.permute([0, 2, 1]), 'bf16'),
-            valueUp_HVC: quantizeWeight(valueUp_HVC, 'bf16'),
-          }
-        }),
-      ),
-    }
-    this.#absorbed = absorbed
-    return absorbed
-  }
-
   /** Frees the copies of kv_b_proj that absorbed decoding keeps. They are recreated when needed. */
   releaseAbsorbed(): void {
-    const absorbed = this.#absorbed
-    if (absorbed !== null) {
-      const held =
-        'keyUp_HNC' in absorbed
-          ? [absorbed.keyUp_HNC, absorbed.valueUp_HVC]
-          : [absorbed.keyUp_HCN.q, absorbed.valueUp_HVC.q]
-      for (const tensor of held) tensor.dispose()
-    }
-    this.#absorbed = null
+    this.#absorbed.release()
   }
 }

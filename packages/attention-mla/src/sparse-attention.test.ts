@@ -17,6 +17,7 @@ import {
   setDefaultBackend,
   stateDict,
   type Tensor,
+  zeros,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
@@ -257,6 +258,95 @@ describe('over a cache', () => {
     expect(() => without.rows(0, 'index')).toThrow(/stores no keys of an indexer; create it with the cacheFeatures/)
     expect(() => make().forward(input(1, 3), { cache: without })).toThrow(/rows of shape \[1,3,6\] do not fit/)
     without.dispose()
+  })
+})
+
+describe('a layer without an indexer', () => {
+  /** A layer, and one with the same weights but without the indexer. */
+  async function pair() {
+    const full = make()
+    const shared = new MultiHeadLatentAttention(config, { std: 0, indexer: false })
+    const own = new Map(namedParameters(full).map(({ name, parameter }) => [name, parameter]))
+    for (const { name, parameter } of namedParameters(shared)) parameter.assign((own.get(name) as Tensor).mul(1))
+    return { full, shared }
+  }
+
+  test('has the output and gradients of the layer whose selection it uses', async () => {
+    const { full, shared } = await pair()
+    const starts = fromHost(
+      Int32Array.from({ length: 26 }, (_, i) => (i % 13 < 7 ? 0 : 7)),
+      [2, 13],
+      'i32',
+    )
+    let selected: Tensor | undefined
+    const onSelected = (keys: Tensor) => {
+      selected = keys
+    }
+    const run = async (layer: MultiHeadLatentAttention, options: MlaForwardOptions) => {
+      const x = input(2, 13)
+      x.tracked = true
+      const output = layer.forward(x, { starts, ...options })
+      const found = output.detach()
+      const [gradient] = gradients(output.mul(output).sum(), [x])
+      return Promise.all([found.values(), gradient?.values()])
+    }
+    const expected = await run(full, { onSelected })
+    expect(selected?.shape).toEqual([2, 13, 4])
+    // One that wants no selection computes the same.
+    for (const [layer, options] of [
+      [full, {}],
+      [shared, { selected }],
+    ] as const) {
+      const found = await run(layer, options)
+      expect(found).toEqual(expected)
+    }
+  })
+
+  test.each([0, 100])('over a cache, absorbing up to %i tokens', async absorbUpTo => {
+    const { full, shared } = await pair()
+    const x = input(1, 12)
+    const cache = new PagedCache(full.cacheFeatures, { layers: 2, indexLayers: [0], tokens: 16, pageSize: 4 })
+    const sequence = cache.start([])
+    // Pages in another order than the tokens.
+    const other = cache.start([])
+    cache.reserve(other, 4)
+    let from = 0
+    for (const time of [3, 4, 5]) {
+      cache.reserve(sequence, from + time)
+      const batch = cache.batch([sequence])
+      let selected: Tensor | undefined
+      const onSelected = (keys: Tensor) => {
+        selected = keys
+      }
+      const part = x.narrow(1, from, from + time)
+      const own = full.forward(part, { cache: batch, layer: 0, absorbUpTo, onSelected })
+      const found = shared.forward(part, { cache: batch, layer: 1, absorbUpTo, selected })
+      expect(selected === undefined).toBe(from === 0)
+      expect(await found.values()).toEqual(await own.values())
+      batch.advance(time)
+      from += time
+    }
+    cache.dispose()
+  })
+
+  test('needs a selection only if there are more keys than it selects', async () => {
+    const { full, shared } = await pair()
+    const missing = /the option selected is missing, and the layer has no indexer of its own; pass what onSelected/
+    expect(() => shared.forward(input(1, 5))).toThrow(missing)
+    expect(() => shared.forward(input(1, 5), { selected: zeros([1, 4, 4], { dtype: 'i32' }) })).toThrow(
+      /shape \[1,4,4\], expected \[1, 5, 4\]/,
+    )
+    const cache = new LatentCache(config, { layers: 1, indexLayers: [] })
+    expect(() => shared.forward(input(1, 5), { cache })).toThrow(missing)
+    cache.dispose()
+    for (const options of [{}, { dense: true }]) {
+      const x = input(1, options.dense ? 9 : 4)
+      const onSelected = () => expect.unreachable('all keys are selected')
+      const [expected, found] = [full.forward(x, { ...options, onSelected }), shared.forward(x, options)]
+      expect(await found.values()).toEqual(await expected.values())
+    }
+    expect(shared.cacheFeatures).toEqual({ attention: 16, index: 0 })
+    expect(full.cacheFeatures).toEqual({ attention: 16, index: 6 })
   })
 })
 

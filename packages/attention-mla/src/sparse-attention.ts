@@ -19,6 +19,7 @@ import {
   softmax,
   type Tensor,
   where,
+  zeros,
 } from '@moe/core'
 import type { IndexQueries } from './lightning-indexer.ts'
 
@@ -49,30 +50,54 @@ interface SparseOptions {
   readonly dense: boolean
   /** Whether to compute the loss of the indexer, and record it for gradients. */
   readonly loss: boolean
+  /** The keys that each query attends to, if they have been selected already: see `selectKeys`. */
+  readonly selected: Tensor | undefined
+}
+
+/** The queries of each chunk. */
+function chunksOf(time: number, scoresPerQuery: number): Array<readonly [from: number, to: number]> {
+  const step = Math.min(chunkSize(scoresPerQuery), Math.ceil(time / leastChunks))
+  return Array.from({ length: Math.ceil(time / step) }, (_, i) => [i * step, Math.min(time, (i + 1) * step)])
+}
+
+/**
+ * Returns the positions of the `count` keys with the best index scores for each query, `i32 [B, T, K]`, for several
+ * layers. Keys that the query must not see come last. Queries before number `count` get the first `count` positions.
+ */
+export function selectKeys(index: IndexInputs, count: number, starts: Tensor | undefined): Tensor {
+  const { keys } = index
+  const [batch, time] = keys.shape
+  const parts = chunksOf(time, batch * time * index.q.shape[2]).map(([from, to]) =>
+    scope(() => {
+      if (to > count) return bestOf(rank(index, from, to), visibleKeys(from, to, starts, keys), count)
+      const first = arange(count, { backend: keys.backend })
+      return first.add(zeros([batch, to - from, count], { dtype: 'i32', backend: keys.backend }))
+    }),
+  )
+  return concat(parts, 1)
 }
 
 /**
  * Causal attention of `q [B, T, H, D]` to `k [B, T, H, D]` and `v [B, T, H, V]` of the same tokens, each query to the
- * `count` keys with the best index scores. Returns `[B, T, H, V]` and, if requested, the loss `[B, T]` of the indexer:
- * for each query, the divergence KL(p || softmax(index scores)) over the keys that it attends to, where p is the mean
- * of the attention probabilities of all heads, without gradient (eq. 4; with `dense`, eq. 3).
+ * `count` keys with the best index scores, or to those of `selected`. Returns `[B, T, H, V]` and, if requested, the loss
+ * `[B, T]` of the indexer: for each query, the divergence KL(p || softmax(index scores)) over the keys that it attends
+ * to, where p is the mean of the attention probabilities of all heads, without gradient (eq. 4; with `dense`, eq. 3).
+ * @param index may be undefined with `selected` and without the loss
  */
 export function sparseAttention(
   q: Tensor,
   k: Tensor,
   v: Tensor,
-  index: IndexInputs,
+  index: IndexInputs | undefined,
   options: SparseOptions,
 ): { readonly out: Tensor; readonly loss: Tensor | undefined } {
   const [batch, time, heads] = q.shape
-  const step = Math.min(chunkSize(batch * time * heads), Math.ceil(time / leastChunks))
   const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
-  const inputs = [byHead(q), byHead(k), byHead(v), index.q, index.weights, index.keys]
+  const inputs = [byHead(q), byHead(k), byHead(v), ...(index ? [index.q, index.weights, index.keys] : [])]
   const outs: Tensor[] = []
   const losses: Tensor[] = []
   const run: typeof checkpoint = isRecording() ? checkpoint : (fn, ...given) => scope(() => fn(...given))
-  for (let from = 0; from < time; from += step) {
-    const to = Math.min(time, from + step)
+  for (const [from, to] of chunksOf(time, batch * time * heads)) {
     const [out, ...loss] = run((...given) => attendChunk(given, from, to, options), ...inputs)
     outs.push(out)
     losses.push(...loss)
@@ -83,13 +108,14 @@ export function sparseAttention(
 /** Attention of the queries `from` to `to - 1`: `[B, H, n, V]`, then the loss `[B, n]` if requested. */
 function attendChunk(inputs: readonly Tensor[], from: number, to: number, options: SparseOptions): readonly Tensor[] {
   const [q, k, v, indexQ, weights, indexKeys] = inputs
-  const { scale, count, dense } = options
-  const ranked = () => indexScores(indexQ.narrow(1, from, to), weights.narrow(1, from, to), indexKeys.narrow(1, 0, to))
+  const { scale, count, dense, selected } = options
+  const ranked = () => rank({ q: indexQ, weights, keys: indexKeys }, from, to)
   const index = options.loss ? ranked() : null
   const seen = noGrad(() => {
     const visible = visibleKeys(from, to, options.starts, q)
     if (dense || to <= count) return visible
-    return visible.mul(chosenKeys(index ?? ranked(), visible, count))
+    const best = selected?.narrow(1, from, to) ?? bestOf(index ?? ranked(), visible, count)
+    return visible.mul(among(best, to))
   }).eq(1)
   const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
   const scores = q
@@ -121,16 +147,24 @@ function visibleKeys(from: number, to: number, starts: Tensor | undefined, { bac
   return causal.mul(first.le(keys.reshape([1, 1, to])).cast('i32'))
 }
 
-/** 1 for the `count` best keys of each query by `scores [B, n, S]`, of those that are visible: `i32 [B, n, S]`. */
-function chosenKeys(scores: Tensor, visible: Tensor, count: number): Tensor {
-  const { backend } = scores
-  const [batch, time, keys] = scores.shape
+/** The index scores `[B, n, to]` of the queries `from` to `to - 1`. */
+const rank = ({ q, weights, keys }: IndexInputs, from: number, to: number): Tensor =>
+  indexScores(q.narrow(1, from, to), weights.narrow(1, from, to), keys.narrow(1, 0, to))
+
+/** The positions of the `count` best keys of each query by `scores [B, n, S]`, those that are visible first. */
+const bestOf = (scores: Tensor, visible: Tensor, count: number): Tensor =>
+  where(visible.eq(1), scores, full([], Number.NEGATIVE_INFINITY, scores)).topk(count).indices
+
+/** 1 for the keys at the positions `[B, n, K]`, of `keys` keys: `i32 [B, n, S]`. */
+function among(positions: Tensor, keys: number): Tensor {
+  const { backend } = positions
+  const [batch, time, count] = positions.shape
   const queries = batch * time
-  const { indices } = where(visible.eq(1), scores, full([], Number.NEGATIVE_INFINITY, scores)).topk(count)
   const rows = arange(queries, { backend }).mul(keys).reshape([queries, 1])
-  const flat = indices
+  const flat = positions
     .reshape([queries, count])
     .add(rows)
     .reshape([queries * count])
-  return scatterAddRows(flat, ones([queries * count], { dtype: 'i32', backend }), queries * keys).reshape(scores.shape)
+  const chosen = scatterAddRows(flat, ones([queries * count], { dtype: 'i32', backend }), queries * keys)
+  return chosen.reshape([batch, time, keys])
 }

@@ -23,7 +23,7 @@ import {
   setDefaultBackend,
   tensor,
 } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput } from '../src/index.ts'
+import { DeepSeek, type DeepSeekConfigInput, hfConfig } from '../src/index.ts'
 
 const limits = { logits: 1e-4, gradients: 1e-3, loss: 1e-5 }
 const { values: flags } = parseArgs({
@@ -194,6 +194,9 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
         config.rope_scaling ? 'YaRN' : 'RoPE',
         ...(config.tie_word_embeddings ? ['tied'] : []),
         ...(config.index_topk === null ? [] : [`${config.index_topk} keys by ${config.index_n_heads} heads`]),
+        ...(model.config.indexer_types?.includes('shared')
+          ? [`indexers ${hfConfig(model.config).index_topk_pattern}`]
+          : []),
         ...(config.num_nextn_predict_layers > 0 ? [`MTP ${config.num_nextn_predict_layers}`] : []),
       ].join(', '),
     )

@@ -1,42 +1,24 @@
 /** @file Model configurations with the keys of Hugging Face's config.json, for DeepSeek V3 and related models, and their validation. */
-import { type RopeScaling, rotaryAmplitude } from '@moe/attention-mla'
+import type { RopeScaling } from '@moe/attention-mla'
 import { checkShared, MoeError, shown } from '@moe/core'
 import { z } from 'zod'
+import { indexerTypeProblems, indexerTypes, patternOf } from './indexer-types.ts'
 import {
   aliases,
   type Json,
   type ModelTypeName,
   modelTypeOf,
   modelTypes,
+  sharingTypes,
   sparseTypes,
   textConfig,
   toV3Keys,
   unreadable,
 } from './model-types.ts'
+import { groupsIn, isObject, ropeFields, ropeKeys, ropeProblems, yarn } from './rope-settings.ts'
 
 const size = z.int().positive()
 const optionalSize = size.nullish().transform(value => value ?? null)
-
-/** RoPE settings, as in V3's config.json (`rope_scaling`) and as transformers 5 writes them (`rope_parameters`). */
-const ropeFields = z.object({
-  type: z.string().optional(),
-  rope_type: z.string().optional(),
-  rope_theta: z.number().positive().optional(),
-  factor: z.number().positive().optional(),
-  original_max_position_embeddings: size.optional(),
-  beta_fast: z.number().positive().optional(),
-  beta_slow: z.number().positive().optional(),
-  mscale: z.number().optional(),
-  mscale_all_dim: z.number().optional(),
-  /** Rejected unless it is the value that follows from the other numbers. */
-  attention_factor: z.number().nullish(),
-  /** Whether the bounds of the YaRN ramp are rounded; always true. */
-  truncate: z.literal(true).nullish(),
-  /** Share of the features of a head that are rotated: 1, except in mistral4, whose heads include those that are not. */
-  partial_rotary_factor: z.number().nullish(),
-  /** Scaling of queries by their positions, for mistral4; see `RopeScaling`. */
-  llama_4_scaling_beta: z.number().nonnegative().nullish(),
-})
 
 /** Fields of all architectures. */
 const common = {
@@ -158,12 +140,20 @@ const latentFields = z.object({
   index_head_dim: optionalSize,
   /** Whether the RoPE of indexers rotates adjacent features, as in GLM, instead of halves. Default false. */
   indexer_rope_interleave: z.boolean().default(false),
-  /** Every layer has its own indexer; always `full`. */
-  indexer_types: z.array(z.literal('full')).nullish(),
-  /** The same, as a number of layers that share an indexer; always 1. */
-  index_topk_freq: z.literal(1).nullish(),
-  /** The same, as one letter per layer; always F. */
-  index_topk_pattern: z.string().regex(/^F*$/).nullish(),
+  /**
+   * For each layer, `full` if it has an indexer, or `shared` if it attends to the keys that the nearest indexer before it has selected (GLM-5.2). MTP modules have indexers. Default: index_topk_pattern, or else
+   * index_topk_freq and index_skip_topk_offset.
+   */
+  indexer_types: z.array(z.enum(['full', 'shared'])).nullish(),
+  /** The same as one letter per layer, F or S. */
+  index_topk_pattern: z
+    .string()
+    .regex(/^[FS]*$/)
+    .nullish(),
+  /** The same as a number of layers per indexer. Default 1: every layer has an indexer. */
+  index_topk_freq: size.nullish(),
+  /** Number of leading layers that all have indexers, the last of which begins the schedule of index_topk_freq. Default 2. */
+  index_skip_topk_offset: z.int().nonnegative().nullish(),
   /** Number of MTP modules, which follow the last layer. Default 0. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
   /** Whether MTP modules have their own embeddings and heads. Not a key of the released models, whose readers always share them. */
@@ -195,6 +185,7 @@ export interface DeepSeekConfig
     | 'indexer_types'
     | 'index_topk_freq'
     | 'index_topk_pattern'
+    | 'index_skip_topk_offset'
   > {
   /** The `model_type` under which the model is saved. For Kimi K2 it is `deepseek_v3`. */
   readonly model_type: ModelTypeName
@@ -206,6 +197,8 @@ export interface DeepSeekConfig
   readonly rope_scaling: RopeScaling | null
   /** Function from router logits to affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   readonly scoring_func: 'sigmoid' | 'softmax'
+  /** For each layer, whether it has an indexer (`full`) or shares that of an earlier layer (`shared`). Undefined if none is shared. */
+  readonly indexer_types?: Array<'full' | 'shared'>
 }
 
 /**
@@ -246,10 +239,12 @@ export function parseConfig(input: unknown): DeepSeekConfig {
     })
   }
   const { rope_parameters, rope_scaling, partial_rotary_factor, mlp_layer_types, ...others } = result.data
-  const { indexer_types, index_topk_freq, index_topk_pattern, ...rest } = others
+  const { indexer_types, index_topk_freq, index_topk_pattern, index_skip_topk_offset, ...rest } = others
   const { topk_method, scoring_func, rope_theta } = rest
+  const types = indexerTypes(result.data)
   return {
     ...rest,
+    ...(types && { indexer_types: types }),
     scoring_func: scoring_func ?? (topk_method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
     rope_theta: rope_theta ?? rope_scaling?.rope_theta ?? rope_parameters?.rope_theta ?? 10000,
     rope_scaling: yarn(rope_scaling ?? rope_parameters, rest.max_position_embeddings),
@@ -285,16 +280,8 @@ export function ownKeys(json: Json): Json {
 
 const fieldsOf = (type: ModelTypeName) => (type === 'llama' ? denseFields.shape : latentFields.shape)
 
-const ropeKeys = ['rope_scaling', 'rope_parameters'] as const
-
-const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null
-
 const pick = (given: object, names: object): Record<string, unknown> =>
   Object.fromEntries(Object.entries(given).filter(([name]) => Object.hasOwn(names, name)))
-
-/** Nested RoPE settings, for layers of one kind, as in models with sliding windows. */
-const groupsIn = (scaling: object): Record<string, unknown> =>
-  Object.fromEntries(Object.entries(scaling).filter(([, value]) => isObject(value) && !Array.isArray(value)))
 
 type Fields = z.output<typeof latentFields>
 type CheckedFields = ReturnType<typeof withLatents>
@@ -374,13 +361,16 @@ function crossChecks(config: CheckedFields): string[] {
     )
   }
   const { index_topk, index_head_dim, q_lora_rank, model_type } = config
-  const isSparse = modelTypes[model_type].isSparse === true
+  const { isSparse = false, sharesIndexers = false } = modelTypes[model_type]
   add(index_topk !== null && !isSparse, `index_topk = ${index_topk}, but only ${sparseTypes} have sparse attention`)
   if (isSparse) {
     add(q_lora_rank === null, 'q_lora_rank is missing: the indexers read compressed queries')
     const tooSmall = index_head_dim !== null && index_head_dim < rotary
+    problems.push(...indexerTypeProblems(config))
     add(tooSmall, `index_head_dim = ${index_head_dim} is less than qk_rope_head_dim = ${rotary}`)
   }
+  const isShared = indexerTypes(config) !== null
+  add(isShared && !sharesIndexers, `some layers have no indexer, but only ${sharingTypes} has such layers`)
   add(
     config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
     `bos_token_id = ${config.bos_token_id} is outside the vocabulary of ${config.vocab_size}`,
@@ -388,70 +378,13 @@ function crossChecks(config: CheckedFields): string[] {
   return problems
 }
 
-/** Problems of the RoPE settings. */
-function ropeProblems(json: Json, config: CheckedFields): string[] {
-  const problems: string[] = []
-  const add = (wrong: boolean, problem: string) => {
-    if (wrong) problems.push(problem)
-  }
-  for (const key of ropeKeys) {
-    for (const group of Object.keys(groupsIn(json[key] ?? {}))) {
-      add(true, `${key}.${group}: separate RoPE settings for some layers are not supported`)
-    }
-  }
-  const { rope_scaling, rope_parameters } = config
-  const scaling = rope_scaling ?? rope_parameters
-  const type = scaling?.rope_type ?? scaling?.type
-  add(
-    type !== undefined && type !== 'default' && type !== 'yarn',
-    `rope type ${JSON.stringify(type)} is not supported (expected default or yarn)`,
-  )
-  add(
-    scaling?.type !== undefined && scaling.type !== type,
-    `rope_scaling.type = ${JSON.stringify(scaling?.type)}, but rope_scaling.rope_type = ${JSON.stringify(type)}`,
-  )
-  add(type === undefined && scaling?.factor !== undefined, 'rope_scaling.type is missing')
-  add(type === 'yarn' && scaling?.factor === undefined, 'rope_scaling.factor is missing')
-  const amplitude = rotaryAmplitude(yarn(scaling, config.max_position_embeddings))
-  const given = scaling?.attention_factor ?? amplitude
-  add(
-    Math.abs(given - amplitude) > 1e-6,
-    `rope_scaling.attention_factor = ${given}, but the other settings give ${amplitude}`,
-  )
-  const { scalesQueries = false, rotaryShare = () => 1 } = modelTypes[config.model_type]
-  const beta = scaling?.llama_4_scaling_beta
-  add(!scalesQueries && !!beta, `rope_scaling.llama_4_scaling_beta: got ${beta}, expected 0 for ${config.model_type}`)
-  add(scalesQueries && type !== 'yarn', `rope_scaling.rope_type must be "yarn" for ${config.model_type}`)
-  add(scalesQueries && beta == null, 'rope_scaling.llama_4_scaling_beta is missing')
-  const share = rotaryShare(config)
-  for (const key of ropeKeys) {
-    const rotated = config[key]?.partial_rotary_factor ?? share
-    add(Math.abs(rotated - share) > 1e-6, `${key}.partial_rotary_factor: got ${rotated}, expected ${share}`)
-  }
-  const bases = [config.rope_theta, rope_scaling?.rope_theta, rope_parameters?.rope_theta].filter(x => x !== undefined)
-  add(new Set(bases).size > 1, `rope_theta has conflicting values: ${[...new Set(bases)].join(' and ')}`)
-  return problems
-}
-
-/** The original context length defaults to that of the configuration, as in transformers. */
-function yarn(scaling: Fields['rope_scaling'], context: number): RopeScaling | null {
-  if (!scaling || (scaling.rope_type ?? scaling.type) !== 'yarn') return null
-  const {
-    factor = 1,
-    original_max_position_embeddings = context,
-    beta_fast,
-    beta_slow,
-    mscale,
-    mscale_all_dim,
-    llama_4_scaling_beta: beta,
-  } = scaling
-  const yarn = { factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim }
-  return { type: 'yarn', ...yarn, ...(beta != null && { llama_4_scaling_beta: beta }) }
-}
-
 /** Whether layer i has experts. */
 export const isMoELayer = (config: DeepSeekConfig, layer: number): boolean =>
   config.n_routed_experts !== null && layer >= config.first_k_dense_replace
+
+/** Whether layer i has sparse attention to the keys that an earlier layer has selected. */
+export const sharesIndexer = (config: DeepSeekConfig, layer: number): boolean =>
+  config.indexer_types?.[layer] === 'shared'
 
 /** Ids of the tokens that end a text. */
 export function endTokens(config: DeepSeekConfig): number[] {
@@ -478,9 +411,10 @@ function denseHfConfig(config: DeepSeekConfig): Record<string, unknown> {
 function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
   const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...others } = config
   const { mtp_separate_embeddings, ...most } = others
-  const { index_topk, index_n_heads, index_head_dim, indexer_rope_interleave, ...rest } = most
+  const { index_topk, index_n_heads, index_head_dim, indexer_rope_interleave, indexer_types, ...rest } = most
   const { architecture, write } = modelTypes[config.model_type]
   const indexer = index_topk === null ? {} : { index_topk, index_n_heads, index_head_dim, indexer_rope_interleave }
+  const sharing = indexer_types && { indexer_types, index_topk_pattern: patternOf(indexer_types) }
   const experts =
     n_routed_experts === null
       ? { first_k_dense_replace: config.num_hidden_layers }
@@ -496,6 +430,7 @@ function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
     ...rest,
     ...experts,
     ...indexer,
+    ...sharing,
     ...(mtp_separate_embeddings ? { mtp_separate_embeddings } : {}),
     num_key_value_heads: config.num_attention_heads,
     torch_dtype: 'float32',

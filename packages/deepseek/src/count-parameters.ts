@@ -12,6 +12,8 @@ export interface ParameterCount {
   readonly activeWithoutEmbedding: number
   /** One attention layer, including its indexer. */
   readonly attention: number
+  /** The indexer of one layer (0 without sparse attention). */
+  readonly indexer: number
   /** One MoE layer: experts, shared experts, gate and bias (0 without experts). */
   readonly moe: number
   /** One dense feed-forward network. */
@@ -40,10 +42,11 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     config.q_lora_rank === null ? hidden * heads * perHead : config.q_lora_rank * (hidden + 1 + heads * perHead)
   const keysValues = hidden * (rank + rope) + rank + rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
   const out = heads * config.v_head_dim * hidden
+  const indexer = indexerParameters(config)
   const attention =
     config.model_type === 'llama'
       ? 2 * out + 2 * hidden * config.num_key_value_heads * config.v_head_dim
-      : queries + keysValues + out + indexerParameters(config)
+      : queries + keysValues + out + indexer
   const expert = 3 * hidden * config.moe_intermediate_size
   const experts = config.n_routed_experts ?? 0
   const bias = config.topk_method === 'noaux_tc' ? experts : 0
@@ -54,7 +57,9 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
 
   const layers = config.num_hidden_layers
   const moeLayers = experts === 0 ? 0 : Math.max(0, layers - config.first_k_dense_replace)
-  const inLayers = layers * (attention + 2 * hidden) + moeLayers * moe + (layers - moeLayers) * dense
+  const shared = config.indexer_types?.filter(type => type === 'shared').length ?? 0
+  const inAttention = layers * attention - shared * indexer
+  const inLayers = inAttention + layers * 2 * hidden + moeLayers * moe + (layers - moeLayers) * dense
   const active = hidden + embedding * 2 + inLayers - moeLayers * idle
   const mtpLayer = attention + (experts === 0 ? dense : moe) + 2 * hidden + 2 * hidden * hidden + 3 * hidden
   const separate = config.mtp_separate_embeddings ? 2 * embedding : 0
@@ -63,6 +68,7 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     active,
     activeWithoutEmbedding: active - embedding,
     attention,
+    indexer,
     moe,
     dense,
     mtp: (mtpLayer + separate) * config.num_nextn_predict_layers,

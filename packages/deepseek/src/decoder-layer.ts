@@ -22,7 +22,7 @@ import {
   withRecomputed,
 } from '@moe/core'
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
-import { type DeepSeekConfig, isMoELayer } from './config.ts'
+import { type DeepSeekConfig, isMoELayer, sharesIndexer } from './config.ts'
 
 /** Options of a layer: those of the attention, and those of the MoE layer. */
 export interface LayerOptions extends MoEForwardOptions {
@@ -36,6 +36,10 @@ export interface LayerOptions extends MoEForwardOptions {
   readonly onIndexerLoss?: ((loss: Tensor) => void) | undefined
   /** As in `MlaForwardOptions`: whether sparse attention covers all keys. */
   readonly dense?: boolean | undefined
+  /** As in `MlaForwardOptions`: the keys that an earlier layer has selected. Only read by layers without an indexer. */
+  readonly selected?: Tensor | undefined
+  /** As in `MlaForwardOptions`: receives the selected keys. Only called by layers whose indexer is shared. */
+  readonly onSelected?: ((selected: Tensor) => void) | undefined
 }
 
 export const layerNames: OptionNames<LayerOptions> = {
@@ -44,6 +48,8 @@ export const layerNames: OptionNames<LayerOptions> = {
   starts: true,
   onIndexerLoss: true,
   dense: true,
+  selected: true,
+  onSelected: true,
   training: true,
   mask: true,
   undropped: true,
@@ -75,6 +81,8 @@ export class DecoderLayer extends Module {
   /** Norm before the experts or the network. */
   post_attention_layernorm: RmsNorm
   readonly #recompute: LayerRecompute | undefined
+  /** Whether the next layer shares the indexer of this one. */
+  readonly #passesSelection: boolean
 
   /** @param layer index of the layer, which determines whether it has experts or a dense network */
   constructor(config: DeepSeekConfig, layer: number, rotary: RotaryEmbedding, options: DecoderLayerInit) {
@@ -85,13 +93,14 @@ export class DecoderLayer extends Module {
     this.self_attn =
       config.model_type === 'llama'
         ? new MultiHeadAttention({ ...config, head_dim: config.v_head_dim }, own)
-        : new MultiHeadLatentAttention(config, own)
+        : new MultiHeadLatentAttention(config, { ...own, indexer: !sharesIndexer(config, layer) })
     this.mlp = isMoELayer(config, layer)
       ? new MoELayer({ ...config, ...experts(config) }, { ...forkInit(init, 'mlp'), balancer, dropping })
       : new SwigluMlp(hidden, config.intermediate_size, forkInit(init, 'mlp'))
     this.input_layernorm = new RmsNorm(hidden, eps, init)
     this.post_attention_layernorm = new RmsNorm(hidden, eps, init)
     this.#recompute = recompute
+    this.#passesSelection = sharesIndexer(config, layer + 1)
     if (recompute !== 'selective') return
     if (this.self_attn instanceof MultiHeadLatentAttention) this.self_attn.recompute = true
     const { mlp } = this
@@ -105,23 +114,37 @@ export class DecoderLayer extends Module {
   }
 
   #forward(x: Tensor, options: LayerOptions): Tensor {
-    const { cache, layer, starts, onIndexerLoss, dense, ...watched } = options
+    const { cache, layer, starts, onIndexerLoss, dense, selected, onSelected, ...watched } = options
     const { mlp } = this
     const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
-    return part(() => {
-      const attended = part(() => this.attend(x, { cache, layer, starts, onIndexerLoss, dense }))
+    const [out, passed] = part(() => {
+      const [attended, passed] = part(() => {
+        let passed: Tensor | undefined
+        const seen = { cache, layer, starts, onIndexerLoss, dense, selected }
+        const attended = this.attend(x, {
+          ...seen,
+          onSelected: keys => {
+            passed = keys
+          },
+        })
+        return [attended, passed] as const
+      })
       const more = (normal: Tensor) => (mlp instanceof MoELayer ? mlp.forward(normal, watched) : mlp.forward(normal))
-      return plus(attended, this.#behind(this.post_attention_layernorm, attended, more))
+      return [plus(attended, this.#behind(this.post_attention_layernorm, attended, more)), passed] as const
     })
+    if (passed) onSelected?.(passed)
+    return out
   }
 
   /** Runs the first half of the layer: attention with its residual connection. The second half is `mlp` after `post_attention_layernorm`, likewise. */
-  attend(x: Tensor, { cache, layer, starts, onIndexerLoss, dense }: LayerOptions): Tensor {
+  attend(x: Tensor, options: LayerOptions): Tensor {
+    const { cache, layer, starts, onIndexerLoss, dense, selected } = options
     const { self_attn: attention } = this
+    const onSelected = this.#passesSelection ? options.onSelected : undefined
     const seen = { cache, layer, starts }
     const run = (normal: Tensor) =>
       attention instanceof MultiHeadLatentAttention
-        ? attention.forward(normal, { ...seen, onIndexerLoss, dense })
+        ? attention.forward(normal, { ...seen, onIndexerLoss, dense, selected, onSelected })
         : attention.forward(normal, seen)
     return plus(x, this.#behind(this.input_layernorm, x, run))
   }
@@ -145,7 +168,7 @@ export class DecoderLayer extends Module {
     let own = 0
     const made = checkpoint(x => {
       const losses: Reported[] = []
-      const loads: Reported[] = []
+      const integers: Reported[] = []
       const collect = (among: Reported[], callback?: (tensor: Tensor) => void) =>
         callback && ((tensor: Tensor) => void among.push({ tensor, callback }))
       const results = fn(x, {
@@ -153,11 +176,12 @@ export class DecoderLayer extends Module {
         onBalanceLoss: collect(losses, options.onBalanceLoss),
         onBalancerLoss: collect(losses, options.onBalancerLoss),
         onIndexerLoss: collect(losses, options.onIndexerLoss),
-        onLoad: collect(loads, options.onLoad),
+        onLoad: collect(integers, options.onLoad),
+        onSelected: collect(integers, options.onSelected),
       })
       own = results.length
-      // Loads are reported only once, not again when recomputed.
-      const all = [...losses, ...loads]
+      // Reported only once, not again when recomputed.
+      const all = [...losses, ...integers]
       callbacks = all.map(({ callback }) => callback)
       return [...results, ...all.map(({ tensor }) => tensor)]
     }, input)

@@ -52,6 +52,8 @@ export class LossParts {
   readonly #share: number
   readonly #onLoad: LayerOptions['onLoad']
   readonly #optionsAt: LayerOptions[] = []
+  /** The keys that the latest indexer has selected, for the layers after it that share it. */
+  #selected: Tensor | undefined
 
   constructor(
     model: Network,
@@ -90,7 +92,7 @@ export class LossParts {
   run(part: number, x: Tensor): Tensor {
     const { decoder, mtp } = this.#model
     const depth = part - decoder.length
-    if (depth < 0) return decoder[part].forward(x, this.optionsAt(0))
+    if (depth < 0) return decoder[part].forward(x, this.decoderOptions())
     if (depth === 0) return this.next(x)
     return this.further(depth, blockOf(mtp[depth - 1]).forward(this.combine(depth, x), this.optionsAt(depth)))
   }
@@ -99,7 +101,15 @@ export class LossParts {
     return this.#model.model.embed_tokens.forward(idsAhead(this.#inputs, this.#time, 0))
   }
 
-  /** Options of decoder layers (depth 0) and of the blocks of MTP modules. */
+  /** Options of the next decoder layer, if layers run one by one. */
+  decoderOptions(): LayerOptions {
+    const onSelected = (keys: Tensor) => {
+      this.#selected = keys
+    }
+    return { ...this.optionsAt(0), selected: this.#selected, onSelected }
+  }
+
+  /** Options of all decoder layers (depth 0), or of the block of an MTP module. */
   optionsAt(depth: number): LayerOptions {
     this.#optionsAt[depth] ??= this.#makeOptions(maskAt(this.#inputs, depth))
     return this.#optionsAt[depth]
@@ -161,7 +171,7 @@ export class LossParts {
    * `DeepSeekLoss`). A pipeline stage has its part of these means.
    */
   sum(): { readonly loss: Tensor | undefined; readonly metrics: Record<string, Tensor> } {
-    const { mtp, moeLayers, blocks } = this.#model
+    const { mtp, moeLayers, indexedLayers } = this.#model
     const metrics: Record<string, Tensor> = {}
     const shared = (x: Tensor) => (this.#share === 1 ? x : x.mul(this.#share))
     const sumOf = (name: TermName) => total(this.terms.filter(term => term.name === name).map(({ loss }) => loss))
@@ -179,7 +189,7 @@ export class LossParts {
       ...(nll ? [nll] : []),
       ...weighted('mtp', mtp.length),
       ...weighted('balance', moeLayers.length),
-      ...weighted('indexer', blocks.length),
+      ...weighted('indexer', indexedLayers.length),
     ]
     const loss = total(losses)
     return { loss: loss && shared(loss), metrics }

@@ -21,8 +21,10 @@ interface Written extends HeadSizes {
 interface ModelType {
   /** The class in transformers that opens models of this type. */
   readonly architecture: string
-  /** Whether attention is sparse, with an indexer in every layer. */
+  /** Whether attention is sparse, to keys that indexers select. */
   readonly isSparse?: true
+  /** Whether layers can share an indexer. */
+  readonly sharesIndexers?: true
   /** Whether queries are scaled by their positions. */
   readonly scalesQueries?: true
   /** The only possible `partial_rotary_factor`: the share of rotated features in what the type calls a head. Default 1. */
@@ -91,10 +93,11 @@ const types = {
     }),
     write: config => ({ mlp_layer_types: layerKinds(config) }),
   },
-  /** GLM-5: sparse attention. */
+  /** GLM-5: sparse attention. From GLM-5.2 on, layers share indexers. */
   glm_moe_dsa: {
     architecture: 'GlmMoeDsaForCausalLM',
     isSparse: true,
+    sharesIndexers: true,
     defaults: {
       n_shared_experts: 1,
       routed_scaling_factor: 2.5,
@@ -163,11 +166,17 @@ export type ModelTypeName = keyof typeof types
 
 export const modelTypes: Readonly<Record<ModelTypeName, ModelType>> = types
 
+const namesOf = (of: (type: ModelType) => boolean | undefined): string =>
+  Object.entries(modelTypes)
+    .filter(([, type]) => of(type))
+    .map(([name]) => name)
+    .join(' and ')
+
 /** The names of the types with sparse attention. */
-export const sparseTypes = Object.entries(modelTypes)
-  .filter(([, { isSparse }]) => isSparse)
-  .map(([name]) => name)
-  .join(' and ')
+export const sparseTypes = namesOf(({ isSparse }) => isSparse)
+
+/** The names of the types whose layers can share an indexer. */
+export const sharingTypes = namesOf(({ sharesIndexers }) => sharesIndexers)
 
 /** Other names of supported types, which transformers does not know. */
 export const aliases = { kimi_k2: 'deepseek_v3' } as const satisfies Readonly<Record<string, ModelTypeName>>

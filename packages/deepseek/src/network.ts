@@ -91,11 +91,18 @@ export class Network extends Module {
     needAxes('DeepSeek', ids, ['batch', 'time'])
     checkShared('DeepSeek.hidden', options, layerNames)
     let x = this.model.embed_tokens.forward(ids)
+    let selected: Tensor | undefined
     this.decoder.forEach((layer, i) => {
-      const before = x
-      x = layer.forward(before, { ...options, layer: i })
-      if (isTransient(options)) before.dispose()
+      const [before, received] = [x, selected]
+      const onSelected = (keys: Tensor) => {
+        selected = keys
+      }
+      x = layer.forward(before, { ...options, layer: i, selected, onSelected })
+      if (!isTransient(options)) return
+      before.dispose()
+      if (received !== selected) received?.dispose()
     })
+    if (isTransient(options)) selected?.dispose()
     options.cache?.advance(ids.shape[1])
     return this.model.norm.forward(x)
   }
@@ -118,12 +125,20 @@ export class Network extends Module {
   }
 
   #cacheOptions(depth: number) {
-    return { layers: this.#config.num_hidden_layers + depth, backend: this.#backend }
+    const layers = this.#config.num_hidden_layers + depth
+    return { layers, indexLayers: this.indexedLayers.filter(layer => layer < layers), backend: this.#backend }
   }
 
   /** The decoder layers, then those of the MTP modules. @internal */
   get blocks(): DecoderLayer[] {
     return [...this.decoder, ...this.mtp.map(blockOf)]
+  }
+
+  /** Indices of the layers with an indexer, including those of MTP modules. @internal */
+  get indexedLayers(): number[] {
+    return this.blocks.flatMap(({ self_attn: attention }, i) =>
+      attention instanceof MultiHeadLatentAttention && attention.indexer !== undefined ? [i] : [],
+    )
   }
 
   /** All MoE layers, including those of MTP modules. */

@@ -6,7 +6,7 @@
 import type { Tensor } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
 import { type Choice, MoELayer } from '@moe/router'
-import type { DecoderLayer } from './decoder-layer.ts'
+import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import { blockOf, type Network } from './network.ts'
 import { uploadInputs } from './training-loss.ts'
@@ -45,15 +45,15 @@ export class PartsInPieces {
     const { decoder, mtp } = this.#model
     const parts = this.#parts
     const depth = part - decoder.length
-    if (depth < 0) return this.#block(decoder[part], x, 0)
+    if (depth < 0) return this.#block(decoder[part], x, () => parts.decoderOptions())
     if (depth === 0) return this.#piece([x], hidden => [parts.next(hidden)])[0]
     const [combined] = this.#piece([x], before => [parts.combine(depth, before)])
-    const deep = await this.#block(blockOf(mtp[depth - 1]), combined, depth)
+    const deep = await this.#block(blockOf(mtp[depth - 1]), combined, () => parts.optionsAt(depth))
     return this.#piece([deep], hidden => [parts.further(depth, hidden)])[0]
   }
 
-  async #block(layer: DecoderLayer, input: Tensor, depth: number): Promise<Tensor> {
-    const options = this.#pass.run(() => this.#parts.optionsAt(depth))
+  async #block(layer: DecoderLayer, input: Tensor, optionsOf: () => LayerOptions): Promise<Tensor> {
+    const options = this.#pass.run(optionsOf)
     const { mlp } = layer
     if (!(mlp instanceof MoELayer)) return this.#piece([input], x => [layer.forward(x, options)])[0]
     const [attended, x, weights, ...others] = this.#piece([input], before =>

@@ -30,7 +30,14 @@ import {
   scope,
   stateDict,
 } from '@moe/core'
-import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
+import {
+  configJson,
+  type DeepSeekConfig,
+  type DeepSeekConfigInput,
+  isMoELayer,
+  parseConfig,
+  sharesIndexer,
+} from './config.ts'
 import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
 import { modelTypes } from './model-types.ts'
@@ -171,11 +178,17 @@ export async function fillWeights(
     ...emptySharedExperts(model).map(({ name }) => name),
   ])
   const { num_hidden_layers: layers, num_nextn_predict_layers: depth } = model.config
-  const beyond = (key: string) => Number(/^model\.layers\.(\d+)\./.exec(key)?.[1] ?? -1) >= layers + depth
+  const beyond = (key: string) => layerOf(key) >= layers + depth
+  const unused = (key: string) => isOfIndexer(key) && sharesIndexer(model.config, layerOf(key))
   const tied = (key: string) => model.config.tie_word_embeddings && key === 'lm_head.weight'
   await loadStateDict(model, source, {
     ignore: key =>
-      copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq') || isOfActivations(key),
+      copies.has(key) ||
+      beyond(key) ||
+      unused(key) ||
+      tied(key) ||
+      key.endsWith('rotary_emb.inv_freq') ||
+      isOfActivations(key),
     optional: key => newIndexers && isOfIndexer(key),
   })
   if (newIndexers) drawIndexers(model)
@@ -183,6 +196,9 @@ export async function fillWeights(
 
 /** Whether a tensor is the scale of rounded activations. Here, activations are not rounded to fp8. */
 const isOfActivations = (key: string) => /([._]activation|\.input)_scale$/.test(key)
+
+/** The layer that a weight belongs to; -1 for others. */
+const layerOf = (key: string): number => Number(/^model\.layers\.(\d+)\./.exec(key)?.[1] ?? -1)
 
 const isOfIndexer = (key: string) => key.includes('.self_attn.indexer.')
 

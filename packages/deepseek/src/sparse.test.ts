@@ -367,9 +367,6 @@ describe('configurations', () => {
       { indexer_rope_interleave: true },
       /indexer_rope_interleave = true, but deepseek_v32 always/,
     ],
-    ['shared indexers', { model_type: 'glm_moe_dsa', indexer_types: ['full', 'shared'] }, /indexer_types\.1/],
-    ['shared indexers by number', { model_type: 'glm_moe_dsa', index_topk_freq: 4 }, /index_topk_freq/],
-    ['shared indexers by letters', { model_type: 'glm_moe_dsa', index_topk_pattern: 'FS' }, /index_topk_pattern/],
   ])('%s is rejected', (_, change, message) => {
     expect(() => parseConfig({ ...config, ...change })).toThrow(message)
   })

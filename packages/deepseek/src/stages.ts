@@ -14,7 +14,7 @@ import {
 } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
 import { balancedRuns } from './balanced-runs.ts'
-import { type DeepSeekConfig, isMoELayer } from './config.ts'
+import { type DeepSeekConfig, isMoELayer, sharesIndexer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import type { Network } from './network.ts'
@@ -70,20 +70,26 @@ export class DeepSeekStages {
       throw new MoeError({ code: 'E_CONFIG', op: 'inStages', problem, fix: 'pass the number of positions of a row' })
     }
     const costs = partCosts(config, sequenceLength)
-    if (!Number.isInteger(stages) || stages < 1 || stages > costs.length) {
+    // Layers that share an indexer stay together, because selections are not sent between stages.
+    const cuts = costs.flatMap((_, part) => (sharesIndexer(config, part) ? [] : [part]))
+    if (!Number.isInteger(stages) || stages < 1 || stages > cuts.length) {
+      const { num_hidden_layers: layers, num_nextn_predict_layers: modules } = config
+      const together = cuts.length === costs.length ? '' : ', and layers that share an indexer stay in one stage'
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'inStages',
         problem: `cannot split the model into ${stages} stages`,
-        fix: `pass 1 to ${costs.length}: the model has ${config.num_hidden_layers} layers, a head and ${config.num_nextn_predict_layers} MTP modules`,
+        fix: `pass 1 to ${cuts.length}: the model has ${layers} layers, a head and ${modules} MTP modules${together}`,
       })
     }
     this.#model = model
     this.#source = source
-    this.#starts = [...balancedRuns(costs, stages), costs.length]
+    const sumOf = (from: number, to: number) => costs.slice(from, to).reduce((sum, cost) => sum + cost, 0)
+    const groups = cuts.map((part, i) => sumOf(part, cuts[i + 1] ?? costs.length))
+    this.#starts = [...balancedRuns(groups, stages).map(group => cuts[group]), costs.length]
     const perStage = <T>(of: (from: number, to: number) => T) =>
       Array.from({ length: stages }, (_, n) => of(this.#starts[n], this.#starts[n + 1]))
-    this.costs = perStage((from, to) => costs.slice(from, to).reduce((sum, cost) => sum + cost, 0))
+    this.costs = perStage(sumOf)
     const named = namedParameters(model)
     const parts = costs.map((_, part) => new Set(this.#parametersOf(part)))
     this.parameters = perStage((from, to) =>
@@ -180,13 +186,17 @@ export class DeepSeekStages {
 /** Multiplications per token in the forward pass of each part: decoder layers, head, MTP modules. Does not count embedding, norms and routing. */
 function partCosts(config: DeepSeekConfig, sequenceLength: number): number[] {
   const { hidden_size: hidden, n_routed_experts: experts, num_experts_per_tok: perToken } = config
-  const { attention, moe, dense } = countParameters(config)
+  const { attention, indexer, moe, dense } = countParameters(config)
   const idle = 3 * hidden * config.moe_intermediate_size * ((experts ?? 0) - (perToken ?? 0))
   const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
   // On average, a position attends to half of the sequence.
   const scores = (config.num_attention_heads * features * sequenceLength) / 2
   const indexScores = ((config.index_n_heads ?? 0) * (config.index_head_dim ?? 0) * sequenceLength) / 2
-  const layer = (i: number) => attention + scores + indexScores + (isMoELayer(config, i) ? moe - idle : dense)
+  const layer = (i: number) =>
+    attention +
+    scores +
+    (sharesIndexer(config, i) ? -indexer : indexScores) +
+    (isMoELayer(config, i) ? moe - idle : dense)
   const head = config.vocab_size * hidden
   const layers = config.num_hidden_layers
   return [

@@ -82,6 +82,7 @@ for (const name of [
   'kimi-k25',
   'v32-mtp',
   'dsa-glm',
+  'dsa-shared',
   'mistral-base',
   'mistral-padding',
 ]) {

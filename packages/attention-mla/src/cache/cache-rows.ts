@@ -2,6 +2,7 @@
 import {
   type Backend,
   concat,
+  dtypeBytes,
   type ErrorCode,
   keep,
   MoeError,
@@ -45,13 +46,20 @@ export const cacheFeaturesOf = (features: number | CacheFeatures): CacheFeatures
 export interface CacheMemoryOptions {
   /** Number of attention layers, each of which has its own rows. */
   readonly layers: number
+  /** The layers that store keys of an indexer. Default: all, if the features include them. */
+  readonly indexLayers?: readonly number[] | undefined
   /** Default f32. bf16 requires a backend that supports it. */
   readonly dtype?: CacheDType | undefined
   /** Where the rows are stored. Default: the backend set by `setDefaultBackend`. */
   readonly backend?: Backend | undefined
 }
 
-export const memoryNames: OptionNames<CacheMemoryOptions> = { layers: true, dtype: true, backend: true }
+export const memoryNames: OptionNames<CacheMemoryOptions> = {
+  layers: true,
+  indexLayers: true,
+  dtype: true,
+  backend: true,
+}
 
 /** Checks sizes and dtype of a cache. @throws MoeError E_CONFIG */
 export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: CacheDType): void {
@@ -65,6 +73,9 @@ export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: Cache
   throw cacheError('E_CONFIG', 'new', problem, "pass 'f32' or 'bf16'")
 }
 
+/** Options without defaults. */
+type RowsMemory = Required<Pick<CacheMemoryOptions, 'dtype' | 'backend'>>
+
 export interface RowsShape {
   readonly blocks: number
   readonly perBlock: number
@@ -75,38 +86,43 @@ export interface RowsShape {
 export class CacheRows {
   readonly features: CacheFeatures
   readonly dtype: CacheDType
-  readonly layers: number
   readonly backend: Backend
-  readonly #rows: Readonly<Record<RowKind, Tensor[]>>
+  /** Bytes of all rows of a token. */
+  readonly bytesPerToken: number
+  /** By layer. */
+  readonly #rows: Readonly<Record<RowKind, Map<number, Tensor>>>
   /** How often rows were moved to other memory. */
   moves = 0
 
-  constructor({ blocks, perBlock, features }: RowsShape, { layers, dtype, backend }: Required<CacheMemoryOptions>) {
+  constructor({ blocks, perBlock, features }: RowsShape, options: CacheMemoryOptions & RowsMemory) {
+    const { layers, dtype, backend } = options
+    const all = Array.from({ length: layers }, (_, layer) => layer)
+    const { indexLayers = all } = options
     this.features = features
     this.dtype = dtype
-    this.layers = layers
     this.backend = backend
-    const perLayer = (kind: RowKind) =>
-      Array.from({ length: features[kind] === 0 ? 0 : layers }, () => this.#empty(kind, blocks, perBlock))
-    this.#rows = keep(scope(() => ({ attention: perLayer('attention'), index: perLayer('index') })))
-  }
-
-  /** Elements of all kinds of rows, per token and layer. */
-  get elements(): number {
-    return this.features.attention + this.features.index
+    const inLayers = (kind: RowKind, which: readonly number[]) =>
+      new Map(which.map(layer => [layer, this.#empty(kind, blocks, perBlock)]))
+    this.#rows = keep(
+      scope(() => ({
+        attention: inLayers('attention', all),
+        index: inLayers('index', features.index ? indexLayers : []),
+      })),
+    )
+    this.bytesPerToken = dtypeBytes[dtype] * (layers * features.attention + this.#rows.index.size * features.index)
   }
 
   /** Returns the rows of a layer. @throws MoeError E_ATTR, E_DISPOSED */
   of(layer: number, kind: RowKind = 'attention'): Tensor {
-    const rows = this.#rows[kind][layer]
+    const rows = this.#rows[kind].get(layer)
     if (rows !== undefined) return rows
-    const { length } = this.#rows.attention
-    if (length === 0) throw cacheError('E_DISPOSED', 'rows', 'the cache was disposed')
-    if (this.features[kind] === 0) {
-      const problem = 'the cache stores no keys of an indexer'
+    const { size: layers } = this.#rows.attention
+    if (layers === 0) throw cacheError('E_DISPOSED', 'rows', 'the cache was disposed')
+    if (this.#rows.attention.has(layer)) {
+      const problem = `the cache stores no keys of an indexer${this.features.index === 0 ? '' : ` for layer ${layer}`}`
       throw cacheError('E_ATTR', 'rows', problem, 'create it with the cacheFeatures of the attention')
     }
-    const problem = `layer ${layer} does not exist in a cache of ${length} layers`
+    const problem = `layer ${layer} does not exist in a cache of ${layers} layers`
     throw cacheError('E_ATTR', 'rows', problem, 'create the cache with more layers')
   }
 
@@ -123,7 +139,7 @@ export class CacheRows {
         flat = setRows(flat, index, rounded, { donate: true })
       } finally {
         // If there was not enough memory, the old rows stay.
-        this.#rows[kind][layer] = keep(flat.reshape(shape))
+        this.#rows[kind].set(layer, keep(flat.reshape(shape)))
       }
     })
   }
@@ -135,14 +151,14 @@ export class CacheRows {
 
   #growKind(kind: RowKind, to: { readonly blocks: number; readonly perBlock: number }): void {
     // Layer by layer: if memory runs out, layers that have grown stay so, and a retry continues with the others.
-    for (const [layer, old] of this.#rows[kind].entries()) {
+    for (const [layer, old] of this.#rows[kind]) {
       const [blocks, perBlock] = old.shape
       if (blocks === to.blocks && perBlock === to.perBlock) continue
       const more =
         blocks === to.blocks
           ? () => concat([old, this.#empty(kind, blocks, to.perBlock - perBlock)], 1)
           : () => concat([old, this.#empty(kind, to.blocks - blocks, perBlock)], 0)
-      this.#rows[kind][layer] = keep(scope(more))
+      this.#rows[kind].set(layer, keep(scope(more)))
       old.dispose()
       this.moves++
     }
@@ -154,6 +170,9 @@ export class CacheRows {
   }
 
   dispose(): void {
-    for (const kind of rowKinds) for (const rows of this.#rows[kind].splice(0)) rows.dispose()
+    for (const kind of rowKinds) {
+      for (const rows of this.#rows[kind].values()) rows.dispose()
+      this.#rows[kind].clear()
+    }
   }
 }

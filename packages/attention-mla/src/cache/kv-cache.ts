@@ -67,10 +67,10 @@ export class KvCache extends SequenceCache {
    */
   constructor(features: number | CacheFeatures, options: CacheOptions) {
     checkOptions(new.target.name, options, names)
-    const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
+    const { layers, indexLayers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
     checkSizes({ layers, batch, capacity }, dtype)
     const shape = { blocks: batch, perBlock: capacity, features: cacheFeaturesOf(features) }
-    super(batch, new CacheRows(shape, { layers, dtype, backend }))
+    super(batch, new CacheRows(shape, { layers, indexLayers, dtype, backend }))
     this.#capacity = capacity
   }
 
@@ -88,7 +88,7 @@ export class KvCache extends SequenceCache {
 
   /** Bytes per token over all layers, including the keys of indexers. */
   get bytesPerToken(): number {
-    return this.memory.layers * this.memory.elements * dtypeBytes[this.dtype]
+    return this.memory.bytesPerToken
   }
 
   /** Bytes currently allocated. */

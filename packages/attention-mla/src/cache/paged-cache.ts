@@ -3,16 +3,7 @@
  * tokens, which a sequence allocates as it grows and returns at its end (Kwon et al. 2023, "PagedAttention"). Sequences
  * with a common prefix share the pages of that prefix.
  */
-import {
-  checkOptions,
-  defaultBackend,
-  dtypeBytes,
-  fromHost,
-  isMoeError,
-  keep,
-  type OptionNames,
-  type Tensor,
-} from '@moe/core'
+import { checkOptions, defaultBackend, fromHost, isMoeError, keep, type OptionNames, type Tensor } from '@moe/core'
 import {
   type CacheFeatures,
   type CacheMemoryOptions,
@@ -94,14 +85,22 @@ export class PagedCache {
    */
   constructor(features: number | CacheFeatures, options: PagedCacheOptions) {
     checkOptions('PagedCache', options, names)
-    const { layers, tokens, pageSize = 64, lookahead = 0, dtype = 'f32', backend = defaultBackend() } = options
+    const {
+      layers,
+      indexLayers,
+      tokens,
+      pageSize = 64,
+      lookahead = 0,
+      dtype = 'f32',
+      backend = defaultBackend(),
+    } = options
     checkSizes({ layers, tokens, pageSize, ...(lookahead !== 0 && { lookahead }) }, dtype)
     this.pageSize = pageSize
     this.#lookahead = lookahead
     this.#limit = Math.ceil(tokens / pageSize)
     const blocks = Math.min(pagesAtFirst, this.#limit)
     const shape = { blocks, perBlock: pageSize, features: cacheFeaturesOf(features) }
-    this.#memory = new CacheRows(shape, { layers, dtype, backend })
+    this.#memory = new CacheRows(shape, { layers, indexLayers, dtype, backend })
     this.#add(blocks)
   }
 
@@ -117,8 +116,7 @@ export class PagedCache {
 
   /** Bytes currently allocated. */
   get bytes(): number {
-    const { layers, elements, dtype } = this.#memory
-    return this.#users.length * this.pageSize * layers * elements * dtypeBytes[dtype]
+    return this.#users.length * this.pageSize * this.#memory.bytesPerToken
   }
 
   /**
