@@ -72,6 +72,8 @@ async function spreadOver(ranks: Communicator): Promise<void> {
   const [own, all] = [numbersIn(spread.parameters), numbersIn(namedParameters(model))]
   console.log(`rank ${ranks.rank} trains ${own} of ${all} parameters`)
   const found = await losses(model, { ranks: spread })
+  // Each rank has its share of the experts. To generate, every rank gets the complete model.
+  await spread.gather()
   if (ranks.rank !== 0) return
   // One rank, with the micro-batches of all ranks.
   const alone = await losses(newModel(), { accumulate: ranks.size })
@@ -79,7 +81,6 @@ async function spreadOver(ranks: Communicator): Promise<void> {
     console.log(
       `step ${step + 1}: loss ${found[step].toFixed(4)} on ${ranks.size} ranks, ${alone[step].toFixed(4)} on one`,
     )
-  // After training, every rank has the complete model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

@@ -68,11 +68,12 @@ async function inStages(ranks: Communicator): Promise<void> {
   const count = pipeline.parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)
   console.log(`rank ${ranks.rank} trains stages ${stagesOf(schedule, ranks.rank).join(' and ')}, ${count} parameters`)
   const found = await losses(model, { ranks: pipeline })
+  // Each rank has its stages. To generate, every rank gets the complete model.
+  await pipeline.gather()
   if (ranks.rank !== 0) return
   const alone = await losses(newModel(), { accumulate: microBatches })
   for (let step = 0; step < steps; step += step === 0 ? 4 : 5)
     console.log(`step ${step + 1}: loss ${found[step].toFixed(4)} in stages, ${alone[step].toFixed(4)} on one rank`)
-  // After training, every rank has the complete model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

@@ -155,7 +155,7 @@ export type {
   WidePrecision,
 } from './ops.ts'
 export { checkOptions, checkShared, nearestName, type OptionNames } from './options.ts'
-export { type Adapter, Parameter } from './parameter.ts'
+export { type Adapter, Parameter, type RowReader } from './parameter.ts'
 export { checkPrecision, currentPrecision, precisions, widePrecision, withPrecision } from './precision.ts'
 export { concat, scatterAddRows, setRows, where } from './primitives.ts'
 export { philox4x32, Random } from './random.ts'

@@ -1,5 +1,6 @@
 /** @file Persistent tensors: modules contain them, optimizers change them, checkpoints store them. */
 import { needAlive, needTensor } from './checks.ts'
+import type { HostArray } from './dtype.ts'
 import { MoeError } from './errors.ts'
 import { checkOptions } from './options.ts'
 import { keep } from './scope.ts'
@@ -20,6 +21,9 @@ export interface Adapter {
   readonly scale: number
 }
 
+/** Reads the elements of rows `from` to `to - 1` of a parameter. A scalar has one row. */
+export type RowReader = (from: number, to: number) => Promise<HostArray>
+
 /**
  * A tensor that a module owns. It belongs to no scope, and `assign` replaces its elements. With `trainable: false` it
  * is a buffer: stored in checkpoints, but without gradients.
@@ -37,6 +41,11 @@ export class Parameter extends Tensor {
    * the weight without it.
    */
   adapter: Adapter | null = null
+  /**
+   * While the parameter has no memory: reads its elements from where they are, for example on another rank. `stateDict`
+   * uses it. Null if they are nowhere.
+   */
+  elsewhere: RowReader | null = null
 
   /**
    * Takes ownership of the memory of `initial`, which must not be used afterwards. `trainable` (default true)
@@ -72,6 +81,7 @@ export class Parameter extends Tensor {
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle
     next.handle = null
+    this.elsewhere = null
     this.version++
   }
 
@@ -98,6 +108,7 @@ export class Parameter extends Tensor {
 
   override dispose(): void {
     this.version++
+    this.elsewhere = null
     this.zeroGrad()
     super.dispose()
   }

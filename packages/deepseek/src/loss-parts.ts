@@ -14,10 +14,18 @@ import { factorAt, type HostInputs, type LossTensors, maskAt, meanOverTokens, tr
 /** What the model contributes besides its parts. */
 export interface LossSource {
   /** Returns the host arrays of a micro-batch and its number of positions that carry loss. */
-  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  inputs(rows: TokenRows, options: PassOptions): { readonly arrays: HostInputs; readonly count: number }
   readonly objective: Objective
   /** Whether balance losses come from a balancer, which already includes their factors. */
   readonly balancer: boolean
+}
+
+/** Whether a pass is for training, and where its loss begins: as the options of `DeepSeek.loss`. */
+export interface PassOptions {
+  /** False for an evaluation. Default true. */
+  readonly training?: boolean | undefined
+  /** Positions before this one carry no loss. Default 0. */
+  readonly from?: number | undefined
 }
 
 /** What a term of the loss is: of the next token, or a mean over MTP depths, or a sum over layers. */

@@ -150,9 +150,9 @@ export class DeepSeek extends Network {
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
     checkOptions('DeepSeek.loss', options, { training: true, from: true })
-    const { training = true, from } = options
-    const { arrays, count } = this.#lossInputs(rows, training, from)
-    const inputs = uploadInputs({ ...arrays, ...(training ? this.#factors() : {}) }, this.backend)
+    const { training = true } = options
+    const { arrays, count } = this.#lossSource().inputs(rows, options)
+    const inputs = uploadInputs(arrays, this.backend)
     return { ...this.#lossOf(inputs, { training }), count }
   }
 
@@ -211,18 +211,21 @@ export class DeepSeek extends Network {
   }
 
   /**
-   * Returns the training loss of rows, as `loss`, in pieces between which a rank can wait for others: for expert parallelism. `ExpertParallel` of `@moe/parallel` runs it. The metrics of `mtpAcceptance` are not
+   * Returns the loss of rows, as `loss`, in pieces between which a rank can wait for others: for expert parallelism. `ExpertParallel` of `@moe/parallel` runs it. The metrics of `mtpAcceptance` are not
    * computed.
+   * @param options.training false for an evaluation, which has only the next-token loss
+   * @param options.from positions before this one carry no loss
    */
-  inPieces(rows: TokenRows): PiecewiseLoss {
-    return new PiecewiseLoss(this, rows, this.#lossSource())
+  inPieces(rows: TokenRows, options: { training?: boolean; from?: number } = {}): PiecewiseLoss {
+    checkOptions('DeepSeek.inPieces', options, { training: true, from: true })
+    return new PiecewiseLoss(this, rows, this.#lossSource(), options)
   }
 
   #lossSource(): LossSource {
     return {
-      inputs: rows => {
-        const { arrays, count } = this.#lossInputs(rows, true)
-        return { arrays: { ...arrays, ...this.#factors() }, count }
+      inputs: (rows, { training = true, from }) => {
+        const { arrays, count } = this.#lossInputs(rows, training, from)
+        return { arrays: { ...arrays, ...(training ? this.#factors() : {}) }, count }
       },
       objective: this.#objective,
       balancer: this.#balancer !== null,

@@ -1,5 +1,5 @@
 /**
- * @file The training loss in pieces, between which a rank can wait for others. The routed experts are computed elsewhere.
+ * @file The loss in pieces, between which a rank can wait for others. The routed experts are computed elsewhere.
  *
  * Legend: B batch, T time, N tokens, K experts per token, D hidden size.
  */
@@ -7,7 +7,7 @@ import type { Tensor } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
 import { type Choice, MoELayer } from '@moe/router'
 import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
-import { LossParts, type LossSource } from './loss-parts.ts'
+import { LossParts, type LossSource, type PassOptions } from './loss-parts.ts'
 import { blockOf, type Network } from './network.ts'
 import { uploadInputs } from './training-loss.ts'
 
@@ -83,49 +83,58 @@ export class PartsInPieces {
     return { loss, metrics }
   }
 
-  /** Runs a piece. The terms that its parts add to the loss become leaves. */
+  /** Runs a piece. The terms that its parts add to the loss, and `nll`, become leaves. */
   #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
-    const { terms } = this.#parts
+    const parts = this.#parts
+    const { terms, nll } = parts
     const before = terms.length
-    const made = this.#pass.piece(inputs, (...leaves) => [
-      ...fn(...leaves),
-      ...terms.slice(before).map(({ loss }) => loss),
-    ])
-    const own = made.length - (terms.length - before)
+    let own = 0
+    const made = this.#pass.piece(inputs, (...leaves) => {
+      const results = fn(...leaves)
+      own = results.length
+      const added = terms.slice(before).map(({ loss }) => loss)
+      return [...results, ...added, ...(parts.nll === nll ? [] : [parts.nll as Tensor])]
+    })
     const added = terms.splice(before)
     terms.push(...added.map(({ name }, i) => ({ name, loss: made[own + i] })))
+    if (parts.nll !== nll) parts.nll = made.at(-1)
     return made.slice(0, own)
   }
 }
 
-/** The training loss of a micro-batch in pieces, returned by `DeepSeek.inPieces`. */
+/** The loss of a micro-batch in pieces, returned by `DeepSeek.inPieces`. */
 export class PiecewiseLoss {
   /** Number of positions that carry loss. */
   readonly count: number
   readonly #model: Network
   readonly #source: LossSource
   readonly #arrays: ReturnType<LossSource['inputs']>['arrays']
+  readonly #training: boolean
 
-  constructor(model: Network, rows: TokenRows, source: LossSource) {
-    const { arrays, count } = source.inputs(rows)
+  constructor(model: Network, rows: TokenRows, source: LossSource, { training = true, from }: PassOptions = {}) {
+    const { arrays, count } = source.inputs(rows, { training, from })
+    this.#training = training
     this.count = count
     this.#model = model
     this.#source = source
     this.#arrays = arrays
   }
 
-  /** Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp`, `balance` and `indexer`. All are scalars, means over the micro-batch. */
+  /**
+   * Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp`, `balance` and `indexer`. All are scalars, means over the micro-batch. `nll` is the sum of the negative log-likelihoods, detached.
+   */
   async forward(
     pass: PieceRunner,
     route: RouteTokens,
-  ): Promise<{ loss: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
+  ): Promise<{ loss: Tensor; nll: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
     const { backend, decoder, mtp } = this.#model
+    const training = this.#training
     const inputs = pass.run(() => uploadInputs(this.#arrays, backend))
-    const parts = new LossParts(this.#model, inputs, this.#source)
+    const parts = new LossParts(this.#model, inputs, this.#source, { training })
     const inPieces = new PartsInPieces(this.#model, parts, pass, route)
     let x = inPieces.embed()
-    for (let part = 0; part <= decoder.length + mtp.length; part++) x = await inPieces.run(part, x)
+    for (let part = 0; part <= decoder.length + (training ? mtp.length : 0); part++) x = await inPieces.run(part, x)
     const { loss, metrics } = inPieces.sum()
-    return { loss: loss as Tensor, metrics }
+    return { loss: loss as Tensor, nll: parts.nll as Tensor, metrics }
   }
 }

@@ -48,6 +48,8 @@ interface MicroBatch {
   readonly arrays: HostInputs
   /** Share of all loss-carrying positions of the step. */
   readonly share: number
+  /** Whether it is trained on. */
+  readonly training: boolean
 }
 
 /** A model split into stages, returned by `DeepSeek.inStages`. The stages use the parameters of the model. */
@@ -115,7 +117,6 @@ export class DeepSeekStages {
     readonly count: number
     readonly digest: number
   } {
-    const { backend, config, lookahead } = this.#model
     const [{ rows, length }] = batches
     if (batches.some(batch => batch.rows !== rows || batch.length !== length)) {
       throw new MoeError({
@@ -125,25 +126,60 @@ export class DeepSeekStages {
         fix: 'use the same number of rows and length for all',
       })
     }
-    const inputs = batches.map(batch => this.#source.inputs(batch))
+    const inputs = batches.map(batch => this.#source.inputs(batch, {}))
     const total = inputs.reduce((sum, { count }) => sum + count, 0)
-    const micro = inputs.map(({ arrays, count }) => ({ arrays, share: count / Math.max(1, total) }))
+    const micro = inputs.map(({ arrays, count }) => ({ arrays, share: count / Math.max(1, total), training: true }))
     return {
-      stages: this.parameters.map((_, n) => ({
-        forward: (input, m) => this.#forward(n, input, micro[m]),
-        inPieces: (input, m, pass, route) => this.#inPieces(n, input, micro[m], pass, route),
-      })),
-      activations: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
+      stages: this.parameters.map((_, n) => this.#stage(n, micro)),
+      activations: this.#activationsOf(batches[0]),
       count: total,
       digest: digestOf(batches.flatMap(({ tokens, documents }) => [tokens, documents])),
     }
   }
 
+  /**
+   * Returns the stages for an evaluation, up to the one with the head. Its only loss is the sum of the negative log-likelihoods of the micro-batch. Micro-batches may differ in size.
+   * @returns `activations` and `counts`, the number of loss-carrying positions, for each micro-batch
+   */
+  evaluation(batches: ReadonlyArray<{ readonly batch: TokenRows; readonly from: number }>): {
+    readonly stages: readonly DeepSeekStage[]
+    readonly activations: ReadonlyArray<{ readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }>
+    readonly counts: readonly number[]
+  } {
+    const inputs = batches.map(({ batch, from }) => this.#source.inputs(batch, { training: false, from }))
+    const micro = inputs.map(({ arrays }) => ({ arrays, share: 1, training: false }))
+    const head = this.#model.decoder.length
+    return {
+      stages: this.#starts.filter(start => start <= head).map((_, n) => this.#stage(n, micro)),
+      activations: batches.map(({ batch }) => this.#activationsOf(batch)),
+      counts: inputs.map(({ count }) => count),
+    }
+  }
+
+  #stage(n: number, micro: readonly MicroBatch[]): DeepSeekStage {
+    return {
+      forward: (input, m) => this.#forward(n, input, micro[m]),
+      inPieces: (input, m, pass, route) => this.#inPieces(n, input, micro[m], pass, route),
+    }
+  }
+
+  #activationsOf({ rows, length }: TokenRows): { shape: Shape; dtype: DType; backend: Backend } {
+    const { backend, config, lookahead } = this.#model
+    return { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend }
+  }
+
+  /** The parts of a stage. In an evaluation, the head is the last part. */
+  #partsIn(stage: number, { training }: MicroBatch): number[] {
+    const [from, to] = this.#starts.slice(stage, stage + 2)
+    const end = training ? to : Math.min(to, this.#model.decoder.length + 1)
+    return Array.from({ length: end - from }, (_, i) => from + i)
+  }
+
   #forward(stage: number, input: Tensor | null, microBatch: MicroBatch): StageResult {
     const parts = this.#partsOf(microBatch)
     let x = input ?? parts.embed()
-    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = parts.run(part, x)
-    return this.#result(stage, x, parts.sum())
+    for (const part of this.#partsIn(stage, microBatch)) x = parts.run(part, x)
+    return this.#result(stage, x, parts, microBatch)
   }
 
   async #inPieces(
@@ -156,15 +192,23 @@ export class DeepSeekStages {
     const parts = pass.run(() => this.#partsOf(microBatch))
     const inPieces = new PartsInPieces(this.#model, parts, pass, route)
     let x = input ?? inPieces.embed()
-    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = await inPieces.run(part, x)
-    return this.#result(stage, x, inPieces.sum())
+    for (const part of this.#partsIn(stage, microBatch)) x = await inPieces.run(part, x)
+    return this.#result(stage, x, parts, microBatch, inPieces)
   }
 
-  #partsOf({ arrays, share }: MicroBatch): LossParts {
-    return new LossParts(this.#model, uploadInputs(arrays, this.#model.backend), this.#source, { share })
+  #partsOf({ arrays, share, training }: MicroBatch): LossParts {
+    return new LossParts(this.#model, uploadInputs(arrays, this.#model.backend), this.#source, { share, training })
   }
 
-  #result(stage: number, x: Tensor, { loss, metrics }: ReturnType<LossParts['sum']>): StageResult {
+  #result(
+    stage: number,
+    x: Tensor,
+    parts: LossParts,
+    { training }: MicroBatch,
+    summed: Pick<LossParts, 'sum'> = parts,
+  ): StageResult {
+    if (!training) return parts.nll ? { losses: [parts.nll], metrics: {} } : { output: x, losses: [], metrics: {} }
+    const { loss, metrics } = summed.sum()
     const isLast = stage === this.parameters.length - 1
     return { ...(isLast ? {} : { output: x }), losses: loss ? [loss] : [], metrics }
   }

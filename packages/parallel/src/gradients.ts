@@ -8,6 +8,22 @@ export interface ParallelStepOptions {
   readonly precision?: Precision | undefined
 }
 
+/** A micro-batch of held-out data. */
+export interface EvaluatedBatch<Batch> {
+  /** The rows. */
+  readonly batch: Batch
+  /** Positions before this one are context only and do not count. */
+  readonly from: number
+}
+
+/** The loss of a micro-batch of held-out data. */
+export interface EvaluatedLoss {
+  /** Sum of the negative log-likelihoods over the positions that count, in nats. */
+  readonly nll: number
+  /** Number of positions that count. */
+  readonly count: number
+}
+
 /** The result of a training step, the same on every rank. */
 export interface ParallelStepResult {
   /** Mean loss over all micro-batches, weighted by their number of positions that carry loss. */

@@ -5,7 +5,7 @@ export { ExpertParallel, type ExpertParallelModel } from './experts/expert-paral
 export type { ExpertParallelLayer, PieceRunner, RouteTokens } from './experts/expert-shards.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShard, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
-export type { ParallelStepOptions, ParallelStepResult } from './gradients.ts'
+export type { EvaluatedBatch, EvaluatedLoss, ParallelStepOptions, ParallelStepResult } from './gradients.ts'
 export { mpi } from './mpi/mpi.ts'
 export { nccl } from './nccl/nccl.ts'
 export { Pipeline, type PipelineModel, type PipelineStages } from './pipeline/pipeline.ts'

@@ -106,6 +106,7 @@ export async function trainSmall(
         return options.onEvent?.(event, reporter)
       },
     })
+    if (ranks instanceof ExpertParallel || ranks instanceof Pipeline) await ranks.gather()
     const entries = stateDict(trainee).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     return { result, steps, loads, weights: Object.fromEntries(await Promise.all(entries)) }
   } finally {

@@ -7,6 +7,7 @@ import type { TokenStream } from './data/token-stream.ts'
 import type { SourceProgress, TrainingOrder } from './data/training-order.ts'
 import { type Evaluation, evaluateOnRanks } from './evaluate.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
+import type { ModelOnRanks } from './model-on-ranks.ts'
 import type { RankGroup } from './rank-group.ts'
 
 interface DatasetOptions {
@@ -16,6 +17,8 @@ interface DatasetOptions {
   readonly finalTokens: number
   /** Each rank evaluates its share. */
   readonly ranks: RankGroup
+  /** The model on ranks, if each has a part of it. */
+  readonly onRanks?: ModelOnRanks | undefined
 }
 
 /** Rows of a data set in the order of a `TrainingOrder`. */
@@ -26,6 +29,7 @@ export class DatasetBatches implements BatchSource {
   readonly #precision: Precision
   readonly #finalTokens: number
   readonly #ranks: RankGroup
+  readonly #onRanks: ModelOnRanks | undefined
   readonly textsPerStep = 0
   readonly stride = 1
   readonly metrics = {}
@@ -33,7 +37,7 @@ export class DatasetBatches implements BatchSource {
   constructor(
     model: TrainableModel,
     order: TrainingOrder,
-    { validation, precision, finalTokens, ranks }: DatasetOptions,
+    { validation, precision, finalTokens, ranks, onRanks }: DatasetOptions,
   ) {
     this.#model = model
     this.#order = order
@@ -41,6 +45,7 @@ export class DatasetBatches implements BatchSource {
     this.#precision = precision
     this.#finalTokens = finalTokens
     this.#ranks = ranks
+    this.#onRanks = onRanks
   }
 
   get #sources() {
@@ -128,7 +133,8 @@ export class DatasetBatches implements BatchSource {
 
   evaluate(options: SourceEvaluationOptions): Promise<Evaluation | null> {
     const { sequenceLength, batchSize, isolate } = this.#order
-    const settings = { sequenceLength, batchSize, isolate, precision: this.#precision, ranks: this.#ranks, ...options }
+    const sizes = { sequenceLength, batchSize, isolate, precision: this.#precision }
+    const settings = { ...sizes, ranks: this.#ranks, onRanks: this.#onRanks, ...options }
     return evaluateOnRanks(this.#model, namedStreams(this.#validation), settings)
   }
 

@@ -10,10 +10,11 @@ import {
   yieldToEventLoop,
 } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
-import { type EvaluationOptions, evaluationWindowsWhere } from './data/evaluation-windows.ts'
+import { type EvaluationBatch, type EvaluationOptions, evaluationWindowsWhere } from './data/evaluation-windows.ts'
 import { namedStreams } from './data/token-data.ts'
 import { isTokenStream, type TokenStream } from './data/token-stream.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
+import type { ModelOnRanks } from './model-on-ranks.ts'
 import { RankGroup } from './rank-group.ts'
 
 /** Options of `evaluate`. */
@@ -101,39 +102,27 @@ interface EvaluateOnRanksOptions extends EvaluateOptions {
   readonly signal: AbortSignal
   /** Each rank evaluates its share of the batches. */
   readonly ranks: RankGroup
+  /** The model on ranks, if each has a part of it. */
+  readonly onRanks?: ModelOnRanks | undefined
 }
 
 /**
- * Evaluates a model that all ranks have. The result is the same on all ranks and on any number of ranks, bit for bit.
+ * Evaluates a model on ranks. The result is the same on all ranks. If each has the whole model, it is the same on any
+ * number of ranks, bit for bit.
  * @returns null if it was interrupted on any rank
  */
 export async function evaluateOnRanks(
   model: TrainableModel,
   streams: ReadonlyArray<readonly [name: string, stream: TokenStream]>,
-  { precision = 'f32', ranks, signal, onProgress, ...windows }: EvaluateOnRanksOptions,
+  { precision = 'f32', ranks, onRanks, signal, onProgress, ...windows }: EvaluateOnRanksOptions,
 ): Promise<Evaluation | null> {
   const started = performance.now()
   const { limit } = windows
   const share = limit === undefined ? undefined : Math.max(1, Math.floor(limit / streams.length))
-  const losses = await ranks.all(
-    signal,
-    async () => {
-      const losses: BatchLoss[] = []
-      let index = 0
-      const isOwn = () => index++ % ranks.size === ranks.rank
-      for (const [at, [, stream]] of streams.entries()) {
-        const options = { ...windows, limit: share, lookahead: model.lookahead }
-        for (const { batch, from, done } of evaluationWindowsWhere(stream, options, isOwn)) {
-          signal.throwIfAborted()
-          losses.push({ index, stream: at, ...(await lossOf(model, batch, from, precision)) })
-          onProgress?.((at + done) / streams.length)
-          await yieldToEventLoop()
-        }
-      }
-      return losses
-    },
-    { save: false },
-  )
+  const options = { ...windows, limit: share, lookahead: model.lookahead }
+  const batches: HeldOutBatches = isWanted => batchesOf(streams, options, isWanted)
+  const watch = { precision, ranks, signal, onProgress }
+  const losses = await (onRanks ? lossesInParts(onRanks, batches, watch) : lossesOf(model, batches, watch))
   if (losses === null) return null
   // Added up in the order of the batches, so that the sums do not depend on the number of ranks.
   losses.sort((a, b) => a.index - b.index)
@@ -166,6 +155,84 @@ interface BatchLoss {
   /** Negative log-likelihood in nats, summed over `count` tokens. */
   readonly nll: number
   readonly count: number
+}
+
+/** A batch of a held-out stream. */
+interface HeldOutBatch extends EvaluationBatch {
+  /** Position in the order of all batches of all streams. */
+  readonly index: number
+  readonly stream: number
+}
+
+/** Yields the batches whose index `isWanted` accepts. */
+type HeldOutBatches = (isWanted: (index: number) => boolean) => Generator<HeldOutBatch>
+
+function* batchesOf(
+  streams: ReadonlyArray<readonly [name: string, stream: TokenStream]>,
+  options: EvaluationOptions,
+  isWanted: (index: number) => boolean,
+): Generator<HeldOutBatch> {
+  let next = 0
+  for (const [at, [, stream]] of streams.entries())
+    for (const { batch, from, done } of evaluationWindowsWhere(stream, options, () => isWanted(next++)))
+      yield { index: next - 1, stream: at, batch, from, done: (at + done) / streams.length }
+}
+
+type Watch = Pick<EvaluateOnRanksOptions, 'ranks' | 'signal' | 'onProgress'> & { readonly precision: Precision }
+
+/** The losses of all batches. Each rank evaluates its share with the whole model. */
+function lossesOf(
+  model: TrainableModel,
+  batches: HeldOutBatches,
+  { precision, ranks, signal, onProgress }: Watch,
+): Promise<BatchLoss[] | null> {
+  const own = async () => {
+    const losses: BatchLoss[] = []
+    for (const { index, stream, batch, from, done } of batches(index => index % ranks.size === ranks.rank)) {
+      signal.throwIfAborted()
+      losses.push({ index, stream, ...(await lossOf(model, batch, from, precision)) })
+      onProgress?.(done)
+      await yieldToEventLoop()
+    }
+    return losses
+  }
+  return ranks.all(signal, own, { save: false })
+}
+
+/** The same if each rank has a part of the model: all take part in every forward pass. */
+async function lossesInParts(
+  onRanks: ModelOnRanks,
+  batches: HeldOutBatches,
+  { precision, ranks, signal, onProgress }: Watch,
+): Promise<BatchLoss[] | null> {
+  let count = 0
+  batches(() => count++ < 0).next()
+  const { rank, world } = onRanks.dataShard
+  const isOwn = (index: number) => index % world === rank
+  // All need equally many: those with one batch less repeat the last one.
+  const repeats = count % world > 0 && rank >= count % world
+  const losses: BatchLoss[] = []
+  const evaluate = async (together: readonly HeldOutBatch[]) => {
+    const found = await onRanks.evaluate(together, { precision })
+    for (const [i, { index, stream }] of together.entries()) {
+      const loss = found[i]
+      if (loss !== null && isOwn(index)) losses.push({ index, stream, ...loss })
+    }
+  }
+  const isAborted = async () => (await ranks.gather(signal.aborted)).includes(true)
+  let together: HeldOutBatch[] = []
+  let left = Math.ceil(count / world)
+  for (const each of batches(index => isOwn(index) || (repeats && index === count - 1))) {
+    together.push(each)
+    left--
+    if (left > 0 && together.length < (onRanks.microBatches ?? 1)) continue
+    if (await isAborted()) return null
+    await evaluate(together)
+    together = []
+    onProgress?.(each.done)
+    await yieldToEventLoop()
+  }
+  return (await ranks.gather(losses)).flat()
 }
 
 async function lossOf(

@@ -31,5 +31,11 @@ export function makeBatchSource(
   const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
   const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
   const finalTokens = evaluationLimit(settings, { final: true })
-  return new DatasetBatches(model, order, { validation: data.validation, precision, finalTokens, ranks })
+  return new DatasetBatches(model, order, {
+    validation: data.validation,
+    precision,
+    finalTokens,
+    ranks,
+    onRanks: settings.onRanks,
+  })
 }

@@ -46,30 +46,29 @@ export class ModelEma {
   }
 
   /**
-   * Runs `fn` while the model contains the averaged weights. All ranks must call it; each has the complete model during
-   * `fn` and afterwards.
+   * Runs `fn` while the model contains the averaged weights. All ranks must call it.
    */
   async withAverages<T>(fn: () => Promise<T>): Promise<T> {
     this.#swap()
     this.isInModel = true
     try {
-      await this.#gather()
+      await this.#synchronize()
       return await fn()
     } finally {
       this.#swap()
       this.isInModel = false
-      await this.#gather()
+      await this.#synchronize()
     }
   }
 
   /**
-   * Takes the weights of the (complete) model as the average over `steps` steps. All ranks must call it. The model must
-   * be filled with its own weights afterwards.
+   * Takes the weights of the model as the average over `steps` steps. All ranks must call it. The model must be filled
+   * with its own weights afterwards.
    */
   async restore(steps: number): Promise<void> {
     this.#swap()
     this.#ema.steps = steps
-    await this.#gather()
+    await this.#synchronize()
   }
 
   #swap(): void {
@@ -78,8 +77,8 @@ export class ModelEma {
     this.#ema.swap()
   }
 
-  async #gather(): Promise<void> {
-    await this.#onRanks?.gather()
+  async #synchronize(): Promise<void> {
+    await this.#onRanks?.synchronize()
     await this.#shard?.gather()
     this.#shard?.freeRows()
   }

@@ -30,6 +30,11 @@ export interface ModelOnRanks {
   /** The parameters that this rank trains. Parameters of the model that this rank does not need are freed. */
   readonly parameters: readonly LocalParameter[]
   /**
+   * All parameters whose weights this rank holds, which may be more than it trains. The ranks together hold all weights
+   * of the model.
+   */
+  readonly weights: readonly LocalParameter[]
+  /**
    * This rank's share of every step's rows, as in `TrainingOrder`. Ranks with equal numbers get the same micro-batches.
    */
   readonly dataShard: { readonly rank: number; readonly world: number }
@@ -37,8 +42,8 @@ export interface ModelOnRanks {
   readonly microBatches?: number
   /**
    * Runs the forward and backward passes of a step and leaves the gradients in `parameters`. The result equals the step
-   * of a single rank with the micro-batches of all ranks. If the model contains all weights (after `gather`, or after
-   * loading a checkpoint), this rank takes its weights from there.
+   * of a single rank with the micro-batches of all ranks. If the model contains all weights (after `gather`), this rank
+   * takes its weights from there.
    *
    * @param options.precision precision of matrix products, f32 by default
    * @returns numbers for the complete model, the same on every rank. `metrics.nll` is the next-token negative
@@ -59,11 +64,23 @@ export interface ModelOnRanks {
    * optimizer is created.
    */
   shardOptimizer?(): void
-  /** Gathers all weights into the model on every rank, until the next step. */
-  gather(): Promise<void>
   /**
-   * Takes this rank's parameters back from the model, which `gather` or a checkpoint filled with all weights, and frees
-   * the rest. `parameters` may be changed afterwards; `gather` distributes the changes.
+   * Runs forward passes without gradients. All ranks make the same number of calls with the same number of
+   * micro-batches, at most `microBatches`; ranks with equal `dataShard` pass the same ones.
+   *
+   * @param options.precision precision of matrix products, f32 by default
+   * @returns for each micro-batch, the negative log-likelihood in nats, summed over `count` positions; null if another
+   *   rank returns it
+   */
+  evaluate(
+    batches: ReadonlyArray<{ readonly batch: TokenBatch; readonly from: number }>,
+    options: { readonly precision?: Precision },
+  ): Promise<ReadonlyArray<{ readonly nll: number; readonly count: number } | null>>
+  /** Makes `weights` current: receives what other ranks have updated. `step` and `evaluate` do it, too. */
+  synchronize(): Promise<void>
+  /**
+   * Prepares `parameters` to be changed outside of a step; `synchronize` sends the changes to the other ranks. If the
+   * model contains all weights, takes this rank's from there and frees the rest.
    */
   release(): void
 }

@@ -109,8 +109,7 @@ export function stepError(
 }
 
 /** The error for a model that contains non-finite weights after an update. */
-export async function nonFiniteModel(model: Module, step: number): Promise<MoeError> {
-  const where = await findNonFinite(namedParameters(model))
+export function nonFiniteModel(where: NonFinite | null, step: number): MoeError {
   return new MoeError({
     code: 'E_NAN',
     op: 'train',

@@ -325,8 +325,8 @@ function rolloutProblems(
 /** This process and its share of the data, as `ranks` defines them. */
 function resolveRanks(given: TrainOptions['ranks'], problems: string[]): Partial<ResolvedOptions> {
   if (given === undefined) return {}
-  const onRanks = 'gather' in given ? given : undefined
-  const ranks = 'gather' in given ? given.ranks : given
+  const onRanks = 'synchronize' in given ? given : undefined
+  const ranks = 'synchronize' in given ? given.ranks : given
   if (typeof ranks?.allReduce !== 'function') {
     problems.push(
       `ranks is ${(given as unknown) instanceof Promise ? 'a promise' : 'not a communicator'}, expected the result of await mpi() or local(size, work), a Pipeline or an ExpertParallel`,

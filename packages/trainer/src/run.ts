@@ -7,6 +7,7 @@ import type { RunFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import { startingPoint } from './checkpoints/starting-point.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
+import { WeightsOnRanks } from './checkpoints/weights-on-ranks.ts'
 import type { TokenData } from './data/token-data.ts'
 import { Emitter } from './emitter.ts'
 import type { Evaluation } from './evaluate.ts'
@@ -17,13 +18,13 @@ import { makeBatchSource } from './make-batch-source.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
 import type { ModelEma } from './model-ema.ts'
 import { StepsOnRanks } from './model-on-ranks.ts'
-import { nonFiniteModel } from './non-finite.ts'
+import { findNonFinite, nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
 import { evaluationLimit, type ResolvedOptions, recordRun } from './options.ts'
 import { RankGroup } from './rank-group.ts'
 import { useRankStreams } from './rank-streams.ts'
-import { gatherNumbers, type Ranks } from './ranks.ts'
+import { gatherNumbers, gatherValues, type Ranks } from './ranks.ts'
 import { LoadSums } from './report/loads-log.ts'
 import { metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
@@ -63,10 +64,10 @@ export class Run {
   readonly writableFolder: RunFolder | undefined
   /** Assembles the optimizer state for checkpoints, if ranks have parts of it. */
   optimizerOnRanks: OptimizerOnRanks | undefined
+  /** Assembles the weights for checkpoints, if ranks have parts of the model. */
+  weightsOnRanks: WeightsOnRanks | undefined
   /** Whether checkpoints are saved, by this rank or by another one. */
   savesCheckpoints: boolean
-  /** Steps done when the complete model was last gathered. */
-  gatheredStep = -1
   /** Loads since the last `loads` event. */
   readonly loads = new LoadSums()
   /** Metrics of the last tenth of the steps done, for the result. */
@@ -156,6 +157,7 @@ export class Run {
     if (ranks !== undefined) await this.checkSettingsAgree(ranks)
     const parts = onRanks ?? (this.sharded && { ranks: this.sharded.ranks, parameters: this.sharded.shard.parameters })
     if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
+    if (onRanks !== undefined) this.weightsOnRanks = await WeightsOnRanks.of(onRanks, this.model)
     await this.prepareFolder()
     if (ranks !== undefined) {
       const own = { step: this.step, saves: this.savesCheckpoints }
@@ -313,7 +315,6 @@ export class Run {
     const limit = evaluationLimit(this.settings, { final })
     if (source.validationTokens === 0) return noEvaluation
     this.log?.flush()
-    await this.gather()
     const { signal } = interrupts
     const parts = this.ema === undefined ? 1 : 2
     const evaluatePart = (part: number) => {
@@ -338,11 +339,12 @@ export class Run {
     if (!this.savesCheckpoints || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()
-    await this.gather()
+    await this.settings.onRanks?.synchronize()
     await this.checkFinite()
     this.savedStep = step
     if (writableFolder === undefined) {
-      await this.ema?.withAverages(async () => {})
+      await this.weightsOnRanks?.send()
+      await this.ema?.withAverages(async () => this.weightsOnRanks?.send())
       await this.optimizerOnRanks?.send()
       return
     }
@@ -366,14 +368,23 @@ export class Run {
     const { data, tokenizer, bos, eos } = this.settings
     const template = 'template' in data ? data.template : undefined
     const optimizer = this.optimizerOnRanks ?? this.optimizer
-    return { model: this.model, optimizer, ema: this.ema, tokenizer, template, documentIds: { bos, eos } }
+    const whole = this.weightsOnRanks
+    const weights = this.settings.onRanks?.weights
+    return {
+      model: this.model,
+      weights,
+      whole,
+      optimizer,
+      ema: this.ema,
+      tokenizer,
+      template,
+      documentIds: { bos, eos },
+    }
   }
 
-  /** Gathers the complete model if ranks have parts of it. */
-  async gather(): Promise<void> {
-    if (this.gatheredStep === this.step) return
-    await this.settings.onRanks?.gather()
-    this.gatheredStep = this.step
+  /** The parameters whose weights this rank holds. */
+  get weights(): readonly NamedParameter[] {
+    return this.settings.onRanks?.weights ?? this.parameters
   }
 
   /**
@@ -381,12 +392,19 @@ export class Run {
    * checkpoint.
    */
   async checkFinite(): Promise<void> {
-    if (Number.isFinite(await this.weightNorm())) return
-    throw await nonFiniteModel(this.model, this.step)
+    const { onRanks } = this.settings
+    const [{ parameter: like }] = this.parameters
+    const finite = Number.isFinite(await this.weightNorm())
+    // Only if each has a part of the model can ranks differ.
+    const all = onRanks === undefined ? [finite] : await gatherValues(onRanks.ranks, finite, like)
+    if (!all.includes(false)) return
+    const own = await findNonFinite(this.weights)
+    const found = onRanks === undefined ? [own] : await gatherValues(onRanks.ranks, own, like)
+    throw nonFiniteModel(found.find(where => where !== null) ?? null, this.step)
   }
 
   async weightNorm(): Promise<number> {
-    const weights = this.parameters.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
+    const weights = this.weights.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
     const norm = noGrad(() => globalNorm(weights))
     const value = await norm.item()
     norm.dispose()
@@ -401,7 +419,7 @@ export class Run {
 
   async finish(stopped: TrainResult['stopped'], { ema, ...validation }: RunEvaluation): Promise<TrainResult> {
     const { settings, backend, recent } = this
-    await this.gather()
+    await settings.onRanks?.synchronize()
     const result: TrainResult = {
       steps: this.step,
       interrupted: stopped === 'interrupted',

@@ -8,6 +8,7 @@ import { checkOptions } from '../options.ts'
 import type { Parameter } from '../parameter.ts'
 import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
 import { type Module, type NamedParameter, parametersOf } from './module.ts'
+import type { LocalParameter } from './parameter-shard.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
 /** One stored tensor. */
@@ -76,7 +77,9 @@ function readable(parameter: Parameter): { dtype: DType; read(): Promise<HostArr
 function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
   const { dtype, read } = readable(parameter)
   const shape = weightShape(parameter)
-  if (slices === undefined) return [{ name, dtype, shape, data: read }]
+  const elsewhere = () => (parameter.handle === null ? parameter.elsewhere : null)
+  if (slices === undefined)
+    return [{ name, dtype, shape, data: async () => (await elsewhere()?.(0, shape[0] ?? 1)) ?? read() }]
   const sliceShape = shape.slice(1)
   const size = sizeOf(sliceShape)
   // All slices come from one download, which is released after the last slice was read.
@@ -87,6 +90,8 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
     dtype,
     shape: sliceShape,
     async data() {
+      const slice = await elsewhere()?.(i, i + 1)
+      if (slice !== undefined) return slice
       whole ??= read()
       const all = await whole
       if (--left === 0) {
@@ -110,6 +115,11 @@ export interface LoadOptions {
    * none.
    */
   readonly optional?: ((key: string) => boolean) | undefined
+  /**
+   * The parameters to load, if a rank has only a part of the module: parameters of the module, or ranges of their rows.
+   * All keys are checked nevertheless. Default: all parameters of the module.
+   */
+  readonly parameters?: readonly LocalParameter[] | undefined
 }
 
 /**
@@ -118,7 +128,7 @@ export interface LoadOptions {
  * @throws MoeError E_STATE_DICT that lists all missing, unexpected and mis-shaped keys
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
-  checkOptions('loadStateDict', options, { ignore: true, optional: true })
+  checkOptions('loadStateDict', options, { ignore: true, optional: true, parameters: true })
   const { ignore = () => false, optional = () => false } = options
   if (Array.isArray(source) || typeof source?.info !== 'function') throw noSource(describe(source))
   const available = new Set(source.keys())
@@ -142,7 +152,7 @@ export async function loadStateDict(module: Module, source: StateSource, options
   const unexpected = [...available].filter(key => !known.has(key) && !ignore(key))
   if (missing.length + misshaped.length + unexpected.length > 0) throw mismatch(missing, unexpected, misshaped)
 
-  for (const { name, parameter, slices } of parameters) {
+  for (const { name, parameter, slices, firstRow = 0 } of options.parameters ?? (parameters as LocalParameter[])) {
     const keys = slices ?? [name]
     if (!keys.every(key => available.has(key))) continue
     if (parameter instanceof QuantizedParameter) {
@@ -152,8 +162,10 @@ export async function loadStateDict(module: Module, source: StateSource, options
     const { dtype, shape, backend } = parameter
     const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, dtype)
     let values: HostArray
-    if (slices === undefined) values = await read(name)
-    else {
+    if (slices === undefined) {
+      const from = firstRow * sizeOf(shape.slice(1))
+      values = (await read(name)).subarray(from, from + parameter.size)
+    } else {
       values = hostArray(dtype, parameter.size)
       // Read one after another, so that only one slice at a time is in memory besides the whole.
       for (const [i, key] of slices.entries()) values.set(await read(key), (i * values.length) / slices.length)

@@ -11,7 +11,14 @@ import {
 } from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
-import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
+import {
+  type EvaluatedBatch,
+  type EvaluatedLoss,
+  finite,
+  gradientNorm,
+  type ParallelStepOptions,
+  type ParallelStepResult,
+} from '../gradients.ts'
 import { Replicated } from '../replicated.ts'
 import {
   type ExpertParallelLayer,
@@ -28,14 +35,23 @@ export interface ExpertParallelModel<Batch> extends Module {
   readonly moeLayers: readonly ExpertParallelLayer[]
   /**
    * Prepares the forward pass of a micro-batch in pieces. `forward` returns the loss, a mean over the `count` positions that carry loss; `route` sends tokens
-   * to the experts of a layer, which may be on other ranks.
+   * to the experts of a layer, which may be on other ranks. `nll`, the sum of the negative log-likelihoods, is needed for evaluations.
+   * @param options.training false for an evaluation
+   * @param options.from positions before this one carry no loss
    */
-  inPieces(batch: Batch): {
+  inPieces(
+    batch: Batch,
+    options?: { training?: boolean; from?: number },
+  ): {
     readonly count: number
     forward(
       pass: PieceRunner,
       route: RouteTokens,
-    ): Promise<{ readonly loss: Tensor; readonly metrics?: Readonly<Record<string, Tensor>> }>
+    ): Promise<{
+      readonly loss: Tensor
+      readonly nll?: Tensor
+      readonly metrics?: Readonly<Record<string, Tensor>>
+    }>
   }
 }
 
@@ -56,6 +72,8 @@ export class ExpertParallel<Batch> {
    * from `firstRow` on.
    */
   parameters: readonly LocalParameter[]
+  /** All parameters whose weights this rank holds: `parameters`, and those that other ranks update for it after `shardOptimizer`. */
+  readonly weights: readonly LocalParameter[]
   /** All ranks of the training. */
   readonly ranks: Communicator
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
@@ -88,7 +106,8 @@ export class ExpertParallel<Batch> {
     this.dataShard = { rank: ranks.rank, world: ranks.size }
     const { expertParallelSize = ranks.size } = options
     this.#shards = new ExpertShards(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
-    this.parameters = namedParameters(model).map(named => this.#shards.own(named))
+    this.weights = namedParameters(model).map(named => this.#shards.own(named))
+    this.parameters = this.weights
     this.#backend = this.parameters[0].parameter.backend
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
@@ -122,8 +141,7 @@ export class ExpertParallel<Batch> {
     if (!namedParameters(this.#model).some(({ parameter }) => parameter.trainable))
       throw configError('ExpertParallel', 'all parameters are frozen', 'set trainable on the parameters to train')
     const { precision } = options
-    await this.#replicated.gather()
-    this.#shards.takeOwn()
+    await this.synchronize()
     this.#replicated.zeroGradients()
     const backend = this.#backend
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -154,7 +172,47 @@ export class ExpertParallel<Batch> {
   }
 
   /**
-   * Moves the weights of all experts into the model on every rank, to evaluate, save or generate. All ranks call it. The expert entries of `parameters` are
+   * Runs forward passes without gradients, for an evaluation. All ranks call it with the same number of micro-batches, each with its own.
+   * @returns the loss of each micro-batch
+   * @throws MoeError E_CONFIG if the model does not return `nll`
+   */
+  async evaluate(
+    batches: ReadonlyArray<EvaluatedBatch<Batch>>,
+    options: ParallelStepOptions = {},
+  ): Promise<EvaluatedLoss[]> {
+    checkOptions('ExpertParallel.evaluate', options, { precision: true })
+    await this.synchronize()
+    const losses: EvaluatedLoss[] = []
+    for (const { batch, from } of batches) {
+      const part = this.#model.inPieces(batch, { training: false, from })
+      const pass = new PiecewisePass({ precision: options.precision, backward: false })
+      try {
+        const { nll } = await part.forward(pass, this.#shards.routeIn(pass))
+        if (nll === undefined)
+          throw configError(
+            'ExpertParallel.evaluate',
+            'the model returns no nll',
+            'return { loss, nll } from inPieces()',
+          )
+        losses.push({ nll: await nll.item(), count: part.count })
+      } finally {
+        pass.dispose()
+      }
+    }
+    return losses
+  }
+
+  /**
+   * Makes `weights` current: receives what other ranks have updated for this one, and takes this rank's experts back from the model after `gather`. All ranks call it. `step` and `evaluate` do,
+   * too.
+   */
+  async synchronize(): Promise<void> {
+    await this.#replicated.gather()
+    this.#shards.takeOwn()
+  }
+
+  /**
+   * Moves the weights of all experts into the model on every rank, to save or generate, if each rank has the memory. All ranks call it. The expert entries of `parameters` are
    * freed until the next step or `release`, which takes this rank's experts from the model as it is then.
    */
   async gather(): Promise<void> {

@@ -4,10 +4,12 @@ import {
   checkOptions,
   Lifetime,
   MoeError,
+  noGrad,
   type Precision,
   type Shape,
   type SplitBackward,
   sameShape,
+  scope,
   showShape,
   type Tensor,
   withPrecision,
@@ -39,6 +41,7 @@ type Step =
 export class PiecewisePass {
   readonly #life = new Lifetime()
   readonly #precision: Precision
+  readonly #backward: boolean
   readonly #steps: Step[] = []
   readonly #gradients = new Map<Tensor, Tensor>()
   #splits: SplitBackward[] = []
@@ -46,15 +49,17 @@ export class PiecewisePass {
   /**
    * Creates an empty pass.
    * @param options.precision arithmetic of matrix products in pieces. Default: f32
+   * @param options.backward false for a forward pass only, which records nothing and frees the intermediate results of each piece. Default: true
    */
-  constructor(options: { readonly precision?: Precision } = {}) {
-    checkOptions('PiecewisePass', options, { precision: true })
+  constructor(options: { readonly precision?: Precision; readonly backward?: boolean } = {}) {
+    checkOptions('PiecewisePass', options, { precision: true, backward: true })
     this.#precision = options.precision ?? 'f32'
+    this.#backward = options.backward ?? true
   }
 
   /** Returns a leaf for an outside tensor, to be passed to pieces. After `backward`, `gradient(leaf)` returns its gradient. */
   input(tensor: Tensor): Tensor {
-    return this.#leafOf(tensor, true)
+    return this.#leafOf(tensor, this.#backward)
   }
 
   /** Runs a function that needs no gradient. Its tensors live as long as the pass. */
@@ -67,7 +72,9 @@ export class PiecewisePass {
     inputs: Inputs,
     fn: (...inputs: Inputs) => Outputs,
   ): TensorEach<Outputs> {
-    const outputs = this.#life.run(() => withPrecision(this.#precision, () => fn(...inputs)))
+    const run = () => withPrecision(this.#precision, () => fn(...inputs))
+    if (!this.#backward) return this.#life.run(() => noGrad(() => scope(run))) as TensorEach<Outputs>
+    const outputs = this.#life.run(run)
     const leaves = outputs.map(output => this.#leafOf(output, output.tracked))
     this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, leaves })
     return leaves as TensorEach<Outputs>
@@ -85,9 +92,9 @@ export class PiecewisePass {
     backward: (gradient: Tensor) => Promise<Tensor>,
   ): Promise<Tensor> {
     const result = await forward(input)
-    const leaf = this.#leafOf(result, true)
+    const leaf = this.#leafOf(result, this.#backward)
     result.dispose()
-    this.#steps.push({ kind: 'exchange', input, leaf, backward })
+    if (this.#backward) this.#steps.push({ kind: 'exchange', input, leaf, backward })
     return leaf
   }
 

@@ -14,10 +14,18 @@ import {
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { type ExpertParallelLayer, ExpertShards, expertRanks } from '../experts/expert-shards.ts'
-import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
+import {
+  type EvaluatedBatch,
+  type EvaluatedLoss,
+  finite,
+  gradientNorm,
+  type ParallelStepOptions,
+  type ParallelStepResult,
+} from '../gradients.ts'
 import { type Replicas, Replicated } from '../replicated.ts'
 import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 import { heldInRounds, holdersOf } from './replicas.ts'
+import { runForward } from './run-forward.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
 /** A model that supports pipeline parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
@@ -45,6 +53,14 @@ export interface PipelineStages<Batch> {
     /** A 32-bit integer hash of the micro-batches. If it differs between the ranks of a pipeline, the step is rejected. */
     readonly digest?: number
   }
+  /** Prepares an evaluation: returns all stages, or the first ones, for its micro-batches. The losses of the last of these stages sum to the negative log-likelihood of the micro-batch. */
+  evaluation?(batches: ReadonlyArray<EvaluatedBatch<Batch>>): {
+    readonly stages: readonly PipelineStage[]
+    /** Shape and dtype of the activations between stages, for each micro-batch. */
+    readonly activations: readonly TensorLike[]
+    /** The number of positions that count, for each micro-batch. */
+    readonly counts: readonly number[]
+  }
 }
 
 /**
@@ -60,6 +76,11 @@ export interface PipelineStages<Batch> {
 export class Pipeline<Batch> {
   /** The parameters of this rank's stages; create its optimizer from them. Frozen and quantized weights are included and do not change. */
   parameters: readonly LocalParameter[]
+  /**
+   * All parameters whose weights this rank holds: `parameters`, those that other ranks update for it after `shardOptimizer`, and what is not trained in other stages, such as the selection biases of
+   * routers.
+   */
+  readonly weights: readonly LocalParameter[]
   /** The ranks of all pipelines. */
   readonly ranks: Communicator
   /** The number of micro-batches of a step in each pipeline. */
@@ -124,6 +145,9 @@ export class Pipeline<Batch> {
             expertRanks('Pipeline', ranks, expertParallelSize, { stride: length, overlapping: true }),
           )
     this.parameters = Array.from(named.values(), each => this.#shards?.own(each) ?? each)
+    const all = new Map(this.#model.parameters.flat().map(named => [named.parameter, named]))
+    const untrained = [...all.values()].filter(({ parameter }) => !parameter.trainable && !named.has(parameter))
+    this.weights = [...this.parameters, ...untrained]
     this.#replicated = new Replicated(this.#replicaGroups(expertParallelSize))
     this.#freeOthers()
   }
@@ -151,8 +175,7 @@ export class Pipeline<Batch> {
       const problem = `expected ${microBatches} micro-batches, got ${batches.length}`
       throw configError(name, problem, `pass as many as the schedule has, or create a schedule for ${batches.length}`)
     }
-    await this.#replicated.gather()
-    this.#takeOwn()
+    await this.synchronize()
     this.#replicated.zeroGradients()
     const { stages, activations, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#checkSameBatches(digest, activations.backend)
@@ -176,7 +199,49 @@ export class Pipeline<Batch> {
   }
 
   /**
-   * Restores the weights of all stages in the model on every rank, to evaluate, save or generate. All ranks call it. The next step or `release` frees the other stages'
+   * Runs forward passes without gradients, for an evaluation. The ranks of a pipeline call it with the same micro-batches, and all pipelines with the same number.
+   * @param batches at most as many as the schedule has
+   * @returns the loss of each micro-batch; null if another rank of the pipeline has it
+   * @throws MoeError E_CONFIG if the model has no `evaluation`
+   */
+  async evaluate(
+    batches: ReadonlyArray<EvaluatedBatch<Batch>>,
+    options: ParallelStepOptions = {},
+  ): Promise<Array<EvaluatedLoss | null>> {
+    const { name, microBatches } = this.#schedule
+    checkOptions('Pipeline.evaluate', options, { precision: true })
+    if (batches.length > microBatches) {
+      const problem = `expected at most ${microBatches} micro-batches, got ${batches.length}`
+      throw configError(name, problem, 'call it several times')
+    }
+    const parts = this.#model.evaluation?.(batches)
+    if (parts === undefined)
+      throw configError(
+        name,
+        'the stages of the model have no evaluation()',
+        'implement it, or evaluate after gather()',
+      )
+    await this.synchronize()
+    const { stages, activations, counts } = parts
+    const shards = this.#shards
+    const losses = await runForward(this.#schedule, this.#line, stages, {
+      activations,
+      precision: options.precision,
+      ...(shards && { route: pass => shards.routeIn(pass) }),
+    })
+    return losses.map((nll, m) => (nll === null ? null : { nll, count: counts[m] }))
+  }
+
+  /**
+   * Makes `weights` current: receives what other ranks have updated for this one, and frees what `gather` has restored. All ranks call it. `step` and `evaluate` do, too.
+   */
+  async synchronize(): Promise<void> {
+    await this.#replicated.gather()
+    this.#takeOwn()
+  }
+
+  /**
+   * Restores the weights of all stages in the model on every rank, to save or generate, if each rank has the memory. All ranks call it. The next step or `release` frees the other stages'
    * weights again.
    */
   async gather(): Promise<void> {

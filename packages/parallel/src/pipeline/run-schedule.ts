@@ -120,9 +120,7 @@ export async function runSchedule(
       activation.dispose()
     }
     const run = stages.get(stage) as PipelineStage
-    const part = await (route !== undefined && run.inPieces !== undefined
-      ? run.inPieces(own.input, microBatch, pass, route(pass))
-      : inOnePiece(run, own.input, microBatch, pass))
+    const part = await runStage(run, own.input, microBatch, pass, route)
     const { output, losses = [], metrics: measured = {} } = part
     if (stage < last) {
       if (output === undefined) throw noOutput(schedule, stage)
@@ -203,6 +201,19 @@ export async function runSchedule(
   }
 }
 
+/** Runs the forward pass of a stage: in pieces if experts may be on other ranks. */
+export function runStage(
+  stage: PipelineStage,
+  input: Tensor | null,
+  microBatch: number,
+  pass: PiecewisePass,
+  route: RunOptions['route'],
+): StageOutput | Promise<StageOutput> {
+  return route !== undefined && stage.inPieces !== undefined
+    ? stage.inPieces(input, microBatch, pass, route(pass))
+    : inOnePiece(stage, input, microBatch, pass)
+}
+
 /** Runs `forward` of a stage as a single piece. */
 function inOnePiece(stage: PipelineStage, input: Tensor | null, microBatch: number, pass: PiecewisePass): StageOutput {
   let part: StageOutput = {}
@@ -253,7 +264,7 @@ function unknownMetric(schedule: PipelineSchedule, stage: number, name: string):
   })
 }
 
-function noOutput(schedule: PipelineSchedule, stage: number): MoeError {
+export function noOutput(schedule: PipelineSchedule, stage: number): MoeError {
   return new MoeError({
     code: 'E_CONFIG',
     op: schedule.name,

@@ -110,8 +110,8 @@ class Slot {
   }
 }
 
-/** The rank that runs each stage for each micro-batch. */
-function homesOf(schedule: PipelineSchedule): Map<string, number> {
+/** The rank that runs each stage for each micro-batch, by `"stage microBatch"`. */
+export function homesOf(schedule: PipelineSchedule): Map<string, number> {
   const homes = new Map<string, number>()
   for (const [rank, actions] of schedule.ranks.entries())
     for (const { kind, stage, microBatch } of actions.flatMap(partsOf))

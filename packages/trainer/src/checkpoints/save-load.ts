@@ -19,7 +19,15 @@ import {
   writeInFolder,
   writeText,
 } from '@moe/checkpoint'
-import { isMoeError, loadStateDict, MoeError, namedAdapters, type StateEntry, stateDict } from '@moe/core'
+import {
+  isMoeError,
+  type LocalParameter,
+  loadStateDict,
+  MoeError,
+  namedAdapters,
+  type StateEntry,
+  stateDict,
+} from '@moe/core'
 import type { ConversationTemplate } from '../data/conversations.ts'
 import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
@@ -34,6 +42,7 @@ import {
   type RunRecord,
   type TrainerState,
 } from './trainer-state.ts'
+import type { WeightsOnRanks } from './weights-on-ranks.ts'
 
 /** Folder of the model in a checkpoint. */
 export const MODEL_FOLDER = 'model'
@@ -49,6 +58,10 @@ export interface StoredOptimizer extends Pick<Optimizer, 'name' | 'load'> {
 
 export interface CheckpointParts {
   readonly model: TrainableModel
+  /** The parameters whose weights this rank holds, if ranks have parts of the model. */
+  readonly weights?: readonly LocalParameter[] | undefined
+  /** Makes the complete model readable, if ranks have parts of it. */
+  readonly whole?: Pick<WeightsOnRanks, 'read'> | undefined
   readonly optimizer: StoredOptimizer
   readonly ema?: Pick<ModelEma, 'withAverages' | 'restore'> | undefined
   readonly tokenizer?: TextTokenizer
@@ -79,10 +92,15 @@ export async function saveTraining(
 
 /** Saves the model with its current weights, and the tokenizer. */
 async function saveModel(location: FolderLocation, parts: CheckpointParts): Promise<void> {
-  const { model, tokenizer, template, documentIds = {} } = parts
+  const { model, whole, tokenizer, template, documentIds = {} } = parts
   if (isAdapted(model)) await saveAdapters(location as string, model, { base: model.source })
-  else if (model.save === undefined) await saveCheckpoint(location, stateDict(model))
-  else await model.save(location)
+  else {
+    const save = async () => {
+      if (model.save === undefined) await saveCheckpoint(location, stateDict(model))
+      else await model.save(location)
+    }
+    await (whole ? whole.read(save) : save())
+  }
   const tokenizerFile = tokenizer?.toJSON?.()
   const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, documentIds))
   const files = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
@@ -224,7 +242,7 @@ export async function loadTraining(
   }
 }
 
-async function fill(stored: OpenedTraining, { model, optimizer, ema }: CheckpointParts): Promise<void> {
+async function fill(stored: OpenedTraining, { model, weights, optimizer, ema }: CheckpointParts): Promise<void> {
   const { optimizer: moments, state } = stored
   const name = moments.metadata['optimizer']
   if (name !== optimizer.name) {
@@ -239,15 +257,19 @@ async function fill(stored: OpenedTraining, { model, optimizer, ema }: Checkpoin
   // ends and its optimizer is discarded.
   await optimizer.load(stateSource(moments), state.step)
   if (ema !== undefined && stored.ema !== null) {
-    await fillModel(model, stored.ema)
+    await fillModel(model, stored.ema, weights)
     await ema.restore(state.averagedSteps ?? 0)
   }
-  await fillModel(model, stored.model)
+  await fillModel(model, stored.model, weights)
 }
 
-async function fillModel(model: TrainableModel, { tensors, adapters }: OpenedModel): Promise<void> {
+async function fillModel(
+  model: TrainableModel,
+  { tensors, adapters }: OpenedModel,
+  parameters: CheckpointParts['weights'],
+): Promise<void> {
   // A model's own `save` may store more than its parameters, such as copies of shared ones under the keys that other
   // programs expect.
   if (adapters !== null) await loadAdapters(model, adapters as string)
-  else await loadStateDict(model, stateSource(tensors), { ignore: () => true })
+  else await loadStateDict(model, stateSource(tensors), { ignore: () => true, parameters })
 }
