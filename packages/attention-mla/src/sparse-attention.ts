@@ -9,6 +9,7 @@ import {
   arange,
   checkpoint,
   concat,
+  customGradient,
   full,
   indexScores,
   isRecording,
@@ -69,7 +70,11 @@ export function selectKeys(index: IndexInputs, count: number, starts: Tensor | u
   const [batch, time] = keys.shape
   const parts = chunksOf(time, batch * time * index.q.shape[2]).map(([from, to]) =>
     scope(() => {
-      if (to > count) return bestOf(rank(index, from, to), visibleKeys(from, to, starts, keys), count)
+      if (to > count) {
+        const own = (x: Tensor) => x.narrow(1, from, to)
+        const scores = indexScores(own(index.q), own(index.weights), keys.narrow(1, 0, to))
+        return bestOf(scores, visibleKeys(from, to, starts, keys), count)
+      }
       const first = arange(count, { backend: keys.backend })
       return first.add(zeros([batch, to - from, count], { dtype: 'i32', backend: keys.backend }))
     }),
@@ -92,24 +97,58 @@ export function sparseAttention(
   options: SparseOptions,
 ): { readonly out: Tensor; readonly loss: Tensor | undefined } {
   const [batch, time, heads] = q.shape
-  const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
-  const inputs = [byHead(q), byHead(k), byHead(v), ...(index ? [index.q, index.weights, index.keys] : [])]
-  const outs: Tensor[] = []
-  const losses: Tensor[] = []
-  const run: typeof checkpoint = isRecording() ? checkpoint : (fn, ...given) => scope(() => fn(...given))
-  for (const [from, to] of chunksOf(time, batch * time * heads)) {
-    const [out, ...loss] = run((...given) => attendChunk(given, from, to, options), ...inputs)
-    outs.push(out)
-    losses.push(...loss)
-  }
-  return { out: byHead(concat(outs, 2)), loss: options.loss ? concat(losses, 1) : undefined }
+  const chunks = chunksOf(time, batch * time * heads)
+  const ofQueries = [q, ...(index ? [index.q, index.weights] : [])]
+  const ofKeys = [byHead(k), byHead(v), ...(index ? [index.keys] : [])]
+  const parts = isRecording() ? ofQueries.map(x => split(x, chunks)) : null
+  const results = chunks.map(([from, to], i) => {
+    const attend = (queries: readonly Tensor[], keys: readonly Tensor[]) =>
+      attendChunk(queries, keys, from, to, options)
+    if (parts === null)
+      return scope(() =>
+        attend(
+          ofQueries.map(x => x.narrow(1, from, to)),
+          ofKeys,
+        ),
+      )
+    const queries = parts.map(ofChunks => ofChunks[i])
+    return checkpoint(
+      (...given) => attend(given.slice(0, queries.length), given.slice(queries.length)),
+      ...queries,
+      ...ofKeys,
+    )
+  })
+  const [out, loss] = [0, 1].map(i => results.map(result => result[i]))
+  return { out: concat(out, 1), loss: options.loss ? concat(loss, 1) : undefined }
 }
 
-/** Attention of the queries `from` to `to - 1`: `[B, H, n, V]`, then the loss `[B, n]` if requested. */
-function attendChunk(inputs: readonly Tensor[], from: number, to: number, options: SparseOptions): readonly Tensor[] {
-  const [q, k, v, indexQ, weights, indexKeys] = inputs
+const byHead = (x: Tensor) => x.permute([0, 2, 1, 3])
+
+/**
+ * Returns the queries of each chunk of `x [B, T, ...]`. The gradient concatenates theirs; `narrow` would pad each to all
+ * queries, and the tape add them.
+ */
+const split = (x: Tensor, chunks: ReturnType<typeof chunksOf>): readonly Tensor[] =>
+  customGradient(
+    all => chunks.map(([from, to]) => all.narrow(1, from, to)),
+    gradients => [concat([...gradients], 1)],
+    x,
+  )
+
+/**
+ * Attention of the queries `from` to `to - 1`: `[B, n, H, V]`, then the loss `[B, n]` if requested.
+ * @param ofQueries q `[B, n, H, D]`, and queries and weights of the indexer
+ * @param ofKeys k `[B, H, T, D]`, v, and keys of the indexer
+ */
+function attendChunk(
+  [q, indexQ, weights]: readonly Tensor[],
+  [k, v, indexKeys]: readonly Tensor[],
+  from: number,
+  to: number,
+  options: SparseOptions,
+): readonly Tensor[] {
   const { scale, count, dense, selected } = options
-  const ranked = () => rank({ q: indexQ, weights, keys: indexKeys }, from, to)
+  const ranked = () => indexScores(indexQ, weights, indexKeys.narrow(1, 0, to))
   const index = options.loss ? ranked() : null
   const seen = noGrad(() => {
     const visible = visibleKeys(from, to, options.starts, q)
@@ -118,13 +157,12 @@ function attendChunk(inputs: readonly Tensor[], from: number, to: number, option
     return visible.mul(among(best, to))
   }).eq(1)
   const mask = (x: Tensor, allowed: Tensor) => where(allowed, x, full([], Number.NEGATIVE_INFINITY, x))
-  const scores = q
-    .narrow(2, from, to)
+  const scores = byHead(q)
     .matmul(k.narrow(2, 0, to), { transposeB: true })
     .mul(scale)
   const [batch, time, keys] = seen.shape
   const p = softmax(mask(scores, seen.reshape([batch, 1, time, keys])))
-  const out = p.matmul(v.narrow(2, 0, to))
+  const out = byHead(p.matmul(v.narrow(2, 0, to)))
   if (index === null) return [out]
   const target = p.detach().mean(1)
   const masked = mask(index, seen)
@@ -146,10 +184,6 @@ function visibleKeys(from: number, to: number, starts: Tensor | undefined, { bac
   const first = starts.narrow(1, from, to).reshape([batch, to - from, 1])
   return causal.mul(first.le(keys.reshape([1, 1, to])).cast('i32'))
 }
-
-/** The index scores `[B, n, to]` of the queries `from` to `to - 1`. */
-const rank = ({ q, weights, keys }: IndexInputs, from: number, to: number): Tensor =>
-  indexScores(q.narrow(1, from, to), weights.narrow(1, from, to), keys.narrow(1, 0, to))
 
 /** The positions of the `count` best keys of each query by `scores [B, n, S]`, those that are visible first. */
 const bestOf = (scores: Tensor, visible: Tensor, count: number): Tensor =>
