@@ -15,8 +15,8 @@ import {
   isRecording,
   noGrad,
   ones,
-  scatterAddRows,
   scope,
+  setRows,
   softmax,
   type Tensor,
   where,
@@ -199,6 +199,7 @@ function among(positions: Tensor, keys: number): Tensor {
     .reshape([queries, count])
     .add(rows)
     .reshape([queries * count])
-  const chosen = scatterAddRows(flat, ones([queries * count], { dtype: 'i32', backend }), queries * keys)
+  const i32 = { dtype: 'i32', backend } as const
+  const chosen = setRows(zeros([queries * keys], i32), flat, ones([queries * count], i32), { donate: true })
   return chosen.reshape([batch, time, keys])
 }
