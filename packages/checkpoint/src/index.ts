@@ -38,7 +38,7 @@ export type { NamedBlob, SlicedBytes } from './named-blobs.ts'
 export { type OpenOptions, openCheckpoint, openInFolder } from './open-checkpoint.ts'
 export { type Int4Source, type Int4Weight, unpackInt4 } from './packed-int4.ts'
 export { pathOf } from './path-of.ts'
-export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
+export { isScaleKey, type ReadF32Options, readF32, readFp8 } from './read-f32.ts'
 export {
   type ReadOptions,
   readAll,

@@ -1,8 +1,8 @@
-/** @file Reads tensors of any dtype as f32, and dequantizes fp8 weights. */
+/** @file Reads tensors of any dtype as f32, and fp8 weights dequantized or as they are. */
 
-import { checkOptions } from '@moe/core'
+import { checkOptions, type QuantizedElements, type QuantizedLayout } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
-import { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
+import { DEFAULT_BLOCK, dequantizeFp8Blocks, scalesInBlocks } from './fp8-blocks.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { toF32 } from './to-f32.ts'
 
@@ -41,13 +41,11 @@ export async function readF32(
   options: ReadF32Options = {},
 ): Promise<{ shape: readonly number[]; data: Float32Array }> {
   checkOptions('readF32', options, { block: true })
+  const scales = await scalesOf(source, key, options)
   const { dtype, shape, data } = await source.read(key)
-  if (dtype === 'f8e4m3' && source.has(scaleKey(key))) {
-    const scale = await readF32(source, scaleKey(key))
-    const where = `${source.info(key).file}: tensor ${shown(key)}`
-    const q = { shape, data: data as Uint8Array }
-    if (options.block === null) return { shape, data: dequantizeFp8Blocks(q, single(scale), wholeBlock(shape), where) }
-    return { shape, data: dequantizeFp8Blocks(q, scale, options.block ?? DEFAULT_BLOCK, where) }
+  if (scales !== undefined) {
+    const { scale, block, where } = scales
+    return { shape, data: dequantizeFp8Blocks({ shape, data: data as Uint8Array }, scale, block, where) }
   }
   const values = toF32(dtype, data)
   if (!values) {
@@ -59,4 +57,35 @@ export async function readF32(
     )
   }
   return { shape, data: values }
+}
+
+/**
+ * Reads an `f8e4m3` weight as codes and scales in blocks of the size of `like`, for `StateSource.readQuantized`. Their
+ * values are exactly those of `readF32`. Returns undefined for other tensors and formats, and if the blocks of the file
+ * are no multiples of those of `like`. A weight without scales gets scales of 1.
+ *
+ * @throws {MoeError} `E_CHECKPOINT` as `readF32`
+ */
+export async function readFp8(
+  source: TensorSource,
+  key: string,
+  { format, block: wanted }: QuantizedLayout,
+  options: ReadF32Options = {},
+): Promise<QuantizedElements | undefined> {
+  checkOptions('readFp8', options, { block: true })
+  const { dtype, shape } = source.info(key)
+  if (format !== 'fp8' || dtype !== 'f8e4m3' || shape.length !== 2) return undefined
+  const one = { scale: { shape: [1, 1], data: Float32Array.of(1) }, block: wholeBlock(shape), where: key }
+  const { scale, block, where } = (await scalesOf(source, key, options)) ?? one
+  const inBlocks = scalesInBlocks(shape, scale, block, wanted, where)
+  return inBlocks && { q: (await source.read(key)).data as Uint8Array<ArrayBuffer>, scale: inBlocks }
+}
+
+/** The scales of an fp8 weight and the size of their blocks. Undefined for other tensors. */
+async function scalesOf(source: TensorSource, key: string, { block = DEFAULT_BLOCK }: ReadF32Options) {
+  const { dtype, shape, file } = source.info(key)
+  if (dtype !== 'f8e4m3' || !source.has(scaleKey(key))) return undefined
+  const scale = await readF32(source, scaleKey(key))
+  const where = `${file}: tensor ${shown(key)}`
+  return block === null ? { scale: single(scale), block: wholeBlock(shape), where } : { scale, block, where }
 }

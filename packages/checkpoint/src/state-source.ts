@@ -1,12 +1,12 @@
 /** @file Adapts a checkpoint for `loadStateDict` of `@moe/core`. */
 
 import { checkOptions, type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
-import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
+import { isScaleKey, type ReadF32Options, readF32, readFp8, scaleKey } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 
 /**
  * Adapts an open checkpoint for `loadStateDict(module, stateSource(checkpoint))`. Dtypes of `@moe/core` are returned as stored, all others
- * as f32. fp8 weights with block scales are dequantized to f32, and their scales are not listed. To save, no adapter is needed:
+ * as f32. fp8 weights with block scales are dequantized to f32, unless the module has them in fp8, and their scales are not listed. To save, no adapter is needed:
  * `saveCheckpoint(folder, stateDict(module))`.
  *
  * @throws {MoeError} `E_CHECKPOINT` from `info` and `read`, as those of the checkpoint
@@ -25,5 +25,6 @@ export function stateSource(source: TensorSource, options: ReadF32Options = {}):
       if (dtypeOf(key) === 'f32') return (await readF32(source, key, options)).data
       return (await source.read(key)).data as HostArray
     },
+    readQuantized: (key, like) => readFp8(source, key, like, options),
   }
 }

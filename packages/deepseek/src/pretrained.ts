@@ -11,6 +11,7 @@ import {
   loadAdapters,
   openFolder,
   readF32,
+  readFp8,
   saveCheckpoint,
   type TensorEntry,
   type TensorSource,
@@ -167,8 +168,10 @@ export async function fillWeights(
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
     read: async key => (await readF32(checkpoint, key, { block })).data,
-    readQuantized: async (key, { format, block: [rows, columns] }) => {
-      if (format !== 'int4' || rows !== 1) return undefined
+    readQuantized: async (key, like) => {
+      const [rows, columns] = like.block
+      if (like.format !== 'int4') return readFp8(checkpoint, key, like, { block })
+      if (rows !== 1) return undefined
       const weight = await readInt4?.(key)
       return weight && weight.scale.length * columns === weight.shape[0] * weight.shape[1] ? weight : undefined
     },
