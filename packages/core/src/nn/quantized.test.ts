@@ -185,8 +185,8 @@ test('loading into quantized weights quantizes slice by slice', async () => {
 
 describe('codes of a source', () => {
   /** A source of matrices [16, 24], of which some also have codes and scales of int4. */
-  const sourceOf = (withCodes: (name: string) => boolean, likes: unknown[] = []) => {
-    const entries = entriesSource(stateDict(new Experts(3)))
+  const sourceOf = (withCodes: (name: string) => boolean, likes: unknown[] = [], experts = 3) => {
+    const entries = entriesSource(stateDict(new Experts(experts)))
     return {
       keys: () => entries.keys(),
       info: (name: string) => entries.info(name),
@@ -229,6 +229,19 @@ describe('codes of a source', () => {
     await loadStateDict(model, { ...plain, readQuantized })
     const found = await (model.weight as QuantizedParameter).dequantize().values()
     expect(found).toEqual(Float32Array.from({ length: 16 * 24 }, (_, i) => elementAt(i)))
+  })
+
+  test('are on the device twice at most while they are loaded', async () => {
+    const model = new Experts(32, 'int4')
+    const source = sourceOf(() => true, [], 32)
+    const { bytes, peakBytes } = backend.stats()
+    const { q, scale } = (model.up_proj as QuantizedParameter).weight
+    using filling = zeros([(peakBytes - bytes) / 8])
+    // The backend stores floats as f64.
+    const stack = q.size + 8 * (scale as Tensor).size
+    await loadStateDict(model, source)
+    const more = backend.stats().peakBytes - (bytes + 8 * filling.size)
+    expect(more).toBeLessThanOrEqual(stack)
   })
 
   test('are not asked for if the weight is not quantized', async () => {

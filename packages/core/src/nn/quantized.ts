@@ -72,7 +72,7 @@ export class QuantizedParameter extends Parameter {
   /**
    * Quantizes and stores f32 values that `read` returns in `count` parts along the first axis, so that only one part at
    * a time is in memory as f32. Parts that are already quantized, in the format and blocks of this weight, are stored as
-   * they are. The parts are disposed.
+   * they are. The parts are disposed. If memory runs out when all parts have been read, the weight is lost.
    */
   async assignParts(
     count: number,
@@ -126,9 +126,11 @@ export class QuantizedParameter extends Parameter {
     const { shape, scale: before } = this.#weight
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
     if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
+    // The old codes are freed first, so that there are at most two copies: the parts and their concatenation.
+    super.dispose()
+    before?.dispose()
     const { q, scale } = concatParts(parts)
     super.assign(q)
-    before?.dispose()
     this.#weight = { ...this.#weight, scale }
     if (parts.length > 1) parts.forEach(disposeWeight)
   }

@@ -1,5 +1,5 @@
 /** @file Converts modules to named host arrays, and loads them with strict checks. */
-import { attrError } from '../checks.ts'
+import { attrError, shapeError } from '../checks.ts'
 import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
@@ -124,7 +124,8 @@ export interface LoadOptions {
 
 /**
  * Loads stored tensors into a module. Converts float dtypes, and quantizes if the module's weights are quantized.
- * Checks all keys first, and changes nothing unless every key matches.
+ * Checks all keys first, and changes nothing unless every key matches. Of the stored weights, at most one is in host
+ * memory at a time; the old elements of a weight are freed before the new ones are uploaded.
  * @throws MoeError E_STATE_DICT that lists all missing, unexpected and mis-shaped keys
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
@@ -152,6 +153,7 @@ export async function loadStateDict(module: Module, source: StateSource, options
   const unexpected = [...available].filter(key => !known.has(key) && !ignore(key))
   if (missing.length + misshaped.length + unexpected.length > 0) throw mismatch(missing, unexpected, misshaped)
 
+  const stackOf = reusedArrays()
   for (const { name, parameter, slices, firstRow = 0 } of options.parameters ?? (parameters as LocalParameter[])) {
     const keys = slices ?? [name]
     if (!keys.every(key => available.has(key))) continue
@@ -160,17 +162,28 @@ export async function loadStateDict(module: Module, source: StateSource, options
       continue
     }
     const { dtype, shape, backend } = parameter
-    const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, dtype)
+    const read = (key: string) => readAs(source, key, dtype)
     let values: HostArray
     if (slices === undefined) {
       const from = firstRow * sizeOf(shape.slice(1))
       values = (await read(name)).subarray(from, from + parameter.size)
     } else {
-      values = hostArray(dtype, parameter.size)
+      values = stackOf(dtype, parameter.size)
       // Read one after another, so that only one slice at a time is in memory besides the whole.
       for (const [i, key] of slices.entries()) values.set(await read(key), (i * values.length) / slices.length)
     }
+    // The weight is never in memory twice.
+    parameter.dispose()
     parameter.assign(fromHost(values, shape, dtype, backend))
+  }
+}
+
+/** Returns a function that creates host arrays, or returns its previous one if that fits. */
+function reusedArrays(): (dtype: DType, length: number) => HostArray {
+  let last: { readonly dtype: DType; readonly array: HostArray } | undefined
+  return (dtype, length) => {
+    if (last?.dtype !== dtype || last.array.length !== length) last = { dtype, array: hostArray(dtype, length) }
+    return last.array
   }
 }
 
@@ -183,7 +196,7 @@ async function loadQuantized(
 ) {
   const { weight } = parameter
   const slice = stacked ? [1, ...weight.shape.slice(1)] : weight.shape
-  const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, 'f32') as Float32Array
+  const read = async (key: string) => (await readAs(source, key, 'f32')) as Float32Array
   const readCodes = async (key: string) => {
     const elements = await source.readQuantized?.(key, weight)
     return elements && onDevice(elements, slice, parameter)
@@ -218,8 +231,15 @@ function noSource(what: string): MoeError {
   return attrError('loadStateDict', `the source is ${what}`, fix)
 }
 
-function convert(data: HostArray, from: DType, to: DType): HostArray {
+/** Reads all elements of a tensor in another dtype. @throws MoeError E_SHAPE for another number of elements */
+async function readAs(source: StateSource, key: string, to: DType): Promise<HostArray> {
+  const data = await source.read(key)
   if (!ArrayBuffer.isView(data)) throw noSource('one whose read() does not return an array, such as an open checkpoint')
+  const { dtype: from, shape } = source.info(key)
+  if (data.length !== sizeOf(shape)) {
+    const problem = `${key} has shape ${showShape(shape)}, but read() returned ${data.length} elements`
+    throw shapeError('loadStateDict', problem, 'return all elements, as info() describes them')
+  }
   return from === to ? data : encodeHost(to, decodeHost(from, data))
 }
 
