@@ -1,6 +1,6 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { readFileSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -81,6 +81,25 @@ test('prints a table of metrics', () => {
     'text bits_per_byte N N N N',
     '',
   ])
+})
+
+test('patterns that the shell left as they are stand for all files that match', () => {
+  mkdirSync(join(folder, 'parts', 'more'), { recursive: true })
+  const texts = { 'b.txt': 'the nature of angels\n', 'a.txt': 'the better angels\n', 'more/c.txt': 'our nature\n' }
+  for (const [name, text] of Object.entries(texts)) writeFileSync(join(folder, 'parts', name), text)
+  const { stdout, status } = run(
+    ...['model', '--task', 'text=parts/**/*.txt', '--task', 'piqa=piq?.jsonl', '--examples', 'piqa=*.jsonl', '--json'],
+    ...['--items', 'of-patterns.jsonl', '--shots', '0'],
+  )
+  expect(status).toBe(0)
+  const [text, piqa] = JSON.parse(stdout).results
+  expect(text.items).toBe(3)
+  expect(text.file.map(({ path }: { path: string }) => path)).toEqual(
+    ['a.txt', 'b.txt', 'more/c.txt'].map(name => join('parts', name)),
+  )
+  expect([piqa.items, piqa.file.path]).toEqual([12, 'piqa.jsonl'])
+  const [first] = readFileSync(join(folder, 'of-patterns.jsonl'), 'utf8').split('\n')
+  expect(JSON.parse(first)).toMatchObject({ task: 'text', location: join('parts', 'a.txt') })
 })
 
 test('--json prints everything needed to reproduce the results, --items writes the result of each item', async () => {
@@ -170,7 +189,9 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
     '--examples',
     'own=piqa.jsonl',
   )
-  expectError(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
+  expectError(1, '--task piqa: no file matches missing.jsonl in', 'model', '--task', 'piqa=missing.jsonl')
+  expectError(1, '--task text: no file matches parts/*.md in', 'model', '--task', 'text=parts/*.md')
+  expectError(1, '--task text: model is a folder; pass a pattern', 'model', '--task', 'text=model')
   expectError(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
   expectError(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
   for (const args of [[], ['model'], ['model', '--tasks', 'piqa=piqa.jsonl']]) {
@@ -178,7 +199,7 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
     expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
   }
   const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
-  expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'ENOENT' })
+  expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'E_DATA' })
 })
 
 test('exits with 130 if interrupted', async () => {

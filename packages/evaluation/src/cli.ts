@@ -1,9 +1,11 @@
 #!/usr/bin/env node
 /** @file The command `moe-evaluate`. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. */
 import { createHash } from 'node:crypto'
-import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
+import { closeSync, openSync, readFileSync, statSync, writeSync } from 'node:fs'
+import { relative } from 'node:path'
 import { parseArgs } from 'node:util'
 import { firstAvailable, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { findFiles } from '@moe/trainer'
 import { evaluateTask } from './evaluate-task.ts'
 import { openModel } from './open-model.ts'
 import { progressLine, resultTable } from './report.ts'
@@ -19,7 +21,8 @@ Evaluates a language model on tasks.
 
   --task NAME=FILE    a task and its items; may be repeated. NAME: ${Object.keys(tasks).slice(0, 5).join(', ')},
                       ${Object.keys(tasks).slice(5).join(', ')}, or the path of a .json file that defines a task.
-                      FILE: .jsonl with one object per line; for text, any file
+                      FILE: .jsonl with one object per line; for text, any file; or a quoted pattern of files
+                      such as 'texts/**/*.txt'
   --examples NAME=FILE  the examples for a task (default: its other items)
   --shots N           number of examples before each item (default: that of the task)
   --draw HOW          how examples are chosen: each (drawn for each item), once (drawn once for all items; faster),
@@ -43,8 +46,8 @@ class UsageError extends Error {}
 interface RequestedTask {
   readonly name: string
   readonly task: Task
-  readonly file: string
-  readonly examples: string | undefined
+  readonly files: readonly string[]
+  readonly examples: readonly string[] | undefined
 }
 
 function readArguments() {
@@ -117,8 +120,22 @@ async function requestedTasks(options: ReturnType<typeof readArguments>): Promis
     throw new UsageError(`unknown task ${name}, expected one of ${Object.keys(tasks).join(', ')} or a .json file`)
   }
   return Promise.all(
-    given.map(async ([name, file]) => ({ name, task: await taskNamed(name), file, examples: examples.get(name) })),
+    given.map(async ([name, file]) => {
+      const pattern = examples.get(name)
+      return {
+        name,
+        task: await taskNamed(name),
+        files: filesOf(`--task ${name}`, file),
+        examples: pattern === undefined ? undefined : filesOf(`--examples ${name}`, pattern),
+      }
+    }),
   )
+}
+
+/** The files of a path or pattern, as paths from the current folder. */
+function filesOf(option: string, pattern: string): string[] {
+  if (statSync(pattern, { throwIfNoEntry: false })?.isFile()) return [pattern]
+  return findFiles(option, pattern, process.cwd()).map(path => relative('', path))
 }
 
 const packageFile: { name: string; version: string } = JSON.parse(
@@ -132,9 +149,14 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
   const requested = await requestedTasks(options)
   // Report unreadable files before opening the model.
-  const files = new Map(
-    requested.flatMap(({ file, examples }) => [file, examples ?? []].flat()).map(path => [path, digest(path)]),
+  const digests = new Map(
+    requested.flatMap(({ files, examples = [] }) => [...files, ...examples]).map(path => [path, digest(path)]),
   )
+  /** One digest, or a list if there are several files. */
+  const digestsOf = (paths: readonly string[]) => {
+    const all = paths.map(path => digests.get(path))
+    return all.length === 1 ? all[0] : all
+  }
   const interrupt = new AbortController()
   process.once('SIGINT', () => interrupt.abort())
   const backend = await firstAvailable([
@@ -150,9 +172,9 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
-  for (const { name, task, file, examples } of requested) {
+  for (const { name, task, files, examples } of requested) {
     const started = performance.now()
-    const result = await evaluateTask(model, task, file, {
+    const result = await evaluateTask(model, task, files, {
       ...{ tokenizer, bos, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
       signal: interrupt.signal,
       onProgress: done => {
@@ -162,7 +184,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
         if (items !== null) writeSync(items, `${JSON.stringify({ task: task.name, ...item })}\n`)
       },
     })
-    const sources = { ...result, file: files.get(file), ...(examples && { examples: files.get(examples) }) }
+    const sources = { ...result, file: digestsOf(files), ...(examples && { examples: digestsOf(examples) }) }
     results.push({ ...sources, ...(limit && { limit }), ...(name.endsWith('.json') && { definition: task }) })
   }
   if (items !== null) closeSync(items)

@@ -3,8 +3,11 @@ import { MoeError, shown } from '@moe/core'
 import { dataError, type PlacedItem } from './fields.ts'
 import type { Item } from './task.ts'
 
-/** The source of items: the path of a `.jsonl` or `.ndjson` file with one JSON object per line, the path of any other file, whose content becomes the `text` of one item, or the items themselves. */
-export type ItemSource = string | URL | Iterable<Item>
+/**
+ * The source of items: the path of a `.jsonl` or `.ndjson` file with one JSON object per line, the path of any other file, whose content becomes the `text` of one item, a
+ * list of such paths, or the items themselves.
+ */
+export type ItemSource = string | URL | ReadonlyArray<string | URL> | Iterable<Item>
 
 /**
  * Reads items.
@@ -12,11 +15,20 @@ export type ItemSource = string | URL | Iterable<Item>
  * @throws MoeError E_DATA, with file and line, if they cannot be read, or if there are none
  */
 export async function readItems(source: ItemSource, name: 'item' | 'example'): Promise<PlacedItem[]> {
-  const isPath = typeof source === 'string' || source instanceof URL
-  const items = isPath ? parseItems(await readText(source), String(source)) : givenItems(source, name)
+  const paths = pathsOf(source)
+  const items: PlacedItem[] = []
+  for (const path of paths ?? []) items.push(...parseItems(await readText(path), String(path)))
+  if (paths === undefined) items.push(...givenItems(source as Iterable<Item>, name))
   if (items.length > 0) return items
-  const op = isPath ? String(source) : 'evaluateTask'
+  const op = paths === undefined ? 'evaluateTask' : paths.join(', ')
   throw new MoeError({ code: 'E_DATA', op, problem: `there are no ${name}s` })
+}
+
+/** The paths of a source; undefined if it consists of items. */
+function pathsOf(source: ItemSource): ReadonlyArray<string | URL> | undefined {
+  const isPath = (value: unknown) => typeof value === 'string' || value instanceof URL
+  if (isPath(source)) return [source as string | URL]
+  return Array.isArray(source) && source.length > 0 && source.every(isPath) ? source : undefined
 }
 
 async function readText(path: string | URL): Promise<string> {

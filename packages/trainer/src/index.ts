@@ -14,6 +14,7 @@ export {
 } from './data/conversations.ts'
 export { type Corpus, type TextFilesOptions, type TextsOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
+export { findFiles } from './data/files.ts'
 export { type MixturePart, mixture } from './data/mixture.ts'
 export type { Mixture, Source, TokenData } from './data/token-data.ts'
 export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'

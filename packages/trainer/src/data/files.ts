@@ -15,6 +15,7 @@ export function withoutHeldOut(paths: readonly string[], heldOut: readonly strin
  * Finds files by path or pattern, in alphabetical order.
  *
  * @throws MoeError E_ATTR, E_DATA
+ * @internal
  */
 export function findFiles(op: string, patterns: string | readonly string[] | undefined, cwd: string): string[] {
   const list = typeof patterns === 'string' ? [patterns] : patterns
