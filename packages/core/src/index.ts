@@ -78,7 +78,7 @@ export {
   namedAdapters,
   removeAdapters,
 } from './nn/adapters.ts'
-export { createModule } from './nn/create-module.ts'
+export { createModule, deferWeights, materialize } from './nn/defer-weights.ts'
 export {
   Embedding,
   forkInit,

@@ -1,10 +1,13 @@
 /** @file Persistent tensors: modules contain them, optimizers change them, checkpoints store them. */
+
+import type { Backend } from './backend.ts'
 import { needAlive, needTensor } from './checks.ts'
-import type { HostArray } from './dtype.ts'
+import { defaultBackend } from './default-backend.ts'
+import type { DType, HostArray } from './dtype.ts'
 import { MoeError } from './errors.ts'
 import { checkOptions } from './options.ts'
 import { keep } from './scope.ts'
-import { sameShape, showShape } from './shape.ts'
+import { type Shape, sameShape, showShape } from './shape.ts'
 import { Tensor } from './tensor.ts'
 
 /**
@@ -42,8 +45,8 @@ export class Parameter extends Tensor {
    */
   adapter: Adapter | null = null
   /**
-   * While the parameter has no memory: reads its elements from where they are, for example on another rank. `stateDict`
-   * uses it. Null if they are nowhere.
+   * While the parameter has no memory: reads its elements from where they are, for example on another rank, or draws
+   * initial ones (`deferWeights`). `stateDict` and `materialize` use it. Null if they are nowhere.
    */
   elsewhere: RowReader | null = null
 
@@ -59,6 +62,17 @@ export class Parameter extends Tensor {
     keep<Tensor>(this)
     initial.handle = null
     this.tracked = options.trainable !== false
+  }
+
+  /** Creates a parameter whose elements are elsewhere, or still to be assigned. @internal */
+  static withoutMemory(
+    shape: Shape,
+    { dtype, backend = defaultBackend() }: { readonly dtype: DType; readonly backend?: Backend | undefined },
+  ): Parameter {
+    // No handle of a backend: it is replaced before anything can free it.
+    const parameter = new Parameter(new Tensor(backend, {}, shape, dtype))
+    parameter.handle = null
+    return parameter
   }
 
   /** Whether it gets gradients. If false, it is a buffer. */
@@ -103,6 +117,8 @@ export class Parameter extends Tensor {
   }
 
   override get fixIfDisposed(): string {
+    if (this.elsewhere !== null)
+      return 'its weights are deferred: call await materialize(namedParameters(model)), or pass the model to ExpertParallel or Pipeline'
     return 'the parameter was freed with its model: create the model again, or dispose of it later; weights that another rank trains arrive with gather()'
   }
 

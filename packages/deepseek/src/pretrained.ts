@@ -20,6 +20,7 @@ import {
 } from '@moe/checkpoint'
 import {
   keep,
+  type LoadOptions,
   loadStateDict,
   MoeError,
   namedAdapters,
@@ -162,7 +163,7 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
 export async function fillWeights(
   model: Network,
   { checkpoint, block, readInt4 }: FolderWeights,
-  { newIndexers = false } = {},
+  { newIndexers = false, parameters }: { newIndexers?: boolean } & Pick<LoadOptions, 'parameters'> = {},
 ): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
@@ -193,6 +194,7 @@ export async function fillWeights(
       key.endsWith('rotary_emb.inv_freq') ||
       isOfActivations(key),
     optional: key => newIndexers && isOfIndexer(key),
+    parameters,
   })
   if (newIndexers) drawIndexers(model)
 }

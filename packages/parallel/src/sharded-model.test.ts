@@ -1,12 +1,23 @@
-/** @file Evaluations and checkpoints of a model whose parts are on several ranks, without the whole model on any. */
+/** @file A model whose parts are on several ranks: created, evaluated, saved and resumed without the whole model on any of them. */
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import type { DeepSeek } from '@moe/deepseek'
-import { evaluate, type TokenBatch, TokenDataset, type TrainOptions } from '@moe/trainer'
+import { deferWeights, namedParameters } from '@moe/core'
+import { DeepSeek, loadWeights } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { evaluate, type Optimizer, type TokenBatch, TokenDataset, type TrainOptions, train } from '@moe/trainer'
 import { expect, test } from 'vitest'
-import { type Communicator, dualPipe, dualPipeV, ExpertParallel, local, Pipeline, zeroBubbleH1 } from './index.ts'
+import {
+  type Communicator,
+  dualPipe,
+  dualPipeV,
+  ExpertParallel,
+  local,
+  oneForwardOneBackward,
+  Pipeline,
+  zeroBubbleH1,
+} from './index.ts'
 import { backend, temporaryFolder } from './test-runs.ts'
-import { digestOf, trainSmall } from './test-training.ts'
+import { digestOf, smallConfig, trainSmall } from './test-training.ts'
 
 const document = (n: number, length: number) => Int32Array.from({ length }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
 const training = TokenDataset.fromTokens([1, 2, 3].map(n => document(n, 60)))
@@ -17,78 +28,163 @@ const validation = {
 }
 const sizes = { sequenceLength: 8, batchSize: 2 }
 
-type Parts = (model: DeepSeek, ranks: Communicator) => ExpertParallel<TokenBatch> | Pipeline<TokenBatch>
+type Parts = ExpertParallel<TokenBatch> | Pipeline<TokenBatch>
 
-const kinds: Array<[string, number, number, Parts]> = [
-  ['experts on two ranks', 2, 1, (model, ranks) => new ExpertParallel(model, ranks)],
-  ['experts on four ranks', 4, 1, (model, ranks) => new ExpertParallel(model, ranks)],
-  [
-    'experts on two pairs of ranks',
-    4,
-    1,
-    (model, ranks) => new ExpertParallel(model, ranks, { expertParallelSize: 2 }),
-  ],
-  ['a pipeline', 2, 4, (model, ranks) => new Pipeline(model, zeroBubbleH1(2, 4), ranks)],
-  ['a pipeline with one rank per layer', 5, 4, (model, ranks) => new Pipeline(model, zeroBubbleH1(5, 4), ranks)],
-  ['a pipeline with DualPipe', 2, 4, (model, ranks) => new Pipeline(model, dualPipe(2, 4), ranks)],
-  ['two pipelines with DualPipeV', 4, 4, (model, ranks) => new Pipeline(model, dualPipeV(2, 4), ranks)],
-  [
-    'pipelines with sharded experts',
-    4,
-    2,
-    (model, ranks) => new Pipeline(model, zeroBubbleH1(2, 2), ranks, { expertParallelSize: 2 }),
-  ],
-]
+interface Kind {
+  readonly size: number
+  readonly accumulate: number
+  /** Whether the loss of an evaluation has the same bits as that of the whole model. */
+  readonly exact: boolean
+  of(model: DeepSeek, ranks: Communicator): Parts
+}
 
-test.each(kinds)(
-  'an evaluation on parts equals that of the whole model, and a checkpoint is that of the whole model: %s',
-  async (label, size, accumulate, partsOf) => {
+const experts = (size: number, expertParallelSize = size): Kind => ({
+  ...{ size, accumulate: 1, exact: false },
+  of: (model, ranks) => new ExpertParallel(model, ranks, { expertParallelSize }),
+})
+const kinds: Record<string, Kind> = {
+  'experts on two ranks': experts(2),
+  'experts on four ranks': experts(4),
+  'experts on two pairs of ranks': experts(4, 2),
+  'a pipeline': {
+    ...{ size: 2, accumulate: 4, exact: true },
+    of: (model, ranks) => new Pipeline(model, zeroBubbleH1(2, 4), ranks),
+  },
+  'a pipeline with one rank per layer': {
+    ...{ size: 5, accumulate: 4, exact: true },
+    of: (model, ranks) => new Pipeline(model, oneForwardOneBackward(5, 4), ranks),
+  },
+  'a pipeline with DualPipe': {
+    ...{ size: 2, accumulate: 4, exact: true },
+    of: (model, ranks) => new Pipeline(model, dualPipe(2, 4), ranks),
+  },
+  'two pipelines with DualPipeV': {
+    ...{ size: 4, accumulate: 4, exact: true },
+    of: (model, ranks) => new Pipeline(model, dualPipeV(2, 4), ranks),
+  },
+  'pipelines with sharded experts': {
+    ...{ size: 4, accumulate: 2, exact: false },
+    of: (model, ranks) => new Pipeline(model, zeroBubbleH1(2, 2), ranks, { expertParallelSize: 2 }),
+  },
+}
+
+/** What a rank trains. */
+interface Rank {
+  readonly model: DeepSeek
+  readonly parts: Parts
+}
+
+const trainRanks = (
+  { size, accumulate, of }: Kind,
+  deferred: boolean,
+  optionsOf: (rank: () => Rank) => Partial<TrainOptions> = () => ({}),
+) =>
+  local(size, ranks => {
+    let own: Rank | undefined
+    const options = {
+      ...{ data: { training, validation }, steps: 4, evalEvery: 2, accumulate },
+      ...optionsOf(() => own as Rank),
+    }
+    const onRanks = (model: DeepSeek) => {
+      own = { model, parts: of(model, ranks) }
+      return own.parts
+    }
+    return trainSmall(backend, options, { onRanks, deferred })
+  })
+
+test.each(Object.entries(kinds))('evaluations and checkpoints are those of the whole model: %s', async (_, kind) => {
+  const out = await temporaryFolder()
+  let compared = 0
+  const gathering = await trainRanks(kind, true, rank => ({
+    out,
+    onEvent: async event => {
+      if (event.type !== 'evaluation') return
+      const { model, parts } = rank()
+      await parts.gather()
+      const whole = await evaluate(model, validation, sizes)
+      // Experts on other ranks are added up in another order.
+      const near = (loss = Number.NaN) => (kind.exact ? loss : expect.closeTo(loss, 6))
+      for (const name of ['one', 'other']) expect(event.sources?.[name].loss).toEqual(near(whole.sources?.[name].loss))
+      expect(event.tokens).toBe(whole.tokens)
+      compared++
+      if (!event.final) return
+      const folder = await temporaryFolder()
+      await model.save(folder)
+      const saved = join(out, 'checkpoints', 'step-000004', 'model')
+      for (const file of ['model.safetensors', 'config.json'])
+        expect(await readFile(join(saved, file))).toEqual(await readFile(join(folder, file)))
+    },
+  }))
+  expect(compared).toBe(2 * kind.size)
+  // The same bits as without deferred weights, and without looking at the whole model.
+  const [plain] = await trainRanks(kind, false)
+  for (const each of gathering) expect(digestOf(each)).toBe(digestOf(plain))
+})
+
+test.each(Object.entries(kinds))('ranks load their own weights of a model: %s', async (_, { size, of }) => {
+  const folder = await temporaryFolder()
+  const saved = new DeepSeek(smallConfig, { seed: 5, backend })
+  await saved.save(folder)
+  await local(size, async ranks => {
+    const model = deferWeights(() => new DeepSeek(smallConfig, { seed: 1, backend }))
+    const parts = of(model, ranks)
+    await loadWeights(model, folder, { parameters: parts.weights })
+    await parts.gather()
+    const whole = new Map(namedParameters(saved).map(({ name, parameter }) => [name, parameter]))
+    for (const { name, parameter } of namedParameters(model))
+      expect(await parameter.data()).toEqual(await whole.get(name)?.data())
+    parts.dispose()
+    model.dispose()
+  })
+  saved.dispose()
+})
+
+/** An optimizer without state. */
+const stateless = (): Optimizer => ({
+  name: 'stateless',
+  settings: () => ({}),
+  step: () => {},
+  entries: () => [],
+  load: async () => {},
+  dispose: () => {},
+})
+
+const large = {
+  ...{ ...smallConfig, hidden_size: 32, moe_intermediate_size: 192, n_routed_experts: 16 },
+  ...{ num_hidden_layers: 5, first_k_dense_replace: 1, num_nextn_predict_layers: 0 },
+}
+const bytesOf = (named: ReturnType<typeof namedParameters>) =>
+  named.reduce((sum, { parameter }) => sum + 4 * parameter.size, 0)
+
+test.each([
+  ['experts', experts(4)],
+  [
+    'a pipeline',
+    { size: 5, accumulate: 5, of: (model, ranks) => new Pipeline(model, oneForwardOneBackward(5, 5), ranks) },
+  ],
+] satisfies Array<[string, Omit<Kind, 'exact'>]>)(
+  'no rank needs memory for the whole model to create, train, evaluate, save and resume it: %s',
+  async (_, { size, accumulate, of }) => {
     const out = await temporaryFolder()
-    const run = (
-      more: (ranks: Communicator, model: () => DeepSeek, parts: () => ReturnType<Parts>) => Partial<TrainOptions>,
-    ) =>
-      local(size, ranks => {
-        let parts: ReturnType<Parts> | undefined
-        let model: DeepSeek | undefined
-        const options = {
-          ...{ data: { training, validation }, steps: 4, evalEvery: 2, accumulate },
-          ...more(
-            ranks,
-            () => model as DeepSeek,
-            () => parts as ReturnType<Parts>,
-          ),
-        }
-        const onRanks = (made: DeepSeek) => {
-          model = made
-          parts = partsOf(made, ranks)
-          return parts
-        }
-        return trainSmall(backend, options, { onRanks })
+    for (const resume of [false, true]) {
+      await local(size, async ranks => {
+        const own = await createBackend({ threads: 1 })
+        const model = deferWeights(() => new DeepSeek(large, { seed: 1, backend: own }))
+        const parts = of(model, ranks)
+        const [weights, whole] = [bytesOf([...parts.parameters]), bytesOf(namedParameters(model))]
+        expect(own.stats().peakBytes).toBeLessThan(whole / 100)
+        await train(model, {
+          ...{ ...sizes, data: { training, validation }, steps: 4, evalEvery: 2, accumulate, ema: 0.9, out, resume },
+          ...{ ranks: parts, optimizer: stateless, progress: false, handleSignals: false, batchSize: 1 },
+        })
+        const { peakBytes } = own.stats()
+        expect(peakBytes).toBeLessThan(whole)
+        // Without steps there are no gradients: only weights, their EMA, and the activations of an evaluation.
+        if (resume) expect(peakBytes).toBeLessThan(2 * weights + 0.15 * whole)
+        parts.dispose()
+        model.dispose()
+        own.dispose()
       })
-    const compared: number[] = []
-    const gathering = await run((ranks, model, parts) => ({
-      out,
-      onEvent: async event => {
-        if (event.type !== 'evaluation') return
-        // All ranks have the whole model, and training continues.
-        await parts().gather()
-        const whole = await evaluate(model(), validation, sizes)
-        expect(event.tokens).toBe(whole.tokens)
-        // Experts on other ranks are added up in another order.
-        const near = (loss = Number.NaN) => (label.includes('experts') ? expect.closeTo(loss, 6) : loss)
-        for (const name of ['one', 'other'])
-          expect(event.sources?.[name].loss).toEqual(near(whole.sources?.[name].loss))
-        compared.push(ranks.rank)
-        if (!event.final) return
-        const folder = await temporaryFolder()
-        await model().save(folder)
-        const saved = join(out, 'checkpoints', 'step-000004', 'model')
-        for (const file of ['model.safetensors', 'config.json'])
-          expect(await readFile(join(saved, file))).toEqual(await readFile(join(folder, file)))
-      },
-    }))
-    expect(compared).toHaveLength(2 * size)
-    const plain = await run(() => ({}))
-    for (const each of gathering) expect(digestOf(each)).toBe(digestOf(plain[0]))
+    }
   },
 )

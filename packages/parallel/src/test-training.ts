@@ -1,7 +1,7 @@
 /** @file For tests only: trains a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`, which reports its losses and a digest of its weights. The arguments are the kind of parallelism (`data`, `pipeline` or `expert`) and what happens to rank 1 after its third step (`fail`, `terminate` or nothing). */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
-import { type Backend, Random, stateDict } from '@moe/core'
+import { type Backend, deferWeights, Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { type LoadsEvent, type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
@@ -63,6 +63,7 @@ export async function trainSmall(
     dense = false,
     end = null,
     kind = DeepSeek,
+    deferred = false,
     onRanks,
     ...model
   }: DeepSeekOptions & {
@@ -71,6 +72,8 @@ export async function trainSmall(
     /** The end-of-text token. */
     end?: number | null
     kind?: typeof DeepSeek
+    /** Whether the weights are created only where a rank needs them. */
+    deferred?: boolean
     onRanks?: (model: DeepSeek) => Ranks
   } = {},
 ): Promise<Trained> {
@@ -81,7 +84,8 @@ export async function trainSmall(
     eos_token_id: end,
     ...(dense ? { n_routed_experts: null, num_experts_per_tok: null } : {}),
   }
-  const trainee = new kind(config, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
+  const make = () => new kind(config, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
+  const trainee = deferred ? deferWeights(make) : make()
   const steps: Trained['steps'] = []
   const loads: LoadsEvent[] = []
   const ranks = onRanks?.(trainee)

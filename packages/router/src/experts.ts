@@ -3,6 +3,7 @@ import {
   checkOptions,
   combineTokens,
   type DispatchPlan,
+  deferWeights,
   groupedLinear,
   type InitOptions,
   initNames,
@@ -56,7 +57,7 @@ export class Experts extends Module {
 
   /**
    * Returns a copy of the experts `from` to `to - 1`, for example the share of a rank. The copy is trained
-   * independently.
+   * independently. If the weights are deferred (`deferWeights`), so are those of the copy.
    * @throws MoeError E_UNSUPPORTED if the weights are quantized or have adapters
    */
   copyOf(from: number, to: number): Experts {
@@ -68,10 +69,14 @@ export class Experts extends Module {
       throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix })
     }
     const [, inner, hidden] = this.gate_proj.shape
-    const copy = new Experts(to - from, hidden, inner, { std: 0, backend: this.gate_proj.backend })
+    const { backend } = this.gate_proj
+    const copy = deferWeights(() => new Experts(to - from, hidden, inner, { std: 0, backend }))
     for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
+      const { handle, elsewhere } = this[name]
+      if (handle === null && elsewhere !== null)
+        copy[name].elsewhere = (first, end) => elsewhere(from + first, from + end)
       // Detached, because all rows are the parameter itself, which `assign` would empty.
-      copy[name].assign(scope(() => noGrad(() => this[name].narrow(0, from, to).detach())))
+      else copy[name].assign(scope(() => noGrad(() => this[name].narrow(0, from, to).detach())))
       copy[name].trainable = this[name].trainable
     }
     return copy

@@ -5,11 +5,13 @@ import {
   adamwStep,
   backward,
   checkpoint,
+  deferWeights,
   disposeModule,
   fromHost,
   full,
   gradients,
   loadStateDict,
+  materialize,
   namedParameters,
   Parameter,
   Random,
@@ -292,6 +294,11 @@ test('a copy of some experts has their weights, and is independent of them', asy
     expect(copy[name].shape).toEqual([2, ...experts[name].shape.slice(1)])
     expect(await copy[name].values()).toEqual(all.slice(12, 36))
   }
+  const deferred = deferWeights(() => new Experts(4, 4, 3, { random: new Random(5) })).copyOf(1, 3)
+  expect(deferred.up_proj.handle).toBe(null)
+  await materialize(namedParameters(deferred))
+  const drawn = await new Experts(4, 4, 3, { random: new Random(5) }).up_proj.values()
+  expect(await deferred.up_proj.values()).toEqual(drawn.slice(12, 36))
   copy.up_proj.assign(tensor(new Float32Array(24), [2, 3, 4]))
   expect(Math.max(...(await experts.up_proj.values()))).toBeGreaterThan(0)
   experts.down_proj.trainable = false

@@ -159,6 +159,7 @@ export class Run {
     if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
     if (onRanks !== undefined) this.weightsOnRanks = await WeightsOnRanks.of(onRanks, this.model)
     await this.prepareFolder()
+    await onRanks?.synchronize()
     if (ranks !== undefined) {
       const own = { step: this.step, saves: this.savesCheckpoints }
       this.savesCheckpoints = (await checkSameInitialState(ranks, this.parameters, own)).saves

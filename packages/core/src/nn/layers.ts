@@ -15,7 +15,7 @@ import { Random } from '../random.ts'
 import { keep, scope } from '../scope.ts'
 import { noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
-import { pendingDraws } from './create-module.ts'
+import { deferredParameters, drawnRows } from './defer-weights.ts'
 import { Module } from './module.ts'
 import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from './quantized.ts'
 
@@ -111,16 +111,18 @@ export function weightParameter(shape: readonly number[], name: string, init: In
   checkInit('weightParameter', init)
   const { weights, std = 0.02, backend } = init
   const random = nextFork(init, name)
-  const draws = pendingDraws()
-  // Weights that a checkpoint will replace are not worth drawing, at 0.1 µs each.
-  if (std === 0 || draws !== null) {
+  const deferred = deferredParameters()
+  const zeroQuantized = (format: WeightFormat) =>
+    new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, format, backend)))))
+  if (deferred !== null) {
     const parameter =
-      weights === undefined
-        ? new Parameter(zeros(shape, { backend }))
-        : new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, weights, backend)))))
-    if (std !== 0) draws?.push({ parameter, random, std })
+      weights === undefined ? Parameter.withoutMemory(shape, { dtype: 'f32', backend }) : zeroQuantized(weights)
+    parameter.elsewhere = drawnRows(shape, random, std)
+    deferred.push(parameter)
     return parameter
   }
+  // Weights that a checkpoint will replace are not worth drawing, at 0.1 µs each.
+  if (std === 0) return weights === undefined ? new Parameter(zeros(shape, { backend })) : zeroQuantized(weights)
   const dense = new Parameter(randn(shape, random, { std, backend }))
   if (weights === undefined) return dense
   try {

@@ -233,7 +233,6 @@ export class ParameterShard {
 function own({ named, from, to }: NamedRows): LocalParameter {
   const { parameter, slices, firstRow = 0 } = named
   if (to - from === (parameter.shape[0] ?? 1)) return named
-  const rows = new Parameter(noGrad(() => parameter.narrow(0, from, to)))
-  rows.dispose()
+  const rows = Parameter.withoutMemory([to - from, ...parameter.shape.slice(1)], parameter)
   return { ...named, parameter: rows, firstRow: firstRow + from, ...(slices && { slices: slices.slice(from, to) }) }
 }

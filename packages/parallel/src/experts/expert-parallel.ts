@@ -6,6 +6,7 @@ import {
   full,
   type LocalParameter,
   type Module,
+  materialize,
   namedParameters,
   type Tensor,
 } from '@moe/core'
@@ -59,7 +60,7 @@ export interface ExpertParallelModel<Batch> extends Module {
  * Expert parallelism: each rank trains a shard of the routed experts of every layer on the tokens of all ranks. All other parameters are replicated and trained
  * as in data parallelism, on each rank's own rows. Of n ranks that share the E experts of a layer, rank r holds the experts from r E/n to (r + 1) E/n, exclusive.
  *
- * Create the whole model on every rank with the same weights. The constructor copies this rank's experts and frees the model's, until `gather` restores all.
+ * Create the model on every rank with the same weights, within `deferWeights` if they do not fit. The constructor copies this rank's experts and frees the model's, until `gather` restores all.
  *
  * If `expertParallelSize` is less than the number of ranks, consecutive ranks form groups of that size. Each group holds all experts, and gradients of experts
  * are summed over the groups.
@@ -209,6 +210,7 @@ export class ExpertParallel<Batch> {
   async synchronize(): Promise<void> {
     await this.#replicated.gather()
     this.#shards.takeOwn()
+    await materialize(this.weights)
   }
 
   /**
@@ -216,7 +218,7 @@ export class ExpertParallel<Batch> {
    * freed until the next step or `release`, which takes this rank's experts from the model as it is then.
    */
   async gather(): Promise<void> {
-    await this.#replicated.gather()
+    await this.synchronize()
     await this.#shards.gather()
   }
 

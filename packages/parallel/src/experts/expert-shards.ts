@@ -78,9 +78,14 @@ export class ExpertShards {
   /** @param layers of this rank, by their number in the model. @throws MoeError E_CONFIG if the ranks do not divide the experts */
   constructor(op: string, layers: ReadonlyMap<number, ExpertParallelLayer>, ranks: ExpertRanks) {
     this.#ranks = ranks
-    this.#layers = new Map(Array.from(layers, ([layer, { experts }]) => [layer, shardOf(op, experts, ranks.sharing)]))
-    this.rows = new Map([...this.#layers.values()].flatMap(({ rows }) => rows))
-    this.takeOwn()
+    const shards = new Map<number, Shard>()
+    for (const [layer, { experts }] of layers) {
+      const shard = shardOf(op, experts, ranks.sharing)
+      for (const [whole] of shard.rows) whole.dispose()
+      shards.set(layer, shard)
+    }
+    this.#layers = shards
+    this.rows = new Map([...shards.values()].flatMap(({ rows }) => rows))
   }
 
   /** The parameter that this rank trains in place of one of the model. */
@@ -91,7 +96,7 @@ export class ExpertShards {
     return { ...named, parameter, firstRow: from, ...(named.slices && { slices: named.slices.slice(from, to) }) }
   }
 
-  /** Takes this rank's experts from the model and frees the model's, if it has them (after `gather`, or after loading weights). */
+  /** Takes this rank's experts from the model and frees the model's, if it has them (after `gather`). */
   takeOwn(): void {
     for (const [whole, own] of this.rows) {
       if (whole.handle === null) continue

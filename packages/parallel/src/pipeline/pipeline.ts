@@ -5,6 +5,7 @@ import {
   defaultBackend,
   fromHost,
   type LocalParameter,
+  materialize,
   type NamedParameter,
   namedParameters,
   type Parameter,
@@ -64,7 +65,7 @@ export interface PipelineStages<Batch> {
 }
 
 /**
- * Pipeline parallelism: a model whose stages are on different ranks. Create the whole model on every rank with the same weights. Each rank keeps and trains the stages that
+ * Pipeline parallelism: a model whose stages are on different ranks. Create the model on every rank with the same weights, within `deferWeights` if they do not fit. Each rank keeps and trains the stages that
  * the schedule assigns to it: it holds weights, gradients, optimizer state and activations of these only. The constructor frees the trainable weights of the other stages,
  * until `gather` restores them; frozen weights remain.
  *
@@ -238,6 +239,7 @@ export class Pipeline<Batch> {
   async synchronize(): Promise<void> {
     await this.#replicated.gather()
     this.#takeOwn()
+    await materialize(this.weights)
   }
 
   /**
@@ -245,7 +247,7 @@ export class Pipeline<Batch> {
    * weights again.
    */
   async gather(): Promise<void> {
-    await this.#replicated.gather()
+    await this.synchronize()
     await this.#shards?.gather()
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
