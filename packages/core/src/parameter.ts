@@ -122,11 +122,16 @@ export class Parameter extends Tensor {
     return 'the parameter was freed with its model: create the model again, or dispose of it later; weights that another rank trains arrive with gather()'
   }
 
-  override dispose(): void {
+  /** Frees the elements, so that new ones to `assign` are not in memory beside them. The gradient stays. @internal */
+  freeElements(): void {
     this.version++
     this.elsewhere = null
-    this.zeroGrad()
     super.dispose()
+  }
+
+  override dispose(): void {
+    this.zeroGrad()
+    this.freeElements()
   }
 }
 

@@ -127,7 +127,7 @@ export class QuantizedParameter extends Parameter {
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
     if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
     // The old codes are freed first, so that there are at most two copies: the parts and their concatenation.
-    super.dispose()
+    this.freeElements()
     before?.dispose()
     const { q, scale } = concatParts(parts)
     super.assign(q)

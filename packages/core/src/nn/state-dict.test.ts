@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { randn, tensor, zeros } from '../create.ts'
+import { full, randn, tensor, zeros } from '../create.ts'
 import { setDefaultBackend } from '../default-backend.ts'
 import { type DType, encodeHost } from '../dtype.ts'
 import { isMoeError } from '../errors.ts'
@@ -103,6 +103,13 @@ describe('loadStateDict', () => {
     await loadStateDict(to, entriesSource(stateDict(from)))
     expect(await snapshot(to)).toEqual(await snapshot(from))
     expect(backend.stats().handles).toBe(handles)
+  })
+
+  test('keeps gradients', async () => {
+    const model = new Linear(2, 3)
+    model.weight.grad = full([3, 2], 1)
+    await loadStateDict(model, entriesSource(stateDict(new Linear(2, 3))))
+    expect(await model.weight.grad?.values()).toEqual(new Float32Array(6).fill(1))
   })
 
   test('reads one tensor at a time, including the slices of a stack', async () => {

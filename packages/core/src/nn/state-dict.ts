@@ -173,7 +173,7 @@ export async function loadStateDict(module: Module, source: StateSource, options
       for (const [i, key] of slices.entries()) values.set(await read(key), (i * values.length) / slices.length)
     }
     // The weight is never in memory twice.
-    parameter.dispose()
+    parameter.freeElements()
     parameter.assign(fromHost(values, shape, dtype, backend))
   }
 }
