@@ -35,6 +35,15 @@ const schedules: PipelineSchedule[] = [
 ]
 const named = schedules.map(schedule => [`${schedule.name}, ${schedule.ranks.length} ranks`, schedule] as const)
 
+/** Attention to two of four keys, by the indexers of four layers of eight. */
+const sharing: Changes = {
+  model_type: 'glm_moe_dsa',
+  index_topk: 2,
+  index_n_heads: 3,
+  index_head_dim: 4,
+  index_topk_pattern: 'FFSSFSSF',
+}
+
 // Sums are in another order, and messages between ranks are rounded to f32.
 const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.closeTo(x, 5)) ?? null
 const allNear = (numbers: Readonly<Record<string, number[] | null>>) =>
@@ -137,6 +146,8 @@ describe('a pipelined step gives the loss, metrics, gradients and gradient norm 
     ['with token dropping', {}, { dropping: { devices: 2, undropped: 0.5 } }],
     ['with recomputation of layers', {}, { recompute: 'layers' }],
     ['with selective recomputation', {}, { recompute: 'selective' }],
+    ['layers that share indexers', sharing, {}],
+    ['layers that share indexers, with recomputation', sharing, { recompute: 'layers' }],
   ])('%s', async (_, changes, options) => {
     for (const schedule of [oneForwardOneBackward(3, 4), zeroBubbleH1(2, 3), dualPipe(2, 4), dualPipeV(2, 4)])
       await expectStepOfOneRank(schedule, () => newModel(changes, options))
