@@ -6,6 +6,7 @@ import { attentionBackward } from './attention-tiles.ts'
 import { dispatchPlan } from './dispatch.ts'
 import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
 import { globalNorm } from './global-norm.ts'
+import { indexScores } from './index-scores.ts'
 import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy.ts'
 import { groupedMatmul, groupedMatmulWeightGrad, matmul, quantizedGroupedMatmul, quantizedMatmul } from './matmul.ts'
 import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value.ts'
@@ -66,6 +67,7 @@ export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
   attention: attention(gpu),
   attentionBackward: attentionBackward(gpu),
   latentAttention: latentAttention(gpu),
+  indexScores: indexScores(gpu),
   routerTopk: routerTopk(gpu),
   routerTopkBackward: routerTopkBackward(gpu),
   dispatchPlan: dispatchPlan(gpu),

@@ -28,7 +28,7 @@ const LEAST_DEEP = 256
 export const limits = { matrices: 65_535 }
 
 /** Launches for `batch` matrices, as many at once as a device supports. */
-function eachMatrices(batch: number, launch: (first: number, count: number) => void): void {
+export function eachMatrices(batch: number, launch: (first: number, count: number) => void): void {
   const { matrices } = limits
   for (let first = 0; first < batch; first += matrices) launch(first, Math.min(matrices, batch - first))
 }
