@@ -192,6 +192,8 @@ test('rope_scaling needs a type; its original context defaults to max_position_e
 test('one message names all problems of a configuration', () => {
   const broken = { ...tiny, hidden_size: -1, vocab_size: 'many', n_group: 3 }
   expect(() => parseConfig(broken)).toThrow(/2 problems[\s\S]*vocab_size[\s\S]*hidden_size/)
+  // Settings of each layer would fill the memory.
+  expect(make({ num_hidden_layers: 2 ** 40 })).toThrow('num_hidden_layers: at most 10000 layers are supported')
   expect(() =>
     parseConfig({ ...tiny, n_routed_experts: 8, n_group: 3, qk_rope_head_dim: 3, num_experts_per_tok: 9 }),
   ).toThrow(/3 problems[\s\S]*odd[\s\S]*exceeds n_routed_experts = 8[\s\S]*n_group = 3 does not divide/)

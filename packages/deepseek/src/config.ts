@@ -29,7 +29,7 @@ const common = {
   /** Inner size of dense feed-forward networks. */
   intermediate_size: size,
   /** Number of decoder layers, without MTP modules. */
-  num_hidden_layers: size,
+  num_hidden_layers: size.max(10_000, 'at most 10000 layers are supported'),
   /** Number of query heads. */
   num_attention_heads: size,
   /** Maximum context length in tokens. Default 4096. */

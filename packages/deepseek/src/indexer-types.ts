@@ -3,9 +3,6 @@
 /** `full`: the layer has an indexer. `shared`: it attends to the keys that the nearest indexer before it has selected. */
 export type IndexerType = 'full' | 'shared'
 
-/** Maximum number of layers of a schedule, so that a corrupt configuration takes no memory. */
-const mostScheduled = 10_000
-
 /** The settings, of which any may be missing. */
 interface Sharing {
   readonly num_hidden_layers: number
@@ -32,7 +29,7 @@ export function indexerTypes(config: Sharing): IndexerType[] | null {
 /** The pattern of one indexer for a number of layers, from the last of the leading layers on, as in transformers. Empty if there is none. */
 function scheduled({ index_topk_freq, index_skip_topk_offset: offset }: Sharing, layers: number): string {
   const every = index_topk_freq ?? 1
-  if (every === 1 || layers > mostScheduled) return ''
+  if (every === 1) return ''
   const isFull = (layer: number) => Math.max(0, layer + 1 - (offset ?? 2)) % every === 0
   return Array.from({ length: layers }, (_, layer) => (isFull(layer) ? 'F' : 'S')).join('')
 }
@@ -47,9 +44,6 @@ export function indexerTypeProblems(config: Sharing): string[] {
   }
   if (list && pattern != null && patternOf(list) !== pattern) {
     problems.push(`indexer_types and index_topk_pattern = ${pattern} disagree`)
-  }
-  if (layers > mostScheduled && (config.index_topk_freq ?? 1) > 1) {
-    problems.push(`index_topk_freq with num_hidden_layers = ${layers}; at most ${mostScheduled} are supported`)
   }
   if (indexerTypes(config)?.[0] === 'shared') problems.push('the first layer has no indexer before it to share')
   return problems
