@@ -52,6 +52,8 @@ export class LossParts {
   nlls?: Tensor
   /** Their sum. */
   nll?: Tensor
+  /** The keys that the latest indexer has selected, for the layers after it that share it. */
+  selected?: Tensor
   readonly #model: Network
   readonly #inputs: LossTensors
   readonly #objective: Objective
@@ -60,8 +62,6 @@ export class LossParts {
   readonly #share: number
   readonly #onLoad: LayerOptions['onLoad']
   readonly #optionsAt: LayerOptions[] = []
-  /** The keys that the latest indexer has selected, for the layers after it that share it. */
-  #selected: Tensor | undefined
 
   constructor(
     model: Network,
@@ -112,9 +112,9 @@ export class LossParts {
   /** Options of the next decoder layer, if layers run one by one. */
   decoderOptions(): LayerOptions {
     const onSelected = (keys: Tensor) => {
-      this.#selected = keys
+      this.selected = keys
     }
-    return { ...this.optionsAt(0), selected: this.#selected, onSelected }
+    return { ...this.optionsAt(0), selected: this.selected, onSelected }
   }
 
   /** Options of all decoder layers (depth 0), or of the block of an MTP module. */

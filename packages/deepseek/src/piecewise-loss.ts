@@ -83,21 +83,22 @@ export class PartsInPieces {
     return { loss, metrics }
   }
 
-  /** Runs a piece. The terms that its parts add to the loss, and `nll`, become leaves. */
+  /** Runs a piece. The terms that its parts add to the loss, `nll` and `selected` become leaves. */
   #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
     const parts = this.#parts
-    const { terms, nll } = parts
+    const { terms, nll, selected } = parts
     const before = terms.length
     let own = 0
+    const changed = () => (['nll', 'selected'] as const).filter(name => parts[name] !== { nll, selected }[name])
     const made = this.#pass.piece(inputs, (...leaves) => {
       const results = fn(...leaves)
       own = results.length
       const added = terms.slice(before).map(({ loss }) => loss)
-      return [...results, ...added, ...(parts.nll === nll ? [] : [parts.nll as Tensor])]
+      return [...results, ...added, ...changed().map(name => parts[name] as Tensor)]
     })
     const added = terms.splice(before)
     terms.push(...added.map(({ name }, i) => ({ name, loss: made[own + i] })))
-    if (parts.nll !== nll) parts.nll = made.at(-1)
+    for (const [i, name] of changed().entries()) parts[name] = made[own + added.length + i]
     return made.slice(0, own)
   }
 }

@@ -1,8 +1,8 @@
 /** @file A model whose parts are on several ranks: created, evaluated, saved and resumed without the whole model on any of them. */
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { deferWeights, namedParameters } from '@moe/core'
-import { DeepSeek, loadWeights } from '@moe/deepseek'
+import { deferWeights, namedParameters, noGrad, scope, tensor } from '@moe/core'
+import { DeepSeek, type LatentConfigInput, loadWeights } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { evaluate, type Optimizer, type TokenBatch, TokenDataset, type TrainOptions, train } from '@moe/trainer'
 import { expect, test } from 'vitest'
@@ -138,6 +138,37 @@ test.each(Object.entries(kinds))('ranks load their own weights of a model: %s', 
   })
   saved.dispose()
 })
+
+test.each(Object.entries(kinds))('evaluate() of layers that share an indexer: %s', async (_, { size, exact, of }) => {
+  const types = Array.from('FSSFFS', letter => (letter === 'F' ? ('full' as const) : ('shared' as const)))
+  const sparse = {
+    ...{ ...smallConfig, model_type: 'glm_moe_dsa' as const, num_hidden_layers: 6, first_k_dense_replace: 1 },
+    ...{ index_topk: 4, index_n_heads: 4, index_head_dim: 8, indexer_types: types },
+  } satisfies LatentConfigInput
+  const [rows, length] = [2, 14]
+  const batch = { tokens: document(3, rows * length), documents: new Int32Array(rows * length), rows, length }
+  await local(size, async ranks => {
+    const model = new DeepSeek(sparse, { seed: 1, backend })
+    const expected = scope(() => noGrad(() => model.loss(batch, { training: false, from: 5 })))
+    const nll = await expected.nll.item()
+    for (const tensor of [expected.loss, expected.nll, expected.nlls, ...Object.values(expected.metrics)])
+      tensor.dispose()
+    const parts = of(model, ranks)
+    const found = (await parts.evaluate([{ batch, from: 5 }]))[0]
+    // In a pipeline, one rank has the loss.
+    const losses = await gatherLosses(ranks, found?.nll ?? 0)
+    const pipelines = parts instanceof Pipeline ? parts.dataShard.world : ranks.size
+    expect(losses.filter(loss => loss > 0)).toEqual(Array(pipelines).fill(exact ? nll : expect.closeTo(nll, 4)))
+    parts.dispose()
+    model.dispose()
+  })
+})
+
+async function gatherLosses(ranks: Communicator, own: number): Promise<number[]> {
+  using sent = tensor([own], [1], { backend })
+  using all = await ranks.allGather(sent)
+  return [...(await all.values())]
+}
 
 /** An optimizer without state. */
 const stateless = (): Optimizer => ({

@@ -2,14 +2,14 @@
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, deferWeights, Random, stateDict } from '@moe/core'
-import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekOptions, type LatentConfigInput, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { type LoadsEvent, type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
 import type { Communicator } from './communicator/communicator.ts'
 import { ExpertParallel, mpi, Pipeline, zeroBubbleH1 } from './index.ts'
 import { report } from './mpi/test-launch.ts'
 
-export const smallConfig: DeepSeekConfigInput = {
+export const smallConfig: LatentConfigInput = {
   ...presets.tiny,
   vocab_size: 40,
   hidden_size: 24,
