@@ -11,6 +11,8 @@ function packageProjects(): TestProjectConfiguration[] {
       test: {
         name,
         root: `packages/${name}`,
+        // A software GPU takes up to a minute to compile a large kernel.
+        ...(name === 'kernels-webgpu' && { testTimeout: 400_000 }),
         include: ['src/**/*.test.ts', 'scripts/**/*.test.ts'],
         setupFiles: existsSync(`packages/${name}/node_modules/fast-check`)
           ? [`${import.meta.dirname}/scripts/test-properties.ts`]
