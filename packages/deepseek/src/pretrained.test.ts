@@ -114,7 +114,7 @@ test('a model too large for its checkpoint is rejected before memory is allocate
   const at = join(folder, 'huge')
   await model.save(at)
   const { peakBytes } = defaultBackend().stats()
-  for (const huge of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 2 ** 40 }, { n_routed_experts: 2 ** 20 }]) {
+  for (const huge of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 10_000 }, { n_routed_experts: 2 ** 20 }]) {
     await writeFile(join(at, 'config.json'), JSON.stringify({ ...tiny, ...huge }))
     await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
       expect.objectContaining({ code: 'E_STATE_DICT', message: expect.stringMatching(/describes a model of \d/) }),
