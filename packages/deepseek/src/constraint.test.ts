@@ -3,20 +3,15 @@ import { MoeError, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
-import { DeepSeek, type Generation, type TokenConstraint, type TurnOptions } from './index.ts'
+import { DeepSeek, type TokenConstraint, type TurnOptions } from './index.ts'
 import { Occurrences, processLogits } from './process-logits.ts'
+import { read } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
 beforeEach(() => setDefaultBackend(reference))
 afterAll(() => native.dispose())
-
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
 
 const END = 30
 

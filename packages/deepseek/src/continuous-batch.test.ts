@@ -2,25 +2,14 @@ import { type Backend, MoeError, type Parameter, Random, setDefaultBackend } fro
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
-import {
-  type ContinuousBatchOptions,
-  DeepSeek,
-  type Generation,
-  type GenerationStats,
-  type TurnOptions,
-} from './index.ts'
+import { type ContinuousBatchOptions, DeepSeek, type GenerationStats, type TurnOptions } from './index.ts'
+import { read } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
 beforeEach(() => setDefaultBackend(reference))
 afterAll(() => native.dispose())
-
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
 
 /** Prompts of many lengths, some with common prefixes, with all kinds of sampling options. */
 function requests(count: number): ReadonlyArray<readonly [ids: number[], options: TurnOptions]> {

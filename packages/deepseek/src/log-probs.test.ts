@@ -17,6 +17,7 @@ import {
 import { limits } from './log-probs.ts'
 import { limits as scoreLimits } from './score.ts'
 import { limits as sessionLimits } from './session.ts'
+import { read } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -90,12 +91,6 @@ const llama: DeepSeekConfigInput = {
   initializer_range: 0.3,
   eos_token_id: null,
   bos_token_id: null,
-}
-
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
 }
 
 const prompt = Array.from({ length: 90 }, (_, i) => (i * 7 + (i >> 3)) % 40)

@@ -4,13 +4,14 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors, type TensorEntry, writeSafetensors } from '@moe/checkpoint'
-import { type Backend, backward, fromHost, namedParameters, scope, setDefaultBackend, stateDict } from '@moe/core'
+import { type Backend, backward, namedParameters, scope, setDefaultBackend, stateDict } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { changedConfig } from './config.ts'
-import { DeepSeek, exportGguf, type Generation, type LatentConfigInput, parseConfig, presets } from './index.ts'
+import { DeepSeek, exportGguf, type LatentConfigInput, parseConfig, presets } from './index.ts'
+import { prompts, read, scoresOf, withoutCache } from './test-generation.ts'
 import { tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -34,38 +35,10 @@ const config = {
 const unscaled = { ...config, rope_scaling: { ...yarn, llama_4_scaling_beta: 0 } }
 const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
 
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
-
-async function logitsOf(model: DeepSeek, ids: readonly number[]): Promise<Float32Array> {
-  using input = fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)
-  using logits = model.infer(() => model.forward(input))
-  return (await logits.values()) as Float32Array
-}
-
-/** The most likely continuation, computed without a cache. */
-async function withoutCache(model: DeepSeek, prompt: readonly number[], count: number): Promise<number[]> {
-  const ids = [...prompt]
-  for (let i = 0; i < count; i++) {
-    const last = (await logitsOf(model, ids)).subarray(-model.config.vocab_size)
-    ids.push(last.indexOf(Math.max(...last)))
-  }
-  return ids.slice(prompt.length)
-}
-
 describe.each([
   ['the reference backend', () => reference as Backend],
   ['a backend that records', () => native as Backend],
 ])('on %s', (_, of) => {
-  const prompts = [
-    [3, 7, 11, 2, 30, 8, 1],
-    [4, 9],
-    [3, 7, 11, 2, 30, 8, 1, 39, 20, 21, 22, 6, 17],
-  ]
-
   test('generation, sessions and batches continue as without a cache, past several contexts', async () => {
     const backend = of()
     const { handles } = backend.stats()
@@ -88,14 +61,7 @@ describe.each([
 
   test('score is that of the forward pass', async () => {
     const model = new DeepSeek(config, { seed: 3, backend: of() })
-    const [, , ids] = prompts
-    const values = await logitsOf(model, ids)
-    const expected = ids.slice(1).map((id, i) => {
-      const row = Array.from(values.subarray(i * 40, (i + 1) * 40))
-      return row[id] - Math.log(row.reduce((sum, x) => sum + Math.exp(x), 0))
-    })
-    const [scores] = await model.score([ids])
-    const found = scores.slice(1).map(each => (each as { logProb: number }).logProb)
+    const { found, expected } = await scoresOf(model, prompts[2])
     assertClose('log-probabilities', found, expected, { relative: 1e-4, absolute: 1e-5 })
     model.dispose()
   })

@@ -2,20 +2,15 @@ import { type Backend, namedParameters, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
-import { DeepSeek, type Generation, type Session, type SessionOptions, type TurnOptions } from './index.ts'
+import { DeepSeek, type Session, type SessionOptions, type TurnOptions } from './index.ts'
 import { limits } from './session.ts'
+import { read } from './test-generation.ts'
 import { tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
 beforeEach(() => setDefaultBackend(reference))
 afterAll(() => native.dispose())
-
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
 
 /** Turns of a conversation: the tokens added to all before, and the options of the answer. */
 const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [

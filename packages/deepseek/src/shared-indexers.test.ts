@@ -20,7 +20,6 @@ import {
   countParameters,
   DeepSeek,
   type DeepSeekOptions,
-  type Generation,
   hfConfig,
   type LatentConfigInput,
   type PieceRunner,
@@ -28,6 +27,7 @@ import {
   type RouteTokens,
   type StageResult,
 } from './index.ts'
+import { expectTextsWithoutCache } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -61,50 +61,16 @@ const rows = {
   length: 12,
 }
 
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
-
-/** The most likely continuation, computed without a cache. */
-async function withoutCache(model: DeepSeek, prompt: readonly number[], count: number): Promise<number[]> {
-  const ids = [...prompt]
-  for (let i = 0; i < count; i++) {
-    const input = fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)
-    const logits = model.infer(() => model.forward(input).narrow(1, ids.length - 1, ids.length))
-    const values = await logits.values()
-    ids.push(values.indexOf(Math.max(...values)))
-    for (const tensor of [input, logits]) tensor.dispose()
-  }
-  return ids.slice(prompt.length)
-}
-
 describe.each([
   ['the reference backend', () => reference as Backend],
   ['a backend that records', () => native as Backend],
 ])('on %s', (_, of) => {
-  const prompts = [
-    [3, 7, 11, 2, 30, 8, 1],
-    [4, 9],
-    [3, 7, 11, 2, 30, 8, 1, 39, 20, 21, 22, 6, 17],
-  ]
-
   test.each([false, true])('generation continues as without a cache, speculative: %s', async speculative => {
     const backend = of()
     const { handles } = backend.stats()
     const model = new DeepSeek(config, { seed: 3, backend })
     makeDraftsAgree(model)
-    const expected: number[][] = []
-    for (const prompt of prompts) expected.push(await withoutCache(model, prompt, 12))
-    for (const [i, prompt] of prompts.entries()) {
-      const text = model.generate(prompt, { maxTokens: 12, speculative })
-      expect(await read(text)).toEqual(expected[i])
-      if (speculative) expect(text.stats.accepted[0]).toBeGreaterThan(0)
-    }
-    const batch = model.continuousBatch({ speculative, prefillChunkSize: 5 })
-    expect(await Promise.all(prompts.map(prompt => read(batch.generate(prompt, { maxTokens: 12 }))))).toEqual(expected)
-    batch.dispose()
+    await expectTextsWithoutCache(model, speculative)
     model.dispose()
     expect(backend.stats().handles).toBe(handles)
   })

@@ -23,7 +23,6 @@ import {
   DeepSeek,
   type DeepSeekOptions,
   exportGguf,
-  type Generation,
   type LatentConfigInput,
   type PieceRunner,
   parseConfig,
@@ -31,6 +30,7 @@ import {
   type RouteTokens,
   type StageResult,
 } from './index.ts'
+import { expectTextsWithoutCache, prompts, scoresOf } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -61,66 +61,23 @@ const rows = {
 
 const isOfIndexer = (name: string) => name.includes('.indexer.')
 
-async function read(text: Generation<number>): Promise<number[]> {
-  const ids: number[] = []
-  for await (const id of text) ids.push(id)
-  return ids
-}
-
-/** The most likely continuation, computed without a cache. */
-async function withoutCache(model: DeepSeek, prompt: readonly number[], count: number): Promise<number[]> {
-  const ids = [...prompt]
-  for (let i = 0; i < count; i++) {
-    const input = fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)
-    const logits = model.infer(() => model.forward(input).narrow(1, ids.length - 1, ids.length))
-    const values = await logits.values()
-    ids.push(values.indexOf(Math.max(...values)))
-    for (const tensor of [input, logits]) tensor.dispose()
-  }
-  return ids.slice(prompt.length)
-}
-
 describe.each([
   ['the reference backend', () => reference as Backend],
   ['a backend that records', () => native as Backend],
 ])('generation on %s', (_, of) => {
-  const prompts = [
-    [3, 7, 11, 2, 30, 8, 1],
-    [4, 9],
-    [3, 7, 11, 2, 30, 8, 1, 39, 20, 21, 22, 6, 17],
-  ]
-
   test.each([false, true])('continues as without a cache, speculative: %s', async speculative => {
     const backend = of()
     const { handles } = backend.stats()
     const model = new DeepSeek(config, { seed: 3, backend })
     makeDraftsAgree(model)
-    const expected: number[][] = []
-    for (const prompt of prompts) expected.push(await withoutCache(model, prompt, 12))
-    for (const [i, prompt] of prompts.entries()) {
-      const text = model.generate(prompt, { maxTokens: 12, speculative })
-      expect(await read(text)).toEqual(expected[i])
-      if (speculative) expect(text.stats.accepted[0]).toBeGreaterThan(0)
-    }
-    const batch = model.continuousBatch({ speculative, prefillChunkSize: 5 })
-    expect(await Promise.all(prompts.map(prompt => read(batch.generate(prompt, { maxTokens: 12 }))))).toEqual(expected)
-    batch.dispose()
+    await expectTextsWithoutCache(model, speculative)
     model.dispose()
     expect(backend.stats().handles).toBe(handles)
   })
 
   test('score is that of the forward pass', async () => {
     const model = new DeepSeek(config, { seed: 3, backend: of() })
-    const [, , ids] = prompts
-    const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', of())))
-    const values = Array.from(await logits.values())
-    logits.dispose()
-    const expected = ids.slice(1).map((id, i) => {
-      const row = values.slice(i * 40, (i + 1) * 40)
-      return row[id] - Math.log(row.reduce((sum, x) => sum + Math.exp(x), 0))
-    })
-    const [scores] = await model.score([ids])
-    const found = scores.slice(1).map(each => (each as { logProb: number }).logProb)
+    const { found, expected } = await scoresOf(model, prompts[2])
     assertClose('log-probabilities', found, expected, { relative: 1e-4, absolute: 1e-5 })
     model.dispose()
   })

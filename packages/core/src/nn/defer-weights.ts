@@ -1,18 +1,18 @@
 /** @file Creates modules whose initial weights are drawn after construction, or only where they are needed. */
 import { fromHost } from '../create.ts'
-import { MoeError } from '../errors.ts'
 import type { Parameter, RowReader } from '../parameter.ts'
 import { Random } from '../random.ts'
 import { disposeOnError } from '../scope.ts'
+import { Setting } from '../setting.ts'
 import { type Shape, sizeOf } from '../shape.ts'
 import { pacer } from '../turns.ts'
 import { disposeModule, type Module, type NamedParameter } from './module.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
-let deferred: Parameter[] | null = null
+const deferred = new Setting<Parameter[] | null>(null)
 
 /** The parameters whose weights are deferred so far, or null if weights are drawn at once. Internal. */
-export const deferredParameters = (): Parameter[] | null => deferred
+export const deferredParameters = (): Parameter[] | null => deferred.value
 
 /**
  * Returns the module that `make()` constructs, without memory for its weights. Pass the module to `ExpertParallel` or
@@ -60,24 +60,8 @@ export async function createModule<M extends Module>(make: () => M): Promise<M> 
 }
 
 function deferring<M extends Module>(op: string, make: () => M): { module: M; parameters: readonly Parameter[] } {
-  const outer = deferred
   const parameters: Parameter[] = []
-  deferred = parameters
-  try {
-    return { module: disposeOnError(() => synchronous(op, make())), parameters }
-  } finally {
-    deferred = outer
-  }
-}
-
-function synchronous<M>(op: string, made: M): M {
-  if (!(made instanceof Promise)) return made
-  throw new MoeError({
-    code: 'E_ATTR',
-    op,
-    problem: 'the function returned a promise, but weights created after it returns are not deferred',
-    fix: 'pass a synchronous function, such as () => new Model()',
-  })
+  return { module: disposeOnError(() => deferred.during(op, parameters, make)), parameters }
 }
 
 /** Numbers drawn at a time: whole batches of the generator. */
