@@ -111,6 +111,7 @@ export {
   type ShardCommunicator,
 } from './nn/parameter-shard.ts'
 export {
+  copyRows,
   denseWeight,
   groupedLinear,
   isPlain,
@@ -119,6 +120,7 @@ export {
   quantizeWeights,
   type WeightBytes,
   weightBytes,
+  weightShape,
   weightVersion,
 } from './nn/quantized.ts'
 export { reduceGradients } from './nn/reduce-gradients.ts'

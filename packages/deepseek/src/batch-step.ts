@@ -76,9 +76,9 @@ export class BatchStep {
       logits: rows > 0 && options.some(each => needsLogits(each) || each.logProbs !== undefined),
     }
     const numbers = Float32Array.from(options, each => (drawn(each) ? 1 / (each.temperature as number) : 1))
-    const { hidden, best, probabilities, logits } = passes.run(
+    const { hidden, best, probabilities, logits } = await passes.run(
       JSON.stringify(wanted),
-      (input, _states, scales) => this.#pass(batch, input, scales, wanted),
+      { depth: 0, finish: (states, scales) => this.#finish(states, scales, wanted) },
       Int32Array.from(ids),
       wanted.probabilities ? { numbers } : {},
     )
@@ -103,18 +103,17 @@ export class BatchStep {
     }
   }
 
-  #pass(batch: PagedBatch, ids: Tensor, scales: Tensor | undefined, wanted: Wanted): Out {
+  #finish(hidden: Tensor, scales: Tensor | undefined, wanted: Wanted): Out {
     const { rows, vocabulary, logits: withLogits } = wanted
-    const hidden = this.#model.hidden(ids, { cache: batch })
     if (rows === 0) return { hidden }
-    const time = ids.shape[1]
+    const [batch, time] = hidden.shape
     const logits = this.#model.lm_head.forward(hidden.narrow(1, time - rows, time))
     const likely = limitVocabulary(logits, vocabulary)
     return {
       hidden,
       best: scoresOf(likely),
-      ...(scales && { probabilities: probabilitiesOf(likely, scales.reshape([batch.batch, 1, 1])) }),
-      ...(withLogits && { logits: logits.reshape([batch.batch * rows, logits.shape[2]]) }),
+      ...(scales && { probabilities: probabilitiesOf(likely, scales.reshape([batch, 1, 1])) }),
+      ...(withLogits && { logits: logits.reshape([batch * rows, logits.shape[2]]) }),
     }
   }
 

@@ -11,6 +11,7 @@ import {
   setRows,
   type Tensor,
 } from '@moe/core'
+import { hiddenStates } from './hidden-states.ts'
 import type { Network } from './network.ts'
 
 /** Maximum tokens per sequence of a recorded pass. Attention over so few is absorbed, so that no shape depends on the length of the cache. */
@@ -27,10 +28,13 @@ export interface PassInputs {
   readonly numbers?: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>
 }
 
-/**
- * Appends the tokens `ids [B, n]` to the cache. The result may depend only on its arguments `ids`, `states [B, n, D]` and `numbers [B]`, the weights, and the cache.
- */
-export type CachedPass<Out> = (ids: Tensor, states: Tensor | undefined, numbers: Tensor | undefined) => Out
+/** A pass that appends tokens to the cache. */
+export interface CachedPass<Out> {
+  /** 0 for the main model, k for its k-th MTP module. */
+  readonly depth: number
+  /** Computes the results, including `hidden` itself, from the hidden states after the norm, `[B, n, D]`. They may depend only on the arguments and on weights. */
+  readonly finish: (hidden: Tensor, numbers: Tensor | undefined) => Out
+}
 
 interface Recorded<Out> {
   readonly ids: Tensor
@@ -64,22 +68,22 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   }
 
   /** Runs a pass. The caller must dispose of the result before the next pass, which may overwrite it. All passes of one kind and length must consist of the same ops. */
-  run(kind: string, pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, inputs: PassInputs = {}): Out {
+  async run(kind: string, pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, inputs: PassInputs = {}): Promise<Out> {
     const cache = this.#cache
     const time = ids.length / cache.batch
-    const opByOp = () =>
-      keep(this.#infer(() => pass(this.#upload(ids), inputs.states, this.#uploadNumbers(inputs.numbers))))
-    if (!this.#records || time > longestRecorded || ids.length > mostRecorded) return opByOp()
+    const remote = this.#model.remoteExperts !== null
+    if (remote || !this.#records || time > longestRecorded || ids.length > mostRecorded)
+      return this.#opByOp(pass, ids, inputs)
     cache.reserve(time)
     this.#check()
     const key = `${kind} ${time}`
     const known = this.#recorded.get(key)
     if (known === undefined) {
       this.#recorded.set(key, null)
-      return opByOp()
+      return this.#opByOp(pass, ids, inputs)
     }
     const recorded = known ?? this.#record(pass, ids, inputs)
-    if (recorded === null) return opByOp()
+    if (recorded === null) return this.#opByOp(pass, ids, inputs)
     this.#recorded.set(key, recorded)
     const { backend } = this.#model
     backend.write?.(recorded.ids, ids)
@@ -92,6 +96,19 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     cache.advance(time)
     const results = Object.entries(recorded.graph.result)
     return keep(this.#infer(() => Object.fromEntries(results.map(([name, x]) => [name, x.detach()])) as unknown as Out))
+  }
+
+  async #opByOp(pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, inputs: PassInputs): Promise<Out> {
+    const cache = this.#cache
+    const { states, numbers } = inputs
+    const tokens = { depth: pass.depth, ids, batch: cache.batch, states, cache }
+    const hidden = await hiddenStates(this.#model, tokens, this.#precision)
+    try {
+      return keep(this.#infer(() => pass.finish(hidden, this.#uploadNumbers(numbers))))
+    } catch (error) {
+      hidden.dispose()
+      throw error
+    }
   }
 
   /** Returns null if there is not enough memory for a graph. */
@@ -111,7 +128,8 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
       const states = given && own(this.#infer(() => given.mul(1)))
       const numbers = like.numbers && own(this.#uploadNumbers(like.numbers) as Tensor)
       cache.next(ids.length / cache.batch)
-      const capture = () => keep(this.#infer(() => pass(device, states, numbers)))
+      const hidden = () => this.#model.hiddenAt({ depth: pass.depth, ids: device, states, cache })
+      const capture = () => keep(this.#infer(() => pass.finish(hidden(), numbers)))
       const graph = (backend as Required<typeof backend>).capture(capture)
       return { ids: device, states, numbers, first, graph }
     } catch (error) {

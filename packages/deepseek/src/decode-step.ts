@@ -25,13 +25,11 @@ interface Followed {
 /** Forward passes of the main model in one session. */
 export class DecodeStep {
   readonly #model: Network
-  readonly #cache: KvCache
   #scoring: Scoring = { vocabulary: 0 }
   readonly #passes: CachedPasses<States>
 
   constructor(model: Network, cache: KvCache, precision: Precision) {
     this.#model = model
-    this.#cache = cache
     this.#passes = new CachedPasses(model, cache, precision)
   }
 
@@ -48,8 +46,8 @@ export class DecodeStep {
 
   /** Appends tokens to the cache. Returns their hidden states, the scores after the last `wanted` of them and, on request, their logits. */
   async run(ids: readonly number[], wanted: number, withLogits = false): Promise<Followed> {
-    const pass = (input: Tensor) => this.#pass(input, wanted, withLogits)
-    const { hidden, scores, logits } = this.#passes.run(`${wanted} ${withLogits}`, pass, Int32Array.from(ids))
+    const pass = { depth: 0, finish: (states: Tensor) => this.#finish(states, wanted, withLogits) }
+    const { hidden, scores, logits } = await this.#passes.run(`${wanted} ${withLogits}`, pass, Int32Array.from(ids))
     let values: Awaited<ReturnType<Tensor['values']>>
     try {
       values = await scores.values()
@@ -66,9 +64,8 @@ export class DecodeStep {
     return { hidden, rows, logits }
   }
 
-  #pass(ids: Tensor, wanted: number, withLogits: boolean): States {
-    const hidden = this.#model.hidden(ids, { cache: this.#cache })
-    const length = ids.shape[1]
+  #finish(hidden: Tensor, wanted: number, withLogits: boolean): States {
+    const length = hidden.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
     const scores = scoresOf(logits, this.#scoring)
     return { hidden, scores, ...(withLogits && { logits: logits.reshape([wanted, logits.shape[2]]) }) }

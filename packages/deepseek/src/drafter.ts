@@ -99,7 +99,7 @@ export class Drafter {
         })
         const numbers = Int32Array.from(ends, (end, b) => b * time + end - 1 - begun[b])
         cache.truncate(begun)
-        const { next, best } = passes.run('', this.#pass(cache, k), ahead, { states: inputs, numbers })
+        const { next, best } = await passes.run('', this.#pass(k), ahead, { states: inputs, numbers })
         held.push(next, best)
         for (const [b, token] of (await best.values()).entries()) drafts[b].push(token)
         const certain = texts.map(({ tokens }, b) => Math.min(ends[b], Math.max(begun[b], tokens.length - k - 1)))
@@ -131,16 +131,14 @@ export class Drafter {
     return passes
   }
 
-  #pass(cache: SequenceCache, k: number): CachedPass<Draft> {
+  #pass(k: number): CachedPass<Draft> {
     const module = this.#model.mtp[k]
-    const layer = this.#model.decoder.length + k
-    return (ids, states, last) => {
-      const next = module.normalize(module.forward(states as Tensor, ids, { cache, layer }))
+    const finish = (next: Tensor, last: Tensor | undefined) => {
       const [batch, time, features] = next.shape
-      cache.advance(time)
       const rows = next.reshape([batch * time, features]).takeRows(last as Tensor)
       return { next, best: scoresOf(module.score(rows.reshape([batch, 1, features]))) }
     }
+    return { depth: k + 1, finish }
   }
 
   #number(value: number): Tensor {

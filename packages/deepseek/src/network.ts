@@ -10,6 +10,7 @@ import {
   PagedCache,
   type PagedCacheOptions,
   RotaryEmbedding,
+  type SequenceCache,
 } from '@moe/attention-mla'
 import {
   type Backend,
@@ -31,7 +32,16 @@ import type { MtpModule } from '@moe/mtp'
 import { MoELayer } from '@moe/router'
 import type { DeepSeekConfig } from './config.ts'
 import { type DecoderLayer, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
+import type { RemoteExperts } from './remote-experts.ts'
 import { makeTrunk, type Trunk, type TrunkInit } from './trunk.ts'
+
+/** Tokens `i32 [B, T]` to process, and how. */
+interface HiddenInput {
+  readonly depth: number
+  readonly ids: Tensor
+  readonly states?: Tensor | undefined
+  readonly cache?: SequenceCache | undefined
+}
 
 /** The modules of a model and its forward pass. `DeepSeek` adds training, generation, loading and saving. */
 export class Network extends Module {
@@ -39,6 +49,8 @@ export class Network extends Module {
   model: Trunk
   /** Folder that the weights were loaded from. Saved adapters name it as their base model. */
   source?: string
+  /** If the routed experts are on other ranks: how inference reaches them. `ExpertParallel.lead` of `@moe/parallel` sets it. */
+  remoteExperts: RemoteExperts | null = null
   /** Output head, `[vocab_size, hidden_size]`; shares the weight of the embedding if they are tied. */
   lm_head: Linear
   readonly #config: DeepSeekConfig
@@ -105,6 +117,19 @@ export class Network extends Module {
     if (isTransient(options)) selected?.dispose()
     options.cache?.advance(ids.shape[1])
     return this.model.norm.forward(x)
+  }
+
+  /**
+   * Returns hidden states after the norm, `[B, T, D]`: of the main model, or, at depth k, of its k-th MTP module, which continues from `states [B, T, D]` with
+   * the tokens k places ahead. With a cache, the new tokens are added to it. @internal
+   */
+  hiddenAt({ depth, ids, states, cache }: HiddenInput): Tensor {
+    if (depth === 0) return this.hidden(ids, { cache })
+    const module = this.mtp[depth - 1]
+    const layer = this.decoder.length + depth - 1
+    const hidden = module.normalize(module.forward(states as Tensor, ids, { cache, layer }))
+    cache?.advance(ids.shape[1])
+    return hidden
   }
 
   /** Creates a cache for the decoder layers and the first `depth` MTP modules (default 0). It stores latents, or keys and values in a dense model. */

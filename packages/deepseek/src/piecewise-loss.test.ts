@@ -1,9 +1,10 @@
 /** @file The loss computed in pieces, on one rank. `@moe/parallel` tests it on several ranks. */
-import { backward, dispatchPlan, namedParameters, setDefaultBackend } from '@moe/core'
+import { backward, namedParameters, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { DeepSeek, type PieceRunner } from './index.ts'
+import { DeepSeek } from './index.ts'
+import { routeWithin, together } from './test-pieces.ts'
 import { tiny } from './test-tiny.ts'
 
 const rows = {
@@ -28,13 +29,10 @@ test.each([
       new DeepSeek({ ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 2 })
     const [whole, model] = [make(), make()]
     const expected = whole.loss(rows)
-    const runner: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
     const routed: number[] = []
     const pieces = model.inPieces(rows)
-    const { loss, metrics } = await pieces.forward(runner, async (layer, { x, weights, indices }) => {
-      routed.push(layer)
-      return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
-    })
+    const route = routeWithin(model, layer => routed.push(layer))
+    const { loss, metrics } = await pieces.forward(together, route)
     expect(routed).toEqual([0, 1, 2, 3])
     expect(pieces.count).toBe(expected.count)
     assertClose('loss', [await loss.item()], [await expected.loss.item()])

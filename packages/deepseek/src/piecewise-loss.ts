@@ -1,26 +1,14 @@
 /**
  * @file The loss in pieces, between which a rank can wait for others. The routed experts are computed elsewhere.
- *
- * Legend: B batch, T time, N tokens, K experts per token, D hidden size.
  */
 import type { Tensor } from '@moe/core'
 import type { TokenRows } from '@moe/mtp'
-import { type Choice, MoELayer } from '@moe/router'
 import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
+import { layerInPieces } from './layer-in-pieces.ts'
 import { LossParts, type LossSource, type PassOptions } from './loss-parts.ts'
 import { blockOf, type Network } from './network.ts'
+import type { PieceRunner, RouteTokens } from './remote-experts.ts'
 import { uploadInputs } from './training-loss.ts'
-
-/** Runs the pieces of a pass; implemented by `PiecewisePass` of `@moe/parallel`. */
-export interface PieceRunner {
-  /** Runs ops on results of other pieces. Returns leaves for later pieces. */
-  piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
-  /** Runs code that needs no gradient. Its results live as long as the pass. */
-  run<T>(fn: () => T): T
-}
-
-/** Computes the routed experts of `model.moeLayers[layer]` for tokens, `[N, D]`: from leaves to a leaf. */
-export type RouteTokens = (layer: number, tokens: Pick<Choice, 'x' | 'weights' | 'indices'>) => Promise<Tensor>
 
 /** Runs the parts of a loss in pieces. */
 export class PartsInPieces {
@@ -52,22 +40,13 @@ export class PartsInPieces {
     return this.#piece([deep], hidden => [parts.further(depth, hidden)])[0]
   }
 
-  async #block(layer: DecoderLayer, input: Tensor, optionsOf: () => LayerOptions): Promise<Tensor> {
-    const options = this.#pass.run(optionsOf)
-    const { mlp } = layer
-    if (!(mlp instanceof MoELayer)) return this.#piece([input], x => [layer.forward(x, options)])[0]
-    const [attended, x, weights, ...others] = this.#piece([input], before =>
-      layer.whole(before, options, (from, own) => {
-        const after = layer.attend(from, own)
-        const { x, weights, indices } = mlp.choose(layer.post_attention_layernorm.forward(after), own)
-        return [after, x, weights, ...(mlp.shared_experts ? [mlp.shared_experts.forward(x)] : []), indices]
-      }),
-    )
-    const indices = others.pop() as Tensor
-    const routed = await this.#route(this.#model.moeLayers.indexOf(mlp), { x, weights, indices })
-    return this.#piece([attended, routed, ...others], (residual, ...outs) => [
-      residual.add(outs.reduce((sum, out) => sum.add(out)).reshape(residual.shape)),
-    ])[0]
+  #block(layer: DecoderLayer, input: Tensor, optionsOf: () => LayerOptions): Promise<Tensor> {
+    return layerInPieces(this.#model, layer, input, {
+      options: this.#pass.run(optionsOf),
+      piece: (inputs, fn) => this.#piece(inputs, fn),
+      pass: this.#pass,
+      route: this.#route,
+    })
   }
 
   /** Adds up the loss, a leaf, and the metrics, as `LossParts.sum`. */
@@ -99,6 +78,7 @@ export class PartsInPieces {
     const added = terms.splice(before)
     terms.push(...added.map(({ name }, i) => ({ name, loss: made[own + i] })))
     for (const [i, name] of changed().entries()) parts[name] = made[own + added.length + i]
+    if (selected && parts.selected !== selected) this.#pass.release(selected)
     return made.slice(0, own)
   }
 }

@@ -3,8 +3,6 @@ import type { PagedCache, PagedSequence, SequenceCache } from '@moe/attention-ml
 import {
   checkOptions,
   checkPrecision,
-  fromHost,
-  keep,
   MoeError,
   type OptionNames,
   type Precision,
@@ -13,6 +11,7 @@ import {
 } from '@moe/core'
 import { checkIds } from './check-ids.ts'
 import { defaultPrecision } from './default-precision.ts'
+import { hiddenStates } from './hidden-states.ts'
 import { checkTop, logProbsAt, type TokenLogProb } from './log-probs.ts'
 import type { Network } from './network.ts'
 import { chunks, distinctRows, type Row, sharedPrefixes } from './shared-prefixes.ts'
@@ -210,11 +209,7 @@ class ScorePasses {
     })
     const cache = this.#batchOf(group, time)
     const model = this.#model
-    const hidden = keep(
-      model.infer(() => model.hidden(fromHost(ids, [group.length, time], 'i32', model.backend), { cache }), {
-        precision: this.#precision,
-      }),
-    )
+    const hidden = await hiddenStates(model, { depth: 0, ids, batch: group.length, cache }, this.#precision)
     try {
       await this.#report(hidden, group)
     } finally {

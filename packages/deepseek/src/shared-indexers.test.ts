@@ -2,16 +2,7 @@
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import {
-  type Backend,
-  backward,
-  dispatchPlan,
-  fromHost,
-  namedParameters,
-  scope,
-  setDefaultBackend,
-  type Tensor,
-} from '@moe/core'
+import { type Backend, backward, fromHost, namedParameters, scope, setDefaultBackend, type Tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
@@ -22,12 +13,11 @@ import {
   type DeepSeekOptions,
   hfConfig,
   type LatentConfigInput,
-  type PieceRunner,
   parseConfig,
-  type RouteTokens,
   type StageResult,
 } from './index.ts'
 import { expectTextsWithoutCache } from './test-generation.ts'
+import { routeWithin, together } from './test-pieces.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -168,8 +158,6 @@ describe('training', () => {
     expect(await run(model({ recompute }))).toEqual(await run(model()))
   })
 
-  const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
-
   test.each([
     [1, false],
     [4, false],
@@ -183,10 +171,8 @@ describe('training', () => {
     const losses: Tensor[] = []
     let indexer = 0
     let x: Tensor | null = null
-    const route: RouteTokens = async (layer, { x, weights, indices }) =>
-      own.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
     for (const stage of split.step([rows]).stages) {
-      const part: StageResult = pieces ? await stage.inPieces(x, 0, together, route) : stage.forward(x, 0)
+      const part: StageResult = pieces ? await stage.inPieces(x, 0, together, routeWithin(own)) : stage.forward(x, 0)
       x = part.output ?? null
       losses.push(...part.losses)
       indexer += (await part.metrics.indexer?.item()) ?? 0

@@ -6,7 +6,6 @@ import {
   adamwStep,
   type Backend,
   backward,
-  dispatchPlan,
   fromHost,
   namedParameters,
   ones,
@@ -24,13 +23,12 @@ import {
   type DeepSeekOptions,
   exportGguf,
   type LatentConfigInput,
-  type PieceRunner,
   parseConfig,
   presets,
-  type RouteTokens,
   type StageResult,
 } from './index.ts'
 import { expectTextsWithoutCache, prompts, scoresOf } from './test-generation.ts'
+import { routeWithin, together } from './test-pieces.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
@@ -230,8 +228,6 @@ describe('training', () => {
     expect(await run(model({ recompute }))).toEqual(await run(model()))
   })
 
-  const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
-
   test.each([false, true])(
     'stages, in pieces: %s, have the loss, the metrics and the gradients of the model',
     async pieces => {
@@ -241,10 +237,8 @@ describe('training', () => {
       const losses: Tensor[] = []
       let indexer = 0
       let x: Tensor | null = null
-      const route: RouteTokens = async (layer, { x, weights, indices }) =>
-        own.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
       for (const stage of split.step([rows]).stages) {
-        const part: StageResult = pieces ? await stage.inPieces(x, 0, together, route) : stage.forward(x, 0)
+        const part: StageResult = pieces ? await stage.inPieces(x, 0, together, routeWithin(own)) : stage.forward(x, 0)
         x = part.output ?? null
         losses.push(...part.losses)
         indexer += (await part.metrics.indexer?.item()) ?? 0

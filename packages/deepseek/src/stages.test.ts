@@ -1,19 +1,12 @@
 /** @file The split of a model into stages, and the loss of all stages. `@moe/parallel` tests schedules on several ranks. */
-import { backward, dispatchPlan, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
+import { backward, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { beforeEach, expect, test } from 'vitest'
 import { balancedRuns } from './balanced-runs.ts'
-import {
-  countParameters,
-  DeepSeek,
-  type DeepSeekLoss,
-  type PieceRunner,
-  parseConfig,
-  presets,
-  type RouteTokens,
-} from './index.ts'
+import { countParameters, DeepSeek, type DeepSeekLoss, parseConfig, presets } from './index.ts'
 import type { StageResult } from './stages.ts'
+import { routeWithin, together } from './test-pieces.ts'
 import { tiny } from './test-tiny.ts'
 
 beforeEach(() => setDefaultBackend(referenceBackend()))
@@ -53,8 +46,6 @@ test('balancedRuns returns the most balanced partition', () => {
   }
 })
 
-const runner: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
-
 const weights = Float32Array.from({ length: 16 }, (_, i) => Math.sin(i) * 2)
 
 test.each(
@@ -78,12 +69,9 @@ test.each(
     const losses: Tensor[] = []
     const metrics: Record<string, number> = {}
     const routed: number[] = []
+    const route = routeWithin(model, layer => routed.push(layer))
     for (const [n, stage] of split.step([rows]).stages.entries()) {
-      const route: RouteTokens = async (layer, { x, weights, indices }) => {
-        routed.push(layer)
-        return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
-      }
-      const part: StageResult = await (pieces === '' ? stage.forward(x, 0) : stage.inPieces(x, 0, runner, route))
+      const part: StageResult = await (pieces === '' ? stage.forward(x, 0) : stage.inPieces(x, 0, together, route))
       expect(part.output === undefined).toBe(n === stages - 1)
       x = part.output ?? null
       losses.push(...part.losses)

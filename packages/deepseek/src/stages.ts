@@ -18,7 +18,8 @@ import { type DeepSeekConfig, isMoELayer, sharesIndexer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import type { Network } from './network.ts'
-import { PartsInPieces, type PieceRunner, type RouteTokens } from './piecewise-loss.ts'
+import { PartsInPieces } from './piecewise-loss.ts'
+import type { PieceRunner, RouteTokens } from './remote-experts.ts'
 import { digestOf, type HostInputs, trainsIndexers, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. Implements `PipelineStage` of `@moe/parallel`. */

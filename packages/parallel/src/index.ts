@@ -1,7 +1,7 @@
 /** @file Public interface of @moe/parallel. */
 export type { Communicator, Reduction, RowExchange, TensorEach, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
-export { ExpertParallel, type ExpertParallelModel } from './experts/expert-parallel.ts'
+export { ExpertParallel, type ExpertParallelModel, type RemoteExperts } from './experts/expert-parallel.ts'
 export type { ExpertParallelLayer, PieceRunner, RouteTokens } from './experts/expert-shards.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShard, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'

@@ -2,6 +2,7 @@
 import {
   checkOptions,
   combineTokens,
+  copyRows,
   type DispatchPlan,
   deferWeights,
   groupedLinear,
@@ -10,15 +11,14 @@ import {
   isPlain,
   Module,
   MoeError,
-  noGrad,
   type Parameter,
   permuteTokens,
   QuantizedParameter,
   routedExperts,
-  scope,
   swiglu,
   type Tensor,
   weightParameter,
+  weightShape,
   withKept,
   withRecomputed,
 } from '@moe/core'
@@ -58,25 +58,25 @@ export class Experts extends Module {
   /**
    * Returns a copy of the experts `from` to `to - 1`, for example the share of a rank. The copy is trained
    * independently. If the weights are deferred (`deferWeights`), so are those of the copy.
-   * @throws MoeError E_UNSUPPORTED if the weights are quantized or have adapters
+   * @throws MoeError E_UNSUPPORTED if the weights have adapters
    */
   copyOf(from: number, to: number): Experts {
-    for (const weight of [this.gate_proj, this.up_proj, this.down_proj]) {
-      if (isPlain(weight)) continue
-      const stored = weight instanceof QuantizedParameter
-      const problem = `experts ${stored ? `stored in ${weight.weight.format}` : 'with adapters'} cannot be copied`
-      const fix = stored ? 'open the model in f32' : 'merge the adapters first, or train the whole model on every rank'
-      throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix })
+    const names = ['gate_proj', 'up_proj', 'down_proj'] as const
+    if (names.some(name => this[name].adapter !== null)) {
+      const fix = 'merge the adapters first, or train the whole model on every rank'
+      throw new MoeError({
+        code: 'E_UNSUPPORTED',
+        op: 'copyOf',
+        problem: 'experts with adapters cannot be copied',
+        fix,
+      })
     }
-    const [, inner, hidden] = this.gate_proj.shape
-    const { backend } = this.gate_proj
-    const copy = deferWeights(() => new Experts(to - from, hidden, inner, { std: 0, backend }))
-    for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
-      const { handle, elsewhere } = this[name]
-      if (handle === null && elsewhere !== null)
-        copy[name].elsewhere = (first, end) => elsewhere(from + first, from + end)
-      // Detached, because all rows are the parameter itself, which `assign` would empty.
-      else copy[name].assign(scope(() => noGrad(() => this[name].narrow(0, from, to).detach())))
+    const { gate_proj: gate } = this
+    const weights = gate instanceof QuantizedParameter ? gate.weight.format : undefined
+    const [, inner, hidden] = weightShape(gate)
+    const copy = deferWeights(() => new Experts(to - from, hidden, inner, { std: 0, backend: gate.backend, weights }))
+    for (const name of names) {
+      copyRows(copy[name], this[name], from, to)
       copy[name].trainable = this[name].trainable
     }
     return copy

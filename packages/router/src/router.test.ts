@@ -3,6 +3,7 @@ import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
 import {
   adamwStep,
+  addAdapters,
   backward,
   checkpoint,
   deferWeights,
@@ -14,6 +15,7 @@ import {
   materialize,
   namedParameters,
   Parameter,
+  type QuantizedParameter,
   Random,
   randn,
   routerTopk,
@@ -303,8 +305,29 @@ test('a copy of some experts has their weights, and is independent of them', asy
   expect(Math.max(...(await experts.up_proj.values()))).toBeGreaterThan(0)
   experts.down_proj.trainable = false
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
-  const stored = new Experts(4, 32, 32, { weights: 'int8' })
-  expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be copied; open the model in f32/)
+  addAdapters(experts, { rank: 2 })
+  expect(() => experts.copyOf(0, 2)).toThrow(/experts with adapters cannot be copied; merge the adapters first/)
+})
+
+test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('experts stored in %s are copied as they are', async weights => {
+  const make = () => new Experts(4, 32, 48, { random: new Random(5), weights })
+  const whole = make()
+  const deferred = deferWeights(make).copyOf(1, 3)
+  expect(deferred.up_proj.handle).toBe(null)
+  await materialize(namedParameters(deferred))
+  for (const copy of [whole.copyOf(1, 3), deferred])
+    for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
+      const [of, from] = [copy[name], whole[name]].map(each => (each as QuantizedParameter).weight)
+      expect(of.shape).toEqual([2, ...from.shape.slice(1)])
+      for (const part of ['q', 'scale'] as const) {
+        const all = (await from[part]?.data()) ?? new Uint8Array()
+        expect((await of[part]?.data()) ?? new Uint8Array()).toEqual(all.slice(all.length / 4, (3 * all.length) / 4))
+      }
+    }
+  const all = whole.copyOf(0, 4)
+  all.up_proj.assign(zeros([4, 48, 32]))
+  using before = (whole.up_proj as QuantizedParameter).dequantize()
+  expect(Math.max(...(await before.values()))).toBeGreaterThan(0)
 })
 
 test('a copy of all experts leaves them as they are', async () => {

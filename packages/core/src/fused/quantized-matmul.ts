@@ -275,12 +275,23 @@ export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usu
   return { format, block, shape, q, scale }
 }
 
-/** Returns what `quantizeWeight` makes of zeros, without allocating them. */
-export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend): QuantizedWeight {
+/** How a weight is stored with the usual blocks: dtype and shape of its codes, and shape of its scales. Internal. */
+export function storedAs(shape: Shape, format: WeightFormat) {
+  checkFormat('storedAs', format)
   const block = usualBlocks[format]
-  checkBlock('zeroWeight', { format, block })
   const [rows, columns] = shape.slice(-2)
   const lead = shape.slice(0, -2)
+  return {
+    block,
+    dtype: storedDtypes[format],
+    stored: [...lead, rows, storedColumns(format, columns)],
+    scales: [...lead, Math.ceil(rows / block[0]), Math.ceil(columns / block[1])],
+  }
+}
+
+/** Returns what `quantizeWeight` makes of zeros, without allocating them. */
+export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend): QuantizedWeight {
+  const { block, dtype, stored, scales } = storedAs(shape, format)
   const all = (value: number, dtype: DType, of: Shape) =>
     full(
       of.map(() => 1),
@@ -289,8 +300,7 @@ export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend
     )
       .cast(dtype)
       .expand(of)
-  const q = all(zeroCodes[format], storedDtypes[format], [...lead, rows, storedColumns(format, columns)])
-  const scales = [...lead, Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
+  const q = all(zeroCodes[format], dtype, stored)
   return { format, block, shape, q, scale: format === 'bf16' ? null : all(1, 'f32', scales) }
 }
 

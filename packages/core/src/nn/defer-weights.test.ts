@@ -131,6 +131,16 @@ describe('deferWeights', () => {
     expect(() => later.embed.weight.neg()).toThrow(/was freed with its model/)
   })
 
+  test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('leaves weights in %s without memory, too', async weights => {
+    const make = () => new Model({ random: new Random(7), weights })
+    const [now, later, loaded] = [make(), deferWeights(make), deferWeights(make)]
+    expect([later.embed.weight.handle, later.layer.weight.handle]).toEqual([null, null])
+    expect(await numbers(later)).toEqual(await numbers(now))
+    await materialize(namedParameters(later))
+    await loadStateDict(loaded, entriesSource(stateDict(now)))
+    for (const module of [later, loaded]) expect(await numbers(module)).toEqual(await numbers(now))
+  })
+
   test('loads weights in place of the initial ones, and only those that are asked for', async () => {
     const [stored, later] = [make(1)(), deferWeights(make(2))]
     const own = namedParameters(later).filter(({ name }) => name !== 'layer.weight')

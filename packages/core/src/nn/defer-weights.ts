@@ -17,8 +17,7 @@ export const deferredParameters = (): Parameter[] | null => deferred.value
 /**
  * Returns the module that `make()` constructs, without memory for its weights. Pass the module to `ExpertParallel` or
  * `Pipeline` of `@moe/parallel`, which create only the weights of this rank, or load weights into it. `materialize`
- * creates the initial weights, the same as without `deferWeights`. Norms, buffers and quantized weights have memory from
- * the start.
+ * creates the initial weights, the same as without `deferWeights`. Norms and buffers have memory from the start.
  * @throws MoeError E_ATTR if `make` is not synchronous
  */
 export function deferWeights<M extends Module>(make: () => M): M {

@@ -116,7 +116,9 @@ export function weightParameter(shape: readonly number[], name: string, init: In
     new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, format, backend)))))
   if (deferred !== null) {
     const parameter =
-      weights === undefined ? Parameter.withoutMemory(shape, { dtype: 'f32', backend }) : zeroQuantized(weights)
+      weights === undefined
+        ? Parameter.withoutMemory(shape, { dtype: 'f32', backend })
+        : QuantizedParameter.unallocated(shape, weights, backend)
     parameter.elsewhere = drawnRows(shape, random, std)
     deferred.push(parameter)
     return parameter

@@ -1,8 +1,10 @@
 /**
  * @file Quantized parameters, and the layer functions that accept parameters with or without quantization and adapters.
  */
+import type { Backend } from '../backend.ts'
 import { attrError, needDtype, needTensor, shapeError } from '../checks.ts'
 import { fromHost } from '../create.ts'
+import { defaultBackend } from '../default-backend.ts'
 import { dtypeBytes } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
 import { groupedMatmul } from '../fused/grouped-matmul.ts'
@@ -13,6 +15,7 @@ import {
   quantizedGroupedMatmul,
   quantizedMatmul,
   quantizeWeight,
+  storedAs,
 } from '../fused/quantized-matmul.ts'
 import type { WeightFormat } from '../ops.ts'
 import { type Adapter, Parameter } from '../parameter.ts'
@@ -36,6 +39,16 @@ export class QuantizedParameter extends Parameter {
   constructor(weight: QuantizedWeight) {
     super(weight.q, { trainable: false })
     this.#weight = { ...weight, q: this, scale: keep(weight.scale) }
+  }
+
+  /** Creates a parameter whose elements are elsewhere, or still to be assigned. @internal */
+  static unallocated(shape: Shape, format: WeightFormat, backend: Backend = defaultBackend()): QuantizedParameter {
+    const { block, dtype, stored } = storedAs(shape, format)
+    // No handle of a backend: it is replaced before anything can free it.
+    const q = new Tensor(backend, {}, stored, dtype)
+    const parameter = new QuantizedParameter({ format, block, shape, q, scale: null })
+    parameter.handle = null
+    return parameter
   }
 
   /** The quantized weight, as `quantizedMatmul` takes it. */
@@ -66,6 +79,14 @@ export class QuantizedParameter extends Parameter {
 
   /** Quantizes the f32 values of `next` and stores them. `next` is disposed. */
   override assign(next: Tensor): void {
+    this.#store([this.#part(next)])
+  }
+
+  /**
+   * Stores a weight that is already quantized, in the format and blocks of this one, and takes ownership of it.
+   * @throws MoeError E_SHAPE, E_ATTR
+   */
+  assignQuantized(next: QuantizedWeight): void {
     this.#store([this.#part(next)])
   }
 
@@ -110,9 +131,9 @@ export class QuantizedParameter extends Parameter {
     if (!(next instanceof Tensor)) {
       if (next.format === format && sameShape(next.block, block)) return keep(next)
       throw attrError(
-        'assignParts',
-        `a part is stored in ${next.format}, blocks [${next.block}]`,
-        `expected ${format}, [${block}]`,
+        'assign',
+        `the weight is stored in ${next.format}, blocks [${next.block}]`,
+        `pass one in ${format}, blocks [${block}]`,
       )
     }
     try {
@@ -165,6 +186,27 @@ export function rowsPerChunk([, ...inner]: Shape, numbers = 2 ** 20): number {
 /** Returns a quantized copy of a parameter. `numbers`: approximate number of elements to quantize at a time. */
 export const quantizedParameter = (parameter: Parameter, format: WeightFormat, numbers?: number): QuantizedParameter =>
   runSync(quantizing(parameter, format, numbers))
+
+/**
+ * Makes `copy` a copy of rows `from` to `to - 1` of a parameter of the same kind. Rows of a quantized matrix must be
+ * whole blocks. A parameter without memory is not read: the copy reads its rows when it is materialized.
+ * @internal
+ */
+export function copyRows(copy: Parameter, parameter: Parameter, from: number, to: number): void {
+  const { elsewhere } = parameter
+  if (parameter.handle === null && elsewhere !== null)
+    copy.elsewhere = (first, end) => elsewhere(from + first, from + end)
+  else if (parameter instanceof QuantizedParameter && copy instanceof QuantizedParameter)
+    copy.assignQuantized(keep(scope(() => noGrad(() => detached(quantizedRows(parameter.weight, from, to))))))
+  // Detached, because all rows are the parameter itself, which `assign` would empty.
+  else copy.assign(scope(() => noGrad(() => parameter.narrow(0, from, to).detach())))
+}
+
+const detached = (weight: QuantizedWeight): QuantizedWeight => ({
+  ...weight,
+  q: weight.q.detach(),
+  scale: weight.scale?.detach() ?? null,
+})
 
 /** Returns rows `from` to `to - 1` of the first axis. For a matrix, `from` must be the start of a block. */
 export function quantizedRows(weight: QuantizedWeight, from: number, to: number): QuantizedWeight {

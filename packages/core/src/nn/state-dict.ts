@@ -3,10 +3,12 @@ import { attrError, shapeError } from '../checks.ts'
 import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
-import { type QuantizedWeight, storedColumns } from '../fused/quantized-matmul.ts'
+import { dequantizeWeight, type QuantizedWeight, quantizeWeight, storedColumns } from '../fused/quantized-matmul.ts'
 import { checkOptions } from '../options.ts'
 import type { Parameter } from '../parameter.ts'
+import { scope } from '../scope.ts'
 import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
+import { noGrad } from '../tape.ts'
 import { type Module, type NamedParameter, parametersOf } from './module.ts'
 import type { LocalParameter } from './parameter-shard.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
@@ -74,12 +76,26 @@ function readable(parameter: Parameter): { dtype: DType; read(): Promise<HostArr
   }
 }
 
+/** Reads rows of a parameter without memory, as `readable` would read them. */
+async function readElsewhere(parameter: Parameter, from: number, to: number): Promise<HostArray | undefined> {
+  if (parameter.handle !== null || parameter.elsewhere === null) return undefined
+  const values = await parameter.elsewhere(from, to)
+  if (!(parameter instanceof QuantizedParameter)) return values
+  const { format, block, shape } = parameter.weight
+  const rows = [to - from, ...shape.slice(1)]
+  const rounded = () => {
+    const weight = quantizeWeight(fromHost(values, rows, 'f32', parameter.backend), format, block)
+    return format === 'bf16' ? weight.q : dequantizeWeight(weight)
+  }
+  using dense = scope(() => noGrad(rounded))
+  return await dense.data()
+}
+
 function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
   const { dtype, read } = readable(parameter)
   const shape = weightShape(parameter)
-  const elsewhere = () => (parameter.handle === null ? parameter.elsewhere : null)
   if (slices === undefined)
-    return [{ name, dtype, shape, data: async () => (await elsewhere()?.(0, shape[0] ?? 1)) ?? read() }]
+    return [{ name, dtype, shape, data: async () => (await readElsewhere(parameter, 0, shape[0] ?? 1)) ?? read() }]
   const sliceShape = shape.slice(1)
   const size = sizeOf(sliceShape)
   // All slices come from one download, which is released after the last slice was read.
@@ -90,7 +106,7 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
     dtype,
     shape: sliceShape,
     async data() {
-      const slice = await elsewhere()?.(i, i + 1)
+      const slice = await readElsewhere(parameter, i, i + 1)
       if (slice !== undefined) return slice
       whole ??= read()
       const all = await whole
@@ -203,7 +219,7 @@ async function loadQuantized(
   }
   if (!stacked) {
     const whole = await readCodes(keys[0])
-    return whole === undefined ? parameter.assignValues(await read(keys[0])) : parameter.assignParts(1, () => whole)
+    return whole === undefined ? parameter.assignValues(await read(keys[0])) : parameter.assignQuantized(whole)
   }
   return parameter.assignParts(keys.length, async i => {
     return (await readCodes(keys[i])) ?? fromHost(await read(keys[i]), slice, 'f32', parameter.backend)

@@ -8,6 +8,7 @@ import {
   type Module,
   materialize,
   namedParameters,
+  type Precision,
   type Tensor,
 } from '@moe/core'
 import { checkBatches, checkRanks, configError } from '../check-call.ts'
@@ -28,6 +29,7 @@ import {
   type PieceRunner,
   type RouteTokens,
 } from './expert-shards.ts'
+import { LedExperts } from './led-experts.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 
 /** A model that supports expert parallelism, such as `DeepSeek` of `@moe/deepseek`. `Batch` is the type of its micro-batches. */
@@ -54,6 +56,14 @@ export interface ExpertParallelModel<Batch> extends Module {
       readonly metrics?: Readonly<Record<string, Tensor>>
     }>
   }
+  /** If set, how inference (such as `generate`) reaches experts on other ranks. `ExpertParallel.lead` sets it; needed only for that. */
+  remoteExperts?: RemoteExperts | null
+}
+
+/** Runs forward passes whose routed experts are on other ranks. */
+export interface RemoteExperts {
+  /** Runs a pass without gradients. Frees its tensors afterwards, except those that `fn` has passed to `keep`. */
+  infer<T>(precision: Precision, fn: (pass: PieceRunner, route: RouteTokens) => Promise<T>): Promise<T>
 }
 
 /**
@@ -75,6 +85,11 @@ export class ExpertParallel<Batch> {
   parameters: readonly LocalParameter[]
   /** All parameters whose weights this rank holds: `parameters`, and those that other ranks update for it after `shardOptimizer`. */
   readonly weights: readonly LocalParameter[]
+  /**
+   * The weights that this rank needs for `lead`: on the first of the ranks that share the experts `weights`, on the others only their experts. Pass them to
+   * `loadWeights` to open a checkpoint for inference.
+   */
+  readonly leadWeights: readonly LocalParameter[]
   /** All ranks of the training. */
   readonly ranks: Communicator
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
@@ -109,6 +124,8 @@ export class ExpertParallel<Batch> {
     this.#shards = new ExpertShards(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
     this.weights = namedParameters(model).map(named => this.#shards.own(named))
     this.parameters = this.weights
+    const leads = this.#shards.sharing.rank === 0
+    this.leadWeights = leads ? this.weights : this.weights.filter(({ firstRow }) => firstRow !== undefined)
     this.#backend = this.parameters[0].parameter.backend
     this.#replicated = new Replicated([
       { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
@@ -201,6 +218,49 @@ export class ExpertParallel<Batch> {
       }
     }
     return losses
+  }
+
+  /**
+   * Uses the model for inference without gathering it. On the first of the ranks that share the experts, runs `work`, in which all of the model's inference is
+   * available: `generate`, `session`, `continuousBatch`, `score`, and what uses them, such as a server. Meanwhile the other ranks compute their experts for it.
+   * All ranks call it, and it resolves on all when `work` has ended.
+   *
+   * The other ranks need no weights but their experts: deferred ones stay without memory.
+   * @returns the result of `work`; undefined on the other ranks
+   * @throws MoeError E_CONFIG if the model does not support it
+   */
+  async lead<T>(work: () => Promise<T>): Promise<T | undefined> {
+    const model = this.#model
+    if (!('remoteExperts' in model))
+      throw configError(
+        'ExpertParallel.lead',
+        'the model has no property remoteExperts',
+        'pass a DeepSeek to ExpertParallel, or call gather() and use the whole model',
+      )
+    const led = new LedExperts(this.#shards, this.#backend)
+    await this.#replicated.gather()
+    this.#shards.takeOwn()
+    await materialize(this.leadWeights)
+    if (this.#shards.sharing.rank > 0) {
+      await led.follow()
+      return undefined
+    }
+    model.remoteExperts = {
+      async infer(precision, fn) {
+        const pass = new PiecewisePass({ precision, backward: false })
+        try {
+          return await fn(pass, led.routeIn(pass, precision))
+        } finally {
+          pass.dispose()
+        }
+      },
+    }
+    try {
+      return await work()
+    } finally {
+      model.remoteExperts = null
+      await led.end()
+    }
   }
 
   /**

@@ -1,11 +1,12 @@
 /** @file Experts sharded over ranks: the groups of ranks that share them, and the shard of this rank. */
 import {
+  copyRows,
   type LocalParameter,
   type Module,
   type NamedParameter,
   namedParameters,
-  noGrad,
   type Parameter,
+  QuantizedParameter,
   type Tensor,
   zeros,
 } from '@moe/core'
@@ -21,7 +22,7 @@ export interface ExpertParallelLayer {
 }
 
 /** Runs a forward pass in pieces. `PiecewisePass` implements it. */
-export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
+export interface PieceRunner extends Pick<PiecewisePass, 'run' | 'release'> {
   /** Runs ops on the results of other pieces. Returns leaves, for later pieces. */
   piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
 }
@@ -88,6 +89,21 @@ export class ExpertShards {
     this.rows = new Map([...shards.values()].flatMap(({ rows }) => rows))
   }
 
+  /** The ranks that share the experts. */
+  get sharing(): Communicator {
+    return this.#ranks.sharing
+  }
+
+  /** Numbers of the layers. */
+  get layers(): number[] {
+    return [...this.#layers.keys()]
+  }
+
+  /** This rank's experts of a layer, and the number of experts over all ranks. */
+  of(layer: number): Pick<Shard, 'shard' | 'experts'> {
+    return this.#layers.get(layer) as Shard
+  }
+
   /** The parameter that this rank trains in place of one of the model. */
   own(named: NamedParameter): LocalParameter {
     const parameter = this.rows.get(named.parameter)
@@ -100,7 +116,7 @@ export class ExpertShards {
   takeOwn(): void {
     for (const [whole, own] of this.rows) {
       if (whole.handle === null) continue
-      own.assign(noGrad(() => whole.narrow(0, ...runOf(whole.shape[0], this.#ranks.sharing))))
+      copyRows(own, whole, ...runOf(whole.shape[0], this.#ranks.sharing))
       whole.dispose()
     }
   }
@@ -109,7 +125,11 @@ export class ExpertShards {
   async gather(): Promise<void> {
     this.takeOwn()
     for (const [whole, own] of this.rows) {
-      whole.assign(await this.#ranks.sharing.allGather(own))
+      const gather = (rows: Tensor) => this.#ranks.sharing.allGather(rows)
+      if (whole instanceof QuantizedParameter && own instanceof QuantizedParameter) {
+        const { scale } = own.weight
+        whole.assignQuantized({ ...whole.weight, q: await gather(own), scale: scale && (await gather(scale)) })
+      } else whole.assign(await gather(own))
       own.dispose()
     }
   }
@@ -117,7 +137,7 @@ export class ExpertShards {
   /** The routing function for pieces of this pass. */
   routeIn(pass: PiecewisePass): RouteTokens {
     return (layer, tokens) => {
-      const { shard, experts } = this.#layers.get(layer) as Shard
+      const { shard, experts } = this.of(layer)
       const { sharing, back } = this.#ranks
       return routeOverRanks(pass, sharing, shard, tokens, experts, { back })
     }

@@ -2,6 +2,7 @@
 import {
   backwardInput,
   checkOptions,
+  disposeAfterUse,
   Lifetime,
   MoeError,
   noGrad,
@@ -78,6 +79,21 @@ export class PiecewisePass {
     const leaves = outputs.map(output => this.#leafOf(output, output.tracked))
     this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, leaves })
     return leaves as TensorEach<Outputs>
+  }
+
+  /** Declares that no later piece or exchange reads these leaves. They are freed, unless the backward pass may read them. */
+  release(...leaves: readonly Tensor[]): void {
+    if (!this.#backward) for (const leaf of leaves) leaf.dispose()
+  }
+
+  /** The same for the result of a piece that no gradient rule reads. It is always freed. */
+  discard(leaf: Tensor): void {
+    leaf.dispose()
+    for (const step of this.#steps.toReversed()) {
+      if (step.kind !== 'piece' || !step.leaves.includes(leaf)) continue
+      disposeAfterUse(step.outputs[step.leaves.indexOf(leaf)])
+      return
+    }
   }
 
   /**

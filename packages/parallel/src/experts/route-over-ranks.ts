@@ -45,12 +45,11 @@ export async function routeOverRanks(
   pass: PiecewisePass,
   ranks: Communicator,
   shard: ExpertsShard,
-  { x, weights, indices }: RoutedTokens,
+  tokens: RoutedTokens,
   experts: number,
   options: { readonly back?: Communicator } = {},
 ): Promise<Tensor> {
   checkOptions('routeOverRanks', options, { back: true })
-  const { back = ranks } = options
   const own = experts / ranks.size
   if (!Number.isInteger(own)) {
     throw new MoeError({
@@ -60,18 +59,67 @@ export async function routeOverRanks(
       fix: `use a number of ranks that divides ${experts}`,
     })
   }
-  const { backend } = x
+  const exchange = (counts: Int32Array<ArrayBuffer>) => exchangeCounts(ranks, counts, own, tokens.x)
+  return route(pass, ranks, shard, tokens, experts, { ...options, exchange })
+}
+
+/** `routeOverRanks` with any exchange of row counts: from those of this rank's rows by expert to those that each rank sends to this one. */
+export async function route(
+  pass: PiecewisePass,
+  ranks: Communicator,
+  shard: ExpertsShard,
+  { x, weights, indices }: RoutedTokens,
+  experts: number,
+  {
+    back,
+    exchange,
+  }: {
+    readonly back?: Communicator
+    readonly exchange: (counts: Int32Array<ArrayBuffer>) => Promise<readonly Int32Array[]>
+  },
+): Promise<Tensor> {
   const plan = pass.run(() => dispatchPlan(indices, experts))
   const counts = Int32Array.from(await plan.counts.values())
+  const [sorted] = pass.piece([x], tokens => [permuteTokens(tokens, plan)])
+  const incoming = await exchange(counts)
+  const own = experts / ranks.size
   // Rows sorted by expert are also sorted by rank.
   const sent = Array.from({ length: ranks.size }, (_, r) => sum(counts.subarray(r * own, (r + 1) * own)))
-  const incoming = await exchangeCounts(ranks, counts, own, x)
+  const returned = await computeRows(pass, ranks, shard, sorted, { sent, incoming, own, back })
+  const [combined] = pass.piece([returned, weights], (rows, gates) => [combineTokens(rows, gates, plan)])
+  pass.release(returned, plan.order, plan.positions, plan.offsets, plan.counts)
+  return combined
+}
+
+/** Which rows go where, and come from where. */
+interface RowPlan {
+  /** Number of rows that this rank sends to each rank. */
+  readonly sent: readonly number[]
+  /** Number of rows that each rank sends to each of this rank's experts. */
+  readonly incoming: readonly Int32Array[]
+  /** Number of this rank's experts. */
+  readonly own: number
+  readonly back?: Communicator | undefined
+}
+
+/**
+ * Sends rows `[n, D]`, sorted by rank, to the ranks of their experts, applies this rank's experts to the rows that it receives, and returns the results: a leaf
+ * `[n, D]`. All ranks call it.
+ */
+export async function computeRows(
+  pass: PiecewisePass,
+  ranks: Communicator,
+  shard: ExpertsShard,
+  rows: Tensor,
+  { sent, incoming, own, back = ranks }: RowPlan,
+): Promise<Tensor> {
+  const { backend } = rows
   const received = incoming.map(sum)
   const allToAll = (by: Communicator, to: readonly number[], from: readonly number[]) => async (rows: Tensor) =>
     (await by.allToAll(rows, to, from)).rows
 
-  const [sorted] = pass.piece([x], tokens => [permuteTokens(tokens, plan)])
-  const arrived = await pass.exchange(sorted, allToAll(ranks, sent, received), allToAll(back, received, sent))
+  const arrived = await pass.exchange(rows, allToAll(ranks, sent, received), allToAll(back, received, sent))
+  pass.discard(rows)
   const chosen = expertsOf(incoming)
   const computed =
     chosen.length === 0
@@ -81,7 +129,9 @@ export async function routeOverRanks(
           return [shard.route(rows, ones([chosen.length, 1], { backend }), local)]
         })[0]
   const returned = await pass.exchange(computed, allToAll(ranks, received, sent), allToAll(back, sent, received))
-  return pass.piece([returned, weights], (rows, gates) => [combineTokens(rows, gates, plan)])[0]
+  pass.release(arrived)
+  pass.discard(computed)
+  return returned
 }
 
 /** Returns, for each rank, the number of rows that it sends to each of this rank's experts. */

@@ -8,6 +8,9 @@ import { type MpiLibrary, openMpi } from './library.ts'
 /** MPI counts in 32-bit integers. */
 const largestMessage = 1 << 30
 
+/** Milliseconds without messages after which a waiting rank polls less often. */
+const busyTime = 1000
+
 /** MPI can be initialized only once per process. */
 let opened: Promise<Communicator> | undefined
 
@@ -15,7 +18,8 @@ let opened: Promise<Communicator> | undefined
  * Connects the processes that `mpirun` or `mpiexec` has started; this process is one of the ranks. Every call in a process returns the same communicator. Without a launcher, this process is
  * the only rank.
  *
- * Messages do not block the event loop. A rank that waits polls MPI on every turn of the event loop, which keeps a core busy, as usual for MPI programs.
+ * Messages do not block the event loop. A rank that waits polls MPI on every turn of the event loop, which keeps a core busy, as usual for MPI programs. After a second
+ * without messages, it polls a thousand times per second.
  *
  * Call `close()` (MPI_Finalize) at the end, but not after a failure: launchers end the other ranks when a process exits without it.
  * @param options.library path of the MPI library. Default: MOE_MPI_LIBRARY, or the installed library of the launcher
@@ -60,6 +64,8 @@ class MpiTransport implements Transport {
   readonly #pending = new Set<Pending>()
   readonly #channels: Channel[] = []
   #polling = false
+  /** When the latest message was started or completed. */
+  #active = 0
   readonly #word = new Int32Array(1)
   /** An MPI_Status: 20 bytes in MPICH, 24 in Open MPI. */
   readonly #status = new Uint8Array(256)
@@ -140,8 +146,9 @@ class MpiTransport implements Transport {
     })
   }
 
-  /** Polls MPI on every turn of the event loop until all messages are complete. */
+  /** Polls MPI until all messages are complete. */
   #startPolling(): void {
+    this.#active = performance.now()
     if (this.#polling) return
     this.#polling = true
     setImmediate(this.#poll)
@@ -153,6 +160,7 @@ class MpiTransport implements Transport {
     for (const pending of this.#pending) {
       try {
         if (!this.#isDone(pending)) continue
+        this.#active = performance.now()
         pending.done()
       } catch (error) {
         pending.fail(error)
@@ -160,7 +168,9 @@ class MpiTransport implements Transport {
       this.#pending.delete(pending)
     }
     this.#polling = this.#pending.size > 0 || this.#channels.some(({ receives }) => receives.length > 0)
-    if (this.#polling) setImmediate(this.#poll)
+    if (!this.#polling) return
+    if (performance.now() - this.#active < busyTime) setImmediate(this.#poll)
+    else setTimeout(this.#poll, 1)
   }
 
   /**

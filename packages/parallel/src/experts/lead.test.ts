@@ -1,0 +1,229 @@
+/** @file Inference on one rank with the experts of several, compared with the whole model on one rank. */
+import { deferWeights, full, Module, namedParameters, scope, setDefaultBackend, stateDict } from '@moe/core'
+import type { DeepSeek, DeepSeekConfigInput, DeepSeekOptions, Generation } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { AdamW } from '@moe/trainer'
+import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { local } from '../communicator/local.ts'
+import { batchesOf, newModel } from '../test-steps.ts'
+import { ExpertParallel } from './expert-parallel.ts'
+
+const backend = await createBackend()
+afterAll(() => backend.dispose())
+beforeEach(() => setDefaultBackend(backend))
+afterEach(() => expect(backend.stats().handles).toBe(0))
+
+const prompts = [
+  [3, 7, 11, 2, 10, 8, 1],
+  [4, 9],
+  [3, 7, 11, 2, 10, 8, 1, 19, 0, 1, 2, 6, 17],
+]
+
+async function read(text: Generation<number>): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of text) ids.push(id)
+  return ids
+}
+
+/** What inference gives, in all of its forms. */
+async function inferences(model: DeepSeek) {
+  const drafted = model.generate(prompts[0], { maxTokens: 12, speculative: true })
+  const greedy = await read(drafted)
+  const sampled = await read(model.generate(prompts[0], { maxTokens: 12, temperature: 1, seed: 3 }))
+  const session = model.session({ speculative: true })
+  const turns: number[][] = []
+  for (const prompt of [prompts[1], prompts[2], prompts[0]])
+    turns.push(await read(session.generate(prompt, { maxTokens: 6 })))
+  session.dispose()
+  const batch = model.continuousBatch({ speculative: true, prefillChunkSize: 5 })
+  const together = await Promise.all(prompts.map(prompt => read(batch.generate(prompt, { maxTokens: 9 }))))
+  batch.dispose()
+  const scores = (await model.score(prompts)).map(text => text.map(each => each?.logProb ?? 0))
+  return { texts: { greedy, accepted: drafted.stats.accepted, sampled, turns, together }, scores }
+}
+
+/** Inference of the whole model on one rank. */
+async function whole(changes: Partial<DeepSeekConfigInput>, options: DeepSeekOptions) {
+  const model = newModel(changes, options)
+  const result = await inferences(model)
+  model.dispose()
+  return result
+}
+
+const close = (scores: number[][]) => scores.map(text => text.map(score => expect.closeTo(score, 4)))
+
+describe('texts, drafts and log-probabilities are those of the whole model', () => {
+  test.each<[string, number, Partial<DeepSeekConfigInput>, DeepSeekOptions, number?]>([
+    ['one rank', 1, {}, {}],
+    ['two ranks', 2, {}, {}],
+    ['one rank per expert', 4, {}, {}],
+    ['two leaders', 4, {}, {}, 2],
+    ['without shared experts', 2, { n_shared_experts: 0 }, {}],
+    [
+      'sparse attention with shared indexers',
+      2,
+      {
+        ...{ model_type: 'glm_moe_dsa', index_n_heads: 2, index_head_dim: 4, index_topk: 4 },
+        indexer_types: Array.from({ length: 8 }, (_, i) => (i % 3 === 0 ? ('full' as const) : ('shared' as const))),
+      },
+      {},
+    ],
+    ['weights in bf16', 2, {}, { weights: 'bf16' }],
+    ['weights in fp8', 2, {}, { weights: 'fp8' }],
+    ['weights in int8', 2, {}, { weights: 'int8' }],
+    ['weights in int4', 4, {}, { weights: 'int4' }],
+  ])('%s', async (_, size, changes, options, expertParallelSize = size) => {
+    const expected = await whole(changes, options)
+    const found = await local(size, async ranks => {
+      const model = deferWeights(() => newModel(changes, options))
+      const parallel = new ExpertParallel(model, ranks, { expertParallelSize })
+      const result = await parallel.lead(() => inferences(model))
+      parallel.dispose()
+      model.dispose()
+      return result
+    })
+    for (const [rank, result] of found.entries())
+      expect(result).toEqual(
+        rank % expertParallelSize === 0 ? { ...expected, scores: close(expected.scores) } : undefined,
+      )
+  })
+})
+
+test('the other ranks have memory only for their experts, and gather() restores the model, also with quantized weights', async () => {
+  for (const weights of [undefined, 'fp8', 'int4'] as const) {
+    const expected = newModel({}, { weights })
+    const bytes = await local(2, async ranks => {
+      const own = await createBackend()
+      const model = deferWeights(() => newModel({}, { backend: own, weights }))
+      const before = own.stats().bytes
+      const parallel = new ExpertParallel(model, ranks)
+      await parallel.lead(() => read(model.generate([1, 2], { maxTokens: 2 })))
+      const held = own.stats().bytes - before
+      const experts = parallel.weights.filter(({ firstRow }) => firstRow !== undefined)
+      await parallel.gather()
+      for (const [i, { name, data }] of stateDict(model).entries())
+        expect([name, await data()]).toEqual([name, await stateDict(expected)[i].data()])
+      const restored = namedParameters(model).find(({ slices }) => slices)?.parameter.size ?? 0
+      parallel.dispose()
+      model.dispose()
+      own.dispose()
+      return { held, experts: experts.reduce((sum, { parameter }) => sum + parameter.size, 0), restored }
+    })
+    expect(bytes[1].held).toBeLessThan(bytes[0].held / 2)
+    // Codes of a weight, two to a byte in int4, and scales.
+    expect(bytes[1].held).toBeLessThan(bytes[1].experts * { none: 4.1, fp8: 6, int4: 6 }[weights ?? 'none'])
+    expected.dispose()
+  }
+})
+
+test('weights after training steps are used, and training goes on as without inference in between', async () => {
+  const run = (between: boolean) =>
+    local(2, async ranks => {
+      const model = newModel()
+      const parallel = new ExpertParallel(model, ranks)
+      parallel.shardOptimizer()
+      const optimizer = new AdamW(parallel.parameters)
+      const texts: unknown[] = []
+      const losses: number[] = []
+      for (let step = 0; step < 3; step++) {
+        losses.push((await parallel.step([batchesOf(2, model)[ranks.rank]])).loss)
+        scope(() => optimizer.step(1e-2, full([], 1)))
+        if (between) texts.push(await parallel.lead(() => read(model.generate([1, 2, 3], { maxTokens: 8 }))))
+      }
+      await parallel.gather()
+      const last = await read(model.generate([1, 2, 3], { maxTokens: 8 }))
+      optimizer.dispose()
+      parallel.dispose()
+      model.dispose()
+      return { losses, texts, last }
+    })
+  const [plain] = await run(false)
+  const [led, other] = await run(true)
+  expect(led.losses).toEqual(plain.losses)
+  expect(led.texts.at(-1)).toEqual(plain.last)
+  expect(other.texts).toEqual([undefined, undefined, undefined])
+})
+
+test('several texts at a time, one of which is aborted, do not disturb each other', async () => {
+  const expected = await whole({}, {})
+  await local(2, async ranks => {
+    const model = newModel()
+    const parallel = new ExpertParallel(model, ranks)
+    await parallel.lead(async () => {
+      const controller = new AbortController()
+      const options = { maxTokens: 12, speculative: true, signal: controller.signal }
+      const aborted = read(model.generate(prompts[2], { ...options, onToken: () => controller.abort() }))
+      const [results, error] = await Promise.all([inferences(model), aborted.catch(error => error.code)])
+      expect(results.texts).toEqual(expected.texts)
+      expect(error).toBe('E_ABORTED')
+    })
+    parallel.dispose()
+    model.dispose()
+  })
+})
+
+test('an error of the function ends the other ranks, and the model can lead again', async () => {
+  await local(2, async ranks => {
+    const model = newModel()
+    const parallel = new ExpertParallel(model, ranks)
+    const failed = parallel.lead(async () => {
+      await read(model.generate([1], { maxTokens: 2 }))
+      throw new Error('no disk')
+    })
+    if (ranks.rank === 0) await expect(failed).rejects.toThrow('no disk')
+    else expect(await failed).toBe(undefined)
+    const [texts] = [await parallel.lead(() => read(model.generate([1], { maxTokens: 2 })))]
+    expect(texts?.length).toBe(ranks.rank === 0 ? 2 : undefined)
+    parallel.dispose()
+    model.dispose()
+  })
+})
+
+test('inference that outlives the function, and a model without remote experts, are errors', async () => {
+  await local(2, async ranks => {
+    const model = newModel()
+    const parallel = new ExpertParallel(model, ranks)
+    let late: Promise<unknown> | undefined
+    await parallel.lead(async () => {
+      const session = model.session()
+      late = read(session.generate([1], { maxTokens: 40 })).finally(() => session.dispose())
+      await new Promise(setImmediate)
+    })
+    if (ranks.rank === 0) await expect(late).rejects.toThrow(/freed|lead: the other ranks no longer compute experts/)
+    parallel.dispose()
+    const other = newModel()
+    class Plain extends Module {
+      part = other
+      moeLayers = other.moeLayers
+      inPieces = other.inPieces.bind(other)
+    }
+    const unable = new ExpertParallel(new Plain(), ranks)
+    await expect(unable.lead(async () => 0)).rejects.toThrow(
+      'ExpertParallel.lead: the model has no property remoteExperts; pass a DeepSeek',
+    )
+    unable.dispose()
+    for (const each of [model, other]) each.dispose()
+  })
+})
+
+test('an evaluation on ranks frees the results of each layer', async () => {
+  const peakOf = (layers: number) =>
+    local(2, async ranks => {
+      const own = await createBackend()
+      const changes = { num_hidden_layers: layers, num_nextn_predict_layers: 0 }
+      const model = deferWeights(() => newModel(changes, { backend: own }))
+      const parallel = new ExpertParallel(model, ranks)
+      await parallel.synchronize()
+      const rows = { tokens: new Int32Array(4 * 101).fill(3), documents: new Int32Array(4 * 101), rows: 4, length: 101 }
+      const before = own.stats().bytes
+      await parallel.evaluate([{ batch: rows, from: 0 }])
+      const peak = own.stats().peakBytes - before
+      parallel.dispose()
+      model.dispose()
+      own.dispose()
+      return peak
+    })
+  const [few] = await peakOf(4)
+  const [many] = await peakOf(12)
+  expect(many).toBeLessThan(1.1 * few)
+})
