@@ -19,8 +19,11 @@ const edges = {
   parallel: ['core'],
   // So does that of evaluation.
   evaluation: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
-  // Its command opens folders and chooses a backend: it is an application.
-  server: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
+  // Its command opens folders, chooses a backend and connects ranks: it is an application.
+  server: [
+    ...['core', 'deepseek', 'tokenizer-bpe', 'parallel'],
+    ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs'],
+  ],
 }
 
 const notShipped = String.raw`\.(test|bench)\.ts$|/test-[^/]+\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`

@@ -3,7 +3,7 @@
  *
  * Legend: B batch, T time, E experts, V vocabulary.
  */
-import { type CheckpointLocation, type FolderLocation, folderOptionNames } from '@moe/checkpoint'
+import { type CheckpointLocation, type FolderLocation, type FolderOptions, folderOptionNames } from '@moe/checkpoint'
 import {
   type Backend,
   checkOptions,
@@ -13,13 +13,21 @@ import {
   fromHost,
   type InitOptions,
   isFrozen,
+  type LocalParameter,
   noGrad,
   Random,
   type Tensor,
 } from '@moe/core'
 import { type MtpAcceptance, mtpAcceptance, shiftTokens, type TokenRows } from '@moe/mtp'
 import { type Balancer, type LayerLoad, type LoadMonitor, scheduled, type TokenDropping, updateBias } from '@moe/router'
-import { changedConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
+import {
+  changedConfig,
+  type DeepSeekConfigInput,
+  type DenseConfigInput,
+  endTokens,
+  type LatentConfigInput,
+  parseConfig,
+} from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import type { LayerOptions } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generation.ts'
@@ -31,7 +39,6 @@ import {
   type DeepSeekOptions,
   defaultObjective,
   droppingNames,
-  type FromPretrainedOptions,
   type Objective,
   optionNames,
 } from './options.ts'
@@ -51,6 +58,20 @@ import {
   trainsIndexers,
   uploadInputs,
 } from './training-loss.ts'
+
+/** Options of `DeepSeek.fromPretrained`. */
+export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {
+  /**
+   * Overrides of config.json, for example `{ max_position_embeddings, rope_scaling }` for a longer context. `original_max_position_embeddings` of `rope_scaling` is by default the context that the
+   * model has been trained with. Sizes of weights cannot be changed. `{ model_type: 'deepseek_v32', index_topk }` converts a model of another type with latent attention to sparse attention: it gets new
+   * indexers with random weights, which must be trained (see `indexerWarmup`).
+   */
+  readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput> | undefined
+  /**
+   * Opens a part of the model: returns the parameters to load, for example `new ExpertParallel(model, ranks).leadWeights`. The other weights get no memory. Default: all parameters.
+   */
+  readonly parameters?: ((model: DeepSeek) => readonly LocalParameter[]) | undefined
+}
 
 /** A language model with the architecture of DeepSeek V2, V3 or DeepSeek LLM, of any size. */
 export class DeepSeek extends Network {
@@ -96,12 +117,15 @@ export class DeepSeek extends Network {
    */
   static async fromPretrained(location: CheckpointLocation, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
-    checkOptions('DeepSeek.fromPretrained', options, { ...names, ...folderOptionNames, config: true })
-    const { root, fetch, signal, onProgress, config: changes, ...rest } = options
+    checkOptions('DeepSeek.fromPretrained', options, {
+      ...{ ...names, ...folderOptionNames },
+      ...{ config: true, parameters: true },
+    })
+    const { root, fetch, signal, onProgress, config: changes, parameters, ...rest } = options
     const reading = { root, fetch, signal, onProgress }
     const make = (config: DeepSeekConfigInput) =>
       new DeepSeek(changes ? changedConfig(config, changes) : config, { ...rest, seed: null })
-    return loadPretrained(location, reading, make)
+    return loadPretrained(location, reading, make, parameters)
   }
 
   /** Weights of the auxiliary losses, and speed of the balance bias. May be changed between steps. */

@@ -1,8 +1,6 @@
 /** @file Options of a model: initialization, load balancing, training loss, memory. */
-import type { FolderOptions } from '@moe/checkpoint'
 import { type Backend, MoeError, type OptionNames, shown, type WeightFormat } from '@moe/core'
 import type { Balancer, LoadMonitor, Scheduled, TokenDropping } from '@moe/router'
-import type { DenseConfigInput, LatentConfigInput } from './config.ts'
 
 /**
  * Weights of the auxiliary training losses and speed of the balance bias. Each is a number or a function of the optimizer steps done (`model.step`), and may be
@@ -64,16 +62,6 @@ export interface DeepSeekOptions {
   readonly recompute?: Recompute | undefined
   /** Receives the loads and balance biases of every layer after each step. */
   readonly monitor?: LoadMonitor | undefined
-}
-
-/** Options of `DeepSeek.fromPretrained`. */
-export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {
-  /**
-   * Overrides of config.json, for example `{ max_position_embeddings, rope_scaling }` for a longer context. `original_max_position_embeddings` of `rope_scaling` is by default the context that the
-   * model has been trained with. Sizes of weights cannot be changed. `{ model_type: 'deepseek_v32', index_topk }` converts a model of another type with latent attention to sparse attention: it gets new
-   * indexers with random weights, which must be trained (see `indexerWarmup`).
-   */
-  readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput> | undefined
 }
 
 export const optionNames: OptionNames<DeepSeekOptions> = {

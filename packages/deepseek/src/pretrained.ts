@@ -19,8 +19,10 @@ import {
   writeText,
 } from '@moe/checkpoint'
 import {
+  deferWeights,
   keep,
   type LoadOptions,
+  type LocalParameter,
   loadStateDict,
   MoeError,
   namedAdapters,
@@ -106,11 +108,20 @@ export async function loadPretrained<Model extends Network>(
   location: CheckpointLocation,
   options: FolderOptions,
   make: (config: DeepSeekConfigInput) => Model,
+  partOf?: (model: Model) => readonly LocalParameter[],
 ): Promise<Model> {
   const folder = openFolder('fromPretrained', location, options)
-  if (!isDiskPath('fromPretrained', location)) return openModel(folder, make)
+  if (!isDiskPath('fromPretrained', location)) return openModel(folder, make, partOf)
   const base = await adapterBase(location)
-  const model = await openModel(base === undefined ? folder : openFolder('fromPretrained', base, options), make)
+  if (base !== undefined && partOf !== undefined) {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: 'fromPretrained',
+      problem: `${folder.path} contains adapters, which can only be added to a whole model`,
+      fix: 'open it without the option parameters, merge the adapters (await mergeAdapters(model)), and save the model',
+    })
+  }
+  const model = await openModel(base === undefined ? folder : openFolder('fromPretrained', base, options), make, partOf)
   model.source = resolve(base ?? folder.path)
   if (base === undefined) return model
   try {
@@ -125,14 +136,19 @@ export async function loadPretrained<Model extends Network>(
 async function openModel<Model extends Network>(
   folder: Folder,
   make: (config: DeepSeekConfigInput) => Model,
+  partOf?: (model: Model) => readonly LocalParameter[],
 ): Promise<Model> {
   const config = await readConfig(folder)
   await using weights = await openWeights(folder)
   const own = parseConfig(config)
   checkSize(folder.path, own, weights.checkpoint)
-  const model = make(config)
+  const model = partOf === undefined ? make(config) : deferWeights(() => make(config))
   try {
-    await fillWeights(model, weights, { newIndexers: model.config.index_topk !== null && own.index_topk === null })
+    const parameters = partOf?.(model)
+    const newIndexers = model.config.index_topk !== null && own.index_topk === null
+    await fillWeights(model, weights, { newIndexers, parameters })
+    // Weights that are not loaded are not those of a new model either.
+    if (parameters !== undefined) for (const { parameter } of namedParameters(model)) parameter.elsewhere = null
   } catch (error) {
     model.dispose()
     throw error

@@ -72,3 +72,33 @@ test.skipIf(process.platform === 'win32' /* no signals */)('serves a folder unti
   }
   expect(await exit).toBe(0)
 })
+
+const launcher = ['mpirun.openmpi', 'mpirun'].find(name => spawnSync(name, ['--version']).status === 0)
+
+test.skipIf(launcher === undefined)(
+  '--ranks serves with the experts of two processes, as one process does',
+  async () => {
+    const texts: unknown[] = []
+    for (const start of [
+      [launcher as string, '--oversubscribe', '-np', '2', process.execPath, cli, '--ranks', '--weights', 'int8'],
+      [process.execPath, cli, '--weights', 'int8'],
+    ]) {
+      const [command, ...args] = [...start, 'model', '--port', '0', '--json', '--quiet', '--speculative']
+      const env = { ...process.env, OMPI_ALLOW_RUN_AS_ROOT: '1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM: '1' }
+      const child = spawn(command, args, { cwd: folder, env })
+      const exit = new Promise(resolve => child.once('exit', resolve))
+      try {
+        const [, url] = await untilOutput(child, /"url":"(.*?)"/)
+        const ask = async (prompt: string) => {
+          const response = await fetch(`${url}/v1/completions`, post({ prompt, max_tokens: 12, temperature: 0 }))
+          return ((await response.json()) as { choices: [{ text: string }] }).choices[0].text
+        }
+        texts.push(await Promise.all(['the', 'angels of', 'people'].map(ask)))
+      } finally {
+        child.kill('SIGTERM')
+      }
+      await exit
+    }
+    expect(texts[0]).toEqual(texts[1])
+  },
+)

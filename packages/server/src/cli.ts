@@ -2,9 +2,18 @@
 /** @file The command `moe-serve`. Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 130 or 143 on a second signal. */
 import { readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import {
+  type Backend,
+  firstAvailable,
+  isMoeError,
+  precisions,
+  setDefaultBackend,
+  type WeightFormat,
+  weightBytes,
+} from '@moe/core'
+import type { ExpertParallel } from '@moe/parallel'
 import { createServer } from './create-server.ts'
-import { openFolder } from './open-folder.ts'
+import { type OpenedModel, type OpenOptions, openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
 import { serve } from './serve.ts'
 
@@ -27,7 +36,8 @@ Serves a language model through an OpenAI-compatible HTTP API.
   --cache-tokens N   capacity of the KV cache in tokens (default: the context length, or 2048 per text if that is more)
   --cache FORMAT     format of the KV cache: f32 (default), or bf16 for half the memory
   --speculative      use speculative decoding with the model's MTP modules
-  --threads N        number of CPU threads (default: one per core)
+  --threads N        number of CPU threads (default: one per core; with --ranks, one)
+  --ranks            shard the experts over the processes that mpirun has started: mpirun -np 4 moe-serve FOLDER --ranks
   --json             log to standard output, one JSON object per line
   --quiet            log nothing to standard error
   --version          print the version
@@ -59,6 +69,7 @@ function readArguments() {
       cache: { type: 'string' },
       speculative: { type: 'boolean', default: false },
       threads: { type: 'string' },
+      ranks: { type: 'boolean', default: false },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
       version: { type: 'boolean', default: false },
@@ -105,11 +116,31 @@ for (const stream of [process.stdout, process.stderr]) stream.on('error', () => 
 const log = (text: string) => process.stderr.write(`${text}\n`)
 const print = (line: string) => process.stdout.write(`${line}\n`)
 
-async function main(options: ReturnType<typeof readArguments>): Promise<void> {
-  const { folder, json, quiet, host, threads, precision, speculative } = options
+type Options = ReturnType<typeof readArguments>
+
+async function main(options: Options): Promise<void> {
+  const { folder, ranks } = options
   if (folder === undefined) throw new UsageError('missing FOLDER')
+  const open = (more: OpenOptions = {}) => {
+    const { weights, name, 'chat-template': chatTemplate } = options
+    return openFolder(folder, { weights, name, chatTemplate, ...more })
+  }
+  const threads = options.threads ?? (ranks ? 1 : undefined)
+  if (ranks) await serveOnRanks(threads, open, model => serveModel(model, options))
+  else {
+    await useBackend(threads)
+    await serveModel(await open(), options)
+  }
+  process.exit(0)
+}
+
+/** Creates the backend: a GPU if there is one. @param device index of the GPU */
+async function useBackend(threads: number | undefined, device?: number): Promise<Backend> {
   const backend = await firstAvailable([
-    () => import('@moe/kernels-cuda'),
+    async () => {
+      const { createBackend } = await import('@moe/kernels-cuda')
+      return { createBackend: () => createBackend({ device }) }
+    },
     async () => {
       const { createBackend } = await import('@moe/kernels-cpu')
       return { createBackend: () => createBackend({ threads }) }
@@ -117,22 +148,58 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     () => import('@moe/backend-tfjs'),
   ])
   setDefaultBackend(backend)
-  const { path, model, tokenizer, chatTemplate, name } = await openFolder(folder, {
-    weights: options.weights,
-    name: options.name,
-    chatTemplate: options['chat-template'],
+  return backend
+}
+
+/** Serves from the first rank, with the experts of all ranks. */
+async function serveOnRanks(
+  threads: number | undefined,
+  open: (options: OpenOptions) => Promise<OpenedModel>,
+  serveOpened: (opened: OpenedModel) => Promise<void>,
+): Promise<void> {
+  const { ExpertParallel, mpi, nccl } = await import('@moe/parallel')
+  const processes = await mpi()
+  const backend = await useBackend(threads, localRank())
+  const ranks = backend.name === 'cuda' ? await nccl(processes) : processes
+  let shards: Pick<ExpertParallel<never>, 'lead'> | undefined
+  const opened = await open({
+    parameters: model => {
+      const parallel = new ExpertParallel(model, ranks)
+      shards = parallel
+      return parallel.leadWeights
+    },
   })
+  // The first rank ends the others. When interrupted, the launcher also signals them.
+  if (ranks.rank > 0) for (const signal of Object.keys(exitCodes)) process.on(signal, () => undefined)
+  await shards?.lead(() => serveOpened(opened))
+  await ranks.close()
+}
+
+/** Number of this process among those on the same machine, which each have their own GPU. */
+function localRank(): number | undefined {
+  const names = ['OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID']
+  const rank = names.map(name => process.env[name]).find(value => value !== undefined)
+  return rank === undefined ? undefined : Number(rank)
+}
+
+/** Serves until a signal stops the server. */
+async function serveModel(
+  { path, model, tokenizer, chatTemplate, name }: OpenedModel,
+  options: Options,
+): Promise<void> {
+  const { json, quiet, host, precision, speculative } = options
   if (speculative && model.mtp.length === 0) throw new UsageError(`--speculative: ${path} has no MTP modules`)
   const color = process.stderr.isTTY && !process.env.NO_COLOR
+  const engine = model.continuousBatch({
+    precision,
+    maxTexts: options.maxTexts,
+    cacheTokens: options.cacheTokens,
+    cacheDtype: options.cache,
+    speculative,
+  })
   const app = createServer({
     model,
-    engine: model.continuousBatch({
-      precision,
-      maxTexts: options.maxTexts,
-      cacheTokens: options.cacheTokens,
-      cacheDtype: options.cache,
-      speculative,
-    }),
+    engine,
     tokenizer,
     chatTemplate,
     name,
@@ -145,29 +212,43 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     },
   })
   const server = await serve(app, { port: options.port, host })
-  stopOnSignals(() => server.close(), quiet)
+  const stopped = untilSignal(() => server.close(), quiet)
   const { url } = server
   if (json) print(JSON.stringify({ event: 'listening', url, model: name, chat: chatTemplate !== undefined }))
-  if (quiet) return
+  if (!quiet) describe({ path, model, chatTemplate, name }, options, url)
+  await stopped
+  engine.dispose()
+}
+
+/** Logs what is served where. */
+function describe(
+  { path, model, chatTemplate, name }: Pick<OpenedModel, 'path' | 'model' | 'chatTemplate' | 'name'>,
+  { host, apiKey }: Options,
+  url: string,
+): void {
+  const { backend } = model
   const { elements, bytes } = weightBytes(model)
   const size = `${(elements / 1e6).toFixed(1)}M parameters, ${(bytes / 2 ** 20).toFixed(0)} MiB`
   log(`${path}: ${size} on ${backend.name} (${backend.device})`)
   if (chatTemplate === undefined)
     log('no chat template: only /v1/completions is available; set one with --chat-template')
-  if (!/^(127\.|localhost$|::1$)/.test(host) && options.apiKey === undefined)
+  if (!/^(127\.|localhost$|::1$)/.test(host) && apiKey === undefined)
     log(`anyone who can reach ${host} can use this server; require a key with --api-key`)
   log(`serving ${name} at ${url}/v1`)
 }
 
-function stopOnSignals(close: () => Promise<void>, quiet: boolean): void {
-  let stopping = false
-  const stop = (signal: NodeJS.Signals) => {
-    if (stopping) process.exit(exitCodes[signal as keyof typeof exitCodes])
-    stopping = true
-    if (!quiet) log('waiting up to 10 s for running requests; press Ctrl-C again to stop immediately')
-    void close().then(() => process.exit(0))
-  }
-  for (const signal of Object.keys(exitCodes)) process.on(signal, stop)
+/** Resolves when the server has been closed after a signal. */
+function untilSignal(close: () => Promise<void>, quiet: boolean): Promise<void> {
+  return new Promise((resolve, reject) => {
+    let stopping = false
+    const stop = (signal: NodeJS.Signals) => {
+      if (stopping) process.exit(exitCodes[signal as keyof typeof exitCodes])
+      stopping = true
+      if (!quiet) log('waiting up to 10 s for running requests; press Ctrl-C again to stop immediately')
+      close().then(resolve, reject)
+    }
+    for (const signal of Object.keys(exitCodes)) process.on(signal, stop)
+  })
 }
 
 /** Errors whose message is sufficient without a stack trace. */

@@ -2,7 +2,7 @@
 import { existsSync, readFileSync } from 'node:fs'
 import { basename, join, resolve } from 'node:path'
 import { MoeError, type WeightFormat } from '@moe/core'
-import { DeepSeek } from '@moe/deepseek'
+import { DeepSeek, type FromPretrainedOptions } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatConfig, ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { modelFolder } from '@moe/trainer'
@@ -10,10 +10,19 @@ import type { ServedModel } from './generation-request.ts'
 
 export interface OpenOptions {
   readonly weights?: WeightFormat | undefined
+  /** As in `DeepSeek.fromPretrained`: the parameters to load, if this rank has only a part of the model. */
+  readonly parameters?: FromPretrainedOptions['parameters']
   /** Path of a Jinja file that replaces the folder's template. */
   readonly chatTemplate?: string | undefined
   /** Name of the model for clients. Default: the name of the folder. */
   readonly name?: string | undefined
+}
+
+/** A model opened from a folder. */
+export interface OpenedModel extends ServedModel {
+  readonly model: DeepSeek
+  /** The folder of its weights. */
+  readonly path: string
 }
 
 /**
@@ -21,14 +30,11 @@ export interface OpenOptions {
  * of `tokenizer_config.json`.
  * @throws MoeError, TokenizerError if a file is missing or corrupt
  */
-export async function openFolder(
-  folder: string,
-  options: OpenOptions = {},
-): Promise<ServedModel & { readonly model: DeepSeek; readonly path: string }> {
+export async function openFolder(folder: string, options: OpenOptions = {}): Promise<OpenedModel> {
   const path = modelFolder(folder)
   const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
   const chatTemplate = await readTemplate(path, options.chatTemplate)
-  const model = await DeepSeek.fromPretrained(path, { weights: options.weights })
+  const model = await DeepSeek.fromPretrained(path, { weights: options.weights, parameters: options.parameters })
   return { path, model, tokenizer, chatTemplate, name: options.name ?? basename(resolve(folder)) }
 }
 

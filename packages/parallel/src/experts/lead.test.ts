@@ -1,10 +1,15 @@
 /** @file Inference on one rank with the experts of several, compared with the whole model on one rank. */
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { deferWeights, full, Module, namedParameters, scope, setDefaultBackend, stateDict } from '@moe/core'
-import type { DeepSeek, DeepSeekConfigInput, DeepSeekOptions, Generation } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, type Generation } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { AdamW } from '@moe/trainer'
+import { AdamW, type TokenBatch } from '@moe/trainer'
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { local } from '../communicator/local.ts'
+import { local, localOver } from '../communicator/local.ts'
+import { DelayedTransport } from '../communicator/test-delays.ts'
+import type { Transport } from '../communicator/transport.ts'
 import { batchesOf, newModel } from '../test-steps.ts'
 import { ExpertParallel } from './expert-parallel.ts'
 
@@ -116,6 +121,53 @@ test('the other ranks have memory only for their experts, and gather() restores 
   }
 })
 
+test('a checkpoint opens on ranks, each with the weights that it needs', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'moe-lead-'))
+  const model = newModel()
+  await model.save(folder)
+  model.dispose()
+  const prompt = [3, 7, 11, 2]
+  for (const weights of [undefined, 'int4'] as const) {
+    const whole = await DeepSeek.fromPretrained(folder, { weights })
+    const expected = await read(whole.generate(prompt, { maxTokens: 8 }))
+    whole.dispose()
+    const [first, second] = await local(2, async ranks => {
+      const own = await createBackend()
+      let parallel!: ExpertParallel<TokenBatch>
+      const parameters = (model: DeepSeek) => {
+        parallel = new ExpertParallel(model, ranks)
+        return parallel.leadWeights
+      }
+      const opened = await DeepSeek.fromPretrained(folder, { weights, backend: own, parameters })
+      const text = await parallel.lead(() => read(opened.generate(prompt, { maxTokens: 8 })))
+      const { bytes } = own.stats()
+      // What was not loaded must not become the zeros that a checkpoint replaces.
+      await parallel.synchronize()
+      const embedding = opened.model.embed_tokens.weight
+      const result = { text, bytes, embedded: embedding.handle !== null }
+      parallel.dispose()
+      opened.dispose()
+      own.dispose()
+      return result
+    })
+    expect([first.text, second.text]).toEqual([expected, undefined])
+    expect(second.bytes).toBeLessThan(first.bytes)
+    expect([first.embedded, second.embedded]).toEqual([true, false])
+  }
+  const adapters = await mkdtemp(join(folder, 'adapters-'))
+  const description = {
+    peft_type: 'LORA',
+    base_model_name_or_path: folder,
+    r: 2,
+    lora_alpha: 2,
+    target_modules: ['q_proj'],
+  }
+  await writeFile(join(adapters, 'adapter_config.json'), JSON.stringify(description))
+  const part = DeepSeek.fromPretrained(adapters, { parameters: () => [] })
+  await expect(part).rejects.toThrow(/contains adapters, which can only be added to a whole model; open it without/)
+  await rm(folder, { recursive: true })
+})
+
 test('weights after training steps are used, and training goes on as without inference in between', async () => {
   const run = (between: boolean) =>
     local(2, async ranks => {
@@ -144,18 +196,22 @@ test('weights after training steps are used, and training goes on as without inf
   expect(other.texts).toEqual([undefined, undefined, undefined])
 })
 
-test('several texts at a time, one of which is aborted, do not disturb each other', async () => {
-  const expected = await whole({}, {})
-  await local(2, async ranks => {
+test('passes of several texts at a time, one of which is aborted, do not disturb each other', async () => {
+  const model = newModel()
+  const alone: number[][] = []
+  for (const prompt of prompts) alone.push(await read(model.generate(prompt, { maxTokens: 5 })))
+  model.dispose()
+  // The pass of a text goes on while another waits for a message.
+  const delayed = (transport: Transport) => new DelayedTransport(transport, () => 0.1)
+  await localOver(2, delayed, async ranks => {
     const model = newModel()
     const parallel = new ExpertParallel(model, ranks)
     await parallel.lead(async () => {
       const controller = new AbortController()
-      const options = { maxTokens: 12, speculative: true, signal: controller.signal }
-      const aborted = read(model.generate(prompts[2], { ...options, onToken: () => controller.abort() }))
-      const [results, error] = await Promise.all([inferences(model), aborted.catch(error => error.code)])
-      expect(results.texts).toEqual(expected.texts)
-      expect(error).toBe('E_ABORTED')
+      const options = { maxTokens: 12, signal: controller.signal, onToken: () => controller.abort() }
+      const aborted = read(model.generate([8, 9], options)).catch(error => error.code)
+      const texts = await Promise.all(prompts.map(prompt => read(model.generate(prompt, { maxTokens: 5 }))))
+      expect([texts, await aborted]).toEqual([alone, 'E_ABORTED'])
     })
     parallel.dispose()
     model.dispose()

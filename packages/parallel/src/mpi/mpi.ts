@@ -8,7 +8,7 @@ import { type MpiLibrary, openMpi } from './library.ts'
 /** MPI counts in 32-bit integers. */
 const largestMessage = 1 << 30
 
-/** Milliseconds without messages after which a waiting rank polls less often. */
+/** Milliseconds without messages after which a rank that waits for one polls less often. */
 const busyTime = 1000
 
 /** MPI can be initialized only once per process. */
@@ -169,7 +169,8 @@ class MpiTransport implements Transport {
     }
     this.#polling = this.#pending.size > 0 || this.#channels.some(({ receives }) => receives.length > 0)
     if (!this.#polling) return
-    if (performance.now() - this.#active < busyTime) setImmediate(this.#poll)
+    // MPI moves long messages piece by piece, and only when it is called.
+    if (this.#pending.size > 0 || performance.now() - this.#active < busyTime) setImmediate(this.#poll)
     else setTimeout(this.#poll, 1)
   }
 

@@ -1,15 +1,16 @@
 /** @file The NCCL communicator, compared with the host communicator, on emulated devices, or with MOE_REQUIRE_CUDA=1 on real ones. The emulated NCCL also detects invalid use: see emulator/nccl.cc of `@moe/kernels-cuda`. */
 import { fileURLToPath } from 'node:url'
-import { type Backend, fromHost, isMoeError, type MoeError, Random, tensor } from '@moe/core'
+import { type Backend, deferWeights, fromHost, isMoeError, type MoeError, Random, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek } from '@moe/deepseek'
 import type { CudaBackend } from '@moe/kernels-cuda'
 import koffi from 'koffi'
 import { afterEach, describe, expect, test } from 'vitest'
 import type { Communicator } from '../communicator/communicator.ts'
 import { exercise, expected } from '../communicator/test-exercise.ts'
-import { local } from '../index.ts'
+import { ExpertParallel, local } from '../index.ts'
 import { launch, launchers } from '../mpi/test-launch.ts'
-import { digestOf, parallelisms, trainSmall } from '../test-training.ts'
+import { digestOf, parallelisms, smallConfig, trainSmall } from '../test-training.ts'
 import type { CudaAccess } from './device-memory.ts'
 import { nccl } from './nccl.ts'
 import { backendOf, connect, driver, library, mostRanks, onDevice, onDevices, unavailable } from './test-devices.ts'
@@ -142,6 +143,39 @@ describe.skipIf(unavailable)('NCCL', () => {
       // Takes sixteen seconds on an idle machine.
     },
     240_000,
+  )
+
+  onTwoDevices.each([undefined, 'int4'] as const)(
+    'a rank generates with the experts of both devices, weights %s, as with the whole model',
+    async weights => {
+      const texts = async (model: DeepSeek) => {
+        const batch = model.continuousBatch({ speculative: true })
+        const read = async (prompt: number[]) => {
+          const ids: number[] = []
+          for await (const id of batch.generate(prompt, { maxTokens: 6 })) ids.push(id)
+          return ids
+        }
+        const made = await Promise.all([[3, 7, 11], [5]].map(read))
+        batch.dispose()
+        return made
+      }
+      const newModel = (backend: Backend) => new DeepSeek(smallConfig, { seed: 1, backend, weights })
+      const [found, other] = await onDevices(2, async (ranks, backend) => {
+        const model = deferWeights(() => newModel(backend))
+        const parallel = new ExpertParallel(model, ranks)
+        const made = await parallel.lead(() => texts(model))
+        parallel.dispose()
+        model.dispose()
+        expect(backend.stats().handles).toBe(0)
+        return made
+      })
+      reset()
+      const backend = await backendOf(0, false)
+      const whole = newModel(backend)
+      expect([found, other]).toEqual([await texts(whole), undefined])
+      whole.dispose()
+      backend.dispose()
+    },
   )
 
   onTwoDevices('a pending message blocks neither the event loop nor the backend', async () => {
