@@ -160,7 +160,7 @@ async function serveOnRanks(
   const { ExpertParallel, mpi, nccl } = await import('@moe/parallel')
   const processes = await mpi()
   const backend = await useBackend(threads, localRank())
-  const ranks = backend.name === 'cuda' ? await nccl(processes) : processes
+  const ranks = backend.name === 'kernels-cuda' ? await nccl(processes) : processes
   let shards: Pick<ExpertParallel<never>, 'lead'> | undefined
   const opened = await open({
     parameters: model => {
