@@ -2,17 +2,20 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
 import {
+  addAdapters,
   decodeHost,
   dtypeBytes,
   encodeHost,
   fromHost,
   gradients,
   loadStateDict,
+  namedAdapters,
   namedParameters,
   Random,
   randn,
   setDefaultBackend,
   type Tensor,
+  type Value,
   zeros,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
@@ -28,6 +31,7 @@ import {
   softmaxScale,
   yarnMscale,
 } from './index.ts'
+import { limits } from './mla.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -229,6 +233,57 @@ describe('decoding over the latent cache', () => {
     // The rows have 8 significant bits, which bounds the difference of the output.
     expect(absorbed.rows).not.toEqual(exact.rows)
     assertClose('output', absorbed.rows, whole.subarray(9 * 24), { relative: 2 ** -7, absolute: 2 ** -7 })
+  })
+
+  test.each([
+    ['f32', undefined, false, 3],
+    ['adapters', undefined, true, 3],
+    ['bf16', 'bf16', false, 3],
+    ['int8', 'int8', true, 3],
+    // 128 rows, which have common scales, are two heads.
+    ['fp8', 'fp8', false, 4],
+  ] as const)('keys and values are expanded for some heads at a time: %s', async (_, weights, adapted, heads) => {
+    const calls: number[] = []
+    // Declines, after noting the number of heads.
+    const attention = ([, keys]: readonly Value[]) => {
+      calls.push(keys.shape[2])
+      return undefined
+    }
+    const backend = { ...referenceBackend(), fused: { attention } }
+    const sizes = { ...base, num_attention_heads: heads, ...(weights === 'fp8' && { v_head_dim: 56 }) }
+    const random = new Random(7)
+    const mla = new MultiHeadLatentAttention(sizes, { random, std: 0.3, backend, weights })
+    if (adapted) {
+      addAdapters(mla, { rank: 2 })
+      for (const { adapter } of namedAdapters(mla))
+        adapter.up.assign(randn(adapter.up.shape, random, { std: 0.3, backend }))
+    }
+    const x = randn([2, 40, 24], random, { backend })
+    const run = async () => {
+      const cache = new LatentCache(sizes, { layers: 1, batch: 2, capacity: 64, backend })
+      const outs: Float32Array[] = []
+      for (const [from, to] of [
+        [0, 30],
+        [30, 40],
+      ]) {
+        const out = mla.forward(x.narrow(1, from, to), { cache })
+        outs.push((await out.values()) as Float32Array)
+        cache.advance(to - from)
+      }
+      cache.dispose()
+      return outs
+    }
+    const whole = await run()
+    const before = limits.expanded
+    try {
+      // Two heads of the shorter length, one of the longer.
+      limits.expanded = 2 * 2 * 30 * (2 * (8 + sizes.v_head_dim) + 4)
+      expect(await run()).toEqual(whole)
+    } finally {
+      limits.expanded = before
+    }
+    const two = weights === 'fp8' ? [2, 2] : [1, 1, 1]
+    expect(calls).toEqual([heads, heads, ...(weights === 'fp8' ? [2, 2] : [2, 1]), ...two])
   })
 
   test('a batch may contain sequences of different lengths', async () => {

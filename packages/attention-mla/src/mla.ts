@@ -17,6 +17,7 @@ import {
   initNames,
   Linear,
   latentAttention,
+  linearRows,
   Module,
   MoeError,
   mlaKeyValue,
@@ -25,6 +26,7 @@ import {
   type OptionNames,
   RmsNorm,
   rope,
+  rowsPerBlock,
   type Shape,
   scope,
   type Tensor,
@@ -106,6 +108,16 @@ const forwardNames: OptionNames<MlaForwardOptions> = {
   dense: true,
   selected: true,
   onSelected: true,
+}
+
+/** Maximum number of elements of expanded keys and values in prefill with a cache: 1 GiB. Tests reduce it. */
+export const limits = { expanded: 2 ** 28 }
+
+/** The least number of heads with `width` rows each that are whole blocks of rows. */
+function headsPerBlock(block: number, width: number): number {
+  let heads = 1
+  while ((heads * width) % block !== 0) heads++
+  return heads
 }
 
 /** What a forward pass with a cache computes. */
@@ -382,8 +394,35 @@ export class MultiHeadLatentAttention extends Module {
     }
     const rows = cache.first(layer, keys).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
-    const [k, v] = this.#keyValue(latents, this.#ropeKey(rows))
-    return { out: this.#attend(this.#rotate(q, tables), k, v, { lengths }) }
+    return { out: this.#attendByHeads(this.#rotate(q, tables), latents, this.#ropeKey(rows), lengths) }
+  }
+
+  /** Attends to cached latents in multi-head form, to so many heads at a time that their keys and values are not too large. */
+  #attendByHeads(q_BTHD: Tensor, latent_BSC: Tensor, ropeKey_BS1R: Tensor, lengths: Tensor): Tensor {
+    const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim, v_head_dim } = this.#config
+    const { weight } = this.kv_b_proj
+    const [batch, time] = q_BTHD.shape
+    const width = nope + v_head_dim
+    // Keys and values as one product, and apart.
+    const perHead = batch * latent_BSC.shape[1] * (2 * width + ropeDim)
+    const least = headsPerBlock(rowsPerBlock(weight), width)
+    const step = least * Math.max(1, Math.floor(limits.expanded / (perHead * least)))
+    if (step >= heads) return this.#attend(q_BTHD, ...this.#keyValue(latent_BSC, ropeKey_BS1R), { lengths })
+    const outs: Tensor[] = []
+    for (let from = 0; from < heads; from += step) {
+      const to = Math.min(heads, from + step)
+      const some = () => {
+        const kv = linearRows(latent_BSC, weight, from * width, to * width)
+        const { k, v } = mlaKeyValue(
+          kv.reshape([...latent_BSC.shape.slice(0, 2), to - from, width]),
+          ropeKey_BS1R,
+          nope,
+        )
+        return attention(q_BTHD.narrow(2, from, to), k, v, { scale: this.#scale, lengths })
+      }
+      outs.push(scope(some))
+    }
+    return this.o_proj.forward(concat(outs, 2).reshape([batch, time, heads * v_head_dim]))
   }
 
   /**

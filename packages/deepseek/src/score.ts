@@ -200,25 +200,47 @@ class ScorePasses {
     }
   }
 
-  /** Processes rows in one pass. The first is the longest; the others are padded at their ends, where padding is not attended to. */
+  /** Processes rows in one pass, or one long row in several. */
   async #passTogether(group: readonly Reading[]): Promise<void> {
-    const time = restOf(group[0])
+    if (restOf(group[0]) > limits.passTokens) await this.#passInPieces(group[0])
+    else await this.#onePass(group, this.#batchOf(group, restOf(group[0])), restOf(group[0]))
+    for (const { row, sequence } of group) {
+      if (sequence === null) continue
+      if (row.texts.length === 0) this.#cache?.share(sequence, row.tokens)
+      else this.#cache?.release(sequence)
+    }
+  }
+
+  /** Processes a row that is too long for one pass. Without common prefixes, it has a cache of its own. */
+  async #passInPieces(reading: Reading): Promise<void> {
+    const { row, sequence } = reading
+    const { length } = row.tokens
+    const own = sequence === null ? this.#model.makeCache({ capacity: length }) : null
+    try {
+      for (let { start } = reading; start < length; start += limits.passTokens) {
+        const piece = [{ row, start, sequence }]
+        const time = Math.min(limits.passTokens, length - start)
+        await this.#onePass(piece, own ?? this.#batchOf(piece, time), time)
+        const read = row.texts.length > 0 ? start + time : 0
+        if (start + time < length) await this.#asked.turn((this.#read + read) / this.#total)
+      }
+    } finally {
+      own?.dispose()
+    }
+  }
+
+  /** Processes the next `time` tokens of rows. Shorter ones are padded at their ends, where padding is not attended to. */
+  async #onePass(group: readonly Reading[], cache: SequenceCache | undefined, time: number): Promise<void> {
     const ids = Int32Array.from({ length: group.length * time }, (_, i) => {
       const { row, start } = group[Math.floor(i / time)]
       return row.tokens[start + (i % time)] ?? 0
     })
-    const cache = this.#batchOf(group, time)
     const model = this.#model
     const hidden = await hiddenStates(model, { depth: 0, ids, batch: group.length, cache }, this.#precision)
     try {
       await this.#report(hidden, group)
     } finally {
       hidden.dispose()
-    }
-    for (const { row, sequence } of group) {
-      if (sequence === null) continue
-      if (row.texts.length === 0) this.#cache?.share(sequence, row.tokens)
-      else this.#cache?.release(sequence)
     }
   }
 
@@ -235,9 +257,10 @@ class ScorePasses {
 
   async #report(hidden: Tensor, group: readonly Reading[]): Promise<void> {
     const time = hidden.shape[1]
-    const all = group.flatMap(({ row, start }, b) =>
-      this.#asked.wanted(row, start).map(one => ({ ...one, state: b * time + one.state })),
-    )
+    const all = group.flatMap(({ row, start }, b) => {
+      const own = this.#asked.wanted(row, start).filter(({ state }) => state >= 0 && state < time)
+      return own.map(one => ({ ...one, state: b * time + one.state }))
+    })
     const states = all.map(({ state }) => state)
     const tokens = all.map(({ token }) => token)
     const how = { states, top: this.#asked.top, precision: this.#precision }

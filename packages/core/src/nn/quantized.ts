@@ -339,6 +339,28 @@ export function linear(x: Tensor, weight: Parameter): Tensor {
 }
 
 /**
+ * `linear` for outputs `from` to `to - 1` only, without gradients for the weight. They must be whole blocks of rows of a
+ * quantized weight: multiples of `rowsPerBlock(weight)`.
+ * @internal
+ */
+export function linearRows(x: Tensor, weight: Parameter, from: number, to: number): Tensor {
+  const part = (rows: Tensor) => rows.detach().narrow(0, from, to)
+  const product = (input: Tensor) =>
+    weight instanceof QuantizedParameter
+      ? quantizedMatmul(input, quantizedRows(weight.weight, from, to))
+      : byTransposed(input, part(weight))
+  const { adapter } = weight
+  if (adapter === null) return product(x)
+  const { down, up, scale } = adapter
+  const own = (input: Tensor, by: Tensor) => byTransposed(input, by === up ? part(up) : by)
+  return withAdapter(product(x), x, { down, up, scale }, own)
+}
+
+/** Rows of a matrix that share a scale. @internal */
+export const rowsPerBlock = (weight: Parameter): number =>
+  weight instanceof QuantizedParameter ? weight.weight.block[0] : 1
+
+/**
  * `groupedMatmul` for weights of experts `[E, N, K]`, which may be f32 or quantized, and may have adapters.
  * @throws MoeError E_SHAPE, E_DTYPE
  */
