@@ -9,6 +9,9 @@ import { roundOperand } from './fp8.ts'
 import { referencePrimitives } from './primitives.ts'
 import { fromHostArray, type Numbers, type ReferenceHandle, type Storage, toHostArray } from './storage.ts'
 
+/** The elements of freed storages. */
+const freed = new Float64Array(0)
+
 /** Creates a reference backend. `bytes` in its statistics counts f64 elements. */
 export function referenceBackend(): Backend {
   let handles = 0
@@ -50,7 +53,7 @@ export function referenceBackend(): Backend {
       handles--
       if (--storage.refs === 0) {
         bytes -= storage.data.byteLength
-        storage.data = new Float64Array(0)
+        storage.data = freed
       }
     },
     async sync() {},

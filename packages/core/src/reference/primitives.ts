@@ -6,7 +6,7 @@ import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype
 import type { BinaryCode, PrimitiveAttrs, PrimitiveName, UnaryCode } from '../ops.ts'
 import { type Shape, sameShape, sizeOf, stridesOf } from '../shape.ts'
 import { roundOperand } from './fp8.ts'
-import { allocate, broadcastPositions, type Numbers, positions, type ReferenceHandle } from './storage.ts'
+import { allocate, broadcastStrides, type Numbers, positions, type ReferenceHandle } from './storage.ts'
 
 export type ReferenceKernels = {
   readonly [P in PrimitiveName]: (
@@ -18,17 +18,26 @@ export type ReferenceKernels = {
 
 const dataOf = (value: Value): Numbers => (value.handle as ReferenceHandle).storage.data
 
-/** Returns the elements of a tensor at these positions. */
-function gather(value: Value, at: Int32Array): Numbers {
-  const out = allocate(value.dtype, at.length)
+/** Returns the elements of a box of `shape` under the given strides. */
+function gather(value: Value, shape: Shape, strides: readonly number[], start = 0): Numbers {
+  const out = allocate(value.dtype, sizeOf(shape))
   const data = dataOf(value)
-  for (let i = 0; i < out.length; i++) out[i] = data[at[i]]
+  const last = shape.length - 1
+  const [size, stride] = last < 0 ? [1, 0] : [shape[last], strides[last]]
+  const rows = positions(shape.slice(0, -1), strides, start)
+  for (let row = 0; row < rows.length; row++) {
+    const [from, to] = [rows[row], row * size]
+    for (let i = 0; i < size; i++) out[to + i] = data[from + i * stride]
+  }
   return out
 }
 
 /** Returns the elements of a tensor, broadcast to `shape`. */
-const broadcast = (value: Value, shape: Shape): Numbers =>
-  sameShape(value.shape, shape) ? dataOf(value) : gather(value, broadcastPositions(value.shape, shape))
+function broadcast(value: Value, shape: Shape): Numbers {
+  if (sameShape(value.shape, shape)) return dataOf(value)
+  if (value.shape.length === 0) return allocate(value.dtype, sizeOf(shape)).fill(dataOf(value)[0])
+  return gather(value, shape, broadcastStrides(value.shape, shape))
+}
 
 const unary: { readonly [C in UnaryCode]: (x: number) => number } = {
   neg: x => -x,
@@ -45,20 +54,41 @@ const unary: { readonly [C in UnaryCode]: (x: number) => number } = {
   floor: Math.floor,
 }
 
-const binary: { readonly [C in BinaryCode]: (a: number, b: number) => number } = {
-  add: (a, b) => a + b,
-  sub: (a, b) => a - b,
-  mul: (a, b) => a * b,
-  div: (a, b) => a / b,
-  max: Math.max,
-  min: Math.min,
-  pow: (a, b) => a ** b,
+/** Computes each element of `out` from those of `x` and `y`. A call for each element would take longer than the arithmetic. */
+type BinaryLoop = (out: Numbers, x: Numbers, y: Numbers) => void
+
+const binary: { readonly [C in BinaryCode]: BinaryLoop } = {
+  add(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = x[i] + y[i]
+  },
+  sub(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = x[i] - y[i]
+  },
+  mul(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = x[i] * y[i]
+  },
+  div(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = x[i] / y[i]
+  },
+  max(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = Math.max(x[i], y[i])
+  },
+  min(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = Math.min(x[i], y[i])
+  },
+  pow(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = x[i] ** y[i]
+  },
 }
 
-const integerBinary: { readonly [C in BinaryCode]: (a: number, b: number) => number } = {
+const integerBinary: { readonly [C in BinaryCode]: BinaryLoop } = {
   ...binary,
-  mul: Math.imul,
-  div: (a, b) => (b === 0 ? 0 : Math.trunc(a / b)),
+  mul(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = Math.imul(x[i], y[i])
+  },
+  div(out, x, y) {
+    for (let i = 0; i < out.length; i++) out[i] = y[i] === 0 ? 0 : Math.trunc(x[i] / y[i])
+  },
 }
 
 const compare = {
@@ -90,8 +120,7 @@ export const referencePrimitives: ReferenceKernels = {
   binary([a, b], { code }, [spec]) {
     const out = allocate(spec.dtype, sizeOf(spec.shape))
     const fn = spec.dtype === 'i32' ? integerBinary[code] : binary[code]
-    const [x, y] = [broadcast(a, spec.shape), broadcast(b, spec.shape)]
-    for (let i = 0; i < out.length; i++) out[i] = fn(x[i], y[i])
+    fn(out, broadcast(a, spec.shape), broadcast(b, spec.shape))
     return [out]
   },
 
@@ -129,8 +158,8 @@ export const referencePrimitives: ReferenceKernels = {
     for (const axis of axes) strides[axis] = 0
     const data = dataOf(x)
     const at = positions(x.shape, strides)
-    const fn = code === 'sum' ? binary.add : binary.max
-    for (let i = 0; i < at.length; i++) out[at[i]] = fn(out[at[i]], data[i])
+    if (code === 'sum') for (let i = 0; i < at.length; i++) out[at[i]] += data[i]
+    else for (let i = 0; i < at.length; i++) out[at[i]] = Math.max(out[at[i]], data[i])
     return [out]
   },
 
@@ -180,14 +209,26 @@ export const referencePrimitives: ReferenceKernels = {
         ? roundOperand(dataOf(value) as Float64Array, { outer, k, stepOuter, stepK })
         : dataOf(value)
     const [x, y] = [operand(a, m, stepI, stepP), operand(b, n, stepJ, stepQ)]
-    for (let s = 0; s < batch; s++) {
-      for (let i = 0; i < m; i++) {
-        const row = (s * m + i) * n
+    for (let row = 0; row < batch * m; row++) {
+      const s = Math.floor(row / m)
+      const left = s * m * k + (row % m) * stepI
+      const right = s * k * n
+      // Four sums at a time, because each addition waits for the previous one of its sum. The last four may be repeated.
+      for (let j = 0; j < n; j += 4) {
+        const [j1, j2, j3] = [Math.min(j + 1, n - 1), Math.min(j + 2, n - 1), Math.min(j + 3, n - 1)]
+        let [sum0, sum1, sum2, sum3] = [0, 0, 0, 0]
         for (let p = 0; p < k; p++) {
-          const left = x[s * m * k + i * stepI + p * stepP]
-          const from = s * k * n + p * stepQ
-          for (let j = 0; j < n; j++) out[row + j] += left * y[from + j * stepJ]
+          const factor = x[left + p * stepP]
+          const from = right + p * stepQ
+          sum0 += factor * y[from + j * stepJ]
+          sum1 += factor * y[from + j1 * stepJ]
+          sum2 += factor * y[from + j2 * stepJ]
+          sum3 += factor * y[from + j3 * stepJ]
         }
+        out[row * n + j] = sum0
+        out[row * n + j1] = sum1
+        out[row * n + j2] = sum2
+        out[row * n + j3] = sum3
       }
     }
     return [out]
@@ -233,16 +274,16 @@ export const referencePrimitives: ReferenceKernels = {
   permute([x], { axes }, [spec]) {
     const strides = stridesOf(x.shape)
     const permuted = axes.map(axis => strides[axis])
-    return [gather(x, positions(spec.shape, permuted))]
+    return [gather(x, spec.shape, permuted)]
   },
 
   expand([x], _, [spec]) {
-    return [gather(x, broadcastPositions(x.shape, spec.shape))]
+    return [gather(x, spec.shape, broadcastStrides(x.shape, spec.shape))]
   },
 
   slice([x], { starts }, [spec]) {
     const strides = stridesOf(x.shape)
-    return [gather(x, positions(spec.shape, strides, offsetOf(starts, strides)))]
+    return [gather(x, spec.shape, strides, offsetOf(starts, strides))]
   },
 
   pad([x], { before, value }, [spec]) {

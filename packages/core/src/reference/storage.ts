@@ -47,12 +47,9 @@ export function positions(shape: Shape, strides: readonly number[], start = 0): 
   return at
 }
 
-/** Returns the positions of the elements of a tensor of shape `from` that is broadcast to `to`. */
-export function broadcastPositions(from: Shape, to: Shape): Int32Array {
+/** Returns the strides of a tensor of shape `from` that is broadcast to `to`. */
+export function broadcastStrides(from: Shape, to: Shape): number[] {
   const missing = to.length - from.length
   const strides = stridesOf(from)
-  return positions(
-    to,
-    to.map((_, axis) => (axis < missing || from[axis - missing] === 1 ? 0 : strides[axis - missing])),
-  )
+  return to.map((_, axis) => (axis < missing || from[axis - missing] === 1 ? 0 : strides[axis - missing]))
 }
