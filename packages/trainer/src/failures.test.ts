@@ -1,13 +1,13 @@
 import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { disposeModule, Module, MoeError, namedParameters, stateDict, tensor } from '@moe/core'
+import { disposeModule, Module, MoeError, type NamedParameter, namedParameters, stateDict, tensor } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
 import type { LossOutput, TrainableModel } from './model.ts'
 import { AdamW } from './optim/adamw.ts'
 import type { TrainOptions } from './options.ts'
-import { BigramModel, letters, temporaryFolder } from './test-model.ts'
+import { BigramModel, letterData, letters, temporaryFolder } from './test-model.ts'
 import { checkpointsOf, data, errorOf, numbersOf, run, settings } from './test-run.ts'
 import { train } from './train.ts'
 import { trainingStep } from './training-step.ts'
@@ -42,6 +42,47 @@ describe('failures lose nothing', () => {
     expect(error.message).toMatch(/saving step 8 failed: ENOSPC.*step-000004 is intact.*resume/)
     expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
     await run({ out, checkpointEvery: 4, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+  })
+
+  /** The data, except that reading fails while `broken` is above 0, which every failure decreases. */
+  function unreliable() {
+    const state = { broken: 0, failures: 0 }
+    const { training, validation } = letterData()
+    const whole = training.read.bind(training)
+    training.read = (from, count) => {
+      if (state.broken === 0) return whole(from, count)
+      state.broken--
+      state.failures++
+      throw new MoeError({ code: 'E_DATA', op: 'tokenFiles', problem: 'tokens.bin: cannot read the file' })
+    }
+    return { state, data: { training, validation } }
+  }
+
+  test('data that becomes unreadable stops the run after saving the steps done, and it resumes from there', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    const { state, data } = unreliable()
+    const onEvent: TrainOptions['onEvent'] = event => {
+      if (event.type === 'step' && event.step === 6) state.broken = Number.POSITIVE_INFINITY
+    }
+    // The rows of step 7 were read before; those of step 8 are not readable.
+    expect(await errorOf(run({ out, data, onEvent }))).toMatchObject({ code: 'E_DATA' })
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000007'])
+    state.broken = 0
+    await run({ out, data, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+  })
+
+  test('a run survives data that cannot be read ahead of time, but can be when it is needed', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    const { state, data } = unreliable()
+    const onEvent: TrainOptions['onEvent'] = event => {
+      if (event.type === 'step' && event.step === 6) state.broken = 1
+    }
+    await run({ out, data, onEvent })
+    expect(state.failures).toBe(1)
     expect(numbersOf(out)).toEqual(numbersOf(whole))
   })
 
@@ -153,6 +194,14 @@ describe('failures lose nothing', () => {
     ]) {
       expect(message).toContain(name)
     }
+    const numbers = { ...settings, eps: 0, weightDecay: Number.NaN, timeLimitSeconds: '60' }
+    const ofNumbers = await errorOf(train(model, numbers as unknown as TrainOptions))
+    for (const text of ['eps is 0', 'weightDecay is NaN', 'timeLimitSeconds is "60"'])
+      expect(ofNumbers.message).toContain(text)
+    const custom = { ...settings, optimizer: (of: readonly NamedParameter[]) => new AdamW(of), weightDecay: 0, eps: 1 }
+    expect((await errorOf(train(model, custom))).message).toMatch(
+      /eps and weightDecay is given, but only the built-in optimizers use it: set it in your function/,
+    )
     expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({
       code: 'E_CONFIG',
     })

@@ -33,13 +33,18 @@ const exitCodes = { SIGINT: 130, SIGTERM: 143 } as const
 
 type Signal = keyof typeof exitCodes
 
-/** Calls `interrupted` on the first SIGINT or SIGTERM; a second one ends the process. @returns stops listening */
+/** Signals within this time count as one: `timeout` and some launchers signal the process and then its group. */
+const sameSignalMs = 500
+
+/** Calls `interrupted` on the first SIGINT or SIGTERM; a later one ends the process. @returns stops listening */
 export function onInterrupt(interrupted: (name: Signal) => void): () => void {
-  let seen = 0
+  let firstAt: number | undefined
   const listener = (name: NodeJS.Signals) => {
-    seen++
-    if (seen > 1) process?.exit(exitCodes[name as Signal])
-    interrupted(name as Signal)
+    const now = performance.now()
+    if (firstAt === undefined) {
+      firstAt = now
+      interrupted(name as Signal)
+    } else if (now - firstAt >= sameSignalMs) process?.exit(exitCodes[name as Signal])
   }
   const names = Object.keys(exitCodes) as Signal[]
   for (const name of names) process?.on(name, listener)

@@ -71,11 +71,16 @@ test('a signal is reported even if no progress is shown', async () => {
   expect(output.errors).toBe('SIGTERM: training stops after the current step; a second signal exits at once\n')
 })
 
-test('a second Ctrl-C exits at once', async () => {
+test('signals in quick succession, as of `timeout`, count as one, and a later one exits at once', async () => {
   const { child, output } = start(await temporaryFolder(), 'hang')
   await printed(child, output, 'step 20\n')
-  sendSignal(child, 'SIGINT')
+  sendSignal(child, 'SIGTERM')
+  // At once, the system would deliver both as one.
+  await new Promise(resolve => setTimeout(resolve, 20))
+  sendSignal(child, 'SIGTERM')
   await printed(child, output, 'saving')
+  await new Promise(resolve => setTimeout(resolve, 600))
+  expect(child.exitCode).toBeNull()
   sendSignal(child, 'SIGINT')
   expect(await once(child, 'exit')).toEqual([130, null])
 })

@@ -21,7 +21,7 @@ import { type MicroBatches, microBatchesAt } from './data/training-order.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
 import type { ModelOnRanks } from './model-on-ranks.ts'
-import { AdamW, type AdamWOptions, adamWNames, momentsProblem } from './optim/adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames, adamWProblems, momentsProblem } from './optim/adamw.ts'
 import { decayProblem } from './optim/ema.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
@@ -69,7 +69,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /**
    * `'adamw'` (default); `'muon'`, which uses Muon for the hidden matrices and AdamW for the rest, both with the
    * settings given here; or a function that creates an optimizer from the model's parameters (with `ranks`, from those
-   * that this rank updates).
+   * that this rank updates) and sets its settings itself.
    */
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer) | undefined
   /**
@@ -249,6 +249,14 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
     problems.push(`optimizer is ${shown(optimizer)}, expected 'adamw', 'muon' or a function`)
   }
+  const ofOptimizer = (Object.keys(adamWNames) as (keyof AdamWOptions)[]).filter(name => given[name] !== undefined)
+  if (typeof optimizer === 'function' && ofOptimizer.length > 0)
+    problems.push(
+      `${ofOptimizer.join(' and ')} is given, but only the built-in optimizers use it: set it in your function`,
+    )
+  const { timeLimitSeconds = 0 } = merged
+  if (!(typeof timeLimitSeconds === 'number' && timeLimitSeconds >= 0))
+    problems.push(`timeLimitSeconds is ${shown(timeLimitSeconds)}, expected a number of at least 0`)
   if (ranks && (given.rank ?? given.world) !== undefined)
     problems.push('rank or world is given together with ranks, which determines both')
   for (const name of ['schedule', 'onEvent', 'decays'] as const) {
@@ -273,9 +281,7 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (progress !== undefined && typeof progress !== 'boolean' && typeof progress !== 'function') {
     problems.push(`progress is ${shown(progress)}, expected true, false or a function`)
   }
-  if (!Array.isArray(betas) || !betas.every(beta => beta >= 0 && beta < 1) || ![0, 2].includes(betas.length)) {
-    problems.push(`betas is ${shown(betas)}, expected two numbers of at least 0 and below 1`)
-  }
+  problems.push(...adamWProblems(merged))
   const momentProblem = momentsProblem(merged.moments ?? 'f32', Array.isArray(betas) ? betas : [])
   if (momentProblem !== undefined) problems.push(momentProblem)
   const emaProblem = merged.ema === undefined ? undefined : decayProblem('ema', merged.ema)

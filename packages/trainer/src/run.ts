@@ -262,14 +262,14 @@ export class Run {
     const { settings, source } = this
     const started = performance.now()
     const lr = settings.lr * scheduled(settings.schedule, this.step)
-    const batches = this.prefetched ?? (await source.batches(this.step))
+    const batches = this.prefetched ?? (await this.batches())
     if (batches === null) return false
     this.prefetched = null
     const done = this.steps.step(batches, { lr, step: this.step + 1 })
     // A failure of the step is thrown by the `await` below, after the next batches were prefetched.
     done.catch(() => undefined)
     if (this.step + 1 < settings.steps) {
-      this.prefetched = source.prefetch(this.step + 1)
+      this.prefetched = this.prefetch(this.step + 1)
       if (this.prefetched) this.steps.prepare(this.prefetched)
     }
     const numbers = await done
@@ -302,6 +302,28 @@ export class Run {
     if (this.step % loadsEvery === 0) await this.emitLoads()
     await this.events.settled()
     return true
+  }
+
+  /**
+   * The batches of the next step. If their data cannot be read, the steps done so far are saved first. Several ranks
+   * save only if all of them fail, which the source takes care of: one alone would wait for the others.
+   */
+  async batches(): Promise<readonly TokenBatch[] | null> {
+    try {
+      return await this.source.batches(this.step)
+    } catch (error) {
+      if (this.size === 1) await this.saveAfterFailure().catch(() => undefined)
+      throw error
+    }
+  }
+
+  /** The batches of a later step. Null also if their data cannot be read: `batches` tries again when it is their turn. */
+  prefetch(step: number): readonly TokenBatch[] | null {
+    try {
+      return this.source.prefetch(step)
+    } catch {
+      return null
+    }
   }
 
   /** Emits the loads since the last `loads` event. */
@@ -480,7 +502,8 @@ export class Run {
       settings: this.record,
     }
     this.events.emit(start)
-    const notices = [...startNotices(this.model, this.parameters, settings), ...source.notices]
+    const own = startNotices(this.model, this.parameters, settings, source.validationTokens)
+    const notices = [...own, ...source.notices]
     for (const message of notices) this.events.emit({ type: 'notice', message })
   }
 }

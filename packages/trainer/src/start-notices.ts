@@ -9,18 +9,29 @@ import {
   weightBytes,
 } from '@moe/core'
 import type { TrainableModel } from './model.ts'
+import type { ResolvedOptions } from './options.ts'
 
-/** Notices about weights that are not trained, unsupported precisions, and rows that exceed the model's context. */
+/**
+ * Notices about weights that are not trained, unsupported precisions, rows that exceed the model's context, and
+ * evaluations without data.
+ */
 export function startNotices(
   model: TrainableModel,
   parameters: readonly NamedParameter[],
-  { precision, sequenceLength }: { readonly precision: Precision; readonly sequenceLength: number },
+  { precision, sequenceLength, evalEvery }: Pick<ResolvedOptions, 'precision' | 'sequenceLength' | 'evalEvery'>,
+  validationTokens: number,
 ): string[] {
   return [
     frozenWeights(model, parameters),
     unsupportedPrecision(parameters[0].parameter.backend, precision),
     exceededContext(model, sequenceLength),
+    missingHeldOut(evalEvery, validationTokens),
   ].flatMap(notice => notice ?? [])
+}
+
+function missingHeldOut(evalEvery: number, validationTokens: number): string | undefined {
+  if (evalEvery === 0 || validationTokens > 0) return undefined
+  return `evalEvery is ${evalEvery}, but nothing is evaluated, because the data has no held-out part: pass validation to the function that creates it, such as textFiles(patterns, { validation: 0.05 })`
 }
 
 function exceededContext({ contextLength }: TrainableModel, sequenceLength: number): string | undefined {

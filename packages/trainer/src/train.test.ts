@@ -7,6 +7,7 @@ import { describe, expect, test } from 'vitest'
 import { TokenDataset } from './data/token-dataset.ts'
 import { evaluate } from './evaluate.ts'
 import type { TrainEvent, TrainListener } from './events.ts'
+import type { TrainOptions } from './options.ts'
 import { readMetrics } from './report/metrics-log.ts'
 import { BigramModel, letters, letterTexts, temporaryFolder } from './test-model.ts'
 import { backend, checkpointsOf, data, errorOf, run, settings } from './test-run.ts'
@@ -220,6 +221,19 @@ describe('a run', () => {
       expect(shares(at)).toEqual([...shares(at)].sort((a, b) => a - b))
       expect(shares(at).at(-1)).toBe(1)
     }
+  })
+
+  test('a notice says if evaluations are requested, but no data is held out', async () => {
+    const noticesOf = async (options: Partial<TrainOptions>) => {
+      const { events } = await run({ steps: 1, ...options })
+      return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+    }
+    const { training } = data
+    expect(await noticesOf({ evalEvery: 5 })).toEqual([])
+    expect(await noticesOf({ data: { training } })).toEqual([])
+    expect(await noticesOf({ data: { training }, evalEvery: 5 })).toEqual([
+      expect.stringMatching(/^evalEvery is 5, but nothing is evaluated, because the data has no held-out part: pass /),
+    ])
   })
 
   test('limits the final evaluation to 32 times evalTokens, with a notice', async () => {

@@ -75,6 +75,26 @@ export function checkMoments(op: string, moments: MomentDType, rates: readonly n
   })
 }
 
+/** The problems with other settings of AdamW. */
+export function adamWProblems({ betas = [0, 0], eps = 1, weightDecay = 0 }: AdamWOptions): string[] {
+  const isDecayRate = (value: unknown) => typeof value === 'number' && value >= 0 && value < 1
+  const problems: string[] = []
+  if (!Array.isArray(betas) || betas.length !== 2 || !betas.every(isDecayRate))
+    problems.push(`betas is ${shown(betas)}, expected two numbers of at least 0 and below 1`)
+  if (!(Number.isFinite(eps) && eps > 0)) problems.push(`eps is ${shown(eps)}, expected a positive number`)
+  if (!(Number.isFinite(weightDecay) && weightDecay >= 0))
+    problems.push(`weightDecay is ${shown(weightDecay)}, expected a number of at least 0`)
+  return problems
+}
+
+/** @throws MoeError E_CONFIG */
+function checkSettings(options: AdamWOptions): void {
+  const problems = adamWProblems(options)
+  if (problems.length === 0) return
+  const fix = 'change these options, or omit them'
+  throw new MoeError({ code: 'E_CONFIG', op: 'AdamW', problem: problems.join('; '), fix, details: { problems } })
+}
+
 /** Selects the parameters with weight decay: matrices, but not norms, biases and embedding tables. */
 export function decaysMatrices({ name, parameter }: NamedParameter): boolean {
   return parameter.rank >= 2 && !/(^|\.)(embed_tokens|wte|embedding)\./.test(`${name}.`)
@@ -110,6 +130,7 @@ export class AdamW implements StagedOptimizer {
     checkParameters('AdamW', parameters)
     checkOptions('AdamW', options, adamWNames)
     const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices, moments = 'f32' } = options
+    checkSettings(options)
     checkMoments('AdamW', moments, betas)
     this.#betas = betas
     this.#eps = eps

@@ -14,7 +14,7 @@ import { readF64, referenceBackend } from '@moe/core/reference'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { BigramModel } from '../test-model.ts'
 import { AdamW } from './adamw.ts'
-import { hiddenMatrices, Muon, orthogonalize } from './muon.ts'
+import { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './muon.ts'
 
 const backend = referenceBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -155,6 +155,36 @@ describe('Muon', () => {
     for (const value of await entry.data()) expect(value).toBeCloseTo(0.1, 6)
     muon.dispose()
     one.parameter.dispose()
+  })
+
+  test('decays only the weights that `decays` selects', async () => {
+    const parameters = [named('a', full([2, 2], 1)), named('b', full([2, 2], 1)), named('norm', full([2], 1))]
+    const muon = new Muon(parameters, { weightDecay: 0.5, decays: ({ name }) => name !== 'a' })
+    using scale = full([], 1)
+    for (const { parameter } of parameters) parameter.grad = full(parameter.shape, 0)
+    muon.step(0.1, scale)
+    const values = await Promise.all(parameters.map(async ({ parameter }) => (await parameter.values())[0]))
+    for (const [i, expected] of [1, 0.95, 0.95].entries()) expect(values[i]).toBeCloseTo(expected, 6)
+    expect(muon.settings(parameters)).toMatchObject({ matrices: 2, decaying: 1, adamw: { decaying: 1 } })
+    muon.dispose()
+    const all = new Muon(parameters)
+    expect(all.settings(parameters)).not.toHaveProperty('decaying')
+    all.dispose()
+    for (const { parameter } of parameters) parameter.dispose()
+  })
+
+  test('rejects invalid settings', () => {
+    const parameters = [named('w', full([2, 2], 1))]
+    for (const [options, message] of [
+      [{ momentum: 1 }, /Muon: momentum is 1, expected a number of at least 0 and below 1/],
+      [{ iterations: 0 }, /Muon: iterations is 0, expected an integer of at least 1/],
+      [{ betas: [0.9] }, /AdamW: betas is .*, expected two numbers/],
+      [{ weightDecay: -0.1 }, /AdamW: weightDecay is -0.1, expected a number of at least 0/],
+      [{ eps: Number.NaN }, /AdamW: eps is NaN, expected a positive number/],
+    ] as const) {
+      expect(() => new Muon(parameters, options as unknown as MuonOptions)).toThrow(message)
+    }
+    for (const { parameter } of parameters) parameter.dispose()
   })
 
   test('rejects state of other parameters before it loads any', async () => {

@@ -16,11 +16,12 @@ import {
   type StateSource,
   sameShape,
   scope,
+  shown,
   showShape,
   type Tensor,
   tensor,
 } from '@moe/core'
-import { AdamW, type AdamWOptions, adamWNames, checkMoments } from './adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames, checkMoments, decaysMatrices } from './adamw.ts'
 import {
   checkParameters,
   fillState,
@@ -93,6 +94,18 @@ function checkComplete({ name, parameter, firstRow }: LocalParameter): void {
   })
 }
 
+/** @throws MoeError E_CONFIG */
+function checkMomentum(momentum: number, iterations: number): void {
+  const problems: string[] = []
+  if (!(typeof momentum === 'number' && momentum >= 0 && momentum < 1))
+    problems.push(`momentum is ${shown(momentum)}, expected a number of at least 0 and below 1`)
+  if (!(Number.isSafeInteger(iterations) && iterations >= 1))
+    problems.push(`iterations is ${shown(iterations)}, expected an integer of at least 1`)
+  if (problems.length === 0) return
+  const fix = 'change these options, or omit them'
+  throw new MoeError({ code: 'E_CONFIG', op: 'Muon', problem: problems.join('; '), fix, details: { problems } })
+}
+
 interface Slot {
   readonly named: NamedParameter
   readonly weightDecay: number
@@ -109,6 +122,7 @@ export class Muon implements StagedOptimizer {
   readonly #momentum: number
   readonly #iterations: number
   readonly #precision: Precision
+  readonly #decays: (named: NamedParameter) => boolean
   readonly #trainedByMuon: (named: NamedParameter) => boolean
 
   /**
@@ -121,8 +135,10 @@ export class Muon implements StagedOptimizer {
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', filter = hiddenMatrices, ...others } = options
     checkPrecision('Muon', precision)
-    const { weightDecay = 0.1, moments = 'f32' } = others
+    const { weightDecay = 0.1, decays = decaysMatrices, moments = 'f32' } = others
+    checkMomentum(momentum, iterations)
     checkMoments('Muon', moments, [momentum])
+    this.#decays = decays
     this.#trainedByMuon = named => named.parameter.trainable && filter(named)
     const own = parameters.filter(this.#trainedByMuon)
     for (const named of own) checkComplete(named)
@@ -132,7 +148,7 @@ export class Muon implements StagedOptimizer {
     )
     this.#slots = own.map((named, i) => ({
       named,
-      weightDecay,
+      weightDecay: decays(named) ? weightDecay : 0,
       scale: 0.2 * Math.sqrt(Math.max(...named.parameter.shape.slice(-2))),
       momentum: momenta[i],
     }))
@@ -154,7 +170,13 @@ export class Muon implements StagedOptimizer {
     const own = parameters.filter(this.#trainedByMuon)
     const rest = parameters.filter(named => !own.includes(named))
     const [momentum, iterations, precision] = [this.#momentum, this.#iterations, this.#precision]
-    return { momentum, iterations, precision, matrices: own.length, adamw: this.#rest.settings(rest) }
+    const decaying = own.filter(this.#decays).length
+    return {
+      ...{ momentum, iterations, precision, matrices: own.length },
+      // Omitted if all decay, as in earlier checkpoints.
+      ...(decaying < own.length && { decaying }),
+      adamw: this.#rest.settings(rest),
+    }
   }
 
   step(lr: number, gradScale: Tensor): void {
