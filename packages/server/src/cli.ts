@@ -11,7 +11,6 @@ import {
   type WeightFormat,
   weightBytes,
 } from '@moe/core'
-import type { ExpertParallel } from '@moe/parallel'
 import { createServer } from './create-server.ts'
 import { type OpenedModel, type OpenOptions, openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
@@ -161,17 +160,14 @@ async function serveOnRanks(
   const processes = await mpi()
   const backend = await useBackend(threads, localRank())
   const ranks = backend.name === 'kernels-cuda' ? await nccl(processes) : processes
-  let shards: Pick<ExpertParallel<never>, 'lead'> | undefined
-  const opened = await open({
-    parameters: model => {
-      const parallel = new ExpertParallel(model, ranks)
-      shards = parallel
-      return parallel.leadWeights
-    },
-  })
+  let opened: OpenedModel | undefined
+  const { spread } = await ExpertParallel.open(async parameters => {
+    opened = await open({ parameters })
+    return opened.model
+  }, ranks)
   // The first rank ends the others. When interrupted, the launcher also signals them.
   if (ranks.rank > 0) for (const signal of Object.keys(exitCodes)) process.on(signal, () => undefined)
-  await shards?.lead(() => serveOpened(opened))
+  await spread.lead(() => serveOpened(opened as OpenedModel))
   await ranks.close()
 }
 

@@ -137,6 +137,25 @@ export class ExpertParallel<Batch> {
   }
 
   /**
+   * Opens a checkpoint for inference with `lead`, on each rank only the weights that it needs.
+   * @param open opens a model with some of its weights, such as `parameters => DeepSeek.fromPretrained(folder, { parameters })`
+   * @throws MoeError like the constructor
+   */
+  static async open<Model extends ExpertParallelModel<never>>(
+    open: (parameters: (model: ExpertParallelModel<never>) => readonly LocalParameter[]) => Promise<Model>,
+    ranks: Communicator,
+    options: { readonly expertParallelSize?: number } = {},
+  ): Promise<{ readonly model: Model; readonly spread: ExpertParallel<Parameters<Model['inPieces']>[0]> }> {
+    let spread: ExpertParallel<never> | undefined
+    const model = await open(model => {
+      spread = new ExpertParallel(model, ranks, options)
+      return spread.leadWeights
+    })
+    if (spread !== undefined) return { model, spread }
+    throw configError('ExpertParallel.open', 'the function has not called `parameters`', 'pass it to fromPretrained')
+  }
+
+  /**
    * Shards the optimizer state of replicated parameters (ZeRO-1): each rank updates its shard for all ranks, and updated weights are exchanged at the
    * start of the next step and by `gather`. Afterwards `parameters` are those that this rank updates. Call it on all ranks before you create the optimizer;
    * `train` does.
@@ -223,7 +242,7 @@ export class ExpertParallel<Batch> {
   /**
    * Uses the model for inference without gathering it. On the first of the ranks that share the experts, runs `work`, in which all of the model's inference is
    * available: `generate`, `session`, `continuousBatch`, `score`, and what uses them, such as a server. Meanwhile the other ranks compute their experts for it.
-   * All ranks call it, and it resolves on all when `work` has ended.
+   * All ranks call it, and it resolves on all when `work` has ended. If an exchange between the ranks fails, it rejects at once, and the process should end.
    *
    * The other ranks need no weights but their experts: deferred ones stay without memory.
    * @returns the result of `work`; undefined on the other ranks
@@ -256,7 +275,7 @@ export class ExpertParallel<Batch> {
       },
     }
     try {
-      return await work()
+      return await Promise.race([work(), led.failure])
     } finally {
       model.remoteExperts = null
       await led.end()

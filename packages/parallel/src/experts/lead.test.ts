@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { deferWeights, full, Module, namedParameters, scope, setDefaultBackend, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, type Generation } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { AdamW, type TokenBatch } from '@moe/trainer'
+import { AdamW } from '@moe/trainer'
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { local, localOver } from '../communicator/local.ts'
 import { DelayedTransport } from '../communicator/test-delays.ts'
@@ -133,12 +133,10 @@ test('a checkpoint opens on ranks, each with the weights that it needs', async (
     whole.dispose()
     const [first, second] = await local(2, async ranks => {
       const own = await createBackend()
-      let parallel!: ExpertParallel<TokenBatch>
-      const parameters = (model: DeepSeek) => {
-        parallel = new ExpertParallel(model, ranks)
-        return parallel.leadWeights
-      }
-      const opened = await DeepSeek.fromPretrained(folder, { weights, backend: own, parameters })
+      const { model: opened, spread: parallel } = await ExpertParallel.open(
+        parameters => DeepSeek.fromPretrained(folder, { weights, backend: own, parameters }),
+        ranks,
+      )
       const text = await parallel.lead(() => read(opened.generate(prompt, { maxTokens: 8 })))
       const { bytes } = own.stats()
       // What was not loaded must not become the zeros that a checkpoint replaces.
@@ -163,6 +161,12 @@ test('a checkpoint opens on ranks, each with the weights that it needs', async (
     target_modules: ['q_proj'],
   }
   await writeFile(join(adapters, 'adapter_config.json'), JSON.stringify(description))
+  await local(1, async ranks => {
+    const whole = newModel()
+    const opening = ExpertParallel.open(async () => whole, ranks)
+    await expect(opening).rejects.toThrow('the function has not called `parameters`; pass it to fromPretrained')
+    whole.dispose()
+  })
   const part = DeepSeek.fromPretrained(adapters, { parameters: () => [] })
   await expect(part).rejects.toThrow(/contains adapters, which can only be added to a whole model; open it without/)
   await rm(folder, { recursive: true })
@@ -233,6 +237,33 @@ test('an error of the function ends the other ranks, and the model can lead agai
     parallel.dispose()
     model.dispose()
   })
+})
+
+test('if an exchange fails, lead() fails, whatever its function does; an earlier failure of a pass is only that of its text', async () => {
+  const log: string[] = []
+  const failed = local(2, async ranks => {
+    const model = newModel()
+    const parallel = new ExpertParallel(model, ranks)
+    const led = parallel.lead(async () => {
+      const { forward } = model.moeLayers[1].gate
+      model.moeLayers[1].gate.forward = () => {
+        throw new Error('before the exchange')
+      }
+      await read(model.generate([1], { maxTokens: 2 })).catch(error => log.push(error.message))
+      model.moeLayers[1].gate.forward = forward
+      log.push(`${(await read(model.generate([1], { maxTokens: 2 }))).length} tokens`)
+      ranks.allToAll = () => Promise.reject(new Error('no network'))
+      await read(model.generate([1], { maxTokens: 2 })).catch(error => log.push(error.message))
+      // A server goes on.
+      await new Promise(() => undefined)
+    })
+    await led.finally(() => {
+      parallel.dispose()
+      model.dispose()
+    })
+  })
+  await expect(failed).rejects.toThrow('no network')
+  expect(log).toEqual(['before the exchange', '2 tokens', 'no network'])
 })
 
 test('inference that outlives the function, and a model without remote experts, are errors', async () => {

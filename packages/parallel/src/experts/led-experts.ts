@@ -23,11 +23,17 @@ export class LedExperts {
   /** The latest call of the leader. A call ends before the next one begins, whichever passes they belong to. */
   #last: Promise<unknown> = Promise.resolve()
   #state: 'open' | 'ended' | 'failed' = 'open'
+  #fail!: (error: unknown) => void
+  /** For the leader: rejects when an exchange with the other ranks has failed. */
+  readonly failure = new Promise<never>((_, reject) => {
+    this.#fail = reject
+  })
 
   constructor(shards: ExpertShards, backend: Backend) {
     this.#shards = shards
     this.#ranks = shards.sharing
     this.#backend = backend
+    this.failure.catch(() => undefined)
     this.#width = header + Math.max(0, ...shards.layers.map(layer => this.#own(layer)))
   }
 
@@ -36,8 +42,10 @@ export class LedExperts {
     return (layer, tokens) => {
       const { shard, experts } = this.#shards.of(layer)
       const own = this.#own(layer)
+      let called = false
       const exchange = async (counts: Int32Array<ArrayBuffer>) => {
         const calls = Array.from({ length: this.#ranks.size }, (_, r) => counts.subarray(r * own, (r + 1) * own))
+        called = true
         await this.#call(
           calls.slice(1).flatMap(to => {
             const numbers = [layer, precisions.indexOf(precision), tokens.x.shape[1], ...to]
@@ -46,7 +54,15 @@ export class LedExperts {
         )
         return calls.map((to, rank) => (rank === 0 ? to : new Int32Array(own)))
       }
-      return this.#inTurn(() => route(pass, this.#ranks, shard, tokens, experts, { exchange }))
+      return this.#inTurn(async () => {
+        try {
+          return await route(pass, this.#ranks, shard, tokens, experts, { exchange })
+        } catch (error) {
+          // The other ranks wait for what this call has announced.
+          if (called) this.#failed(error)
+          throw error
+        }
+      })
     }
   }
 
@@ -100,15 +116,15 @@ export class LedExperts {
     received.rows.dispose()
   }
 
+  #failed(error: unknown): void {
+    this.#state = 'failed'
+    this.#fail(error)
+  }
+
   #inTurn(work: () => Promise<Tensor>): Promise<Tensor> {
-    const done = this.#last.then(async () => {
+    const done = this.#last.then(() => {
       if (this.#state !== 'open') throw over(this.#state)
-      try {
-        return await work()
-      } catch (error) {
-        this.#state = 'failed'
-        throw error
-      }
+      return work()
     })
     this.#last = done.catch(() => undefined)
     return done
