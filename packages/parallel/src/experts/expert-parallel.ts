@@ -139,6 +139,7 @@ export class ExpertParallel<Batch> {
   /**
    * Opens a checkpoint for inference with `lead`, on each rank only the weights that it needs.
    * @param open opens a model with some of its weights, such as `parameters => DeepSeek.fromPretrained(folder, { parameters })`
+   * @param options.expertParallelSize as of the constructor
    * @throws MoeError like the constructor
    */
   static async open<Model extends ExpertParallelModel<never>>(
