@@ -72,8 +72,13 @@ async function spreadOver(ranks: Communicator): Promise<void> {
   const [own, all] = [numbersIn(spread.parameters), numbersIn(namedParameters(model))]
   console.log(`rank ${ranks.rank} trains ${own} of ${all} parameters`)
   const found = await losses(model, { ranks: spread })
-  // Each rank has its share of the experts. To generate, every rank gets the complete model.
-  await spread.gather()
+  // The first rank generates; the others compute their experts for it.
+  const text = await spread.lead(async () => {
+    let text = ''
+    for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
+      text += piece
+    return text
+  })
   if (ranks.rank !== 0) return
   // One rank, with the micro-batches of all ranks.
   const alone = await losses(newModel(), { accumulate: ranks.size })
@@ -81,9 +86,6 @@ async function spreadOver(ranks: Communicator): Promise<void> {
     console.log(
       `step ${step + 1}: loss ${found[step].toFixed(4)} on ${ranks.size} ranks, ${alone[step].toFixed(4)} on one`,
     )
-  let text = ''
-  for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
-    text += piece
   console.log(`Fellow citizens${text}`)
 }
 
