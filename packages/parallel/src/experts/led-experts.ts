@@ -2,7 +2,7 @@
  * @file Experts of several ranks in forward passes of one rank, the leader. The other ranks have no tokens of their own: layer by layer, they wait for those of
  * the leader, and return what their experts make of them.
  */
-import { type Backend, fromHost, MoeError, type Precision, type Tensor } from '@moe/core'
+import { type Backend, fromHost, MoeError, type Precision } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import type { ExpertShards, RouteTokens } from './expert-shards.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
@@ -66,12 +66,15 @@ export class LedExperts {
     }
   }
 
-  /** For the leader: ends `follow` of the other ranks. */
+  /** For the leader: ends `follow` of the other ranks, after the calls that have been made. */
   async end(): Promise<void> {
-    await this.#last
-    // After a failure, the other ranks may be waiting for something else.
-    if (this.#state === 'open') await this.#call([])
-    this.#state = 'ended'
+    await this.#inTurn(async () => {
+      this.#state = 'ended'
+      await this.#call([])
+    }).catch(error => {
+      // After a failure, the other ranks may be waiting for something else.
+      if (this.#state !== 'failed') throw error
+    })
   }
 
   /** For the other ranks: computes experts for the leader until it ends. */
@@ -121,7 +124,7 @@ export class LedExperts {
     this.#fail(error)
   }
 
-  #inTurn(work: () => Promise<Tensor>): Promise<Tensor> {
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
     const done = this.#last.then(() => {
       if (this.#state !== 'open') throw over(this.#state)
       return work()
