@@ -32,13 +32,13 @@ MOE_DEVICE void fewRowsTimesRows(float (*parts)[32], float* y, const float* x, c
       }
     }
   }
+  float all[R * 4];
 #pragma unroll
-  for (int i = 0; i < R; i++) {
+  for (int i = 0; i < R * 4; i++) all[i] = sums[i / 4][i % 4];
+  warpSums(all);
+  if (threadIdx.x % 32 == 0) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float sum = warpSum(sums[i][j]);
-      if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][i * 4 + j] = sum;
-    }
+    for (int i = 0; i < R * 4; i++) parts[threadIdx.x / 32][i] = all[i];
   }
   __syncthreads();
   const int i = threadIdx.x / 4, j = threadIdx.x % 4;

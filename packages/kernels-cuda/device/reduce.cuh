@@ -10,6 +10,12 @@ MOE_DEVICE T joinLanes(T x, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) x = Op::join(x, __shfl_xor_sync(wholeWarp, x, step));
   return x;
 }
+/// The same for each of N values.
+template <class Op, class T, int N>
+MOE_DEVICE void joinLanes(T (&x)[N], int lanes) {
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = joinLanes<Op>(x[i], lanes);
+}
 #endif
 
 // Operations for reductions. `start` is the result for no values.
@@ -34,6 +40,11 @@ struct Max : MaxOrNan {
 
 /// Every lane gets the sum of all lanes.
 MOE_DEVICE float warpSum(float x) { return joinLanes<Sum>(x, 32); }
+/// The same for each of N values.
+template <int N>
+MOE_DEVICE void warpSums(float (&x)[N]) {
+  joinLanes<Sum>(x, 32);
+}
 /// Every lane gets the maximum of all lanes (NaN if any value is NaN).
 MOE_DEVICE float warpMax(float x) { return joinLanes<MaxOrNan>(x, 32); }
 

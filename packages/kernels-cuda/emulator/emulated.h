@@ -10,7 +10,8 @@
 #error "compile with -DMOE_MODULE=\"<folder of the kernel>\""
 #endif
 
-#define __device__
+// Also inlined into functions that are compiled without the sanitizers.
+#define __device__ __attribute__((always_inline))
 #define __host__
 #define __global__
 #define __constant__
@@ -185,11 +186,25 @@ __attribute__((no_sanitize("thread"), no_sanitize("undefined"))) void joinAllLan
   }
   for (int i = 0; i < 32; i++) bits[i] = toBits(values[i]);
 }
+/// The same for arrays of N values, which the lanes pass by address.
+template <class Op, class T, int N>
+__attribute__((no_sanitize("thread"), no_sanitize("undefined"))) void joinAllArrays(uint64_t* arrays, int lanes) {
+  for (int n = 0; n < N; n++) {
+    uint64_t bits[32];
+    for (int i = 0; i < 32; i++) bits[i] = toBits(((const T*)arrays[i])[n]);
+    joinAllLanes<Op, T>(bits, lanes);
+    for (int i = 0; i < 32; i++) ((T*)arrays[i])[n] = fromBits<T>(bits[i]);
+  }
+}
 }  // namespace emu
 /// As `joinLanes` in reduce.cuh, with one meeting of the warp in place of one for each shuffle.
 template <class Op, class T>
 MOE_DEVICE T joinLanes(T x, int lanes, EMU_PLACE) {
   return emu::fromBits<T>(emu::combineLanes(emu::toBits(x), emu::joinAllLanes<Op, T>, lanes, file, line));
+}
+template <class Op, class T, int N>
+MOE_DEVICE void joinLanes(T (&x)[N], int lanes, EMU_PLACE) {
+  emu::combineLanes((uint64_t)x, emu::joinAllArrays<Op, T, N>, lanes, file, line);
 }
 MOE_DEVICE unsigned __ballot_sync(unsigned mask, int value, EMU_PLACE) { return emu::ballot(mask, value != 0, file, line); }
 MOE_DEVICE int __any_sync(unsigned mask, int value, EMU_PLACE) { return emu::ballot(mask, value != 0, file, line) != 0; }
