@@ -112,9 +112,9 @@ export const nearestName = (name: string, names: object): string | undefined =>
 function nearest(name: string, names: object, limit: number): string | undefined {
   let best: string | undefined
   let fewest = limit + 1
+  const bareName = bare(name)
   for (const known of Object.keys(names)) {
-    if (Math.abs(known.length - name.length) >= fewest && bare(known) !== bare(name)) continue
-    const typos = typosBetween(name, known)
+    const typos = bare(known) === bareName ? 0 : typosBetween(name, known, limit)
     if (typos < fewest) {
       best = known
       fewest = typos
@@ -125,11 +125,9 @@ function nearest(name: string, names: object, limit: number): string | undefined
 
 const bare = (name: string): string => name.replaceAll('_', '').toLowerCase()
 
-/**
- * The number of letters to insert, remove, replace or swap with the next one; 0 if only case and underscores differ.
- */
-function typosBetween(a: string, b: string): number {
-  if (bare(a) === bare(b)) return 0
+/** The number of letters to insert, remove, replace or swap with the next one, or any number above `limit`. */
+function typosBetween(a: string, b: string, limit: number): number {
+  if (Math.abs(a.length - b.length) > limit) return limit + 1
   let [before, last]: number[][] = [[], []]
   let row = Array.from({ length: b.length + 1 }, (_, j) => j)
   for (let i = 1; i <= a.length; i++) {
@@ -138,6 +136,7 @@ function typosBetween(a: string, b: string): number {
       row[j] = Math.min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (a[i - 1] === b[j - 1] ? 0 : 1))
       if (i > 1 && j > 1 && a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j], before[j - 2] + 1)
     }
+    if (Math.min(...row) > limit) return limit + 1
   }
   return row[b.length]
 }

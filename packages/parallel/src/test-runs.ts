@@ -6,7 +6,8 @@ import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, expect } from 'vitest'
 import type { Trained } from './test-training.ts'
 
-export const backend = await createBackend()
+// One thread: the models are too small for more, which would only wait.
+export const backend = await createBackend({ threads: 1 })
 const folders: string[] = []
 afterAll(async () => {
   backend.dispose()

@@ -120,8 +120,13 @@ export async function trainSmall(
 }
 
 /** A digest of the weights' bits. */
-export const digestOf = ({ weights }: Pick<Trained, 'weights'>) =>
-  createHash('sha256').update(JSON.stringify(weights)).digest('hex')
+export function digestOf({ weights }: Pick<Trained, 'weights'>): string {
+  const hash = createHash('sha256')
+  for (const [name, values] of Object.entries(weights)) {
+    hash.update(JSON.stringify([name, values.length])).update(Float64Array.from(values))
+  }
+  return hash.digest('hex')
+}
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()

@@ -44,17 +44,20 @@ export async function checkSameInitialState(
   // If ranks have parts of the model, the parameters that others train are freed.
   const norms = await parameterNorms(parameters.filter(({ parameter }) => parameter.handle !== null))
   const states = await gatherValues<InitialState>(ranks, { ...own, norms }, parameters[0].parameter)
+  // For each parameter, the first rank that has it.
+  const firstWith = new Map<string, number>()
   for (const [rank, { step, norms }] of states.entries()) {
-    for (const [before, other] of states.slice(0, rank).entries()) {
-      const unlike = Object.keys(norms).find(name => name in other.norms && other.norms[name] !== norms[name])
-      if (step === other.step && unlike === undefined) continue
-      const show = ({ step, norms }: InitialState) =>
-        `step ${step}${unlike === undefined ? '' : ` with ${unlike} of norm ${norms[unlike]}`}`
-      throw differing(
-        `rank ${before} starts at ${show(other)}, rank ${rank} at ${show(states[rank])}`,
-        'create the same model on every rank (with the same seed); to resume, all ranks must read the same folder',
-      )
-    }
+    for (const name in norms) if (!firstWith.has(name)) firstWith.set(name, rank)
+    const firstOf = (name: string) => firstWith.get(name) ?? rank
+    const unlike = Object.keys(norms).find(name => !Object.is(states[firstOf(name)].norms[name], norms[name]))
+    if (step === states[0].step && unlike === undefined) continue
+    const other = unlike === undefined ? 0 : firstOf(unlike)
+    const show = ({ step, norms }: InitialState) =>
+      `step ${step}${unlike === undefined ? '' : ` with ${unlike} of norm ${norms[unlike]}`}`
+    throw differing(
+      `rank ${other} starts at ${show(states[other])}, rank ${rank} at ${show(states[rank])}`,
+      'create the same model on every rank (with the same seed); to resume, all ranks must read the same folder',
+    )
   }
   return states[0]
 }
