@@ -94,7 +94,7 @@ export class DatasetBatches implements BatchSource {
 
   /** A warning if one step contains the data more than once. */
   get #repetition(): string | undefined {
-    const times = this.epochs(1)
+    const times = this.epochs(1) - this.epochs(0)
     if (times <= 1) return undefined
     return `each step uses the training data ${times.toFixed(1)} times: use a smaller batchSize, or more data`
   }
@@ -117,6 +117,14 @@ export class DatasetBatches implements BatchSource {
 
   epochs(steps: number): number {
     return this.#order.epochs(steps)
+  }
+
+  rowsIn(steps: number): number {
+    return this.#order.windowsIn(steps)
+  }
+
+  continueFrom(step: number, rows: number): void {
+    this.#order.continueFrom(step, rows)
   }
 
   sources(steps: number): readonly SourceProgress[] {

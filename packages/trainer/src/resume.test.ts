@@ -200,6 +200,35 @@ describe('resuming', () => {
     expect(numbersOf(out)).toEqual(numbersOf(reference))
   })
 
+  test('with another batch size takes the rows that follow, and with rows of another length starts at their beginning', async () => {
+    const out = await temporaryFolder()
+    /** Starts of the rows that the steps of a run read, and its events. */
+    const read = async (options: Partial<TrainOptions>) => {
+      const { training, validation } = letterData()
+      const rows: number[] = []
+      const own = training.read.bind(training)
+      training.read = (from, count) => {
+        rows.push(from)
+        return own(from, count)
+      }
+      const { events } = await run({ ...options, data: { training, validation } })
+      return { rows, start: events[0] }
+    }
+    const resumed = { out, resume: true, allowChanges: true } as const
+    const { rows: order } = await read({ steps: 10 })
+    expect(new Set(order).size).toBe(30)
+    const first = await read({ out, steps: 4 })
+    const second = await read({ ...resumed, steps: 6, batchSize: 6 })
+    const third = await read({ ...resumed, steps: 7, batchSize: 6 })
+    expect([...first.rows, ...second.rows, ...third.rows]).toEqual(order)
+    expect(third.start).toMatchObject({ type: 'start', epochs: 30 / 130 })
+    const long = { steps: 9, sequenceLength: 16 }
+    const { rows: longRows } = await read({ ...long, steps: 2 })
+    const fourth = await read({ ...resumed, ...long })
+    expect(fourth.rows).toEqual(longRows)
+    expect(fourth.start).toMatchObject({ type: 'start', epochs: 6 / 65 })
+  })
+
   test("'auto' starts a new run in an empty folder, and resumes an existing one", async () => {
     const out = await temporaryFolder()
     const first = await run({ out, resume: 'auto', ...stopAfter(3) })

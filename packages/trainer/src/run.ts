@@ -6,7 +6,7 @@ import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
 import type { RunFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import { startingPoint } from './checkpoints/starting-point.ts'
-import type { RunRecord } from './checkpoints/trainer-state.ts'
+import type { RunRecord, TrainerState } from './checkpoints/trainer-state.ts'
 import { WeightsOnRanks } from './checkpoints/weights-on-ranks.ts'
 import type { TokenData } from './data/token-data.ts'
 import { Emitter } from './emitter.ts'
@@ -246,6 +246,7 @@ export class Run {
       this.settings.allowChanges ? null : this.record,
     )
     this.step = state.step
+    this.continueData(state)
     if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
     this.trainSeconds = state.trainSeconds
@@ -254,7 +255,15 @@ export class Run {
     this.checkpoint = from.path
     this.recent.addBalanceNames(state.balance ?? [])
     for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
-    for (const line of (await writableFolder?.truncateLogs(state.step)) ?? []) this.recent.add(line)
+    await writableFolder?.truncateLogs(state.step, line => this.recent.add(line))
+  }
+
+  /** Takes up the data where the checkpoint left it. Other data, and rows of another length, start at their beginning. */
+  continueData({ step, rows, run }: TrainerState): void {
+    const { data, sequenceLength, isolate } = this.record
+    const isSame = run['data'] === data && run['sequenceLength'] === sequenceLength && run['isolate'] === isolate
+    // Checkpoints of earlier versions have no rows.
+    if (rows !== undefined) this.source.continueFrom?.(step, isSame ? rows : 0)
   }
 
   /** @returns false if it was interrupted before the step began */
@@ -375,7 +384,8 @@ export class Run {
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
     const averagedSteps = this.ema?.steps
-    const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, averagedSteps, run: this.record }
+    const rows = this.source.rowsIn?.(step)
+    const state = { step, rows, tokens, trainSeconds, ...this.peaks, ...ofModel, averagedSteps, run: this.record }
     const { path } = await saveTraining(writableFolder, this.checkpointParts, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.events.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
@@ -481,6 +491,7 @@ export class Run {
 
   emitStart(): void {
     const { settings, source, backend } = this
+    const steps = Math.max(settings.steps, this.step)
     const start: TrainEvent = {
       type: 'start',
       backend: backend.name,
@@ -495,8 +506,8 @@ export class Run {
       ...(source.textsPerStep > 0 && { textsPerStep: source.textsPerStep }),
       trainingTokens: source.trainingTokens,
       validationTokens: source.validationTokens,
-      epochs: source.epochs(settings.steps),
-      ...this.sources(settings.steps),
+      epochs: source.epochs(steps),
+      ...this.sources(steps),
       out: this.folder?.path,
       rank: settings.rank,
       settings: this.record,

@@ -4,10 +4,11 @@ import { join } from 'node:path'
 import { type FolderLocation, pathOf } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { TrainListener } from '../events.ts'
+import { cutLog } from '../report/cut-log.ts'
 import { eventsLog } from '../report/events-log.ts'
-import { cutLoads, loadsLog } from '../report/loads-log.ts'
+import { loadsLog } from '../report/loads-log.ts'
 import { LogFile } from '../report/log-file.ts'
-import { cutMetrics, type MetricsLine } from '../report/metrics-log.ts'
+import type { MetricsLine } from '../report/metrics-log.ts'
 import { writeSummary } from '../report/summary.ts'
 import type { TrainResult } from '../result.ts'
 import { latestCheckpoint, otherCheckpoints, publishCheckpoint } from './checkpoint-folder.ts'
@@ -73,10 +74,9 @@ export class DiskRun implements RunFolder {
     }
   }
 
-  async truncateLogs(step: number): Promise<readonly MetricsLine[]> {
-    const lines = await cutMetrics(this.log.path, step)
-    await cutLoads(this.#file('loads.jsonl'), step)
-    return lines
+  async truncateLogs(step: number, onLine: (line: MetricsLine) => void) {
+    await cutLog(this.log.path, step, onLine)
+    await cutLog(this.#file('loads.jsonl'), step)
   }
 
   async publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>) {

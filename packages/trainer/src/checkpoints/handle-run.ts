@@ -68,9 +68,7 @@ export class HandleRun implements RunFolder {
     for (const name of [CHECKPOINTS_FOLDER, SUMMARY_FILE]) await remove(this.#handle, name)
   }
 
-  async truncateLogs() {
-    return []
-  }
+  async truncateLogs() {}
 
   async publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>) {
     const name = checkpointName(step)

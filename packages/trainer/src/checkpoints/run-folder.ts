@@ -36,8 +36,8 @@ export interface RunFolder {
   lock(): () => void
   /** Removes an earlier run. @throws MoeError E_CONFIG */
   clear(): Promise<void>
-  /** Truncates the logs to the step of a checkpoint. Resolves to the remaining lines. */
-  truncateLogs(step: number): Promise<readonly MetricsLine[]>
+  /** Truncates the logs to the step of a checkpoint. @param onLine is called with each line of `log` that remains */
+  truncateLogs(step: number, onLine: (line: MetricsLine) => void): Promise<void>
   /**
    * Saves a checkpoint, completely or not at all, and keeps the last `keep`.
    *

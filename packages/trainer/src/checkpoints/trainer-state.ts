@@ -11,8 +11,10 @@ export type RunRecord = Readonly<Record<string, string | number | boolean | null
 export type StreamState = Pick<Random, 'seed' | 'stream' | 'position'>
 
 export interface TrainerState {
-  /** Steps done. The position in the data and in the schedule follow from it. */
+  /** Steps done. The position in the schedule follows from it. */
   readonly step: number
+  /** Rows of the data that these steps took, over all ranks; undefined for rollouts and preferences. */
+  readonly rows?: number | undefined
   /** Positions trained on. */
   readonly tokens: number
   /** Seconds of training, excluding evaluation and saving. */
@@ -52,7 +54,7 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, but this trainer reads version ${version}`)
   const { step, tokens, trainSeconds, modelStep, balance = [], streams = {}, run } = state
-  const { peakMemoryBytes = 0, peakDeviceBytes = 0, averagedSteps } = state
+  const { peakMemoryBytes = 0, peakDeviceBytes = 0, averagedSteps, rows } = state
   const counts = {
     step,
     tokens,
@@ -61,6 +63,7 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     peakDeviceBytes,
     modelStep: modelStep ?? 0,
     averagedSteps: averagedSteps ?? 0,
+    rows: rows ?? 0,
   }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0))
@@ -73,6 +76,7 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
   if (typeof run !== 'object' || run === null) throw unreadable(path, 'does not contain the settings of the run')
   return {
     step: step as number,
+    rows,
     tokens: tokens as number,
     trainSeconds: trainSeconds as number,
     peakMemoryBytes,

@@ -1,5 +1,6 @@
 /**
- * @file Which rows a training step gets: a function of the step number alone, so that nothing else needs to be saved.
+ * @file Which rows a training step gets: a function of the step number alone. Only a run whose sizes change must know how
+ *   many rows it has taken.
  */
 import { checkOptions, MoeError, type OptionNames, Random, shown } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
@@ -112,6 +113,8 @@ export class TrainingOrder {
   readonly #interleaving: Interleaving
   /** If `accumulate` is a function: the number of micro-batches before each step, computed on demand. */
   readonly #before = [0]
+  /** The step from which this order continues another one, and the rows before it. */
+  #from = { step: 0, windows: 0 }
 
   /**
    * @throws MoeError E_CONFIG for sizes that are not integers of at least 1, or a rank outside the world
@@ -165,9 +168,21 @@ export class TrainingOrder {
     return { ...source, rows, order: new EpochOrder(rows.count, name === '' ? random : random.fork(name)) }
   }
 
-  /** Returns the number of rows in the first `steps` steps, over all micro-batches and ranks. */
+  /**
+   * Continues after `step` steps that took `windows` rows, for example with another batch size: later steps take the
+   * rows that follow.
+   */
+  continueFrom(step: number, windows: number): void {
+    this.#from = { step, windows }
+  }
+
+  /**
+   * Returns the number of rows in the first `steps` steps, over all micro-batches and ranks. (If the order continues
+   * another one, at least as many steps.)
+   */
   windowsIn(steps: number): number {
-    return this.#microBatchesIn(steps) * this.batchSize * this.world
+    const { step, windows } = this.#from
+    return windows + (this.#microBatchesIn(steps) - this.#microBatchesIn(step)) * this.batchSize * this.world
   }
 
   /** Returns the number of trained positions in the first `steps` steps, on this rank. */

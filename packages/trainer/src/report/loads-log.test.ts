@@ -1,6 +1,6 @@
 /** @file The reported loads of experts, compared with routing choices that are counted one by one. */
 import { existsSync } from 'node:fs'
-import { appendFile, readFile, writeFile } from 'node:fs/promises'
+import { appendFile, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { InitOptions, Tensor } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions } from '@moe/deepseek'
@@ -13,7 +13,7 @@ import type { TrainOptions } from '../options.ts'
 import { smallConfig, smallData } from '../test-deepseek.ts'
 import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
-import { cutLoads, LoadSums, readLoads } from './loads-log.ts'
+import { LoadSums, readLoads } from './loads-log.ts'
 
 const backend = await createBackend()
 afterAll(() => backend.dispose())
@@ -337,25 +337,6 @@ describe('loads.jsonl', () => {
     await run(small(), { out, loadsEvery: 2 })
     await run(small(), { out, overwrite: true, steps: 2, loadsEvery: 2 })
     expect(read(out).map(({ step }) => step)).toEqual([2])
-  })
-
-  test('is truncated after the last complete line', async () => {
-    const path = join(await temporaryFolder(), 'loads.jsonl')
-    const line = (step: number) => `{"step":${step},"steps":1,"layers":[{"name":"a","load":[${step}]}]}\n`
-    const lines = [1, 2, 3].map(line).join('')
-    for (const [text, upTo, left] of [
-      [lines, 2, [1, 2].map(line).join('')],
-      [lines, 3, lines],
-      [lines, 0, ''],
-      [`${line(1)}nonsense\n${line(2)}`, 9, line(1)],
-      [`${line(1)}${line(2).slice(0, 9)}`, 9, line(1)],
-      ['', 9, ''],
-    ] as const) {
-      await writeFile(path, text)
-      await cutLoads(path, upTo)
-      expect(await readFile(path, 'utf8')).toBe(left)
-    }
-    await cutLoads(join(await temporaryFolder(), 'none'), 1)
     expect(() => readLoads(undefined as unknown as string)).toThrow(/readLoads/)
   })
 })

@@ -1,11 +1,7 @@
 /** @file `loads.jsonl`: the expert loads of each layer, one line every few steps. */
-import { createReadStream, createWriteStream, existsSync } from 'node:fs'
-import { pipeline } from 'node:stream/promises'
-import { renameWithRetry } from '@moe/checkpoint'
 import type { LayerLoads, LoadsEvent, TrainListener } from '../events.ts'
 import type { LayerLoad } from '../model.ts'
-import { eachLine } from './line-splitter.ts'
-import { LogFile, writingFailed } from './log-file.ts'
+import { LogFile } from './log-file.ts'
 import { readLines } from './metrics-log.ts'
 
 /** A line of `loads.jsonl`: a `loads` event without its type. */
@@ -86,36 +82,6 @@ export function loadsLog(path: string): TrainListener {
     const { type, ...line } = event
     file.line(line)
     file.flush()
-  }
-}
-
-/**
- * Drops the lines after a step, and everything from the first unreadable line on. The file may be too large for a
- * string.
- *
- * @throws MoeError E_CHECKPOINT
- */
-export async function cutLoads(path: string, upToStep: number): Promise<void> {
-  if (!existsSync(path)) return
-  const temporary = `${path}.tmp`
-  let kept = 0
-  try {
-    await eachLine(path, {}, (text, at, end) => {
-      // Only lines that directly follow the kept ones are kept.
-      if (at === kept && stepOf(text) <= upToStep) kept = end
-    })
-    await pipeline(kept === 0 ? [] : createReadStream(path, { end: kept - 1 }), createWriteStream(temporary))
-    await renameWithRetry(temporary, path)
-  } catch (cause) {
-    throw writingFailed(path, cause)
-  }
-}
-
-function stepOf(text: string): number {
-  try {
-    return Number((JSON.parse(text) as LoadsLine).step)
-  } catch {
-    return Number.NaN
   }
 }
 

@@ -1,10 +1,8 @@
 /** @file `metrics.jsonl`: one JSON object per step. */
 import { existsSync, readFileSync } from 'node:fs'
-import { writeFile } from 'node:fs/promises'
-import { pathOf, renameWithRetry } from '@moe/checkpoint'
+import { pathOf } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { StepEvent } from '../events.ts'
-import { writingFailed } from './log-file.ts'
 
 /** A line of `metrics.jsonl`: a `step` event without its type, with its metrics as additional members. */
 export interface MetricsLine {
@@ -80,19 +78,4 @@ function readLog(op: string, path: string): string {
       cause,
     })
   }
-}
-
-/** Drops the lines after a step, which a resumed run writes again. @throws MoeError E_CHECKPOINT */
-export async function cutMetrics(path: string, upToStep: number): Promise<MetricsLine[]> {
-  const lines = readMetrics(path, upToStep)
-  if (existsSync(path)) {
-    const temporary = `${path}.tmp`
-    try {
-      await writeFile(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
-      await renameWithRetry(temporary, path)
-    } catch (cause) {
-      throw writingFailed(path, cause)
-    }
-  }
-  return lines
 }

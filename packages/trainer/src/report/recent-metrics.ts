@@ -3,14 +3,23 @@ import type { MetricsLine } from './metrics-log.ts'
 
 /** The lines of the last tenth of the steps done so far. */
 export class RecentMetrics {
+  /** The lines, after `#stale` older ones, which are removed together: removing each would move all others. */
   readonly #lines: MetricsLine[] = []
+  #stale = 0
   /** Names of the numbers that the model's `afterStep` returns. */
   readonly #balance = new Set<string>()
 
   add(line: MetricsLine): void {
     const lines = this.#lines
     lines.push(line)
-    while (lines[0].step <= line.step * 0.9) lines.shift()
+    while (lines[this.#stale].step <= line.step * 0.9) this.#stale++
+    if (this.#stale <= lines.length / 2) return
+    lines.splice(0, this.#stale)
+    this.#stale = 0
+  }
+
+  get #recent(): readonly MetricsLine[] {
+    return this.#lines.slice(this.#stale)
   }
 
   addBalanceNames(names: Iterable<string>): void {
@@ -23,14 +32,13 @@ export class RecentMetrics {
 
   /** Mean of the losses in nats per predicted token. */
   get trainingLoss(): number {
-    return mean(this.#lines.map(({ nll }) => nll))
+    return mean(this.#recent.map(({ nll }) => nll))
   }
 
   /** Means of the numbers that `afterStep` returned. */
   get balance(): Record<string, number> {
-    return Object.fromEntries(
-      this.balanceNames.map(name => [name, mean(this.#lines.flatMap(line => line[name] ?? []))]),
-    )
+    const recent = this.#recent
+    return Object.fromEntries(this.balanceNames.map(name => [name, mean(recent.flatMap(line => line[name] ?? []))]))
   }
 }
 

@@ -1,5 +1,5 @@
 import { existsSync, ftruncateSync, openSync, writeSync } from 'node:fs'
-import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { stripVTControlCharacters } from 'node:util'
@@ -8,8 +8,9 @@ import type { StartEvent, StepEvent } from '../events.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { eventsLog } from './events-log.ts'
 import { LogFile } from './log-file.ts'
-import { cutMetrics, metricsLine, readMetrics } from './metrics-log.ts'
+import { type MetricsLine, metricsLine, readMetrics } from './metrics-log.ts'
 import { type ProgressOptions, progress } from './progress.ts'
+import { RecentMetrics } from './recent-metrics.ts'
 import { writeSummary } from './summary.ts'
 
 vi.mock('node:fs', { spy: true })
@@ -196,14 +197,6 @@ describe('metrics.jsonl', () => {
     expect(written).toEqual([0, 0, 3, 3, 5])
   })
 
-  test('is truncated after a step, including partial lines', async () => {
-    const path = join(await temporaryFolder(), 'metrics.jsonl')
-    const lines = [1, 2, 3].map(i => JSON.stringify(metricsLine(step(i))))
-    await writeFile(path, `${lines.join('\n')}\n{"step":4,"lo`)
-    expect((await cutMetrics(path, 2)).map(line => line.step)).toEqual([1, 2])
-    expect(await readFile(path, 'utf8')).toBe(`${lines[0]}\n${lines[1]}\n`)
-  })
-
   test('is truncated to complete lines when the disk is full, and lines stay buffered', async () => {
     vi.mocked(openSync).mockClear()
     const path = join(await temporaryFolder(), 'metrics.jsonl')
@@ -266,11 +259,24 @@ describe('metrics.jsonl', () => {
     const log = new LogFile(path)
     log.line(metricsLine(step(1)))
     expect(() => log.flush()).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT', op: path }))
-    const other = `${path}.other`
-    await writeFile(other, '')
-    await mkdir(`${other}.tmp`)
-    await expect(cutMetrics(other, 1)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: other })
   })
+})
+
+test('the result has means over the last tenth of the steps, whichever step comes first', () => {
+  for (const first of [1, 40]) {
+    const recent = new RecentMetrics()
+    recent.addBalanceNames(['maxVio'])
+    const lines: MetricsLine[] = []
+    for (let number = first; number <= 300; number++) {
+      const line = { ...metricsLine(step(number)), nll: number ** 2, maxVio: -number }
+      lines.push(line)
+      recent.add(line)
+      const last = lines.filter(({ step }) => step > number * 0.9)
+      const mean = (name: 'nll' | 'maxVio') => last.reduce((sum, line) => sum + line[name], 0) / last.length
+      expect(recent.trainingLoss).toBe(mean('nll'))
+      expect(recent.balance).toEqual({ maxVio: mean('maxVio') })
+    }
+  }
 })
 
 test('summary.json is merged with new values, and stays intact after a failure', async () => {
