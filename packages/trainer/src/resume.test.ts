@@ -12,7 +12,8 @@ import {
   type Tensor,
 } from '@moe/core'
 import { CapacityMoE } from '@moe/router'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, test, vi } from 'vitest'
+import { DiskRun } from './checkpoints/disk-run.ts'
 import { Muon } from './optim/muon.ts'
 import { piecewise } from './optim/schedule.ts'
 import type { TrainOptions } from './options.ts'
@@ -227,6 +228,17 @@ describe('resuming', () => {
     const fourth = await read({ ...resumed, ...long })
     expect(fourth.rows).toEqual(longRows)
     expect(fourth.start).toMatchObject({ type: 'start', epochs: 6 / 65 })
+  })
+
+  test('a run that another process saved just before the folder was locked is not removed', async () => {
+    const out = await temporaryFolder()
+    await run({ out, ...stopAfter(4) })
+    const latest = vi.spyOn(DiskRun.prototype, 'latest').mockResolvedValueOnce(undefined)
+    expect(await errorOf(run({ out }))).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/already/) })
+    latest.mockResolvedValueOnce(undefined)
+    const { events } = await run({ out, resume: 'auto' })
+    expect(events[0]).toMatchObject({ type: 'start', fromStep: 4 })
+    latest.mockRestore()
   })
 
   test("'auto' starts a new run in an empty folder, and resumes an existing one", async () => {

@@ -233,8 +233,12 @@ export class Run {
   async prepareFolder(): Promise<void> {
     const { folder, writableFolder } = this
     if (folder === undefined) return
-    const from = await startingPoint(folder, this.settings)
-    if (writableFolder !== undefined) this.unlock = writableFolder.lock()
+    let from = await startingPoint(folder, this.settings)
+    if (writableFolder !== undefined) {
+      this.unlock = writableFolder.lock()
+      // Another training may have saved and ended in between.
+      from = await startingPoint(folder, this.settings)
+    }
     if (from === undefined) {
       await writableFolder?.clear()
       return

@@ -213,6 +213,17 @@ describe('status', () => {
     expect(await state()).toMatchObject({ status, secondsLeft: status === 'training' && lock ? 0.48 : null })
   })
 
+  test('has evaluations over the whole run, and the latest one, however many there are', async () => {
+    const { write, state } = await watched()
+    const evaluations = Array.from({ length: 5000 }, (_, i) => ({ type: 'evaluation', step: 10 * (i + 1), loss: 2 }))
+    await write('events.jsonl', jsonl([start, ...evaluations, { ...evaluations[4999], loss: 1, final: true }]))
+    const { validation } = await state()
+    expect(validation.length).toBeLessThanOrEqual(2000)
+    expect(validation.at(-1)).toMatchObject({ step: 50_000, loss: 1, final: true })
+    const steps = [0, ...validation.map(({ step }) => step)]
+    for (let i = 1; i < steps.length; i++) expect(steps[i] - steps[i - 1]).toBeLessThanOrEqual(80)
+  })
+
   test('is read from the summary of a run without events', async () => {
     const { write, state } = await watched()
     await write('metrics.jsonl', metrics(1, 4))

@@ -66,7 +66,7 @@ export interface RunState {
 }
 
 const quietMs = 5 * 60_000
-/** Maximum number of evaluations to keep. */
+/** Maximum number of evaluations to keep. When there are more, every second one is dropped. */
 const most = 2000
 const ends: ReadonlySet<unknown> = new Set(['finished', 'interrupted', 'time'])
 
@@ -211,7 +211,7 @@ export class WatchedRun {
   }
 
   #measured({ step, final, ema, ...measured }: Fields): void {
-    if (!isStep(step) || this.#validation.length >= most) return
+    if (!isStep(step)) return
     for (const [source, numbers] of Object.entries(isFields(measured['sources']) ? measured['sources'] : {})) {
       if (!isFields(numbers)) continue
       const { loss, bitsPerByte } = numbers
@@ -223,7 +223,9 @@ export class WatchedRun {
     const averaged = isFields(ema) && { ema: measurement(ema) }
     const point = { step, ...measurement(measured), ...averaged, final: final === true }
     // A run that is resumed after its last step evaluates once more.
-    this.#validation = [...this.#validation.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
+    const all = [...this.#validation.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
+    // From the end, so that the latest one stays.
+    this.#validation = all.length <= most ? all : all.filter((_, i) => (all.length - i) % 2 === 1)
   }
 
   #ended(result: unknown): void {
