@@ -155,6 +155,18 @@ describe('a run with ema', () => {
     expect(shares.at(-1)).toBe(1)
   })
 
+  test('is the weights themselves until a step is averaged', async () => {
+    const [stopped, done] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: stopped, ema: 0.9, signal: AbortSignal.abort() })
+    expect(await storedWeights(modelFolder(stopped, { ema: true }))).toEqual(await storedWeights(modelFolder(stopped)))
+    const whole = await runWithWeights({ ema: 0.9 })
+    const resumed = await run({ out: stopped, ema: 0.9, resume: true })
+    expect(resumed.result.ema?.loss).toBe(whole.result.ema?.loss)
+    await run({ out: done })
+    const { result } = await run({ out: done, ema: 0.9, resume: true, allowChanges: true })
+    expect(result.ema?.loss).toBe(result.validation.loss)
+  })
+
   test('restores the weights when an evaluation is interrupted', async () => {
     const controller = new AbortController()
     const model = new BigramModel()

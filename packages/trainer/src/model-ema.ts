@@ -46,9 +46,11 @@ export class ModelEma {
   }
 
   /**
-   * Runs `fn` while the model contains the averaged weights. All ranks must call it.
+   * Runs `fn` while the model contains the averaged weights; before the first step, its own weights. All ranks must call
+   * it.
    */
   async withAverages<T>(fn: () => Promise<T>): Promise<T> {
+    if (this.steps === 0) return await fn()
     this.#swap()
     this.isInModel = true
     try {

@@ -371,6 +371,11 @@ describe('conversationFiles', () => {
     ['a list over several lines', '[', /a\.jsonl:2 is not JSON.*over several lines/],
     ['another form', '{"prompt": "b", "completion": "c"}', /a\.jsonl:2 is not a list of messages/],
     ['null', 'null', /a\.jsonl:2 is not a list/],
+    [
+      'tools',
+      '{"messages": [{"role": "assistant", "content": "b"}], "tools": [{"type": "function"}]}',
+      /a\.jsonl:2 has tools, which are not passed to the template; describe them in a system message/,
+    ],
     ['a message that is null', '[null]', /role of message 0 of .*a\.jsonl:2 is not a string/],
     [
       'a message without text',

@@ -89,7 +89,7 @@ export function conversations(all: Iterable<Conversation>, options: Conversation
 
 /**
  * Reads conversations from JSON Lines files, as `data` for `train`. Each line is `{"messages": [{"role": "user",
- * "content": "…"}, …]}` or only the list, as in OpenAI's and Hugging Face's files.
+ * "content": "…"}, …]}` or only the list, as in OpenAI's and Hugging Face's files. Lines with `tools` are refused.
  *
  * @throws MoeError E_DATA, with file and line, for an invalid conversation, or one without an answer to learn
  */
@@ -205,6 +205,11 @@ function checkConversation(op: string, given: unknown, what: string): Conversati
   const listed = Array.isArray(given) ? given : (given as { messages?: unknown } | null)?.messages
   if (!Array.isArray(listed)) {
     throw refused(op, `${what} is not a list of messages`, 'pass [{ role, content }, …] or { messages: […] }')
+  }
+  const { tools = [] } = given as { readonly tools?: readonly unknown[] | null }
+  if ((tools?.length ?? 0) > 0) {
+    const fix = 'describe them in a system message, as the model will see them, and remove tools'
+    throw refused(op, `${what} has tools, which are not passed to the template`, fix)
   }
   listed.forEach((message: Message | null, i) => {
     const wrong = (['role', 'content'] as const).find(name => typeof message?.[name] !== 'string')
