@@ -17,8 +17,10 @@ const eps = 1e-5
 
 type Options = Partial<TrainOptions>
 type Parallelism = (typeof parallelisms)[keyof typeof parallelisms]
+/** `muon` has its own. */
+const withEps = (options: Options): Options => (options.optimizer === undefined ? { eps, ...options } : options)
 const alone = (options: Options, model: DeepSeekOptions = {}) =>
-  trainSmall(backend, { accumulate: 4, eps, ...options }, model)
+  trainSmall(backend, { accumulate: 4, ...withEps(options) }, model)
 /** @param options for all ranks, or a function that returns those of a rank */
 const onRanks = (
   { accumulate, onRanks }: Parallelism,
@@ -30,7 +32,7 @@ const onRanks = (
     const ofRank = typeof options === 'function' ? options(ranks.rank) : options
     return trainSmall(
       backend,
-      { accumulate, eps, ...ofRank },
+      { accumulate, ...withEps(ofRank) },
       { ...model, onRanks: trainee => onRanks(trainee, ranks) },
     )
   })
