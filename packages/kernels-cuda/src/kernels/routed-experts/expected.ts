@@ -160,7 +160,7 @@ export function expectedOf({ N, K, E, D, I, x, gate, up, down, weights, chosen, 
 }
 
 /** What products of rows give: rounded to bf16, or as it is, which is what the ops one by one do. */
-export type Rounding = 'bf16' | 'f32'
+type Rounding = 'bf16' | 'f32'
 
 /** In precision fp8: operands are rounded to fp8 by the reference. Gradients of weights and of SwiGLU are core's. */
 export function fp8ResultsOf(numbers: Numbers, rounding: Rounding): Record<keyof Results, Float64Array> {
