@@ -156,7 +156,10 @@ async function serveOnRanks(
   open: (options: OpenOptions) => Promise<OpenedModel>,
   serveOpened: (opened: OpenedModel) => Promise<void>,
 ): Promise<void> {
-  const { ExpertParallel, mpi, nccl } = await import('@moe/parallel')
+  const { ExpertParallel, mpi, nccl } = await import('@moe/parallel').catch(error => {
+    if (error.code !== 'ERR_MODULE_NOT_FOUND') throw error
+    throw new UsageError('--ranks needs another package: npm i @moe/parallel')
+  })
   const processes = await mpi()
   const backend = await useBackend(threads, localRank())
   const ranks = backend.name === 'kernels-cuda' ? await nccl(processes) : processes
