@@ -62,7 +62,7 @@ const variants: ReadonlyArray<readonly [name: string, options: ContinuousBatchOp
 ]
 
 describe.each([
-  ['the reference backend', () => reference as Backend, 10],
+  ['the reference backend', () => reference as Backend, 8],
   ['a backend that records', () => native as Backend, 24],
 ])('texts on %s', (_, of, count) => {
   describe.each([0, 1, 3])('with drafts of %i modules', depth => {
