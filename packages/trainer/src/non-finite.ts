@@ -1,14 +1,16 @@
 /** @file Finds where NaN or infinity came from, after a step turned out not to be finite. */
 import {
+  globalNorm,
   type HostArray,
   type Module,
   MoeError,
   type NamedParameter,
   namedParameters,
+  noGrad,
   type Parameter,
   type Tensor,
 } from '@moe/core'
-import { gatherValues } from './ranks.ts'
+import { gatherValues, type Ranks } from './ranks.ts'
 import type { ShardedUpdate } from './sharded-update.ts'
 
 export interface NonFinite {
@@ -108,8 +110,38 @@ export function stepError(
   })
 }
 
+/**
+ * Checks the weights that this rank holds before they are saved. An update can make a weight infinite although its
+ * gradient was finite, and such a model must not replace a good checkpoint.
+ *
+ * @param options.ranks if each has a part of the model, so that they can differ. All throw the same error
+ * @param options.like a parameter on the backend of the model, even if this rank has no weights
+ * @throws MoeError E_NAN
+ */
+export async function checkFiniteModel(
+  weights: readonly NamedParameter[],
+  step: number,
+  { ranks, like }: { readonly ranks: Ranks | undefined; readonly like: Parameter },
+): Promise<void> {
+  const ofAll = async <T>(own: T): Promise<T[]> => (ranks === undefined ? [own] : gatherValues(ranks, own, like))
+  const finite = Number.isFinite(await normOf(weights))
+  if (!(await ofAll(finite)).includes(false)) return
+  const found = await ofAll(await findNonFinite(weights))
+  throw nonFiniteModel(found.find(where => where !== null) ?? null, step)
+}
+
+async function normOf(weights: readonly NamedParameter[]): Promise<number> {
+  const trained = weights.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
+  const norm = noGrad(() => globalNorm(trained))
+  try {
+    return await norm.item()
+  } finally {
+    norm.dispose()
+  }
+}
+
 /** The error for a model that contains non-finite weights after an update. */
-export function nonFiniteModel(where: NonFinite | null, step: number): MoeError {
+function nonFiniteModel(where: NonFinite | null, step: number): MoeError {
   return new MoeError({
     code: 'E_NAN',
     op: 'train',

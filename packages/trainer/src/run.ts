@@ -1,5 +1,5 @@
 /** @file One call of `train`: the loop over its steps, with checkpoints, evaluations, events and the result. */
-import { globalNorm, type NamedParameter, namedStreams, noGrad, parameterCount, yieldToEventLoop } from '@moe/core'
+import { type NamedParameter, namedStreams, parameterCount, yieldToEventLoop } from '@moe/core'
 import type { BatchSource } from './batch-source.ts'
 import { runFolder } from './checkpoints/locate-run.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
@@ -18,13 +18,13 @@ import { makeBatchSource } from './make-batch-source.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
 import type { ModelEma } from './model-ema.ts'
 import { StepsOnRanks } from './model-on-ranks.ts'
-import { findNonFinite, nonFiniteModel } from './non-finite.ts'
+import { checkFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
 import { evaluationLimit, type ResolvedOptions, recordRun } from './options.ts'
 import { RankGroup } from './rank-group.ts'
 import { useRankStreams } from './rank-streams.ts'
-import { gatherNumbers, gatherValues, type Ranks } from './ranks.ts'
+import { gatherNumbers, type Ranks } from './ranks.ts'
 import { LoadSums } from './report/loads-log.ts'
 import { metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
@@ -375,8 +375,12 @@ export class Run {
     if (!this.savesCheckpoints || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()
-    await this.settings.onRanks?.synchronize()
-    await this.checkFinite()
+    await settings.onRanks?.synchronize()
+    const { onRanks } = settings
+    await checkFiniteModel(onRanks?.weights ?? this.parameters, step, {
+      ranks: onRanks?.ranks,
+      like: this.parameters[0].parameter,
+    })
     this.savedStep = step
     if (writableFolder === undefined) {
       await this.weightsOnRanks?.send()
@@ -417,35 +421,6 @@ export class Run {
       template,
       documentIds: { bos, eos },
     }
-  }
-
-  /** The parameters whose weights this rank holds. */
-  get weights(): readonly NamedParameter[] {
-    return this.settings.onRanks?.weights ?? this.parameters
-  }
-
-  /**
-   * An update can make a weight infinite although its gradient was finite. Such a model must not replace a good
-   * checkpoint.
-   */
-  async checkFinite(): Promise<void> {
-    const { onRanks } = this.settings
-    const [{ parameter: like }] = this.parameters
-    const finite = Number.isFinite(await this.weightNorm())
-    // Only if each has a part of the model can ranks differ.
-    const all = onRanks === undefined ? [finite] : await gatherValues(onRanks.ranks, finite, like)
-    if (!all.includes(false)) return
-    const own = await findNonFinite(this.weights)
-    const found = onRanks === undefined ? [own] : await gatherValues(onRanks.ranks, own, like)
-    throw nonFiniteModel(found.find(where => where !== null) ?? null, this.step)
-  }
-
-  async weightNorm(): Promise<number> {
-    const weights = this.weights.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
-    const norm = noGrad(() => globalNorm(weights))
-    const value = await norm.item()
-    norm.dispose()
-    return value
   }
 
   async stopped(reason: 'interrupted' | 'time'): Promise<TrainResult> {
