@@ -74,7 +74,9 @@ static inline __attribute__((always_inline)) void read(void* pointer) {
   if (globalBytes == 0) return;  // checks are off
   if (address - sharedStart < sharedBytes) {
     if (__builtin_expect((address & (Bytes - 1)) != 0, 0)) misaligned(address, Bytes, "read", EMU_HERE);
-    return readShared(address, Bytes, EMU_HERE);
+    touched[run.warp] |= 1u << run.lane;
+    if (!sealed<Bytes>(address)) readShared(address, Bytes, EMU_HERE);
+    return;
   }
   elsewhere(address, Bytes, "read", EMU_HERE);
 }

@@ -174,6 +174,25 @@ inline void writeGlobal(uintptr_t address, size_t bytes, Where where, bool atomi
   raceWrite(address, bytes, atomic, where);
 }
 
+// --- mbarriers and TMA copies (mbarrier.cc) ---
+
+constexpr int maxBarriers = 64;
+/// What each thread has heard of: for each warp, up to which time it knows of the warp's accesses; from ofProducts on,
+/// the same for its products' reads; from ofBoxes on, for each barrier, the time of the latest completed copy.
+constexpr int ofProducts = maxWarps, ofBoxes = 2 * maxWarps, thingsKnown = ofBoxes + maxBarriers;
+extern uint32_t heard[maxThreads][thingsKnown];
+/// For each warp, the lanes that have accessed shared memory since it converged.
+extern uint32_t touched[maxWarps];
+extern bool othersHeard;  // whether threads of this block may know of other warps' accesses other than by __syncthreads
+/// Merges what the lanes of a warp have heard.
+void shareHeard(int warp);
+/// Called when a block starts or is abandoned.
+void resetBarriers();
+/// Called at the end of a block.
+void checkBarriers();
+/// Describes what each barrier is waiting for.
+std::string barrierStates();
+
 // --- shared memory (shared.cc) ---
 
 /// True if what the given thread of the block did at that time is ordered before the current access, by barriers of any
@@ -186,6 +205,25 @@ void reserveShared();
 bool inShared(uintptr_t address);
 void forgetShared();
 void readShared(uintptr_t address, size_t bytes, Where where);
+/// For each word: sealOf(warp) if further reads by that warp, or by any, change nothing until its next barrier. A write
+/// before that barrier is a race with the reads, so it need not break the seal.
+extern uint64_t* seals;
+constexpr int anyWarp = 63;
+inline uint64_t sealOf(int warp) {
+  const uint32_t since = warp == anyWarp || run.warpClock[warp] < run.barrierClock ? run.barrierClock : run.warpClock[warp];
+  return (uint64_t)since << 6 | warp;
+}
+/// True for whole words with the same seal, which need no further checks.
+template <size_t Bytes>
+inline bool sealed(uintptr_t address) {
+  if (Bytes < 4 || othersHeard) return false;
+  const uint64_t* seal = seals + ((address - sharedStart) >> 2);
+  if (*seal != sealOf(anyWarp) && *seal != sealOf(run.warp)) return false;
+  uint64_t others = 0;
+#pragma GCC unroll 4
+  for (size_t i = 1; i < Bytes / 4; i++) others |= seal[i] ^ *seal;
+  return others == 0;
+}
 void writeShared(uintptr_t address, size_t bytes, Where where);
 void atomicShared(uintptr_t address, bool reads, Where where);
 /// An asynchronous copy to shared memory has started, and has completed.
@@ -215,25 +253,6 @@ void walk(const char* what, const char* file, int line);
 /// Called when all lanes of the warp have converged.
 void meetPaths(int warp);
 void resetPaths();
-
-// --- mbarriers and TMA copies (mbarrier.cc) ---
-
-constexpr int maxBarriers = 64;
-/// What each thread has heard of: for each warp, up to which time it knows of the warp's accesses; from ofProducts on,
-/// the same for its products' reads; from ofBoxes on, for each barrier, the time of the latest completed copy.
-constexpr int ofProducts = maxWarps, ofBoxes = 2 * maxWarps, thingsKnown = ofBoxes + maxBarriers;
-extern uint32_t heard[maxThreads][thingsKnown];
-/// For each warp, the lanes that have accessed shared memory since it converged.
-extern uint32_t touched[maxWarps];
-extern bool othersHeard;  // whether threads of this block may know of other warps' accesses other than by __syncthreads
-/// Merges what the lanes of a warp have heard.
-void shareHeard(int warp);
-/// Called when a block starts or is abandoned.
-void resetBarriers();
-/// Called at the end of a block.
-void checkBarriers();
-/// Describes what each barrier is waiting for.
-std::string barrierStates();
 
 // --- wgmma (product.cc) ---
 

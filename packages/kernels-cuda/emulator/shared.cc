@@ -15,6 +15,7 @@
 namespace emu {
 
 uintptr_t sharedStart, sharedBytes;
+uint64_t* seals;
 
 namespace {
 
@@ -133,6 +134,14 @@ inline bool readsOrdered(const Cell& cell, uintptr_t address) {
   return true;
 }
 
+/// Seals a word after a read. The parts of a word that was accessed in parts are not sealed.
+inline void seal(const Cell& cell, uintptr_t address) {
+  const size_t word = (address - region) >> 2;
+  if (&cell != cells + word || cell.writeClock >= run.barrierClock || othersHeard) return;
+  if (cell.reader & everyone) seals[word] = sealOf(anyWarp);
+  else if (cell.reader & lanesOf) seals[word] = sealOf(run.warp);
+}
+
 inline void checkWrite(Cell& cell, uintptr_t address, Where where) {
   if (cell.writeClock >= run.barrierClock) {
     if (cell.writeClock == onItsWay) early(address, where);
@@ -172,9 +181,16 @@ void splitCell(size_t word) {
   cell.writeClock = run.clock;
 }
 
-/// Calls `visit(cell, address)` for each cell of [address, address + bytes).
+/// True for whole words, none of which has been accessed in parts.
+inline bool whole(const Cell* cell, size_t start, size_t bytes) {
+  if ((start | bytes) & 3 || !(cell->inside || (start >= dynamicStart && start + bytes <= dynamicStart + run.dynamicShared))) return false;
+  bool good = true;
+  for (size_t i = 0; i < bytes / 4; i++) good &= !cell[i].split & (cell[i].inside == cell->inside);
+  return good;
+}
+
 template <class Visit>
-inline void visitCells(uintptr_t address, size_t bytes, Where where, Visit visit) {
+[[gnu::noinline]] void visitParts(uintptr_t address, size_t bytes, Where where, Visit visit) {
   const size_t start = address - region, end = start + bytes;
   for (size_t at = start & ~(size_t)3; at < end; at += 4) {
     const size_t word = at >> 2;
@@ -192,6 +208,14 @@ inline void visitCells(uintptr_t address, size_t bytes, Where where, Visit visit
   }
 }
 
+/// Calls `visit(cell, address)` for each cell of [address, address + bytes).
+template <class Visit>
+inline void visitCells(uintptr_t address, size_t bytes, Where where, Visit visit) {
+  Cell* cell = cells + ((address - region) >> 2);
+  if (!whole(cell, address - region, bytes)) return visitParts(address, bytes, where, visit);
+  for (size_t i = 0; i < bytes / 4; i++) visit(cell[i], address + 4 * i);
+}
+
 }  // namespace
 
 void reserveShared() {
@@ -204,6 +228,7 @@ void reserveShared() {
     region = (uintptr_t)reserve(regionBytes);
     cells = (Cell*)reserve(regionBytes / 4 * sizeof(Cell));
     byteCells = (Cell*)reserve(regionBytes * sizeof(Cell));
+    seals = (uint64_t*)reserve(regionBytes / 4 * sizeof *seals);
     readBy = (uint32_t(*)[maxWarps])reserve(regionBytes / 128 * sizeof *readBy);
   }
   sharedStart = region;
@@ -218,6 +243,7 @@ void forgetShared() {
     Cell& cell = cells[i];
     cell.writeClock = cell.readClock = 0;
     cell.split = false;
+    seals[i] = 0;
   }
 }
 
@@ -244,31 +270,17 @@ void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name
   return slot->at;
 }
 
-static void readParts(uintptr_t address, size_t bytes, Where where) {
-  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { readCell(cell, at, where); });
-}
-static void writeParts(uintptr_t address, size_t bytes, Where where) {
-  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { writeCell(cell, at, where); });
-}
-/// True for whole words, none of which has been accessed in parts.
-static inline bool whole(const Cell* cell, size_t start, size_t bytes) {
-  if ((start | bytes) & 3 || !(cell->inside || (start >= dynamicStart && start + bytes <= dynamicStart + run.dynamicShared))) return false;
-  bool good = true;
-  for (size_t i = 0; i < bytes / 4; i++) good &= !cell[i].split & (cell[i].inside == cell->inside);
-  return good;
-}
 void readShared(uintptr_t address, size_t bytes, Where where) {
   touched[run.warp] |= 1u << run.lane;
-  Cell* cell = cells + ((address - region) >> 2);
-  if (!whole(cell, address - region, bytes)) return readParts(address, bytes, where);
-  for (size_t i = 0; i < bytes / 4; i++) readCell(cell[i], address + 4 * i, where);
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
+    readCell(cell, at, where);
+    seal(cell, at);
+  });
 }
 void writeShared(uintptr_t address, size_t bytes, Where where) {
   touched[run.warp] |= 1u << run.lane;
   checkOverwrite("a thread writes", address, bytes, where);
-  Cell* cell = cells + ((address - region) >> 2);
-  if (!whole(cell, address - region, bytes)) return writeParts(address, bytes, where);
-  for (size_t i = 0; i < bytes / 4; i++) writeCell(cell[i], address + 4 * i, where);
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { writeCell(cell, at, where); });
 }
 void atomicShared(uintptr_t address, bool reads, Where where) {
   touched[run.warp] |= 1u << run.lane;

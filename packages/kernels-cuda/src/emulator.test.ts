@@ -213,6 +213,34 @@ describe.skipIf(unbuilt)('emulator', () => {
       })
       expectFault(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
     })
+    test.each([
+      [64, 2, 4, 2],
+      [64, 2, 40, 2],
+      [64, 2, 4, 1],
+      [64, 2, 3, 0],
+      [32, 1, 4, 1],
+      [32, 0, 4, 1],
+    ])('reads that are repeated after a barrier are ordered by the next one (%i %i %i %i)', (threads, ...kinds) =>
+      expect(run('moe_test_shared_again', threads, 'p i i i', [device.allocate(256), ...kinds])).toEqual({
+        status: 0,
+        report: '',
+      }),
+    )
+    test.each([
+      [64, 2, 4, 0, 'read by thread 3'],
+      [64, 2, 40, 0, 'read by thread 3'],
+      [64, 2, 40, 1, 'read by thread 3'],
+      [64, 1, 4, 0, 'read by threads of several warps'],
+      [32, 1, 4, 0, 'read by thread 3'],
+      [32, 0, 4, 0, 'read by several lanes of warp 0'],
+    ])('and a write without one is reported (%i %i %i %i)', (threads, reads, writer, writes, before) =>
+      expectFault(
+        run('moe_test_shared_again', threads, 'p i i i', [device.allocate(256), reads, writer, writes]),
+        launchFailed,
+        'race: write of byte 36 of shared array tile',
+        before,
+      ),
+    )
     test('__syncwarp orders only the lanes of a warp', () => {
       expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({
         status: 0,

@@ -63,6 +63,23 @@ MOE_KERNEL((256), moe_test_shared_warp, (float* y, int distance, int synced)) {
   y[threadIdx.x] = tile[threadIdx.x ^ (unsigned)distance];
 }
 
+/// All threads read a word, then thread 3 once more, then `writer` writes it, each after a barrier of the `readBarrier`
+/// and `writeBarrier` kind: 0 none, 1 of the warp, 2 of the block.
+MOE_KERNEL((64), moe_test_shared_again, (float* y, int readBarrier, int writer, int writeBarrier)) {
+  MOE_SHARED(float, tile, [64]);
+  const int thread = threadIdx.x;
+  tile[thread] = (float)thread;
+  __syncthreads();
+  float sum = tile[9] + tile[9];
+  if (readBarrier == 1) __syncwarp();
+  if (readBarrier == 2) __syncthreads();
+  if (thread == 3) sum += tile[9];
+  if (writeBarrier == 1) __syncwarp();
+  if (writeBarrier == 2) __syncthreads();
+  if (thread == writer) tile[9] = 1.f;
+  y[thread] = sum;
+}
+
 /// Accesses of blocks (or of threads of a block) to the same words of device memory. `mode`
 /// 0: correct, each accesses its own words
 /// 1: a block reads what the previous one wrote
