@@ -22,7 +22,7 @@ import type { Recording } from './recording.ts'
 
 /** Options of `createBackend`. */
 export interface CpuOptions {
-  /** Number of threads that kernels use, including the calling thread. Default: MOE_NUM_THREADS, or the CPUs available to this process. */
+  /** Number of threads that kernels use, including the calling thread. Default: MOE_NUM_THREADS, or the CPUs available to this process, at most 256. */
   readonly threads?: number | undefined
   /** Highest instruction set to use. Default: MOE_CPU_ISA, or the fastest that the CPU supports. */
   readonly isa?: Isa | undefined
@@ -55,9 +55,12 @@ export interface CpuBackend extends Backend {
 export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   checkOptions('createBackend', options, { threads: true, isa: true, memoryLimit: true, guarded: true })
   const library = await loadLibrary(chosenIsa(options))
-  const threads = options.threads ?? threadsFromEnvironment() ?? library.defaultThreads
-  if (!Number.isInteger(threads) || threads < 1 || threads > 256) throw invalid('threads', threads, '1 to 256')
-  const memory = new Memory(library, { limit: options.memoryLimit, guarded: options.guarded })
+  const threads = options.threads ?? threadsFromEnvironment() ?? Math.min(library.defaultThreads, mostThreads)
+  if (!isThreadCount(threads)) throw invalid('threads', threads, `1 to ${mostThreads}`)
+  const { memoryLimit } = options
+  if (memoryLimit !== undefined && !(memoryLimit >= 0))
+    throw invalid('memoryLimit', memoryLimit, 'a number of bytes')
+  const memory = new Memory(library, { limit: memoryLimit, guarded: options.guarded })
   let recording: Recording | null = null
   const native = createNative(library, memory, threads, () => recording)
   const primitives = tabulate(primitiveFactories, native, memory) as PrimitiveKernels
@@ -75,12 +78,14 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     upload: (data, shape, dtype) => upload(library, memory, recording, data, { shape, dtype }),
     async download(value) {
       if (recording !== null) throw whileRecording('download', 'read results after replay')
+      memory.needAlive()
       return download(library, value)
     },
     free: (handle: Handle) => memory.release(handle as CpuBuffer),
     async sync() {},
     write(tensor, data) {
       if (recording !== null) throw whileRecording('write', 'write before replay')
+      memory.needAlive()
       const buffer = tensor.handle as CpuBuffer
       if (data.byteLength !== buffer.bytes) throw wrongLength('write', data, tensor)
       native.withRounded(buffer, rounded => {
@@ -128,9 +133,14 @@ function threadsFromEnvironment(): number | undefined {
   const named = process.env['MOE_NUM_THREADS']
   if (!named) return undefined
   const threads = Number(named)
-  if (!Number.isInteger(threads) || threads < 1) throw invalid('MOE_NUM_THREADS', named, '1 to 256')
+  if (!isThreadCount(threads)) throw invalid('MOE_NUM_THREADS', named, `1 to ${mostThreads}`)
   return threads
 }
+
+/** As many as the pool in native/parallel.cc has room for. Machines may have more CPUs. */
+const mostThreads = 256
+
+const isThreadCount = (count: number): boolean => Number.isInteger(count) && count >= 1 && count <= mostThreads
 
 function invalid(option: string, value: unknown, allowed: string): MoeError {
   return new MoeError({

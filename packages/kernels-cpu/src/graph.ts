@@ -94,6 +94,7 @@ export function capture<T>(
     nodes: calls.length,
     replay(updates) {
       if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph has been disposed' })
+      memory.needAlive()
       if (updates !== undefined) update(updates)
       if (profiling.on) return replayProfiled(library, calls, starts, slotsAddress)
       const status = library.replay(library.address(pairs.buffer), calls.length)

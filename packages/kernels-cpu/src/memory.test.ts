@@ -109,9 +109,15 @@ describe('memory', () => {
     backend.dispose()
   })
 
+  test('a limit that is not a number of bytes is E_CONFIG', async () => {
+    for (const memoryLimit of [Number.NaN, -1, '1 GB' as never])
+      await expect(createBackend({ memoryLimit })).rejects.toMatchObject({ code: 'E_CONFIG' })
+  })
+
   test('a size that cannot be allocated is an error, not a crash', async () => {
     const backend = await createBackend()
-    expect(codeOf(() => backend.primitives.fill([], { value: 0 }, [f32(2 ** 50)]))).toBe('E_OUT_OF_MEMORY')
+    for (const shape of [[2 ** 50], [2 ** 40, 2 ** 40], new Array<number>(40).fill(2 ** 40)])
+      expect(codeOf(() => backend.primitives.fill([], { value: 0 }, [f32(...shape)]))).toBe('E_OUT_OF_MEMORY')
     expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0 })
     backend.dispose()
   })
@@ -156,11 +162,20 @@ describe('memory', () => {
     expect(() => backend.checkGuards()).toThrow('wrote after a buffer of 36 bytes')
   })
 
-  test('a disposed backend throws', async () => {
+  test('a disposed backend throws instead of touching its memory, and tensors can still be freed', async () => {
     const backend = await createBackend()
-    backend.upload(new Float32Array(4), [4], 'f32')
+    // Large enough to be returned to the system, so that an access would be a crash.
+    const x: Value = { handle: backend.upload(new Float32Array(2 ** 22), [2 ** 22], 'f32'), ...f32(2 ** 22) }
+    const graph = backend.capture(() => backend.primitives.unary([x], { code: 'neg' }, [x]))
     backend.dispose()
     expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0, cachedBytes: 0 })
     expect(codeOf(() => backend.upload(new Float32Array(4), [4], 'f32'))).toBe('E_DISPOSED')
+    await expect(backend.download(x)).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    expect(codeOf(() => backend.write(x, new Float32Array(2 ** 22)))).toBe('E_DISPOSED')
+    expect(codeOf(() => backend.primitives.reshape([x], {}, [x]))).toBe('E_DISPOSED')
+    expect(codeOf(() => graph.replay())).toBe('E_DISPOSED')
+    graph.dispose()
+    for (const handle of [x.handle, ...graph.result]) backend.free(handle)
+    expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0, cachedBytes: 0 })
   })
 })

@@ -79,14 +79,20 @@ export class Memory {
   constructor(library: NativeLibrary, options: MemoryOptions = {}) {
     this.#library = library
     this.#shared = this.#pool = this.newPool()
-    this.#limit = options.limit ?? Number.POSITIVE_INFINITY
+    // Beyond that, sums of bytes would be inexact.
+    this.#limit = Math.min(options.limit ?? Number.POSITIVE_INFINITY, Number.MAX_SAFE_INTEGER)
     this.#guarded = options.guarded ?? false
+  }
+
+  /** Checks that the memory has not been returned to the system. @throws MoeError E_DISPOSED */
+  needAlive(): void {
+    if (this.#disposed)
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend has been disposed' })
   }
 
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CpuBuffer {
-    if (this.#disposed)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend has been disposed' })
+    this.needAlive()
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(bytes)
     if (pointer === 0) throw this.#exhausted(bytes)
@@ -126,6 +132,7 @@ export class Memory {
 
   /** Adds an owner. */
   share(buffer: CpuBuffer): CpuBuffer {
+    this.needAlive()
     buffer.refs++
     this.#handles++
     this.#allocatedByOp.push(buffer)
@@ -143,8 +150,9 @@ export class Memory {
     this.#handles--
   }
 
-  /** Removes an owner, and frees the buffer with the last one. */
+  /** Removes an owner, and frees the buffer with the last one. Harmless once everything has been disposed. */
   release(buffer: CpuBuffer): void {
+    if (this.#disposed) return
     if (buffer.refs <= 0)
       throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'this handle has already been freed' })
     this.#handles--
