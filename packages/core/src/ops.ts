@@ -385,7 +385,7 @@ export interface FusedAttrs {
   globalNorm: { readonly parts: boolean }
   /**
    * `[x [R, C]] -> [q f8e4m3 [R, C], scale f32 [ceil(R/br), ceil(C/bc)]]`: for each block of `block` = [br, bc], scale
-   * = max|x| / 448 (1 for an all-zero block) and q = x / scale.
+   * = max|x| / 448 (1 if that is 0) and q = x / scale.
    */
   quantize: { readonly block: readonly [number, number] }
 }

@@ -28,7 +28,8 @@ export const quantizeDefinition: FusedDefinition<'quantize'> = {
     const padded = x.pad([0, 0], [down * blockRows - rows, across * blockColumns - columns])
     const blocks = padded.reshape([down, blockRows, across, blockColumns])
     const largest = blocks.abs().max([1, 3], true)
-    const scale = where(largest.eq(0), full([], 1, largest), largest.div(f8e4m3Max))
+    const quotient = largest.div(f8e4m3Max)
+    const scale = where(quotient.eq(0), full([], 1, quotient), quotient)
     const scaled = blocks.div(scale).reshape(padded.shape).slice([0, 0], [rows, columns])
     return [scaled.cast('f8e4m3'), scale.reshape([down, across])]
   },

@@ -21,7 +21,7 @@ float quantize_block(const float* x, uint8_t* q, int64_t rows, int64_t columns, 
   }
   float largest = max(top);
   if (any(nan)) largest = std::numeric_limits<float>::quiet_NaN();
-  const float scale = largest == 0 ? 1 : largest / largest_f8;
+  const float quotient = largest / largest_f8, scale = quotient == 0 ? 1 : quotient;
   const f32v divisor = splat(scale);
   for (int64_t r = 0; r < rows; r++) {
     each_vector(columns, [&](int64_t i, int count) {

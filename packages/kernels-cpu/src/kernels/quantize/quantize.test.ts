@@ -1,4 +1,4 @@
-import { fromF8e4m3, Random, toF8e4m3 } from '@moe/core'
+import { fromF8e4m3, quantize, Random, scope, tensor, toF8e4m3 } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 
@@ -31,6 +31,16 @@ describe.each(await availableIsas())('quantize on %s', isa => {
     const isClose = (v: number, i: number) =>
       Math.abs(fromF8e4m3(q[i]) * want[blockOf(i)] - v) <= largest[blockOf(i)] / 16
     expect(x.every(isClose)).toBe(true)
+  })
+
+  test('a block of numbers too small for a scale becomes zeros, not NaN', async () => {
+    const backend = await testBackend({ isa })
+    for (const of of [backend, { ...backend, fused: {} }]) {
+      const { q, scale } = scope(() => quantize(tensor([1e-43, 0, -1e-43, 0], [1, 4], { backend: of }), [1, 4]))
+      expect([...(await q.values())].map(Math.abs)).toEqual([0, 0, 0, 0])
+      expect([...(await scale.values())]).toEqual([1])
+    }
+    backend.dispose()
   })
 
   test('NaN only affects its own block', async () => {
