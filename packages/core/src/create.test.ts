@@ -77,6 +77,22 @@ test('random tensors contain the numbers of the stream', async () => {
   expect(uniform.every(x => x >= -2 && x < 3)).toBe(true)
 })
 
+test('rand never returns the upper end of its range, although f32 rounds numbers just below it up', async () => {
+  class Largest extends Random {
+    override uniform = (length: number) => new Float32Array(length).fill(1 - 2 ** -24)
+  }
+  for (const [low, high] of [
+    [0, 1],
+    [1, 2],
+    [100, 101],
+    [-0.1, 0.1],
+  ]) {
+    const [x] = await rand([1], new Largest(1), { low, high }).values()
+    expect(x).toBeGreaterThanOrEqual(Math.fround(low))
+    expect(x).toBeLessThan(high)
+  }
+})
+
 test('rand and randn reject a missing generator, or a seed in its place', () => {
   for (const draw of [rand, randn]) {
     for (const none of [undefined, null, 1]) {

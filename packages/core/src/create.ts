@@ -32,8 +32,8 @@ function checkCreate(op: string, shape: Shape, options: CreateOptions): void {
 function filled(op: string, shape: Shape, value: number, options: CreateOptions = {}): Tensor {
   checkCreate(op, shape, options)
   const { dtype = 'f32', backend = defaultBackend() } = options
-  const specs: TensorSpec[] = [{ shape, dtype }]
-  return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
+  const specs: TensorSpec[] = [{ shape: shape.slice(), dtype }]
+  return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], specs[0].shape, dtype)
 }
 
 /**
@@ -108,7 +108,7 @@ function needCount(op: string, count: number, shape: Shape): void {
 }
 
 const upload = (data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor =>
-  new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
+  new Tensor(backend, backend.upload(data, shape, dtype), shape.slice(), dtype)
 
 /**
  * Creates a tensor from a host array that already contains the bits of the dtype. The array is copied.
@@ -170,6 +170,10 @@ export function rand(
     throw attrError('rand', `low is ${shown(low)} and high is ${shown(high)}`, 'pass numbers with low <= high')
   }
   const values = random.uniform(sizeOf(shape))
-  for (let i = 0; i < values.length; i++) values[i] = low + (high - low) * values[i]
+  for (let i = 0; i < values.length; i++) {
+    values[i] = low + (high - low) * values[i]
+    // It was rounded up to f32, out of the range.
+    if (values[i] >= high) values[i] = low
+  }
   return upload(values, shape, 'f32', backend)
 }

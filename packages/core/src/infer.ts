@@ -159,7 +159,6 @@ export const infer: { readonly [P in InferredName]: Infer<P> } = {
   },
 
   permute([x], { axes }) {
-    needList('permute', 'axes', axes)
     const seen = new Set(axes)
     const valid = axes.length === x.shape.length && seen.size === axes.length
     if (!valid || axes.some(axis => !(Number.isInteger(axis) && axis >= 0 && axis < x.shape.length))) {
@@ -204,11 +203,8 @@ export function inferReshape(x: Value, shape: Shape): Shape {
     if (shape[i] === -1 && free === -1) free = i
     else known *= shape[i]
   }
-  let out = shape
-  if (free >= 0) {
-    out = shape.slice()
-    ;(out as number[])[free] = known === 0 ? 0 : total / known
-  }
+  const out = shape.slice()
+  if (free >= 0) out[free] = known === 0 ? 0 : total / known
   if (sizeOf(out) !== total || out.some(size => !Number.isInteger(size) || size < 0)) {
     throw shapeError(
       'reshape',
@@ -243,7 +239,7 @@ export function inferSlice(x: Value, starts: readonly number[], sizes: Shape): S
     starts.length === rank &&
     sizes.length === rank &&
     x.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
-  if (fits) return sizes
+  if (fits) return sizes.slice()
   const problem = `starts ${shown(starts)} and sizes ${shown(sizes)} are out of range for ${showShape(x.shape)}`
   throw shapeError('slice', problem, 'pass a start and a size for each axis, with start + size at most its size')
 }

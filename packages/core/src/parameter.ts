@@ -91,6 +91,8 @@ export class Parameter extends Tensor {
   assign(next: Tensor): void {
     needTensor('assign', 'the new value', next)
     needAlive('assign', next)
+    // Methods such as `reshape` return the tensor itself if there is nothing to do.
+    if (next === this) return
     needSimilar('assign', this, next)
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle

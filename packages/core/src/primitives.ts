@@ -15,9 +15,10 @@ export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
 export function concat(parts: readonly Tensor[], axis = 0): Tensor {
   if (!Array.isArray(parts))
     throw attrError('concat', `the parts are ${describe(parts)}, not an array`, 'pass an array of tensors: [a, b]')
-  if (parts.length === 1) return parts[0]
-  if (parts.length > 0) needTensor('concat', 'input 0', parts[0])
-  return run('concat', parts, { axis: parts.length === 0 ? 0 : normalizeAxis('concat', axis, parts[0].rank) })
+  if (parts.length === 0) return run('concat', parts, { axis: 0 })
+  needTensor('concat', 'input 0', parts[0])
+  const at = normalizeAxis('concat', axis, parts[0].rank)
+  return parts.length === 1 ? parts[0] : run('concat', parts.slice(), { axis: at })
 }
 
 /**
@@ -36,7 +37,9 @@ const setRowsNames = { donate: true }
  */
 export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { donate?: boolean } = {}): Tensor {
   checkOptions('setRows', options, setRowsNames)
-  const donate = options.donate === true && !(isRecording() && (x.tracked || source.tracked))
+  // What is still read, by this op or by a gradient, cannot be overwritten.
+  const isRead = index === x || source === x || (isRecording() && (x.tracked || source.tracked))
+  const donate = options.donate === true && !isRead
   const out = run('setRows', [x, index, source], { donate })
   if (donate) x.dispose()
   return out

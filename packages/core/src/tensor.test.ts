@@ -155,6 +155,19 @@ describe('numbers as operands', () => {
     expect(() => x.mul(0.5)).toThrow(code('E_DTYPE', /0\.5.*i32.*cast\('f32'\)/))
     expect(() => x.lt(Number.POSITIVE_INFINITY)).toThrow(code('E_DTYPE'))
   })
+
+  test('a number outside of i32 is rejected, not wrapped around', async () => {
+    const x = tensor(Int32Array.of(1, 2))
+    expect(() => x.lt(2 ** 31)).toThrow(code('E_DTYPE', /^lt: 2147483648 would overflow, because the tensor is i32/))
+    expect(await list(x.add(-(2 ** 31)))).toEqual([1 - 2 ** 31, 2 - 2 ** 31])
+  })
+
+  test('leave no handle if the op is rejected', () => {
+    const [bytes, integers] = [tensor(Uint8Array.of(1)), tensor(Int32Array.of(1))]
+    expect(() => bytes.eq(1)).toThrow(code('E_DTYPE'))
+    expect(() => integers.pow(2)).toThrow(code('E_DTYPE'))
+    expect(backend.stats().handles).toBe(2)
+  })
 })
 
 describe('dtypes', () => {
@@ -303,6 +316,77 @@ describe('movement', () => {
     expect(x.cast('f32')).toBe(x)
     expect(concat([x])).toBe(x)
   })
+})
+
+test('arrays that the caller changes afterwards change neither tensors nor their gradients', async () => {
+  const shape = [2, 3]
+  const made = [zeros(shape), tensor([1, 2, 3, 4, 5, 6], shape), fromHost(new Float32Array(6), shape, 'f32')]
+  made.push(
+    ...[[3, 2], shape].map(of => zeros([6]).reshape(of)),
+    zeros([3]).expand(shape),
+    ones([4, 4]).slice([0, 0], shape),
+  )
+  shape.fill(50)
+  expect(made.map(x => x.shape)).toEqual([
+    [2, 3],
+    [2, 3],
+    [2, 3],
+    [3, 2],
+    [2, 3],
+    [2, 3],
+    [2, 3],
+  ])
+
+  const gradientOf = (use: (x: Tensor) => Tensor, change: () => void) => {
+    const x = new Parameter(tensor([1, 2, 3, 4, 5, 6], [1, 2, 3]))
+    const y = use(x)
+    change()
+    backward(
+      y
+        .mul(
+          tensor(
+            Array.from({ length: y.size }, (_, i) => i),
+            y.shape,
+          ),
+        )
+        .sum(),
+    )
+    return list(x.grad as Tensor)
+  }
+  const [axes, starts, before] = [
+    [2, 0, 1],
+    [0, 1, 0],
+    [0, 1, 0],
+  ]
+  expect(
+    await gradientOf(
+      x => x.permute(axes),
+      () => axes.sort(),
+    ),
+  ).toEqual([0, 2, 4, 1, 3, 5])
+  expect(
+    await gradientOf(
+      x => x.slice(starts, [1, 1, 3]),
+      () => starts.fill(0),
+    ),
+  ).toEqual([0, 0, 0, 0, 1, 2])
+  expect(
+    await gradientOf(
+      x => x.pad(before, [0, 0, 0]),
+      () => before.fill(0),
+    ),
+  ).toEqual([3, 4, 5, 6, 7, 8])
+  const parts: Tensor[] = []
+  const joined = (x: Tensor) => {
+    parts.push(x, x)
+    return concat(parts)
+  }
+  expect(await gradientOf(joined, () => parts.splice(0))).toEqual([6, 8, 10, 12, 14, 16])
+})
+
+test('concat of a single tensor checks its arguments too', () => {
+  expect(() => concat([zeros([2])], 1)).toThrow(code('E_ATTR', /^concat: axis 1/))
+  expect(() => concat([undefined as never])).toThrow(code('E_ATTR', /^concat: input 0 is undefined/))
 })
 
 describe('donation', () => {

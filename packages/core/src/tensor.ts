@@ -333,7 +333,8 @@ export class Tensor extends Scoped implements Value {
   }
   /** Reorders the axes: axis i of the result is axis `axes[i]` of this tensor. */
   permute(axes: readonly number[]): Tensor {
-    return run('permute', [this], { axes })
+    needList('permute', 'axes', axes)
+    return run('permute', [this], { axes: axes.slice() })
   }
   /** Broadcasts to `shape`: repeats axes of size 1 and adds leading axes. */
   expand(shape: Shape): Tensor {
@@ -341,13 +342,13 @@ export class Tensor extends Scoped implements Value {
     const grown = inferExpand(this, shape)
     return composed([this], () => {
       const x = this.reshape(grown)
-      return sameShape(grown, shape) ? x : runTo('expand', [x], {}, shape)
+      return sameShape(grown, shape) ? x : runTo('expand', [x], {}, shape.slice())
     })
   }
   /** Takes `sizes[i]` elements from `starts[i]` on along every axis i. */
   slice(starts: readonly number[], sizes: readonly number[]): Tensor {
     const target = inferSlice(this, starts, sizes)
-    return sameShape(target, this.shape) ? this : runTo('slice', [this], { starts }, target)
+    return sameShape(target, this.shape) ? this : runTo('slice', [this], { starts: starts.slice() }, target)
   }
   /** Takes elements `start` to `end - 1` of one axis. @throws MoeError E_SHAPE, E_ATTR */
   narrow(axis: number, start: number, end: number): Tensor {
@@ -356,7 +357,8 @@ export class Tensor extends Scoped implements Value {
   }
   /** Adds `before[i]` elements in front of axis i and `after[i]` behind it, all equal to `value`. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
-    return runTo('pad', [this], { before, value }, inferPad(this, before, after))
+    const target = inferPad(this, before, after)
+    return runTo('pad', [this], { before: before.slice(), value }, target)
   }
 }
 
@@ -431,20 +433,24 @@ function unary(code: UnaryCode, x: Tensor): Tensor {
  * it.
  */
 function withNumber(code: string, x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
-  if (x.dtype === 'i32' && !Number.isInteger(value)) {
+  if (x.dtype === 'i32' && (value | 0) !== value) {
+    const loss = Number.isInteger(value) ? 'overflow' : 'lose its fraction'
     throw new MoeError({
       code: 'E_DTYPE',
       op: code,
-      problem: `${value} would lose its fraction, because the tensor is i32`,
+      problem: `${value} would ${loss}, because the tensor is i32`,
       fix: "cast the tensor with .cast('f32') first",
     })
   }
   const { backend, dtype } = x
   const scalar = new Tensor(backend, backend.primitives.fill([], { value }, [{ shape: [], dtype }])[0], [], dtype)
-  const out = op(scalar)
-  if (out.node === null) scalar.dispose()
-  else scalar.temporary = true
-  return out
+  try {
+    const out = op(scalar)
+    scalar.temporary = out.node !== null
+    return out
+  } finally {
+    if (!scalar.temporary) scalar.dispose()
+  }
 }
 
 function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {

@@ -58,8 +58,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
   const threads = options.threads ?? threadsFromEnvironment() ?? Math.min(library.defaultThreads, mostThreads)
   if (!isThreadCount(threads)) throw invalid('threads', threads, `1 to ${mostThreads}`)
   const { memoryLimit } = options
-  if (memoryLimit !== undefined && !(memoryLimit >= 0))
-    throw invalid('memoryLimit', memoryLimit, 'a number of bytes')
+  if (memoryLimit !== undefined && !(memoryLimit >= 0)) throw invalid('memoryLimit', memoryLimit, 'a number of bytes')
   const memory = new Memory(library, { limit: memoryLimit, guarded: options.guarded })
   let recording: Recording | null = null
   const native = createNative(library, memory, threads, () => recording)

@@ -1,4 +1,4 @@
-import { isMoeError, Random, type TensorSpec, type Value } from '@moe/core'
+import { isMoeError, Random, setRows, type TensorSpec, tensor, type Value } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { createBackend } from './index.ts'
 import type { CpuBuffer } from './memory.ts'
@@ -146,6 +146,17 @@ describe('memory', () => {
     expect(await backend.download({ handle: same, ...f32(3) })).toEqual(Float32Array.of(1, 9, 3))
     for (const handle of [copy, same, index.handle, source.handle]) backend.free(handle)
     expect(backend.stats().handles).toBe(0)
+    backend.dispose()
+  })
+
+  test('setRows does not donate a tensor that it also reads', async () => {
+    const backend = await createBackend()
+    const x = tensor([1, 2], [2, 1], { backend })
+    const y = setRows(x, tensor(Int32Array.of(1, 0), [2], { backend }), x, { donate: true })
+    expect(await y.values()).toEqual(Float32Array.of(2, 1))
+    const index = tensor(Int32Array.of(2, 0, 1), [3], { backend })
+    const inverse = setRows(index, index, tensor(Int32Array.of(0, 1, 2), [3], { backend }), { donate: true })
+    expect(await inverse.values()).toEqual(Int32Array.of(1, 2, 0))
     backend.dispose()
   })
 

@@ -13,6 +13,7 @@ import { isRecording, noGrad } from '../tape.ts'
 import type { Tensor } from '../tensor.ts'
 import { assertClose } from '../testing/compare.ts'
 import { backward, gradients } from './backward.ts'
+import { customGradient } from './custom-gradient.ts'
 
 let backend: Backend
 beforeEach(() => {
@@ -79,6 +80,13 @@ describe('gradients of parameters', () => {
     expect(grad(w)).toEqual([10])
   })
 
+  test('are 0 where a power has the exponent 0, also for 0', () => {
+    const [w, e] = [parameter(0, 2), parameter(0, 0)]
+    backward(w.pow(e).sum())
+    expect(grad(w)).toEqual([0, 0])
+    expect(grad(e)).toEqual([0, Math.log(2)])
+  })
+
   test('no gradient flows through integers', () => {
     const w = parameter(1.5, 2.5)
     expect(w.cast('i32').tracked).toBe(false)
@@ -142,6 +150,21 @@ describe('gradients()', () => {
     expect(Array.from(readF64(byH as Tensor))).toEqual([5, 5])
     expect(none).toBeNull()
     expect(w.grad).toBeNull()
+  })
+
+  test('frees what it has found if a rule fails', () => {
+    const [w, v] = [parameter(2), parameter(3)]
+    const before = alive()
+    const fails = (x: Tensor) =>
+      customGradient(
+        y => y.mul(2),
+        () => {
+          throw new Error('no')
+        },
+        x,
+      )
+    scope(() => expect(() => gradients(fails(w).add(v).sum(), [w, v])).toThrow('no'))
+    expect(alive()).toBe(before)
   })
 
   test('returns 1 for the loss itself', () => {

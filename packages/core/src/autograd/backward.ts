@@ -59,7 +59,7 @@ export function gradients<const Of extends readonly Tensor[]>(
   }
   checkSeed(loss, options.gradient)
   checkRecorded([loss])
-  walk([loss], [options.gradient ?? null], options.retainGraph === true, collect, wanted)
+  disposeOnFailure(found, () => walk([loss], [options.gradient ?? null], options.retainGraph === true, collect, wanted))
   return of.map(tensor => found.get(tensor) ?? null) as { -readonly [K in keyof Of]: Tensor | null }
 }
 
@@ -107,6 +107,16 @@ export function checkRecorded(outputs: readonly Tensor[], wanted: readonly Tenso
 export function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
   const before = map.get(to)
   map.set(to, before === undefined ? gradient : sum(before, gradient))
+}
+
+/** Frees the gradients collected so far if `fn` fails. */
+function disposeOnFailure(found: ReadonlyMap<Tensor, Tensor>, fn: () => void): void {
+  try {
+    fn()
+  } catch (error) {
+    for (const gradient of found.values()) gradient.dispose()
+    throw error
+  }
 }
 
 /** Handles leaves in `backward`: parameters accumulate their gradient, other tracked leaves drop it. Internal. */
@@ -308,7 +318,9 @@ function throughDecomposition(
   try {
     const { leaves, roots, seeds } = secondRun.startingFrom(outputGradients)
     const found = new Map<Tensor, Tensor>()
-    if (roots.length > 0) walk(roots, seeds, false, (leaf, gradient) => add(found, leaf, gradient))
+    disposeOnFailure(found, () => {
+      if (roots.length > 0) walk(roots, seeds, false, (leaf, gradient) => add(found, leaf, gradient))
+    })
     return leaves.map(leaf => {
       const gradient = found.get(leaf)
       return gradient === undefined ? null : adopt(gradient)

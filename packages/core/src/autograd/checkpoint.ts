@@ -180,7 +180,8 @@ function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
       ;({ recomputing, cachedValues, replayedValues } = before)
     }
   })
-  const outputs = listed(result)
+  // A copy, because the array is the caller's.
+  const outputs = listed(result).slice()
   if (outputs.length === 0) return { result, secondRun }
   // The marker is tracked regardless of the inputs, because parameters used inside `fn` may need gradients.
   const marker = full([], 0, { backend: outputs[0].backend })

@@ -51,6 +51,23 @@ describe('customGradient', () => {
     expect(numbers(x.grad)).toEqual([2, 20, 200])
   })
 
+  test('changing the returned array changes no gradient, as with checkpoint', () => {
+    const both = (a: Tensor) => [a.mul(2), a.mul(3)]
+    for (const run of [
+      (x: Tensor) => customGradient(both, ([first, second]) => [first.mul(2).add(second.mul(3))], x),
+      (x: Tensor) => checkpoint(both, x),
+    ]) {
+      const x = parameter(1)
+      scope(() => {
+        const outputs = run(x) as Tensor[]
+        const last = outputs.pop() as Tensor
+        outputs.pop()
+        backward(last.mul(10).sum())
+      })
+      expect(numbers(x.grad)).toEqual([30])
+    }
+  })
+
   test('gives the gradients of the built-in op, also in a checkpoint and with backwardInput', () => {
     const random = new Random(3)
     const [x, y] = [new Parameter(randn([4, 3], random)), new Parameter(randn([4, 3], random))]

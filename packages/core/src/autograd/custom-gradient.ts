@@ -57,7 +57,8 @@ export function customGradient<const T extends Tensor | readonly Tensor[], Input
     // Detach, because an input that is returned unchanged would bring its history along.
     return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
   })
-  const outputs = (Array.isArray(result) ? result : [result]) as readonly Tensor[]
+  // A copy, because the array is the caller's.
+  const outputs: readonly Tensor[] = Array.isArray(result) ? result.slice() : [result as Tensor]
   if (isRecording()) record('customGradient', inputs, null, outputs, sourceOf(rule as unknown as CustomGradient))
   else noteUse(inputs)
   return result

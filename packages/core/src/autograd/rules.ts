@@ -65,9 +65,10 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<Tensor, OpAttrs[P]> } =
         return [forA(() => dy.div(b)), forB(() => dy.mul(y).div(b).neg())]
       case 'pow':
         return [
-          forA(() => dy.mul(b).mul(a.pow(b.sub(1)))),
+          // b a^(b - 1), but 0 where b is 0: there y is 1, also for a = 0.
+          forA(() => where(b.eq(0), zero(b), dy.mul(b).mul(a.pow(b.sub(1))))),
           // a^b ln a, but 0 where a is not positive: there the derivative does not exist, or y is 0.
-          forB(() => where(a.le(0).cast('i32').eq(1), zero(a), dy.mul(y).mul(a.maximum(1e-37).log()))),
+          forB(() => where(a.le(0), zero(a), dy.mul(y).mul(a.maximum(1e-37).log()))),
         ]
       case 'max':
       case 'min': {

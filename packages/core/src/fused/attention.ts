@@ -170,7 +170,9 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
     return [{ shape: [...q.shape.slice(0, 3), valueDim], dtype: 'f32' }]
   },
   decompose([q, cache, lengths, pages], { scale, valueDim, precision }) {
-    const rows = pages === undefined ? cache : pagedRows(cache, lengths, pages)
+    // Without pages, each sequence has one of its own.
+    const own = () => arange(cache.shape[0], cache).reshape([cache.shape[0], 1])
+    const rows = pagedRows(cache, lengths, pages ?? own())
     const keys = rows.cast('f32').reshape([rows.shape[0], rows.shape[1], 1, rows.shape[2]])
     const values = keys.narrow(3, 0, valueDim)
     return [runFused(attentionDefinition, [q, keys, values, lengths], { causal: true, scale, precision })[0]]

@@ -210,6 +210,13 @@ describe('Parameter', () => {
     parameter.dispose()
   })
 
+  test('keeps its elements if it is assigned to itself, as by an op that changed nothing', async () => {
+    const parameter = new Parameter(tensor([1, 2]))
+    parameter.assign(parameter.reshape([2]))
+    expect(await parameter.values()).toEqual(Float32Array.of(1, 2))
+    parameter.dispose()
+  })
+
   test('takes only its own shape, dtype and backend', () => {
     const parameter = new Parameter(tensor([1, 2]))
     const other: Backend = { ...referenceBackend(), name: 'elsewhere' }

@@ -147,7 +147,7 @@ export const referencePrimitives: ReferenceKernels = {
   },
 
   fill(_, { value }, [spec]) {
-    return [allocate(spec.dtype, sizeOf(spec.shape)).fill(value)]
+    return [allocate(spec.dtype, sizeOf(spec.shape)).fill(convert[spec.dtype](value))]
   },
 
   reduce([x], { code, axes }, [spec]) {

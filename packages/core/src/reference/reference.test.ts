@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest'
 import { gradients } from '../autograd/backward.ts'
-import { tensor } from '../create.ts'
+import { full, tensor } from '../create.ts'
+import type { DType } from '../dtype.ts'
 import { runFused } from '../fused/definition.ts'
 import { fusedDefinitions } from '../fused/index.ts'
 import type { FusedName, OpName } from '../ops.ts'
@@ -14,6 +15,13 @@ import { referencePrimitives } from './primitives.ts'
 
 describe('reference backend', () => {
   for (const check of backendSuite(async () => referenceBackend())) test(check.name, check.run)
+})
+
+test('fill rounds the value to the dtype', () => {
+  const filled = (value: number, dtype: DType) => readF64(full([1], value, { dtype, backend: referenceBackend() }))[0]
+  expect(filled(0.1, 'f32')).toBe(0.1)
+  expect(filled(0.1, 'bf16')).toBe(0.10009765625)
+  expect(filled(300, 'u8')).toBe(255)
 })
 
 test('every primitive and every fused op has a case', () => {

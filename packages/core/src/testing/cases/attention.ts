@@ -274,6 +274,21 @@ export const attentionLayerCases: readonly OpCase[] = [
   ),
   opCase(
     'latentAttention',
+    'NaN behind the rows in use',
+    [
+      f32(2, 1, 4, 8),
+      given(
+        'f32',
+        [2, 5, 8],
+        [24, 8].flatMap(used => Array.from({ length: 40 }, (_, i) => (i < used ? Math.sin(i) : Number.NaN))),
+      ),
+      given('i32', [2], [3, 1]),
+    ],
+    { scale: 0.3, valueDim: 4, precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'latentAttention',
     'bf16',
     [f32(1, 1, 8, 80), f32(1, 90, 80), given('i32', [1], [77])],
     { scale: 0.1, valueDim: 64, precision: 'bf16' },
