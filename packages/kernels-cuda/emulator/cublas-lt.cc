@@ -223,7 +223,7 @@ EMU_EXPORT const char* cublasLtGetStatusName(int status) {
 
 EMU_EXPORT int cublasLtCreate(int** handle) {
   if (const int status = enter("cublasLtCreate"); status != success) return status;
-  return create(handle, 0);
+  return create(handle, moe_emulator_device());
 }
 EMU_EXPORT int cublasLtDestroy(int* handle) { return destroy(handle); }
 
@@ -300,6 +300,7 @@ EMU_EXPORT int cublasLtMatmul(int* handle, Description* op, const float* alpha, 
                               uintptr_t workspace, size_t workspaceBytes, void* stream) {
   if (const int status = enter(callName); status != success) return status;
   if (!find(handle)) return notInitialized;
+  if (*handle != moe_emulator_device()) return refuse(invalidValue, "cublasLtMatmul: the handle was created for device %d, and the current one is %d", *handle, moe_emulator_device());
   if (!find(op) || !find(a) || !find(b) || !find(c) || !find(d) || !alpha || !beta || !opaque) return invalidValue;
   if (const int status = check(*op, *a, *b, *c, *d); status != success) return status;
   Algorithm algorithm;

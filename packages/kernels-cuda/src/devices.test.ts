@@ -2,7 +2,7 @@
 import { full, tensor } from '@moe/core'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { type CudaBackend, createBackend } from './backend.ts'
-import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
+import { emulatedCublasLt, emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
 describe.skipIf(unavailable)('uploads', () => {
   // The emulator can be set to read host memory late (failures.test.ts). Only a real device shows whether a driver does so.
@@ -81,6 +81,17 @@ describe.skipIf(unavailable || onDevice)('two devices', () => {
     expect(values[0]).toBe(8)
     queue.dispose()
     one.dispose()
+    expect(report()).toBe('')
+  })
+
+  test('backends that are created at the same time have handles of cuBLASLt for their own devices', async () => {
+    const options = { ...emulator, cublasLt: emulatedCublasLt }
+    const backends = await Promise.all([0, 1].map(device => createBackend({ ...options, device })))
+    for (const backend of backends) {
+      const x = full([32, 32], 0.5, { backend })
+      expect((await x.matmul(x).values())[0]).toBe(8)
+      backend.dispose()
+    }
     expect(report()).toBe('')
   })
 

@@ -89,7 +89,9 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     const kernels = join(folder, 'minor')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
     writeFileSync(join(kernels, 'manifest.json'), '{ "cuda": "13.9" }')
-    expect((await createBackend({ ...emulator, kernels })).name).toBe('kernels-cuda')
+    const backend = await createBackend({ ...emulator, kernels })
+    expect(backend.name).toBe('kernels-cuda')
+    backend.dispose()
   })
 
   test('kernels for other devices, corrupt kernels and missing kernels are errors', async () => {
@@ -102,6 +104,16 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     const none = await failure({ ...emulator, kernels: join(folder, 'nothing') })
     expect(none).toMatchObject({ code: 'E_NO_BACKEND' })
     expect(none.message).toMatch(/nothing.*manifest\.json.*build-fatbins/s)
+  })
+
+  test('if createBackend fails, it keeps no context', async () => {
+    const { cublasLt, kernels } = { cublasLt: join(folder, 'libcublasLt.so'), kernels: join(folder, 'nothing') }
+    for (const option of [{ cublasLt }, { kernels }]) {
+      resetEmulator()
+      await failure({ ...emulator, ...option })
+      const invalidContext = 201
+      expect(emulatorFunction('int cuDevicePrimaryCtxRelease_v2(int device)')(0)).toBe(invalidContext)
+    }
   })
 
   test('a device that is too old is an error', () => {

@@ -4,7 +4,7 @@ import { openCublasLt } from './cublas-lt/library.ts'
 import { CublasLt } from './cublas-lt/products.ts'
 import { Context } from './driver/context.ts'
 import { type Device, findDevice } from './driver/device.ts'
-import { type Driver, openDriver } from './driver/driver.ts'
+import { type Driver, importKoffi, openDriver } from './driver/driver.ts'
 import type { Recording } from './graph.ts'
 import { Memory } from './memory.ts'
 import { Modules } from './modules.ts'
@@ -68,32 +68,40 @@ const hopper = 90
 export async function openCuda(options: CudaOptions): Promise<Opened> {
   checkOptions('createBackend', options, names)
   const asked = hopperOpsFromEnvironment()
+  const choice = options.cublasLt ?? cublasLtFromEnvironment()
   const driver = await openDriver(options.driver)
+  // Before the context is made current: while this waits, another backend might make its own current.
+  const koffi = choice === false ? undefined : await importKoffi()
   const device = findDevice(driver, options.device ?? deviceFromEnvironment())
   const context = new Context(driver, device.ordinal)
-  const modules = new Modules(driver, device, options.kernels)
-  modules.probe()
-  const stream = new Stream(driver, context, device)
-  const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
-  const wgmma =
-    (options.wgmma ?? asked.length > 0) &&
-    device.capability === hopper &&
-    modules.has('matmul-sm90a') &&
-    driver.has('cuTensorMapEncodeTiled')
-  const choice = options.cublasLt ?? cublasLtFromEnvironment()
-  const measured = choice === 'measured'
-  const path = typeof choice === 'string' && !measured ? choice : undefined
-  const library = choice === false ? undefined : await openCublasLt(device, path)
-  const cublasLt =
-    library && new CublasLt(library, driver, memory, stream, { measured, recording: () => opened.recording !== null })
-  const cuda = createCuda(device, memory, modules, stream, () => opened.recording, {
-    wgmma,
-    onHopper: op => wgmma && (asked.length === 0 || asked.includes(op)),
-    cublasLt,
-    tensorMap: tensorMaps(driver),
-  })
-  const opened: Opened = { driver, device, context, modules, memory, stream, cuda, recording: null }
-  return opened
+  try {
+    const modules = new Modules(driver, device, options.kernels)
+    modules.probe()
+    const stream = new Stream(driver, context, device)
+    const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
+    const wgmma =
+      (options.wgmma ?? asked.length > 0) &&
+      device.capability === hopper &&
+      modules.has('matmul-sm90a') &&
+      driver.has('cuTensorMapEncodeTiled')
+    const measured = choice === 'measured'
+    const path = typeof choice === 'string' && !measured ? choice : undefined
+    const library = koffi && openCublasLt(koffi, device, path)
+    const cublasLt =
+      library && new CublasLt(library, driver, memory, stream, { measured, recording: () => opened.recording !== null })
+    const cuda = createCuda(device, memory, modules, stream, () => opened.recording, {
+      wgmma,
+      onHopper: op => wgmma && (asked.length === 0 || asked.includes(op)),
+      cublasLt,
+      tensorMap: tensorMaps(driver),
+    })
+    const opened: Opened = { driver, device, context, modules, memory, stream, cuda, recording: null }
+    return opened
+  } catch (error) {
+    // Otherwise a process that continues without this backend would keep the device's memory that a context takes.
+    context.release()
+    throw error
+  }
 }
 
 /** The ops for which MOE_CUDA_WGMMA enables Hopper's kernels. */

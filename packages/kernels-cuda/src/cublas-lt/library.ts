@@ -1,7 +1,7 @@
 /** @file cuBLASLt where it is installed: found and opened with koffi, its functions with handles and addresses as numbers. */
 import { MoeError } from '@moe/core'
 import type { Device } from '../driver/device.ts'
-import { importKoffi, type Koffi } from '../driver/driver.ts'
+import type { Koffi } from '../driver/driver.ts'
 import { candidates } from './candidates.ts'
 
 /** As cublasLt.h 13.1.1 declares them; 12.0 and later have the same. */
@@ -51,8 +51,7 @@ const leastMajor = 12
  * @returns undefined if no library was found that fits the driver
  * @throws MoeError E_CONFIG, with the reason, if the library at `path` cannot be loaded or does not fit
  */
-export async function openCublasLt(device: Device, path: string | undefined): Promise<CublasLtLibrary | undefined> {
-  const koffi = await importKoffi()
+export function openCublasLt(koffi: Koffi, device: Device, path: string | undefined): CublasLtLibrary | undefined {
   for (const candidate of path === undefined ? candidates(process.env) : [path]) {
     try {
       return open(koffi, candidate, device)
