@@ -127,8 +127,13 @@ function failure(error: unknown): Line {
     error instanceof Error && error.cause instanceof Error && !error.message.includes(error.cause.message)
       ? `\n${error.cause.message}`
       : ''
-  const lost = /the device is lost to this process/.test(text + cause)
-  return { end: 'failed', error: (text + cause).slice(0, 4000), lost }
+  return { end: 'failed', error: (text + cause).slice(0, 4000), lost: isLost(error) }
+}
+
+/** Whether the error, or one of its causes, is a MoeError after which this process can no longer use the device. */
+export function isLost(error: unknown): boolean {
+  if (!(error instanceof Error)) return false
+  return (error as { details?: { lost?: unknown } }).details?.lost === true || isLost(error.cause)
 }
 
 /**
