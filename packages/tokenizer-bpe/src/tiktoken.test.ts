@@ -49,6 +49,28 @@ test('merges as tiktoken does, also if tokens are unreachable by merges', () => 
   expect([...tokenizer.encode('a<|end|>')]).toEqual([97, 300])
 })
 
+test('merges as tiktoken does if parts of a token have higher ranks', () => {
+  const random = randomNumbers(5)
+  const word = (longest: number) =>
+    Array.from({ length: 2 + Math.floor(random() * longest) }, () => 'abc'[Math.floor(random() * 3)]).join('')
+  for (let round = 0; round < 40; round++) {
+    const tokens = [...new Set(Array.from({ length: 25 }, () => word(5)))]
+    const tokenizer = BpeTokenizer.fromTiktoken(ranks(...tokens), { preTokenizer: 'cl100k' })
+    for (const text of Array.from({ length: 20 }, (_, i) => word(i === 0 ? 200 : 12))) {
+      expect([...tokenizer.encode(text)], `${tokens}: ${text}`).toEqual(reference(text, tokens))
+    }
+  }
+})
+
+test('several tokens of more than 96 bytes merge', () => {
+  const tokens = ['a', 'b'].flatMap(letter => [2, 4, 8, 16, 32, 64, 128].map(length => letter.repeat(length)))
+  const tokenizer = BpeTokenizer.fromTiktoken(ranks(...tokens), { preTokenizer: 'cl100k' })
+  expect(['a', 'b'].map(letter => [...tokenizer.encode(letter.repeat(129))])).toEqual([
+    [262, 97],
+    [269, 98],
+  ])
+})
+
 test.each([
   ['YQ== 0 1', 'line 1'],
   ['YQ== 0\nYg== 0', 'duplicate rank 0'],

@@ -65,9 +65,9 @@ function parseRanks(text: string): Map<number, Uint8Array> {
 
 /**
  * Creates the model of a set of ranks. tiktoken merges adjacent parts whose concatenation is a token, lowest rank
- * first. A token therefore always results from the two parts that its bytes reduce to with the lower ranks; these are
- * its merge. Tokens that reduce to more parts occur only as whole pieces, which tiktoken checks first
- * (`ignore_merges`).
+ * first. What happens between two positions that are never merged across depends only on the bytes between them, so a
+ * token always results from the same two parts: those that its bytes reduce to with all shorter tokens. These are its
+ * merge. Tokens that reduce to more parts occur only as whole pieces, which tiktoken checks first (`ignore_merges`).
  */
 function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   const ids = [...ranks.keys()].sort((a, b) => a - b)
@@ -100,14 +100,17 @@ function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   }
   const table = new MergeTable(ids.length, byteToken, tokens.length)
   const merger = new PieceMerger(table, byteToken, -1, false)
-  const merges: number[] = []
-  for (const id of ids) {
+  const mergeOf: (readonly number[] | undefined)[] = ids.map(() => undefined)
+  const lengthOf = (rank: number) => ranks.get(ids[rank])!.length
+  for (const rank of [...ids.keys()].sort((a, b) => lengthOf(a) - lengthOf(b))) {
+    const id = ids[rank]
     const bytes = ranks.get(id)!
     if (bytes.length < 2 || merger.merge(bytes, 0, bytes.length) !== 2) continue
     const [left, right] = merger.out
-    table.add(left, right, id)
-    merges.push(left, right, id)
+    table.add(rank, left, right, id)
+    mergeOf[rank] = [left, right, id]
   }
+  const merges = mergeOf.flatMap(merge => merge ?? [])
   return new BpeModel(tokens, idOf, Int32Array.from(merges), { unknown: -1, fuseUnknown: false, ignoreMerges: true })
 }
 

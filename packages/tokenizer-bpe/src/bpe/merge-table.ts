@@ -4,11 +4,10 @@
 export const NO_RANK = 0x7fffffff
 
 export class MergeTable {
-  /** Resulting token of each merge, by rank. */
+  /** Resulting token of each merge, by rank. Its length is the number of ranks. */
   readonly product: Int32Array
   /** Rank of each pair of bytes, at `first << 8 | second`, or NO_RANK. Merging starts from these. */
   readonly byteRank: Int32Array = new Int32Array(65536).fill(NO_RANK)
-  count = 0
   /** Left token, right token, rank, unused; left is -1 in a free slot. */
   readonly #slots: Int32Array
   readonly #shift: number
@@ -16,16 +15,16 @@ export class MergeTable {
   readonly #byteOf: Int16Array
 
   /**
-   * @param capacity maximum number of merges
+   * @param ranks number of ranks
    * @param byteToken token of each byte, or -1
    * @param tokens number of ids
    */
-  constructor(capacity: number, byteToken: Int32Array, tokens: number) {
+  constructor(ranks: number, byteToken: Int32Array, tokens: number) {
     let bits = 4
-    while (1 << bits < capacity * 2) bits++
+    while (1 << bits < ranks * 2) bits++
     this.#shift = 32 - bits
     this.#slots = new Int32Array(4 << bits).fill(-1)
-    this.product = new Int32Array(capacity)
+    this.product = new Int32Array(ranks)
     this.#byteOf = new Int16Array(tokens).fill(-1)
     for (let byte = 0; byte < 256; byte++) if (byteToken[byte] >= 0) this.#byteOf[byteToken[byte]] = byte
   }
@@ -33,13 +32,12 @@ export class MergeTable {
   /** Creates a table of merges in order of rank. Each is left, right and resulting token. */
   static of(merges: Int32Array, byteToken: Int32Array, tokens: number): MergeTable {
     const table = new MergeTable(merges.length / 3, byteToken, tokens)
-    for (let i = 0; i < merges.length; i += 3) table.add(merges[i], merges[i + 1], merges[i + 2])
+    for (let i = 0; i < merges.length; i += 3) table.add(i / 3, merges[i], merges[i + 1], merges[i + 2])
     return table
   }
 
-  /** Adds a merge with the next rank. A pair that occurs twice gets the later rank, as in Hugging Face tokenizers. */
-  add(left: number, right: number, product: number): void {
-    const rank = this.count++
+  /** Adds a merge. A pair that is added twice gets the later rank, as in Hugging Face tokenizers. */
+  add(rank: number, left: number, right: number, product: number): void {
     const slots = this.#slots
     const mask = (slots.length >>> 2) - 1
     this.product[rank] = product

@@ -115,7 +115,7 @@ export class PieceMerger {
       next[i] = i + 1
       before[i] = i - 1
     }
-    this.#head ??= new Int32Array(this.table.count).fill(-1)
+    this.#head ??= new Int32Array(this.table.product.length).fill(-1)
     if (!new RankOrderMerger(this.table, symbols, next, before, this.#head).run(NO_RANK, 0)) {
       this.#head.fill(-1)
       mergeByHeap(this.table, symbols, next, before)
