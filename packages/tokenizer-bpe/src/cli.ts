@@ -157,7 +157,10 @@ function filesOf(pattern: string): string[] {
   throw new TokenizerError({ code: 'E_DATA', op: 'train', problem: `no file matches ${pattern}`, fix })
 }
 
-/** Yields the texts of files. Large files are split before a line that does not start with white space. */
+/**
+ * Yields the texts of files. Large files are split before a line that does not start with white space; if there is none
+ * for long, before any line or, in a single line, anywhere.
+ */
 async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
   for (const file of files) {
     const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
@@ -167,7 +170,10 @@ async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
       if (held.length < 1 << 24) continue
       let cut = held.length - 1
       while (cut > 0 && !(held[cut - 1] === '\n' && /\S/.test(held[cut]))) cut--
-      if (cut === 0) continue
+      if (cut === 0) {
+        if (held.length < 1 << 25) continue
+        cut = held.lastIndexOf('\n') + 1 || held.length
+      }
       yield held.slice(0, cut)
       held = held.slice(cut)
     }

@@ -1,4 +1,5 @@
 /** @file Reads and writes files (not in browsers). */
+import { randomUUID } from 'node:crypto'
 import { readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
@@ -23,9 +24,11 @@ export async function writeText(path: string | URL, text: string): Promise<void>
       fix: "pass a string or a file URL, for example 'tokenizer.json'",
     })
   }
-  const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
+  // Two calls at the same time must not write to the same file.
+  const suffix = `.${randomUUID()}.partial`
+  const partial = typeof path === 'string' ? `${path}${suffix}` : new URL(`${path.pathname}${suffix}`, path)
   try {
-    await writeFile(partial, text)
+    await writeFile(partial, text, { flush: true })
     await rename(partial, path)
   } catch (cause) {
     await rm(partial, { force: true }).catch(() => undefined)

@@ -4,7 +4,7 @@ import { type BpeModel, MAX_ID } from '../model.ts'
 import { asArray, asFlag, asId, asObject, asString, describe, invalid, unsupported } from './check.ts'
 
 /** Maximum length of an added token. Files with longer ones are corrupt or malicious. */
-const MAX_LENGTH = 1024
+export const MAX_LENGTH = 1024
 
 export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
   if (value === undefined || value === null) return []

@@ -6,9 +6,10 @@ import { PADDING } from '../bpe/encoder.ts'
 import { alphabetOrder, byteOfChar, charOfByte } from '../byte-alphabet.ts'
 import { TokenizerError } from '../errors.ts'
 import { feature } from '../features.ts'
+import { MAX_LENGTH } from '../json/added-tokens.ts'
 import { describe } from '../json/check.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
-import { modelFromTokens } from '../model.ts'
+import { MAX_ID, modelFromTokens } from '../model.ts'
 import { readNormalizer } from '../normalizer.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
 import { BpeTokenizer } from '../tokenizer.ts'
@@ -30,7 +31,7 @@ export interface TrainProgress {
   readonly vocabSize: number
 }
 
-/** A special token with custom flags. By default it is special and not normalized. */
+/** A special token of at most 1,024 characters with custom flags. By default it is special and not normalized. */
 export type SpecialToken = { readonly content: string } & Partial<Omit<AddedToken, 'id'>>
 
 /** Options of `trainBpe`. */
@@ -149,6 +150,7 @@ class Trainer {
         `pass at least ${alphabet + this.#special.length}`,
       )
     }
+    if (vocabSize > MAX_ID) throw config(`vocabSize is ${vocabSize}`, `pass at most ${MAX_ID}`)
     const minFrequency = options.minFrequency ?? 2
     if (!(minFrequency >= 0)) throw config(`minFrequency ${minFrequency} is not a number of occurrences`)
     this.#json = preTokenizerOf(options.preTokenizer ?? 'deepseek-v3')
@@ -356,13 +358,27 @@ function preTokenizerOf(choice: NonNullable<TrainBpeOptions['preTokenizer']>): u
   return preTokenizerJson(choice instanceof RegExp ? [patternOf(choice)] : choice.patterns)
 }
 
+const FLAGS = { special: true, normalized: false, lstrip: false, rstrip: false, single_word: false }
+
 function specialTokens(list: NonNullable<TrainBpeOptions['specialTokens']>): AddedToken[] {
   const seen = new Set<string>()
   return list.map((item, id) => {
     const given = typeof item === 'string' ? { content: item } : item
     if (typeof given.content !== 'string' || given.content === '') throw config(`specialTokens[${id}] is empty`)
+    if (given.content.length > MAX_LENGTH)
+      throw config(`specialTokens[${id}] has ${given.content.length} characters`, `use at most ${MAX_LENGTH}`)
     if (seen.has(given.content)) throw config(`specialTokens: ${describe(given.content)} is listed twice`)
     seen.add(given.content)
-    return { special: true, normalized: false, lstrip: false, rstrip: false, single_word: false, ...given, id }
+    const flags = { ...FLAGS }
+    for (const [name, value] of Object.entries(given)) {
+      // An entry of `addedTokens` has an id, too.
+      if (name === 'content' || name === 'id' || value === undefined) continue
+      if (!Object.hasOwn(FLAGS, name) || typeof value !== 'boolean') {
+        const fix = `flags are ${Object.keys(FLAGS).join(', ')}: true or false`
+        throw config(`specialTokens[${id}].${name} is ${describe(value)}`, fix)
+      }
+      flags[name as keyof typeof FLAGS] = value
+    }
+    return { ...flags, content: given.content, id }
   })
 }
