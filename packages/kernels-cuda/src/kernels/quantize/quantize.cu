@@ -43,7 +43,7 @@ MOE_DEVICE void quantize(uint8_t* q, float* scales, const float* x, int64_t bloc
   for (int j = 0; j < Held; j++) meet(held[j]);
   for (int v = lane + Threads * Held; v < vectors; v += Threads) meet(read(v));
   top = blockMax<Threads>(top);
-  const float scale = top == 0.f ? 1.f : top / largestF8;
+  const float quotient = top / largestF8, scale = quotient == 0.f ? 1.f : quotient;
   if (lane == 0) scales[block] = scale;
 #pragma unroll
   for (int j = 0; j < Held; j++) {

@@ -33,6 +33,18 @@ describe.skipIf(unavailable)('quantize', () => {
     expect(q).toEqual(Uint8Array.from(x, (v, i) => toF8e4m3(Math.fround(v / want[blockOf(i)]))))
   })
 
+  test('a block of numbers too small for a scale becomes zeros, not NaN', async () => {
+    const backend = await testBackend()
+    const data = [1e-43, 0, -1e-43, 0]
+    const [q, scale] = await runOp(backend, 'quantize', [{ data, shape: [1, 4] }], { block: [1, 4] }, [
+      { shape: [1, 4], dtype: 'f8e4m3' },
+      { shape: [1, 1], dtype: 'f32' },
+    ])
+    backend.dispose()
+    expect([...scale]).toEqual([1])
+    expect([...q].map(code => code & 0x7f)).toEqual([0, 0, 0, 0])
+  })
+
   test('NaN affects only its own block', async () => {
     const backend = await testBackend()
     const data = [1, Number.NaN, 2, 4]
