@@ -241,6 +241,7 @@ async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions):
   const used = [
     ...item.inputs.map(({ dtype }) => dtype),
     ...(item.op === 'cast' ? [(item.attrs as { dtype: never }).dtype] : []),
+    ...(item.outDtype === undefined ? [] : [item.outDtype]),
   ]
   if (item.op === 'quantize') used.push('f8e4m3')
   if (used.some(dtype => !backend.dtypes.has(dtype))) return expectRefusal(backend, item)

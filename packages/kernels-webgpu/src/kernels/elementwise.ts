@@ -1,16 +1,19 @@
 /** @file Elementwise ops with one thread per element: arithmetic, comparisons, selection, casts. */
 import {
   type BinaryCode,
+  bitsOf,
   type CompareCode,
   type DType,
+  dtypeBytes,
   isFloat,
   type Kernel,
   type PrimitiveAttrs,
   type UnaryCode,
 } from '@moe/core'
 import { broadcastNest } from '@moe/core/strides'
-import { type Program, word } from '../commands.ts'
+import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf, placeInNest } from '../device-ops.ts'
+import type { Buffer } from '../memory.ts'
 import { exponential, hyperbolic, logarithm, powers, special, trigonometry } from './math.ts'
 import { compute, fromF8, readBits, toBf16, toF8 } from './packed.ts'
 
@@ -191,13 +194,20 @@ fn bits(i: u32) -> u32 {
     return [y]
   }
 
-/** Sets every element to word 1. */
-export const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
+const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
+
+/** Sets every element of `y` to a value. Elements of fewer than 32 bits share words. */
+export function fillWith(gpu: DeviceOps, y: Buffer, value: number, dtype: DType): void {
+  const bits = 8 * dtypeBytes[dtype]
+  let stored = bitsOf(value, dtype)
+  for (let filledBits = bits; filledBits < 32; filledBits *= 2) stored = (stored | (stored << filledBits)) >>> 0
+  gpu.each(filled, [y], y.bytes / 4, [stored])
+}
 
 export const fill =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['fill']> =>
   (_, { value }, [spec]) => {
     const y = gpu.output('fill', spec)
-    gpu.each(filled, [y], countOf(spec), [spec.dtype === 'f32' ? word(value) : value])
+    fillWith(gpu, y, value, spec.dtype)
     return [y]
   }

@@ -1,10 +1,9 @@
 /** @file Movement ops: copies elements as bits between two nests of strides. */
 import type { Kernel, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core'
 import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
-import { word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, placeInNest } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
-import { filled } from './elementwise.ts'
+import { fillWith } from './elementwise.ts'
 import { compute, put, putsInto, readBits } from './packed.ts'
 
 interface Side {
@@ -73,7 +72,7 @@ export const pad =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['pad']> =>
   ([x], { before, value }, [spec]) => {
     const y = gpu.output('pad', spec)
-    gpu.each(filled, [y], countOf(spec), [spec.dtype === 'f32' ? word(value) : value])
+    fillWith(gpu, y, value, spec.dtype)
     const strides = rowMajor(spec.shape)
     placeIn(gpu, x, y, { start: offset(before, strides), strides })
     return [y]

@@ -358,6 +358,9 @@ export const primitiveCases: readonly OpCase[] = [
   ...castCases,
   opCase('fill', 'f32', [], { value: -1.5 }, { outShape: [3, 4], outDtype: 'f32' }),
   opCase('fill', 'i32', [], { value: 7 }, { outShape: [5], outDtype: 'i32' }),
+  ...(['bf16', 'f16', 'f8e4m3', 'u8'] as const).map(outDtype =>
+    opCase('fill', outDtype, [], { value: 1.1 }, { outShape: [3, 7], outDtype, tolerance: tolerances.exact }),
+  ),
   opCase('fill', 'scalar', [], { value: 0.25 }, { outShape: [], outDtype: 'f32' }),
   opCase('fill', 'nothing', [], { value: 1 }, { outShape: [0, 2], outDtype: 'f32' }),
   ...reduceCases,
