@@ -49,6 +49,25 @@ test('an item that is also in the pool is recognized by its location', () => {
     for (let i = 0; i < 6; i++) expect(numbers(make({ pool, draw }), i)).not.toContain(i)
 })
 
+test('an item that is twice in the pool is left out twice', () => {
+  const pool = [items[0], items[1], items[0], items[2]]
+  for (let seed = 0; seed < 10; seed++) expect(numbers(make({ pool, seed, shots: 2 }), 0).toSorted()).toEqual([1, 2])
+})
+
+test('only as many items are looked at as are drawn', () => {
+  let looks = 0
+  const pool = Array.from({ length: 1000 }, (_, i) => ({
+    fields: { i },
+    get location() {
+      looks++
+      return `pool:${i}`
+    },
+  }))
+  const shots = make({ pool })
+  for (let i = 0; i < 20; i++) expect(numbers(shots, i)).toHaveLength(5)
+  expect(looks).toBe(20 * 5)
+})
+
 test('too few examples are an error', () => {
   const pool = items.slice(0, 5)
   expect(() => numbers(make({ pool }), 0)).toThrow('file:0: shots is 5, but there are only 4 other items')

@@ -32,30 +32,27 @@ export class Shots {
     if (shots === 0) return []
     const group = groupOf(item)
     const all = this.#groups.get(group) ?? []
-    const others = all.filter(other => !isSame(other, item))
-    if (others.length < shots) {
-      const inGroup = group === '' ? '' : ` in the group ${group}`
-      const problem = `shots is ${shots}, but there are only ${others.length} other items${inGroup}`
-      throw new MoeError({ code: 'E_DATA', op: item.location, problem, fix: 'pass examples, or fewer shots' })
-    }
-    if (draw === 'first') return others.slice(0, shots)
     const random = new Random(seed).fork(draw === 'once' ? `shots/${group}` : `shots/${group}/${number}`)
-    // One more than needed, in case the item itself is drawn.
-    const drawn = sample(all, Math.min(all.length, shots + 1), random)
-    return drawn.filter(other => !isSame(other, item)).slice(0, shots)
+    const chosen: PlacedItem[] = []
+    for (const other of draw === 'first' ? all : drawn(all, random)) {
+      if (!isSame(other, item)) chosen.push(other)
+      if (chosen.length === shots) return chosen
+    }
+    const inGroup = group === '' ? '' : ` in the group ${group}`
+    const problem = `shots is ${shots}, but there are only ${chosen.length} other items${inGroup}`
+    throw new MoeError({ code: 'E_DATA', op: item.location, problem, fix: 'pass examples, or fewer shots' })
   }
 }
 
 /** The same file may be passed as items and as examples, and is read twice then. */
 const isSame = (a: PlacedItem, b: PlacedItem): boolean => a.fields === b.fields || a.location === b.location
 
-/** Draws without replacement. */
-function sample<T>(items: readonly T[], count: number, random: Random): T[] {
+/** Draws items without replacement, one at a time. */
+function* drawn<T>(items: readonly T[], random: Random): Generator<T> {
   const moved = new Map<number, T>()
-  return Array.from({ length: count }, (_, i) => {
+  for (const [i, item] of items.entries()) {
     const j = i + random.integer(items.length - i)
-    const chosen = moved.get(j) ?? items[j]
-    moved.set(j, moved.get(i) ?? items[i])
-    return chosen
-  })
+    yield moved.get(j) ?? items[j]
+    moved.set(j, moved.get(i) ?? item)
+  }
 }
