@@ -202,6 +202,16 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
   expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'E_DATA' })
 })
 
+test('prints the results of the tasks before one that fails', () => {
+  const args = ['model', '--task', 'text=text.txt', '--task', 'lambada=piqa.jsonl']
+  const { status, stdout, stderr } = run(...args)
+  expect({ status, stderr }).toMatchObject({ status: 1, stderr: expect.stringContaining('the field text is missing') })
+  expect(stdout).toMatch(/^text +bits_per_byte +\d/m)
+  const json = run(...args, '--json')
+  expect({ status: json.status, stderr: json.stderr }).toEqual({ status: 1, stderr: '' })
+  expect(JSON.parse(json.stdout)).toMatchObject({ results: [{ task: 'text' }], error: { code: 'E_DATA' } })
+})
+
 test('exits with 130 if interrupted', async () => {
   writeFileSync(
     join(folder, 'many.jsonl'),

@@ -172,20 +172,27 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
-  for (const { name, task, files, examples } of requested) {
-    const started = performance.now()
-    const result = await evaluateTask(model, task, files, {
-      ...{ tokenizer, bos, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
-      signal: interrupt.signal,
-      onProgress: done => {
-        if (!quiet) showProgress(progressLine(task.name, done, (performance.now() - started) / 1000))
-      },
-      onItem: item => {
-        if (items !== null) writeSync(items, `${JSON.stringify({ task: task.name, ...item })}\n`)
-      },
-    })
-    const sources = { ...result, file: digestsOf(files), ...(examples && { examples: digestsOf(examples) }) }
-    results.push({ ...sources, ...(limit && { limit }), ...(name.endsWith('.json') && { definition: task }) })
+  let failure: unknown
+  try {
+    for (const { name, task, files, examples } of requested) {
+      const started = performance.now()
+      const result = await evaluateTask(model, task, files, {
+        ...{ tokenizer, bos, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
+        signal: interrupt.signal,
+        onProgress: done => {
+          if (!quiet) showProgress(progressLine(task.name, done, (performance.now() - started) / 1000))
+        },
+        onItem: item => {
+          if (items !== null) writeSync(items, `${JSON.stringify({ task: task.name, ...item })}\n`)
+        },
+      })
+      const sources = { ...result, file: digestsOf(files), ...(examples && { examples: digestsOf(examples) }) }
+      results.push({ ...sources, ...(limit && { limit }), ...(name.endsWith('.json') && { definition: task }) })
+    }
+  } catch (error) {
+    // The results of the tasks before it are not lost.
+    if (results.length === 0) throw error
+    failure = error
   }
   if (items !== null) closeSync(items)
   if (!quiet) showProgress('')
@@ -194,7 +201,13 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     const how = { weights: weights ?? 'f32', precision, bos, prefix, backend: backend.name, device: backend.device }
     const { name, version } = packageFile
     const evaluated = { folder, path, parameters: elements, bytes, ...how }
-    const report = { package: { name, version }, date, model: evaluated, results }
+    const report = {
+      package: { name, version },
+      date,
+      model: evaluated,
+      results,
+      ...(failure !== undefined && { error: errorOf(failure) }),
+    }
     process.stdout.write(`${JSON.stringify(report, null, 2)}\n`)
   } else process.stdout.write(resultTable(results))
   for (const { task, truncated } of results) {
@@ -202,6 +215,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
       process.stderr.write(`note: ${truncated} items of ${task} exceed the context and were truncated on the left\n`)
   }
   model.dispose()
+  if (failure !== undefined) fail(failure, json)
 }
 
 const digest = (path: string) => {
@@ -216,17 +230,24 @@ function showProgress(line: string): void {
   process.stderr.write(`\r\x1b[K${line}`)
 }
 
-function fail(error: unknown): void {
+function errorOf(error: unknown): { readonly code: string | undefined; readonly message: string } {
   const { code } = error as NodeJS.ErrnoException
-  const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
+  const isUsage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
   // Drop Node's advice about arguments that begin with a dash.
   const message =
     error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1') : `${error}`
+  return { code: isUsage ? 'E_USAGE' : code, message }
+}
+
+/** @param isReported whether the error is already in the JSON output */
+function fail(failure: unknown, isReported = false): void {
+  const error = errorOf(failure)
+  const isUsage = error.code === 'E_USAGE'
   // Not `options.json`: the arguments may be what is wrong.
   const json = process.argv.includes('--json')
-  if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
-  else process.stderr.write(`moe-evaluate: ${message}\n${usage ? 'See moe-evaluate --help.\n' : ''}`)
-  process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
+  if (json && !isReported) process.stdout.write(`${JSON.stringify({ error })}\n`)
+  else if (!json) process.stderr.write(`moe-evaluate: ${error.message}\n${isUsage ? 'See moe-evaluate --help.\n' : ''}`)
+  process.exitCode = isUsage ? 2 : error.code === 'E_ABORTED' ? 130 : 1
 }
 
 // The reader of the output may close it, as in `| head`.
