@@ -168,6 +168,30 @@ describe('examples', () => {
   })
 })
 
+test('templates keep line feeds and indents around blocks, and a description without a template is literal', async () => {
+  const { model, queries } = byCharacter({})
+  const task: Task = {
+    name: 'custom',
+    kind: 'continuation',
+    description: 'Answer {"a": 1}.\n',
+    context: '{% if who %}Who: {{who}}{% endif %}\n  {% for one in all %}\n- {{one}}\n{% endfor %}\n',
+    answer: 'a',
+    delimiter: '=',
+  }
+  await evaluateTask(model, task, [{ who: 'b', all: ['x', 'y'], a: 'c' }], options)
+  // As Jinja2 renders it with keep_trailing_newline, except that the space at the end of the context is scored.
+  expect(queries.map(parts => parts.join(''))).toEqual(['Answer {"a": 1}.\nWho: b\n  \n- x\n\n- y\n\n=c'])
+})
+
+test('files may have more items than a function call can have arguments', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const path = join(folder, 'items.jsonl')
+  await writeFile(path, '{"text":"a"}\n'.repeat(200_000))
+  const { items } = await evaluateTask(byCharacter({}).model, tasks.text, path, { ...options, limit: 1 })
+  expect(items).toBe(1)
+})
+
 describe('invalid input', () => {
   const { model } = byCharacter({ a: 1 })
   const of = (task: unknown, items: unknown, more: object = {}) =>
@@ -254,6 +278,22 @@ describe('invalid input', () => {
     ['text', { page: 'p' }, 'the field text is missing, which text of the task uses; the item has page'],
   ])('an invalid item of %s is an error: %j', async (name, item, message) => {
     await expect(of(tasks[name], [item], { shots: 0 })).rejects.toThrow(message)
+  })
+
+  test('is reported before the model has worked on other items', async () => {
+    const item = { q: 'q', c: ['a', 'b'], a: 0, g: 'law' }
+    const choice: ChoiceTask = { name: 'custom', kind: 'choice', context: 'q', choices: 'c', answer: 'a', group: 'g' }
+    const items = Array.from({ length: 300 }, () => ({ ...item }))
+    const more = { examples: [item], shots: 1 }
+    for (const [last, message] of [
+      [{ ...item, a: 2 }, 'item 300: the answer is 2, but there are 2 choices'],
+      [{ ...item, g: 'art' }, 'item 300: shots is 1, but there are only 0 other items in the group art'],
+    ] as const) {
+      const { model, queries } = byCharacter({})
+      await expect(evaluateTask(model, choice, [...items, last], { ...options, ...more })).rejects.toThrow(message)
+      expect(queries).toEqual([])
+      await evaluateTask(model, choice, [...items, last], { ...options, ...more, limit: 1 })
+    }
   })
 
   test('invalid tasks and options are errors', async () => {

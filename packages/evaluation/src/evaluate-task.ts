@@ -1,7 +1,7 @@
 /** @file Evaluates a model on a task. */
 import { checkOptions, MoeError, type OptionNames, type Precision, shown } from '@moe/core'
 import type { EvaluationTokenizer } from './encode.ts'
-import { type PlacedItem, textReader } from './fields.ts'
+import { isTemplate, type PlacedItem, textReader } from './fields.ts'
 import { type ItemSource, readItems } from './items.ts'
 import type { Metric } from './metrics.ts'
 import { abortedBy, BatchedQueries, type EvaluatedModel } from './model-queries.ts'
@@ -116,6 +116,12 @@ export async function evaluateTask(
   const queries = new BatchedQueries(model, options)
   const results: ItemResult[] = []
   const count = Math.min(limit, all.length)
+  // Report invalid items before the model has worked on the others.
+  for (const [i, item] of all.slice(0, count).entries()) {
+    scorer.check(item)
+    groupOf?.(item)
+    preamble.of(item, i)
+  }
   for (let start = 0; start < count; start += batchSize) {
     const some = all.slice(start, Math.min(count, start + batchSize))
     queries.onProgress = done => onProgress?.((start + done * some.length) / count)
@@ -168,7 +174,7 @@ async function preambleOf(task: Task, scorer: Scorer, all: readonly PlacedItem[]
   const groupOf = task.group === undefined ? () => '' : textReader('group', task.group)
   const pool = options.examples === undefined ? all : await readItems(options.examples, 'example')
   const examples = new Shots({ shots, draw, seed, pool, groupOf })
-  const isPlain = typeof description === 'string' && !description.includes('{')
+  const isPlain = typeof description === 'string' && !isTemplate(description)
   const describe = isPlain ? () => description : textReader('description', description)
   return {
     shots,

@@ -1,5 +1,5 @@
 /** @file Reads fields of items, which a task specifies by name, template or function. */
-import { Template } from '@huggingface/jinja'
+import { parse, Template, tokenize } from '@huggingface/jinja'
 import { isMoeError, MoeError, shown } from '@moe/core'
 import type { Field, Item, ListField } from './task.ts'
 
@@ -84,8 +84,11 @@ function reader(name: string, field: Field<unknown>): Reader<unknown> {
       fix: 'pass the name of a field, a template such as "{{question}}", or a function of an item',
     })
   }
-  return /\{\{|\{%/.test(field) ? templateReader(name, field) : pathReader(name, field)
+  return isTemplate(field) ? templateReader(name, field) : pathReader(name, field)
 }
+
+/** Whether a text contains a variable or a block of Jinja. */
+export const isTemplate = (text: string): boolean => /\{\{|\{%/.test(text)
 
 function pathReader(name: string, path: string): Reader<unknown> {
   const keys = path.split('.')
@@ -103,7 +106,9 @@ function templateReader(name: string, source: string): Reader<unknown> {
   let template: Template
   let names: ReadonlySet<string>
   try {
-    template = new Template(expression === undefined ? source.replace(/\n$/, '\n\n') : `{{ (${expression}) | tojson }}`)
+    template = new Template(expression === undefined ? '' : `{{ (${expression}) | tojson }}`)
+    // Unlike its constructor, Jinja and lm-evaluation-harness keep white space around blocks.
+    if (expression === undefined) template.parsed = parse(tokenize(source.replace(/\n$/, '\n\n')))
     names = freeNames(template.parsed)
   } catch (cause) {
     const problem = `${name} of the task is not a valid template: ${(cause as Error).message}`

@@ -16,9 +16,9 @@ export type ItemSource = string | URL | ReadonlyArray<string | URL> | Iterable<I
  */
 export async function readItems(source: ItemSource, name: 'item' | 'example'): Promise<PlacedItem[]> {
   const paths = pathsOf(source)
-  const items: PlacedItem[] = []
-  for (const path of paths ?? []) items.push(...parseItems(await readText(path), String(path)))
-  if (paths === undefined) items.push(...givenItems(source as Iterable<Item>, name))
+  const parts: PlacedItem[][] = []
+  for (const path of paths ?? []) parts.push(parseItems(await readText(path), String(path)))
+  const items = paths === undefined ? givenItems(source as Iterable<Item>, name) : parts.flat()
   if (items.length > 0) return items
   const op = paths === undefined ? 'evaluateTask' : paths.join(', ')
   throw new MoeError({ code: 'E_DATA', op, problem: `there are no ${name}s` })

@@ -50,6 +50,8 @@ export interface Prompted {
 
 /** Scores the items of a task. */
 export interface Scorer {
+  /** @throws MoeError E_DATA if the item is invalid */
+  check(item: PlacedItem): void
   /** Formats an item with its answer, as an example. Undefined if the kind of task has no examples. */
   readonly solved?: Reader<string>
   score(items: readonly Prompted[], queries: ModelQueries): Promise<ItemScore[]>
@@ -125,6 +127,7 @@ function choiceScorer(task: ChoiceTask): Scorer {
   const { delimiter = ' ' } = task
   const read = choicesReader(task)
   return {
+    check: read,
     solved: item => {
       const { pairs, answer } = read(item)
       return pairs[answer].join(delimiter)
@@ -173,8 +176,10 @@ function continuationScorer(task: ContinuationTask): Scorer {
   const { delimiter = ' ' } = task
   const contextOf = textReader('context', task.context)
   const answerOf = textReader('answer', task.answer)
+  const solved: Reader<string> = item => contextOf(item) + delimiter + answerOf(item)
   return {
-    solved: item => contextOf(item) + delimiter + answerOf(item),
+    check: solved,
+    solved,
     summarize: continuationMetrics,
     async score(items, queries) {
       const prompted = items.map(({ item, preamble }) => {
@@ -200,8 +205,10 @@ function generationScorer(task: GenerationTask): Scorer {
   const contextOf = textReader('context', task.context)
   const answerOf = textsReader('answer', task.answer)
   const matchers = Object.entries(matches).map(([name, match]) => [name, matcherOf(name, match)] as const)
+  const solved: Reader<string> = item => contextOf(item) + delimiter + [answerOf(item)].flat()[0]
   return {
-    solved: item => contextOf(item) + delimiter + [answerOf(item)].flat()[0],
+    check: solved,
+    solved,
     summarize: means,
     async score(items, queries) {
       const prompted = items.map(({ item, preamble }) => {
@@ -225,6 +232,7 @@ function generationScorer(task: GenerationTask): Scorer {
 function textScorer(task: TextTask): Scorer {
   const textOf = textReader('text', task.text)
   return {
+    check: textOf,
     summarize: textMetrics,
     async score(items, queries) {
       const texts = items.map(({ item }) => {
