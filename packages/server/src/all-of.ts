@@ -13,9 +13,14 @@ interface SchemaContext {
   withoutAnnotations(schema: JsonSchema): JsonSchema
 }
 
-/** Merges schemas into one. @throws MergeError if they are contradictory or contain keywords that cannot be merged */
+/** Maximum number of schemas to merge into one, since the time grows with its square. */
+const MAX_MERGED = 100
+
+/** Merges schemas into one. @throws MergeError if they are contradictory, too many, or contain keywords that cannot be merged */
 export function allOf(schemas: readonly unknown[], context: SchemaContext): JsonSchema {
-  return schemas.flatMap(schema => flatten(schema, context, 0)).reduce(merge, {})
+  const all = schemas.flatMap(schema => flatten(schema, context, 0))
+  if (all.length > MAX_MERGED) throw new MergeError(`allOf contains more than ${MAX_MERGED} schemas`)
+  return all.reduce(merge, {})
 }
 
 const isObject = (value: unknown): value is JsonSchema =>
@@ -42,13 +47,17 @@ const mergeKeyword: Readonly<Record<string, (a: never, b: never) => unknown>> = 
     return types
   },
   enum: (a: readonly unknown[], b: readonly unknown[]) => {
+    if (!Array.isArray(a) || !Array.isArray(b)) throw new MergeError('enum is not a list')
     const texts = new Set(b.map(value => JSON.stringify(value)))
     const values = a.filter(value => texts.has(JSON.stringify(value)))
     if (values.length === 0) throw new MergeError('no value is in all enums')
     return values
   },
   pattern: (a: string | string[], b: string | string[]) => [...new Set([a, b].flat())],
-  required: (a: readonly string[], b: readonly string[]) => [...new Set([...a, ...b])],
+  required: (a: readonly string[], b: readonly string[]) => {
+    if (!Array.isArray(a) || !Array.isArray(b)) throw new MergeError('required is not a list')
+    return [...new Set([...a, ...b])]
+  },
   items: (a: unknown, b: unknown) => ({ allOf: [a, b] }),
   ...Object.fromEntries(['minimum', 'exclusiveMinimum', 'minLength', 'minItems'].map(key => [key, Math.max])),
   ...Object.fromEntries(['maximum', 'exclusiveMaximum', 'maxLength', 'maxItems'].map(key => [key, Math.min])),

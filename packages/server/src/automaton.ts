@@ -14,8 +14,22 @@ const SYMBOL_COUNT = NON_ASCII + 1
 const MAX_STATES = 1000
 const MAX_NFA_STATES = 5000
 
+/** Maximum effort for the patterns of a schema, about half a second, which blocks the server. */
+const MAX_EFFORT = 2 ** 20
+
 /** Thrown if a pattern is unsupported, too large, or matches nothing. */
 export class PatternError extends Error {}
+
+/** Limits the time that conversions take together: few states may have many predecessors in a nondeterministic automaton. */
+export class Effort {
+  #left = MAX_EFFORT
+
+  /** @throws PatternError if nothing is left */
+  spend(steps: number): void {
+    this.#left -= steps
+    if (this.#left < 0) throw new PatternError('too many states')
+  }
+}
 
 export type Expression =
   /** One character: for each symbol, whether it matches. */
@@ -39,12 +53,12 @@ export interface Lengths {
 }
 
 /** Converts an expression to an automaton. @throws PatternError if it is too large or matches nothing */
-export function automatonOf(expression: Expression): Automaton {
-  const nfa = new Nfa()
+export function automatonOf(expression: Expression, effort: Effort): Automaton {
+  const nfa = new Nfa(effort)
   const [first, last] = [nfa.addState(), nfa.addState()]
   nfa.connect(expression, first, last)
   const alike = equivalentSymbols(expression)
-  return determinize(nfa.closure([first]), set => {
+  return determinize(nfa.closure([first]), effort, set => {
     const behind = new Map([...new Set(alike)].map(symbol => [symbol, nfa.step(set, symbol)]))
     return { ends: set.includes(last), next: alike.map(symbol => behind.get(symbol) as number[]) }
   })
@@ -64,8 +78,8 @@ function equivalentSymbols(expression: Expression): number[] {
 }
 
 /** The intersection of two automata. @throws PatternError if it is empty or has too many states */
-export function intersect(a: Automaton, b: Automaton): Automaton {
-  return determinize([0, 0], ([p, q]) => {
+export function intersect(a: Automaton, b: Automaton, effort: Effort): Automaton {
+  return determinize([0, 0], effort, ([p, q]) => {
     const pairs = new Map<number, number[]>()
     const pair = (to: number, other: number) => {
       const key = to * MAX_STATES + other
@@ -82,15 +96,20 @@ export function intersect(a: Automaton, b: Automaton): Automaton {
 }
 
 /** Accepts all texts of certain lengths. @throws PatternError if it needs too many states */
-export function ofLength({ least, most }: Lengths): Automaton {
+export function ofLength({ least, most }: Lengths, effort: Effort): Automaton {
   const any: Expression = { kind: 'set', has: new Array<boolean>(SYMBOL_COUNT).fill(true) }
-  return automatonOf({ kind: 'repeat', of: any, least, most })
+  return automatonOf({ kind: 'repeat', of: any, least, most }, effort)
 }
 
 /** A nondeterministic finite automaton with epsilon transitions. */
 class Nfa {
   readonly #steps: Array<Array<{ readonly has: readonly boolean[]; readonly to: number }>> = []
   readonly #epsilon: number[][] = []
+  readonly #effort: Effort
+
+  constructor(effort: Effort) {
+    this.#effort = effort
+  }
 
   addState(): number {
     this.#epsilon.push([])
@@ -136,6 +155,7 @@ class Nfa {
   closure(states: readonly number[]): number[] {
     const found = new Set(states)
     for (const state of found) for (const next of this.#epsilon[state]) found.add(next)
+    this.#effort.spend(found.size)
     return [...found].sort((a, b) => a - b)
   }
 
@@ -152,6 +172,7 @@ class Nfa {
  */
 function determinize(
   first: number[],
+  effort: Effort,
   follow: (part: readonly number[]) => { readonly ends: boolean; readonly next: readonly number[][] },
 ): Automaton {
   const parts = [first]
@@ -160,6 +181,7 @@ function determinize(
   const next: number[][] = []
   const before: Array<Set<number>> = [new Set()]
   for (let state = 0; state < parts.length; state++) {
+    effort.spend(SYMBOL_COUNT)
     const behind = follow(parts[state])
     const known = new Map<readonly number[], number>()
     const numberOf = (part: number[]) => {
@@ -255,13 +277,25 @@ export function ruleOfTexts(texts: readonly string[], name: string): Rule {
     }
     const alternatives = [...groups].map(([first, behind]) => {
       if (first === '') return '""'
-      const shared = behind.length === 1 ? behind[0] : ''
+      const shared = commonPrefix(behind)
       return `${JSON.stringify(first + shared)} ${add(behind.map(text => text.slice(shared.length)))}`
     })
     lines[at] = `${own} ::= ${alternatives.join(' | ')}`
     return own
   }
   return { name: add(texts), lines }
+}
+
+/** The longest text that all texts start with. Never ends within a surrogate pair. */
+function commonPrefix([first, ...others]: readonly string[]): string {
+  let length = first.length
+  for (const other of others) {
+    let same = 0
+    while (same < length && first[same] === other[same]) same++
+    length = same
+  }
+  const isSplit = /[\ud800-\udbff]$/.test(first.slice(0, length))
+  return first.slice(0, isSplit ? length - 1 : length)
 }
 
 /** Estimated time to compile the rules, as the equivalent number of arbitrary characters. */

@@ -6,6 +6,7 @@ import { allOf, MergeError } from './all-of.ts'
 import {
   type Automaton,
   compileCost,
+  Effort,
   intersect,
   ofLength,
   PatternError,
@@ -101,6 +102,7 @@ class Reader {
   /** Cost in characters, by what causes it. */
   readonly #costs = new Map<string, number>()
   readonly #automata = new Map<string, JsonSchema>()
+  readonly #effort = new Effort()
   readonly #param: string
   #count = 0
   #states = 0
@@ -239,7 +241,7 @@ class Reader {
     if (type === 'string' || Object.keys(own).length === 0) return { type, ...own }
     const range = numberRange(type as 'integer' | 'number', own as Bounds)
     if (range === undefined) throw this.#error(at, 'no number is within the bounds')
-    return this.#automaton([range], 'bounds', at, () => patternAutomaton(`^(?:${range})$`))
+    return this.#automaton([range], 'bounds', at, () => this.#pattern(`^(?:${range})$`))
   }
 
   /** Strings that match a format, patterns and length limits. */
@@ -253,21 +255,26 @@ class Reader {
     if (!patterns.every(one => typeof one === 'string')) throw this.#error(at, 'pattern is not a string')
     const subject = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern).slice(0, 100)}`
     return this.#automaton([name, pattern, minLength, maxLength], subject, at, () => {
-      const all: Automaton[] = name === undefined ? [] : [patternAutomaton(`^(?:${formats[String(name)]})$`)]
+      const all: Automaton[] = name === undefined ? [] : [this.#pattern(`^(?:${formats[String(name)]})$`)]
       // Beside a format, Zod writes an equivalent or weaker pattern, which may be unsupported and can then be ignored.
       const kept = name === undefined ? patterns : patterns.filter(one => this.#isSupported(one))
-      all.push(...kept.map(patternAutomaton))
+      all.push(...kept.map(one => this.#pattern(one)))
       if (minLength !== undefined || maxLength !== undefined) {
-        all.push(ofLength({ least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }))
+        const lengths = { least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }
+        all.push(ofLength(lengths, this.#effort))
       }
-      return all.reduce(intersect)
+      return all.reduce((a, b) => intersect(a, b, this.#effort))
     })
+  }
+
+  #pattern(source: string): Automaton {
+    return patternAutomaton(source, this.#effort)
   }
 
   /** @throws PatternError if too many patterns are not supported, since finding out takes time */
   #isSupported(pattern: string): boolean {
     try {
-      return patternAutomaton(pattern).ends.length > 0
+      return this.#pattern(pattern).ends.length > 0
     } catch {
       if (++this.#ignored > MAX_IGNORED) throw new PatternError(`more than ${MAX_IGNORED} patterns are not supported`)
       return false

@@ -4,7 +4,7 @@ import { Ajv2020 } from 'ajv/dist/2020.js'
 import addFormats from 'ajv-formats'
 import { describe, expect, test } from 'vitest'
 import { z } from 'zod'
-import { ASCII, type Automaton, intersect, type Lengths, NON_ASCII, ofLength } from './automaton.ts'
+import { ASCII, type Automaton, Effort, intersect, type Lengths, NON_ASCII, ofLength } from './automaton.ts'
 import { Grammars } from './grammars.ts'
 import { supportedSchema } from './json-schema.ts'
 import { patternAutomaton } from './pattern.ts'
@@ -85,7 +85,7 @@ describe.each(patterns)('%s', pattern => {
   test('matches like the regular expression, for random texts', () => {
     let automaton: Automaton | undefined
     try {
-      automaton = patternAutomaton(pattern)
+      automaton = patternAutomaton(pattern, new Effort())
     } catch (error) {
       expect((error as Error).message).toMatch(/at the ends|no text|non-ASCII/)
       return
@@ -154,7 +154,7 @@ test('the library generates only matching texts, and accepts matching ones', asy
   for (const [i, pattern] of patterns.entries()) {
     const schema = { type: 'string', pattern }
     try {
-      patternAutomaton(pattern)
+      patternAutomaton(pattern, new Effort())
     } catch {
       continue
     }
@@ -200,6 +200,12 @@ test('an enum allows exactly its values, also if their characters share bytes', 
       )
     expect(await grammarAccepts({ enum: [...words, 4] }, '4')).toBe(true)
   }
+})
+
+test('the values of an enum may have a long common beginning', async () => {
+  const values = ['🙂x', '🙃', '🙂y'].map(end => `"${'ab'.repeat(2000)}"${end}`)
+  for (const text of [...values, values[0].slice(0, -1), `${values[0]}x`])
+    expect(await grammarAccepts({ enum: values }, JSON.stringify(text))).toBe(values.includes(text))
 })
 
 test.each(['é', 'éb', 'é1', 'иa', '中b1', '🙂f', 'ũc', 'a b'])('a property name is matched exactly: %s', async name => {
@@ -274,7 +280,8 @@ test.each<[string, Lengths, RegExp]>([
   ['^[a-c]{2}$|^x$', { least: 2, most: 9 }, /^[a-c]{2}$/],
   ['^[ab]+$|^[cx]+a*$', { least: 2, most: 4 }, /^([ab]{2,4}|(?=.{2,4}$)[cx]+a*)$/],
 ])('%s with lengths %j matches like one regular expression', (pattern, lengths, expected) => {
-  const automaton = intersect(patternAutomaton(pattern), ofLength(lengths))
+  const effort = new Effort()
+  const automaton = intersect(patternAutomaton(pattern, effort), ofLength(lengths, effort), effort)
   const random = new Random(2)
   for (let i = 0; i < 3000; i++) {
     const text = Array.from({ length: random.integer(6) }, () => 'aabbcx🙂'.at(random.integer(6))).join('')
@@ -301,7 +308,7 @@ test.each([
   ['^a{0,1000000000}$', 'too many states'],
   [`${'('.repeat(60)}a${')'.repeat(60)}`, 'nested deeper than 50'],
 ])('%s is rejected: %s', (pattern, message) => {
-  expect(() => patternAutomaton(pattern)).toThrow(message)
+  expect(() => patternAutomaton(pattern, new Effort())).toThrow(message)
   expect(() => supportedSchema({ type: 'string', pattern }, 'schema')).toThrow('schema: pattern "')
 })
 
@@ -333,6 +340,19 @@ test('patterns that need too many states together are rejected, with equal patte
   expect(() => supportedSchema({ anyOf: all(9) }, 'schema')).toThrow('too many states')
   const equal = Array.from({ length: 200 }, () => all(1)[0])
   expect(Object.keys(supportedSchema({ anyOf: equal }, 'schema').rules)).toHaveLength(1)
+})
+
+test('patterns that take long to convert are rejected, alone or together', () => {
+  const optional = [...'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'].map(letter => `${letter}?`).join('')
+  // 937 states, each with the followers of up to 936 positions.
+  expect(() => supportedSchema({ type: 'string', pattern: `^(?:${optional}){18}$` }, 'schema')).toThrow(
+    'too many states',
+  )
+  // Each pattern is converted before the next one reduces the states.
+  const patterns = Array.from({ length: 60 }, (_, i) => ({ pattern: `^.{0,${900 - i}}$` }))
+  expect(() => supportedSchema({ type: 'string', allOf: [...patterns, { maxLength: 2 }] }, 'schema')).toThrow(
+    'too many states',
+  )
 })
 
 test("generated texts of Zod's string formats are accepted by Zod and ajv", async () => {

@@ -2,7 +2,7 @@
  * @file Converts `pattern` of JSON Schema to an automaton: ECMA-262 regular expressions with the flag u that may match anywhere in a text. Unsupported syntax, such as
  * lookaround and backreferences, is rejected by name.
  */
-import { ASCII, type Automaton, automatonOf, type Expression, PatternError } from './automaton.ts'
+import { ASCII, type Automaton, automatonOf, type Effort, type Expression, PatternError } from './automaton.ts'
 
 /** Inclusive ranges of code points. */
 type CharacterSet = ReadonlyArray<readonly [number, number]>
@@ -45,8 +45,8 @@ const SPACES: CharacterSet = [
  * Returns an automaton that accepts the texts in which a pattern matches.
  * @throws PatternError if the pattern is invalid or not supported
  */
-export function patternAutomaton(source: string): Automaton {
-  return automatonOf({ kind: 'either', of: new Parser(source).alternatives().map(anchored) })
+export function patternAutomaton(source: string, effort: Effort): Automaton {
+  return automatonOf({ kind: 'either', of: new Parser(source).alternatives().map(anchored) }, effort)
 }
 
 const anything: Expression = { kind: 'repeat', of: character(EVERYTHING), least: 0, most: Infinity }
