@@ -185,7 +185,8 @@ function callsOf(calls: unknown, param: string, { parsesArguments }: TemplateTra
   if (!parsesArguments) return data
   return data.map(call => {
     try {
-      return { ...call, function: { ...call.function, arguments: JSON.parse(call.function.arguments) } }
+      // Models may write nothing for a tool without parameters.
+      return { ...call, function: { ...call.function, arguments: JSON.parse(call.function.arguments.trim() || '{}') } }
     } catch (cause) {
       throw problem(
         `the arguments of ${call.function.name.slice(0, 64)} are not valid JSON: ${(cause as Error).message}`,

@@ -143,6 +143,19 @@ describe('DeepSeek', () => {
   })
 })
 
+test.each([
+  // The format, the beginning of a text, and what it repeats.
+  ['<arg_key>', '<tool_call>a', '<arg_key>'],
+  ['<arg_key>', '<tool_call>a', '<arg_key>a</arg_key><arg_value>'],
+  ['<｜tool▁calls▁begin｜>', '<｜tool▁calls▁begin｜>', '<｜tool▁call▁begin｜>'],
+  ['<｜tool▁calls▁begin｜> ```json', '<｜tool▁calls▁begin｜>', '<｜tool▁call▁begin｜>function<｜tool▁sep｜>'],
+  ['tool_declare', '<|tool_call_begin|>functions.a:0<|tool_call_argument_begin|>{', ' '],
+])('a text that repeats a marker endlessly does not block the server: %s %s %j', (source, begin, repeated) => {
+  // Takes minutes if the time is quadratic.
+  const calls = toolFormatOf(source).parse(begin + repeated.repeat(300_000) + '}', () => false)
+  expect(calls.length).toBeLessThan(2)
+})
+
 describe('response_format together with tools', () => {
   const schema = { type: 'object', properties: { year: { type: 'integer' } }, required: ['year'] }
   const format = { type: 'json_schema', json_schema: { name: 'year', schema } }
@@ -288,6 +301,20 @@ describe('reasoning', () => {
     await ask(app, { messages })
     expect(prompt()).toBe('user: a\nassistant: b why\nuser: c\n')
   })
+})
+
+test('a previous call without arguments is passed to the template as an empty object', async () => {
+  const chatTemplate = await ChatTemplate.from({
+    chat_template:
+      '{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}',
+  })
+  const { app, prompt } = await serverThatGenerates('', chatTemplate)
+  const call = (json: string) => ({ id: 'a', type: 'function', function: { name: 'stop', arguments: json } })
+  const messages = [{ role: 'assistant', tool_calls: ['{"a": 1}', '', ' '].map(call) }]
+  expect((await ask(app, { messages })).status).toBe(200)
+  expect(prompt()).toBe('{"a": 1}{}{}')
+  const { status, error } = await ask(app, { messages: [{ role: 'assistant', tool_calls: [call('{')] }] })
+  expect([status, error?.message]).toEqual([400, expect.stringContaining('the arguments of stop are not valid JSON')])
 })
 
 test('variables are passed to the template, except reserved ones', async () => {

@@ -28,7 +28,7 @@ export interface ToolFormat {
   /** All control tokens of the format, concatenated. */
   readonly controlTokens: string
   /**
-   * Parses a text that starts with `begin`. Returns an empty list if it contains no valid calls.
+   * Parses a text that starts with `begin`, in time proportional to its length, since models may repeat a marker endlessly. Returns an empty list if it contains no valid calls.
    * @param isString whether an argument of a tool is a string; needed by formats that write strings without quotes
    */
   parse(text: string, isString: (tool: string, argument: string) => boolean): ToolCall[]
@@ -92,14 +92,14 @@ const deepseekV3 = deepseek(
   'function<｜tool▁sep｜>',
   '\n```json\n',
   '\n```<｜tool▁call▁end｜>',
-  /<｜tool▁call▁begin｜>function<｜tool▁sep｜>([^\n]*)\n```json\n([\s\S]*?)\n?(?:```)?(?:<｜tool▁call▁end｜>|$)/g,
+  /<｜tool▁call▁begin｜>function<｜tool▁sep｜>([^\n<]*)\n```json\n([\s\S]*?)\n?(?:```)?(?:<｜tool▁call▁end｜>|$)/g,
 )
 
 const deepseekV31 = deepseek(
   '',
   '<｜tool▁sep｜>',
   '<｜tool▁call▁end｜>',
-  /<｜tool▁call▁begin｜>([\s\S]*?)<｜tool▁sep｜>([\s\S]*?)(?:<｜tool▁call▁end｜>|$)/g,
+  /<｜tool▁call▁begin｜>([^<]*)<｜tool▁sep｜>([\s\S]*?)(?:<｜tool▁call▁end｜>|$)/g,
 )
 
 const kimi: ToolFormat = {
@@ -115,11 +115,15 @@ const kimi: ToolFormat = {
   parse: text =>
     Array.from(
       text.matchAll(
-        /<\|tool_call_begin\|>\s*((?:functions\.)?([\w-]+):\d+)\s*<\|tool_call_argument_begin\|>\s*([\s\S]*?)\s*(?:<\|tool_call_end\|>|$)/g,
+        /<\|tool_call_begin\|>\s*((?:functions\.)?([\w-]+):\d+)\s*<\|tool_call_argument_begin\|>([\s\S]*?)(?:<\|tool_call_end\|>|$)/g,
       ),
-      ([, id, name, json]) => ({ id, name, arguments: json }),
+      ([, id, name, json]) => ({ id, name, arguments: json.trim() }),
     ),
 }
+
+/** Key and value of an argument. Neither contains another beginning, so that the time does not grow with the square of the number of those without an end. */
+const argumentOfGlm =
+  /<arg_key>((?:(?!<arg_key>)[\s\S])*?)<\/arg_key>\s*<arg_value>((?:(?!<arg_value>)[\s\S])*?)<\/arg_value>/g
 
 /** The format of GLM 4.5 and later. GLM 4.7 omits the line feeds. */
 const glm: ToolFormat = {
@@ -135,7 +139,7 @@ const glm: ToolFormat = {
       text.matchAll(/<tool_call>([\s\S]*?)(?:<\/tool_call>|$)/g),
       ([, call]): Partial<ToolCall> & { arguments: string } => {
         const [, name] = /^\s*([\w-]+)\s*(?:<arg_key>|$)/.exec(call) ?? []
-        const pairs = call.matchAll(/<arg_key>([\s\S]*?)<\/arg_key>\s*<arg_value>([\s\S]*?)<\/arg_value>/g)
+        const pairs = call.matchAll(argumentOfGlm)
         const values = Array.from(pairs, ([, key, value]) => [key, isString(name, key) ? value : jsonOrText(value)])
         return { name, arguments: JSON.stringify(Object.fromEntries(values)) }
       },
