@@ -196,18 +196,18 @@ fn bits(i: u32) -> u32 {
 
 const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
 
-/** Sets every element of `y` to a value. Elements of fewer than 32 bits share words. */
-export function fillWith(gpu: DeviceOps, y: Buffer, value: number, dtype: DType): void {
+/** Sets all elements of y to `value`. */
+export function fillAll(gpu: DeviceOps, y: Buffer, dtype: DType, value: number): void {
   const bits = 8 * dtypeBytes[dtype]
-  let stored = bitsOf(value, dtype)
-  for (let filledBits = bits; filledBits < 32; filledBits *= 2) stored = (stored | (stored << filledBits)) >>> 0
-  gpu.each(filled, [y], y.bytes / 4, [stored])
+  let word = bitsOf(value, dtype)
+  for (let shift = bits; shift < 32; shift *= 2) word |= word << shift
+  gpu.each(filled, [y], y.bytes / 4, [word])
 }
 
 export const fill =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['fill']> =>
   (_, { value }, [spec]) => {
     const y = gpu.output('fill', spec)
-    fillWith(gpu, y, value, spec.dtype)
+    fillAll(gpu, y, spec.dtype, value)
     return [y]
   }

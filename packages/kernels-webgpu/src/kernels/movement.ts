@@ -3,7 +3,7 @@ import type { Kernel, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core
 import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
 import { bufferOf, countOf, type DeviceOps, eachElement, placeInNest } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
-import { fillWith } from './elementwise.ts'
+import { fillAll } from './elementwise.ts'
 import { compute, put, putsInto, readBits } from './packed.ts'
 
 interface Side {
@@ -72,7 +72,7 @@ export const pad =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['pad']> =>
   ([x], { before, value }, [spec]) => {
     const y = gpu.output('pad', spec)
-    fillWith(gpu, y, value, spec.dtype)
+    fillAll(gpu, y, spec.dtype, value)
     const strides = rowMajor(spec.shape)
     placeIn(gpu, x, y, { start: offset(before, strides), strides })
     return [y]

@@ -1,4 +1,4 @@
-import { type Backend, concat, type DType, fromF8e4m3, setRows, type Tensor } from '@moe/core'
+import { type Backend, concat, type DType, fromF8e4m3, full, setRows, type Tensor } from '@moe/core'
 import { compareWithReference, type HostInput, tolerances } from '@moe/core/testing'
 import { describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
@@ -28,7 +28,12 @@ describe.skipIf(backend === null).each(small)('%s, where elements of different r
       x.narrow(2, 0, Math.max(1, c - 2)),
       x.reshape([1, a * b * c]).expand([3, a * b * c]),
       x.reshape([a * b, 1, c]).expand([a * b, 3, c]),
+      x.pad([0, 1, 1], [1, 0, 2], 3),
     ])
+  })
+
+  test.each([1, 3, 4, 1001])('%i equal elements', async count => {
+    await exactly([randomInput(dtype, [1])], ({ backend }) => [full([count], 3, { dtype, backend })])
   })
 
   test.each([

@@ -1,4 +1,13 @@
-import { type DType, type HostArray, hostArray, type PrimitiveAttrs, type Shape, sizeOf, stridesOf } from '@moe/core'
+import {
+  bitsOf,
+  type DType,
+  type HostArray,
+  hostArray,
+  type PrimitiveAttrs,
+  type Shape,
+  sizeOf,
+  stridesOf,
+} from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { testBackend, unavailable } from '../../test-backend.ts'
 import { borders } from './movement.ts'
@@ -100,9 +109,10 @@ describe.skipIf(unavailable)('on the device', () => {
     const expected = moved(x, shape, dtype, to, index => index.map((k, axis) => k + starts[axis]))
     const y = await run('slice', x, shape, dtype, { starts }, to)
     expect(y).toEqual(expected)
-    if (dtype !== 'f32') return
-    const padded = moved(y, to, dtype, shape, index => index.map((k, axis) => k - starts[axis]), -2.5)
-    expect(await run('pad', y, to, dtype, { before: starts, value: -2.5 }, shape)).toEqual(padded)
+    const value = dtype === 'f32' ? -2.5 : 3
+    const bits = dtype === 'bf16' ? bitsOf(value, dtype) : value
+    const padded = moved(y, to, dtype, shape, index => index.map((k, axis) => k - starts[axis]), bits)
+    expect(await run('pad', y, to, dtype, { before: starts, value }, shape)).toEqual(padded)
   })
 
   test.each(dtypes)('expand %s', async dtype => {

@@ -3,6 +3,7 @@ import { bitsOf, type DType, dtypeBytes, type Shape, sizeOf } from '@moe/core'
 import { broadcastStrides, mergeAxes, type Nest, rowMajor } from '@moe/core/strides'
 import { bySize, type Cuda, elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { nestList } from '../binary/nest.ts'
+import { filler } from '../fill/fill.ts'
 import { byUnit, unitOf } from './units.ts'
 
 export const reshape: PrimitiveFactory<'reshape'> = cuda => {
@@ -131,8 +132,19 @@ export const pad: PrimitiveFactory<'pad'> = cuda => {
     4: cuda.kernel('movement', 'moe_pad_b32', signature),
     16: cuda.kernel('movement', 'moe_pad_b128', signature),
   }
+  const fillAll = filler(cuda)
+  const copyBox = boxCopier(cuda)
   return ([x], { before, value }, [spec]) => {
     const y = cuda.output(spec)
+    const size = dtypeBytes[spec.dtype]
+    if (size < 4) {
+      // Rare: in two passes.
+      fillAll(y.pointer, spec, value)
+      const strides = rowMajor(spec.shape)
+      const inside = y.pointer + offsetOf(before, strides) * size
+      copyBox(spec.dtype, inside, pointerOf(x), x.shape, [strides, rowMajor(x.shape)])
+      return [y]
+    }
     const [innermost, ...outer] = borders(x.shape, before, spec.shape)
     const wide = innermost.slice(0, 3).every(count => count % 4 === 0)
     const inUnits = (elements: number) => (wide ? elements / 4 : elements)
