@@ -1,4 +1,4 @@
-import { tensor } from '@moe/core'
+import { full, tensor } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { webgpuBackend } from './backend.ts'
 import { GPUOutOfMemoryError, testDevice } from './test-device.ts'
@@ -35,6 +35,41 @@ describe('calls to the device', () => {
     expect(calls.submit).toBe(3)
     await backend.sync()
     expect(calls.submit).toBe(3)
+  })
+
+  test('buffers for tensors are at most as large as the device can bind', async () => {
+    // As many NVIDIA and AMD GPUs report it.
+    const most = 2 ** 31 - 4
+    const { backend } = ready({ maxBufferSize: 2 ** 31, maxStorageBufferBindingSize: most })
+    for (const bytes of [most, most - 4, most - 2 ** 27 + 4]) full([bytes / 4], 1, { backend }).dispose()
+    await backend.sync()
+    expect(() => full([2 ** 29], 1, { backend })).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
+  })
+
+  test('more workgroups than the device supports are an error, unless they can continue along the next axis', async () => {
+    const { backend } = ready({ maxComputeWorkgroupsPerDimension: 8 })
+    const x = tensor(new Float32Array(64 * 9), [64 * 9, 1], { backend })
+    x.exp().dispose()
+    // Nine tiles of 64 rows.
+    expect(() => x.matmul(tensor([1, 2], [1, 2], { backend }))).toThrow(
+      expect.objectContaining({ code: 'E_UNSUPPORTED', message: expect.stringMatching(/1 x 9 x 1 workgroups.* 8 /) }),
+    )
+    await backend.sync()
+  })
+
+  test('a row times more columns than the kernel for few rows has workgroups for is computed by another kernel', async () => {
+    const { backend } = ready()
+    const [row, columns] = [1, 65_535 * 16 + 1].map(size => full([size, 1], 1, { backend }))
+    row.matmul(columns, { transposeB: true }).dispose()
+    await backend.sync()
+  })
+
+  test('pending work is submitted before the memory of live tensors is destroyed with the backend', () => {
+    const { backend, log } = ready()
+    tensor([1], [1], { backend }).exp()
+    backend.dispose()
+    expect(log.indexOf('submit')).toBeGreaterThan(0)
+    expect(log.indexOf('submit')).toBeLessThan(log.indexOf('destroy buffer'))
   })
 
   test('pending work is submitted before its memory is destroyed', () => {

@@ -76,8 +76,14 @@ export class Commands {
     if (this.#failure) throw this.#failure
   }
 
-  /** Records a kernel. `groups` are the numbers of workgroups; if the first exceeds the device's limit, the rest continues along y. */
+  /**
+   * Records a kernel. `groups` are the numbers of workgroups; if there is only one number and it exceeds the device's limit, the rest continues along y.
+   * @throws MoeError E_UNSUPPORTED if the device does not support so many
+   */
   run(program: Program, buffers: readonly GpuBuffer[], parameters: readonly number[], groups: readonly number[]): void {
+    const most = this.#device.limits.maxComputeWorkgroupsPerDimension
+    const [x, y = 1, z = 1] = groups.length === 1 && groups[0] > most ? [most, Math.ceil(groups[0] / most)] : groups
+    if (Math.max(x, y, z) > most) throw tooManyGroups(program.label, groups, most)
     if (this.#slots === SLOTS) this.submit()
     const compiled = this.#compile(program)
     const slot = this.#slots++
@@ -85,10 +91,7 @@ export class Commands {
     const pass = this.#open()
     pass.setPipeline(compiled.pipeline)
     pass.setBindGroup(0, this.#bindGroup(compiled, buffers), [slot * SLOT_BYTES])
-    const [x, y = 1, z = 1] = groups
-    const most = this.#device.limits.maxComputeWorkgroupsPerDimension
-    if (x > most) pass.dispatchWorkgroups(most, Math.ceil(x / most))
-    else pass.dispatchWorkgroups(x, y, z)
+    pass.dispatchWorkgroups(x, y, z)
     for (const buffer of buffers) this.#used.add(buffer)
   }
 
@@ -227,6 +230,15 @@ ${body}`
     this.#compiled.set(label, compiled)
     return compiled
   }
+}
+
+function tooManyGroups(kernel: string, groups: readonly number[], most: number): MoeError {
+  return new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: 'kernels-webgpu',
+    problem: `the tensors need ${groups.join(' x ')} workgroups of ${kernel}, but this GPU allows ${most} along an axis`,
+    fix: 'split them along their largest axis, and compute the parts one after another',
+  })
 }
 
 const bits = new DataView(new ArrayBuffer(4))

@@ -34,7 +34,7 @@ export class Memory {
   allocate(op: string, shape: Shape, dtype: DType): Buffer {
     const bytes = Math.ceil((sizeOf(shape) * dtypeBytes[dtype]) / 4) * 4
     const { maxBufferSize, maxStorageBufferBindingSize } = this.#device.limits
-    const most = Math.min(maxBufferSize, maxStorageBufferBindingSize)
+    const most = Math.floor(Math.min(maxBufferSize, maxStorageBufferBindingSize) / 4) * 4
     if (bytes > most) {
       throw new MoeError({
         code: 'E_OUT_OF_MEMORY',
@@ -44,7 +44,7 @@ export class Memory {
         details: { shape, bytes, most },
       })
     }
-    const buffer: Buffer = { gpu: this.#take(roomFor(bytes)), bytes, refs: 1 }
+    const buffer: Buffer = { gpu: this.#take(Math.min(roomFor(bytes), most)), bytes, refs: 1 }
     this.#live.add(buffer)
     this.#handles++
     this.#bytes += bytes
@@ -110,6 +110,8 @@ export class Memory {
   }
 
   dispose(): void {
+    // First, because it submits work that may still use live buffers.
+    this.trim()
     for (const buffer of this.#live) {
       buffer.gpu.destroy()
       buffer.refs = 0
@@ -117,7 +119,6 @@ export class Memory {
     this.#live.clear()
     this.#handles = 0
     this.#bytes = 0
-    this.trim()
   }
 }
 

@@ -1,4 +1,4 @@
-/** @file For tests only: a device that computes nothing, counts calls, and fails on request. */
+/** @file For tests only: a device that computes nothing, counts calls, checks limits, and fails on request. */
 import type { GpuBuffer, GpuDevice, GpuEncoder, GpuPass } from './gpu.ts'
 
 /** A substitute for WebGPU's error class of this name. */
@@ -8,13 +8,17 @@ export interface TestDevice {
   readonly device: GpuDevice
   /** Number of calls by name. */
   readonly calls: Readonly<Record<string, number>>
+  /** The names of all calls, in order. */
+  readonly log: readonly string[]
   report(error: Error): void
   lose(message: string): void
 }
 
 export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevice {
   const calls: Record<string, number> = {}
+  const log: string[] = []
   const count = (name: string) => {
+    log.push(name)
     calls[name] = (calls[name] ?? 0) + 1
   }
   let listener: Parameters<GpuDevice['addEventListener']>[1] = () => {}
@@ -22,7 +26,11 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
   const pass: GpuPass = {
     setPipeline() {},
     setBindGroup() {},
-    dispatchWorkgroups: () => count('dispatchWorkgroups'),
+    dispatchWorkgroups(...groups) {
+      count('dispatchWorkgroups')
+      if (Math.max(...groups.map(size => size ?? 1)) > device.limits.maxComputeWorkgroupsPerDimension)
+        listener({ error: new Error(`${groups} workgroups`) })
+    },
     end() {},
   }
   const encoder: GpuEncoder = {
@@ -33,6 +41,7 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
   }
   const createBuffer = ({ size }: { readonly size: number }): GpuBuffer => {
     count('createBuffer')
+    if (size > device.limits.maxBufferSize) listener({ error: new Error(`a buffer of ${size} bytes`) })
     return {
       size,
       mapAsync: async () => {},
@@ -71,8 +80,13 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
       count('createComputePipeline')
       return {}
     },
-    createBindGroup() {
+    createBindGroup({ entries }) {
       count('createBindGroup')
+      for (const { resource } of entries as ReadonlyArray<{ resource: { buffer: GpuBuffer } }>) {
+        const { size } = resource.buffer
+        if (size > device.limits.maxStorageBufferBindingSize)
+          listener({ error: new Error(`a binding of ${size} bytes`) })
+      }
       return {}
     },
     createCommandEncoder: () => encoder,
@@ -81,6 +95,7 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
   return {
     device,
     calls,
+    log,
     report: error => listener({ error }),
     lose: message => lose({ reason: 'unknown', message }),
   }

@@ -6,10 +6,10 @@ import { integers, normal } from '../test-inputs.ts'
 import { limits } from './matmul.ts'
 
 const backend = (await testBackend()) as Backend
-const { matrices } = limits
+const { groups } = limits
 
 afterEach(() => {
-  limits.matrices = matrices
+  limits.groups = groups
 })
 
 describe.skipIf(backend === null)('indexScores', () => {
@@ -18,7 +18,7 @@ describe.skipIf(backend === null)('indexScores', () => {
   const inputs = [normal([B, T, J, D]), normal([B, T, J]), normal([B, S, D])]
 
   test('more texts than a launch has matrices', async () => {
-    limits.matrices = 2
+    limits.groups = 2
     await compareWithReference(backend, inputs, (q, weights, keys) => [
       indexScores(q.detach(), weights.detach(), keys.detach()),
     ])

@@ -39,16 +39,22 @@ describe.skipIf(backend === null)('matmul', () => {
   })
 })
 
-describe.skipIf(backend === null)('batched matmul with more matrices than workgroups along an axis', () => {
-  const { matrices } = productLimits
+describe.skipIf(backend === null)('matmul with more matrices or columns than workgroups along an axis', () => {
+  const { groups } = productLimits
   afterEach(() => {
-    productLimits.matrices = matrices
+    productLimits.groups = groups
   })
 
   test.each([1, 5])('matrices of %i rows', async rows => {
-    productLimits.matrices = 3
+    productLimits.groups = 3
     const [a, b] = [normal([7, rows, 20]), normal([7, 20, 9])]
     await compareWithReference(backend, [a, b], (x, y) => [x.matmul(y)])
+  })
+
+  test.each(flags)('columns of few rows, transposed: %s', async transposeB => {
+    productLimits.groups = 3
+    const [a, b] = [normal([2, 20]), normal(transposeB ? [500, 20] : [20, 500])]
+    await compareWithReference(backend, [a, b], (x, y) => [x.matmul(y, { transposeB })])
   })
 })
 

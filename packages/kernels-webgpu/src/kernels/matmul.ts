@@ -24,13 +24,13 @@ export interface Product {
 const FEW_TILES = 64
 /** Minimum length of a part of k. */
 const LEAST_DEEP = 256
-/** Matrices per launch: the number of workgroups that any device supports along an axis. Tests make it small. */
-export const limits = { matrices: 65_535 }
+/** The number of workgroups that any device supports along an axis. Tests make it small. */
+export const limits = { groups: 65_535 }
 
 /** Launches for `batch` matrices, as many at once as a device supports. */
 export function eachMatrices(batch: number, launch: (first: number, count: number) => void): void {
-  const { matrices } = limits
-  for (let first = 0; first < batch; first += matrices) launch(first, Math.min(matrices, batch - first))
+  const { groups } = limits
+  for (let first = 0; first < batch; first += groups) launch(first, Math.min(groups, batch - first))
 }
 
 // Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and stride between matrices of a and c from 5 and 8 on; 11 whether to add; 12 first matrix; then the weight's.
@@ -236,11 +236,11 @@ function rowsByWeight(gpu: DeviceOps, { op, x, weight, transposeA, transposeB, s
   const [m, n] = spec.shape.slice(-2)
   const batch = spec.shape.length === 3 ? spec.shape[0] : 1
   const k = x.shape[x.shape.length - (transposeA ? 2 : 1)]
-  if (m <= FEW_ROWS && !transposeA) {
+  const teams = m === 0 ? 0 : Math.ceil(n / columnsOf(transposeB))
+  if (m <= FEW_ROWS && !transposeA && teams <= limits.groups) {
     const wide = weight.wide && areWide(k)
     const buffers = [bufferOf(x), ...weight.buffers, y]
     const program = fewRowsProduct(transposeB, weight.format, wide)
-    const teams = m === 0 ? 0 : Math.ceil(n / columnsOf(transposeB))
     eachMatrices(batch, (first, count) => {
       gpu.launch(program, buffers, [m, n, k, first, ...weight.words], [teams, 1, count])
     })
