@@ -48,8 +48,8 @@ export type ReduceCode = 'sum' | 'max'
  * Dtypes: every op supports `f32`. `i32` is supported for neg, abs and sign, all binary codes except pow (div truncates
  * toward zero), compare, where, fill, reduce and cumsum, and as data of takeRows, scatterAddRows, setRows and the
  * movement ops. `u8` is supported for compare results, where conditions, fill and movement. `bf16`, `f16` and `f8e4m3`
- * are supported only for cast, fill, upload, download and the movement ops (reshape, permute, expand, slice, concat,
- * takeRows, setRows), and only if listed in `Backend.dtypes`.
+ * are supported only for cast, fill, upload, download and the movement ops (reshape, permute, expand, slice, pad,
+ * concat, takeRows, setRows), and only if listed in `Backend.dtypes`.
  */
 export interface PrimitiveAttrs {
   /** `[x] -> [y]`, elementwise. sign(0) = 0. */

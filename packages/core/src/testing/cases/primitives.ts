@@ -149,6 +149,15 @@ const movementCases = [
   opCase('slice', 'of rows', [f32(9, 6)], { starts: [4, 0] }, { outShape: [3, 6] }),
   opCase('slice', 'to nothing', [f32(9, 6)], { starts: [4, 0] }, { outShape: [0, 6], gradient: false }),
   opCase('slice', 'of integers', [i32(0, 9, 4, 4)], { starts: [1, 1] }, { outShape: [2, 3] }),
+  ...(['bf16', 'f16', 'f8e4m3', 'u8'] as const).map(dtype =>
+    opCase(
+      'pad',
+      `of ${dtype}`,
+      [given(dtype, [3, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9])],
+      { before: [0, 2], value: 1.5 },
+      { outShape: [4, 5], gradient: false, tolerance: tolerances.exact },
+    ),
+  ),
   opCase('pad', 'both sides', [f32(3, 4)], { before: [1, 2], value: 0 }, { outShape: [5, 9] }),
   opCase('pad', 'with a value', [f32(3, 4)], { before: [0, 1], value: -2.5 }, { outShape: [4, 5] }),
   opCase('pad', 'of integers', [i32(0, 9, 3)], { before: [2], value: 7 }, { outShape: [6] }),
