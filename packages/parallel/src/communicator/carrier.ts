@@ -50,6 +50,6 @@ export interface Workspace<E> {
    * @throws MoeError E_BACKEND if the backend cannot write and the tensor is not a `Parameter`
    */
   write(tensor: Tensor, elements: E): void
-  /** Frees the memory. */
-  close(): void
+  /** Frees the memory. @param failed whether the call has failed, in which case messages may still arrive in it */
+  close(failed: boolean): void
 }

@@ -58,8 +58,8 @@ class HostWorkspace implements Workspace<HostArray> {
     }
   }
 
-  close(): void {
-    for (const buffer of this.#made) giveBack(buffer)
+  close(failed: boolean): void {
+    if (!failed) for (const buffer of this.#made) giveBack(buffer)
   }
 }
 

@@ -195,6 +195,37 @@ test('a call that fails leaves no tensor behind', async () => {
   expect(backend.stats().handles).toBe(handles)
 })
 
+test('a message that arrives after its call has failed does not change the results of later calls', async () => {
+  const length = 1 << 15
+  const filled = (value: number, extra = 0) =>
+    tensor(new Float32Array(length + extra).fill(value), [length + extra], { backend })
+  const results = await local(3, async ranks => {
+    const [failing, sound] = [ranks.group([0, 1, 2]), ranks.group([0, 1, 2])]
+    const fail = () => failing.allGather(filled(9, ranks.rank === 1 ? 1 : 0)).catch((e: MoeError) => e.code)
+    const gather = async () => (await sound.allGather(filled(ranks.rank))).values()
+    const word = { shape: [1], dtype: 'f32', backend } as const
+    if (ranks.rank === 0) {
+      expect(await fail()).toBe('E_SHAPE')
+      const gathered = gather()
+      await ranks.send(vector(1), 2)
+      return gathered
+    }
+    if (ranks.rank === 1) {
+      expect(await fail()).toBe('E_SHAPE')
+      await ranks.receive(word, 2)
+      return gather()
+    }
+    await ranks.receive(word, 0)
+    const gathered = gather()
+    // The message of the failed call arrives while rank 0 waits for that of rank 1.
+    await new Promise(setImmediate)
+    expect(await fail()).toBe('E_SHAPE')
+    await ranks.send(vector(1), 1)
+    return gathered
+  })
+  for (const all of results) expect([0, 1, 2].map(rank => all[rank * length])).toEqual([0, 1, 2])
+})
+
 test('a failed rank ends the calls that wait for it, and local() throws its error', async () => {
   const ended: string[] = []
   const run = local(3, async ranks => {

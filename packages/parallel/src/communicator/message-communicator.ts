@@ -243,10 +243,13 @@ export class MessageCommunicator<E> implements Communicator {
 
   async #withWorkspace<T>(call: (space: Workspace<E>) => Promise<T>): Promise<T> {
     const space = this.#memory.open()
+    let failed = true
     try {
-      return await call(space)
+      const result = await call(space)
+      failed = false
+      return result
     } finally {
-      space.close()
+      space.close(failed)
     }
   }
 

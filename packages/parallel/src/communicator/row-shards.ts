@@ -102,13 +102,13 @@ export class Assembly<E> {
     try {
       target.finish(begun.space, begun.elements)
     } finally {
-      begun.space.close()
+      begun.space.close(false)
     }
   }
 
   /** Frees incomplete targets. */
   close(): void {
-    for (const { space } of this.#begun.values()) space.close()
+    for (const { space } of this.#begun.values()) space.close(true)
   }
 
   #begin(target: Target<E>) {
