@@ -60,6 +60,16 @@ test.each([
   },
 )
 
+test('an exchange that fails while weight gradients are computed rejects the backward pass, and nothing else', async () => {
+  const layer = new Linear(2, 2, { random: new Random(1) })
+  const pass = new PiecewisePass()
+  const leaf = pass.input(randn([2, 2], new Random(2)))
+  const sent = await pass.exchange(leaf, doubled, () => Promise.reject(new Error('no network')))
+  const [y] = pass.piece([sent], t => [layer.forward(t)])
+  await expect(pass.backward(y, randn([2, 2], new Random(3)))).rejects.toThrow('no network')
+  pass.dispose()
+})
+
 test('a piece may return its input unchanged, as the sum of a single loss does', async () => {
   const pass = new PiecewisePass()
   const leaf = pass.input(randn([2], new Random(1)))

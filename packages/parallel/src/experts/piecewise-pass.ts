@@ -17,6 +17,7 @@ import {
   zeros,
 } from '@moe/core'
 import type { TensorEach } from '../communicator/communicator.ts'
+import { awaitedLater } from '../failure.ts'
 
 /** A recorded step of the forward pass. `leaves` stand for `outputs` in later pieces. */
 type Step =
@@ -142,7 +143,7 @@ export class PiecewisePass {
       else {
         const { input, leaf, backward } = step
         const gradient = this.#take(leaf) ?? this.#life.run(() => zeros(leaf.shape, { backend: leaf.backend }))
-        const exchanged = backward(gradient)
+        const exchanged = awaitedLater(backward(gradient))
         if (!options.deferWeightGradients && this.#splits.length > 0) {
           // Let the messages leave before computing.
           await new Promise(setImmediate)

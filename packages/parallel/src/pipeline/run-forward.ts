@@ -3,6 +3,7 @@ import { keep, type Precision, type Tensor } from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import type { RouteTokens } from '../experts/expert-shards.ts'
 import { PiecewisePass } from '../experts/piecewise-pass.ts'
+import { Failure } from '../failure.ts'
 import type { PipelineSchedule, StagePass } from '../schedule/schedule.ts'
 import { noOutput, type PipelineStage, runStage } from './run-schedule.ts'
 import { homesOf } from './stage-messages.ts'
@@ -34,13 +35,17 @@ export async function runForward(
   const last = stages.length - 1
   const losses = activations.map((): number | null => null)
   const sending: Array<Promise<void>> = []
+  /** If a message cannot be sent, others that this rank waits for may not arrive. */
+  const failure = new Failure()
   /** Outputs for the next stage that this rank also runs, by micro-batch. */
   const here = new Map<number, Tensor>()
 
   const take = async ({ stage, microBatch }: StagePass): Promise<Tensor> => {
     const own = here.get(microBatch)
     here.delete(microBatch)
-    return own ?? keep(await ranks.receive(activations[microBatch], homeOf(stage - 1, microBatch) as number))
+    if (own !== undefined) return own
+    const from = homeOf(stage - 1, microBatch) as number
+    return keep(await Promise.race([ranks.receive(activations[microBatch], from), failure.promise]))
   }
   const pass = async ({ stage, microBatch }: StagePass): Promise<void> => {
     const own = new PiecewisePass({ precision, backward: false })
@@ -61,7 +66,7 @@ export async function runForward(
       const sent = keep(output.detach())
       const to = homeOf(stage + 1, microBatch) as number
       if (to === ranks.rank) here.set(microBatch, sent)
-      else sending.push(ranks.send(sent, to).finally(() => sent.dispose()))
+      else sending.push(failure.of(ranks.send(sent, to).finally(() => sent.dispose())))
     } finally {
       own.dispose()
     }
@@ -72,7 +77,6 @@ export async function runForward(
     await Promise.all(sending)
     return losses
   } finally {
-    void Promise.allSettled(sending)
     for (const tensor of here.values()) tensor.dispose()
   }
 }

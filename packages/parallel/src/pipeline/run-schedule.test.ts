@@ -1,12 +1,15 @@
 /** @file Errors of `runSchedule`, for missing stages and failing ranks. pipeline.test.ts tests its results. */
-import { type Backend, type MoeError, setDefaultBackend, tensor } from '@moe/core'
+import { type Backend, type MoeError, setDefaultBackend, type Tensor, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { beforeEach, describe, expect, test } from 'vitest'
-import { local } from '../communicator/local.ts'
+import type { Communicator } from '../communicator/communicator.ts'
+import { local, localOver } from '../communicator/local.ts'
+import type { Transport } from '../communicator/transport.ts'
 import { dualPipeV } from '../schedule/dual-pipe.ts'
 import { oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
 import { stagesOf } from '../schedule/schedule.ts'
 import { zeroBubbleH1 } from '../schedule/zero-bubble.ts'
+import { runForward } from './run-forward.ts'
 import { type PipelineStage, runSchedule } from './run-schedule.ts'
 
 let backend: Backend
@@ -67,5 +70,28 @@ describe('runSchedule', () => {
     await expect(step).rejects.toThrow('the last straw')
     // Micro-batches in flight are freed once their messages have been sent.
     await expect.poll(() => backend.stats().handles).toBe(before)
+  })
+
+  test('a message that cannot be sent rejects the step, and nothing else', async () => {
+    const schedule = oneForwardOneBackward(2, 3)
+    const activations = { shape: [1], dtype: 'f32' } as const
+    const stages: PipelineStage[] = [
+      { forward: () => ({ output: tensor([1]) }) },
+      { forward: input => ({ losses: [(input as Tensor).sum()] }) },
+    ]
+    const unplugged = (transport: Transport): Transport => ({
+      rank: transport.rank,
+      size: transport.size,
+      send: () => Promise.reject(new Error('no network')),
+      receive: (...message) => transport.receive(...message),
+      close: () => transport.close(),
+    })
+    const run = (work: (ranks: Communicator) => Promise<unknown>) => localOver(2, unplugged, work)
+    const step = run(ranks =>
+      runSchedule(schedule, ranks, new Map([[ranks.rank, stages[ranks.rank]]]), { activations }),
+    )
+    await expect(step).rejects.toThrow('no network')
+    const forward = run(ranks => runForward(schedule, ranks, stages, { activations: [activations, activations] }))
+    await expect(forward).rejects.toThrow('no network')
   })
 })

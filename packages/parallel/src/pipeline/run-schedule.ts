@@ -14,6 +14,7 @@ import { configError } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import type { PieceRunner, RouteTokens } from '../experts/expert-shards.ts'
 import { PiecewisePass } from '../experts/piecewise-pass.ts'
+import { awaitedLater } from '../failure.ts'
 import { type Action, checkSchedule, type PipelineSchedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
 import { StageMessages } from './stage-messages.ts'
 
@@ -97,9 +98,8 @@ export async function runSchedule(
   checkSchedule(schedule)
   checkRank(schedule, ranks, stages)
   const messages = new StageMessages(schedule, ranks, activations)
-  const received = messages.end()
   // A failure rejects `messages.take`, and is thrown again when `received` is awaited.
-  received.catch(() => {})
+  const received = awaitedLater(messages.end())
   const last = schedule.stages - 1
   const inFlight = new Map<string, InFlight>()
   const freeing: Array<Promise<void>> = []
@@ -124,7 +124,7 @@ export async function runSchedule(
     const { output, losses = [], metrics: measured = {} } = part
     if (stage < last) {
       if (output === undefined) throw noOutput(schedule, stage)
-      own.sending.push(messages.send(output, { kind: 'activation', stage: stage + 1, microBatch }))
+      own.sending.push(awaitedLater(messages.send(output, { kind: 'activation', stage: stage + 1, microBatch })))
     }
     for (const loss of losses) total = added(total, loss, weight)
     for (const [name, value] of Object.entries(measured)) {
@@ -152,14 +152,14 @@ export async function runSchedule(
     const inputGradient = pass.gradient(input) ?? pass.run(() => zeros(input.shape, { backend: input.backend }))
     await sent
     const gradientSent = messages.send(inputGradient, { kind: 'gradient', stage: stage - 1, microBatch })
-    sending.push(gradientSent.finally(() => inputGradient.dispose()))
+    sending.push(awaitedLater(gradientSent.finally(() => inputGradient.dispose())))
   }
 
   const backwardToWeights = (part: StagePass) => {
     const { pass, sending } = inFlight.get(keyOf(part)) as InFlight
     pass.backwardWeight()
     inFlight.delete(keyOf(part))
-    freeing.push(Promise.all(sending).then(() => pass.dispose()))
+    freeing.push(awaitedLater(Promise.all(sending).then(() => pass.dispose())))
   }
 
   const backward = async (part: StagePass, sent?: Promise<void>) => {
@@ -196,7 +196,6 @@ export async function runSchedule(
       void Promise.allSettled(current)
         .then(() => Promise.allSettled(sending))
         .then(() => pass.dispose())
-    void Promise.allSettled(freeing)
     messages.discard()
   }
 }

@@ -21,6 +21,7 @@ export class StageMessages {
   readonly #homes: ReadonlyMap<string, number>
   readonly #slots = new Map<string, Slot>()
   #discarded = false
+  #failure: { readonly reason: unknown } | undefined
   readonly #receiving: Array<Promise<void>> = []
 
   /** @param activations shape and dtype of the tensors between stages */
@@ -35,11 +36,11 @@ export class StageMessages {
   /** Sends a tensor to the rank that runs the receiving pass. Resolves when the tensor may be freed. */
   async send(tensor: Tensor, message: Message): Promise<void> {
     const to = this.#homes.get(`${message.stage} ${message.microBatch}`) as number
-    if (to === this.#ranks.rank) this.#slot(message).resolve(keep(tensor.detach()))
-    else await this.#ranks.send(tensor, to)
+    if (to !== this.#ranks.rank) await this.#ranks.send(tensor, to).catch(error => this.#fail(error))
+    else if (!this.#discarded) this.#slot(message).resolve(keep(tensor.detach()))
   }
 
-  /** Waits for a message. The caller owns the tensor. */
+  /** Waits for a message, or for the failure of one that is sent. The caller owns the tensor. */
   async take(message: Message): Promise<Tensor> {
     const tensor = await this.#slot(message).promise
     this.#slots.delete(keyOf(message))
@@ -66,7 +67,15 @@ export class StageMessages {
     const key = keyOf(message)
     const slot = this.#slots.get(key) ?? new Slot()
     this.#slots.set(key, slot)
+    if (this.#failure) slot.reject(this.#failure.reason)
     return slot
+  }
+
+  /** If a message cannot be sent, others that this rank waits for may not arrive. */
+  #fail(reason: unknown): never {
+    this.#failure = { reason }
+    for (const slot of this.#slots.values()) slot.reject(reason)
+    throw reason
   }
 
   /** The messages from a rank to this one, in the order of sending. */
