@@ -235,6 +235,14 @@ test('checkSchedule finds missing, duplicate, misplaced and out-of-range passes'
   )
 })
 
+test('checkSchedule finds the two passes of one micro-batch in an overlapped pair', () => {
+  const first = { stage: 0, microBatch: 0 }
+  const ranks = [[{ kind: 'overlapped', forward: first, backward: first }]] as const
+  expect(() => checkSchedule({ name: 'own', stages: 1, microBatches: 1, ranks })).toThrow(
+    /rank 0: F0\.0\+B0\.0 overlaps the two passes of one micro-batch/,
+  )
+})
+
 test('checkSchedule lists deadlocked ranks and what they wait for', () => {
   const twice = { ...scheduleOf(), microBatches: 2 }
   const first = [pass('forward', 0, 0), pass('backward', 0, 0), pass('forward', 0, 1), pass('backward', 0, 1)]

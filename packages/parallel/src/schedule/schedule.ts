@@ -86,6 +86,12 @@ function faultsOf({ stages, microBatches, ranks }: PipelineSchedule): string[] {
   const home = new Map<string, number>()
   const done = new Map<string, Set<string>>()
   for (const [rank, actions] of ranks.entries()) {
+    for (const action of actions) {
+      if (action.kind !== 'overlapped') continue
+      const { forward, backward } = action
+      if (forward.stage === backward.stage && forward.microBatch === backward.microBatch)
+        problems.push(`rank ${rank}: ${showAction(action)} overlaps the two passes of one micro-batch`)
+    }
     for (const { kind, stage, microBatch } of actions.flatMap(partsOf)) {
       const name = `stage ${stage}, micro-batch ${microBatch}`
       const known = (n: number, end: number) => Number.isInteger(n) && n >= 0 && n < end
