@@ -32,7 +32,12 @@ export class Connection {
   static async open(nccl: NcclLibrary, access: CudaAccess, { ranks, rank, id }: Place): Promise<Connection> {
     access.makeCurrent()
     const connection = new Connection(nccl, access, nccl.begin(ranks, rank, id))
-    await connection.#ready('begin')
+    try {
+      await connection.#ready('begin')
+    } catch (error) {
+      connection.#abort()
+      throw error
+    }
     return connection
   }
 

@@ -224,8 +224,10 @@ describe.skipIf(unavailable)('NCCL', () => {
   onEmulator.each(['ncclGetUniqueId', 'ncclCommInitRankConfig', 'ncclCommGetAsyncError'])(
     'if %s fails, ranks are not connected and get the reason',
     async call => {
+      const before = openCommunicators()
       fail(call, 1, 5)
       const { code, message } = await failure(onDevices(1, async () => {}))
+      expect(openCommunicators()).toBe(before)
       expect(code).toBe('E_BACKEND')
       expect(message).toMatch(
         /nccl begin: invalid usage .*check that each rank has its own device, and set NCCL_DEBUG=WARN/,
