@@ -98,6 +98,8 @@ export class ExpertParallel<Batch> {
   readonly #backend: Backend
   readonly #shards: ExpertShards
   readonly #replicated: Replicated
+  /** Whether the other ranks compute experts for this one, and so take part in nothing else. */
+  #leading = false
 
   /**
    * @param options.expertParallelSize the number of ranks that share the experts. Default: all.
@@ -243,11 +245,12 @@ export class ExpertParallel<Batch> {
   /**
    * Uses the model for inference without gathering it. On the first of the ranks that share the experts, runs `work`, in which all of the model's inference is
    * available: `generate`, `session`, `continuousBatch`, `score`, and what uses them, such as a server. Meanwhile the other ranks compute their experts for it.
-   * All ranks call it, and it resolves on all when `work` has ended. If an exchange between the ranks fails, it rejects at once, and the process should end.
+   * All ranks call it, and it resolves on all when `work` has ended. Until then, nothing else that all ranks do together is available. If an exchange between the ranks fails, it rejects at once,
+   * and the process should end.
    *
    * The other ranks need no weights but their experts: deferred ones stay without memory.
    * @returns the result of `work`; undefined on the other ranks
-   * @throws MoeError E_CONFIG if the model does not support it
+   * @throws MoeError E_CONFIG if the model does not support it, or within `work`
    */
   async lead<T>(work: () => Promise<T>): Promise<T | undefined> {
     const model = this.#model
@@ -257,6 +260,7 @@ export class ExpertParallel<Batch> {
         'the model has no property remoteExperts',
         'pass a DeepSeek to ExpertParallel, or call gather() and use the whole model',
       )
+    this.#checkNotLeading()
     const led = new LedExperts(this.#shards, this.#backend)
     await this.#replicated.gather()
     this.#shards.takeOwn()
@@ -265,6 +269,7 @@ export class ExpertParallel<Batch> {
       await led.follow()
       return undefined
     }
+    this.#leading = true
     model.remoteExperts = {
       async infer(precision, fn) {
         const pass = new PiecewisePass({ precision, backward: false })
@@ -276,8 +281,9 @@ export class ExpertParallel<Batch> {
       },
     }
     try {
-      return await Promise.race([work(), led.failure])
+      return await Promise.race([work(), led.failure.promise])
     } finally {
+      this.#leading = false
       model.remoteExperts = null
       await led.end()
     }
@@ -288,6 +294,7 @@ export class ExpertParallel<Batch> {
    * too.
    */
   async synchronize(): Promise<void> {
+    this.#checkNotLeading()
     await this.#replicated.gather()
     this.#shards.takeOwn()
     await materialize(this.weights)
@@ -315,6 +322,15 @@ export class ExpertParallel<Batch> {
   dispose(): void {
     this.#replicated.dispose()
     this.#shards.dispose()
+  }
+
+  #checkNotLeading(): void {
+    if (!this.#leading) return
+    throw configError(
+      'ExpertParallel',
+      'the other ranks compute experts for lead() and take part in nothing else',
+      'call it when the function that you passed to lead() has ended',
+    )
   }
 
   /** The number of positions that carry loss, over all ranks. Checks that all ranks have the same number of micro-batches. */

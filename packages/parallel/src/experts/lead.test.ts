@@ -239,6 +239,22 @@ test('an error of the function ends the other ranks, and the model can lead agai
   })
 })
 
+test('what all ranks do together is an error within lead(), which goes on', async () => {
+  await local(2, async ranks => {
+    const model = newModel()
+    const parallel = new ExpertParallel(model, ranks)
+    const together = [() => parallel.lead(async () => 1), () => parallel.gather(), () => parallel.step([])]
+    const texts = await parallel.lead(async () => {
+      for (const call of together) await expect(call()).rejects.toThrow(/compute experts for lead\(\)/)
+      return read(model.generate([1], { maxTokens: 2 }))
+    })
+    expect(texts?.length).toBe(ranks.rank === 0 ? 2 : undefined)
+    await parallel.gather()
+    parallel.dispose()
+    model.dispose()
+  })
+})
+
 test('if an exchange fails, lead() fails, whatever its function does; an earlier failure of a pass is only that of its text', async () => {
   const log: string[] = []
   const failed = local(2, async ranks => {

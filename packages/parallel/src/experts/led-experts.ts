@@ -2,13 +2,12 @@
  * @file Experts of several ranks in forward passes of one rank, the leader. The other ranks have no tokens of their own: layer by layer, they wait for those of
  * the leader, and return what their experts make of them.
  */
-import { type Backend, fromHost, MoeError, type Precision } from '@moe/core'
+import { type Backend, fromHost, MoeError, type Precision, precisions } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
+import { Failure } from '../failure.ts'
 import type { ExpertShards, RouteTokens } from './expert-shards.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { computeRows, route } from './route-over-ranks.ts'
-
-const precisions: readonly Precision[] = ['f32', 'bf16', 'fp8']
 
 /** Numbers in a call before the row counts: layer, precision, features of a row. */
 const header = 3
@@ -23,17 +22,13 @@ export class LedExperts {
   /** The latest call of the leader. A call ends before the next one begins, whichever passes they belong to. */
   #last: Promise<unknown> = Promise.resolve()
   #state: 'open' | 'ended' | 'failed' = 'open'
-  #fail!: (error: unknown) => void
-  /** For the leader: rejects when an exchange with the other ranks has failed. */
-  readonly failure = new Promise<never>((_, reject) => {
-    this.#fail = reject
-  })
+  /** For the leader: the failure of an exchange with the other ranks. */
+  readonly failure = new Failure()
 
   constructor(shards: ExpertShards, backend: Backend) {
     this.#shards = shards
     this.#ranks = shards.sharing
     this.#backend = backend
-    this.failure.catch(() => undefined)
     this.#width = header + Math.max(0, ...shards.layers.map(layer => this.#own(layer)))
   }
 
@@ -121,7 +116,7 @@ export class LedExperts {
 
   #failed(error: unknown): void {
     this.#state = 'failed'
-    this.#fail(error)
+    this.failure.report(error)
   }
 
   #inTurn<T>(work: () => Promise<T>): Promise<T> {
