@@ -1,18 +1,9 @@
 /** @file Forward passes that append tokens to a cache. Short ones are captured as a graph and replayed, if the backend supports it. */
 import { MultiHeadLatentAttention, type SequenceCache } from '@moe/attention-mla'
-import {
-  fromHost,
-  type Graph,
-  isMoeError,
-  keep,
-  namedParameters,
-  type Parameter,
-  type Precision,
-  setRows,
-  type Tensor,
-} from '@moe/core'
+import { fromHost, type Graph, isMoeError, keep, type Precision, setRows, type Tensor } from '@moe/core'
 import { hiddenStates } from './hidden-states.ts'
 import type { Network } from './network.ts'
+import { WeightWatch } from './weight-watch.ts'
 
 /** Maximum tokens per sequence of a recorded pass. Attention over so few is absorbed, so that no shape depends on the length of the cache. */
 const longestRecorded = 8
@@ -53,9 +44,8 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   #records: boolean
   /** By kind and number of tokens. Null after the first such pass, which creates the tables that a recording needs. */
   readonly #recorded = new Map<string, Recorded<Out> | null>()
-  readonly #parameters: readonly Parameter[]
-  /** Versions of the weights in the graphs, which become invalid with other weights or another cache layout. */
-  #versions: readonly number[] = []
+  /** Graphs become invalid with other weights or another cache layout. */
+  readonly #weights: WeightWatch
   #layout = ''
 
   constructor(model: Network, cache: SequenceCache, precision: Precision) {
@@ -64,7 +54,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     this.#precision = precision
     this.#records =
       model.backend.capture !== undefined && model.decoder[0].self_attn instanceof MultiHeadLatentAttention
-    this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
+    this.#weights = new WeightWatch(model)
   }
 
   /** Runs a pass. The caller must dispose of the result before the next pass, which may overwrite it. All passes of one kind and length must consist of the same ops. */
@@ -171,9 +161,8 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   /** Discards recordings if weights or cache memory have changed. */
   #check(): void {
     const { layout } = this.#cache
-    if (layout === this.#layout && this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
+    if (!this.#weights.changed() && layout === this.#layout) return
     this.dispose()
-    this.#versions = this.#parameters.map(({ version }) => version)
     this.#layout = layout
   }
 

@@ -1,4 +1,15 @@
-import { type Backend, MoeError, type Parameter, Random, setDefaultBackend } from '@moe/core'
+import {
+  addAdapters,
+  type Backend,
+  MoeError,
+  mergeAdapters,
+  namedAdapters,
+  type Parameter,
+  quantizeWeights,
+  Random,
+  randn,
+  setDefaultBackend,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
@@ -177,6 +188,42 @@ test.each([false, true])('common prefixes are processed once, until weights chan
   batch.dispose()
   model.dispose()
 })
+
+test.each([
+  ['the reference backend', reference as Backend],
+  ['a backend that records', native as Backend],
+])(
+  'texts follow adapters that are added, trained and merged, and weights that are quantized: %s',
+  async (_, backend) => {
+    const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend })
+    const batch = model.continuousBatch()
+    const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
+    const turn = { maxTokens: 12 }
+    const expectSameAsAlone = async () => {
+      const text = batch.generate(prompt, turn)
+      expect(await read(text)).toEqual(await read(model.generate(prompt, { ...turn, precision: 'f32' })))
+      expect(text.stats.cachedTokens).toBe(0)
+    }
+    const train = (seed: number) => {
+      for (const { adapter } of namedAdapters(model)) {
+        adapter.up.assign(randn(adapter.up.shape, new Random(seed), { std: 0.5, backend }))
+      }
+    }
+    await expectSameAsAlone()
+    addAdapters(model, { rank: 2 })
+    await expectSameAsAlone()
+    train(1)
+    await expectSameAsAlone()
+    await quantizeWeights(model, 'int8')
+    await expectSameAsAlone()
+    train(2)
+    await expectSameAsAlone()
+    await mergeAdapters(model)
+    await expectSameAsAlone()
+    batch.dispose()
+    model.dispose()
+  },
+)
 
 test('recordings are discarded when the cache moves to larger memory', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: native })

@@ -7,9 +7,7 @@ import {
   checkOptions,
   checkPrecision,
   MoeError,
-  namedParameters,
   type OptionNames,
-  type Parameter,
   type Precision,
   type Tensor,
   yieldToEventLoop,
@@ -32,6 +30,7 @@ import {
 } from './generation.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { Network } from './network.ts'
+import { WeightWatch } from './weight-watch.ts'
 
 /** Options of `DeepSeek.continuousBatch`. */
 export interface ContinuousBatchOptions extends SessionOptions {
@@ -65,9 +64,7 @@ export class ContinuousBatch {
   readonly #maxTexts: number
   readonly #prefillChunkSize: number
   readonly #precision: Precision
-  readonly #parameters: readonly Parameter[]
-  /** Versions of the weights that the cache was computed with. */
-  #versions: readonly number[] = []
+  readonly #weights: WeightWatch
   /** In the order of their arrival. */
   readonly #running: BatchText[] = []
   readonly #waiting: BatchText[] = []
@@ -99,7 +96,7 @@ export class ContinuousBatch {
     this.#cache = model.makePagedCache({ tokens, dtype, depth })
     this.#step = new BatchStep(model, precision)
     this.#drafter = new Drafter(model, depth, precision)
-    this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
+    this.#weights = new WeightWatch(model)
   }
 
   /** Number of texts that are being generated. */
@@ -227,9 +224,7 @@ export class ContinuousBatch {
 
   /** Cache entries of other weights must not be shared. */
   #followWeights(): void {
-    if (this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
-    this.#versions = this.#parameters.map(({ version }) => version)
-    this.#cache.clearPrefixes()
+    if (this.#weights.changed()) this.#cache.clearPrefixes()
   }
 
   #admit(): void {

@@ -206,8 +206,9 @@ describe('generation', () => {
     expect(() => model.generate([])).toThrow(/prompt is empty/)
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
     expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(
-      /temperature = -1, expected a number of at least 0; topP = 2/,
+      /temperature = -1, expected a finite number of at least 0; topP = 2/,
     )
+    expect(() => model.generate([1], { temperature: Infinity })).toThrow(/temperature = Infinity, expected a finite/)
     expect(() => model.generate([1], { topP: 0.9 })).toThrow(
       /without a temperature, topP would have no effect; pass temperature: 1/,
     )
@@ -216,6 +217,7 @@ describe('generation', () => {
     )
     const text = '2' as unknown as number // As from a form.
     expect(() => model.generate([1], { maxTokens: text })).toThrow('expected a whole number for maxTokens, got "2"')
+    expect(() => model.generate([1], { maxTokens: 2.5 })).toThrow('expected a whole number for maxTokens, got 2.5')
     expect(() => model.generate([1], { temperature: text, topP: text, minP: text, repetitionPenalty: text })).toThrow(
       /temperature = "2", .*; topP = "2", .*; minP = "2", .*; repetitionPenalty = "2",/,
     )

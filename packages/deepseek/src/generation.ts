@@ -174,7 +174,7 @@ function checkTurn(
   if (unknown !== undefined) {
     throw refused(`logitBias contains token ${unknown}, outside the vocabulary of ${vocabulary}`)
   }
-  if (!atLeast0(maxTokens))
+  if (!atLeast0(maxTokens) || maxTokens % 1 > 0)
     throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
   const { max_position_embeddings: context } = config
   if (prompt.length + Math.min(maxTokens, 1) > context) {

@@ -94,7 +94,9 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
   if (options.temperature === undefined && idle.length > 0) {
     problems.push(`without a temperature, ${idle.join(', ')} would have no effect; pass temperature: 1`)
   }
-  if (!atLeast0(temperature)) problems.push(`temperature = ${shown(temperature)}, expected a number of at least 0`)
+  // Infinity would give excluded tokens, whose logits are -Infinity, the score NaN.
+  if (!atLeast0(temperature) || temperature === Infinity)
+    problems.push(`temperature = ${shown(temperature)}, expected a finite number of at least 0`)
   if (!(Number.isInteger(topK) && topK > 0)) problems.push(`topK = ${shown(topK)}, expected a positive integer`)
   if (!(atLeast0(topP) && topP > 0 && topP <= 1)) problems.push(`topP = ${shown(topP)}, expected a number in (0, 1]`)
   if (!(atLeast0(minP) && minP <= 1)) problems.push(`minP = ${shown(minP)}, expected a number in [0, 1]`)

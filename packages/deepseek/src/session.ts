@@ -5,8 +5,6 @@ import {
   checkPrecision,
   isMoeError,
   MoeError,
-  namedParameters,
-  type Parameter,
   type Precision,
   Random,
   type Tensor,
@@ -27,10 +25,11 @@ import {
   type TurnOptions,
   turnNames,
 } from './generation.ts'
-import { logProbsBehind, logProbsOf } from './log-probs.ts'
+import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { Network } from './network.ts'
 import { nextTokens } from './next-tokens.ts'
 import { Occurrences } from './process-logits.ts'
+import { WeightWatch } from './weight-watch.ts'
 
 /** Maximum number of prompt tokens per pass. Tests reduce it. */
 export const limits = { prefillChunkSize: 2048 }
@@ -55,9 +54,9 @@ export class Session {
   readonly #once: boolean
   readonly #depth: number
   #parts: Parts | null = null
-  /** The cached tokens, and the weights that they were computed with. */
+  /** The cached tokens, which must be computed again with other weights. */
   #tokens: readonly number[] = []
-  #weights: ReadonlyArray<readonly [Parameter, number]> = []
+  readonly #weights: WeightWatch
   /** Hidden states of the latest pass, which the MTP modules draft from. Kept here, not in the generator, because its reader may abandon it. */
   #hidden: Tensor | null = null
   /** `working`: a pass may be in progress. `waiting`: the reader has not requested the next token. */
@@ -69,6 +68,7 @@ export class Session {
     checkOptions('session', options, sessionNames)
     if (options.precision !== undefined) checkPrecision('session', options.precision)
     this.#model = model
+    this.#weights = new WeightWatch(model)
     this.#options = options
     this.#once = once
     this.#depth = options.speculative ? model.mtp.length : 0
@@ -151,8 +151,14 @@ export class Session {
         const ids = [...pending, ...drafts]
         const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        const made = await nextTokens(rows, drafts, { options, random, occurrences, ends, stats })
-        const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
+        let made: number[]
+        let likely: TokenLogProb[] | undefined
+        try {
+          made = await nextTokens(rows, drafts, { options, random, occurrences, ends, stats })
+          likely = logits && (await logProbsOf(logits, made, logProbs as number))
+        } finally {
+          logits?.dispose()
+        }
         if (stats.steps === 0) await reportPrompt(hidden)
         stats.steps++
         const confirmed = pending.length + made.length - 1
@@ -214,13 +220,7 @@ export class Session {
 
   /** Prepares the cache: keeps the tokens that it shares with the new text, and reserves room for the others and for generated ones. */
   #ready(tokens: readonly number[], { maxTokens, promptLogProbs }: LimitedTurn): Parts {
-    const weights = namedParameters(this.#model).map(({ parameter }) => [parameter, parameter.version] as const)
-    const same = weights.every(([parameter, version], i) => {
-      const [known, before] = this.#weights[i] ?? []
-      return parameter === known && version === before
-    })
-    if (!same) this.#forget()
-    this.#weights = weights
+    if (this.#weights.changed()) this.#forget()
     const room = tokens.length + Math.min(maxTokens, 512) + this.#depth + 1
     const parts = this.#parts ?? this.#make(2 ** Math.ceil(Math.log2(Math.max(64, room))))
     const { cache, memory } = parts
