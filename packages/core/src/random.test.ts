@@ -37,6 +37,13 @@ describe('Random', () => {
     expect(new Random(-1).uniform(1)).not.toEqual(new Random(1).uniform(1))
   })
 
+  test('rejects a stream of more than 32 bits, which would repeat another, and a position between blocks', () => {
+    for (const stream of [2 ** 32, -1, 0.5, Number.NaN])
+      expect(() => new Random(1, stream)).toThrow(`Random: the stream is ${stream}; pass an integer`)
+    for (const position of [-1, 0.5, Number.NaN])
+      expect(() => new Random(1, 0, position)).toThrow(`Random: the position is ${position}; pass a number of blocks`)
+  })
+
   test('the first block of a stream is philox of (position, stream) under the seed', () => {
     const out = new Uint32Array(4)
     const seed = 2 ** 40 + 5

@@ -77,10 +77,17 @@ export class Random {
   position: number
   readonly #words = new Uint32Array(batch)
 
-  /** Creates the stream, starting at block number `position`. @throws MoeError E_ATTR if the seed is not an integer */
+  /**
+   * Creates the stream, starting at block number `position`.
+   * @throws MoeError E_ATTR if the seed is not an integer, the stream has more than 32 bits, or the position is negative
+   */
   constructor(seed: number, stream = 0, position = 0) {
     if (!Number.isSafeInteger(seed))
       throw attrError('Random', `the seed is ${shown(seed)}`, 'pass an integer below 2^53: new Random(1)')
+    if (!isSize(stream) || stream >= 2 ** 32)
+      throw attrError('Random', `the stream is ${shown(stream)}`, 'pass an integer from 0 to 4294967295')
+    if (!isSize(position))
+      throw attrError('Random', `the position is ${shown(position)}`, 'pass a number of blocks: 0, 1, …')
     this.seed = seed
     this.stream = stream
     this.position = position

@@ -31,12 +31,14 @@ describe('scope', () => {
     const result = scope(() => ({
       list: [x.add(1), [x.add(2)]],
       map: new Map([['a', x.add(3)]]),
+      groups: Object.assign(Object.create(null), { b: x.add(4) }) as { b: Tensor },
       count: 3,
       nothing: null,
     }))
     expect(result.list.flat().every(t => !t.disposed)).toBe(true)
     expect(result.map.get('a')?.disposed).toBe(false)
-    expect(alive()).toBe(4)
+    expect(result.groups.b.disposed).toBe(false)
+    expect(alive()).toBe(5)
   })
 
   test('does not look into class instances: their tensors are freed unless kept', () => {

@@ -141,6 +141,12 @@ export function keep<T>(value: T): T {
   return value
 }
 
+/** `Object.groupBy` and others return objects without a prototype. */
+function isPlain(value: object): boolean {
+  const prototype: unknown = Object.getPrototypeOf(value)
+  return prototype === Object.prototype || prototype === null
+}
+
 /** Moves the tensors in `value` that `from` owns (any owner if null) to `to`. */
 function move(value: unknown, from: Scope | null, to: Scope | null, depth: number): void {
   if (value === null || typeof value !== 'object' || depth > 8) return
@@ -155,7 +161,7 @@ function move(value: unknown, from: Scope | null, to: Scope | null, depth: numbe
     for (let i = 0; i < value.length; i++) move(value[i], from, to, depth + 1)
   } else if (value instanceof Map) {
     for (const item of value.values()) move(item, from, to, depth + 1)
-  } else if (Object.getPrototypeOf(value) === Object.prototype) {
+  } else if (isPlain(value)) {
     for (const key in value) move((value as Record<string, unknown>)[key], from, to, depth + 1)
   }
 }

@@ -117,6 +117,10 @@ describe('options', () => {
         message: expect.stringMatching(/gradient has shape \[3\], the loss \[2\]/),
       }),
     )
+    const integers = tensor(Int32Array.of(1, 2))
+    expect(() => backward(w.mul(w), { gradient: integers })).toThrow(expect.objectContaining({ code: 'E_DTYPE' }))
+    expect(() => backward(w.mul(w), { gradient: 2 as never })).toThrow(expect.objectContaining({ code: 'E_ATTR' }))
+    expect(w.grad).toBeNull()
   })
 
   test('retainGraph allows a second backward pass, with the same numbers', () => {

@@ -1,5 +1,5 @@
 /** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
-import { needList, needTensor } from '../checks.ts'
+import { needDtype, needList, needTensor } from '../checks.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import type { PrimitiveName } from '../ops.ts'
@@ -63,10 +63,15 @@ export function gradients<const Of extends readonly Tensor[]>(
   return of.map(tensor => found.get(tensor) ?? null) as { -readonly [K in keyof Of]: Tensor | null }
 }
 
-/** Checks that the loss is a scalar or has a gradient of its shape. Internal. @throws MoeError E_SHAPE */
+/**
+ * Checks that the loss is a scalar or has a gradient of its shape. Internal.
+ * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
+ */
 export function checkSeed(loss: Tensor, given?: Tensor): void {
   needTensor('backward', 'the loss', loss)
   if (given !== undefined) {
+    needTensor('backward', 'the gradient', given)
+    needDtype('backward', 'the gradient', given, 'f32', loss.dtype)
     if (sameShape(given.shape, loss.shape)) return
     throw new MoeError({
       code: 'E_SHAPE',

@@ -171,9 +171,7 @@ async function mergeQuantized(parameter: QuantizedParameter): Promise<void> {
   const { down, up, scale } = adapter as Adapter
   const [count] = weight.shape
   const stacked = weight.shape.length === 3
-  const rows = stacked
-    ? rowsPerChunk(weight.shape)
-    : Math.ceil(rowsPerChunk(weight.shape) / weight.block[0]) * weight.block[0]
+  const rows = rowsPerChunk(weight.shape, weight.block)
   const part = (i: number): Tensor => {
     const [from, to] = [i * rows, Math.min(count, (i + 1) * rows)]
     const ofDown = () => (stacked ? down.narrow(0, from, to) : down)

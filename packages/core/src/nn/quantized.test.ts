@@ -13,13 +13,7 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, tolerances } from '../testing/compare.ts'
 import { Embedding, Linear, RmsNorm, weightParameter } from './layers.ts'
 import { Module, namedParameters } from './module.ts'
-import {
-  groupedLinear,
-  type QuantizedParameter,
-  quantizedParameter,
-  quantizeWeights,
-  weightBytes,
-} from './quantized.ts'
+import { groupedLinear, QuantizedParameter, quantizedParameter, quantizeWeights, weightBytes } from './quantized.ts'
 import { entriesSource, loadStateDict, type QuantizedLayout, stateDict } from './state-dict.ts'
 
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
@@ -259,6 +253,37 @@ describe('codes of a source', () => {
     for (const part of others) {
       await expect((up_proj as QuantizedParameter).assignParts(1, () => part)).rejects.toMatchObject({ code: 'E_ATTR' })
     }
+  })
+})
+
+test('a quantized parameter keeps its elements if the new ones are on another backend', async () => {
+  const parameter = new QuantizedParameter(quantizeWeight(randn([3, 40], new Random(1)), 'int8'))
+  const before = await parameter.data()
+  const elsewhere = zeros([3, 40], { backend: referenceBackend() })
+  expect(() => parameter.assign(elsewhere)).toThrow(
+    expect.objectContaining({ code: 'E_SHAPE', message: expect.stringContaining('copy them with await x.to') }),
+  )
+  expect(await parameter.data()).toEqual(before)
+})
+
+describe('blocks whose rows do not divide 128', () => {
+  test('are not split when a large weight is assigned in parts', async () => {
+    const dense = rand([3300, 330], new Random(1), { low: -1 })
+    const whole = quantizeWeight(dense, 'int8', [100, 110])
+    const parameter = new QuantizedParameter(quantizeWeight(zeros([3300, 330]), 'int8', [100, 110]))
+    await parameter.assignValues((await dense.values()) as Float32Array)
+    expect(Buffer.compare(await bytes(parameter), await bytes(whole.q))).toBe(0)
+    expect(await parameter.weight.scale?.data()).toEqual(await whole.scale?.data())
+  })
+
+  test('parts that would split them are rejected, and the weight is unchanged', async () => {
+    const parameter = new QuantizedParameter(quantizeWeight(rand([6, 8], new Random(1)), 'int8', [4, 8]))
+    const before = await parameter.data()
+    await expect(parameter.assignParts(2, () => zeros([3, 8]))).rejects.toMatchObject({
+      code: 'E_SHAPE',
+      message: 'assign: a part of 3 rows ends inside a block of 4 rows; pass parts of a multiple of 4 rows',
+    })
+    expect(await parameter.data()).toEqual(before)
   })
 })
 

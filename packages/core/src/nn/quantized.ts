@@ -115,9 +115,9 @@ export class QuantizedParameter extends Parameter {
 
   /** Quantizes and stores f32 values from the host, some rows of the first axis at a time. */
   async assignValues(values: Float32Array): Promise<void> {
-    const { shape } = this.#weight
+    const { shape, block } = this.#weight
     const [count, ...inner] = shape
-    const rows = rowsPerChunk(shape)
+    const rows = rowsPerChunk(shape, block)
     const width = sizeOf(inner)
     await this.assignParts(Math.max(1, Math.ceil(count / rows)), part => {
       const [from, to] = [part * rows, Math.min(count, (part + 1) * rows)]
@@ -128,6 +128,10 @@ export class QuantizedParameter extends Parameter {
   #part(next: Tensor | QuantizedWeight): QuantizedWeight {
     const { shape, format, block } = this.#weight
     if (!sameShape(next.shape.slice(1), shape.slice(1))) throw this.#misfit(next.shape)
+    if ((next instanceof Tensor ? next : next.q).backend !== this.backend) {
+      const problem = `the weight is on ${this.backend.name}, but the new elements are on another backend`
+      throw shapeError('assign', problem, 'copy them with await x.to(parameter.backend)')
+    }
     if (!(next instanceof Tensor)) {
       if (next.format === format && sameShape(next.block, block)) return keep(next)
       throw attrError(
@@ -144,9 +148,14 @@ export class QuantizedParameter extends Parameter {
   }
 
   #store(parts: readonly QuantizedWeight[]): void {
-    const { shape, scale: before } = this.#weight
+    const { shape, block, scale: before } = this.#weight
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
     if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
+    const splits = parts.slice(0, -1).find(part => shape.length === 2 && part.shape[0] % block[0] !== 0)
+    if (splits !== undefined) {
+      const problem = `a part of ${splits.shape[0]} rows ends inside a block of ${block[0]} rows`
+      throw shapeError('assign', problem, `pass parts of a multiple of ${block[0]} rows`)
+    }
     // The old codes are freed first, so that there are at most two copies: the parts and their concatenation.
     this.freeElements()
     before?.dispose()
@@ -175,11 +184,10 @@ function disposeWeight({ q, scale }: QuantizedWeight): void {
 
 /**
  * Returns how many rows of the first axis to quantize at a time: about `numbers` elements, because they are in memory
- * several times meanwhile, as f32 and i32. Matrices are split between blocks, which have at most 128 rows, and stacks
- * between matrices.
+ * several times meanwhile, as f32 and i32. Matrices are split between blocks, and stacks between matrices.
  */
-export function rowsPerChunk([, ...inner]: Shape, numbers = 2 ** 20): number {
-  const step = inner.length === 1 ? 128 : 1
+export function rowsPerChunk([, ...inner]: Shape, [blockRows]: QuantizedWeight['block'], numbers = 2 ** 20): number {
+  const step = inner.length === 1 ? blockRows : 1
   return step * Math.max(1, Math.floor(numbers / (step * sizeOf(inner))))
 }
 
@@ -229,7 +237,7 @@ function* quantizing(
   const { shape } = parameter
   const [count] = shape
   // bf16 needs only a cast, without intermediate results.
-  const rows = format === 'bf16' ? count : rowsPerChunk(shape, numbers)
+  const rows = format === 'bf16' ? count : rowsPerChunk(shape, storedAs(shape, format).block, numbers)
   const quantized = (from: number, to: number) =>
     keep(scope(() => noGrad(() => quantizeWeight(parameter.narrow(0, from, to), format))))
   if (count <= rows) return new QuantizedParameter(quantized(0, count))
