@@ -1,5 +1,5 @@
 /** @file The backend: native memory and a table of kernels. */
-import { cpus } from 'node:os'
+import { availableParallelism, cpus } from 'node:os'
 import type {
   Backend,
   CaptureOptions,
@@ -55,7 +55,7 @@ export interface CpuBackend extends Backend {
 export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   checkOptions('createBackend', options, { threads: true, isa: true, memoryLimit: true, guarded: true })
   const library = await loadLibrary(chosenIsa(options))
-  const threads = options.threads ?? threadsFromEnvironment() ?? Math.min(library.defaultThreads, mostThreads)
+  const threads = options.threads ?? threadsFromEnvironment() ?? defaultThreads(library)
   if (!isThreadCount(threads)) throw invalid('threads', threads, `1 to ${mostThreads}`)
   const { memoryLimit } = options
   if (memoryLimit !== undefined && !(memoryLimit >= 0)) throw invalid('memoryLimit', memoryLimit, 'a number of bytes')
@@ -138,6 +138,10 @@ function threadsFromEnvironment(): number | undefined {
 
 /** As many as the pool in native/parallel.cc has room for. Machines may have more CPUs. */
 const mostThreads = 256
+
+/** Newer versions of Node also know the limits of nested control groups, such as systemd's, and of version 1. */
+const defaultThreads = (library: NativeLibrary): number =>
+  Math.min(library.defaultThreads, availableParallelism(), mostThreads)
 
 const isThreadCount = (count: number): boolean => Number.isInteger(count) && count >= 1 && count <= mostThreads
 

@@ -56,7 +56,9 @@ export function assertClose(
     if (Object.is(a, e) || a === e || (Number.isNaN(a) && Number.isNaN(e))) continue
     const difference = Math.abs(a - e)
     const more = extra?.[i] ?? 0
-    if (difference <= tolerance.relative * Math.abs(e) + tolerance.absolute + more) continue
+    // Relative to an infinity, everything would be close.
+    const relative = Number.isFinite(e) ? tolerance.relative * Math.abs(e) : 0
+    if (difference <= relative + tolerance.absolute + more) continue
     count++
     if (!(difference <= largest)) largest = difference
     if (wrong.length < 5) {
