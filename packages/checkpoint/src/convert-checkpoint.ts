@@ -1,7 +1,7 @@
 /** @file Converts a checkpoint tensor by tensor: renames tensors, changes their dtype, and dequantizes fp8 blocks. */
 
 import { checkOptions, type OptionNames } from '@moe/core'
-import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
+import { hasScales, isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
 import type { StoredDType } from './stored-dtype.ts'
@@ -84,7 +84,7 @@ export async function convertCheckpoint(
       entries.push({ name, dtype: info.dtype, shape: info.shape, data: async () => (await source.read(key)).data })
       continue
     }
-    if (info.dtype === 'f8e4m3' && source.has(scaleKey(key))) dequantized.push(key)
+    if (hasScales(source, key)) dequantized.push(key)
     const target = keepF32(key) ? 'f32' : dtype
     const convert = async () => {
       const { data } = await readF32(source, key, { block })

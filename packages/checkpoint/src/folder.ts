@@ -65,8 +65,8 @@ export type Fetch = (
 /** How files are located and read. */
 export interface FolderOptions {
   /**
-   * Folder on disk that must contain the files after symbolic links are resolved. Default: the checkpoint's own folder. Snapshots in the
-   * Hugging Face cache consist of links; for these, pass the `models--...` folder above.
+   * Folder on disk that must contain the files after symbolic links are resolved. Default: the checkpoint's own folder, or, for a single
+   * safetensors file, any. Snapshots in the Hugging Face cache consist of links; for these, pass the `models--...` folder above.
    */
   readonly root?: string | undefined
   /** Performs HTTP requests instead of the global `fetch`, for example to add a token or to retry. */

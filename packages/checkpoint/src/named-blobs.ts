@@ -33,13 +33,17 @@ export function blobFolder(blobs: Iterable<NamedBlob>, watch: Watch): Folder {
   }
 }
 
+/** Maximum size of a read, since a blob's part is copied, and browsers limit its size. */
+const MAX_READ_BYTES = 2 ** 26
+
 export function blobFile(path: string, blob: SlicedBytes): OpenFile {
   return {
     path,
     bytes: blob.size,
     async read(into, offset, length, position) {
       try {
-        const part = new Uint8Array(await blob.slice(position, position + length).arrayBuffer())
+        const end = position + Math.min(length, MAX_READ_BYTES)
+        const part = new Uint8Array(await blob.slice(position, end).arrayBuffer())
         into.set(part, offset)
         return part.length
       } catch (cause) {

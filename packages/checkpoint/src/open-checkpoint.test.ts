@@ -190,6 +190,11 @@ describe.skipIf(process.platform === 'win32' /* creating links needs a privilege
     await expect(openCheckpoint(folder)).rejects.toThrow(/pass \{ root \}/)
     await using checkpoint = await openCheckpoint(folder, { root: join(folder, '..') })
     expect((await checkpoint.read('model.layers.0.mlp.up_proj.weight')).shape).toEqual([8, 4])
+
+    // A single file may be a link to anywhere, unless there is a root.
+    await (await openCheckpoint(join(folder, shard(2)))).close()
+    await (await openCheckpoint(join(folder, shard(2)), { root: blobs })).close()
+    await expect(openCheckpoint(join(folder, shard(2)), { root: folder })).rejects.toThrow(/it is a link to/)
   })
 
   it('to the checkpoint folder itself are followed', async () => {

@@ -49,8 +49,20 @@ export async function openCheckpoint(location: CheckpointLocation, options: Open
   checkOptions('openCheckpoint', options, { ...folderOptionNames, maxHeaderBytes: true })
   const { folder, file } = await locate('openCheckpoint', location, options)
   if (file === undefined) return openInFolder(folder, options.maxHeaderBytes)
-  if (file.endsWith('.json')) return openSharded(folder, file, options.maxHeaderBytes)
-  return readFrom(await openFile('openCheckpoint', location as string | URL, options), options.maxHeaderBytes)
+  if (file.endsWith('.json')) return openShards(folder, await openIn(folder, file), options.maxHeaderBytes)
+  // Without a root, a file that the caller names may be a link to anywhere.
+  const opened =
+    options.root === undefined
+      ? await openFile('openCheckpoint', location as string | URL, options)
+      : await openIn(folder, file)
+  return readFrom(opened, options.maxHeaderBytes)
+}
+
+/** Opens a file in a folder. @throws MoeError E_CHECKPOINT if it does not exist */
+async function openIn(folder: Folder, name: string): Promise<OpenFile> {
+  const file = await folder.open(name)
+  if (!file) throw checkpointError(folder.pathOf(name), 'opening failed: no such file', undefined, { shard: name })
+  return file
 }
 
 /** Opens the checkpoint in a folder. @internal */
@@ -66,20 +78,12 @@ export async function openInFolder(folder: Folder, maxHeaderBytes?: number): Pro
   )
 }
 
-async function openSharded(folder: Folder, name: string, maxHeaderBytes?: number): Promise<TensorSource> {
-  const index = await folder.open(name)
-  if (!index) throw checkpointError(folder.pathOf(name), 'no such file')
-  return openShards(folder, index, maxHeaderBytes)
-}
-
 async function openShards(folder: Folder, indexFile: OpenFile, maxHeaderBytes?: number): Promise<TensorSource> {
   const index = await readIndex(indexFile)
   const shards = new Map<string, SafetensorsFile>()
   try {
     for (const name of new Set(index.weightMap.values())) {
-      const file = await folder.open(name)
-      if (!file) throw checkpointError(folder.pathOf(name), 'opening failed: no such file', undefined, { shard: name })
-      shards.set(name, await readFrom(file, maxHeaderBytes))
+      shards.set(name, await readFrom(await openIn(folder, name), maxHeaderBytes))
     }
     checkShards(indexFile.path, index, shards)
     return new ShardedCheckpoint(folder.path, index, shards)

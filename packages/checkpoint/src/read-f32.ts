@@ -16,11 +16,15 @@ export interface ReadF32Options {
 }
 
 /** The name of the block scales of a weight. */
-export const scaleKey = (key: string): string => `${key}_scale_inv`
+const scaleKey = (key: string): string => `${key}_scale_inv`
 
-/** Whether a tensor contains the block scales of a weight in the same source. */
+/** Whether a weight is `f8e4m3` with block scales in the same source. Scales of other dtypes are never applied. */
+export const hasScales = (source: TensorSource, key: string): boolean =>
+  source.has(scaleKey(key)) && source.has(key) && source.info(key).dtype === 'f8e4m3'
+
+/** Whether a tensor contains the block scales of an `f8e4m3` weight in the same source. */
 export const isScaleKey = (source: TensorSource, key: string): boolean =>
-  key.endsWith('_scale_inv') && source.has(key.slice(0, -'_scale_inv'.length))
+  key.endsWith('_scale_inv') && hasScales(source, key.slice(0, -'_scale_inv'.length))
 
 /** A block that covers a weight. */
 const wholeBlock = ([rows, columns]: readonly number[]): readonly [number, number] => [rows || 1, columns || 1]
@@ -83,8 +87,8 @@ export async function readFp8(
 
 /** The scales of an fp8 weight and the size of their blocks. Undefined for other tensors. */
 async function scalesOf(source: TensorSource, key: string, { block = DEFAULT_BLOCK }: ReadF32Options) {
-  const { dtype, shape, file } = source.info(key)
-  if (dtype !== 'f8e4m3' || !source.has(scaleKey(key))) return undefined
+  const { shape, file } = source.info(key)
+  if (!hasScales(source, key)) return undefined
   const scale = await readF32(source, scaleKey(key))
   const where = `${file}: tensor ${shown(key)}`
   return block === null ? { scale: single(scale), block: wholeBlock(shape), where } : { scale, block, where }

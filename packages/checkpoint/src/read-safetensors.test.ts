@@ -127,8 +127,11 @@ describe('an open file', () => {
     await expect(readSafetensors(path, { maxHeaderBytes: 500 })).rejects.toThrow(
       /claims 1002 bytes, more than the limit of 500/,
     )
-    await using file = await readSafetensors(path, { maxHeaderBytes: 1002 })
-    expect(file.keys()).toEqual([])
+    await expect(readSafetensors(path, { maxHeaderBytes: Number.NaN })).rejects.toThrow(/more than the limit of NaN/)
+    for (const maxHeaderBytes of [1002, 1002.5, Number.POSITIVE_INFINITY]) {
+      await using file = await readSafetensors(path, { maxHeaderBytes })
+      expect(file.keys()).toEqual([])
+    }
   })
 })
 

@@ -1,5 +1,6 @@
 import { access, mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { setTimeout } from 'node:timers/promises'
 import { describe, expect, it } from 'vitest'
 import { openCheckpoint } from './open-checkpoint.ts'
 import { saveCheckpoint } from './save-checkpoint.ts'
@@ -134,6 +135,37 @@ describe('saveCheckpoint', () => {
       await using checkpoint = await openCheckpoint(folder)
       expect(checkpoint.keys()).toEqual(names)
       for (const [i, name] of names.entries()) expect((await checkpoint.read(name)).data).toEqual(Uint8Array.of(i))
+    }
+  })
+
+  it('called several times at once gives the last checkpoint, not a mixture', async () => {
+    const folder = await temporaryFolder()
+    let first = 0
+    const slow = (value: number) =>
+      entries(4, value).map((entry, i) => ({
+        ...entry,
+        data: async () => {
+          // The second call would overtake the first.
+          if (value === 1) await setTimeout(first++ === 0 ? 50 : 0)
+          return i === 3 && value === 2 ? Promise.reject(new Error('stop')) : (entry.data as Float32Array)
+        },
+      }))
+    const saves = [1, 2, 3].map(value => saveCheckpoint(folder, slow(value), { maxShardBytes: 16 }))
+    expect((await Promise.allSettled(saves)).map(({ status }) => status)).toEqual([
+      'fulfilled',
+      'rejected',
+      'fulfilled',
+    ])
+    expect(await valueIn(folder)).toBe(3)
+    expect(await readdir(folder)).toHaveLength(5)
+  })
+
+  it('keeps metadata in the index of shards', async () => {
+    const folder = await temporaryFolder()
+    for (const maxShardBytes of [16, 100]) {
+      await saveCheckpoint(folder, entries(4, 1), { maxShardBytes, metadata: { step: '5' } })
+      await using checkpoint = await openCheckpoint(folder)
+      expect(checkpoint.metadata).toMatchObject({ step: '5' })
     }
   })
 

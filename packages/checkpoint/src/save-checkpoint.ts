@@ -34,7 +34,8 @@ export interface SavedCheckpoint {
  *
  * An existing checkpoint stays readable until the new one is complete, and is then removed. New shards never reuse the names of old
  * ones, and the switch is a single rename (or, from one file to shards, a single removal). Other files in the folder are not touched.
- * Windows cannot replace an open file, so close the source before saving into its folder.
+ * Windows cannot replace an open file, so close the source before saving into its folder. Calls for the same folder wait for each other;
+ * another process must not save into it at the same time.
  *
  * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}. The previous checkpoint then stays intact, and no new files remain
  */
@@ -50,6 +51,30 @@ export async function saveCheckpoint(
     throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'pass a positive number')
   }
   const planned = planEntries(folder.path, entries)
+  return inTurn(folder.pathOf(SINGLE_FILE), () => save(folder, location, planned, maxShardBytes, options))
+}
+
+/** The last save into each folder. Two at the same time would choose the same names for their shards, and mix them. */
+const lastSaves = new Map<string, Promise<unknown>>()
+
+function inTurn<T>(folder: string, work: () => Promise<T>): Promise<T> {
+  const result = (lastSaves.get(folder) ?? Promise.resolve()).then(work)
+  const settled = result.then(
+    () => {},
+    () => {},
+  )
+  lastSaves.set(folder, settled)
+  void settled.then(() => lastSaves.get(folder) === settled && lastSaves.delete(folder))
+  return result
+}
+
+async function save(
+  folder: TargetFolder,
+  location: FolderLocation,
+  planned: readonly PlannedTensor[],
+  maxShardBytes: number,
+  options: WriteOptions,
+): Promise<SavedCheckpoint> {
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
   const present = await folder.names()
   const previous = present.has(INDEX_FILE) ? await previousShards(location) : []
@@ -101,7 +126,7 @@ async function saveShards(
       written.push(names[i])
     }
     const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, names[i]])))
-    const index = { metadata: { total_size: dataBytes }, weight_map: weightMap }
+    const index = { metadata: { ...options.metadata, total_size: dataBytes }, weight_map: weightMap }
     await writeText(folder, INDEX_FILE, `${JSON.stringify(index, null, 2)}\n`)
     written.push(INDEX_FILE)
     // If both exist, the single file is used, so removing it activates the new checkpoint.

@@ -2,6 +2,7 @@ import { join } from 'node:path'
 import { Linear, loadStateDict, Module, Parameter, setDefaultBackend, stateDict, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { beforeAll, describe, expect, it } from 'vitest'
+import { convertCheckpoint } from './convert-checkpoint.ts'
 import { openCheckpoint } from './open-checkpoint.ts'
 import { saveCheckpoint } from './save-checkpoint.ts'
 import { stateSource } from './state-source.ts'
@@ -51,6 +52,18 @@ describe('stateSource', () => {
     )
     expect(source.info('model.norm.weight').dtype).toBe('bf16')
     expect(await source.read('model.norm.weight')).toEqual(new Uint16Array(4).fill(0x3f80))
+  })
+
+  it('lists scales of weights that are not f8e4m3, because they are not applied', async () => {
+    const folder = await temporaryFolder()
+    await saveCheckpoint(folder, [
+      { name: 'weight', dtype: 'i8', shape: [1, 2], data: Int8Array.of(1, 2) },
+      { name: 'weight_scale_inv', dtype: 'f32', shape: [1, 1], data: Float32Array.of(0.5) },
+    ])
+    await using checkpoint = await openCheckpoint(folder)
+    expect([...stateSource(checkpoint).keys()].sort()).toEqual(['weight', 'weight_scale_inv'])
+    const { written } = await convertCheckpoint(checkpoint, join(folder, 'copy'), { dtype: 'bf16' })
+    expect(written.toSorted()).toEqual(['weight', 'weight_scale_inv'])
   })
 
   it('returns dtypes that core lacks as f32', async () => {

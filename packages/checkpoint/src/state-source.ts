@@ -1,7 +1,7 @@
 /** @file Adapts a checkpoint for `loadStateDict` of `@moe/core`. */
 
 import { checkOptions, type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
-import { isScaleKey, type ReadF32Options, readF32, readFp8, scaleKey } from './read-f32.ts'
+import { hasScales, isScaleKey, type ReadF32Options, readF32, readFp8 } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 
 /**
@@ -15,7 +15,7 @@ export function stateSource(source: TensorSource, options: ReadF32Options = {}):
   checkOptions('stateSource', options, { block: true })
   const dtypeOf = (key: string): DType => {
     const { dtype } = source.info(key)
-    if (dtype === 'f8e4m3' && source.has(scaleKey(key))) return 'f32'
+    if (hasScales(source, key)) return 'f32'
     return dtypes.find(known => known === dtype) ?? 'f32'
   }
   return {

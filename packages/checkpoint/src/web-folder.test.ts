@@ -397,6 +397,21 @@ describe('a list of files', () => {
     expect(there.info('lm_head.weight').file).toBe('model-00003-of-00003.safetensors')
   })
 
+  it('is read in parts of at most 64 MiB, because each is copied', async () => {
+    const bytes = 65 * MB
+    const header = rawFile({ a: { dtype: 'U8', shape: [bytes], data_offsets: [0, bytes] } }, 0)
+    const content = new Blob([Uint8Array.from(header), new Uint8Array(bytes).fill(7)])
+    const parts: number[] = []
+    const slice = (begin: number, end: number) => {
+      parts.push(end - begin)
+      return content.slice(begin, end)
+    }
+    await using checkpoint = await openCheckpoint([{ name: 'model.safetensors', size: content.size, slice }])
+    const { data } = await checkpoint.read('a')
+    expect([data.length, data[0], data[bytes - 1]]).toEqual([bytes, 7, 7])
+    expect(parts.slice(-2)).toEqual([64 * MB, MB])
+  })
+
   it('is rejected if a file is missing or occurs twice', async () => {
     await expect(openCheckpoint(shardFiles().slice(0, 3))).rejects.toThrow(
       /model-0000\d.*: opening failed: no such file/,

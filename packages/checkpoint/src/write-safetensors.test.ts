@@ -176,6 +176,12 @@ describe('an entry that cannot be written', () => {
       /metadata.step is a number/,
     )
   })
+
+  it('is rejected if its metadata are not well-formed, which other libraries cannot read', async () => {
+    const path = join(await temporaryFolder(), 'a.safetensors')
+    for (const metadata of [{ note: '\ud800' }, { '\udc00': 'x' }] as Record<string, string>[])
+      await expect(writeSafetensors(path, [], { metadata })).rejects.toThrow(/contains a lone surrogate/)
+  })
 })
 
 describe('a failed write', () => {

@@ -35,7 +35,7 @@ export interface TensorEntry {
 
 /** Options of {@link writeSafetensors}. */
 export interface WriteOptions {
-  /** Metadata for the header. Default `{ format: 'pt' }`, which transformers requires. */
+  /** Metadata for the header, and for the index if there is one. Default `{ format: 'pt' }` in headers, which transformers requires. */
   readonly metadata?: Readonly<Record<string, string>> | undefined
 }
 
@@ -116,12 +116,16 @@ export async function writePlanned(
   const path = folder.pathOf(name)
   const metadata = options.metadata ?? { format: 'pt' }
   for (const [key, value] of Object.entries(metadata)) {
-    if (typeof value === 'string') continue
-    throw checkpointError(
-      path,
-      `metadata.${key} is a ${typeof value}, expected a string`,
-      'use JSON.stringify for other values',
-    )
+    if (typeof value !== 'string') {
+      throw checkpointError(
+        path,
+        `metadata.${key} is a ${typeof value}, expected a string`,
+        'use JSON.stringify for other values',
+      )
+    }
+    // Other libraries refuse the file.
+    if (!key.isWellFormed() || !value.isWellFormed())
+      throw checkpointError(path, `metadata ${JSON.stringify(key)} contains a lone surrogate`, 'use well-formed text')
   }
   const ordered = [...entries].sort((a, b) => storedBits(b.dtype) - storedBits(a.dtype))
   const header = encodeHeader(ordered, metadata)

@@ -1,4 +1,4 @@
-import { readdir, readFile, writeFile } from 'node:fs/promises'
+import { readdir, readFile, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { gguf as parseWithHuggingFace } from '@huggingface/gguf'
 import { isMoeError } from '@moe/core'
@@ -120,6 +120,19 @@ describe('a written GGUF file', () => {
       const begin = start + Number(offset)
       expect(Buffer.compare(file.subarray(begin, begin + expected.length), expected)).toBe(0)
     }
+  })
+
+  it('is aligned as its metadata say', async () => {
+    const path = join(await temporaryFolder(), 'a.gguf')
+    const aligned: Record<string, GgufValue> = { ...metadata, 'general.alignment': { type: 'u32', value: 256 } }
+    expect(await writeGguf(path, { metadata: aligned, tensors: tensors() })).toBe((await readFile(path)).length)
+    const parsed = await parseWithHuggingFace(path, { allowLocalFile: true })
+    await using file = await readGguf(path)
+    for (const { name, offset } of parsed.tensorInfos)
+      expect(file.tensors.get(name)?.begin).toBe(Number(parsed.tensorDataOffset + offset))
+    expect(await file.readF32('t.f32')).toEqual(values)
+    const odd: Record<string, GgufValue> = { 'general.alignment': { type: 'u32', value: 12 } }
+    await expect(writeGguf(path, { metadata: odd, tensors: [] })).rejects.toThrow(/general.alignment is "12"/)
   })
 
   it('is read back with the same metadata and values', async () => {
@@ -267,6 +280,12 @@ describe('corrupt or malicious GGUF files', () => {
     expect(isMoeError(failure, 'E_CHECKPOINT')).toBe(true)
     expect(failure.message).toMatch(message)
     expect(failure.message.length).toBeLessThan(400)
+  })
+
+  it('are rejected if the header exceeds 64 MiB, before it is parsed', async () => {
+    const path = await temporaryFile(raw(magic, 3, 0n, 1n, 'k', 8, 2n ** 26n, data), 'a.gguf')
+    await truncate(path, 2 ** 27)
+    await expect(readGguf(path)).rejects.toThrow(/exceeds the limit of 67108864 bytes/)
   })
 
   it('are rejected if the header exceeds the size limit; smaller headers are read in steps', async () => {

@@ -10,7 +10,7 @@ import { ByteReader, NeedsMoreBytes } from './byte-reader.ts'
 import { padding } from './byte-writer.ts'
 import { type GgufTensorType, tensorBytes, tensorTypeOfId } from './tensor-type.ts'
 import type { GgufValue } from './value.ts'
-import { DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, MAX_NAME_BYTES, VERSION } from './write-gguf.ts'
+import { alignmentOf, MAGIC, MAX_DIMENSIONS, MAX_NAME_BYTES, VERSION } from './write-gguf.ts'
 
 /** Describes a tensor of a GGUF file without reading it. */
 export interface GgufTensorInfo {
@@ -32,7 +32,7 @@ interface GgufHeader {
 
 /** Options of {@link readGguf}. */
 export interface ReadGgufOptions extends Omit<FolderOptions, 'root'> {
-  /** Maximum header size in bytes. Default 256 MiB, since the header contains the vocabulary. */
+  /** Maximum header size in bytes. Default 64 MiB: the header contains the vocabulary, of up to about 20 MB. */
   readonly maxHeaderBytes?: number | undefined
 }
 
@@ -55,7 +55,7 @@ export async function readGguf(path: string | URL, options: ReadGgufOptions = {}
   checkOptions('readGguf', options, { ...names, maxHeaderBytes: true })
   const file = await openFile('readGguf', path, options)
   try {
-    return new GgufFile(file, await readHeader(file, options.maxHeaderBytes ?? 2 ** 28))
+    return new GgufFile(file, await readHeader(file, options.maxHeaderBytes ?? 2 ** 26))
   } catch (error) {
     await file.close()
     throw error
@@ -151,7 +151,7 @@ function parseHeader(path: string, bytes: Uint8Array, fileBytes: number): GgufHe
   }
   const records = []
   for (let i = 0; i < tensorCount; i++) records.push(readRecord(path, reader))
-  const alignment = alignmentOf(path, metadata)
+  const alignment = alignmentOf(path, metadata.get('general.alignment'))
   const start = reader.at + padding(reader.at, alignment)
   const tensors = new Map<string, GgufTensorInfo>()
   for (const { name, offset, ...record } of records) {
@@ -178,14 +178,6 @@ function checkedVersion(path: string, reader: ByteReader, fileBytes: number): nu
   if (version > 0xffff)
     throw checkpointError(path, 'its numbers are big-endian', 'only little-endian files are supported')
   throw checkpointError(path, `unsupported GGUF version ${version}`, `versions 2 and ${VERSION} are supported`)
-}
-
-function alignmentOf(path: string, metadata: ReadonlyMap<string, GgufValue>): number {
-  const given = metadata.get('general.alignment')
-  if (given === undefined) return DEFAULT_ALIGNMENT
-  const { type, value } = given
-  if (type === 'u32' && Number(value) % 8 === 0 && Number(value) > 0) return Number(value)
-  throw checkpointError(path, `general.alignment is ${shown(String(value))}`, 'expected a u32 that is a multiple of 8')
 }
 
 function readRecord(path: string, reader: ByteReader) {

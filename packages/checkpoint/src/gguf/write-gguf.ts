@@ -2,12 +2,12 @@
  * @file Writes GGUF (version 3, little-endian), the file format of llama.cpp, Ollama and LM Studio.
  *
  * A file consists of a header (magic, version, counts), metadata, one record per tensor, and the data of the tensors, each aligned to
- * 32 bytes (ggml-org/ggml docs/gguf.md).
+ * 32 bytes or to `general.alignment` of the metadata (ggml-org/ggml docs/gguf.md).
  */
 
 import { checkOptions, MoeError } from '@moe/core'
 import { type Append, writeAtomically } from '../atomic-file.ts'
-import { checkpointError } from '../checkpoint-error.ts'
+import { checkpointError, shown } from '../checkpoint-error.ts'
 import { pathOf } from '../path-of.ts'
 import { encodeGguf } from './blocks.ts'
 import { ByteWriter, padding } from './byte-writer.ts'
@@ -17,7 +17,7 @@ import type { GgufValue } from './value.ts'
 /** The first four bytes of a file, as a little-endian number. */
 export const MAGIC = 0x46554747
 export const VERSION = 3
-export const DEFAULT_ALIGNMENT = 32
+const DEFAULT_ALIGNMENT = 32
 /** ggml's `GGML_MAX_NAME` without the terminating zero, and `GGML_MAX_DIMS`. */
 export const MAX_NAME_BYTES = 63
 export const MAX_DIMENSIONS = 4
@@ -39,7 +39,7 @@ export interface GgufTensor {
 
 /** The contents of a GGUF file. */
 export interface GgufContents {
-  /** Values by key, for example `general.architecture`, with their types. */
+  /** Values by key, for example `general.architecture`, with their types. `general.alignment` aligns the data; default 32 bytes. */
   readonly metadata: Readonly<Record<string, GgufValue>>
   /** Tensors in the order in which they are written. */
   readonly tensors: readonly GgufTensor[]
@@ -91,7 +91,8 @@ export async function writeGguf(
 async function writeTo(path: string, contents: GgufContents, options: WriteGgufOptions): Promise<number> {
   const sizes = contents.tensors.map(tensor => checkedSize(path, tensor))
   refuseDuplicates(path, contents.tensors)
-  const header = encodeHeader(path, contents, sizes)
+  const alignment = alignmentOf(path, contents.metadata['general.alignment'])
+  const header = encodeHeader(path, contents, sizes, alignment)
   const totalBytes = sizes.reduce((sum, bytes) => sum + bytes, 0)
   let done = 0
   let fileBytes = header.length
@@ -104,7 +105,7 @@ async function writeTo(path: string, contents: GgufContents, options: WriteGgufO
         done += bytes.length
         options.onProgress?.({ tensor: tensor.name, bytes: done, totalBytes })
       })
-      const rest = padding(sizes[i], DEFAULT_ALIGNMENT)
+      const rest = padding(sizes[i], alignment)
       if (rest > 0) await append(new Uint8Array(rest))
       fileBytes += sizes[i] + rest
     }
@@ -147,7 +148,20 @@ function refuseDuplicates(path: string, tensors: readonly GgufTensor[]): void {
   }
 }
 
-function encodeHeader(path: string, { metadata, tensors }: GgufContents, sizes: readonly number[]): Uint8Array {
+/** Returns the alignment of the data, in bytes. @throws MoeError E_CHECKPOINT if the value of `general.alignment` is invalid */
+export function alignmentOf(path: string, given: GgufValue | undefined): number {
+  if (given === undefined) return DEFAULT_ALIGNMENT
+  const { type, value } = given
+  if (type === 'u32' && Number(value) % 8 === 0 && Number(value) > 0) return Number(value)
+  throw checkpointError(path, `general.alignment is ${shown(String(value))}`, 'expected a u32 that is a multiple of 8')
+}
+
+function encodeHeader(
+  path: string,
+  { metadata, tensors }: GgufContents,
+  sizes: readonly number[],
+  alignment: number,
+): Uint8Array {
   const out = new ByteWriter()
   const entries = Object.entries(metadata)
   out.number('u32', MAGIC)
@@ -171,9 +185,9 @@ function encodeHeader(path: string, { metadata, tensors }: GgufContents, sizes: 
     for (const size of shape.toReversed()) out.number('u64', size)
     out.number('u32', layoutOf(type).id)
     out.number('u64', offset)
-    offset += sizes[i] + padding(sizes[i], DEFAULT_ALIGNMENT)
+    offset += sizes[i] + padding(sizes[i], alignment)
   }
-  out.pad(DEFAULT_ALIGNMENT)
+  out.pad(alignment)
   return out.finish()
 }
 
