@@ -2,13 +2,14 @@
 import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { MoeError } from '@moe/core'
 import { auxFree, combineBalancers, sequenceWise } from '@moe/router'
 import { Muon, type TrainEvent, type TrainOptions } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
 import { local } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
 import { backend, biases, difference, temporaryFolder } from './test-runs.ts'
-import { digestOf, type Trained, trainSmall } from './test-training.ts'
+import { digestOf, smallData, type Trained, trainSmall } from './test-training.ts'
 
 type Options = Partial<TrainOptions>
 type Model = Parameters<typeof trainSmall>[2]
@@ -175,6 +176,38 @@ describe('a run of two ranks', () => {
       [1, 'time'],
       [1, 'time'],
     ])
+  })
+
+  test('data that becomes unreadable on one rank ends the run on all after a checkpoint, and it resumes from there', async () => {
+    const schedule = () => 1
+    const straight = await onRanks(2, { schedule })
+    const out = await temporaryFolder()
+    const broken = { reads: 0 }
+    const errors = await local(2, ranks => {
+      const data = smallData()
+      const read = data.read.bind(data)
+      data.read = (from, count) => {
+        if (ranks.rank === 0 || broken.reads === 0) return read(from, count)
+        broken.reads--
+        throw new MoeError({ code: 'E_DATA', op: 'tokenFiles', problem: 'tokens.bin: cannot read the file' })
+      }
+      const onEvent = (event: TrainEvent) => {
+        if (ranks.rank !== 1 || event.type !== 'step') return
+        // Once, and then for good. The rows of the next step have been read already.
+        if (event.step === 2) broken.reads = 1
+        if (event.step === 4) broken.reads = Number.POSITIVE_INFINITY
+      }
+      const run = trainSmall(backend, { ranks, schedule, out, data: { training: data }, onEvent })
+      return run.then(
+        () => 'none',
+        error => `${error}`,
+      )
+    })
+    expect(errors[0]).toMatch(/on rank 1: tokens.bin: cannot read the file/)
+    expect(errors[1]).toMatch(/tokenFiles: tokens.bin: cannot read the file/)
+    expect((await readdir(join(out, 'checkpoints'))).sort()).toEqual(['latest', 'step-000005'])
+    const resumed = await onRanks(2, { schedule, out, resume: true })
+    for (const each of resumed) expect(digestOf(each)).toBe(digestOf(straight[0]))
   })
 
   test('rejects ranks with different models, weights or steps', async () => {

@@ -39,10 +39,10 @@ export const parallelisms = {
 }
 
 /** 23 windows of 8 for three documents: with four rows per step, the last step of an epoch extends into the next, and some rows contain padding, so that ranks have different numbers of positions with a loss. */
-const tokens = (documents: number) => {
+export const smallData = () => {
   const random = new Random(3)
   const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
-  return TokenDataset.fromTokens(Array.from({ length: documents }, document))
+  return TokenDataset.fromTokens(Array.from({ length: 3 }, document))
 }
 
 type Ranks = TrainOptions['ranks']
@@ -91,7 +91,7 @@ export async function trainSmall(
   const ranks = onRanks?.(trainee)
   try {
     const result = await train(trainee, {
-      data: { training: tokens(3) },
+      data: { training: smallData() },
       steps: 8,
       batchSize: 2,
       sequenceLength: 8,

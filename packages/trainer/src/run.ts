@@ -15,9 +15,10 @@ import type { EvaluationEvent, StepEvent, TrainEvent } from './events.ts'
 import { peakResidentBytes } from './host.ts'
 import type { Interrupts } from './interrupt.ts'
 import { makeBatchSource } from './make-batch-source.ts'
-import type { TokenBatch, TrainableModel } from './model.ts'
+import type { TrainableModel } from './model.ts'
 import type { ModelEma } from './model-ema.ts'
 import { StepsOnRanks } from './model-on-ranks.ts'
+import { NextBatches } from './next-batches.ts'
 import { checkFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'
@@ -72,8 +73,7 @@ export class Run {
   readonly loads = new LoadSums()
   /** Metrics of the last tenth of the steps done, for the result. */
   readonly recent = new RecentMetrics()
-  /** Batches of the next step, prepared while the device computes. */
-  prefetched: readonly TokenBatch[] | null = null
+  readonly next: NextBatches
   /** Steps done. */
   step = 0
   tokens = 0
@@ -108,6 +108,7 @@ export class Run {
     this.interrupts = interrupts
     const group = new RankGroup({ ranks, like: parameters[0].parameter, save: () => this.saveAfterFailure() })
     this.source = makeBatchSource(model, settings, data, group, interrupts.signal)
+    this.next = new NextBatches(this.source, group, interrupts.signal)
     this.record = recordRun(settings, this.source, model, parameters, optimizer)
     this.folder = settings.out === undefined ? undefined : runFolder(settings.out)
     this.writableFolder = (ranks?.rank ?? rank) === 0 ? this.folder : undefined
@@ -208,13 +209,20 @@ export class Run {
     this.unlock()
   }
 
-  /** Why no further step is taken; the same on all ranks. */
+  /**
+   * Why no further step is taken; the same on all ranks. If the data of the next step cannot be read on one of several
+   * ranks, all save the steps done so far and fail.
+   */
   async reasonToStop(limit: number): Promise<'interrupted' | 'time' | null> {
-    const { ranks } = this.settings
-    const own = [Number(this.interrupts.signal.aborted), Number(this.trainSeconds >= limit)]
+    const { ranks, steps } = this.settings
+    const readable = ranks === undefined || this.step === steps || this.next.readAhead(this.step)
+    const own = [this.interrupts.signal.aborted, this.trainSeconds >= limit, !readable].map(Number)
     const all = ranks === undefined ? [own] : await gatherNumbers(ranks, own, this.parameters[0].parameter)
-    if (all.some(([interrupted]) => interrupted === 1)) return 'interrupted'
-    return all.some(([, late]) => late === 1) ? 'time' : null
+    const [interrupted, late, unreadable] = own.map((_, i) => all.some(flags => flags[i] === 1))
+    if (interrupted) return 'interrupted'
+    if (late) return 'time'
+    if (unreadable) await this.next.readTogether(this.step)
+    return null
   }
 
   /** @throws MoeError E_CONFIG if ranks have different options, data or models */
@@ -275,15 +283,15 @@ export class Run {
     const { settings, source } = this
     const started = performance.now()
     const lr = settings.lr * scheduled(settings.schedule, this.step)
-    const batches = this.prefetched ?? (await this.batches())
+    const batches = await this.next.take(this.step)
     if (batches === null) return false
-    this.prefetched = null
     const done = this.steps.step(batches, { lr, step: this.step + 1 })
     // A failure of the step is thrown by the `await` below, after the next batches were prefetched.
     done.catch(() => undefined)
     if (this.step + 1 < settings.steps) {
-      this.prefetched = this.prefetch(this.step + 1)
-      if (this.prefetched) this.steps.prepare(this.prefetched)
+      // If it fails, it is tried again when it is their turn.
+      this.next.readAhead(this.step + 1)
+      if (this.next.ready) this.steps.prepare(this.next.ready)
     }
     const numbers = await done
     this.ema?.update()
@@ -315,28 +323,6 @@ export class Run {
     if (this.step % loadsEvery === 0) await this.emitLoads()
     await this.events.settled()
     return true
-  }
-
-  /**
-   * The batches of the next step. If their data cannot be read, the steps done so far are saved first. Several ranks
-   * save only if all of them fail, which the source takes care of: one alone would wait for the others.
-   */
-  async batches(): Promise<readonly TokenBatch[] | null> {
-    try {
-      return await this.source.batches(this.step)
-    } catch (error) {
-      if (this.size === 1) await this.saveAfterFailure().catch(() => undefined)
-      throw error
-    }
-  }
-
-  /** The batches of a later step. Null also if their data cannot be read: `batches` tries again when it is their turn. */
-  prefetch(step: number): readonly TokenBatch[] | null {
-    try {
-      return this.source.prefetch(step)
-    } catch {
-      return null
-    }
   }
 
   /** Emits the loads since the last `loads` event. */
