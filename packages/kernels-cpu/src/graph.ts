@@ -15,7 +15,7 @@ export function capture<T>(
   options: CaptureOptions,
   setRecording: (recording: Recording | null) => void,
 ): Graph<T> {
-  const recording = new Recording(library)
+  const recording = new Recording()
   const { calls, buffers } = recording
   const pool = memory.newPool()
   const state = options.state ?? []
@@ -23,7 +23,6 @@ export function capture<T>(
   const copy = native.kernel('moe_copy')
   const releaseAll = () => {
     for (const buffer of buffers) if (buffer.refs > 0) memory.release(buffer)
-    recording.arrays.length = 0
     memory.dissolve(pool)
   }
 

@@ -21,8 +21,6 @@ import type { RecordedAttrs, Recording } from './recording.ts'
 export type NativeKernel = (...values: number[]) => void
 
 export interface Native {
-  /** Number of threads that kernels of this backend may use, including the calling thread. */
-  readonly threads: number
   /**
    * Returns the kernel with this C name, which is looked up at its first call. Calls throw MoeError E_BACKEND or E_OUT_OF_MEMORY.
    *
@@ -51,15 +49,11 @@ export interface Native {
   release(buffer: CpuBuffer): void
   /** The value's buffer with one more owner. */
   shared(value: Value): CpuBuffer
-  /** Address of a `uint64_t[]` with the values' addresses; valid until the next call of this function. */
-  pointerList(values: readonly Value[]): number
   /**
    * The op's attributes, encoded as the last arguments of its next kernel call. In a recording, every replay can replace them, so use them
    * for nothing else.
    */
   attrs<O extends OpName>(op: O, attrs: OpAttrs[O], encode: (attrs: OpAttrs[O]) => readonly number[]): readonly number[]
-  /** Address of an `int64_t[]` with the numbers; valid until 16 later calls of this function. */
-  integers(values: readonly number[]): number
 }
 
 /** Creates the kernel of a primitive for one backend. */
@@ -89,16 +83,10 @@ export function createNative(
   const slots = new Float64Array(new ArrayBuffer(slotCount * 8))
   const slotsAddress = library.address(slots.buffer)
   slots[0] = threads
-  let pointers = new BigUint64Array(new ArrayBuffer(512))
   const copy = kernel('moe_copy')
   const cast = kernel('moe_cast_f32_bf16')
   const round = (rounded: number, buffer: CpuBuffer) => cast(rounded, buffer.pointer, buffer.bytes / 4)
   const multipliesBf16 = bf16Isas.has(library.isa)
-  const integerRing = Array.from({ length: 16 }, () => {
-    const data = new BigInt64Array(new ArrayBuffer(512))
-    return { data, address: library.address(data.buffer) }
-  })
-  let integerIndex = 0
 
   function kernel(name: string, common?: number): NativeKernel {
     let entry: ((slots: number) => number) | undefined
@@ -122,7 +110,6 @@ export function createNative(
   }
 
   return {
-    threads,
     kernel,
     output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
     donated(value, writesRounded = false) {
@@ -154,20 +141,6 @@ export function createNative(
       const values = encode(attrs)
       recording()?.vary({ op, attrs, encode: encode as RecordedAttrs['encode'], count: values.length })
       return values
-    },
-    pointerList(values) {
-      const graph = recording()
-      if (graph !== null) return graph.array(BigUint64Array.from(values, value => BigInt(pointerOf(value))))
-      if (values.length > pointers.length) pointers = new BigUint64Array(new ArrayBuffer(values.length * 16))
-      for (let i = 0; i < values.length; i++) pointers[i] = BigInt(pointerOf(values[i]))
-      return library.address(pointers.buffer)
-    },
-    integers(values) {
-      const graph = recording()
-      if (graph !== null) return graph.array(BigInt64Array.from(values, BigInt))
-      const { data, address } = integerRing[integerIndex++ % integerRing.length]
-      for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i])
-      return address
     },
   }
 }

@@ -1,6 +1,5 @@
 /** @file Recordings: the kernel calls of a function that is being captured, in order and with their arguments. */
 import type { OpName } from '@moe/core'
-import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer } from './memory.ts'
 
 /** Attributes that a replay can replace: the last `count` slots of a call. */
@@ -24,14 +23,7 @@ export class Recording {
   readonly calls: Call[] = []
   /** Buffers that the graph owns until it is disposed. */
   readonly buffers: CpuBuffer[] = []
-  readonly #library: NativeLibrary
-  /** Argument arrays that calls point to; referenced here to keep their memory alive. */
-  readonly arrays: ArrayBufferView[] = []
   #varying: RecordedAttrs | null = null
-
-  constructor(library: NativeLibrary) {
-    this.#library = library
-  }
 
   /** Adds a call. With `common`, it is merged into the previous call if that has the same name and common values: see `Native.kernel`. */
   add(name: string, entry: Call['entry'], slots: number[], common?: number): void {
@@ -53,11 +45,5 @@ export class Recording {
   /** Sets the attributes of the next call. */
   vary(attrs: RecordedAttrs): void {
     this.#varying = attrs
-  }
-
-  /** Keeps an argument array alive and returns its address. */
-  array(data: BigUint64Array<ArrayBuffer> | BigInt64Array<ArrayBuffer>): number {
-    this.arrays.push(data)
-    return this.#library.address(data.buffer)
   }
 }
