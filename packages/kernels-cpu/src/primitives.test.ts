@@ -1,16 +1,19 @@
 /** @file Compares primitives on random shapes with the reference backend, and checks that 1 and 2 threads give the same bits on sizes that are split. */
 import {
   type DType,
+  full,
   hostArray,
   type PrimitiveAttrs,
   type PrimitiveName,
   Random,
   type Shape,
+  scope,
   type TensorSpec,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, type Tolerance, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
+import { createBackend } from './index.ts'
 import { availableIsas, type HostInput, runOp, testBackend } from './test-backend.ts'
 
 interface Call<P extends PrimitiveName = PrimitiveName> {
@@ -262,6 +265,18 @@ describe.each(await availableIsas())('%s', isa => {
       for (let k = 0; k < outputs.length; k++) assertClose(label, actual[k], expected[k], tolerance)
     }
     expect(cpu.stats().handles).toBe(0)
+    cpu.dispose()
+  })
+
+  test.each([
+    [[2 ** 22], 0],
+    [[2 ** 22, 2], 0],
+    [[4, 2 ** 20, 2], 1],
+  ])('the error of sums does not grow with the number of terms: %j', async (shape, axis) => {
+    const cpu = await createBackend({ isa, threads: 2 })
+    const sums = scope(() => full(shape, 0.1, { backend: cpu }).sum(axis))
+    const expected = Math.fround(0.1) * shape[axis]
+    for (const sum of await sums.values()) expect(Math.abs(sum / expected - 1)).toBeLessThan(5e-6)
     cpu.dispose()
   })
 })

@@ -1,7 +1,7 @@
 // Sums and maxima over the middle axis of [outer, count, inner]: (y [outer, inner], x, outer, count, inner).
 //
-// The order of additions depends on the sizes only: rows are split into blocks, a block is summed in vector lanes, and block results are combined in order.
-// Summing in blocks also limits the rounding error.
+// The order of additions depends on the sizes only: rows are split into blocks, a block is summed in vector lanes, and block results are combined in order,
+// in double precision. So the rounding error does not grow with the number of blocks.
 #include "moe.h"
 
 using namespace moe;
@@ -74,9 +74,10 @@ constexpr int64_t column_rows = 256;
 constexpr int strip_vectors = 4;
 constexpr int64_t strip = strip_vectors * lanes;
 
-// Reduces `rows` rows of a strip of `width` columns to acc[v].
+// Reduces `rows` rows of a strip of `width` columns to `strip` numbers.
 template <class Op>
-void reduce_strip(f32v* acc, const float* x, int64_t rows, int64_t stride, int64_t width) {
+void reduce_strip(float* to, const float* x, int64_t rows, int64_t stride, int64_t width) {
+  f32v acc[strip_vectors];
   for (int v = 0; v < strip_vectors; v++) acc[v] = splat(Op::start());
   if (width == strip) {
     f32v a0 = acc[0], a1 = acc[1], a2 = acc[2], a3 = acc[3];
@@ -88,43 +89,53 @@ void reduce_strip(f32v* acc, const float* x, int64_t rows, int64_t stride, int64
       a3 = Op::combine(a3, load(row + 3 * lanes));
     }
     acc[0] = a0, acc[1] = a1, acc[2] = a2, acc[3] = a3;
-    return;
+  } else {
+    for (int64_t r = 0; r < rows; r++) {
+      const float* row = x + r * stride;
+      int v = 0;
+      each_vector(width, [&](int64_t i, int count) {
+        acc[v] = Op::combine(acc[v], load_some(row + i, count));
+        v++;
+      });
+    }
   }
-  for (int64_t r = 0; r < rows; r++) {
-    const float* row = x + r * stride;
-    int v = 0;
-    each_vector(width, [&](int64_t i, int count) {
-      acc[v] = Op::combine(acc[v], load_some(row + i, count));
-      v++;
-    });
-  }
+  for (int v = 0; v < strip_vectors; v++) store(to + v * lanes, acc[v]);
 }
 
-void store_strip(float* y, const f32v* acc, int64_t width) {
-  int v = 0;
-  each_vector(width, [&](int64_t i, int count) { store_some(y + i, acc[v++], count); });
-}
+// The results of a strip's chunks of rows, combined like the blocks of a row.
+template <class Op>
+struct StripTotal {
+  typename Op::Total totals[strip];
+
+  StripTotal() { std::fill_n(totals, strip, Op::start()); }
+  void add(const float* part) {
+    for (int64_t i = 0; i < strip; i++) Op::add(totals[i], part[i]);
+  }
+  void write(float* y, int64_t width) const {
+    for (int64_t i = 0; i < width; i++) y[i] = static_cast<float>(totals[i]);
+  }
+};
 
 template <class Op>
 void reduce_columns(float* y, const float* x, int64_t outer, int64_t n, int64_t inner) {
   const int64_t strips = (inner + strip - 1) / strip;
   const int64_t chunks = (n + column_rows - 1) / column_rows;
-  const auto chunk = [&](f32v* acc, int64_t o, int64_t s, int64_t c) {
+  const auto chunk = [&](float* to, int64_t o, int64_t s, int64_t c) {
     const int64_t rows = std::min(column_rows, n - c * column_rows);
-    reduce_strip<Op>(acc, x + (o * n + c * column_rows) * inner + s * strip, rows, inner, std::min(strip, inner - s * strip));
+    reduce_strip<Op>(to, x + (o * n + c * column_rows) * inner + s * strip, rows, inner, std::min(strip, inner - s * strip));
   };
   if (outer * strips >= 4 || chunks < 4) {
     const int64_t grain = std::max<int64_t>(1, 32768 / (n * std::min(strip, inner)));
     parallel_for(outer * strips, grain, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t o = i / strips, s = i % strips;
-        f32v total[strip_vectors], part[strip_vectors];
-        for (auto& t : total) t = splat(Op::start());
+        StripTotal<Op> total;
         for (int64_t c = 0; c < chunks; c++) {
+          alignas(64) float part[strip];
           chunk(part, o, s, c);
-          for (int v = 0; v < strip_vectors; v++) total[v] = Op::combine(total[v], part[v]);
+          total.add(part);
         }
-        store_strip(y + o * inner + s * strip, total, std::min(strip, inner - s * strip));
+        total.write(y + o * inner + s * strip, std::min(strip, inner - s * strip));
       }
     });
     return;
@@ -137,21 +148,14 @@ void reduce_columns(float* y, const float* x, int64_t outer, int64_t n, int64_t 
   parallel_for(outer * strips * chunks, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t c = i % chunks, s = i / chunks % strips, o = i / chunks / strips;
-      f32v part[strip_vectors];
-      chunk(part, o, s, c);
-      for (int v = 0; v < strip_vectors; v++) store(parts + (o * chunks + c) * per + s * strip + v * lanes, part[v]);
+      chunk(parts + (o * chunks + c) * per + s * strip, o, s, c);
     }
   });
   for (int64_t o = 0; o < outer; o++) {
     for (int64_t s = 0; s < strips; s++) {
-      f32v total[strip_vectors];
-      for (auto& t : total) t = splat(Op::start());
-      for (int64_t c = 0; c < chunks; c++) {
-        for (int v = 0; v < strip_vectors; v++) {
-          total[v] = Op::combine(total[v], load(parts + (o * chunks + c) * per + s * strip + v * lanes));
-        }
-      }
-      store_strip(y + o * inner + s * strip, total, std::min(strip, inner - s * strip));
+      StripTotal<Op> total;
+      for (int64_t c = 0; c < chunks; c++) total.add(parts + (o * chunks + c) * per + s * strip);
+      total.write(y + o * inner + s * strip, std::min(strip, inner - s * strip));
     }
   }
 }
