@@ -2,13 +2,15 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 
-const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [--silence SECONDS]
+const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [--check] [--silence SECONDS]
 
 Runs the parts in the order of --list. A part that already has a result in results/ is only run again if it is named with --only.
 --minutes N: stop within N minutes; parts that have not started by then are left for the next call.
 --json FILE: write all results so far to this file after each part (default: results/gpu.json).
+--check: load all files of tests without running any, as \`pnpm gpu:pack\` does. Needs no GPU.
 --silence N: treat a test without output for N seconds as hanging (default: 30). It is reported by name, and the remaining tests
              continue in a new process.
 MOE_CUDA_WGMMA=matmul,attention: in parts that end in :wgmma, use Hopper's kernels only for these ops.`
@@ -20,6 +22,7 @@ const { values: options } = parseArgs({
     minutes: { type: 'string' },
     json: { type: 'string' },
     list: { type: 'boolean', default: false },
+    check: { type: 'boolean', default: false },
     silence: { type: 'string', default: '30' },
     help: { type: 'boolean', default: false },
   },
@@ -51,7 +54,8 @@ const ways = {
   ':cublas-lt': { MOE_CUDA_WGMMA: '0', MOE_CUDA_CUBLASLT: '' },
 }
 const ofSuite = globSync('packages/kernels-cuda/src/**/*.test.ts', { cwd: pack })
-  .filter(file => !/\/emulator/.test(file))
+  // Without tests of the emulator, and of launches on it.
+  .filter(file => !/\/(emulator|launches)/.test(file))
   .sort()
 // Without tests of files and commands, which need more than the pack contains.
 const ofModels = globSync('packages/{attention-mla,router,mtp,deepseek}/src/**/*.test.ts', { cwd: pack })
@@ -131,7 +135,21 @@ const parts = [
 
 if (options.help) console.log(help)
 else if (options.list) for (const { name, seconds } of parts) console.log(`${name.padEnd(20)} up to ${seconds} s`)
+else if (options.check) await check()
 else await main()
+
+/** Fails if a file of tests cannot be loaded, such as one that reads a file that has not been packed. */
+async function check() {
+  let failed = 0
+  for (const file of new Set(parts.flatMap(({ files = [] }) => files))) {
+    await import(pathToFileURL(join(pack, file)).href).catch(error => {
+      failed++
+      console.error(`run.sh: ${file} cannot be loaded: ${error.stack}`)
+    })
+  }
+  // The files may have left something open.
+  process.exit(failed === 0 ? 0 : 1)
+}
 
 async function main() {
   const wanted = options.only?.split(',')
