@@ -99,13 +99,15 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     stats: () => ({ ...memory.stats(), launches: stream.launches }),
     async trim() {
       context.use()
+      if (opened.recording !== null) throw whileRecording('trim', 'release memory before or after capture()')
       await stream.sync()
       // Another backend may have made its context current meanwhile.
       context.use()
       memory.trim()
     },
-    elapsed(fn) {
+    async elapsed(fn) {
       context.use()
+      if (opened.recording !== null) throw whileRecording('elapsed', 'time a replay')
       return stream.elapsed(fn)
     },
     write(tensor, data) {

@@ -17,7 +17,7 @@ import { DeepSeek, type GenerateOptions, presets } from '@moe/deepseek'
 import { TokenDataset, train } from '@moe/trainer'
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
-import type { CudaOptions } from './open.ts'
+import { type CudaOptions, openCuda } from './open.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
 // Read when the emulator starts, so it applies to all tests of this file.
@@ -150,6 +150,27 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     const limited = await createBackend({ ...emulator, memoryLimit: 1000 })
     expect(() => full([1000], 1, { backend: limited })).toThrow(/cannot allocate 4000 bytes/)
     limited.dispose()
+  })
+
+  test('reading a tensor reports if the host, not the device, is out of memory, and takes no more than needed', async () => {
+    const { driver, memory, stream, modules, context } = await openCuda(emulator)
+    const calls = driver.call as { cuMemHostAlloc: (...args: unknown[]) => number }
+    const taken: unknown[] = []
+    const { cuMemHostAlloc } = calls
+    calls.cuMemHostAlloc = (...args) => {
+      taken.push(args[1])
+      return cuMemHostAlloc(...args)
+    }
+    const bytes = 2 ** 26 + 12
+    const { pointer } = memory.allocate(4)
+    fail('cuMemHostAlloc', 1, 2)
+    // Only this many bytes of host memory are asked for; so many are not on the device.
+    const error = await stream.download(pointer, new Uint8Array(bytes)).catch(cause => cause)
+    expect(error).toMatchObject({ code: 'E_OUT_OF_MEMORY', op: 'download' })
+    expect(error.message).toMatch(/67108876 bytes of pinned host memory.*memory of the host/)
+    expect(taken).toEqual([bytes])
+    for (const part of [memory, modules, stream]) part.dispose()
+    context.release()
   })
 
   describe.each([0, 1])('uploads to a device that can read host memory: %i', reads => {

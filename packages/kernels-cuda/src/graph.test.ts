@@ -13,6 +13,21 @@ test.skipIf(unavailable)('graphs cannot be captured with guarded memory', async 
   backend.dispose()
 })
 
+test.skipIf(unavailable)('what waits for the device fails during a capture, which is not affected', async () => {
+  const backend = await testBackend({ guarded: false })
+  const x = randn([10], new Random(1), { backend })
+  const attempts: Promise<unknown>[] = []
+  const graph = backend.capture(() => {
+    attempts.push(x.values(), backend.sync(), backend.trim(), backend.elapsed(() => x.neg().dispose()))
+    return x.mul(2)
+  })
+  const all = await Promise.allSettled(attempts)
+  for (const attempt of all) expect(attempt).toMatchObject({ status: 'rejected', reason: { code: 'E_ATTR' } })
+  graph.replay()
+  expect(await graph.result.values()).toEqual((await x.values()).map(value => 2 * value))
+  backend.dispose()
+})
+
 test.skipIf(!wgmmaVariants.includes(true))(
   'products on Hopper: a graph has its own copies of tensor maps',
   async () => {

@@ -87,7 +87,7 @@ export class Stream {
       if (this.#readsHostMemory) this.#driver.check(call.cuStreamSynchronize(this.handle), op, context)
       return
     }
-    const piece = this.#pinned.take(bytes)
+    const piece = this.#pinned.take(bytes, op)
     const event = this.#event(op)
     this.#staged.push({ piece, event })
     piece.bytes.set(new Uint8Array(data.buffer, data.byteOffset, bytes))
@@ -110,7 +110,7 @@ export class Stream {
   async download(from: number, data: HostArray): Promise<void> {
     const bytes = data.byteLength
     if (bytes === 0) return
-    const pinned = this.#pinned.take(bytes)
+    const pinned = this.#pinned.take(bytes, 'download')
     try {
       const code = this.#driver.call.cuMemcpyDtoHAsync(pinned.address, from, bytes, this.handle)
       this.#driver.check(code, 'download', `copying ${bytes} bytes from the device`)
@@ -244,7 +244,7 @@ interface Pinned {
   readonly bytes: Uint8Array
 }
 
-/** Pinned host memory, in sizes of powers of two. */
+/** Pinned host memory. Cached pieces have sizes of powers of two. */
 class PinnedPool {
   readonly #driver: Driver
   readonly #free: Pinned[] = []
@@ -255,15 +255,15 @@ class PinnedPool {
     this.#driver = driver
   }
 
-  take(bytes: number): Pinned {
+  take(bytes: number, op: string): Pinned {
     const index = this.#free.findIndex(piece => piece.bytes.length >= bytes)
     if (index >= 0) return this.#free.splice(index, 1)[0]
-    const size = Math.max(4096, 2 ** Math.ceil(Math.log2(bytes)))
-    const address = this.#driver.out(
-      word => this.#driver.call.cuMemHostAlloc(word, size, 0),
-      'kernels-cuda',
-      `for ${size} bytes of pinned host memory`,
-    )
+    const size = bytes > PinnedPool.#most ? bytes : Math.max(4096, 2 ** Math.ceil(Math.log2(bytes)))
+    const word = new BigUint64Array(1)
+    const code = this.#driver.call.cuMemHostAlloc(word, size, 0)
+    if (code === status.outOfMemory) throw noHostMemory(op, size)
+    this.#driver.check(code, op, `for ${size} bytes of pinned host memory`)
+    const address = Number(word[0])
     return { address, bytes: this.#driver.view(address, size) }
   }
 
@@ -280,4 +280,14 @@ class PinnedPool {
     for (const { address } of this.#free) this.#driver.call.cuMemFreeHost(address)
     this.#free.length = 0
   }
+}
+
+function noHostMemory(op: string, bytes: number): MoeError {
+  return new MoeError({
+    code: 'E_OUT_OF_MEMORY',
+    op,
+    problem: `the system has no ${bytes} bytes of pinned host memory, through which tensors are copied`,
+    fix: 'free memory of the host, or raise the memory limit of the container',
+    details: { bytes },
+  })
 }
