@@ -1,8 +1,9 @@
-import { open } from 'node:fs/promises'
+import { open, readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { expect, it, vi } from 'vitest'
 import { flushFile, flushFolder } from './flush.ts'
 import { readSafetensors } from './read-safetensors.ts'
+import { saveCheckpoint } from './save-checkpoint.ts'
 import { temporaryFolder } from './test-files.ts'
 import { writeSafetensors } from './write-safetensors.ts'
 
@@ -31,4 +32,18 @@ it("files are written without FileHandle.sync, which Yarn's Plug'n'Play does not
   }
   await using file = await readSafetensors(path)
   expect((await file.read('a')).data).toEqual(Uint8Array.of(7))
+})
+
+vi.mock('./flush.ts', { spy: true })
+
+it('the folder is flushed after the last change to a checkpoint', async () => {
+  const folder = await temporaryFolder()
+  const entries = ['a', 'b'].map(name => ({ name, dtype: 'u8' as const, shape: [1], data: Uint8Array.of(7) }))
+  const flushed: string[][] = []
+  vi.mocked(flushFolder).mockImplementation(async path => void flushed.push(await readdir(path)))
+  // From one file to shards, back, and to other shards.
+  for (const maxShardBytes of [2, 1, 2, 1, 1]) {
+    await saveCheckpoint(folder, entries, { maxShardBytes })
+    expect(flushed.at(-1)).toEqual(await readdir(folder))
+  }
 })

@@ -87,7 +87,7 @@ async function save(
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
   // Windows does not remove files that are open. Leaving one behind is harmless.
   for (const name of stale) await folder.remove(name).catch(() => {})
-  if (stale.length > 0) await folder.flush()
+  await folder.flush()
   return { files: written, dataBytes }
 }
 
