@@ -3,7 +3,7 @@ import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
 import './index.ts'
 
 const utf8 = new TextEncoder()
-const tokensOf = (contents: readonly string[]): AddedToken[] =>
+const tokensOf = (contents: readonly string[], flags: Partial<AddedToken> = {}): AddedToken[] =>
   contents.map((content, id) => ({
     id,
     content,
@@ -12,14 +12,15 @@ const tokensOf = (contents: readonly string[]): AddedToken[] =>
     lstrip: false,
     rstrip: false,
     single_word: false,
+    ...flags,
   }))
 
 /** Splits a text into texts and indices of tokens. */
-function split(contents: readonly string[], text: string): (string | number)[] {
+function split(contents: readonly string[], text: string, flags?: Partial<AddedToken>): (string | number)[] {
   const bytes = utf8.encode(text)
   const found: (string | number)[] = []
   const piece = (from: number, to: number) => found.push(new TextDecoder().decode(bytes.subarray(from, to)))
-  new AddedTokenFinder(tokensOf(contents), token => utf8.encode(token.content)).split(
+  new AddedTokenFinder(tokensOf(contents, flags), token => utf8.encode(token.content)).split(
     bytes,
     0,
     bytes.length,
@@ -87,5 +88,10 @@ describe('AddedTokenFinder finds the leftmost, longest token', () => {
     const contents = [`${'a'.repeat(1000)}b`, 'aa']
     const text = 'a'.repeat(400_000)
     expect(split(contents, text)).toHaveLength(200_000)
+  })
+
+  test('in linear time if every token includes the same white space', () => {
+    expect(split(['\n'], '\n'.repeat(400_000), { rstrip: true })).toHaveLength(400_000)
+    expect(split(['\n', 'x'], 'a\n \nb\n x\n', { rstrip: true })).toEqual(['a', 0, 0, 'b', 0, 1, 0])
   })
 })

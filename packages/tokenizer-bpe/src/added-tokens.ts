@@ -90,6 +90,8 @@ export class AddedTokenFinder {
   ): void {
     const match = this.#matcher?.(bytes, end)
     let done = start
+    /** End of the white space that `rstrip` included last. */
+    let spaceEnd = start
     let at = this.#tokens.length === 0 ? end : start
     while (at < end) {
       at = this.#nextCandidate(bytes, at, end)
@@ -119,7 +121,12 @@ export class AddedTokenFinder {
         from = Math.max(from, done)
         if (from >= to) continue
       }
-      if (added.rstrip) while (to < end && isSpace(codePointAt(bytes, to))) to += widthOf(bytes[to])
+      if (added.rstrip) {
+        // Tokens of white space would otherwise read the same run again and again.
+        to = Math.max(to, spaceEnd)
+        while (to < end && isSpace(codePointAt(bytes, to))) to += widthOf(bytes[to])
+        spaceEnd = to
+      }
       if (done < from) text(done, from)
       token(added, from, to)
       done = to
