@@ -83,19 +83,24 @@ export function handleTarget(handle: DirectoryHandle): TargetFolder {
     async write(name, produce) {
       // Creating the handle already creates an empty file.
       const before = await fileIn(handle, name)
+      // Errors of `produce` are passed on.
+      const checked = <T>(work: Promise<T>) =>
+        work.catch(cause => {
+          throw fileError(pathOf(name), 'writing', cause, writeFix)
+        })
       try {
-        const file = await handle.getFileHandle(name, { create: true })
-        const writable = await file.createWritable()
+        const file = await checked(handle.getFileHandle(name, { create: true }))
+        const writable = await checked(file.createWritable())
         try {
-          await produce(bytes => writable.write(bytes as Uint8Array<ArrayBuffer>))
-          await writable.close()
+          await produce(bytes => checked(writable.write(bytes as Uint8Array<ArrayBuffer>)))
+          await checked(writable.close())
         } catch (error) {
           await writable.abort().catch(() => {})
           throw error
         }
-      } catch (cause) {
+      } catch (error) {
         if (before === undefined) await handle.removeEntry(name).catch(() => {})
-        throw isBrowserError(cause) ? fileError(pathOf(name), 'writing', cause, writeFix) : cause
+        throw error
       }
     },
     async remove(name) {
@@ -123,5 +128,3 @@ async function fileIn(handle: DirectoryHandle, name: string): Promise<NamedBlob 
 
 const errorName = (cause: unknown) => (cause as Error | undefined)?.name
 const isMissing = (cause: unknown) => errorName(cause) === 'NotFoundError'
-/** Whether an error comes from the browser, rather than from the code that produces the bytes. */
-const isBrowserError = (cause: unknown) => typeof DOMException === 'function' && cause instanceof DOMException
