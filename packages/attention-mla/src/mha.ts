@@ -24,7 +24,7 @@ import {
   type Tensor,
 } from '@moe/core'
 import { type CacheOptions, KvCache } from './cache/kv-cache.ts'
-import { needSequences, type SequenceCache } from './cache/sequence-cache.ts'
+import { needSequences, refuseWithCache, type SequenceCache } from './cache/sequence-cache.ts'
 import { type RopeScaling, ropeProblems } from './config.ts'
 import type { MlaForwardOptions } from './mla.ts'
 import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
@@ -133,6 +133,7 @@ export class MultiHeadAttention extends Module {
     const { cache, positions, starts } = options
     if (cache !== undefined) {
       needSequences('MultiHeadAttention', x_BTD, cache)
+      refuseWithCache('MultiHeadAttention', { starts })
       return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
     }
     const time = x_BTD.shape[1]

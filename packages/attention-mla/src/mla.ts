@@ -37,7 +37,7 @@ import { AbsorbedProjections } from './absorbed-projections.ts'
 import type { CacheFeatures } from './cache/cache-rows.ts'
 import { latentFeatures } from './cache/kv-cache.ts'
 import { SelectedRows } from './cache/selected-rows.ts'
-import { needSequences, type SequenceCache } from './cache/sequence-cache.ts'
+import { needSequences, refuseWithCache, type SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { type IndexQueries, LightningIndexer } from './lightning-indexer.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
@@ -233,6 +233,7 @@ export class MultiHeadLatentAttention extends Module {
       )
     }
     needSequences('MultiHeadLatentAttention', x_BTD, cache)
+    refuseWithCache('MultiHeadLatentAttention', { starts, onIndexerLoss: options.onIndexerLoss, dense: options.dense })
     const { out, selected } = noGrad(() =>
       scope(() => {
         cache.reserve(time)

@@ -93,6 +93,8 @@ test('unknown options are rejected', async () => {
     'DeepSeek objective: unknown option biasspeed; did you mean biasSpeed?',
   )
   expect(make({}, { dropping: { devices: 1, undroped: 0 } })).toThrow('did you mean undropped?')
+  for (const undropped of [-0.1, 10, Number.NaN, '0.1'])
+    expect(make({}, { dropping: { devices: 1, undropped } })).toThrow(/undropped = .* is not a share from 0 to 1/)
   expect(make({}, null as never)).toThrow('DeepSeek: expected an options object, got null')
   expect(() => new DeepSeek(undefined as never)).toThrow(
     'DeepSeek: the configuration is undefined, not an object; pass the content of a config.json, or one of the presets',
@@ -140,6 +142,22 @@ describe('fromPretrained with changes of the configuration', () => {
       rope_scaling: { factor: 4, original_max_position_embeddings: 128 },
     })
     expect(config).toEqual(parseConfig({ ...config, rope_scaling: { ...yarn, original_max_position_embeddings: 128 } }))
+  })
+
+  test('takes rope_parameters of transformers 5 like rope_scaling, with their base', async () => {
+    const rope_parameters = { rope_type: 'yarn', rope_theta: 7000, factor: 4 }
+    const extended = await saved({ rope_scaling: { ...yarn, factor: 2, original_max_position_embeddings: 64 } })
+    for (const [folder, original] of [
+      [await saved({}), 128],
+      [extended, 64],
+    ] as const) {
+      expect(await opened(folder, { max_position_embeddings: 512, rope_parameters })).toMatchObject({
+        rope_theta: 7000,
+        rope_scaling: { factor: 4, original_max_position_embeddings: original },
+      })
+    }
+    expect((await opened(extended, { rope_parameters: { rope_type: 'default' } })).rope_scaling).toBeNull()
+    expect((await opened(extended, { rope_scaling: null })).rope_scaling).toBeNull()
   })
 
   test('keeps the original length of a context that was extended before, in both formats of the file', async () => {

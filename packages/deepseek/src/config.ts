@@ -251,19 +251,19 @@ export function parseConfig(input: unknown): DeepSeekConfig {
   }
 }
 
-/** Applies changes to a configuration. A new rope_scaling extends the existing context length. */
+/** Applies changes to a configuration. A new rope_scaling, or rope_parameters, extends the existing context length. */
 export function changedConfig(
   config: DeepSeekConfigInput,
-  changes: Partial<LatentConfigInput> | Partial<DenseConfigInput>,
+  { rope_parameters, ...changes }: Partial<LatentConfigInput> | Partial<DenseConfigInput>,
 ): DeepSeekConfigInput {
   const { rope_parameters: _, ...others } = config
   const { rope_theta, rope_scaling, max_position_embeddings } = parseConfig(config)
   const original = rope_scaling?.original_max_position_embeddings ?? max_position_embeddings
   const { llama_4_scaling_beta } = rope_scaling ?? {}
   const kept = { original_max_position_embeddings: original, ...(llama_4_scaling_beta && { llama_4_scaling_beta }) }
-  const extended = changes.rope_scaling && { ...kept, ...changes.rope_scaling }
-  const changed = { ...others, rope_theta, rope_scaling, ...changes }
-  return { ...changed, ...(extended && { rope_scaling: extended }) } as DeepSeekConfigInput
+  const scaling = changes.rope_scaling ?? rope_parameters
+  const changed = { ...others, rope_theta: scaling?.rope_theta ?? rope_theta, rope_scaling, ...changes }
+  return { ...changed, ...(scaling && { rope_scaling: { ...kept, ...scaling } }) } as DeepSeekConfigInput
 }
 
 /** Returns the fields of a config.json that this package uses. Files also contain those of other programs. */

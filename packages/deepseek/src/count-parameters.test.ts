@@ -66,7 +66,9 @@ test('cacheCost returns the published bytes per token, and those of the cache of
 })
 
 test('countParameters equals the number of parameters of created models', () => {
-  for (const config of [tiny, { ...tiny, q_lora_rank: null, num_nextn_predict_layers: 0, tie_word_embeddings: true }]) {
+  const leading = { ...tiny, first_k_dense_replace: 3, num_nextn_predict_layers: 2 } // The first module has no experts.
+  const lite = { ...tiny, q_lora_rank: null, num_nextn_predict_layers: 0, tie_word_embeddings: true }
+  for (const config of [tiny, lite, leading]) {
     const model = new DeepSeek(config)
     const { total, mtp } = countParameters(model.config)
     expect(namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)).toBe(total + mtp)

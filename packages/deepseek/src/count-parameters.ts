@@ -56,13 +56,16 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
   const embedding = config.vocab_size * hidden
 
   const layers = config.num_hidden_layers
-  const moeLayers = experts === 0 ? 0 : Math.max(0, layers - config.first_k_dense_replace)
+  const modules = config.num_nextn_predict_layers
+  const withExperts = (count: number) => (experts === 0 ? 0 : Math.max(0, count - config.first_k_dense_replace))
+  const moeLayers = withExperts(layers)
+  const moeModules = withExperts(layers + modules) - moeLayers
   const shared = config.indexer_types?.filter(type => type === 'shared').length ?? 0
   const inAttention = layers * attention - shared * indexer
   const inLayers = inAttention + layers * 2 * hidden + moeLayers * moe + (layers - moeLayers) * dense
   const active = hidden + embedding * 2 + inLayers - moeLayers * idle
-  const mtpLayer = attention + (experts === 0 ? dense : moe) + 2 * hidden + 2 * hidden * hidden + 3 * hidden
   const separate = config.mtp_separate_embeddings ? 2 * embedding : 0
+  const mtpLayer = attention + 2 * hidden + 2 * hidden * hidden + 3 * hidden + separate
   return {
     total: hidden + embedding * (config.tie_word_embeddings ? 1 : 2) + inLayers,
     active,
@@ -71,7 +74,7 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     indexer,
     moe,
     dense,
-    mtp: (mtpLayer + separate) * config.num_nextn_predict_layers,
+    mtp: modules * mtpLayer + moeModules * moe + (modules - moeModules) * dense,
   }
 }
 

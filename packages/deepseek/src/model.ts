@@ -35,10 +35,10 @@ import type { TokenLogProb } from './log-probs.ts'
 import { LossParts, type LossSource } from './loss-parts.ts'
 import { Network } from './network.ts'
 import {
+  checkDropping,
   checkRecompute,
   type DeepSeekOptions,
   defaultObjective,
-  droppingNames,
   type Objective,
   optionNames,
 } from './options.ts'
@@ -93,7 +93,7 @@ export class DeepSeek extends Network {
     checkOptions('DeepSeek objective', objective, defaultObjective)
     checkRecompute(options.recompute)
     const { undropped: share = 0.1, ...budget } = options.dropping ?? {}
-    if (options.dropping) checkOptions('DeepSeek dropping', options.dropping, droppingNames)
+    if (options.dropping) checkDropping(options.dropping)
     const dropping = options.dropping && (budget as TokenDropping)
     const parsed = parseConfig(config)
     const std = seed === null ? 0 : parsed.initializer_range

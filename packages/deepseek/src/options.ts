@@ -1,5 +1,5 @@
 /** @file Options of a model: initialization, load balancing, training loss, memory. */
-import { type Backend, MoeError, type OptionNames, shown, type WeightFormat } from '@moe/core'
+import { type Backend, checkOptions, MoeError, type OptionNames, shown, type WeightFormat } from '@moe/core'
 import type { Balancer, LoadMonitor, Scheduled, TokenDropping } from '@moe/router'
 
 /**
@@ -75,10 +75,21 @@ export const optionNames: OptionNames<DeepSeekOptions> = {
   monitor: true,
 }
 
-export const droppingNames: OptionNames<DeepSeekOptions['dropping'] & object> = {
-  devices: true,
-  capacity_factor: true,
-  undropped: true,
+type Dropping = DeepSeekOptions['dropping'] & object
+
+const droppingNames: OptionNames<Dropping> = { devices: true, capacity_factor: true, undropped: true }
+
+/** Checks what the layers do not check. @throws MoeError E_CONFIG */
+export function checkDropping(dropping: Dropping): void {
+  checkOptions('DeepSeek dropping', dropping, droppingNames)
+  const { undropped = 0 } = dropping
+  if (typeof undropped === 'number' && undropped >= 0 && undropped <= 1) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'DeepSeek dropping',
+    problem: `undropped = ${shown(undropped)} is not a share from 0 to 1`,
+    fix: 'pass 0.1 (V2), or leave it out',
+  })
 }
 
 export const defaultObjective: Objective = {

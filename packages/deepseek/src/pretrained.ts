@@ -156,8 +156,8 @@ async function openModel<Model extends Network>(
   return model
 }
 
-/** Checks, before memory is allocated, that the checkpoint is large enough for the model. Missing weights are reported in detail when it is loaded. */
-function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSource): void {
+/** Checks, before memory is allocated, that the checkpoint is large enough for the model. Missing weights are reported in detail when it is read. @throws MoeError E_STATE_DICT */
+export function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSource): void {
   const { total, mtp } = countParameters(config)
   const elements = checkpoint
     .keys()

@@ -37,7 +37,7 @@ function argmax(x: Tensor, weight: Tensor): Tensor {
  * states `[B, T, D]` after its final norm.
  *
  * The drafts follow the true text instead of drafted text, so the rates of deeper depths are slightly too high. With
- * one draft of acceptance rate a, a pass generates 1 + a tokens; with several, 1 + chained_1 + chained_2 + ...
+ * one draft of acceptance rate a, a pass generates 1 + a tokens; with several, 1 + the sum of `cumulative`.
  */
 export function mtpAcceptance<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,

@@ -93,7 +93,9 @@ export function expertLevel(options: { alpha?: Scheduled } = {}): Balancer {
  */
 export function deviceLevel(options: { devices: number; alpha?: Scheduled }): Balancer {
   checkOptions('deviceLevel', options, { devices: true, alpha: true })
-  return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
+  return lossBalancer(options.alpha ?? 0.05, pass =>
+    deviceBalanceLoss(pass, dividing(pass.scores.shape[1], options.devices)),
+  )
 }
 
 /**
@@ -109,7 +111,7 @@ export function communication(options: { devices: number; limit: number; alpha?:
     const fix = 'pass the number of devices that a token may be sent to (topk_group)'
     throw new MoeError({ code: 'E_ATTR', op: 'communication', problem, fix })
   }
-  return lossBalancer(alpha, pass => communicationBalanceLoss(pass, devicesOf(pass, devices), limit))
+  return lossBalancer(alpha, pass => communicationBalanceLoss(pass, dividing(pass.scores.shape[1], devices), limit))
 }
 
 /**
@@ -131,14 +133,13 @@ export function combineBalancers(...balancers: readonly Balancer[]): Balancer {
   }
 }
 
-/** Checks the number of devices and returns it. Internal. */
-export function devicesOf({ scores }: Pick<RoutingPass, 'scores'>, devices: number): number {
-  const [, experts] = scores.shape
+/** Returns the number of devices, after checking that it divides that of experts. Internal. @throws MoeError E_ATTR */
+export function dividing(experts: number, devices: number): number {
   if (Number.isInteger(devices) && devices >= 1 && experts % devices === 0) return devices
   throw new MoeError({
     code: 'E_ATTR',
     op: 'balance',
-    problem: `${experts} experts are not divisible by ${devices} devices`,
+    problem: `${experts} experts are not divisible by ${shown(devices)} devices`,
     fix: 'pass a number of devices that divides n_routed_experts',
   })
 }

@@ -188,6 +188,9 @@ test('invalid sizes are rejected', () => {
     /intermediate_size = 0.*experts = 2.5/,
   )
   expect(() => make({ router: 'hash' as 'switch' })).toThrow(/router = "hash" is not one of switch, gshard/)
+  expect(() => make({ second_expert: 'never' as 'always' })).toThrow(
+    /second_expert = "never" is not one of random, always/,
+  )
 })
 
 test.each(['switch', 'gshard'] as const)(

@@ -141,6 +141,10 @@ export class CapacityMoE extends Module {
     if (router !== 'switch' && router !== 'gshard') {
       problems.push(`router = ${JSON.stringify(router)} is not one of switch, gshard`)
     }
+    const { second_expert: second = 'random' } = config
+    if (second !== 'random' && second !== 'always') {
+      problems.push(`second_expert = ${JSON.stringify(second)} is not one of random, always`)
+    }
     if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'CapacityMoE', problem: problems.join('; ') })
     this.#config = config
     this.weight = normalParameter([experts, hidden], 'weight', init)

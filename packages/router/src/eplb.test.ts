@@ -44,6 +44,14 @@ test('reports all invalid sizes and loads', () => {
     /experts = 0 is not a positive integer; gpus = 1.5 is not a positive integer; nodes = NaN is not/,
   )
   expect(() => placeExperts([1, Number.NaN], { replicas: 2, gpus: 1 })).toThrow('the load of expert 1 is null')
+  const placement = placeExperts([1, 2, 3, 4], { replicas: 4, gpus: 2 })
+  expect(() => gpuImbalance([1, 2, 3, 4], placement, 3)).toThrow('gpus = 3 does not divide the 4 places')
+  expect(() => gpuImbalance([1, 2, 3, Number.NaN], placement, 2)).toThrow('the load of expert 3 is null')
+})
+
+test('GPUs without any load are balanced', () => {
+  const nothing = [0, 0, 0, 0]
+  expect(gpuImbalance(nothing, placeExperts(nothing, { replicas: 6, gpus: 2 }), 2)).toBe(1)
 })
 
 test('for random loads and clusters, places every expert, fills every GPU, keeps groups on one node, and copies the busiest experts', () => {

@@ -113,21 +113,31 @@ export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): Ex
 }
 
 /**
- * Returns the largest load of a GPU under a placement, relative to the mean; 1 is balanced. The copies of an expert
- * share its load equally.
+ * Returns the largest load of a GPU under a placement, relative to the mean; 1 is balanced, as no load at all is. The
+ * copies of an expert share its load equally.
+ * @throws MoeError E_ATTR for loads that are not numbers, or if the GPUs cannot share the places evenly
  */
 export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement, gpus: number): number {
-  const perGpu = placement.physicalToLogical.length / gpus
+  needNumbers('gpuImbalance', load)
+  const { length: places } = placement.physicalToLogical
+  if (!Number.isInteger(gpus) || gpus < 1 || places % gpus !== 0) {
+    throwIfAny('gpuImbalance', [`gpus = ${shown(gpus)} does not divide the ${places} places`])
+  }
+  const perGpu = places / gpus
   const sums = new Array<number>(gpus).fill(0)
   placement.physicalToLogical.forEach((expert, place) => {
     sums[Math.floor(place / perGpu)] += load[expert] / placement.copies[expert]
   })
-  return Math.max(...sums) / (sums.reduce((sum, x) => sum + x, 0) / gpus)
+  const mean = sums.reduce((sum, x) => sum + x, 0) / gpus
+  return mean === 0 ? 1 : Math.max(...sums) / mean
 }
 
 function checkSizes(sizes: Readonly<Record<string, number>>): void {
   const wrong = Object.entries(sizes).filter(([, size]) => !Number.isInteger(size) || size < 1)
-  throwIfAny(wrong.map(([name, size]) => `${name} = ${shown(size)} is not a positive integer`))
+  throwIfAny(
+    'placeExperts',
+    wrong.map(([name, size]) => `${name} = ${shown(size)} is not a positive integer`),
+  )
 }
 
 function checkShares(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
@@ -136,9 +146,9 @@ function checkShares(experts: number, replicas: number, groups: number, nodes: n
   if (replicas % gpus !== 0) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
   if (experts % groups !== 0) problems.push(`groups = ${groups} does not divide ${experts} experts`)
   if (gpus % nodes !== 0) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)
-  throwIfAny(problems)
+  throwIfAny('placeExperts', problems)
 }
 
-function throwIfAny(problems: readonly string[]): void {
-  if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'placeExperts', problem: problems.join('; ') })
+function throwIfAny(op: string, problems: readonly string[]): void {
+  if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op, problem: problems.join('; ') })
 }

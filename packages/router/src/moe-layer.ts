@@ -29,7 +29,7 @@ import type { RouterConfig } from './config.ts'
 import { Experts } from './experts.ts'
 import { Gate } from './gate.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
-import { droppingNames, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
+import { checkDropping, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
 
 /** Options of an MoE layer: initialization, and how its experts are balanced. */
 export interface MoELayerOptions extends InitOptions {
@@ -116,17 +116,17 @@ export class MoELayer extends Module {
    */
   step = 0
 
-  /** @throws MoeError E_CONFIG that lists all problems */
+  /** @throws MoeError E_CONFIG that lists all problems; E_ATTR for invalid token dropping */
   constructor(config: RouterConfig, options: MoELayerOptions = {}) {
     super()
     checkOptions('MoELayer', options, optionNames)
     const { balancer = null, dropping = null, ...init } = options
-    if (dropping !== null) checkOptions('MoELayer dropping', dropping, droppingNames)
     if (balancer !== null) needBalancer('MoELayer', balancer)
     this.#config = config
     this.#balancer = balancer
     this.#dropping = dropping
     this.gate = new Gate(config, forkInit(init, 'gate'))
+    if (dropping !== null) checkDropping('MoELayer dropping', dropping, config.n_routed_experts)
     if (balancer?.update && !this.gate.e_score_correction_bias)
       throw new MoeError({
         code: 'E_CONFIG',

@@ -12,7 +12,7 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { MoELayer, type RouterConfig, withinDeviceBudget } from './index.ts'
+import { MoELayer, type RouterConfig, type TokenDropping, withinDeviceBudget } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -141,8 +141,10 @@ describe('a layer with token dropping', () => {
     expect(Array.from(await (minimal.kept as Tensor).values())).toEqual([4])
   })
 
-  test('the number of devices must divide the number of experts', () => {
-    const layer = new MoELayer(config, { dropping: { devices: 3 } })
-    expect(() => layer.forward(x, { training: true })).toThrow(/8 experts are not divisible by 3 devices/)
+  test('the number of devices must divide the number of experts, and the capacity factor be positive', () => {
+    const layer = (dropping: TokenDropping) => () => new MoELayer(config, { dropping })
+    expect(layer({ devices: 3 })).toThrow(/8 experts are not divisible by 3 devices/)
+    for (const capacity_factor of [0, -1, Number.NaN, '1' as unknown as number])
+      expect(layer({ devices: 4, capacity_factor })).toThrow(/capacity_factor = .* is not a positive number/)
   })
 })

@@ -8,15 +8,17 @@ import {
   arange,
   checkOptions,
   full,
+  MoeError,
   noGrad,
   type OptionNames,
   scatterAddRows,
   scope,
+  shown,
   type Tensor,
   where,
 } from '@moe/core'
 import type { RoutingPass } from './balance.ts'
-import { devicesOf } from './balancer.ts'
+import { dividing } from './balancer.ts'
 
 /** Options of V2's token dropping. */
 export interface TokenDropping {
@@ -26,7 +28,17 @@ export interface TokenDropping {
   readonly capacity_factor?: number
 }
 
-export const droppingNames: OptionNames<TokenDropping> = { devices: true, capacity_factor: true }
+const droppingNames: OptionNames<TokenDropping> = { devices: true, capacity_factor: true }
+
+/** Checks the options for a layer of `experts` experts. @throws MoeError E_CONFIG, E_ATTR */
+export function checkDropping(op: string, dropping: TokenDropping, experts: number): void {
+  checkOptions(op, dropping, droppingNames)
+  dividing(experts, dropping.devices)
+  const { capacity_factor: factor = 1 } = dropping
+  if (typeof factor === 'number' && factor > 0) return
+  const problem = `capacity_factor = ${shown(factor)} is not a positive number`
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass 1 (V2), or leave it out' })
+}
 
 /** A routing pass, and the sequences in it that are never dropped. */
 export interface DroppingPass extends RoutingPass {
@@ -41,14 +53,13 @@ export interface DroppingPass extends RoutingPass {
  * Returns which choices `f32 [N, K]` are kept, as 1 or 0. Each device keeps those of highest affinity until its budget,
  * ceil(factor * choices / devices), is used up; equal affinities are kept in the order of tokens. Padding is never
  * kept, and does not count for the budget.
- * @throws MoeError E_ATTR if the devices cannot share the experts evenly
+ * @throws MoeError E_ATTR if the devices cannot share the experts evenly, or the factor is not a positive number
  */
 export function withinDeviceBudget(pass: DroppingPass, dropping: TokenDropping): Tensor {
-  checkOptions('withinDeviceBudget', dropping, droppingNames)
   const { scores, indices, sequences, mask, undropped } = pass
-  const { capacity_factor: factor = 1 } = dropping
-  const devices = devicesOf(pass, dropping.devices)
+  const { devices, capacity_factor: factor = 1 } = dropping
   const [tokens, experts] = scores.shape
+  checkDropping('withinDeviceBudget', dropping, experts)
   const topK = indices.shape[1]
   const slots = tokens * topK
   const { backend } = scores

@@ -68,6 +68,22 @@ describe('the sequences of a cache', () => {
   })
 })
 
+test('options that have no effect with a cache are rejected', () => {
+  const cache = new LatentCache(config, { layers: 1 })
+  const mla = new MultiHeadLatentAttention(config)
+  const mha = new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 })
+  const own = mha.makeCache({ layers: 1 })
+  const x = zeros([1, 4, 24])
+  const starts = zeros([1, 4], { dtype: 'i32' })
+  for (const options of [{ starts }, { dense: true }, { onIndexerLoss: () => {} }])
+    expect(() => mla.forward(x, { cache, ...options })).toThrow(
+      `MultiHeadLatentAttention: with a cache, ${Object.keys(options)} would have no effect`,
+    )
+  expect(() => mha.forward(x, { cache: own, starts })).toThrow('MultiHeadAttention: with a cache, starts would')
+  cache.dispose()
+  own.dispose()
+})
+
 test('an input with another number of sequences than the cache is rejected', () => {
   const cache = new LatentCache(config, { layers: 1, batch: 2 })
   const mla = new MultiHeadLatentAttention(config)

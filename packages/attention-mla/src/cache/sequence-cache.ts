@@ -287,3 +287,15 @@ export function needSequences(op: string, { shape }: Tensor, cache: SequenceCach
     details: { input: batch, cache: cache.batch },
   })
 }
+
+/** Refuses options that are for passes without a cache: `undefined` and `false` are not set. @throws MoeError E_ATTR */
+export function refuseWithCache(op: string, options: Readonly<Record<string, unknown>>): void {
+  const set = Object.keys(options).filter(name => options[name])
+  if (set.length === 0) return
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: `with a cache, ${set.join(', ')} would have no effect`,
+    fix: 'leave it out, or pass no cache',
+  })
+}

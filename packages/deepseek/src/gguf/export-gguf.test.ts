@@ -271,10 +271,16 @@ describe('tensors', () => {
     expect(failure.message).toMatch(
       /"model.layers.0.self_attn.kv_b_proj.weight" has the shape \[224, 32\], expected \[256, 32\]/,
     )
-    await writeFile(join(saved, 'config.json'), JSON.stringify({ ...config, num_hidden_layers: 9 }))
+    await writeFile(
+      join(saved, 'config.json'),
+      JSON.stringify({ ...config, num_hidden_layers: config.num_hidden_layers + 2 }),
+    )
     await expect(exportGguf(saved, path, { tokenizer })).rejects.toThrow(
       /"model.layers.\d.input_layernorm.weight" is missing/,
     )
     await expect(exportGguf(saved, path)).rejects.toThrow(/has no tokenizer.json; pass \{ tokenizer \}/)
+    // Sizes for which there is no memory.
+    await writeFile(join(saved, 'config.json'), JSON.stringify({ ...config, vocab_size: 2 ** 40 }))
+    await expect(exportGguf(saved, path, { tokenizer })).rejects.toThrow(/but the checkpoint has only \d+/)
   })
 })

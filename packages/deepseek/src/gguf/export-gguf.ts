@@ -16,7 +16,7 @@ import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, show
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
 import { type FolderWeights, openWeights, parseJson, readConfig } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
-import { refuseAdapters } from '../pretrained.ts'
+import { checkSize, refuseAdapters } from '../pretrained.ts'
 import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
 import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
@@ -113,6 +113,7 @@ export async function exportGguf(
   const opened = openFolder('exportGguf', folder)
   const config = parseConfig(await readConfig(opened))
   await using weights = await openWeights(opened)
+  checkSize(folder, config, weights.checkpoint)
   const vocabulary = await vocabularyFrom(config, options, folder)
   return await write(config, folderSource(weights), vocabulary, file, {
     name: basename(resolve(folder)),
