@@ -71,11 +71,12 @@ const types = {
     architecture: 'DeepseekV32ForCausalLM',
     isSparse: true,
     defaults: { index_topk: 2048, index_n_heads: 64, index_head_dim: 128 },
-    fixed: { indexer_rope_interleave: false },
+    fixed: { rope_interleave: true, indexer_rope_interleave: false },
   },
   deepseek_v2: {
     architecture: 'DeepseekV2ForCausalLM',
     defaults: { topk_method: 'greedy', norm_topk_prob: false },
+    fixed: { rope_interleave: true },
   },
   /** GLM-4.7-Flash. */
   glm4_moe_lite: {
@@ -108,7 +109,12 @@ const types = {
       index_head_dim: 128,
       indexer_rope_interleave: true,
     },
-    fixed: { topk_method: 'noaux_tc', scoring_func: 'sigmoid', indexer_rope_interleave: true },
+    fixed: {
+      topk_method: 'noaux_tc',
+      scoring_func: 'sigmoid',
+      rope_interleave: true,
+      indexer_rope_interleave: true,
+    },
     read: json => ({
       ...json,
       first_k_dense_replace: json.first_k_dense_replace ?? leadingDense(json.mlp_layer_types) ?? 3,

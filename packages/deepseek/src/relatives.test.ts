@@ -374,6 +374,18 @@ describe('unsupported RoPE settings', () => {
     await expect(DeepSeek.fromPretrained(folder)).rejects.toThrow(message)
   })
 
+  test.each(['deepseek_v2', 'deepseek_v32', 'glm_moe_dsa'] as const)(
+    'rotation of halves is rejected for %s, whose readers ignore rope_interleave',
+    model_type => {
+      const { topk_method, scoring_func, norm_topk_prob, num_nextn_predict_layers, ...rest } = presets.tiny
+      const config = { ...rest, model_type, index_head_dim: 32 }
+      expect(parseConfig(config).rope_interleave).toBe(true)
+      expect(() => parseConfig({ ...config, rope_interleave: false })).toThrow(
+        `rope_interleave = false, but ${model_type} always has true`,
+      )
+    },
+  )
+
   test('rope_scaling may contain the base', () => {
     const { rope_theta, ...rest } = presets['deepseek-v3']
     const scaled = { ...rest, rope_scaling: { ...yarn, rope_theta: 5e5, attention_factor: 0.1 * Math.log(4) + 1 } }
