@@ -17,9 +17,11 @@ const edges = {
   // Its command opens tokenizers.
   trainer: ['core', 'checkpoint', 'tokenizer-bpe'],
   parallel: ['core'],
-  // So does that of evaluation.
-  evaluation: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
-  // Its command opens folders, chooses a backend and connects ranks: it is an application.
+  // Their commands open folders, choose a backend and connect ranks: they are applications.
+  evaluation: [
+    ...['core', 'deepseek', 'tokenizer-bpe', 'parallel'],
+    ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs'],
+  ],
   server: [
     ...['core', 'deepseek', 'tokenizer-bpe', 'parallel'],
     ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs'],

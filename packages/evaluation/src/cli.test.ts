@@ -234,3 +234,42 @@ test('exits with 130 if interrupted', async () => {
   child.kill('SIGINT')
   expect(await code).toBe(130)
 })
+
+const launcher = ['mpirun.openmpi', 'mpirun'].find(name => spawnSync(name, ['--version']).status === 0)
+
+// Reason to skip: no MPI is installed here.
+test.skipIf(launcher === undefined)(
+  '--ranks evaluates with the experts of two processes, and the first one reports',
+  { timeout: 240_000 },
+  () => {
+    const onRanks = (...args: string[]) => {
+      const start = ['--allow-run-as-root', '--oversubscribe', '-np', '2', process.execPath, cli, '--ranks', ...args]
+      return spawnSync(launcher as string, start, { encoding: 'utf8', cwd: folder })
+    }
+    const args = ['model', '--task', 'piqa=piqa.jsonl', '--shots', '0', '--threads', '1', '--json']
+    const found = onRanks(...args, '--items', 'of-ranks.jsonl')
+    expect({ status: found.status, stderr: found.stderr }).toEqual({ status: 0, stderr: '' })
+    const expected = JSON.parse(run(...args, '--items', 'of-one.jsonl').stdout)
+    const { results, model } = JSON.parse(found.stdout)
+    expect(model).toEqual({ ...expected.model, processes: 2 })
+    expect(results[0].metrics).toEqual(expected.results[0].metrics)
+    const scores = (file: string) =>
+      readFileSync(join(folder, file), 'utf8')
+        .match(/-?\d+\.\d+/g)
+        ?.map(Number) ?? []
+    expect(scores('of-ranks.jsonl').length).toBeGreaterThan(20)
+    expect(scores('of-ranks.jsonl')).toEqual(scores('of-one.jsonl').map(score => expect.closeTo(score, 3)))
+
+    const failed = onRanks('model', '--task', 'lambada=piqa.jsonl')
+    expect(failed).toMatchObject({
+      status: 1,
+      stderr: expect.stringMatching(/moe-evaluate: .*the field text is missing/),
+    })
+    expect(failed.stderr.match(/moe-evaluate:/g)).toHaveLength(1)
+    // Every process fails to open it.
+    expect(onRanks('nowhere', '--task', 'piqa=piqa.jsonl')).toMatchObject({
+      status: 1,
+      stderr: expect.stringContaining('nowhere'),
+    })
+  },
+)

@@ -4,10 +4,11 @@ import { createHash } from 'node:crypto'
 import { closeSync, openSync, readFileSync, statSync, writeSync } from 'node:fs'
 import { relative } from 'node:path'
 import { parseArgs } from 'node:util'
-import { firstAvailable, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { type Backend, firstAvailable, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import type { FromPretrainedOptions } from '@moe/deepseek'
 import { findFiles } from '@moe/trainer'
 import { evaluateTask } from './evaluate-task.ts'
-import { openModel } from './open-model.ts'
+import { type OpenedModel, openModel } from './open-model.ts'
 import { progressLine, resultTable } from './report.ts'
 import type { Task } from './task.ts'
 import { readTask } from './task-file.ts'
@@ -33,7 +34,9 @@ Evaluates a language model on tasks.
   --precision P       arithmetic of matrix products: f32, bf16 or fp8 (default: bf16 with --weights, else f32)
   --bos TOKEN         the token at the start of texts, or none (default: from the tokenizer's files)
   --max-texts N       number of answers generated at the same time (default: 8)
-  --threads N         number of CPU threads (default: one per core)
+  --threads N         number of CPU threads (default: one per core; with --ranks, one)
+  --ranks             shard the experts over the processes that mpirun has started:
+                      mpirun -np 4 moe-evaluate FOLDER --task NAME=FILE --ranks
   --items FILE        write the result of each item to FILE, one JSON object per line
   --json              print the results as JSON, with everything needed to reproduce them
   --quiet             show no progress and no notes
@@ -42,6 +45,8 @@ Evaluates a language model on tasks.
 `
 
 class UsageError extends Error {}
+
+type Options = ReturnType<typeof readArguments>
 
 interface RequestedTask {
   readonly name: string
@@ -65,6 +70,7 @@ function readArguments() {
       bos: { type: 'string' },
       'max-texts': { type: 'string' },
       threads: { type: 'string' },
+      ranks: { type: 'boolean', default: false },
       items: { type: 'string' },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
@@ -107,7 +113,7 @@ function pairs(option: string, given: readonly string[]): Array<readonly [name: 
   })
 }
 
-async function requestedTasks(options: ReturnType<typeof readArguments>): Promise<RequestedTask[]> {
+async function requestedTasks(options: Options): Promise<RequestedTask[]> {
   const given = pairs('task', options.task)
   if (given.length === 0) throw new UsageError('missing --task NAME=FILE')
   const examples = new Map(pairs('examples', options.examples))
@@ -142,8 +148,8 @@ const packageFile: { name: string; version: string } = JSON.parse(
   readFileSync(new URL('../package.json', import.meta.url), 'utf8'),
 )
 
-async function main(options: ReturnType<typeof readArguments>): Promise<void> {
-  const { positionals, json, quiet, threads, shots, draw, seed, limit, maxTexts, weights, precision } = options
+async function main(options: Options): Promise<void> {
+  const { positionals, weights, bos, ranks } = options
   const [folder, ...more] = positionals
   if (folder === undefined) throw new UsageError('missing FOLDER')
   if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
@@ -152,15 +158,33 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const digests = new Map(
     requested.flatMap(({ files, examples = [] }) => [...files, ...examples]).map(path => [path, digest(path)]),
   )
-  /** One digest, or a list if there are several files. */
-  const digestsOf = (paths: readonly string[]) => {
-    const all = paths.map(path => digests.get(path))
-    return all.length === 1 ? all[0] : all
+  const threads = options.threads ?? (ranks ? 1 : undefined)
+  const open = (parameters?: FromPretrainedOptions['parameters']) => openModel(folder, { weights, bos, parameters })
+  const evaluateOpened = (opened: OpenedModel, processes?: number) =>
+    evaluateModel(opened, requested, digests, { ...options, folder, processes })
+  if (!ranks) {
+    await useBackend(threads)
+    return evaluateOpened(await open())
   }
-  const interrupt = new AbortController()
-  process.once('SIGINT', () => interrupt.abort())
+  const { leadProcesses } = await import('@moe/parallel').catch(error => {
+    if (error.code !== 'ERR_MODULE_NOT_FOUND') throw error
+    throw new UsageError('--ranks needs another package: npm i @moe/parallel')
+  })
+  await leadProcesses({
+    createBackend: device => useBackend(threads, device),
+    open,
+    work: evaluateOpened,
+    note: text => process.stderr.write(`${text}\n`),
+  })
+}
+
+/** Creates the backend: a GPU if there is one. @param device index of the GPU */
+async function useBackend(threads: number | undefined, device?: number): Promise<Backend> {
   const backend = await firstAvailable([
-    () => import('@moe/kernels-cuda'),
+    async () => {
+      const { createBackend } = await import('@moe/kernels-cuda')
+      return { createBackend: () => createBackend({ device }) }
+    },
     async () => {
       const { createBackend } = await import('@moe/kernels-cpu')
       return { createBackend: () => createBackend({ threads }) }
@@ -168,7 +192,25 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     () => import('@moe/backend-tfjs'),
   ])
   setDefaultBackend(backend)
-  const { path, model, tokenizer, bos, prefix } = await openModel(folder, { weights, bos: options.bos })
+  return backend
+}
+
+/** Evaluates the tasks and prints the results. */
+async function evaluateModel(
+  { path, model, tokenizer, bos, prefix }: OpenedModel,
+  requested: readonly RequestedTask[],
+  digests: ReadonlyMap<string, ReturnType<typeof digest>>,
+  options: Options & { readonly folder: string; readonly processes: number | undefined },
+): Promise<void> {
+  const { json, quiet, shots, draw, seed, limit, maxTexts, weights, precision, folder, processes } = options
+  const { backend } = model
+  /** One digest, or a list if there are several files. */
+  const digestsOf = (paths: readonly string[]) => {
+    const all = paths.map(path => digests.get(path))
+    return all.length === 1 ? all[0] : all
+  }
+  const interrupt = new AbortController()
+  process.once('SIGINT', () => interrupt.abort())
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
@@ -200,7 +242,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     const { elements, bytes } = weightBytes(model)
     const how = { weights: weights ?? 'f32', precision, bos, prefix, backend: backend.name, device: backend.device }
     const { name, version } = packageFile
-    const evaluated = { folder, path, parameters: elements, bytes, ...how }
+    const evaluated = { folder, path, parameters: elements, bytes, ...how, ...(processes && { processes }) }
     const report = {
       package: { name, version },
       date,
@@ -260,4 +302,6 @@ try {
   else await main(options)
 } catch (error) {
   fail(error)
+  // A process that waits for another one does not exit by itself.
+  if (process.argv.includes('--ranks')) process.exit()
 }

@@ -2,7 +2,7 @@
 import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { MoeError, type WeightFormat } from '@moe/core'
-import { DeepSeek } from '@moe/deepseek'
+import { DeepSeek, type FromPretrainedOptions } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { modelFolder } from '@moe/trainer'
 
@@ -19,12 +19,21 @@ export interface OpenedModel {
 /**
  * Opens a model in the Hugging Face layout, or the latest checkpoint of a run of `train`, on the default backend. If tokenizer_config.json sets `add_bos_token`, texts start
  * with that token.
- * @param bos the token at the start of texts, or `none`
+ * @param options.bos the token at the start of texts, or `none`
+ * @param options.parameters as in `DeepSeek.fromPretrained`: the parameters to load, if this rank has only a part of the model
  * @throws MoeError, TokenizerError for missing or corrupt files
  */
 export async function openModel(
   folder: string,
-  { weights, bos }: { readonly weights?: WeightFormat; readonly bos?: string },
+  {
+    weights,
+    bos,
+    parameters,
+  }: {
+    readonly weights?: WeightFormat | undefined
+    readonly bos?: string | undefined
+    readonly parameters?: FromPretrainedOptions['parameters']
+  },
 ): Promise<OpenedModel> {
   const path = modelFolder(folder)
   const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
@@ -46,7 +55,7 @@ export async function openModel(
     }
     Object.assign(tokens, { bos: given })
   }
-  const model = await DeepSeek.fromPretrained(path, { weights })
+  const model = await DeepSeek.fromPretrained(path, { weights, parameters })
   return { path, model, tokenizer, ...tokens }
 }
 

@@ -6,6 +6,7 @@ export type { ExpertParallelLayer, PieceRunner, RouteTokens } from './experts/ex
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShard, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
 export type { EvaluatedBatch, EvaluatedLoss, ParallelStepOptions, ParallelStepResult } from './gradients.ts'
+export { type LedCommand, leadProcesses } from './lead-processes.ts'
 export { mpi } from './mpi/mpi.ts'
 export { nccl } from './nccl/nccl.ts'
 export { Pipeline, type PipelineModel, type PipelineStages } from './pipeline/pipeline.ts'

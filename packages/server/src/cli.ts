@@ -125,8 +125,18 @@ async function main(options: Options): Promise<void> {
     return openFolder(folder, { weights, name, chatTemplate, ...more })
   }
   const threads = options.threads ?? (ranks ? 1 : undefined)
-  if (ranks) await serveOnRanks(threads, open, model => serveModel(model, options))
-  else {
+  if (ranks) {
+    const { leadProcesses } = await import('@moe/parallel').catch(error => {
+      if (error.code !== 'ERR_MODULE_NOT_FOUND') throw error
+      throw new UsageError('--ranks needs another package: npm i @moe/parallel')
+    })
+    await leadProcesses({
+      createBackend: device => useBackend(threads, device),
+      open: parameters => open({ parameters }),
+      work: opened => serveModel(opened, options),
+      note: log,
+    })
+  } else {
     await useBackend(threads)
     await serveModel(await open(), options)
   }
@@ -148,37 +158,6 @@ async function useBackend(threads: number | undefined, device?: number): Promise
   ])
   setDefaultBackend(backend)
   return backend
-}
-
-/** Serves from the first rank, with the experts of all ranks. */
-async function serveOnRanks(
-  threads: number | undefined,
-  open: (options: OpenOptions) => Promise<OpenedModel>,
-  serveOpened: (opened: OpenedModel) => Promise<void>,
-): Promise<void> {
-  const { ExpertParallel, mpi, nccl } = await import('@moe/parallel').catch(error => {
-    if (error.code !== 'ERR_MODULE_NOT_FOUND') throw error
-    throw new UsageError('--ranks needs another package: npm i @moe/parallel')
-  })
-  const processes = await mpi()
-  const backend = await useBackend(threads, localRank())
-  const ranks = backend.name === 'kernels-cuda' ? await nccl(processes) : processes
-  let opened: OpenedModel | undefined
-  const { spread } = await ExpertParallel.open(async parameters => {
-    opened = await open({ parameters })
-    return opened.model
-  }, ranks)
-  // The first rank ends the others. When interrupted, the launcher also signals them.
-  if (ranks.rank > 0) for (const signal of Object.keys(exitCodes)) process.on(signal, () => undefined)
-  await spread.lead(() => serveOpened(opened as OpenedModel))
-  await ranks.close()
-}
-
-/** Number of this process among those on the same machine, which each have their own GPU. */
-function localRank(): number | undefined {
-  const names = ['OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID']
-  const rank = names.map(name => process.env[name]).find(value => value !== undefined)
-  return rank === undefined ? undefined : Number(rank)
 }
 
 /** Serves until a signal stops the server. */

@@ -5,10 +5,11 @@ import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek } from '@moe/deepseek'
 import type { CudaBackend } from '@moe/kernels-cuda'
 import koffi from 'koffi'
-import { afterEach, describe, expect, test } from 'vitest'
+import { afterEach, describe, expect, test, vi } from 'vitest'
 import type { Communicator } from '../communicator/communicator.ts'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { ExpertParallel, local } from '../index.ts'
+import { localDevice, overDevices } from '../lead-processes.ts'
 import { launch, launchers } from '../mpi/test-launch.ts'
 import { digestOf, parallelisms, smallConfig, trainSmall } from '../test-training.ts'
 import type { CudaAccess } from './device-memory.ts'
@@ -290,10 +291,48 @@ describe.skipIf(unavailable)('NCCL', () => {
     })
   })
 
+  onEmulator('without NCCL on every rank, a command sends tensors through host memory, and says why', async () => {
+    const found = async (file: string, backendsOf: (rank: number) => Promise<Backend> | Backend) => {
+      vi.stubEnv('MOE_NCCL_LIBRARY', file)
+      const notes: string[] = []
+      const sums = await local(2, async host => {
+        const backend = await backendsOf(host.rank)
+        const ranks = await overDevices(host, backend, text => notes.push(`${host.rank} ${text}`))
+        const one = tensor([1], [1], { backend })
+        const [sum] = await ranks.allReduce([one])
+        const result = [await sum.item(), ranks === host]
+        for (const each of [one, sum]) each.dispose()
+        await ranks.close()
+        if ('interop' in backend) (backend as CudaBackend).dispose()
+        return result
+      })
+      vi.unstubAllEnvs()
+      return { sums, notes }
+    }
+    const twice = <T>(value: T) => [value, value]
+    expect(await found(library, backendOf)).toEqual({ sums: twice([2, false]), notes: [] })
+    expect(await found('/nowhere/libnccl.so', backendOf)).toEqual({
+      sums: twice([2, true]),
+      notes: [expect.stringMatching(/^0 note: tensors are sent through host memory, which is slower: nccl: no NCCL/)],
+    })
+    expect(await found(library, rank => (rank === 0 ? backendOf(0) : referenceBackend()))).toEqual({
+      sums: twice([2, true]),
+      notes: [expect.stringMatching(/^1 note: .*: rank 1 runs on reference$/)],
+    })
+    expect(await found(library, () => referenceBackend())).toEqual({ sums: twice([2, true]), notes: [] })
+  })
+
   test('the interop of @moe/kernels-cuda implements CudaAccess', async () => {
     const backend = await backendOf(0)
     const access: CudaAccess = backend.interop
     expect(access).toBe(backend.interop)
     backend.dispose()
   })
+})
+
+test('the GPU of a process is numbered by its launcher, among those that the process may use', () => {
+  expect(localDevice({})).toBe(undefined)
+  expect(localDevice({ OMPI_COMM_WORLD_LOCAL_RANK: '3' })).toBe(3)
+  expect(localDevice({ MPI_LOCALRANKID: '2', CUDA_VISIBLE_DEVICES: '4,5,6,7' })).toBe(2)
+  expect(localDevice({ SLURM_LOCALID: '3', CUDA_VISIBLE_DEVICES: '6' })).toBe(0)
 })
