@@ -69,6 +69,31 @@ describe('openFolder rejects folders', () => {
   })
 })
 
+test('texts start with the begin token if tokenizer_config.json says so, once', async () => {
+  setDefaultBackend(referenceBackend())
+  const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const saved = new DeepSeek(config, { seed: 1 })
+  await saved.save(folder)
+  saved.dispose()
+  const files = async (tokenizerFile: object, settings: object) => {
+    await writeFile(join(folder, 'tokenizer.json'), JSON.stringify(tokenizerFile))
+    await writeFile(join(folder, 'tokenizer_config.json'), JSON.stringify(settings))
+    const { model, tokenizer } = await openFolder(folder)
+    model.dispose()
+    return tokenizer
+  }
+  const begin = tokenizer.tokenToId('<|begin|>') as number
+  const plain = [...tokenizer.encode('the people')]
+  const settings = { add_bos_token: true, bos_token: { content: '<|begin|>' } }
+  const own = await files(tokenizer.toJSON(), settings)
+  expect([...own.encode('the people')]).toEqual([begin, ...plain])
+  expect([...own.encode('the people', { addSpecialTokens: false })]).toEqual(plain)
+  expect([...(await files(own.toJSON(), settings)).encode('the people')]).toEqual([begin, ...plain])
+  for (const other of [{}, { ...settings, add_bos_token: false }, { add_bos_token: true }])
+    expect([...(await files(tokenizer.toJSON(), other)).encode('the people')]).toEqual(plain)
+})
+
 test('a training run with adapters opens with its base model, also quantized, and generates the same text as the trained model', async () => {
   setDefaultBackend(referenceBackend())
   const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))

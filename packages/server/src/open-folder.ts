@@ -27,23 +27,44 @@ export interface OpenedModel extends ServedModel {
 
 /**
  * Opens a model in the Hugging Face layout, or the latest checkpoint of a training run, on the default backend. The chat template is `chat_template.jinja`, or else that
- * of `tokenizer_config.json`.
+ * of `tokenizer_config.json`. If the latter sets `add_bos_token`, texts start with that token, as in transformers.
  * @throws MoeError, TokenizerError if a file is missing or corrupt
  */
 export async function openFolder(folder: string, options: OpenOptions = {}): Promise<OpenedModel> {
   const path = modelFolder(folder)
-  const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
-  const chatTemplate = await readTemplate(path, options.chatTemplate)
+  const configFile = join(path, 'tokenizer_config.json')
+  const plain = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
+  const config: ChatConfig = existsSync(configFile) ? parse(configFile) : {}
+  const tokenizer = config.add_bos_token === true ? await withBegin(plain, config.bos_token) : plain
+  const chatTemplate = await readTemplate(path, config, options.chatTemplate)
   const model = await DeepSeek.fromPretrained(path, { weights: options.weights, parameters: options.parameters })
   return { path, model, tokenizer, chatTemplate, name: options.name ?? basename(resolve(folder)) }
 }
 
-async function readTemplate(folder: string, given: string | undefined): Promise<ChatTemplate | undefined> {
+/** A tokenizer that adds a token at the start of texts, unless it adds one already. */
+async function withBegin(tokenizer: BpeTokenizer, token: unknown): Promise<BpeTokenizer> {
+  const text = (token as { content?: unknown } | null | undefined)?.content ?? token
+  const id = typeof text === 'string' ? tokenizer.tokenToId(text) : undefined
+  if (id === undefined || tokenizer.encode('').length > 0) return tokenizer
+  const special = { SpecialToken: { id: text, type_id: 0 } }
+  const sequence = (name: string) => ({ Sequence: { id: name, type_id: 0 } })
+  const post_processor = {
+    type: 'TemplateProcessing',
+    single: [special, sequence('A')],
+    pair: [special, sequence('A'), sequence('B')],
+    special_tokens: { [text as string]: { id: text, ids: [id], tokens: [text] } },
+  }
+  return BpeTokenizer.fromJSONAsync({ ...tokenizer.toJSON(), post_processor })
+}
+
+/** @param config also defines the special tokens that templates use */
+async function readTemplate(
+  folder: string,
+  config: ChatConfig,
+  given: string | undefined,
+): Promise<ChatTemplate | undefined> {
   const own = join(folder, 'chat_template.jinja')
   const file = given ?? (existsSync(own) ? own : undefined)
-  const configFile = join(folder, 'tokenizer_config.json')
-  // Also defines the special tokens that templates use.
-  const config: ChatConfig = existsSync(configFile) ? parse(configFile) : {}
   const template = file === undefined ? config.chat_template : read(file)
   return template === undefined ? undefined : ChatTemplate.from({ ...config, chat_template: template })
 }
