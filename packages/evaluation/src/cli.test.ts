@@ -189,6 +189,11 @@ test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, (
     '--examples',
     'own=piqa.jsonl',
   )
+  expectError(
+    2,
+    '--shots: text is a text task, which has no examples',
+    ...['model', '--task', 'piqa=piqa.jsonl', '--task', 'text=text.txt', '--shots', '1'],
+  )
   expectError(1, '--task piqa: no file matches missing.jsonl in', 'model', '--task', 'piqa=missing.jsonl')
   expectError(1, '--task text: no file matches parts/*.md in', 'model', '--task', 'text=parts/*.md')
   expectError(1, '--task text: model is a folder; pass a pattern', 'model', '--task', 'text=model')
