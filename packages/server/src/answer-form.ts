@@ -1,5 +1,6 @@
 /** @file Converts `response_format`, `tools` and `tool_choice` of a chat to a constraint on its answer. */
 import { z } from 'zod'
+import { Effort } from './automaton.ts'
 import { ApiError } from './errors.ts'
 import type { CallForm, Form, FormPart } from './grammar-host.ts'
 import { type SupportedSchema, supportedSchema } from './json-schema.ts'
@@ -108,7 +109,8 @@ export function answerForm(
   number: number,
 ): AnswerForm {
   const reasoning = thinking === 'none' ? [] : [{ thinking }]
-  const required = schemaOfFormat(given.response_format)
+  const effort = new Effort()
+  const required = schemaOfFormat(given.response_format, effort)
   const json = required && { form: [[...reasoning, required.schema]], param: required.param }
   if (tools.length === 0) return { prefix: '', form: json }
   const isString = (name: string, argument: string) => {
@@ -119,13 +121,13 @@ export function answerForm(
   const parse = (text: string) => format.parse(text, isString).slice(0, maxCalls)
   // Arguments that are not JSON cannot be constrained.
   const isStrict = format.isJson && tools.some(tool => tool.function.strict)
-  if (isForced(given.tool_choice)) return forcedCall(given, format, tools, thinking, number, parse)
+  if (isForced(given.tool_choice)) return forcedCall(given, format, tools, thinking, number, parse, effort)
   const calls = { begin: format.begin, onlyAtStart: json !== undefined, read: parse }
   if (!isStrict) {
     const anyCalls = [...reasoning, format.begin, { anything: true as const }]
     return { prefix: '', form: json && { ...json, form: [...json.form, anyCalls] }, calls }
   }
-  const schemas = tools.map(tool => (tool.function.strict ? argumentsOf(tool, given) : anyObject))
+  const schemas = tools.map(tool => (tool.function.strict ? argumentsOf(tool, given, effort) : anyObject))
   if (json) {
     // Grammars cannot have alternatives of which one is JSON and one is any number of calls, so it is one call.
     const oneOf = tools.map((tool, i) => [...reasoning, headOf(format, tool, number), schemas[i], format.end])
@@ -136,9 +138,9 @@ export function answerForm(
 }
 
 /** The schema of the arguments of a tool. @throws ApiError 400 if it is unsupported */
-function argumentsOf(tool: Tool, { tools }: FormFields): SupportedSchema {
+function argumentsOf(tool: Tool, { tools }: FormFields, effort: Effort): SupportedSchema {
   const schema = tool.function.parameters ?? { type: 'object', properties: {} }
-  return supportedSchema(schema, `tools[${tools?.indexOf(tool)}].function.parameters`)
+  return supportedSchema(schema, `tools[${tools?.indexOf(tool)}].function.parameters`, effort)
 }
 
 const anyObject = supportedSchema({ type: 'object' }, 'tools')
@@ -168,6 +170,7 @@ function forcedCall(
   thinking: Thinking,
   number: number,
   parse: (text: string) => ToolCall[],
+  effort: Effort,
 ): AnswerForm {
   const { tool_choice: choice } = given
   const named = typeof choice === 'object' && choice?.type === 'function' ? choice.function.name : undefined
@@ -176,7 +179,7 @@ function forcedCall(
   const all = callable.map(tool => ({
     name: tool.function.name,
     head: headOf(format, tool, number),
-    rest: format.isJson ? argumentsOf(tool, given) : { anything: true as const },
+    rest: format.isJson ? argumentsOf(tool, given, effort) : { anything: true as const },
   }))
   // Text that is already determined goes into the prompt instead of being generated.
   const prefix = thinking !== 'none' ? '' : all.length === 1 ? all[0].head : format.opening
@@ -192,9 +195,9 @@ function forcedCall(
   return { prefix, form: { form, param: 'tools' }, calls: { begin: '', onlyAtStart: true, read } }
 }
 
-function schemaOfFormat(format: FormFields['response_format']) {
+function schemaOfFormat(format: FormFields['response_format'], effort: Effort) {
   if (format == null || format.type === 'text') return undefined
   const param = format.type === 'json_object' ? 'response_format' : 'response_format.json_schema.schema'
   const schema = format.type === 'json_object' ? { type: 'object' } : format.json_schema.schema
-  return { schema: supportedSchema(schema, param), param }
+  return { schema: supportedSchema(schema, param, effort), param }
 }

@@ -14,8 +14,8 @@ const SYMBOL_COUNT = NON_ASCII + 1
 const MAX_STATES = 1000
 const MAX_NFA_STATES = 5000
 
-/** Maximum effort for the patterns of a schema, about half a second, which blocks the server. */
-const MAX_EFFORT = 2 ** 20
+/** Maximum effort for the patterns of a request, about a second, which blocks the server. */
+const MAX_EFFORT = 2 ** 21
 
 /** Thrown if a pattern is unsupported, too large, or matches nothing. */
 export class PatternError extends Error {}

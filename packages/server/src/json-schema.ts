@@ -78,13 +78,14 @@ const keywordsOf: Readonly<Record<string, readonly string[]>> = {
  * Converts a schema for compilation. The result allows only values that the schema allows, with two differences: objects with `properties` have no other properties, and
  * `oneOf` is treated as `anyOf`.
  * @param param the request field that contains the schema
+ * @param effort limits the time for the patterns of all schemas of a request
  * @throws ApiError 400 if something in the schema is not supported
  */
-export function supportedSchema(schema: unknown, param: string): SupportedSchema {
+export function supportedSchema(schema: unknown, param: string, effort = new Effort()): SupportedSchema {
   const text = JSON.stringify(schema) ?? ''
   const known = latest.get(text)
   if (known) return known
-  const reader = new Reader(param)
+  const reader = new Reader(param, effort)
   const form = reader.root(schema)
   const supported = { schema: form, rules: reader.rules, characters: reader.characters }
   latest.set(text, supported)
@@ -97,12 +98,21 @@ export function supportedSchema(schema: unknown, param: string): SupportedSchema
 const latest = new Map<string, SupportedSchema>()
 const MAX_LATEST = 64
 
+const formatAutomata = new Map<string, Automaton>()
+
+/** Formats are converted once, so that they need no effort of a request. */
+function formatAutomaton(name: string): Automaton {
+  const automaton = formatAutomata.get(name) ?? patternAutomaton(`^(?:${formats[name]})$`, new Effort())
+  formatAutomata.set(name, automaton)
+  return automaton
+}
+
 class Reader {
   readonly rules: Record<string, Rule> = {}
   /** Cost in characters, by what causes it. */
   readonly #costs = new Map<string, number>()
   readonly #automata = new Map<string, JsonSchema>()
-  readonly #effort = new Effort()
+  readonly #effort: Effort
   readonly #param: string
   #count = 0
   #states = 0
@@ -110,8 +120,9 @@ class Reader {
   #ignored = 0
   #definitions: ReadonlyMap<string, unknown> = new Map()
 
-  constructor(param: string) {
+  constructor(param: string, effort: Effort) {
     this.#param = param
+    this.#effort = effort
   }
 
   get characters(): number {
@@ -255,7 +266,7 @@ class Reader {
     if (!patterns.every(one => typeof one === 'string')) throw this.#error(at, 'pattern is not a string')
     const subject = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern).slice(0, 100)}`
     return this.#automaton([name, pattern, minLength, maxLength], subject, at, () => {
-      const all: Automaton[] = name === undefined ? [] : [this.#pattern(`^(?:${formats[String(name)]})$`)]
+      const all: Automaton[] = name === undefined ? [] : [formatAutomaton(String(name))]
       // Beside a format, Zod writes an equivalent or weaker pattern, which may be unsupported and can then be ignored.
       const kept = name === undefined ? patterns : patterns.filter(one => this.#isSupported(one))
       all.push(...kept.map(one => this.#pattern(one)))

@@ -184,6 +184,16 @@ test('after reasoning, which may mention calls', async () => {
   })
 })
 
+test('patterns of several tools that take long to convert together are rejected', async () => {
+  const ask = await serverThatWrites(plainChatTemplate, writer => writer.write('no'))
+  const many = Array.from({ length: 40 }, (_, i) => {
+    const parameters = { type: 'object', properties: { a: { type: 'string', pattern: `^.{0,${990 - i}}$` } } }
+    return { type: 'function' as const, function: { name: `f${i}`, strict: true, parameters } }
+  })
+  const { status, error } = await ask({ tools: many })
+  expect([status, error?.message]).toEqual([400, expect.stringContaining('too many states')])
+})
+
 test('schemas are checked only if the tool is strict', async () => {
   const ask = await serverThatWrites(plainChatTemplate, writer => writer.write('no'))
   const strict = tools.map(tool => ({ ...tool, function: { ...tool.function, strict: true } }))
