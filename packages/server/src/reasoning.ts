@@ -1,5 +1,5 @@
 /** @file Separates the reasoning of a model, `<think>` … `</think>`, from its answer. */
-import { partialMatch, type TextPart } from './text-parts.ts'
+import { orNull, partialMatch, type ScoredToken, type TextPart } from './text-parts.ts'
 
 /** Whether a generated text starts inside reasoning that the prompt opened, may open it itself, or contains none. */
 export type Thinking = 'open' | 'optional' | 'none'
@@ -22,8 +22,11 @@ export async function* withReasoning(parts: AsyncIterable<TextPart>, thinking: T
   let state: 'start' | 'opened' | 'thinking' | 'closed' | 'answer' =
     thinking === 'optional' ? 'start' : thinking === 'open' ? 'opened' : 'answer'
   let held = ''
+  /** Tokens of which it is not known yet what they belong to. */
+  let waiting: ScoredToken[] = []
   for await (const part of parts) {
     held += part.text
+    waiting.push(...(part.tokens ?? []))
     let reasoning = ''
     if (state === 'start') {
       const text = held.trimStart()
@@ -45,12 +48,16 @@ export async function* withReasoning(parts: AsyncIterable<TextPart>, thinking: T
       held = held.trimStart()
       if (held !== '') state = 'answer'
     }
+    if (state === 'start') continue
     const text = state === 'answer' ? held : ''
     held = held.slice(text.length)
-    if (text !== '' || reasoning !== '' || part.tokens?.length)
-      yield { ...part, text, ...(reasoning !== '' && { reasoning }) }
+    const tokens =
+      part.tokens && waiting.map(token => (state === 'answer' ? token : { ...token, of: 'reasoning' as const }))
+    waiting = []
+    if (text !== '' || reasoning !== '' || tokens?.length)
+      yield { ...part, text, tokens, ...(reasoning !== '' && { reasoning }) }
   }
   const rest = held.trimEnd()
   if (state === 'thinking' && rest !== '') yield { text: '', tokens: null, reasoning: rest }
-  else if (state === 'start' && held !== '') yield { text: held, tokens: null }
+  else if (state === 'start' && (held !== '' || waiting.length > 0)) yield { text: held, tokens: orNull(waiting) }
 }

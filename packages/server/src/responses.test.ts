@@ -11,7 +11,7 @@ import type {
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { z } from 'zod'
 import { serve } from './index.ts'
-import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
+import { bytewise, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
 type Ask = Partial<ResponseCreateParamsNonStreaming> & Record<string, unknown>
 
@@ -237,6 +237,34 @@ test('log-probabilities are included on request', async () => {
   expect(message.content[0].logprobs?.length).toBeGreaterThan(0)
   expect(message.content[0].logprobs?.every(({ top_logprobs: top }) => top.length === 2)).toBe(true)
   expect(dispose()).toBe(0)
+})
+
+test.each([
+  [
+    '<think>so it is</think>\n\nYes <b>, I look.\n<tool_call>{"name": "stop", "arguments": {}}</tool_call>',
+    'Yes <b>, I look.\n',
+  ],
+  [' \nYes <', ' \nYes <'],
+  ['<think>so', undefined],
+])('log-probabilities are those of the tokens of the message: %j', async (generated, message) => {
+  const { app } = scriptedServer(
+    async function* (_, stats, logProbs) {
+      stats.finishReason = 'stop'
+      for (const token of bytewise(generated)) {
+        stats.tokens++
+        logProbs.push({ token, logProb: -1, top: [] })
+        yield tokenizer.decode([token])
+      }
+    },
+    { chatTemplate: thinking },
+    4096,
+  )
+  const tool = { type: 'function' as const, name: 'stop', parameters: {}, strict: false }
+  const ask = { include: ['message.output_text.logprobs' as const], tools: [tool] }
+  const { output } = await createBoth(await client(app), ask)
+  const contents = output.flatMap(item => (item.type === 'message' ? item.content : []))
+  const texts = contents.map(part => part.type === 'output_text' && part.logprobs?.map(({ token }) => token).join(''))
+  expect(texts).toEqual(message === undefined ? [] : [message])
 })
 
 test('an error in a stream is an event', async () => {

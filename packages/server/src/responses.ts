@@ -118,7 +118,11 @@ export const responses: Endpoint = {
     return stream.response(usage)
   },
   stream: (head, request) => new ResponseStream(head, request),
-  logProbs: chatCompletions.logProbs,
+  logProbs: (tokens, tokenizer) =>
+    chatCompletions.logProbs(
+      tokens.filter(token => token.of === undefined),
+      tokenizer,
+    ),
 }
 
 /** Converts a choice of tools to that of chats, which nests what is flat here. */
@@ -274,7 +278,7 @@ class ResponseStream implements Stream {
     const { content = [] } = (logProbs ?? {}) as { content?: object[] }
     return [
       ...(reasoning === '' ? [] : this.#delta('reasoning', reasoning, [])),
-      ...(text === '' ? [] : this.#delta('message', text, content)),
+      ...(text === '' && content.length === 0 ? [] : this.#delta('message', text, content)),
       ...calls.flatMap(({ id = newCallId(), name, arguments: json }) => {
         const own = { id: `fc_${randomUUID()}`, type: 'function_call', call_id: id, name }
         const at = { item_id: own.id, output_index: this.#items.length + (this.#open ? 1 : 0) }

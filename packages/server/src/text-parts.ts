@@ -18,6 +18,8 @@ export interface ScoredToken {
   readonly offset: number
   /** Whether it is the end token, which is not part of the text. */
   readonly isEnd: boolean
+  /** What it belongs to, if not to the answer. */
+  readonly of?: 'reasoning' | 'calls'
 }
 
 export interface TextPart {
@@ -105,6 +107,10 @@ function characters(text: string): number {
   for (const _ of text) count++
   return count
 }
+
+/** Tokens that were collected, or null if there are none because they are not scored. */
+export const orNull = (tokens: readonly ScoredToken[]): readonly ScoredToken[] | null =>
+  tokens.length > 0 ? tokens : null
 
 /** The length of the longest proper prefix of `of` that `text` ends with. */
 export function partialMatch(text: string, of: string): number {

@@ -225,7 +225,8 @@ describe('reasoning', () => {
     let isAnswer = false
     for (const line of (await response.text()).split('\n\n')) {
       if (!line.startsWith('data: {')) continue
-      const { delta } = JSON.parse(line.slice(6)).choices[0]
+      const { delta, logprobs } = JSON.parse(line.slice(6)).choices[0]
+      expect(logprobs).toBe(null)
       if (delta.reasoning_content) expect(isAnswer).toBe(false)
       if (delta.content) isAnswer = true
       streamed.content += delta.content ?? ''

@@ -1,5 +1,5 @@
 /** @file Extracts the tool calls from a generated text. */
-import { partialMatch, type TextPart } from './text-parts.ts'
+import { orNull, partialMatch, type ScoredToken, type TextPart } from './text-parts.ts'
 import type { ToolCall } from './tool-format.ts'
 
 /** How to extract the calls from a text. */
@@ -17,18 +17,25 @@ export async function* withCalls(
   { begin, onlyAtStart, read }: CallReader,
 ): AsyncGenerator<TextPart> {
   let held = ''
+  /** The tokens of the text that is held. */
+  let waiting: ScoredToken[] = []
   let isBegun = false
   let isOver = false
   for await (const part of parts) {
     held += part.text
+    waiting.push(...(part.tokens ?? []))
     isOver ||= onlyAtStart && !isBegun && held !== '' && !held.startsWith(begin) && !begin.startsWith(held)
     const at: number = isBegun ? 0 : isOver ? -1 : held.indexOf(begin)
     const safe = at >= 0 ? at : isOver ? held.length : held.length - partialMatch(held, begin)
     isBegun ||= at >= 0
-    if (safe > 0 || part.tokens?.length || part.reasoning) yield { ...part, text: held.slice(0, safe) }
+    if (safe === 0 && held !== '') continue
+    if (safe > 0 || waiting.length > 0 || part.reasoning)
+      yield { ...part, text: held.slice(0, safe), tokens: part.tokens && waiting }
     held = held.slice(safe)
+    waiting = []
   }
   const calls = isBegun ? read(held) : []
-  if (calls.length > 0) yield { text: '', tokens: null, calls }
-  else if (held !== '') yield { text: held, tokens: null }
+  const tokens = waiting.map(token => (calls.length > 0 ? { ...token, of: 'calls' as const } : token))
+  if (calls.length > 0) yield { text: '', tokens: orNull(tokens), calls }
+  else if (held !== '') yield { text: held, tokens: orNull(tokens) }
 }
