@@ -139,7 +139,8 @@ export function answerForm(
 
 /** The schema of the arguments of a tool. @throws ApiError 400 if it is unsupported */
 function argumentsOf(tool: Tool, { tools }: FormFields, effort: Effort): SupportedSchema {
-  const schema = tool.function.parameters ?? { type: 'object', properties: {} }
+  // Clients expect an object, also of a schema without a type.
+  const schema = { type: 'object', ...(tool.function.parameters ?? { properties: {} }) }
   return supportedSchema(schema, `tools[${tools?.indexOf(tool)}].function.parameters`, effort)
 }
 

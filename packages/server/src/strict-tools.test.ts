@@ -194,6 +194,19 @@ test('patterns of several tools that take long to convert together are rejected'
   expect([status, error?.message]).toEqual([400, expect.stringContaining('too many states')])
 })
 
+test.each([{}, { $ref: '#/$defs/a', $defs: { a: { properties: { b: {} } } } }])(
+  'arguments are an object if the schema has no type: %j',
+  async parameters => {
+    const ask = await serverThatWrites(plainChatTemplate, async writer => {
+      for (const other of ['5', '"', '[', 'n']) expect(await writer.allows(bytewise(other)[0]), other).toBe(false)
+      await writer.write('{"b": [1]}')
+    })
+    const any = { type: 'function' as const, function: { name: 'any', parameters } }
+    const { choice } = await ask({ tools: [any], tool_choice: { type: 'function', function: { name: 'any' } } })
+    expect(choice.message.tool_calls).toMatchObject([{ function: { name: 'any', arguments: '{"b": [1]}' } }])
+  },
+)
+
 test('schemas are checked only if the tool is strict', async () => {
   const ask = await serverThatWrites(plainChatTemplate, writer => writer.write('no'))
   const strict = tools.map(tool => ({ ...tool, function: { ...tool.function, strict: true } }))
