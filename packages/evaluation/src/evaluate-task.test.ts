@@ -192,6 +192,28 @@ test('files may have more items than a function call can have arguments', async 
   expect(items).toBe(1)
 })
 
+test('long texts are scored in parts, with limited memory', async () => {
+  const sizes: number[] = []
+  const { model } = byCharacter({})
+  const counting = {
+    ...model,
+    score: (async (texts, { onProgress } = {}) => {
+      sizes.push(texts.reduce((sum, { length }) => sum + length, 0))
+      onProgress?.(0.5)
+      return texts.map(ids => Array.from(ids, (token, i) => (i > 0 ? { token, logProb: -1, top: [] } : null)))
+    }) as typeof model.score,
+  }
+  const progress: number[] = []
+  const onProgress = (done: number) => progress.push(done)
+  const items = [{ text: 'a'.repeat(2_500_000) }, { text: 'b'.repeat(900_000) }]
+  const { metrics } = await evaluateTask(counting, tasks.text, items, { ...options, onProgress })
+  expect(metrics.bits_per_byte.value).toBeCloseTo(1 / Math.LN2, 12)
+  expect(sizes.length).toBe(2)
+  expect(Math.max(...sizes)).toBeLessThanOrEqual(2 ** 21)
+  expect(progress).toEqual(progress.toSorted((a, b) => a - b))
+  expect(progress[1]).toBeGreaterThan(0.5)
+})
+
 describe('invalid input', () => {
   const { model } = byCharacter({ a: 1 })
   const of = (task: unknown, items: unknown, more: object = {}) =>

@@ -16,6 +16,9 @@ export interface EvaluatedModel {
   continuousBatch(options?: ContinuousBatchOptions): Pick<ContinuousBatch, 'generate' | 'dispose'>
 }
 
+/** Maximum number of tokens that are scored at a time. */
+const MAX_TOKENS = 2 ** 21
+
 interface QueryOptions {
   readonly tokenizer: EvaluationTokenizer
   readonly bos?: number | null
@@ -44,6 +47,19 @@ export class BatchedQueries implements ModelQueries {
   }
 
   async score(texts: readonly Scored[], greedy: boolean): Promise<Likelihood[]> {
+    const result: Likelihood[] = []
+    for (const some of parts(texts)) {
+      const onProgress = (done: number) => this.onProgress((result.length + done * some.length) / texts.length)
+      result.push(...(await this.#scorePart(some, greedy, onProgress)))
+    }
+    return result
+  }
+
+  async #scorePart(
+    texts: readonly Scored[],
+    greedy: boolean,
+    onProgress: (done: number) => void,
+  ): Promise<Likelihood[]> {
     const { precision, signal } = this.#options
     const scores = await this.#model.score(
       texts.map(({ ids }) => ids),
@@ -52,7 +68,7 @@ export class BatchedQueries implements ModelQueries {
         top: greedy ? 1 : 0,
         precision,
         signal,
-        onProgress: done => this.onProgress(done),
+        onProgress,
       },
     )
     return scores.map((all, i) => {
@@ -83,6 +99,21 @@ export class BatchedQueries implements ModelQueries {
       batch.dispose()
     }
   }
+}
+
+/** Parts of the texts with a limited number of tokens, since the log-probability of a token takes about 100 bytes until they are summed up. */
+function* parts(texts: readonly Scored[]): Generator<readonly Scored[]> {
+  let start = 0
+  let tokens = 0
+  for (const [i, { ids }] of texts.entries()) {
+    if (i > start && tokens + ids.length > MAX_TOKENS) {
+      yield texts.slice(start, i)
+      start = i
+      tokens = 0
+    }
+    tokens += ids.length
+  }
+  if (start < texts.length) yield texts.slice(start)
 }
 
 async function textOf(generation: Generation<string>): Promise<string> {
