@@ -155,7 +155,7 @@ async function main(options: Options): Promise<void> {
   if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
   const requested = await requestedTasks(options)
   const withoutExamples = requested.find(({ task }) => task.kind === 'text')
-  if (shots && withoutExamples)
+  if (options.shots && withoutExamples)
     throw new UsageError(`--shots: ${withoutExamples.name} is a text task, which has no examples`)
   // Report unreadable files before opening the model.
   const digests = new Map(

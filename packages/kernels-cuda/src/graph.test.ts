@@ -18,7 +18,12 @@ test.skipIf(unavailable)('what waits for the device fails during a capture, whic
   const x = randn([10], new Random(1), { backend })
   const attempts: Promise<unknown>[] = []
   const graph = backend.capture(() => {
-    attempts.push(x.values(), backend.sync(), backend.trim(), backend.elapsed(() => x.neg().dispose()))
+    attempts.push(
+      x.values(),
+      backend.sync(),
+      backend.trim(),
+      backend.elapsed(() => x.neg().dispose()),
+    )
     return x.mul(2)
   })
   const all = await Promise.allSettled(attempts)
