@@ -152,7 +152,7 @@ test.each([
   ['tool_declare', '<|tool_call_begin|>functions.a:0<|tool_call_argument_begin|>{', ' '],
 ])('a text that repeats a marker endlessly does not block the server: %s %s %j', (source, begin, repeated) => {
   // Takes minutes if the time is quadratic.
-  const calls = toolFormatOf(source).parse(begin + repeated.repeat(300_000) + '}', () => false)
+  const calls = toolFormatOf(source).parse(`${begin}${repeated.repeat(300_000)}}`, () => false)
   expect(calls.length).toBeLessThan(2)
 })
 
