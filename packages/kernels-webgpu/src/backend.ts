@@ -53,8 +53,8 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
     dtypes: supported,
     bf16Matmul: false,
     fp8Matmul: false,
-    primitives: primitivesOn(gpu),
-    fused: fusedOn(gpu),
+    primitives: freeingOnFailure(memory, primitivesOn(gpu)),
+    fused: freeingOnFailure(memory, fusedOn(gpu)),
     upload(data, shape, dtype) {
       const y = gpu.output('upload', { shape, dtype })
       // Uploads whole words; the bytes after the last element are not used.
@@ -77,6 +77,14 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
       commands.dispose()
     },
   }
+}
+
+/** The same kernels; one that fails frees what it has allocated. */
+function freeingOnFailure<Kernels extends object>(memory: Memory, kernels: Kernels): Kernels {
+  const wrapped = Object.entries(kernels as Record<string, (...args: unknown[]) => unknown>).map(
+    ([name, kernel]) => [name, (...args: unknown[]) => memory.during(() => kernel(...args))] as const,
+  )
+  return Object.fromEntries(wrapped) as Kernels
 }
 
 function checkLimits(limits: GpuLimits): void {

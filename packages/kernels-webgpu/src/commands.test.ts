@@ -48,12 +48,14 @@ describe('calls to the device', () => {
 
   test('more workgroups than the device supports are an error, unless they can continue along the next axis', async () => {
     const { backend } = ready({ maxComputeWorkgroupsPerDimension: 8 })
-    const x = tensor(new Float32Array(64 * 9), [64 * 9, 1], { backend })
+    const [x, y] = [64 * 9, 2].map(size => full([size, 1], 1, { backend }))
     x.exp().dispose()
+    const { handles } = backend.stats()
     // Nine tiles of 64 rows.
-    expect(() => x.matmul(tensor([1, 2], [1, 2], { backend }))).toThrow(
+    expect(() => x.matmul(y, { transposeB: true })).toThrow(
       expect.objectContaining({ code: 'E_UNSUPPORTED', message: expect.stringMatching(/1 x 9 x 1 workgroups.* 8 /) }),
     )
+    expect(backend.stats().handles).toBe(handles)
     await backend.sync()
   })
 

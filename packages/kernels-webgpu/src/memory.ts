@@ -20,6 +20,8 @@ export class Memory {
   /** By size, oldest last, so that the same work finds the same buffers, and with them the bind groups created for them. */
   readonly #free = new Map<number, GpuBuffer[]>()
   readonly #live = new Set<Buffer>()
+  /** What the op has allocated or shared so far. */
+  readonly #fresh: Buffer[] = []
   #kept = 0
   #handles = 0
   #bytes = 0
@@ -46,10 +48,22 @@ export class Memory {
     }
     const buffer: Buffer = { gpu: this.#take(Math.min(roomFor(bytes), most)), bytes, refs: 1 }
     this.#live.add(buffer)
+    this.#fresh.push(buffer)
     this.#handles++
     this.#bytes += bytes
     this.#peakBytes = Math.max(this.#peakBytes, this.#bytes)
     return buffer
+  }
+
+  /** Runs an op. If it fails, what it has allocated is freed. */
+  during<T>(op: () => T): T {
+    this.#fresh.length = 0
+    try {
+      return op()
+    } catch (error) {
+      for (const buffer of this.#fresh) this.release(buffer)
+      throw error
+    }
   }
 
   #take(size: number): GpuBuffer {
@@ -64,6 +78,7 @@ export class Memory {
   }
 
   share(buffer: Buffer): Buffer {
+    this.#fresh.push(buffer)
     buffer.refs++
     this.#handles++
     return buffer
