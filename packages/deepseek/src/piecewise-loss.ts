@@ -62,13 +62,14 @@ export class PartsInPieces {
     return { loss, metrics }
   }
 
-  /** Runs a piece. The terms that its parts add to the loss, `nll` and `selected` become leaves. */
+  /** Runs a piece. The terms that its parts add to the loss, `nll`, `nlls` and `selected` become leaves. */
   #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
     const parts = this.#parts
-    const { terms, nll, selected } = parts
+    const { terms, nll, nlls, selected } = parts
     const before = terms.length
     let own = 0
-    const changed = () => (['nll', 'selected'] as const).filter(name => parts[name] !== { nll, selected }[name])
+    const changed = () =>
+      (['nll', 'nlls', 'selected'] as const).filter(name => parts[name] !== { nll, nlls, selected }[name])
     const made = this.#pass.piece(inputs, (...leaves) => {
       const results = fn(...leaves)
       own = results.length
@@ -102,12 +103,13 @@ export class PiecewiseLoss {
   }
 
   /**
-   * Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp`, `balance` and `indexer`. All are scalars, means over the micro-batch. `nll` is the sum of the negative log-likelihoods, detached.
+   * Runs the forward pass. Resolves to the loss, a leaf, and detached metrics `nll`, `mtp`, `balance` and `indexer`. All are scalars, means over the micro-batch. `nlls` are the
+   * negative log-likelihoods of the positions, `[B T]`, and `nll` is their sum, detached.
    */
   async forward(
     pass: PieceRunner,
     route: RouteTokens,
-  ): Promise<{ loss: Tensor; nll: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
+  ): Promise<{ loss: Tensor; nll: Tensor; nlls: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
     const { backend, decoder, mtp } = this.#model
     const training = this.#training
     const inputs = pass.run(() => uploadInputs(this.#arrays, backend))
@@ -116,6 +118,6 @@ export class PiecewiseLoss {
     let x = inPieces.embed()
     for (let part = 0; part <= decoder.length + (training ? mtp.length : 0); part++) x = await inPieces.run(part, x)
     const { loss, metrics } = inPieces.sum()
-    return { loss: loss as Tensor, nll: parts.nll as Tensor, metrics }
+    return { loss: loss as Tensor, nll: parts.nll as Tensor, nlls: parts.nlls as Tensor, metrics }
   }
 }

@@ -2,10 +2,18 @@
 import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { deferWeights } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
-import { preferences, type Rollouts, type TrainEvent, type TrainOptions } from '@moe/trainer'
+import {
+  preferences,
+  type Rollouts,
+  type ScoringModel,
+  type TokenBatch,
+  type TrainEvent,
+  type TrainOptions,
+} from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
-import { local } from './index.ts'
+import { ExpertParallel, local } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
 import { prompts, rewardSmall, smallRollouts } from './test-rewards.ts'
 import { backend, temporaryFolder } from './test-runs.ts'
@@ -240,31 +248,28 @@ describe('reinforcement learning on two ranks', () => {
     expect(runs.map(({ result }) => [result.steps, result.stopped])).toEqual(Array(2).fill([3, 'time']))
   })
 
-  test('rejects ranks with different prompts, and pipeline and expert parallelism', async () => {
+  test('rejects ranks with different prompts, and pipelines', async () => {
     const different = local(2, ranks =>
       rewardSmall(backend, { ranks, data: smallRollouts({ groups: 3 + ranks.rank }) }),
     )
     await expect(different).rejects.toThrow(
       /data is 7 prompts .*"groups":6,.* on rank 0 but 7 prompts .*"groups":8,.* on rank 1/,
     )
-    for (const [onRanks, name] of [
-      [parallelisms.pipeline.onRanks, 'a Pipeline'],
-      [parallelisms.expert.onRanks, 'an ExpertParallel'],
-    ] as const) {
-      const parts = local(2, ranks => rewardSmall(backend, {}, { onRanks: model => onRanks(model, ranks) }))
-      await expect(parts).rejects.toThrow(`ranks is ${name}, but rollouts need the whole model on every rank`)
-    }
+    const { onRanks } = parallelisms.pipeline
+    const parts = local(2, ranks => rewardSmall(backend, {}, { onRanks: model => onRanks(model, ranks) }))
+    await expect(parts).rejects.toThrow('ranks is a Pipeline, which does not support rollouts: pass an ExpertParallel')
   })
 })
 
+const preferencePairs = Array.from({ length: 9 }, (_, i) => ({
+  tokens: [3, 4 + i],
+  chosen: [...Array(i + 1).fill(5 + i), 1],
+  rejected: [20 + i, 21, 1],
+}))
+
 describe('preferences', () => {
-  const pairs = Array.from({ length: 9 }, (_, i) => ({
-    tokens: [3, 4 + i],
-    chosen: [...Array(i + 1).fill(5 + i), 1],
-    rejected: [20 + i, 21, 1],
-  }))
   const preferencesOf = (count: number, reference: DeepSeek) =>
-    preferences(pairs, { reference, pairs: count, validation: pairs.slice(0, 5) })
+    preferences(preferencePairs, { reference, pairs: count, validation: preferencePairs.slice(0, 5) })
 
   test('trained on two ranks give the results of one rank with the pairs of both', async () => {
     const options = { isolate: false, batchSize: 6, lr: 1e-2 }
@@ -291,6 +296,107 @@ describe('preferences', () => {
   })
 })
 
+describe('models with experts on several ranks', () => {
+  /** Trains on ranks, each with its experts, with a reference model that is on the same ranks. */
+  const withExperts = (
+    size: number,
+    optionsOf: (reference: ExpertParallel<TokenBatch>, rank: number) => Options,
+    { expertParallelSize = size, ...model }: Model & { expertParallelSize?: number } = {},
+  ) =>
+    local(size, async ranks => {
+      const shared = { expertParallelSize }
+      const reference = deferWeights(() => new DeepSeek(smallConfig, { seed: 2, backend }))
+      const spread = new ExpertParallel(reference, ranks, shared)
+      const onRanks = (trainee: DeepSeek) => new ExpertParallel(trainee, ranks, shared)
+      try {
+        return await rewardSmall(backend, optionsOf(spread, ranks.rank), { deferred: true, onRanks, ...model })
+      } finally {
+        spread.dispose()
+        reference.dispose()
+      }
+    })
+  const close = (value: unknown): unknown => {
+    if (typeof value === 'number') return Number.isFinite(value) ? expect.closeTo(value, 3) : value
+    if (typeof value !== 'object' || value === null) return value
+    if (Array.isArray(value)) return value.map(close)
+    return Object.fromEntries(Object.entries(value).map(([name, of]) => [name, close(of)]))
+  }
+  /** Without what depends on the rows of each micro-batch: the balance loss, and the number of tokens, which counts padding. */
+  const learned = (trained: Trained) =>
+    numbers(trained).map(({ tokens, metrics: { balance, ...metrics }, ...step }) => ({ ...step, metrics }))
+
+  test.each([
+    ['two ranks', 2, 2],
+    ['two groups, each with a leader', 4, 2],
+  ])('learn from rewards as one rank: %s', async (_, size, expertParallelSize) => {
+    const options = (groups: number, reference: ScoringModel): Options => ({
+      data: smallRollouts({ groups, validation, updates: 2, kl: { weight: 0.1, reference }, reward: distinctReward }),
+      steps: 4,
+      evalEvery: 2,
+    })
+    const one = await withReference(reference => alone(options(8, reference), independent))
+    const model = { ...independent, expertParallelSize }
+    const found = await withExperts(size, reference => options(8 / size, reference), model)
+    expect(learned(found[0])).toEqual(close(learned(one)))
+    expect(found[0].weights).toEqual(close(one.weights))
+    const { seconds, ...evaluation } = one.result.validation
+    for (const other of found) {
+      expect(other.steps).toEqual(found[0].steps)
+      expect(other.weights).toEqual(found[0].weights)
+      expect(other.result.validation).toEqual({ ...(close(evaluation) as object), seconds: expect.any(Number) })
+    }
+  })
+
+  test('learn from preferences as one rank', async () => {
+    const options = (pairs: number, reference: ScoringModel): Options => ({
+      data: preferences(preferencePairs, { reference, pairs, validation: preferencePairs.slice(0, 5) }),
+      lr: 1e-2,
+    })
+    const one = await withReference(reference => alone(options(6, reference), independent))
+    const found = await withExperts(2, reference => options(3, reference), independent)
+    expect(learned(found[0])).toEqual(close(learned(one)))
+    expect(found[0].weights).toEqual(close(one.weights))
+    const { seconds, ...evaluation } = one.result.validation
+    for (const { result } of found)
+      expect(result.validation).toEqual({ ...(close(evaluation) as object), seconds: expect.any(Number) })
+  })
+
+  test('end on all ranks if the reward function fails, after saving a checkpoint, and resume', async () => {
+    const out = await temporaryFolder()
+    const whole = await withExperts(2, () => ({}))
+    let steps = 0
+    const onEvent = (event: TrainEvent) => {
+      if (event.type === 'step') steps = event.step
+    }
+    const usual = smallRollouts()
+    const reward: Rollouts['reward'] = (sample, options) => {
+      if (steps === 3) throw new Error('no such server')
+      return usual.reward(sample, options)
+    }
+    const failed = withExperts(2, () => ({ data: { ...usual, reward }, out, onEvent }))
+    await expect(failed).rejects.toThrow(/failed: no such server/)
+    expect(await readdir(join(out, 'checkpoints'))).toEqual(['latest', 'step-000003'])
+    const rest = await withExperts(2, () => ({ out, resume: true }))
+    expect(numbers(rest[0])).toEqual(numbers(whole[0]).slice(3))
+    expect(rest[1].weights).toEqual(whole[1].weights)
+  })
+
+  test('stop on all ranks if the leader is interrupted while it samples', async () => {
+    const controller = new AbortController()
+    const usual = smallRollouts()
+    let samples = 0
+    const reward: Rollouts['reward'] = (sample, options) => {
+      if (++samples === 40) controller.abort()
+      return usual.reward(sample, options)
+    }
+    const runs = await withExperts(2, (_, rank) => ({
+      data: { ...usual, reward },
+      ...(rank === 0 && { signal: controller.signal }),
+    }))
+    expect(runs.map(({ result }) => [result.steps, result.stopped])).toEqual(Array(2).fill([1, 'interrupted']))
+  })
+})
+
 // Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
 const installed = launchers()
 test.skipIf(installed.length === 0)(
@@ -310,6 +416,12 @@ test.skipIf(installed.length === 0)(
       expect(failed.reports).toEqual([])
       expect(failed.errors).toContain('failed: no such server')
       expect(await readdir(join(out, 'checkpoints'))).toEqual(['latest', 'step-000003'])
+      const [expected] = await local(2, ranks =>
+        rewardSmall(backend, {}, { onRanks: model => new ExpertParallel(model, ranks) }),
+      )
+      const experts = await launch(launcher, 2, [script, '--experts'])
+      expect(experts.errors).toBe('')
+      expect(experts.reports.map(({ digest }) => digest)).toEqual(Array(2).fill(digestOf(expected)))
     }
   },
   240_000,

@@ -1,9 +1,9 @@
-/** @file For tests only: reinforcement learning of a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`. With a folder as its argument, it saves checkpoints there, and the reward function of rank 1 fails after three steps. */
+/** @file For tests only: reinforcement learning of a small DeepSeek on one rank or several. As a program: a rank started by `mpirun`. With `--experts`, each rank has a part of the experts. With a folder as its argument, it saves checkpoints there, and the reward function of rank 1 fails after three steps. */
 import { fileURLToPath } from 'node:url'
 import type { Backend } from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
 import { type Rollouts, rollouts, type TrainEvent, type TrainOptions } from '@moe/trainer'
-import { mpi } from './index.ts'
+import { ExpertParallel, mpi } from './index.ts'
 import { report } from './mpi/test-launch.ts'
 import { digestOf, type Trained, trainSmall } from './test-training.ts'
 
@@ -39,7 +39,9 @@ export function rewardSmall(
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
-  const [out] = process.argv.slice(2)
+  const [argument] = process.argv.slice(2)
+  const sharded = argument === '--experts'
+  const out = sharded ? undefined : argument
   let steps = 0
   const reward: RolloutOptions['reward'] = ({ tokens }) => {
     if (steps === 3 && ranks.rank === 1) throw new Error('no such server')
@@ -49,7 +51,11 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     if (event.type === 'step') steps = event.step
   }
   const failing = out === undefined ? {} : { out, onEvent, data: smallRollouts({ reward }) }
-  const trained = await rewardSmall(await createBackend({ threads: 1 }), { ranks, ...failing })
+  const trained = await rewardSmall(
+    await createBackend({ threads: 1 }),
+    sharded ? {} : { ranks, ...failing },
+    sharded ? { onRanks: model => new ExpertParallel(model, ranks) } : {},
+  )
   const rewards = trained.steps.map(({ metrics }) => metrics['reward'])
   report({ rank: ranks.rank, digest: digestOf(trained), rewards, stopped: trained.result.stopped })
   await ranks.close()

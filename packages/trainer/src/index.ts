@@ -76,6 +76,7 @@ export { writeSummary } from './report/summary.ts'
 export { tensorBoard } from './report/tensor-board.ts'
 export type { SourceUse, TrainResult } from './result.ts'
 export { type EvaluateRewardsOptions, evaluateRewards } from './rewards/evaluate-rewards.ts'
+export type { ScoringModel, ScoringModelOnRanks } from './rewards/packed-texts.ts'
 export { type Preference, type PreferenceOptions, type Preferences, preferences } from './rewards/preferences.ts'
 export {
   type Prompt,

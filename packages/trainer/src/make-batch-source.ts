@@ -6,6 +6,7 @@ import { DatasetBatches } from './dataset-batches.ts'
 import type { TrainableModel } from './model.ts'
 import { evaluationLimit, isRolloutsOrPreferences, type ResolvedOptions } from './options.ts'
 import type { RankGroup } from './rank-group.ts'
+import type { ScoringModelOnRanks } from './rewards/packed-texts.ts'
 import { PreferenceBatches } from './rewards/preference-batches.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import { RolloutBatches } from './rewards/rollout-batches.ts'
@@ -23,7 +24,9 @@ export function makeBatchSource(
   const isolates = model.isolates === true
   if (isRolloutsOrPreferences(data)) {
     const isolate = settings.isolate ?? isolates
-    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision, ranks }
+    // `resolveOptions` has checked that it can score texts.
+    const onRanks = settings.onRanks as ScoringModelOnRanks | undefined
+    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision, ranks, onRanks }
     if ('beta' in data) return new PreferenceBatches(model, data, options)
     return new RolloutBatches(checkSampling(model), data, { ...options, signal })
   }

@@ -76,6 +76,20 @@ export interface ModelOnRanks {
     batches: ReadonlyArray<{ readonly batch: TokenBatch; readonly from: number }>,
     options: { readonly precision?: Precision },
   ): Promise<ReadonlyArray<{ readonly nll: number; readonly count: number } | null>>
+  /**
+   * Like `evaluate`, but returns the negative log-likelihood of every position, `[rows * positions]`, and all ranks have
+   * micro-batches of their own. Needed to learn from rewards and preferences.
+   *
+   * @param options.precision precision of matrix products, f32 by default
+   */
+  nlls?(batches: readonly TokenBatch[], options: { readonly precision?: Precision }): Promise<readonly Float32Array[]>
+  /**
+   * Runs `work` on the first rank of each group of consecutive ranks that together hold the model, with the inference of
+   * the model available; resolves to undefined on the other ranks. Needed to learn from rewards.
+   */
+  lead?<T>(work: () => Promise<T>): Promise<T | undefined>
+  /** The `lookahead` of the model. Needed for a reference model. */
+  readonly lookahead?: number
   /** Makes `weights` current: receives what other ranks have updated. `step` and `evaluate` do it, too. */
   synchronize(): Promise<void>
   /**

@@ -312,8 +312,8 @@ function rolloutProblems(
   const { updates, what } = 'reward' in data ? { ...data, what: 'rollouts' } : { updates: 1, what: 'preferences' }
   const left = updates > 1 && Number(steps) % updates !== 0
   return [
-    ...(onRanks
-      ? [`ranks is ${shown(onRanks)}, but ${what} need the whole model on every rank: pass the communicator`]
+    ...(onRanks && (onRanks.nlls === undefined || ('reward' in data && onRanks.lead === undefined))
+      ? [`ranks is ${shown(onRanks)}, which does not support ${what}: pass an ExpertParallel, or the communicator`]
       : []),
     ...(ranks || world === 1
       ? []
@@ -321,7 +321,7 @@ function rolloutProblems(
     ...(eos === undefined
       ? []
       : [`eos is given together with ${what}, whose texts end as the model or the template defines`]),
-    ...(onRanks || accumulate === 1
+    ...(onRanks?.microBatches !== undefined || accumulate === 1
       ? []
       : [`accumulate is given together with ${what}, whose steps always use all of their texts`]),
     ...(left ? [`steps is ${steps}, expected a multiple of the ${updates} updates of rollouts`] : []),

@@ -40,10 +40,10 @@ export class RankGroup {
     return ranks && like ? gatherValues(ranks, own, like) : [own]
   }
 
-  /** This rank's share of `count` items. Shares are contiguous and differ by at most one item. */
-  share(count: number): { readonly from: number; readonly to: number } {
+  /** A rank's share of `count` items, by default this rank's. Shares are contiguous and differ by at most one item. */
+  share(count: number, rank = this.rank): { readonly from: number; readonly to: number } {
     const begin = (rank: number) => Math.floor((rank * count) / this.size)
-    return { from: begin(this.rank), to: begin(this.rank + 1) }
+    return { from: begin(rank), to: begin(rank + 1) }
   }
 
   /**

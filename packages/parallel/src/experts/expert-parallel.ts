@@ -38,7 +38,8 @@ export interface ExpertParallelModel<Batch> extends Module {
   readonly moeLayers: readonly ExpertParallelLayer[]
   /**
    * Prepares the forward pass of a micro-batch in pieces. `forward` returns the loss, a mean over the `count` positions that carry loss; `route` sends tokens
-   * to the experts of a layer, which may be on other ranks. `nll`, the sum of the negative log-likelihoods, is needed for evaluations.
+   * to the experts of a layer, which may be on other ranks. `nll`, the sum of the negative log-likelihoods, is needed for evaluations, and `nlls`, those of the positions, for rewards and
+   * preferences.
    * @param options.training false for an evaluation
    * @param options.from positions before this one carry no loss
    */
@@ -53,9 +54,12 @@ export interface ExpertParallelModel<Batch> extends Module {
     ): Promise<{
       readonly loss: Tensor
       readonly nll?: Tensor
+      readonly nlls?: Tensor
       readonly metrics?: Readonly<Record<string, Tensor>>
     }>
   }
+  /** The number of tokens that the rows of a micro-batch have beyond its positions. Needed for a reference model of rewards and preferences. */
+  readonly lookahead?: number
   /** If set, how inference (such as `generate`) reaches experts on other ranks. `ExpertParallel.lead` sets it; needed only for that. */
   remoteExperts?: RemoteExperts | null
 }
@@ -92,6 +96,8 @@ export class ExpertParallel<Batch> {
   readonly leadWeights: readonly LocalParameter[]
   /** All ranks of the training. */
   readonly ranks: Communicator
+  /** The number of tokens that rows have beyond their positions, as in the model. */
+  readonly lookahead: number
   /** This rank's share of the rows of a step, for `TrainingOrder` of `@moe/trainer`. */
   readonly dataShard: { readonly rank: number; readonly world: number }
   readonly #model: ExpertParallelModel<Batch>
@@ -121,6 +127,7 @@ export class ExpertParallel<Batch> {
     checkRanks(op, ranks)
     this.#model = model
     this.ranks = ranks
+    this.lookahead = model.lookahead ?? 0
     this.dataShard = { rank: ranks.rank, world: ranks.size }
     const { expertParallelSize = ranks.size } = options
     this.#shards = new ExpertShards(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
@@ -221,25 +228,45 @@ export class ExpertParallel<Batch> {
     options: ParallelStepOptions = {},
   ): Promise<EvaluatedLoss[]> {
     checkOptions('ExpertParallel.evaluate', options, { precision: true })
+    return this.#passes('evaluate', batches, options, async ({ nll }, count) => nll && { nll: await nll.item(), count })
+  }
+
+  /**
+   * Runs forward passes without gradients and returns the negative log-likelihood of every position, in nats. All ranks call it with the same number of micro-batches, each with its own.
+   * @returns `[rows * positions]` for each micro-batch
+   * @throws MoeError E_CONFIG if the model does not return `nlls`
+   */
+  async nlls(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<Float32Array[]> {
+    checkOptions('ExpertParallel.nlls', options, { precision: true })
+    const all = batches.map(batch => ({ batch, from: 0 }))
+    return this.#passes('nlls', all, options, async ({ nlls }) => nlls && ((await nlls.values()) as Float32Array))
+  }
+
+  /** Runs forward passes without gradients. @param read returns the result of a pass; undefined if the model does not return what it reads */
+  async #passes<T>(
+    name: 'evaluate' | 'nlls',
+    batches: ReadonlyArray<EvaluatedBatch<Batch>>,
+    { precision }: ParallelStepOptions,
+    read: (found: { readonly nll?: Tensor; readonly nlls?: Tensor }, count: number) => Promise<T | undefined>,
+  ): Promise<T[]> {
     await this.synchronize()
-    const losses: EvaluatedLoss[] = []
+    const results: T[] = []
     for (const { batch, from } of batches) {
       const part = this.#model.inPieces(batch, { training: false, from })
-      const pass = new PiecewisePass({ precision: options.precision, backward: false })
+      const pass = new PiecewisePass({ precision, backward: false })
       try {
-        const { nll } = await part.forward(pass, this.#shards.routeIn(pass))
-        if (nll === undefined)
-          throw configError(
-            'ExpertParallel.evaluate',
-            'the model returns no nll',
-            'return { loss, nll } from inPieces()',
-          )
-        losses.push({ nll: await nll.item(), count: part.count })
+        const result = await read(await part.forward(pass, this.#shards.routeIn(pass)), part.count)
+        if (result === undefined) {
+          const missing = name === 'nlls' ? 'nlls' : 'nll'
+          const fix = `return { loss, ${missing} } from inPieces()`
+          throw configError(`ExpertParallel.${name}`, `the model returns no ${missing}`, fix)
+        }
+        results.push(result)
       } finally {
         pass.dispose()
       }
     }
-    return losses
+    return results
   }
 
   /**

@@ -5,7 +5,8 @@ import type { TextTokenizer, TrainableModel } from '../model.ts'
 import { RankGroup } from '../rank-group.ts'
 import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
-import { checkSampling, encodePrompts, reportOf, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
+import { checkSampling, encodePrompts, reportOf, sampleRewarded, seedOf } from './sampler.ts'
+import { Sampling } from './sampling.ts'
 
 /** Options of `evaluateRewards`. */
 export interface EvaluateRewardsOptions {
@@ -54,8 +55,8 @@ export async function evaluateRewards(
   const sampler = checkSampling(model).continuousBatch({ maxTexts: data.maxTexts, precision })
   try {
     const { onProgress = () => {} } = options
-    const ranks = new RankGroup()
-    const measured = await measureRewards(sampler, data, prompts, { tokenizer, seed, signal, onProgress, ranks })
+    const sampling = new Sampling(new RankGroup(), undefined, () => sampler)
+    const measured = await measureRewards(sampling, data, prompts, { tokenizer, seed, signal, onProgress })
     if (measured === null) throw signal.reason
     return measured
   } finally {
@@ -68,8 +69,6 @@ interface MeasureRewardsOptions {
   readonly seed: number
   readonly signal: AbortSignal
   readonly onProgress: (done: number) => void
-  /** Each rank samples its share of the texts. */
-  readonly ranks: RankGroup
 }
 
 /**
@@ -77,20 +76,22 @@ interface MeasureRewardsOptions {
  * @returns null if it was interrupted on any rank
  */
 export async function measureRewards(
-  sampler: TextSampler,
+  sampling: Sampling,
   { validation, reward, maxTokens }: Rollouts,
   ids: ReadonlyArray<readonly number[]>,
-  { tokenizer, seed, signal, onProgress, ranks }: MeasureRewardsOptions,
+  { tokenizer, seed, signal, onProgress }: MeasureRewardsOptions,
 ): Promise<Evaluation | null> {
   const started = performance.now()
-  const { from, to } = ranks.share(validation.length)
+  const { from, to } = await sampling.share(validation.length)
   const tasks = validation
     .map((prompt, i) => ({ prompt, ids: ids[i], seed: seedOf(seed, 'validation', i) }))
     .slice(from, to)
   let done = 0
   const onReward = () => onProgress(++done / tasks.length)
   const options = { reward, maxTokens, tokenizer, signal, onReward }
-  const texts = await ranks.all(signal, async () => (await sampleRewarded(sampler, tasks, options)).map(reportOf))
+  const texts = await sampling.run(signal, async sampler =>
+    (await sampleRewarded(sampler, tasks, options)).map(reportOf),
+  )
   if (texts === null) return null
   const tokens = sumOf(texts.map(({ tokens }) => tokens))
   return {

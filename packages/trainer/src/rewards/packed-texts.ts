@@ -6,6 +6,8 @@ import { endFrom } from '../data/examples.ts'
 import { batchOf, paddingBatch, type Row, rowsOf } from '../data/rows.ts'
 import { TokenDataset } from '../data/token-dataset.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
+import type { ModelOnRanks } from '../model-on-ranks.ts'
+import { RankGroup } from '../rank-group.ts'
 
 /** A prompt with its completion. */
 export interface PromptCompletion {
@@ -73,27 +75,12 @@ export class PackedTexts {
 
   /**
    * Returns the log-probability of every completion token in nats, as in the training pass of `model`, whose lookahead
-   * must not exceed that of the rows.
+   * must not exceed that of the rows. If the model is on ranks, all ranks call it.
    */
-  async logProbs(model: TrainableModel, precision: Precision): Promise<Float32Array[]> {
-    const read: Float32Array[] = []
-    for (const batch of this.batches) {
-      const { nlls } = scope(() =>
-        noGrad(() =>
-          withPrecision(precision, () => {
-            const { nlls } = checkedLoss(model.loss(batch, { training: false }))
-            return { nlls }
-          }),
-        ),
-      )
-      if (nlls === undefined) throw missingNlls()
-      try {
-        read.push((await nlls.values()) as Float32Array)
-      } finally {
-        nlls.dispose()
-      }
-      await yieldToEventLoop()
-    }
+  async logProbs(model: ScoringModel, precision: Precision, ranks = new RankGroup()): Promise<Float32Array[]> {
+    const read = isOnRanks(model)
+      ? await model.nlls(this.#padded(await this.batchesOfAny(ranks)), { precision })
+      : await nllsOf(model, this.batches, precision)
     return this.#places.map(({ batch, at, length: count }) => {
       const { rows, length } = this.batches[batch]
       const row = Math.floor(at / length)
@@ -109,24 +96,79 @@ export class PackedTexts {
    * @param count number of batches; those after the last are padding, if another rank has more
    */
   weighted(weights: ReadonlyArray<ArrayLike<number>>, count = this.batches.length): TokenBatch[] {
-    const { sequenceLength, lookahead, batchSize, isolate } = this.#options
-    const padding = Array.from({ length: count - this.batches.length }, () =>
-      paddingBatch(batchSize, sequenceLength + lookahead, isolate),
-    )
-    const batches = [...this.batches, ...padding]
+    const batches = this.#padded(count)
     const arrays = batches.map(({ tokens }) => new Float32Array(tokens.length))
     for (const [text, { batch, at }] of this.#places.entries()) arrays[batch].set(weights[text], at)
     return batches.map((batch, i) => ({ ...batch, weights: arrays[i] }))
   }
+
+  /** The largest number of batches that any rank has. */
+  async batchesOfAny(ranks: RankGroup): Promise<number> {
+    return Math.max(...(await ranks.gather(this.batches.length)))
+  }
+
+  #padded(count: number): TokenBatch[] {
+    const { sequenceLength, lookahead, batchSize, isolate } = this.#options
+    const padding = Array.from({ length: count - this.batches.length }, () =>
+      paddingBatch(batchSize, sequenceLength + lookahead, isolate),
+    )
+    return [...this.batches, ...padding]
+  }
+}
+
+/** A model on ranks that scores texts, such as an `ExpertParallel`. */
+export type ScoringModelOnRanks = ModelOnRanks & Required<Pick<ModelOnRanks, 'nlls'>>
+
+/** A model that scores texts: a whole one, or one on ranks. */
+export type ScoringModel = TrainableModel | ScoringModelOnRanks
+
+const isOnRanks = (model: ScoringModel): model is ScoringModelOnRanks =>
+  'nlls' in model && typeof model.nlls === 'function'
+
+/** Whether it is a model that can score texts. */
+export const canScore = (model: ScoringModel | undefined): boolean =>
+  model !== undefined && (isOnRanks(model) || typeof model?.loss === 'function')
+
+/** Whether all ranks take part in scoring by any of the models. */
+export const scoresOnRanks = (...models: readonly ScoringModel[]): boolean => models.some(isOnRanks)
+
+async function nllsOf(
+  model: TrainableModel,
+  batches: readonly TokenBatch[],
+  precision: Precision,
+): Promise<Float32Array[]> {
+  const read: Float32Array[] = []
+  for (const batch of batches) {
+    const { nlls } = scope(() =>
+      noGrad(() =>
+        withPrecision(precision, () => {
+          const { nlls } = checkedLoss(model.loss(batch, { training: false }))
+          return { nlls }
+        }),
+      ),
+    )
+    if (nlls === undefined) throw missingNlls()
+    try {
+      read.push((await nlls.values()) as Float32Array)
+    } finally {
+      nlls.dispose()
+    }
+    await yieldToEventLoop()
+  }
+  return read
 }
 
 /** The lookahead that rows need for both models. */
-export const lookaheadOf = (model: TrainableModel, reference: TrainableModel | undefined): number =>
+export const lookaheadOf = (model: TrainableModel, reference: ScoringModel | undefined): number =>
   Math.max(model.lookahead, reference?.lookahead ?? 0)
 
 /** @throws MoeError E_CONFIG */
-export function checkReference(model: TrainableModel, reference: TrainableModel | undefined): void {
-  if (model !== reference) return
+export function checkReference(
+  model: TrainableModel,
+  reference: ScoringModel | undefined,
+  onRanks: ModelOnRanks | undefined,
+): void {
+  if (reference === undefined || (model !== reference && onRanks !== reference)) return
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'train',

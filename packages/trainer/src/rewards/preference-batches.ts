@@ -6,7 +6,17 @@ import { tokenNamed } from '../data/token-dataset.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 import type { RankGroup } from '../rank-group.ts'
-import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts, type PromptCompletion } from './packed-texts.ts'
+import {
+  checkReference,
+  countOf,
+  digestOf,
+  lookaheadOf,
+  PackedTexts,
+  type PromptCompletion,
+  type ScoringModel,
+  type ScoringModelOnRanks,
+  scoresOnRanks,
+} from './packed-texts.ts'
 import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Preference, Preferences } from './preferences.ts'
 import { type EncodeOptions, encodePrompts, encoder } from './sampler.ts'
@@ -19,6 +29,8 @@ export interface PreferenceBatchesOptions extends EncodeOptions {
   readonly precision: Precision
   /** Each rank learns from `pairs` pairs per step. */
   readonly ranks: RankGroup
+  /** The model on ranks, if each has a part of it. */
+  readonly onRanks?: ScoringModelOnRanks | undefined
 }
 
 /** The chosen text and the rejected text. */
@@ -45,6 +57,8 @@ export function pairTerm(now: PairLogProbs, reference: PairLogProbs, beta: numbe
   return { chosen, rejected, margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
 }
 
+type PairTerm = ReturnType<typeof pairTerm>
+
 export class PreferenceBatches implements BatchSource {
   readonly #model: TrainableModel
   readonly #data: Preferences
@@ -65,7 +79,7 @@ export class PreferenceBatches implements BatchSource {
     this.#training = this.#encode(data.training, 'pair')
     this.#validation = this.#encode(data.validation, 'held-out pair')
     this.#order = new EpochOrder(this.#training.length, new Random(options.seed))
-    checkReference(model, data.reference)
+    checkReference(model, data.reference, options.onRanks)
   }
 
   tokensInSteps(): number {
@@ -140,33 +154,49 @@ export class PreferenceBatches implements BatchSource {
 
   /** Packs the texts of each pair and compares them. */
   async #compare(pairs: readonly Pair[]) {
-    const { sequenceLength, batchSize, isolate, precision } = this.#options
+    const { sequenceLength, batchSize, isolate, precision, ranks, onRanks } = this.#options
     const { reference, beta } = this.#data
     const lookahead = lookaheadOf(this.#model, reference)
     const packed = new PackedTexts(pairs.flat(), { sequenceLength, lookahead, batchSize, isolate })
-    const oddsBy = async (model: TrainableModel) => {
-      const sums = (await packed.logProbs(model, precision)).map(values => values.reduce((sum, x) => sum + x, 0))
+    const oddsBy = async (model: ScoringModel) => {
+      const sums = (await packed.logProbs(model, precision, ranks)).map(values => values.reduce((sum, x) => sum + x, 0))
       return pairs.map((_, i) => ({ chosen: sums[2 * i], rejected: sums[2 * i + 1] }))
     }
-    const [before, now] = [await oddsBy(reference), await oddsBy(this.#model)]
+    const [before, now] = [await oddsBy(reference), await oddsBy(onRanks ?? this.#model)]
     return { packed, terms: now.map((odds, i) => pairTerm(odds, before[i], beta)) }
   }
 
   async evaluate({ signal, onProgress }: SourceEvaluationOptions): Promise<Evaluation | null> {
     const started = performance.now()
-    const { ranks } = this.#options
+    const { ranks, onRanks } = this.#options
     const { from, to } = ranks.share(this.#validation.length)
     const own = this.#validation.slice(from, to)
-    const terms = await ranks.all(signal, async () => {
-      const terms: Array<ReturnType<typeof pairTerm>> = []
-      const { pairs } = this.#data
-      for (let at = 0; at < own.length; at += pairs) {
-        signal.throwIfAborted()
-        terms.push(...(await this.#compare(own.slice(at, at + pairs))).terms)
-        onProgress(terms.length / own.length)
-      }
+    const { pairs } = this.#data
+    const termsOf = async (at: number) => {
+      const { terms } = await this.#compare(own.slice(at, at + pairs))
+      onProgress(Math.min(1, (at + pairs) / own.length))
       return terms
-    })
+    }
+    const alone = () =>
+      ranks.all(signal, async () => {
+        const terms: PairTerm[] = []
+        for (let at = 0; at < own.length; at += pairs) {
+          signal.throwIfAborted()
+          terms.push(...(await termsOf(at)))
+        }
+        return terms
+      })
+    const together = async () => {
+      const terms: PairTerm[] = []
+      // All make equally many passes; shares differ by a pair.
+      for (let at = 0; at < Math.ceil(this.#validation.length / ranks.size); at += pairs) {
+        if ((await ranks.gather(signal.aborted)).includes(true)) return null
+        terms.push(...(await termsOf(at)))
+      }
+      return (await ranks.gather(terms)).flat()
+    }
+    const isTogether = scoresOnRanks(onRanks ?? this.#model, this.#data.reference)
+    const terms = await (isTogether ? together() : alone())
     if (terms === null) return null
     return {
       loss: meanOf(terms.map(({ loss }) => loss)),

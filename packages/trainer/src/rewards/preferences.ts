@@ -2,7 +2,7 @@
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type ConversationTemplate, checkTemplate } from '../data/conversations.ts'
 import { holdOut } from '../data/corpus.ts'
-import type { TrainableModel } from '../model.ts'
+import { canScore, type ScoringModel } from './packed-texts.ts'
 import { checkPrompt, listed, type Prompt } from './rollouts.ts'
 
 /**
@@ -18,8 +18,11 @@ export type Preference = Prompt & {
 
 /** Options of `preferences`. */
 export interface PreferenceOptions {
-  /** The model before training, for example a second copy of it. Preferences are measured relative to it. */
-  readonly reference: TrainableModel
+  /**
+   * The model before training, for example a second copy of it, or an `ExpertParallel` of a second copy. Preferences are
+   * measured relative to it.
+   */
+  readonly reference: ScoringModel
   /** Renders prompts that are `messages`, and their answers. Saved with the model in every checkpoint. */
   readonly template?: ConversationTemplate | undefined
   /** Pairs per step on this rank. Default 16. */
@@ -48,7 +51,7 @@ export interface Preferences {
   /** Held-out pairs; may be empty. */
   readonly validation: readonly Preference[]
   /** The model that preferences are measured relative to. */
-  readonly reference: TrainableModel
+  readonly reference: ScoringModel
   /** Renders prompts that are `messages`. */
   readonly template?: ConversationTemplate | undefined
   /** Pairs per step on this rank. */
@@ -67,7 +70,7 @@ export function preferences(all: Iterable<Preference>, options: PreferenceOption
   checkOptions('preferences', options, names)
   const { reference, template, pairs = 16, beta = 0.1, validation = 0, seed = 0 } = options
   const problems = [
-    ...(typeof reference?.loss === 'function' ? [] : [`reference is ${reference}, expected a model`]),
+    ...(canScore(reference) ? [] : [`reference is ${reference}, expected a model`]),
     ...(Number.isSafeInteger(pairs) && pairs > 0 ? [] : [`pairs is ${pairs}, expected an integer of at least 1`]),
     ...(beta > 0 && Number.isFinite(beta) ? [] : [`beta is ${beta}, expected a positive number`]),
   ]

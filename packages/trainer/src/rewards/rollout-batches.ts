@@ -9,7 +9,14 @@ import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
 import type { RankGroup } from '../rank-group.ts'
 import { measureRewards } from './evaluate-rewards.ts'
-import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts } from './packed-texts.ts'
+import {
+  checkReference,
+  countOf,
+  digestOf,
+  lookaheadOf,
+  PackedTexts,
+  type ScoringModelOnRanks,
+} from './packed-texts.ts'
 import {
   advantagesOf,
   deviationOf,
@@ -28,8 +35,9 @@ import {
   type SamplingModel,
   sampleRewarded,
   seedOf,
-  type TextSampler,
+  type TextReport,
 } from './sampler.ts'
+import { Sampling } from './sampling.ts'
 
 export interface RolloutBatchesOptions {
   readonly tokenizer: TextTokenizer | undefined
@@ -42,7 +50,12 @@ export interface RolloutBatchesOptions {
   readonly signal: AbortSignal
   /** Each rank samples `groups` groups per step. */
   readonly ranks: RankGroup
+  /** The model on ranks, if each has a part of it. */
+  readonly onRanks?: ScoringModelOnRanks | undefined
 }
+
+/** A sampled text after its prompt, with the log-probabilities of its tokens from the sampler. */
+type SampledCompletion = Pick<Rewarded, 'ids' | 'tokens' | 'logProbs'>
 
 /** The texts of a sampling round, and what this rank learns from them. */
 interface Round {
@@ -65,7 +78,7 @@ export class RolloutBatches implements BatchSource {
   readonly #options: RolloutBatchesOptions
   readonly #training: readonly number[][]
   readonly #validation: readonly number[][]
-  #sampler: TextSampler | null = null
+  readonly #sampling: Sampling
   #round: Round | null = null
   readonly #order: EpochOrder
   metrics: Readonly<Record<string, number>> = {}
@@ -79,7 +92,9 @@ export class RolloutBatches implements BatchSource {
     this.#training = encodePrompts(data.training, data.template, options)
     this.#validation = encodePrompts(data.validation, data.template, options)
     this.#order = new EpochOrder(this.#training.length, new Random(options.seed))
-    checkReference(model, data.kl?.reference)
+    const { ranks, onRanks, precision } = options
+    this.#sampling = new Sampling(ranks, onRanks, () => model.continuousBatch({ maxTexts: data.maxTexts, precision }))
+    checkReference(model, data.kl?.reference, options.onRanks)
     this.#checkRoom(this.#training, 'prompt')
     this.#checkRoom(this.#validation, 'held-out prompt')
   }
@@ -168,12 +183,9 @@ export class RolloutBatches implements BatchSource {
     const { groupSize, kl } = this.#data
     const { ranks, sequenceLength, batchSize, isolate } = this.#options
     const started = performance.now()
-    let own: readonly Rewarded[] = []
-    const texts = await ranks.all(this.#options.signal, async () => {
-      own = await this.#texts(number)
-      return own.map(reportOf)
-    })
-    if (texts === null) return null
+    const sampled = await this.#texts(number)
+    if (sampled === null) return null
+    const { own, texts } = sampled
     const seconds = (performance.now() - started) / 1000
     const byGroup = Array.from({ length: this.#groupsPerRound }, (_, g) =>
       texts.slice(g * groupSize, (g + 1) * groupSize).map(({ reward }) => reward),
@@ -204,7 +216,7 @@ export class RolloutBatches implements BatchSource {
         .slice(first, first + own.length)
         .filter(isLearnedHere),
       old,
-      reference: kl && (await packed.logProbs(kl.reference, this.#options.precision)),
+      reference: kl && (await packed.logProbs(kl.reference, this.#options.precision, ranks)),
       metrics: {
         reward: meanOf(texts.map(({ reward }) => reward)),
         rewardStd: meanOf(byGroup.map(deviationOf)),
@@ -218,36 +230,48 @@ export class RolloutBatches implements BatchSource {
     }
   }
 
-  /** Samples this rank's texts of a round, with their rewards. */
-  #texts(number: number): Promise<Rewarded[]> {
+  /** Samples the texts of a round: those that this rank learns from, and the numbers of all. */
+  async #texts(number: number): Promise<{ own: readonly SampledCompletion[]; texts: readonly TextReport[] } | null> {
     const { groups, groupSize, reward, maxTokens } = this.#data
-    const { seed, tokenizer, signal, ranks } = this.#options
-    const first = ranks.rank * groups * groupSize
-    const tasks = Array.from({ length: groups * groupSize }, (_, i) => {
-      const prompt = this.#order.at(number * this.#groupsPerRound + Math.floor((first + i) / groupSize))
+    const { seed, tokenizer, signal, ranks, onRanks } = this.#options
+    const count = groups * groupSize
+    const share = await this.#sampling.share(ranks.size * count)
+    const taskOf = (i: number) => {
+      const prompt = this.#order.at(number * this.#groupsPerRound + Math.floor(i / groupSize))
       return {
         prompt: this.#data.training[prompt],
         ids: this.#training[prompt],
-        seed: seedOf(seed, 'rollouts', number, first + i),
+        seed: seedOf(seed, 'rollouts', number, i),
       }
+    }
+    const tasks = Array.from({ length: share.to - share.from }, (_, i) => taskOf(share.from + i))
+    const options = { reward, maxTokens, tokenizer, signal }
+    let sampled: readonly Rewarded[] = []
+    const sent = await this.#sampling.run(signal, async sampler => {
+      sampled = await sampleRewarded(sampler, tasks, options)
+      // The texts themselves only for ranks that do not sample their own.
+      return sampled.map(text => {
+        const { tokens, logProbs } = text
+        return { report: reportOf(text), ...(onRanks && { completion: { tokens, logProbs } }) }
+      })
     })
-    return sampleRewarded(this.#needSampler(), tasks, { reward, maxTokens, tokenizer, signal })
+    if (sent === null) return null
+    const texts = sent.map(({ report }) => report)
+    const first = ranks.rank * count
+    const own = sent
+      .slice(first, first + count)
+      .flatMap(({ completion }, i) => (completion ? [{ ids: taskOf(first + i).ids, ...completion }] : []))
+    return { own: onRanks ? own : sampled, texts }
   }
 
   evaluate({ signal, onProgress }: SourceEvaluationOptions): Promise<Evaluation | null> {
-    const { tokenizer, seed, ranks } = this.#options
-    const options = { tokenizer, seed, signal, onProgress, ranks }
-    return measureRewards(this.#needSampler(), this.#data, this.#validation, options)
+    const { tokenizer, seed } = this.#options
+    return measureRewards(this.#sampling, this.#data, this.#validation, { tokenizer, seed, signal, onProgress })
   }
 
   #logProbs(packed: PackedTexts): Promise<Float32Array[]> {
-    return packed.logProbs(this.#model, this.#options.precision)
-  }
-
-  #needSampler(): TextSampler {
-    const { maxTexts } = this.#data
-    this.#sampler ??= this.#model.continuousBatch({ maxTexts, precision: this.#options.precision })
-    return this.#sampler
+    const { precision, ranks, onRanks } = this.#options
+    return packed.logProbs(onRanks ?? this.#model, precision, ranks)
   }
 
   #checkRoom(prompts: readonly number[][], what: string): void {
@@ -270,7 +294,6 @@ export class RolloutBatches implements BatchSource {
   }
 
   dispose(): void {
-    this.#sampler?.dispose()
-    this.#sampler = null
+    this.#sampling.dispose()
   }
 }

@@ -2,7 +2,7 @@
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type Conversation, type ConversationTemplate, checkTemplate } from '../data/conversations.ts'
 import { holdOut } from '../data/corpus.ts'
-import type { TrainableModel } from '../model.ts'
+import { canScore, type ScoringModel } from './packed-texts.ts'
 
 /**
  * A prompt in one of three forms. Additional members, such as a reference answer, are passed to the reward function.
@@ -57,9 +57,9 @@ export interface RolloutOptions<P extends Prompt = Prompt> {
   readonly clip?: number | readonly [below: number, above: number] | undefined
   /**
    * Keeps the policy near a reference model, for example the one before training: `weight` is the factor β of the KL
-   * divergence. Default: no KL term.
+   * divergence. The reference may be an `ExpertParallel`. Default: no KL term.
    */
-  readonly kl?: { readonly weight: number; readonly reference: TrainableModel } | undefined
+  readonly kl?: { readonly weight: number; readonly reference: ScoringModel } | undefined
   /**
    * What is weighted equally: every token of a step (`'token'`, as in DAPO), or every text (`'text'`, as in
    * DeepSeekMath). With `'text'`, the tokens of a long bad text count less than those of a short one, so bad texts tend
@@ -164,7 +164,7 @@ function checkSettings(settings: Rollouts): void {
   if (!Array.isArray(bounds) || bounds.length !== 2 || !bounds.every(bound => bound > 0))
     problems.push(`clip is ${JSON.stringify(clip)}, expected a positive number, or two: below and above 1`)
   if (average !== 'token' && average !== 'text') problems.push(`average is ${average}, expected 'token' or 'text'`)
-  if (kl !== undefined && !(kl?.weight > 0 && Number.isFinite(kl.weight) && typeof kl.reference?.loss === 'function'))
+  if (kl !== undefined && !(kl?.weight > 0 && Number.isFinite(kl.weight) && canScore(kl.reference)))
     problems.push('kl is invalid, expected { weight, reference }: a positive number and a model')
   if (problems.length > 0) {
     throw new MoeError({
