@@ -18,7 +18,7 @@ export async function* withCalls(
 ): AsyncGenerator<TextPart> {
   let held = ''
   /** The tokens of the text that is held. */
-  let waiting: ScoredToken[] = []
+  const waiting: ScoredToken[] = []
   let isBegun = false
   let isOver = false
   for await (const part of parts) {
@@ -28,11 +28,10 @@ export async function* withCalls(
     const at: number = isBegun ? 0 : isOver ? -1 : held.indexOf(begin)
     const safe = at >= 0 ? at : isOver ? held.length : held.length - partialMatch(held, begin)
     isBegun ||= at >= 0
-    if (safe === 0 && held !== '') continue
-    if (safe > 0 || waiting.length > 0 || part.reasoning)
-      yield { ...part, text: held.slice(0, safe), tokens: part.tokens && waiting }
+    const known = safe > 0 || held === '' ? waiting.splice(0) : []
+    if (safe > 0 || known.length > 0 || part.reasoning)
+      yield { ...part, text: held.slice(0, safe), tokens: part.tokens && known }
     held = held.slice(safe)
-    waiting = []
   }
   const calls = isBegun ? read(held) : []
   const tokens = waiting.map(token => (calls.length > 0 ? { ...token, of: 'calls' as const } : token))
