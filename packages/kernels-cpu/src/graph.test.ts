@@ -57,3 +57,30 @@ test.each(['bf16', 'fp8', 'int8', 'int4'] as const)(
     backend.dispose()
   },
 )
+
+test('recorded products are not merged if the second is written where the first one was', async () => {
+  const backend = await createBackend({ threads: 2 })
+  setDefaultBackend(backend)
+  const random = new Random(3)
+  const normal = (...shape: number[]) => fromHost(random.normal(shape.reduce((a, b) => a * b)), shape, 'f32')
+  const weight = (rows: number) => quantizeWeight(normal(rows, 2), 'bf16')
+  const x = normal(1, 2)
+  for (const { unused, wanted, nodes } of [
+    { unused: weight(500), wanted: weight(500), nodes: 2 },
+    { unused: weight(300_000), wanted: weight(280_000), nodes: 2 },
+    { unused: weight(300_000), wanted: weight(500), nodes: 1 },
+  ]) {
+    const run = () =>
+      noGrad(() => {
+        quantizedMatmul(x, unused).dispose()
+        return quantizedMatmul(x, wanted)
+      })
+    const eager = run()
+    const graph = backend.capture(run)
+    expect(graph.nodes).toBe(nodes)
+    graph.replay()
+    const [replayed, expected] = [await graph.result.values(), await eager.values()]
+    expect(replayed.every((y, i) => y === expected[i])).toBe(true)
+  }
+  backend.dispose()
+})

@@ -65,6 +65,8 @@ export class Memory {
   readonly #shared: Pool
   readonly #live: CpuBuffer[] = []
   readonly #pools = new Set<Pool>()
+  /** Buffers that were freed during `within`, since the caller last emptied the list. */
+  readonly freed: CpuBuffer[] = []
   /** Buffers of other pools that were freed during `within` and are recycled when it ends. */
   readonly #deferred: CpuBuffer[] = []
   #pool: Pool
@@ -163,6 +165,7 @@ export class Memory {
       last.slot = buffer.slot
     }
     this.#bytes -= buffer.bytes
+    if (this.#pool !== this.#shared) this.freed.push(buffer)
     if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#deferred.push(buffer)
     else this.#recycle(buffer)
   }
@@ -178,6 +181,7 @@ export class Memory {
       return fn()
     } finally {
       this.#pool = this.#shared
+      this.freed.length = 0
       for (const buffer of this.#deferred) this.#recycle(buffer)
       this.#deferred.length = 0
     }

@@ -70,6 +70,9 @@ export function bySize(native: Native, op: string): (dtype: DType) => NativeKern
   return dtype => kernels[dtypeBytes[dtype] >> 1]
 }
 
+const overlap = (a: CpuBuffer, b: CpuBuffer): boolean =>
+  a.pointer < b.pointer + b.bytes && b.pointer < a.pointer + a.bytes
+
 /** Number of slots of a call: the thread count, then the arguments. */
 const slotCount = 64
 
@@ -94,7 +97,7 @@ export function createNative(
       entry ??= library.entry(name)
       const graph = recording()
       if (graph !== null) {
-        graph.add(name, entry, [threads, ...values], common)
+        if (!graph.add(name, entry, [threads, ...values], common)) memory.freed.length = 0
         return
       }
       for (let i = 0; i < values.length; i++) slots[i + 1] = values[i]
@@ -111,7 +114,11 @@ export function createNative(
 
   return {
     kernel,
-    output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
+    output(spec) {
+      const buffer = memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype])
+      if (memory.freed.some(other => overlap(buffer, other))) recording()?.keepApart()
+      return buffer
+    },
     donated(value, writesRounded = false) {
       const buffer = value.handle as CpuBuffer
       return buffer.refs === 1 && (writesRounded || buffer.rounded === null) ? memory.share(buffer) : copyOf(buffer)
