@@ -1,4 +1,4 @@
-/** @file Reads config.json of a checkpoint folder: the model's configuration, the quantization of its weights, and which weights belong to the text model. */
+/** @file Reads config.json and generation_config.json of a checkpoint folder: the model's configuration, the quantization of its weights, and which weights belong to the text model. */
 import { type Folder, type Int4Source, openInFolder, readAll, type TensorSource, unpackInt4 } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
@@ -7,6 +7,7 @@ import { parseQuantization } from './quantization.ts'
 import { splitExperts } from './stacked-experts.ts'
 
 const FILE = 'config.json'
+const GENERATION_FILE = 'generation_config.json'
 const MAX_BYTES = 64 * 2 ** 20
 
 /**
@@ -14,11 +15,18 @@ const MAX_BYTES = 64 * 2 ** 20
  * @throws MoeError E_CHECKPOINT if it cannot be read, E_CONFIG for an invalid configuration
  */
 export async function readConfig(folder: Folder): Promise<DeepSeekConfigInput> {
-  const json = await readJson(folder)
-  if (json === undefined) throw unreadable(folder, 'no such file')
-  const config = ownKeys(json)
+  const json = await readJson(folder, FILE)
+  if (json === undefined) throw unreadable(folder, FILE, 'no such file')
+  const config = withEndTokens(ownKeys(json), await readJson(folder, GENERATION_FILE))
   parseConfig(config)
   return config as DeepSeekConfigInput
+}
+
+/** Adds the end tokens of generation_config.json. A chat model may list the token that ends a turn only there; transformers and vLLM stop at it. */
+function withEndTokens(config: Json, { eos_token_id: more }: Json = {}): Json {
+  if (more == null) return config
+  const ends = [...new Set([config.eos_token_id ?? [], more].flat())]
+  return { ...config, eos_token_id: ends.length === 1 ? ends[0] : ends }
 }
 
 /** The weights of a folder. */
@@ -35,7 +43,7 @@ export interface FolderWeights extends AsyncDisposable {
  * @throws MoeError E_UNSUPPORTED for quantization that cannot be read
  */
 export async function openWeights(folder: Folder): Promise<FolderWeights> {
-  const json = (await readJson(folder)) ?? {}
+  const json = (await readJson(folder, FILE)) ?? {}
   const given = textConfig(json).quantization_config ?? json.quantization_config
   const { block, group, renamesScales = false } = parseQuantization(folder.pathOf(FILE), given)
   const opened = await openInFolder(folder)
@@ -77,23 +85,23 @@ function withKeys(checkpoint: TensorSource, rename: (key: string) => string | un
 export const parseJson = (text: string): unknown => JSON.parse(text.replace(/^\uFEFF/, ''))
 
 /** Returns undefined if there is no such file. */
-async function readJson(folder: Folder): Promise<Json | undefined> {
+async function readJson(folder: Folder, name: string): Promise<Json | undefined> {
   try {
-    const file = await folder.open(FILE)
+    const file = await folder.open(name)
     if (file === undefined) return undefined
     const json = parseJson(new TextDecoder().decode(await readAll(file, MAX_BYTES)))
     if (typeof json !== 'object' || json === null) throw new Error('expected a JSON object')
     return json as Json
   } catch (cause) {
     if (isMoeError(cause) && cause.code !== 'E_CHECKPOINT') throw cause
-    throw unreadable(folder, isMoeError(cause) ? cause.problem : (cause as Error).message, cause)
+    throw unreadable(folder, name, isMoeError(cause) ? cause.problem : (cause as Error).message, cause)
   }
 }
 
-const unreadable = (folder: Folder, reason: string, cause?: unknown): MoeError =>
+const unreadable = (folder: Folder, name: string, reason: string, cause?: unknown): MoeError =>
   new MoeError({
     code: 'E_CHECKPOINT',
-    op: folder.pathOf(FILE),
+    op: folder.pathOf(name),
     problem: `cannot be read: ${reason}`,
     fix: 'pass a folder with config.json and safetensors files, for example checkpoints/step-…/model of a training run, or its URL',
     ...(cause !== undefined && { cause }),

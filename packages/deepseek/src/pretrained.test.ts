@@ -95,6 +95,27 @@ describe('checkpoints', () => {
     reopened.dispose()
   })
 
+  test('end tokens of generation_config.json are added to those of config.json', async () => {
+    const at = join(folder, 'chat')
+    const opened = async (config: number | null, generation: unknown) => {
+      const model = new DeepSeek({ ...tiny, eos_token_id: config })
+      await model.save(at)
+      model.dispose()
+      await writeFile(join(at, 'generation_config.json'), JSON.stringify(generation))
+      const reopened = await DeepSeek.fromPretrained(at)
+      reopened.dispose()
+      return reopened
+    }
+    expect((await opened(5, { eos_token_id: 6 })).endTokens).toEqual([5, 6])
+    expect((await opened(5, { eos_token_id: [7, 5] })).endTokens).toEqual([5, 7])
+    expect((await opened(5, { eos_token_id: 5 })).config.eos_token_id).toBe(5)
+    expect((await opened(5, { temperature: 0.6 })).config.eos_token_id).toBe(5)
+    expect((await opened(null, { eos_token_id: [6] })).endTokens).toEqual([6])
+    await expect(opened(5, { eos_token_id: 'end' })).rejects.toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+    await writeFile(join(at, 'generation_config.json'), '{')
+    await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(/generation_config\.json: cannot be read: /)
+  })
+
   test('a checkpoint of another model is rejected, with missing keys and different shapes', async () => {
     const model = new DeepSeek(tiny)
     await model.save(join(folder, 'other'))
@@ -163,7 +184,9 @@ test('a model is opened from a URL, and from File objects', async () => {
   })
   expect(last.bytes).toBe(last.totalBytes)
   expect(new Set(requested)).toEqual(
-    new Set(['config.json', 'model.safetensors'].map(name => `https://example.org/m/${name}`)),
+    new Set(
+      ['config.json', 'generation_config.json', 'model.safetensors'].map(name => `https://example.org/m/${name}`),
+    ),
   )
   const names = ['config.json', 'model.safetensors']
   const files = await Promise.all(names.map(async name => new File([await readFile(join(at, name))], name)))
