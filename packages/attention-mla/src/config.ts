@@ -105,6 +105,11 @@ export function ropeProblems({
   if (!(Number.isInteger(context) && context >= 1)) {
     problems.push(`rope_scaling.original_max_position_embeddings = ${context} is not a positive integer`)
   }
+  for (const key of ['beta_fast', 'beta_slow'] as const) {
+    const { [key]: rotations = 1 } = scaling
+    if (!(rotations > 0 && rotations < Infinity))
+      problems.push(`rope_scaling.${key} = ${rotations} is not a positive number`)
+  }
   if (!(beta >= 0 && beta < Infinity)) {
     problems.push(`rope_scaling.llama_4_scaling_beta = ${beta} is neither 0 nor a positive number`)
   }

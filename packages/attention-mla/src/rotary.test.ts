@@ -57,6 +57,8 @@ describe('settings that would give NaN are rejected', () => {
       /original_max_position_embeddings = undefined/,
     ],
     ['a base of 0', { rope_theta: 0 }, /rope_theta = 0 is not/],
+    ['a ramp from 0', { rope_scaling: { ...yarn, beta_fast: 0 } }, /beta_fast = 0 is not a positive number/],
+    ['a ramp to NaN', { rope_scaling: { ...yarn, beta_slow: Number.NaN } }, /beta_slow = NaN is not/],
     [
       'a negative scaling of queries',
       { rope_scaling: { ...yarn, llama_4_scaling_beta: -1 } },

@@ -1,6 +1,6 @@
 /** @file Sampling options that apply to the logits on the host: logit bias, penalties and constraints. */
 import { MoeError } from '@moe/core'
-import { type AllowedTokens, isDrawn, needsLogits, type SamplingOptions, type Scores } from './sampling.ts'
+import { type AllowedTokens, isDrawn, needsLogits, notNumbers, type SamplingOptions, type Scores } from './sampling.ts'
 
 /** The tokens that occur in a text, for penalties, and its logit bias. */
 export class Occurrences {
@@ -44,7 +44,7 @@ export class Occurrences {
 
 /**
  * Applies the logit bias and the penalties to logits, in place, removes tokens that are not `allowed`, and returns scores. Scores that need no logits are returned unchanged.
- * @throws MoeError E_ATTR if no token is allowed
+ * @throws MoeError E_ATTR if no token is allowed, E_NAN
  */
 export function processLogits(
   scores: Scores,
@@ -65,6 +65,7 @@ export function processLogits(
     throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
   }
   for (let i = best + 1; i < length; i++) if (scores[i] > scores[best]) best = i
+  if (Number.isNaN(scores[best])) throw notNumbers()
   if (!isDrawn(options)) return best
   const largest = scores[best]
   for (let i = 0; i < length; i++) scores[i] = Math.exp((scores[i] - largest) / temperature)

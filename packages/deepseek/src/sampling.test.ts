@@ -7,6 +7,7 @@ import { DeepSeek, type Generation, loadWeights, presets, type TurnOptions } fro
 import { verifyDraft } from './next-tokens.ts'
 import { Occurrences, processLogits } from './process-logits.ts'
 import { restrict, type SamplingOptions, sample, scoresOf } from './sampling.ts'
+import { read } from './test-generation.ts'
 import { makeDraftsAgree, tiny } from './test-tiny.ts'
 
 const backend = referenceBackend()
@@ -219,20 +220,19 @@ describe('logit bias, frequency and presence penalties', () => {
       const session = model.session({ speculative })
       const batch = model.continuousBatch({ speculative })
       let accepted = 0
-      const read = async (text: Generation<number>) => {
-        const ids: number[] = []
-        for await (const id of text) ids.push(id)
+      const counted = async (text: Generation<number>) => {
+        const ids = await read(text)
         accepted += text.stats.accepted.reduce((sum, n) => sum + n, 0)
         return ids
       }
       const prompt = [3, 7, 11, 3, 3]
-      const plain = await read(model.generate(prompt, { maxTokens: 30 }))
+      const plain = await counted(model.generate(prompt, { maxTokens: 30 }))
       expect(accepted).toBe(0)
       const together = await Promise.all(
-        cases.map(options => read(batch.generate(prompt, { ...options, maxTokens: 30 }))),
+        cases.map(options => counted(batch.generate(prompt, { ...options, maxTokens: 30 }))),
       )
       for (const [i, options] of cases.entries()) {
-        const made = await read(session.generate(prompt, { ...options, maxTokens: 30 }))
+        const made = await counted(session.generate(prompt, { ...options, maxTokens: 30 }))
         expect(together[i]).toEqual(made)
         expect(made).not.toEqual(plain)
         const [scored] = await model.score([[...prompt, ...made]], { top: 40 })
@@ -268,6 +268,28 @@ describe('logit bias, frequency and presence penalties', () => {
     expect(await made({ [likeliest]: -100 })).not.toContain(likeliest)
     model.dispose()
   })
+})
+
+test('a model whose logits are NaN fails instead of generating a token that may be excluded', async () => {
+  const handles = backend.stats().handles
+  const model = new DeepSeek(tiny, { seed: 1 })
+  const { weight } = model.model.norm
+  weight.assign(model.infer(() => weight.mul(Number.NaN)))
+  const batch = model.continuousBatch()
+  const constraint = { allowed: () => Int32Array.of(0b1000), accept() {} }
+  for (const options of [
+    { temperature: 1 },
+    { temperature: 1, topK: 4, topP: 0.5 },
+    { temperature: 1, constraint },
+    { repetitionPenalty: 1.1 },
+  ]) {
+    const error = { code: 'E_NAN', message: expect.stringMatching(/the scores of the next token are NaN/) }
+    await expect(read(model.generate([1, 2], options))).rejects.toMatchObject(error)
+    await expect(read(batch.generate([1, 2], options))).rejects.toMatchObject(error)
+  }
+  batch.dispose()
+  model.dispose()
+  expect(backend.stats().handles).toBe(handles)
 })
 
 test('an abort between tokens ends generation and frees its memory', async () => {
@@ -332,12 +354,12 @@ describe('a padded vocabulary', () => {
     { temperature: 1, repetitionPenalty: 1.3, seed: 2 },
     { temperature: 1, frequencyPenalty: 0.5, logitBias: { 3: 2, 20: 100 }, seed: 2 },
   ]
-  const read = async <T>(text: AsyncIterable<T>) => {
-    const parts: T[] = []
-    for await (const part of text) parts.push(part)
-    return parts
+  const textOf = async (text: AsyncIterable<string>) => {
+    let all = ''
+    for await (const part of text) all += part
+    return all
   }
-  const idsOf = async (text: AsyncIterable<string>) => (await read(text)).join('').split(',').slice(0, -1).map(Number)
+  const idsOf = async (text: AsyncIterable<string>) => (await textOf(text)).split(',').slice(0, -1).map(Number)
 
   test.each([false, true])(
     'ids without text are not generated, but log-probabilities include them (drafts: %s)',

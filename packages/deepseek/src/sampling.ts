@@ -226,11 +226,21 @@ function lowerBound(p: Float32Array, parts: number): number {
   return largest.reduce((least, x) => Math.min(least, x))
 }
 
-/** Samples an index in proportion to `p`. */
+/** The error for NaN instead of scores, from which any token would be chosen, even one that a constraint excludes. */
+export const notNumbers = (): MoeError =>
+  new MoeError({
+    code: 'E_NAN',
+    op: 'generate',
+    problem: 'the scores of the next token are NaN',
+    fix: 'check the weights of the model, or use a higher precision',
+  })
+
+/** Samples an index in proportion to `p`. @throws MoeError E_NAN */
 export function draw(p: Float32Array, random: Random): number {
   const { length } = p
   let total = 0
   for (let i = 0; i < length; i++) total += p[i]
+  if (Number.isNaN(total)) throw notNumbers()
   const at = random.next() * total
   let sum = 0
   let last = 0
