@@ -296,6 +296,8 @@ export class ExpertParallel<Batch> {
       await led.follow()
       return undefined
     }
+    // What was computed with experts of other ranks, such as cached prompts, may be outdated.
+    for (const whole of this.#shards.rows.keys()) whole.version++
     this.#leading = true
     model.remoteExperts = {
       async infer(precision, fn) {

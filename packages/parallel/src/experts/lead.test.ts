@@ -200,6 +200,38 @@ test('weights after training steps are used, and training goes on as without inf
   expect(other.texts).toEqual([undefined, undefined, undefined])
 })
 
+test('a batch that is kept between training steps does not reuse what other weights of experts have computed', async () => {
+  const prompt = Array.from({ length: 100 }, (_, i) => 2 + ((i * i) % 17))
+  await local(2, async ranks => {
+    const model = newModel()
+    for (const { name, parameter } of namedParameters(model)) parameter.trainable = name.includes('.experts.')
+    const parallel = new ExpertParallel(model, ranks)
+    const optimizer = new AdamW(parallel.parameters)
+    let kept: ReturnType<DeepSeek['continuousBatch']> | undefined
+    const scoresOf = async (batch: ReturnType<DeepSeek['continuousBatch']>) => {
+      const text = batch.generate(prompt, { maxTokens: 3, logProbs: 0 })
+      await read(text)
+      return text.logProbs.map(({ logProb }) => logProb)
+    }
+    const before = await parallel.lead(() => scoresOf((kept = model.continuousBatch())))
+    await parallel.step([batchesOf(2, model)[ranks.rank]])
+    scope(() => optimizer.step(1e-1, full([], 1)))
+    const after = await parallel.lead(async () => {
+      const fresh = model.continuousBatch()
+      const scores = [await scoresOf(kept as typeof fresh), await scoresOf(fresh)]
+      for (const batch of [kept, fresh]) batch?.dispose()
+      return scores
+    })
+    if (ranks.rank === 0) {
+      expect(after?.[1]).not.toEqual(before)
+      expect(after?.[0]).toEqual(after?.[1])
+    }
+    optimizer.dispose()
+    parallel.dispose()
+    model.dispose()
+  })
+})
+
 test('passes of several texts at a time, one of which is aborted, do not disturb each other', async () => {
   const model = newModel()
   const alone: number[][] = []

@@ -32,28 +32,17 @@ export class Sampling {
    * @param work samples this rank's share
    */
   run<T>(signal: AbortSignal, work: (sampler: TextSampler) => Promise<readonly T[]>): Promise<T[] | null> {
-    const { lead } = this.#onRanks ?? {}
-    if (lead === undefined) return this.#ranks.all(signal, () => work(this.#keptSampler()))
-    const leading = async () => {
-      // A sampler caches prompts. It does not see when the weights of other ranks change.
-      const sampler = this.#make()
-      try {
-        return await work(sampler)
-      } finally {
-        sampler.dispose()
-      }
+    const sample = () => {
+      this.#sampler ??= this.#make()
+      return work(this.#sampler)
     }
-    return this.#ranks.all(signal, async () => ((await lead.call(this.#onRanks, leading)) as readonly T[]) ?? [])
+    const { lead } = this.#onRanks ?? {}
+    return this.#ranks.all(signal, lead ? async () => (await lead.call(this.#onRanks, sample)) ?? [] : sample)
   }
 
   dispose(): void {
     this.#sampler?.dispose()
     this.#sampler = null
-  }
-
-  #keptSampler(): TextSampler {
-    this.#sampler ??= this.#make()
-    return this.#sampler
   }
 
   async #sampledRanks() {
