@@ -213,7 +213,10 @@ test('a batch that is kept between training steps does not reuse what other weig
       await read(text)
       return text.logProbs.map(({ logProb }) => logProb)
     }
-    const before = await parallel.lead(() => scoresOf((kept = model.continuousBatch())))
+    const before = await parallel.lead(() => {
+      kept = model.continuousBatch()
+      return scoresOf(kept)
+    })
     await parallel.step([batchesOf(2, model)[ranks.rank]])
     scope(() => optimizer.step(1e-1, full([], 1)))
     const after = await parallel.lead(async () => {

@@ -36,8 +36,8 @@ export class Sampling {
       this.#sampler ??= this.#make()
       return work(this.#sampler)
     }
-    const { lead } = this.#onRanks ?? {}
-    return this.#ranks.all(signal, lead ? async () => (await lead.call(this.#onRanks, sample)) ?? [] : sample)
+    const led = async (): Promise<readonly T[]> => (await this.#onRanks?.lead?.(sample)) ?? []
+    return this.#ranks.all(signal, this.#onRanks?.lead ? led : sample)
   }
 
   dispose(): void {
