@@ -11,6 +11,8 @@ export class MergeTable {
   /** Left token, right token, rank, unused; left is -1 in a free slot. */
   readonly #slots: Int32Array
   readonly #shift: number
+  /** Keeps a malicious file from choosing pairs that collide, which would take quadratic time. */
+  readonly #seed = (Math.random() * 2 ** 32) | 0
   /** Byte of each token of one byte; otherwise -1. */
   readonly #byteOf: Int16Array
 
@@ -41,7 +43,7 @@ export class MergeTable {
     const slots = this.#slots
     const mask = (slots.length >>> 2) - 1
     this.product[rank] = product
-    let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.#shift
+    let slot = this.#slotOf(left, right)
     while (slots[slot * 4] !== -1 && !(slots[slot * 4] === left && slots[slot * 4 + 1] === right))
       slot = (slot + 1) & mask
     slots[slot * 4] = left
@@ -56,12 +58,17 @@ export class MergeTable {
   rank(left: number, right: number): number {
     const slots = this.#slots
     const mask = (slots.length >>> 2) - 1
-    let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.#shift
+    let slot = this.#slotOf(left, right)
     while (true) {
       const key = slots[slot * 4]
       if (key === left && slots[slot * 4 + 1] === right) return slots[slot * 4 + 2]
       if (key === -1) return NO_RANK
       slot = (slot + 1) & mask
     }
+  }
+
+  /** Returns the slot where the search for a pair starts. */
+  #slotOf(left: number, right: number): number {
+    return (Math.imul(left ^ this.#seed, 0x9e3779b1) ^ Math.imul(right ^ this.#seed, 0x85ebca6b)) >>> this.#shift
   }
 }

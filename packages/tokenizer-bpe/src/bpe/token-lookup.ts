@@ -8,6 +8,8 @@ export class TokenLookup {
   /** An open-addressing table of ids + 1, by the hash of their bytes. */
   readonly #slots: Int32Array
   readonly #shift: number
+  /** Keeps a malicious file from choosing tokens that collide, which would take quadratic time. */
+  readonly #seed = (Math.random() * 2 ** 32) | 0
   /** 1 at the hashes of length, start and end of long tokens, to rule out most long pieces quickly. */
   readonly #outlines = new Uint8Array(65536)
 
@@ -23,7 +25,7 @@ export class TokenLookup {
     for (let id = 0; id < starts.length; id++) {
       if (lengths[id] === 0) continue
       if (lengths[id] > SHORT_KEY) this.#outlines[outline(bytes, starts[id], starts[id] + lengths[id])] = 1
-      let slot = hashBytes(bytes, starts[id], lengths[id]) >>> this.#shift
+      let slot = hashBytes(bytes, starts[id], lengths[id], this.#seed) >>> this.#shift
       while (this.#slots[slot] !== 0) slot = (slot + 1) & (this.#slots.length - 1)
       this.#slots[slot] = id + 1
     }
@@ -35,7 +37,7 @@ export class TokenLookup {
     if (length > SHORT_KEY && this.#outlines[outline(text, from, to)] === 0) return -1
     const slots = this.#slots
     for (
-      let slot = hashBytes(text, from, length) >>> this.#shift;
+      let slot = hashBytes(text, from, length, this.#seed) >>> this.#shift;
       slots[slot] !== 0;
       slot = (slot + 1) & (slots.length - 1)
     ) {
@@ -57,8 +59,8 @@ function outline(bytes: Uint8Array, from: number, to: number): number {
   return (Math.imul(head, 0x9e3779b1) ^ Math.imul(tail ^ ((to - from) << 24), 0x85ebca6b)) >>> 16
 }
 
-function hashBytes(bytes: Uint8Array, start: number, length: number): number {
-  let h = Math.imul(length, 0x9e3779b1)
+function hashBytes(bytes: Uint8Array, start: number, length: number, seed: number): number {
+  let h = Math.imul(length ^ seed, 0x9e3779b1)
   for (let i = 0; i < length; i++) h = Math.imul(h ^ bytes[start + i], 0x01000193) + (h >>> 15)
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
   return (h ^ (h >>> 13)) | 0
