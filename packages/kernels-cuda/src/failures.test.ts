@@ -152,6 +152,31 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     limited.dispose()
   })
 
+  test('a size that does not fit into 32 bits is an error', async () => {
+    const backend = await open()
+    const { handle } = tensor([1], undefined, { backend })
+    const index = backend.upload(Int32Array.of(0), [1], 'i32')
+    const take = (rows: number) =>
+      backend.primitives.takeRows(
+        [
+          { handle, shape: [rows], dtype: 'f32' },
+          { handle: index, shape: [1], dtype: 'i32' },
+        ],
+        {},
+        [{ shape: [1], dtype: 'f32' }],
+      )
+    take(2 ** 31 - 1)
+    for (const rows of [2 ** 31, 2 ** 32 + 1]) {
+      expect(() => take(rows)).toThrow(
+        expect.objectContaining({
+          code: 'E_UNSUPPORTED',
+          message: expect.stringMatching(`${rows}.*integers of 32 bits`),
+        }),
+      )
+    }
+    backend.dispose()
+  })
+
   test('reading a tensor reports if the host, not the device, is out of memory, and takes no more than needed', async () => {
     const { driver, memory, stream, modules, context } = await openCuda(emulator)
     const calls = driver.call as { cuMemHostAlloc: (...args: unknown[]) => number }

@@ -124,7 +124,7 @@ export class Modules {
       }
       if (args.length !== parameters.length)
         throw new Error(`${name} expected ${parameters.length} arguments, got ${args.length}`)
-      pack(packed, parameters, args)
+      pack(name, packed, parameters, args)
       launch({
         kernel: name,
         function: entry,
@@ -238,7 +238,8 @@ function ownFolder(): string {
   return join(dirname(dirname(fileURLToPath(import.meta.url))), 'build', 'fatbins')
 }
 
-type Code = 'p' | 'i' | 'l' | 'f'
+/** As in signatures; `w` are the words of a tensor map. */
+type Code = 'p' | 'i' | 'l' | 'f' | 'w'
 
 interface Parameter {
   readonly code: Code
@@ -257,7 +258,7 @@ function parseSignature(signature: string): Parameter[] {
       if (part === 't') {
         const at = Math.ceil(offset / mapAlignment) * mapAlignment
         offset = at + mapWords * 4
-        return { code: 'i' as const, offset: at, count: mapWords }
+        return { code: 'w' as const, offset: at, count: mapWords }
       }
       const parsed = part.match(/^([pilf])(?:\[(\d+)\])?$/)
       if (parsed === null) throw new Error(`invalid parameter '${part}' in the signature '${signature}'`)
@@ -278,12 +279,12 @@ interface Packed {
   readonly ints: Int32Array
 }
 
-function pack(to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<Argument>): void {
+function pack(kernel: string, to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<Argument>): void {
   for (let i = 0; i < parameters.length; i++) {
     const { code, offset, count } = parameters[i]
     const value = args[i]
     if (count === 0) {
-      put(to, code, offset >> 2, value as number)
+      put(kernel, to, code, offset >> 2, value as number)
       continue
     }
     const values = value as readonly number[] | TensorMap
@@ -291,16 +292,27 @@ function pack(to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<
     if (length > count) throw new Error(`got ${length} elements for an array parameter of ${count}`)
     const words = code === 'p' || code === 'l' ? 2 : 1
     const at = offset >> 2
-    for (let k = 0; k < length; k++) put(to, code, at + k * words, values[k])
+    for (let k = 0; k < length; k++) put(kernel, to, code, at + k * words, values[k])
     to.ints.fill(0, at + length * words, at + count * words)
   }
 }
 
 /** Writes a value at an offset in 32-bit words. Writing an int64 as two halves is faster than a BigInt; negative numbers become two's complement. */
-function put({ floats, ints }: Packed, code: Code, at: number, value: number): void {
-  if (code === 'f') floats[at] = value
-  else {
-    ints[at] = value
-    if (code !== 'i') ints[at + 1] = Math.floor(value / 4294967296)
+function put(kernel: string, { floats, ints }: Packed, code: Code, at: number, value: number): void {
+  if (code === 'f') {
+    floats[at] = value
+    return
   }
+  ints[at] = value
+  if (code === 'p' || code === 'l') ints[at + 1] = Math.floor(value / 4294967296)
+  else if (code === 'i' && ints[at] !== value) throw tooLarge(kernel, value)
+}
+
+function tooLarge(kernel: string, value: number): MoeError {
+  return new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: kernel,
+    problem: `a size or an attribute is ${value}, but kernels take integers of 32 bits`,
+    fix: 'split tensors along axes of 2^31 elements or more, and compute the parts one after another',
+  })
 }

@@ -13,7 +13,7 @@ export function filler(cuda: Cuda) {
     const bytes = sizeOf(shape) * size
     const bits = bitsOf(value, dtype)
     if (bits === 0) cuda.clear(to, bytes)
-    else kernel({ grid: elementwiseGrid(cuda, bytes / 4), block: 256 }, to, bits * repeat[size], bytes)
+    else kernel({ grid: elementwiseGrid(cuda, bytes / 4), block: 256 }, to, (bits * repeat[size]) | 0, bytes)
   }
 }
 

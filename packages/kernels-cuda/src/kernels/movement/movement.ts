@@ -155,7 +155,7 @@ export const pad: PrimitiveFactory<'pad'> = cuda => {
     ]
     const n = inUnits(sizeOf(spec.shape))
     const launch = { grid: elementwiseGrid(cuda, n), block: 256 }
-    kernels[wide ? 16 : 4](launch, y.pointer, pointerOf(x), n, bitsOf(value, spec.dtype), nest.length / 4, nest)
+    kernels[wide ? 16 : 4](launch, y.pointer, pointerOf(x), n, bitsOf(value, spec.dtype) | 0, nest.length / 4, nest)
     return [y]
   }
 }
