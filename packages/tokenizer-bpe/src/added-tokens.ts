@@ -91,7 +91,7 @@ export class AddedTokenFinder {
     const match = this.#matcher?.(bytes, end)
     let done = start
     /** End of the white space that `rstrip` included last. */
-    let spaceEnd = start
+    let spaceEnd = 0
     let at = this.#tokens.length === 0 ? end : start
     while (at < end) {
       at = this.#nextCandidate(bytes, at, end)

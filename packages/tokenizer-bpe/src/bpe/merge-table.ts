@@ -12,7 +12,7 @@ export class MergeTable {
   readonly #slots: Int32Array
   readonly #shift: number
   /** Keeps a malicious file from choosing pairs that collide, which would take quadratic time. */
-  readonly #seed = (Math.random() * 2 ** 32) | 0
+  readonly #seed = (Math.random() * 1e9) | 0
   /** Byte of each token of one byte; otherwise -1. */
   readonly #byteOf: Int16Array
 
@@ -40,15 +40,12 @@ export class MergeTable {
 
   /** Adds a merge. A pair that is added twice gets the later rank, as in Hugging Face tokenizers. */
   add(rank: number, left: number, right: number, product: number): void {
-    const slots = this.#slots
-    const mask = (slots.length >>> 2) - 1
     this.product[rank] = product
-    let slot = this.#slotOf(left, right)
-    while (slots[slot * 4] !== -1 && !(slots[slot * 4] === left && slots[slot * 4 + 1] === right))
-      slot = (slot + 1) & mask
-    slots[slot * 4] = left
-    slots[slot * 4 + 1] = right
-    slots[slot * 4 + 2] = rank
+    const slots = this.#slots
+    const at = this.#find(left, right)
+    slots[at] = left
+    slots[at + 1] = right
+    slots[at + 2] = rank
     const a = this.#byteOf[left]
     const b = this.#byteOf[right]
     if (a >= 0 && b >= 0) this.byteRank[(a << 8) | b] = rank
@@ -56,19 +53,16 @@ export class MergeTable {
 
   /** Returns the rank of a pair, or NO_RANK. */
   rank(left: number, right: number): number {
-    const slots = this.#slots
-    const mask = (slots.length >>> 2) - 1
-    let slot = this.#slotOf(left, right)
-    while (true) {
-      const key = slots[slot * 4]
-      if (key === left && slots[slot * 4 + 1] === right) return slots[slot * 4 + 2]
-      if (key === -1) return NO_RANK
-      slot = (slot + 1) & mask
-    }
+    const at = this.#find(left, right)
+    return this.#slots[at] < 0 ? NO_RANK : this.#slots[at + 2]
   }
 
-  /** Returns the slot where the search for a pair starts. */
-  #slotOf(left: number, right: number): number {
-    return (Math.imul(left ^ this.#seed, 0x9e3779b1) ^ Math.imul(right ^ this.#seed, 0x85ebca6b)) >>> this.#shift
+  /** Returns the index in `#slots` of a pair, or of the free slot for it. */
+  #find(left: number, right: number): number {
+    const slots = this.#slots
+    let at =
+      ((Math.imul(left ^ this.#seed, 0x9e3779b1) ^ Math.imul(right ^ this.#seed, 0x85ebca6b)) >>> this.#shift) * 4
+    while (slots[at] >= 0 && !(slots[at] === left && slots[at + 1] === right)) at = (at + 4) & (slots.length - 1)
+    return at
   }
 }

@@ -9,7 +9,7 @@ export class TokenLookup {
   readonly #slots: Int32Array
   readonly #shift: number
   /** Keeps a malicious file from choosing tokens that collide, which would take quadratic time. */
-  readonly #seed = (Math.random() * 2 ** 32) | 0
+  readonly #seed = (Math.random() * 1e9) | 0
   /** 1 at the hashes of length, start and end of long tokens, to rule out most long pieces quickly. */
   readonly #outlines = new Uint8Array(65536)
 
