@@ -28,7 +28,7 @@ export interface ServerOptions extends ServedModel {
   readonly cors?: string | readonly string[] | undefined
   /** Maximum size of a request body in bytes. Default: 4 MiB. */
   readonly bodyLimit?: number | undefined
-  /** Called with a record of each request when it has finished. */
+  /** Called with a record of each request when it has finished. If it throws, the process emits a warning, and the request is not affected. */
   readonly onRequest?: ((record: RequestRecord) => void) | undefined
 }
 
@@ -91,10 +91,14 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     const finish = () => {
       record.seconds = (performance.now() - started) / 1000
       metrics.add(record)
-      onRequest?.(record)
+      try {
+        onRequest?.(record)
+      } catch (error) {
+        process.emitWarning(`onRequest failed: ${error instanceof Error ? error.stack : error}`)
+      }
     }
     const streamed = c.get('streamed')
-    if (streamed) void streamed.then(finish)
+    if (streamed) void streamed.then(finish, finish)
     else finish()
   })
   app.onError((error, c) => {

@@ -54,3 +54,27 @@ test('metrics count requests by path and status, and tokens', async () => {
   )
   expect(dispose()).toBe(0)
 })
+
+test('an onRequest that throws affects no request, streamed or not', async () => {
+  const warnings: string[] = []
+  const warned = ({ message }: Error) => warnings.push(message)
+  process.on('warning', warned)
+  const onRequest = () => {
+    throw new Error('no space left on the disk of the log')
+  }
+  const { app, dispose } = modelServer({ onRequest })
+  const [completions] = paths
+  try {
+    for (const stream of [false, true]) {
+      const response = await app.request(completions, post({ ...validBodies[completions], stream }))
+      expect(response.status).toBe(200)
+      expect(await response.text()).toContain('finish_reason')
+    }
+    await new Promise(setImmediate)
+    expect(warnings).toHaveLength(2)
+    for (const warning of warnings) expect(warning).toMatch(/^onRequest failed: Error: no space left on the disk/)
+  } finally {
+    process.off('warning', warned)
+    dispose()
+  }
+})
