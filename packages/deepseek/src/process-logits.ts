@@ -2,6 +2,9 @@
 import { MoeError } from '@moe/core'
 import { type AllowedTokens, isDrawn, needsLogits, notNumbers, type SamplingOptions, type Scores } from './sampling.ts'
 
+/** The largest finite f32. */
+const largest = (2 - 2 ** -23) * 2 ** 127
+
 /** The tokens that occur in a text, for penalties, and its logit bias. */
 export class Occurrences {
   /** Tokens of the prompt and the generated text. */
@@ -34,7 +37,10 @@ export class Occurrences {
     for (let i = 0; i < this.#biased.length; i++) logits[this.#biased[i]] += this.#biases[i]
     if (repetitionPenalty !== 1) {
       for (const token of this.#all) {
-        logits[token] = logits[token] < 0 ? logits[token] * repetitionPenalty : logits[token] / repetitionPenalty
+        const logit = logits[token]
+        const penalized = logit < 0 ? logit * repetitionPenalty : logit / repetitionPenalty
+        // Infinite logits would have NaN as their difference.
+        logits[token] = Number.isFinite(logit) ? Math.max(-largest, Math.min(largest, penalized)) : penalized
       }
     }
     if (frequencyPenalty === 0 && presencePenalty === 0) return

@@ -292,6 +292,19 @@ test('a model whose logits are NaN fails instead of generating a token that may 
   expect(backend.stats().handles).toBe(handles)
 })
 
+test.each([1e-320, 1e-30, 1e30, Number.MAX_VALUE])(
+  'repetition penalties beyond the numbers of f32 give no NaN: %d',
+  async repetitionPenalty => {
+    const model = new DeepSeek(tiny, { seed: 1 })
+    const all = Array.from({ length: tiny.vocab_size as number }, (_, id) => id)
+    for (const temperature of [0, 1]) {
+      const ids = await read(model.generate(all, { repetitionPenalty, temperature, maxTokens: 3 }))
+      expect(ids).toHaveLength(3)
+    }
+    model.dispose()
+  },
+)
+
 test('an abort between tokens ends generation and frees its memory', async () => {
   const handles = backend.stats().handles
   const model = new DeepSeek({
