@@ -67,7 +67,7 @@ export interface CaptureOptions {
   /**
    * State that carries over from one replay to the next: tensors (parameters, buffers, moments, a cache) that `fn`
    * replaces by new values. At the end of the graph, each new value is copied into the old tensor's memory, which the
-   * tensor keeps.
+   * tensor keeps. Tensors that share this memory, also in the result, have the new value then.
    */
   readonly state?: ReadonlyArray<{ handle: Handle }> | undefined
 }

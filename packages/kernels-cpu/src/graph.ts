@@ -18,7 +18,7 @@ export function capture<T>(
   const recording = new Recording()
   const { calls, buffers } = recording
   const pool = memory.newPool()
-  const state = options.state ?? []
+  const state = [...new Set(options.state)]
   const before = state.map(tensor => tensor.handle as CpuBuffer)
   const copy = native.kernel('moe_copy')
   const releaseAll = () => {
@@ -32,17 +32,30 @@ export function capture<T>(
     result = memory.within(pool, () => {
       // No kernel has run, so without the copies the state has its old contents.
       const restoreState = (copies: boolean) => {
-        state.forEach((tensor, i) => {
-          const now = tensor.handle as CpuBuffer | null
-          if (now === before[i]) return
+        const changed = state.flatMap((tensor, i) => {
           // Null if `fn` freed the value and failed before replacing it.
-          if (copies && now) {
-            copy(before[i].pointer, now.pointer, now.bytes)
-            native.updateRoundedCopy(before[i])
-          }
-          if (now) memory.release(now)
-          tensor.handle = memory.revive(before[i])
+          const now = tensor.handle as CpuBuffer | null
+          return now === before[i] ? [] : [{ tensor, old: before[i], now }]
         })
+        if (copies) {
+          // A value in the memory of other state, such as one of two that were swapped, is copied before it is overwritten.
+          for (const change of changed) {
+            const { tensor, now } = change
+            if (now === null || !before.includes(now)) continue
+            tensor.handle = change.now = memory.allocate(now.bytes)
+            copy(change.now.pointer, now.pointer, now.bytes)
+            memory.release(now)
+          }
+          for (const { old, now } of changed) {
+            if (now === null) continue
+            copy(old.pointer, now.pointer, now.bytes)
+            native.updateRoundedCopy(old)
+          }
+        }
+        for (const { tensor, old, now } of changed) {
+          if (now) memory.release(now)
+          tensor.handle = memory.revive(old)
+        }
       }
       try {
         const value = fn()

@@ -40,7 +40,7 @@ export function capture<T>(
   if (memory.guarded) throw guarded()
   const { call } = driver
   const recording: Recording = { pool: newPool(), uploads: [], attrs: [], buffers: [] }
-  const state = options.state ?? []
+  const state = [...new Set(options.state)]
   const before = state.map(tensor => tensor.handle as CudaBuffer)
 
   memory.allChanged()
@@ -52,14 +52,26 @@ export function capture<T>(
     result = memory.within(recording.pool, () => {
       // No kernel has run, so without the copies the state has its old contents.
       const putBack = (copy: boolean) => {
-        state.forEach((tensor, i) => {
-          const now = tensor.handle as CudaBuffer | null
-          if (now === before[i]) return
+        const changed = state.flatMap((tensor, i) => {
           // Null if `fn` freed the value and failed before replacing it.
-          if (copy && now) stream.copy(before[i].pointer, now.pointer, now.bytes)
-          if (now) memory.release(now)
-          tensor.handle = memory.revive(before[i])
+          const now = tensor.handle as CudaBuffer | null
+          return now === before[i] ? [] : [{ tensor, old: before[i], now }]
         })
+        if (copy) {
+          // A value in the memory of other state, such as one of two that were swapped, is copied before it is overwritten.
+          for (const change of changed) {
+            const { tensor, now } = change
+            if (now === null || !before.includes(now)) continue
+            tensor.handle = change.now = memory.allocate(now.bytes)
+            stream.copy(change.now.pointer, now.pointer, now.bytes)
+            memory.release(now)
+          }
+          for (const { old, now } of changed) if (now) stream.copy(old.pointer, now.pointer, now.bytes)
+        }
+        for (const { tensor, old, now } of changed) {
+          if (now) memory.release(now)
+          tensor.handle = memory.revive(old)
+        }
       }
       try {
         const value = fn()

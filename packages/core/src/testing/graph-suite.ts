@@ -26,6 +26,7 @@ export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   const checks: Record<string, (backend: Recorder) => Promise<void>> = {
     'inputs are written in place, and ops between replays do not interfere': checkInputs,
     'a replayed setRows updates a donated tensor, as in a cache': checkDonated,
+    'state may move to other state': checkMoved,
     'reading during capture is rejected, and the backend works afterwards': checkRefusals,
     'a disposed graph frees its memory': checkMemory,
     'a failed capture leaves the state unchanged': checkFailure,
@@ -156,6 +157,29 @@ async function checkDonated(backend: Recorder): Promise<void> {
   graph.replay()
   expectSame([...(await cache.values())], [0, 0, 1, 2, 0, 0, 1, 2])
   graph.dispose()
+}
+
+async function checkMoved(backend: Recorder): Promise<void> {
+  const results: number[][] = []
+  for (const replayed of [true, false]) {
+    const state = [1, 2, 3, 4].map(value => new Parameter(full([3], value, { backend })))
+    const [a, b, last, first] = state
+    const step = () =>
+      scope(() => {
+        a.swap(b)
+        last.assign(first.detach())
+        first.assign(first.add(a))
+      })
+    step()
+    const { handles } = backend.stats()
+    const graph = replayed ? backend.capture(step, { state: [...state, a] }) : undefined
+    expectSame(backend.stats().handles, handles)
+    for (let i = 0; i < 3; i++) replayed ? graph?.replay() : step()
+    for (const t of state) results.push([...(await t.values())])
+    graph?.dispose()
+    for (const t of state) t.dispose()
+  }
+  expectSame(results.slice(0, 4), results.slice(4))
 }
 
 async function checkRefusals(backend: Recorder): Promise<void> {
