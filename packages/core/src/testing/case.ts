@@ -34,7 +34,7 @@ export interface OpCase<Op extends OpName = OpName> {
   readonly outShape?: Shape
   /** Output dtype, for ops that take it as an argument. */
   readonly outDtype?: DType
-  /** Tolerance of the values against the f64 reference. Default `tolerances.elementwise`. */
+  /** Tolerance of floats against the f64 reference; integers must be equal. Default `tolerances.elementwise`. */
   readonly tolerance?: Tolerance
   /** Whether to compare gradients too. Default: true if an input is f32 and the op has a gradient. */
   readonly gradient?: boolean
