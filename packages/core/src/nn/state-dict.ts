@@ -9,9 +9,10 @@ import type { Parameter } from '../parameter.ts'
 import { scope } from '../scope.ts'
 import { type Shape, sameShape, showShape, sizeOf } from '../shape.ts'
 import { noGrad } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import { type Module, type NamedParameter, parametersOf } from './module.ts'
 import type { LocalParameter } from './parameter-shard.ts'
-import { QuantizedParameter, weightShape } from './quantized.ts'
+import { QuantizedParameter, quantizedRows, weightShape } from './quantized.ts'
 
 /** One stored tensor. */
 export interface StateEntry {
@@ -22,8 +23,8 @@ export interface StateEntry {
   /** Shape of the whole tensor. */
   readonly shape: Shape
   /**
-   * Reads the elements on demand, so that the whole model is never in host memory at once. Returns raw bits for the 16-
-   * and 8-bit floats.
+   * Reads the elements of this tensor on demand, so that neither the model nor a stack of experts is in host memory at
+   * once. Returns raw bits for the 16- and 8-bit floats.
    */
   data(): Promise<HostArray>
 }
@@ -62,62 +63,38 @@ export function stateDict(module: Module): StateEntry[] {
   return parametersOf('stateDict', module).flatMap(entriesOf)
 }
 
-/** The elements as checkpoints store them: weights in 8 or 4 bits become the f32 values that they represent. */
-function readable(parameter: Parameter): { dtype: DType; read(): Promise<HostArray> } {
-  if (!(parameter instanceof QuantizedParameter) || parameter.dtype === 'bf16') {
-    return { dtype: parameter.dtype, read: () => parameter.data() }
-  }
-  return {
-    dtype: 'f32',
-    async read() {
-      using dense = parameter.dequantize()
-      return dense.data()
-    },
-  }
-}
-
-/** Reads rows of a parameter without memory, as `readable` would read them. */
-async function readElsewhere(parameter: Parameter, from: number, to: number): Promise<HostArray | undefined> {
-  if (parameter.handle !== null || parameter.elsewhere === null) return undefined
-  const values = await parameter.elsewhere(from, to)
-  if (!(parameter instanceof QuantizedParameter)) return values
-  const { format, block, shape } = parameter.weight
-  const rows = [to - from, ...shape.slice(1)]
-  const rounded = () => {
-    const weight = quantizeWeight(fromHost(values, rows, 'f32', parameter.backend), format, block)
-    return format === 'bf16' ? weight.q : dequantizeWeight(weight)
-  }
-  using dense = scope(() => noGrad(rounded))
-  return await dense.data()
-}
-
 function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
-  const { dtype, read } = readable(parameter)
+  const dtype = parameter instanceof QuantizedParameter && parameter.dtype !== 'bf16' ? 'f32' : parameter.dtype
   const shape = weightShape(parameter)
-  if (slices === undefined)
-    return [{ name, dtype, shape, data: async () => (await readElsewhere(parameter, 0, shape[0] ?? 1)) ?? read() }]
-  const sliceShape = shape.slice(1)
-  const size = sizeOf(sliceShape)
-  // All slices come from one download, which is released after the last slice was read.
-  let whole: Promise<HostArray> | null = null
-  let left = slices.length
-  return slices.map((slice, i) => ({
-    name: slice,
-    dtype,
-    shape: sliceShape,
-    async data() {
-      const slice = await readElsewhere(parameter, i, i + 1)
-      if (slice !== undefined) return slice
-      whole ??= read()
-      const all = await whole
-      if (--left === 0) {
-        whole = null
-        left = slices.length
-      }
-      return all.slice(i * size, (i + 1) * size)
-    },
-  }))
+  if (slices === undefined) return [{ name, dtype, shape, data: () => readRows(parameter, 0, shape[0] ?? 1) }]
+  return slices.map((slice, i) => {
+    return { name: slice, dtype, shape: shape.slice(1), data: () => readRows(parameter, i, i + 1) }
+  })
 }
+
+/** Reads rows as checkpoints store them. */
+async function readRows(parameter: Parameter, from: number, to: number): Promise<HostArray> {
+  const { backend } = parameter
+  const isQuantized = parameter instanceof QuantizedParameter
+  let read = () => {
+    if (isQuantized) return storedValues(quantizedRows(parameter.weight, from, to))
+    return parameter.rank === 0 ? parameter : parameter.narrow(0, from, to)
+  }
+  if (parameter.handle === null && parameter.elsewhere !== null) {
+    const values = await parameter.elsewhere(from, to)
+    if (!isQuantized) return values
+    const { format, block, shape } = parameter.weight
+    const rows = [to - from, ...shape.slice(1)]
+    read = () => storedValues(quantizeWeight(fromHost(values, rows, 'f32', backend), format, block))
+  }
+  // Detached, because all rows are the parameter itself.
+  using rows = scope(() => noGrad(() => read().detach()))
+  return await rows.data()
+}
+
+/** Weights in 8 or 4 bits become the f32 values that they represent. */
+const storedValues = (weight: QuantizedWeight): Tensor =>
+  weight.format === 'bf16' ? weight.q : dequantizeWeight(weight)
 
 /** Which keys may differ between module and source. */
 export interface LoadOptions {
