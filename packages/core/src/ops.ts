@@ -91,7 +91,8 @@ export interface PrimitiveAttrs {
   takeRows: Record<never, never>
   /**
    * `[index i32 [...any], source [...any, ...rest]] -> [y [rows, ...rest]]`: zeros plus every source row added to its
-   * row, in source order.
+   * row, in source order. Sums of f32 are in f32, so the relative error of a row grows with the number of its source
+   * rows, by 2^-24 each at most: 4 % for 4 million equal rows.
    */
   scatterAddRows: { readonly rows: number }
   /**

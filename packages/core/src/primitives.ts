@@ -22,8 +22,9 @@ export function concat(parts: readonly Tensor[], axis = 0): Tensor {
 }
 
 /**
- * Returns zeros `[rows, ...rest]` with every row of `source` added to the row given by `index`, in order. Rows out of
- * range are dropped.
+ * Returns zeros `[rows, ...rest]` with every row of `source` added to the row given by `index`, in order and in the
+ * dtype of `source`: millions of f32 rows with the same index lose precision, unlike `sum`. Rows out of range are
+ * dropped.
  */
 export function scatterAddRows(index: Tensor, source: Tensor, rows: number): Tensor {
   return run('scatterAddRows', [index, source], { rows })
