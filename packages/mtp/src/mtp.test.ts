@@ -11,6 +11,7 @@ import {
   randn,
   SwigluMlp,
   setDefaultBackend,
+  softmax,
   stateDict,
   type Tensor,
 } from '@moe/core'
@@ -156,6 +157,31 @@ test('the prediction of depth k at position i depends on no token beyond i + k',
   expect(await a.perDepth[1].item()).not.toBe(await b.perDepth[1].item())
 })
 
+test.each([false, true])(
+  'the loss of a depth is the mean cross-entropy of its logits, separate %s; 0 without targets',
+  async separate => {
+    const { modules, head, random } = make(3, separate)
+    const hidden = randn([1, 4, 4], random)
+    // Depth 1 has two positions with a loss, depth 2 has one, depth 3 none.
+    const tokens = rows([1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 1, 2, 3, 4])
+    const { loss, perDepth } = mtpLoss(modules, hidden, tokens, head.weight, {})
+    let state = hidden
+    const expected = []
+    for (const [k, module] of modules.entries()) {
+      const { ids } = shiftTokens(tokens, 4, k + 1)
+      state = module.forward(state, fromHost(ids, [1, 4], 'i32'), {})
+      const probs = await softmax(module.logits(state)).values()
+      state = module.normalize(state)
+      const { targets, count } = shiftTokens(tokens, 4, k + 2)
+      const losses = [...targets].map((target, i) => (target < 0 ? 0 : -Math.log(probs[i * 9 + target])))
+      expect(count).toBe(2 - k)
+      expected.push(losses.reduce((sum, loss) => sum + loss, 0) / Math.max(1, count))
+    }
+    for (const [k, one] of perDepth.entries()) expect(await one.item()).toBeCloseTo(expected[k], 6)
+    expect(await loss.detach().item()).toBeCloseTo(expected.reduce((sum, one) => sum + one, 0) / 3, 6)
+  },
+)
+
 test('embedding and head accumulate the gradients of all uses', async () => {
   const { modules, head, embedding, random } = make(2)
   const hidden = randn([1, 4, 4], random)
@@ -253,7 +279,8 @@ test('mtpAcceptance compares the draft of depth k at position i with the main mo
   const { modules, head, random } = make(2)
   const hidden = randn([2, 6, 4], random)
   const [length, time] = [9, 6]
-  const tokens = Int32Array.from({ length: 2 * length }, (_, i) => (i * 5) % 9)
+  // Token 0 is a target, too.
+  const tokens = Int32Array.from({ length: 2 * length }, (_, i) => (i * 5 + 7) % 9)
   // Row 1 changes document after its fourth token.
   const documents = Int32Array.from({ length: 2 * length }, (_, i) => (i >= length + 4 ? 1 : 0))
   const batch = { tokens, documents, rows: 2, length }

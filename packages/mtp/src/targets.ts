@@ -124,15 +124,10 @@ export function depthTargets(
   options: { from?: number } = {},
 ): DepthTargets {
   checkOptions('depthTargets', options, { from: true })
-  checkRows(rows, time, 1)
-  const size = rows.rows * time
-  const targets = new Int32Array((depths + 1) * size)
-  const counts = Array.from({ length: depths + 1 }, (_, depth) => {
-    const shifted = shiftTokens(rows, time, depth + 1, options)
-    targets.set(shifted.targets, depth * size)
-    return shifted.count
-  })
-  return { tokens: rows.tokens, targets, counts }
+  const shifted = Array.from({ length: depths + 1 }, (_, depth) => shiftTokens(rows, time, depth + 1, options))
+  const targets = new Int32Array(shifted.length * rows.rows * time)
+  for (const [depth, one] of shifted.entries()) targets.set(one.targets, depth * rows.rows * time)
+  return { tokens: rows.tokens, targets, counts: shifted.map(({ count }) => count) }
 }
 
 /** 1 / number of positions with a loss for each depth, or 1 if there are none. @internal */
