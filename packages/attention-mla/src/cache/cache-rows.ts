@@ -76,9 +76,12 @@ export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: Cache
 /** Options without defaults. */
 type RowsMemory = Required<Pick<CacheMemoryOptions, 'dtype' | 'backend'>>
 
-export interface RowsShape {
+interface BlockSizes {
   readonly blocks: number
   readonly perBlock: number
+}
+
+export interface RowsShape extends BlockSizes {
   readonly features: CacheFeatures
 }
 
@@ -144,23 +147,38 @@ export class CacheRows {
     })
   }
 
-  /** Grows to more blocks, or to more rows in each block. */
-  grow(to: { readonly blocks: number; readonly perBlock: number }): void {
-    for (const kind of rowKinds) this.#growKind(kind, to)
+  /** Grows to more blocks, or to more rows in each block. If memory runs out, the rows stay as they are. */
+  grow(to: BlockSizes): void {
+    const [blocks, perBlock] = this.of(0).shape
+    try {
+      this.#resize(to)
+    } catch (error) {
+      try {
+        // Layers that have grown already would occupy memory that the next pass needs.
+        this.#resize({ blocks, perBlock })
+      } catch {
+        // No memory for the copy of a layer: it stays larger, which has no other effect.
+      }
+      throw error
+    }
   }
 
-  #growKind(kind: RowKind, to: { readonly blocks: number; readonly perBlock: number }): void {
-    // Layer by layer: if memory runs out, layers that have grown stay so, and a retry continues with the others.
-    for (const [layer, old] of this.#rows[kind]) {
-      const [blocks, perBlock] = old.shape
-      if (blocks === to.blocks && perBlock === to.perBlock) continue
-      const more =
-        blocks === to.blocks
-          ? () => concat([old, this.#empty(kind, blocks, to.perBlock - perBlock)], 1)
-          : () => concat([old, this.#empty(kind, to.blocks - blocks, perBlock)], 0)
-      this.#rows[kind].set(layer, keep(scope(more)))
-      old.dispose()
-      this.moves++
+  #resize(to: BlockSizes): void {
+    for (const kind of rowKinds) {
+      for (const [layer, old] of this.#rows[kind]) {
+        const [blocks, perBlock] = old.shape
+        const byBlocks = blocks !== to.blocks
+        const more = byBlocks ? to.blocks - blocks : to.perBlock - perBlock
+        if (more === 0) continue
+        const resized = () => {
+          if (more < 0) return byBlocks ? old.narrow(0, 0, to.blocks) : old.narrow(1, 0, to.perBlock)
+          const empty = byBlocks ? this.#empty(kind, more, perBlock) : this.#empty(kind, blocks, more)
+          return concat([old, empty], byBlocks ? 0 : 1)
+        }
+        this.#rows[kind].set(layer, keep(scope(resized)))
+        old.dispose()
+        this.moves++
+      }
     }
   }
 

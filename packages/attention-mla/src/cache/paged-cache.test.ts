@@ -1,4 +1,4 @@
-import { concat, Random, randn, scope, setDefaultBackend, type Tensor } from '@moe/core'
+import { concat, MoeError, Random, randn, scope, setDefaultBackend, type Tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { expect, test } from 'vitest'
@@ -96,6 +96,34 @@ test('shared pages are reused after the sequence that filled them is released, u
   expect(cache.reserve(large, 12)).toBe(false)
   expect(large.pages).toEqual([])
   expect(cache.reserve(large, 8)).toBe(true)
+  cache.dispose()
+})
+
+test.each([
+  { budget: 96, pages: 32 },
+  { budget: 90, pages: 24 },
+  { budget: 60, pages: 20 },
+  { budget: 50, pages: 16 },
+])('memory for $budget pages of a layer gives a cache of $pages pages with two layers', ({ budget, pages }) => {
+  const reference = referenceBackend()
+  let pageBytes = Number.POSITIVE_INFINITY
+  const concat: typeof reference.primitives.concat = (parts, attrs, specs) => {
+    const live = reference.stats().bytes / pageBytes
+    if (live + specs[0].shape[0] > budget)
+      throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'concat', problem: `${live} pages are in use` })
+    return reference.primitives.concat(parts, attrs, specs)
+  }
+  const backend = { ...reference, primitives: { ...reference.primitives, concat } }
+  const cache = new PagedCache(12, { layers: 2, tokens: 128, pageSize: 4, backend })
+  pageBytes = reference.stats().bytes / 32
+  const sequence = cache.start([])
+  expect(cache.reserve(sequence, 17 * 4)).toBe(pages > 16)
+  expect(cache.tokens).toBe(pages * 4)
+  expect(cache.available).toBe((pages - sequence.pages.length) * 4)
+  // Nothing is left of the attempts that failed.
+  expect(reference.stats().bytes).toBe(2 * pages * pageBytes)
+  expect(cache.reserve(sequence, pages * 4)).toBe(true)
+  expect(cache.reserve(sequence, pages * 4 + 1)).toBe(false)
   cache.dispose()
 })
 

@@ -232,19 +232,21 @@ export class PagedCache {
     this.#free.push(page)
   }
 
-  /** Allocates at least `missing` more pages, as far as limit and memory allow. */
+  /** Allocates at least `missing` more pages, as far as limit and memory allow: as many as there are, or a part of that. */
   #grow(missing: number): void {
     const before = this.#users.length
-    const blocks = Math.min(this.#limit, Math.max(2 * before, before + missing))
-    if (blocks === before) return
-    try {
-      this.#memory.grow({ blocks, perBlock: this.pageSize })
-    } catch (error) {
-      if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-      this.#limit = before
-      return
+    let more = Math.min(this.#limit - before, Math.max(before, missing))
+    while (more > 0) {
+      try {
+        this.#memory.grow({ blocks: before + more, perBlock: this.pageSize })
+        break
+      } catch (error) {
+        if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
+        more = more > missing ? Math.max(missing, Math.floor(more / 2)) : 0
+        this.#limit = before + more
+      }
     }
-    this.#add(blocks - before)
+    this.#add(more)
   }
 
   #add(pages: number): void {
