@@ -45,7 +45,16 @@ export interface Conversion extends SavedCheckpoint {
   readonly overflowed: readonly string[]
 }
 
-const floats: ReadonlySet<StoredDType> = new Set(['f64', 'f32', 'bf16', 'f16', 'f8e4m3', 'f8e5m2'])
+const floats: ReadonlySet<StoredDType> = new Set([
+  'f64',
+  'f32',
+  'bf16',
+  'f16',
+  'f8e4m3',
+  'f8e5m2',
+  'f8e4m3fnuz',
+  'f8e5m2fnuz',
+])
 
 /**
  * Copies an open checkpoint into a folder, optionally with other names and dtypes. Only one tensor is in memory at a time.

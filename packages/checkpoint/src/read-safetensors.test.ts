@@ -81,6 +81,15 @@ describe('toF32', () => {
     )
   })
 
+  it('reads 8-bit floats without infinities, whose code of -0 is NaN', () => {
+    expect(toF32('f8e4m3fnuz', Uint8Array.of(0, 1, 7, 8, 0x40, 0xc4, 0x7f, 0xff, 0x80))).toEqual(
+      Float32Array.of(0, 2 ** -10, 7 * 2 ** -10, 2 ** -7, 1, -1.5, 240, -240, Number.NaN),
+    )
+    expect(toF32('f8e5m2fnuz', Uint8Array.of(0, 1, 3, 4, 0x40, 0xc2, 0x7f, 0xff, 0x80))).toEqual(
+      Float32Array.of(0, 2 ** -17, 3 * 2 ** -17, 2 ** -15, 1, -1.5, 57344, -57344, Number.NaN),
+    )
+  })
+
   it('does not convert packed and complex numbers to f32', async () => {
     expect(toF32('f4', Uint8Array.of(1))).toBeUndefined()
     const path = await temporaryFile(rawFile({ a: { dtype: 'C64', shape: [1], data_offsets: [0, 8] } }, 8))

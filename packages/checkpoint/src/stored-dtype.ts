@@ -17,6 +17,8 @@ export type StoredDType =
   | 'i8'
   | 'bool'
   | 'f8e5m2'
+  | 'f8e4m3fnuz'
+  | 'f8e5m2fnuz'
   | 'f8e8m0'
   | 'f4'
   | 'f6e2m3'
@@ -58,6 +60,8 @@ const formats: Readonly<Record<StoredDType, Format>> = {
   f16: { name: 'F16', bits: 16, array: Uint16Array },
   f8e4m3: { name: 'F8_E4M3', bits: 8, array: Uint8Array },
   f8e5m2: { name: 'F8_E5M2', bits: 8, array: Uint8Array },
+  f8e4m3fnuz: { name: 'F8_E4M3FNUZ', bits: 8, array: Uint8Array },
+  f8e5m2fnuz: { name: 'F8_E5M2FNUZ', bits: 8, array: Uint8Array },
   f8e8m0: { name: 'F8_E8M0', bits: 8, array: Uint8Array },
   f6e2m3: { name: 'F6_E2M3', bits: 6, array: Uint8Array },
   f6e3m2: { name: 'F6_E3M2', bits: 6, array: Uint8Array },

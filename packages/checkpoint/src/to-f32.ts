@@ -26,6 +26,10 @@ export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | und
       return lookUp(f8e4m3Table(), data as Uint8Array)
     case 'f8e5m2':
       return lookUp(f8e5m2Table(), data as Uint8Array)
+    case 'f8e4m3fnuz':
+      return lookUp(f8e4m3fnuzTable(), data as Uint8Array)
+    case 'f8e5m2fnuz':
+      return lookUp(f8e5m2fnuzTable(), data as Uint8Array)
     case 'f8e8m0':
       return lookUp(f8e8m0Table(), data as Uint8Array)
     case 'i64':
@@ -93,6 +97,18 @@ export const f8e4m3Table = table(256, fromF8e4m3)
 
 /** An `f8e5m2` is the upper byte of an f16. */
 const f8e5m2Table = table(256, code => fromF16(code << 8))
+
+/** A float of 8 bits without infinities and negative zero, whose code is NaN, as on AMD's MI300. */
+const fnuzTable = (mantissaBits: number, bias: number) =>
+  table(256, code => {
+    if (code === 0x80) return Number.NaN
+    const exponent = (code & 0x7f) >> mantissaBits
+    const fraction = (code % 2 ** mantissaBits) + (exponent > 0 ? 2 ** mantissaBits : 0)
+    return (code < 0x80 ? 1 : -1) * fraction * 2 ** (Math.max(exponent, 1) - bias - mantissaBits)
+  })
+
+const f8e4m3fnuzTable = fnuzTable(3, 8)
+const f8e5m2fnuzTable = fnuzTable(2, 16)
 
 /** Powers of two, as in the `ue8m0` scales of DeepSeek-V3.1; 255 is NaN. */
 const f8e8m0Table = table(256, code => (code === 255 ? Number.NaN : 2 ** (code - 127)))

@@ -30,6 +30,8 @@ describe('a written file', () => {
       'f16',
       'f8e4m3',
       'f8e5m2',
+      'f8e4m3fnuz',
+      'f8e5m2fnuz',
       'i64',
       'i32',
       'i8',
