@@ -1,13 +1,17 @@
 /** @file Recorded and replayed steps give the same bits as steps op by op, on a backend that can record. */
 import {
   type Backend,
+  concat,
   type Graph,
+  Module,
   MoeError,
   namedParameters,
   noGrad,
+  Parameter,
   type Precision,
   Random,
   stateDict,
+  tensor,
 } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
@@ -15,9 +19,11 @@ import { auxFree } from '@moe/router'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import type { StepEvent } from './events.ts'
+import type { StagedStep, TrainableModel } from './model.ts'
 import { AdamW } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { TrainOptions } from './options.ts'
+import type { Ranks } from './ranks.ts'
 import { smallConfig, smallData } from './test-deepseek.ts'
 import { train } from './train.ts'
 import { TrainingSteps } from './training-steps.ts'
@@ -229,6 +235,58 @@ test('a subclass that overrides loss runs op by op, with that loss', async () =>
   await train(model, { ...settings, steps: 4 })
   model.dispose()
   expect([calls, counts.captures]).toEqual([4, 0])
+})
+
+test('gradients that share memory are summed over the ranks separately', async () => {
+  const { backend } = counting()
+  /** Both parameters get the gradient of their sum. */
+  class Sum extends Module implements TrainableModel {
+    readonly lookahead = 1
+    readonly first = new Parameter(tensor([1, -2], undefined, { backend }))
+    readonly second = new Parameter(tensor([3, 4], undefined, { backend }))
+    readonly staged: StagedStep = {
+      inputs: () => ({ arrays: {}, count: 1 }),
+      loss: () => ({ ...this.loss(), carried: [] }),
+      afterInputs: () => ({}),
+      after() {},
+      report: async () => ({}),
+    }
+    loss() {
+      const sum = this.first.add(this.second)
+      const loss = sum.mul(sum).sum()
+      return { loss, nll: loss.detach(), count: 1, metrics: {} }
+    }
+  }
+  // The other rank has the same gradients. Like large tensors, each is sent on its own.
+  const ranks: Ranks = {
+    rank: 0,
+    size: 2,
+    allReduce: async tensors => tensors.map(each => noGrad(() => each.mul(2))),
+    async allReduceInPlace(tensors) {
+      for (const each of tensors)
+        backend.write?.(
+          each,
+          (await each.values()).map(x => 2 * x),
+        )
+    },
+    allGather: async each => noGrad(() => concat([each, each])),
+  }
+  const batch = { rows: 1, length: 1, tokens: new Int32Array(2), documents: new Int32Array(2) }
+  const runs = []
+  for (const record of [false, true]) {
+    const model = new Sum()
+    const parameters = namedParameters(model)
+    const optimizer = new AdamW(parameters)
+    const steps = new TrainingSteps(model, parameters, optimizer, { record, ranks })
+    const norms: number[] = []
+    for (let step = 0; step < 4; step++) {
+      norms.push((await steps.step([batch], { lr: 0.1 })).gradNorm)
+    }
+    expect(steps.replaying).toBe(record)
+    runs.push({ norms, weights: await Promise.all(parameters.map(({ parameter }) => parameter.values())) })
+    for (const each of [steps, optimizer, model.first, model.second]) each.dispose()
+  }
+  expect(runs[1]).toEqual(runs[0])
 })
 
 test.each([

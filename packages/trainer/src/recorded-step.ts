@@ -289,13 +289,20 @@ export class RecordedStep {
 
   /**
    * The gradients that `backward` left, or the sums that they were added to; null for parameters that no loss depends
-   * on.
+   * on. Each has its own memory, because ranks write sums to it: an op such as `add` passes the gradient of its result
+   * to both inputs.
    */
   #takeGradients(): Array<Tensor | null> {
+    const handles = new Set<unknown>()
     return this.#trained.map((parameter, i) => {
       const { grad } = parameter
       parameter.grad = null
-      if (!this.#several || grad === null) return grad
+      if (grad === null) return null
+      if (!this.#several) {
+        const shared = handles.has(grad.handle)
+        handles.add(grad.handle)
+        return shared ? copyOf(grad) : grad
+      }
       const sum = this.#sums[i]
       if (grad === sum) return null
       sum.assign(grad)
@@ -372,6 +379,13 @@ export class RecordedStep {
     this.#parts.sharded?.shard.freeRows()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
   }
+}
+
+/** Returns a copy of a gradient and disposes of it. */
+function copyOf(gradient: Tensor): Tensor {
+  const copy = noGrad(() => gradient.mul(1))
+  gradient.dispose()
+  return copy
 }
 
 const values = (tensor: Tensor) => tensor.values() as Promise<Float32Array | Int32Array>

@@ -37,8 +37,8 @@ export interface Communicator {
    */
   allReduce<const T extends readonly Tensor[]>(tensors: T, reduction?: Reduction): Promise<TensorEach<T>>
   /**
-   * `allReduce` that writes the results into the given tensors, at the same addresses, where recorded steps read them. Needs a backend with
-   * `Backend.write`. Other ranks may call `allReduce` instead.
+   * `allReduce` that writes the results into the given tensors, at the same addresses, where recorded steps read them. Each must have its own
+   * memory. Needs a backend with `Backend.write`. Other ranks may call `allReduce` instead.
    * @throws MoeError E_DTYPE, E_BACKEND
    */
   allReduceInPlace(tensors: readonly Tensor[], reduction?: Reduction): Promise<void>
