@@ -25,7 +25,7 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       async size => {
         const { code, reports, errors } = await launch(launcher, size, [script, 'exercise'])
         expect(errors).toBe('')
-        expect(reports).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
+        expect(reports).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true, threads: 1 })))
         expect(code).toBe(0)
       },
     )
@@ -86,6 +86,13 @@ describe.skipIf(installed.length === 0)('MPI', () => {
 
   test('a process without a launcher is the only rank', () => {
     const { stdout } = spawnSync(process.execPath, [script, 'exercise'], { encoding: 'utf8' })
-    expect(JSON.parse(stdout)).toEqual({ rank: 0, size: 1, same: true })
+    expect(JSON.parse(stdout)).toEqual({ rank: 0, size: 1, same: true, threads: 1 })
+  })
+
+  test('a process that srun started without support for MPI does not believe to be the only rank', () => {
+    const env = { ...process.env, SLURM_STEP_NUM_TASKS: '4' }
+    const { status, stderr } = spawnSync(process.execPath, [script, 'exercise'], { encoding: 'utf8', env })
+    expect(status).not.toBe(0)
+    expect(stderr).toMatch(/mpi: srun started 4 processes, but .* finds only this one; pass srun an --mpi/)
   })
 })

@@ -23,7 +23,7 @@ let opened: Promise<Communicator> | undefined
  *
  * Call `close()` (MPI_Finalize) at the end, but not after a failure: launchers end the other ranks when a process exits without it.
  * @param options.library path of the MPI library. Default: MOE_MPI_LIBRARY, or the installed library of the launcher
- * @throws MoeError E_NO_BACKEND if there is no MPI library, E_CONFIG if it is not the one of the launcher
+ * @throws MoeError E_NO_BACKEND if there is no MPI library, E_CONFIG if it does not find the other processes of the launcher
  */
 export function mpi(options: { library?: string } = {}): Promise<Communicator> {
   checkOptions('mpi', options, { library: true })
@@ -74,20 +74,20 @@ class MpiTransport implements Transport {
   constructor(mpi: MpiLibrary) {
     this.#mpi = mpi
     const { call, world } = mpi
-    // MPI_THREAD_SINGLE: all calls are made on this thread.
-    mpi.check(call.initThread(null, null, 0, this.#word), 'init')
+    // MPI_THREAD_FUNNELED: Node has several threads, but all calls are made on this one.
+    mpi.check(call.initThread(null, null, 1, this.#word), 'init')
     mpi.check(call.setErrorHandler(world, mpi.errorsReturn), 'init')
     mpi.check(call.rank(world, this.#word), 'rank')
     this.rank = this.#word[0]
     mpi.check(call.size(world, this.#word), 'size')
     this.size = this.#word[0]
-    const started = Number(process.env['OMPI_COMM_WORLD_SIZE'] ?? process.env['PMI_SIZE'] ?? this.size)
-    if (this.size === 1 && started > 1) {
+    const { launcher, processes, fix } = startedBy(process.env)
+    if (this.size === 1 && processes > 1) {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'mpi',
-        problem: `the launcher started ${started} processes, but ${mpi.path} (${mpi.version}) finds only this one`,
-        fix: "use the launcher of that library, or set MOE_MPI_LIBRARY to the path of this launcher's library",
+        problem: `${launcher} started ${processes} processes, but ${mpi.path} (${mpi.version}) finds only this one`,
+        fix,
       })
     }
   }
@@ -200,6 +200,19 @@ class MpiTransport implements Transport {
     check(call.test(request, this.#word, this.#status), op)
     return this.#word[0] !== 0
   }
+}
+
+/** What this process was started by, with how many processes, and what to do if the library does not find the others. */
+function startedBy(environment: NodeJS.ProcessEnv) {
+  const size = environment['OMPI_COMM_WORLD_SIZE'] ?? environment['PMI_SIZE']
+  const tasks = environment['SLURM_STEP_NUM_TASKS']
+  if (size === undefined && tasks !== undefined) {
+    const fix =
+      'pass srun an --mpi that the library supports, such as pmix for Open MPI or pmi2 for MPICH (srun --mpi=list shows all), or use mpirun'
+    return { launcher: 'srun', processes: Number(tasks), fix }
+  }
+  const fix = "use the launcher of that library, or set MOE_MPI_LIBRARY to the path of this launcher's library"
+  return { launcher: 'the launcher', processes: Number(size ?? 1), fix }
 }
 
 function pieces(bytes: Uint8Array): Uint8Array[] {

@@ -2,14 +2,24 @@
 import { isDeepStrictEqual } from 'node:util'
 import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
+import koffi from 'koffi'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { shardedPass } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
 import { expertParallelPipelineStep, expertParallelStep, pipelineSteps } from '../test-steps.ts'
+import { openMpi } from './library.ts'
 import { report } from './test-launch.ts'
 
 const filled = (length: number, value: number) =>
   tensor(new Float32Array(length).fill(value), [length], { backend: referenceBackend() })
+
+/** 1 is MPI_THREAD_FUNNELED, which the standard requires of a process with several threads. */
+async function threadLevel(): Promise<number> {
+  const { path } = await openMpi()
+  const level = new Int32Array(1)
+  koffi.load(path).func('int MPI_Query_thread(void* level)')(level)
+  return level[0]
+}
 
 const ranks = await mpi()
 switch (process.argv[2]) {
@@ -19,7 +29,7 @@ switch (process.argv[2]) {
       JSON.parse(JSON.stringify(result)),
       JSON.parse(JSON.stringify(expected(ranks.rank, ranks.size))),
     )
-    report({ rank: ranks.rank, size: ranks.size, same })
+    report({ rank: ranks.rank, size: ranks.size, same, threads: await threadLevel() })
     break
   }
   case 'pipeline': {
