@@ -1,6 +1,6 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdirSync, readFileSync, unlinkSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, unlinkSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
@@ -48,6 +48,24 @@ test('the lock of a running process is respected', async () => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
   expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to .*remove .*training.lock`))
+})
+
+test('a stale lock that another process replaces at the same time is respected', async () => {
+  const out = await temporaryFolder()
+  const path = join(out, 'training.lock')
+  const running = `${process.ppid} ${hostname()}\n`
+  await writeFile(path, running)
+  vi.mocked(readFileSync).mockReturnValueOnce(`${process.ppid} elsewhere.example\n`)
+  expect(() => lockFolder(out)).toThrow(/another process is starting in/)
+  expect(readFileSync(path, 'utf8')).toBe(running)
+  expect(readdirSync(out)).toEqual(['training.lock'])
+})
+
+test('a lock whose process is about to write it is respected', async () => {
+  const out = await temporaryFolder()
+  await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
+  vi.mocked(readFileSync).mockReturnValueOnce('')
+  expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to`))
 })
 
 test('the error for a read-only file system has EROFS, although Node reports ENOENT', async () => {

@@ -1,5 +1,5 @@
 /** @file Allows one training or tokenization per folder at a time: a lock file names the process that writes. */
-import { existsSync, mkdirSync, readFileSync, realpathSync, unlinkSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, realpathSync, renameSync, unlinkSync, writeFileSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
 import { MoeError } from '@moe/core'
@@ -25,15 +25,16 @@ export function lockFolder(out: string, op = 'train'): () => void {
     const path = join(realpathSync.native(out), LOCK_FILE)
     // If a killed process left the file behind, remove it and try again.
     if (!created(path)) {
-      const owner = ownerOf(path)
+      const text = lockText(path)
+      const owner = ownerOf(path, text)
       if (owner !== undefined) {
         throw refuse(
           `process ${owner} is writing to ${out}`,
           `wait for it, or choose another out (if that process is unrelated, remove ${path})`,
         )
       }
-      unlinkIfPresent(path)
-      if (!created(path)) throw refuse(`another process is starting in ${out}`, 'wait for it, or choose another out')
+      if (!removed(path, text) || !created(path))
+        throw refuse(`another process is starting in ${out}`, 'wait for it, or choose another out')
     }
     held.add(path)
     return () => {
@@ -64,12 +65,25 @@ function createFolder(path: string): void {
   }
 }
 
-function unlinkIfPresent(path: string): void {
+/**
+ * Removes a stale lock file with the given text. Of several processes that found it, only one may, because the others
+ * would remove the lock of the first.
+ *
+ * @returns false if another process was faster
+ */
+function removed(path: string, text: string): boolean {
+  const aside = `${path}-${process.pid}`
   try {
-    unlinkSync(path)
+    // Only one process can rename a file, and then nobody else changes it.
+    renameSync(path, aside)
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false
+    throw error
   }
+  const isStale = readFileSync(aside, 'utf8') === text
+  if (isStale) unlinkSync(aside)
+  else renameSync(aside, path)
+  return isStale
 }
 
 /** Creates the lock file. @returns false if it already exists */
@@ -83,9 +97,18 @@ function created(path: string): boolean {
   }
 }
 
-/** The process that holds a lock file, if it is still running on this machine. */
-function ownerOf(path: string): number | undefined {
-  const [pid, host] = readFileSync(path, 'utf8').trim().split(' ')
+/** The text of a lock file: a process id and a host name; empty if its process was killed while writing it. */
+function lockText(path: string): string {
+  const text = readFileSync(path, 'utf8')
+  if (text !== '') return text
+  // Its process may be about to write it.
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 50)
+  return readFileSync(path, 'utf8')
+}
+
+/** The process that holds a lock file with the given text, if it is still running on this machine. */
+function ownerOf(path: string, text: string): number | undefined {
+  const [pid, host] = text.trim().split(' ')
   if (host !== hostname()) return undefined
   // In a container, an earlier process may have had the same id.
   if (Number(pid) === process.pid) return held.has(path) ? process.pid : undefined
@@ -117,8 +140,9 @@ function isZombie(pid: number): boolean {
 export function isLocked(out: string): boolean | undefined {
   try {
     const path = join(realpathSync.native(out), LOCK_FILE)
-    const [, host] = readFileSync(path, 'utf8').trim().split(' ')
-    return host === hostname() ? ownerOf(path) !== undefined : undefined
+    const text = readFileSync(path, 'utf8')
+    const [, host] = text.trim().split(' ')
+    return host === hostname() ? ownerOf(path, text) !== undefined : undefined
   } catch {
     return false
   }
