@@ -15,6 +15,7 @@ export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
     needDtype('adamwStep', 'grad', grad, 'f32')
     needDtype('adamwStep', 'm', m, 'f32', 'bf16')
     needDtype('adamwStep', 'v', v, m.dtype)
+    needDtype('adamwStep', 'gradScale', gradScale, 'f32')
     needShape('adamwStep', 'gradScale', gradScale, [])
     return [param, m, v]
   },

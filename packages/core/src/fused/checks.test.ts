@@ -1,11 +1,15 @@
 import { describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { ones, tensor } from '../create.ts'
-import type { RouterAttrs } from '../ops.ts'
+import { fromHost, ones, tensor } from '../create.ts'
+import { hostArray } from '../dtype.ts'
+import type { FusedName, RouterAttrs } from '../ops.ts'
 import { referenceBackend } from '../reference/index.ts'
+import { sizeOf } from '../shape.ts'
+import { type CaseInput, opCases } from '../testing/index.ts'
 import { adamwStep } from './adamw.ts'
 import { attention, latentAttention } from './attention.ts'
 import { crossEntropy, linearCrossEntropy } from './cross-entropy.ts'
+import { runFused } from './definition.ts'
 import { combineTokens, dispatchPlan, permuteTokens } from './dispatch.ts'
 import { emaStep } from './ema.ts'
 import { groupedMatmul } from './grouped-matmul.ts'
@@ -25,8 +29,9 @@ import { swiglu } from './swiglu.ts'
  * outside a native buffer.
  */
 const plain = referenceBackend()
+const invalid = new Error('a kernel was called with invalid inputs')
 const reached = () => {
-  throw new Error('a kernel was called with invalid inputs')
+  throw invalid
 }
 const backend: Backend = { ...plain, fused: Object.fromEntries(Object.keys(fusedDefinitions).map(op => [op, reached])) }
 const f = (...shape: number[]) => ones(shape, { backend })
@@ -346,3 +351,81 @@ for (const [op, cases] of Object.entries(wrong)) {
     }
   })
 }
+
+/** The sizes that an op accepts in any number, as `input.axis`, by the ranks of its inputs. Others must match something. */
+const free: Record<string, string> = {
+  'softmax 2': '0.0 0.1',
+  'rmsNorm 2,1': '0.0',
+  'rmsNorm 3,1': '0.0 0.1',
+  'rope 4,2,2': '0.0 0.2 0.3',
+  'rope 4,3,3': '0.2 0.3',
+  'rope 4,3,3,4': '0.3 3.3',
+  'rope 4,2,2,4': '0.3 3.3',
+  'mlaKeyValue 4,4': '0.2 0.3 1.3',
+  'attention 4,4,4': '0.1 2.3',
+  'attention 4,4,4,1': '0.1 2.3',
+  'attention 4,4,4,1,2': '2.3',
+  'latentAttention 4,3,1': '0.1 0.2 1.1',
+  'latentAttention 4,3,1,2': '0.1 0.2 1.0 1.1 3.1',
+  'indexScores 4,3,3': '2.1',
+  'indexScores 4,3,3,2': '2.1',
+  'crossEntropy 2,1': '0.1',
+  'linearCrossEntropy 2,2,1': '1.0',
+  'routerTopk 2,1': '0.0',
+  'dispatchPlan 2': '0.0 0.1',
+  'permuteTokens 2,1,1': '0.1',
+  'combineTokens 2,2,1,1': '0.1',
+  'groupedMatmul 2,3,1': '0.0 1.1',
+  'quantizedMatmul 2,2': '0.0 1.0',
+  'quantizedMatmul 2,2,2': '0.0 1.0',
+  'quantizedGroupedMatmul 2,3,1': '0.0 1.1',
+  'quantizedGroupedMatmul 2,3,1,3': '0.0',
+  'globalNorm 2,1,0': '0.0 0.1 1.0',
+  'quantize 2': '0.0 0.1',
+}
+/** Ops on inputs with any number of axes. */
+const anyRank = new Set(['softmax', 'rmsNorm', 'globalNorm'])
+/** Only called by gradient rules, which pass what fits. */
+const isInternal = (op: string) => op.endsWith('Backward') || op === 'groupedMatmulWeightGrad'
+
+const examples = new Map(
+  opCases
+    .filter(({ op }) => op in fusedDefinitions && !isInternal(op))
+    .map(example => [`${example.op} ${example.inputs.map(({ shape }) => shape.length)}`, example] as const)
+    .toReversed(),
+)
+
+describe('inputs of another dtype or shape are rejected:', () => {
+  test.each([...examples])('%s', (key, { op, inputs, attrs }) => {
+    const accepted = (
+      at: number,
+      { shape, dtype }: Pick<CaseInput, 'shape' | 'dtype'>,
+      code: 'E_DTYPE' | 'E_SHAPE',
+    ) => {
+      const made = inputs.map((input, i) => {
+        const { shape: sizes, dtype: type } = i === at ? { shape, dtype } : input
+        return fromHost(hostArray(type, sizeOf(sizes)), sizes, type, backend)
+      })
+      try {
+        runFused(fusedDefinitions[op as FusedName] as never, made, attrs as never)
+      } catch (error) {
+        if (error === invalid) return true
+        expect(error).toMatchObject({ code })
+      }
+      return false
+    }
+    const found: string[] = []
+    for (const [i, { shape, dtype }] of inputs.entries()) {
+      for (const other of ['f32', 'i32', 'u8'] as const)
+        if (other !== dtype)
+          expect([i, other, accepted(i, { shape, dtype: other }, 'E_DTYPE')]).toEqual([i, other, false])
+      if (!anyRank.has(op)) {
+        expect([i, accepted(i, { shape: [...shape, 1], dtype }, 'E_SHAPE')]).toEqual([i, false])
+        expect([i, accepted(i, { shape: [1, ...shape], dtype }, 'E_SHAPE')]).toEqual([i, false])
+      }
+      for (const [axis, size] of shape.entries())
+        if (accepted(i, { shape: shape.with(axis, size + 1), dtype }, 'E_SHAPE')) found.push(`${i}.${axis}`)
+    }
+    expect(found.join(' ')).toBe(free[key] ?? '')
+  })
+})
