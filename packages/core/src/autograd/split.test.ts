@@ -148,6 +148,13 @@ describe('a backward pass in two parts', () => {
     expect(alive()).toBe(before)
   })
 
+  test('some of the outputs may depend on nothing', () => {
+    const [x, other] = [input(), randn([5, 6], new Random(4))]
+    const outputs = [other.sum(), x.sum()]
+    const { gradients } = backwardInput(outputs, [x])
+    expect(readF64(gradients[0] as Tensor)).toEqual(new Float64Array(30).fill(1))
+  })
+
   test('an input that nothing depends on has no gradient; invalid inputs are reported', () => {
     const stage = new Stage()
     const x = input()
