@@ -1,19 +1,67 @@
 import {
+  type CaptureOptions,
   fromHost,
+  type Graph,
   noGrad,
   quantizedGroupedMatmul,
   quantizedMatmul,
   quantizeWeight,
   Random,
   setDefaultBackend,
+  Tensor,
 } from '@moe/core'
-import { graphSuite } from '@moe/core/testing'
+import { graphSuite, type Recorder } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
 import { profile, startProfile, stopProfile } from './profile.ts'
 
 describe.each([false, true])('guarded %s', guarded => {
   for (const check of graphSuite(() => createBackend({ guarded }))) test(check.name, () => check.run())
+})
+
+describe('the suite finds', () => {
+  type Edit = (graph: Graph<unknown>, backend: Recorder) => Partial<Graph<unknown>>
+  /** Replaces parts of the graphs that a backend captures. */
+  const graphs = (edit: Edit) => (backend: Recorder) => ({
+    ...backend,
+    capture<T>(fn: () => T, options?: CaptureOptions) {
+      const graph = backend.capture(fn, options)
+      return { ...graph, ...edit(graph as Graph<unknown>, backend) } as Graph<T>
+    },
+  })
+  const withoutReplay = graphs(() => ({ replay() {} }))
+  const withoutWrite = (backend: Recorder) => ({ ...backend, write() {} })
+  const withoutState = (backend: Recorder) => ({ ...backend, capture: <T>(fn: () => T) => backend.capture(fn) })
+  const freeingResults = graphs(({ result, dispose }, backend) => ({
+    dispose() {
+      dispose()
+      if (result instanceof Tensor) backend.free(result.handle)
+    },
+  }))
+  const reading = (backend: Recorder) => ({ ...backend, download: async () => Float32Array.of(-1, -2) })
+
+  test.each<[string, string, (backend: Recorder) => Recorder]>([
+    [
+      'graphs that ignore new attributes',
+      'a replayed training step',
+      graphs(graph => ({ replay: () => graph.replay() })),
+    ],
+    ['graphs without state', 'a replayed training step', withoutState],
+    ['inputs that are not written', 'inputs are written in place', withoutWrite],
+    ['replays after disposal', 'inputs are written in place', graphs(({ replay }) => ({ replay, dispose() {} }))],
+    ['an index that is not written', 'a replayed setRows', withoutWrite],
+    ['state that stays', 'state may move', withoutReplay],
+    ['reads during capture', 'reading during capture', reading],
+    ['memory that is not freed', 'a disposed graph', graphs(() => ({ dispose() {} }))],
+    ['state that a failure changed', 'a failed capture', withoutState],
+    ['results that are freed twice', 'results outlive', freeingResults],
+    ['programs that are not replayed', 'replayed random programs', withoutReplay],
+  ])('%s', async (_, name, change) => {
+    const check = graphSuite(async () => change(await createBackend({ guarded: true }))).find(item =>
+      item.name.startsWith(`graphs: ${name}`),
+    )
+    await expect(check?.run()).rejects.toThrow()
+  })
 })
 
 test('a profiled replay counts its kernels', async () => {
