@@ -116,7 +116,7 @@ const latentFields = z.object({
   topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).default('noaux_tc'),
   /** Function from router logits to affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   scoring_func: z.enum(['sigmoid', 'softmax']).optional(),
-  /** Whether gate values are normalized to sum 1. Default true in V3, false in V2. */
+  /** Whether gate values are normalized to sum 1. Default true in V3; false in V2, whose readers disagree about true. */
   norm_topk_prob: z.boolean().default(true),
   /** Factor of the gate values, applied last. Default 1. */
   routed_scaling_factor: z.number().positive().default(1),
@@ -358,6 +358,11 @@ function crossChecks(config: CheckedFields): string[] {
     add(
       topK !== null && topK <= experts && topK > kept,
       `num_experts_per_tok = ${topK} exceeds the ${kept} experts of the kept groups`,
+    )
+    // DeepSeek's code then omits routed_scaling_factor, transformers does not normalize, and vLLM and llama.cpp do both.
+    add(
+      config.model_type === 'deepseek_v2' && config.topk_method !== 'noaux_tc' && config.norm_topk_prob,
+      `norm_topk_prob = true with topk_method = ${config.topk_method}, of which other readers of deepseek_v2 compute different gates`,
     )
   }
   const { index_topk, index_head_dim, q_lora_rank, model_type } = config

@@ -16,7 +16,7 @@ import { BatchStep } from './batch-step.ts'
 import { BatchText, chosenTokens, type Made } from './batch-text.ts'
 import { endTokens } from './config.ts'
 import { defaultPrecision } from './default-precision.ts'
-import { Drafter } from './drafter.ts'
+import { Drafter, draftDepth } from './drafter.ts'
 import {
   type Generation,
   generation,
@@ -92,7 +92,7 @@ export class ContinuousBatch {
     this.#maxTexts = maxTexts
     this.#prefillChunkSize = prefillChunkSize
     this.#precision = precision
-    const depth = options.speculative ? model.mtp.length : 0
+    const depth = draftDepth('continuousBatch', model, options.speculative)
     this.#cache = model.makePagedCache({ tokens, dtype, depth })
     this.#step = new BatchStep(model, precision)
     this.#drafter = new Drafter(model, depth, precision)

@@ -1,6 +1,6 @@
 /** @file Drafts tokens with the MTP modules, for speculative decoding. */
 import type { SequenceCache } from '@moe/attention-mla'
-import { concat, fromHost, keep, type Precision, type Tensor } from '@moe/core'
+import { concat, fromHost, keep, MoeError, type Precision, type Tensor } from '@moe/core'
 import { type CachedPass, CachedPasses } from './cached-passes.ts'
 import type { Network } from './network.ts'
 import { scoresOf } from './sampling.ts'
@@ -42,6 +42,17 @@ export class DraftMemory {
   forget(): void {
     for (const state of this.take()) state?.dispose()
   }
+}
+
+/**
+ * Returns the number of modules that draft tokens: all or none.
+ * @throws MoeError E_ATTR if drafts are requested from a model without modules
+ */
+export function draftDepth(op: string, model: Network, speculative = false): number {
+  const depth = speculative ? model.mtp.length : 0
+  if (!speculative || depth > 0) return depth
+  const problem = 'speculative = true, but the model has no MTP modules (num_nextn_predict_layers = 0)'
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass { speculative: model.mtp.length > 0 }' })
 }
 
 /** A text to draft for, after a pass of the main model. */

@@ -241,6 +241,14 @@ describe('generation', () => {
     const precision = 'half' as 'bf16'
     for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
       expect(call).toThrow(`session: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)
+    const plain = new DeepSeek({ ...tiny, num_nextn_predict_layers: 0 })
+    for (const call of [
+      () => plain.generate([1], { speculative: true }),
+      () => plain.session({ speculative: true }),
+      () => plain.continuousBatch({ speculative: true }),
+    ])
+      expect(call).toThrow('the model has no MTP modules')
+    plain.dispose()
     // Other seeds would give the same text.
     expect(() => model.generate([1], { seed: 3 })).toThrow(
       /without a temperature, seed would have no effect; pass temperature: 1/,

@@ -31,7 +31,7 @@ export interface TurnOptions extends SamplingOptions {
 export interface SessionOptions {
   /**
    * Whether the MTP modules draft tokens (speculative decoding). Greedy text stays the same, sampled text has the same distribution. It is faster if drafts are often accepted and a pass over
-   * several tokens takes little longer than over one, that is, if reading weights is the bottleneck; on a CPU it usually is not. Default false.
+   * several tokens takes little longer than over one, that is, if reading weights is the bottleneck; on a CPU it usually is not. A model without MTP modules cannot draft: this is an error. Default false.
    */
   readonly speculative?: boolean | undefined
   /** Format of the cache. bf16 takes half the memory. Default f32. */

@@ -386,6 +386,14 @@ describe('unsupported RoPE settings', () => {
     },
   )
 
+  test('normalized gates of deepseek_v2 are rejected where its readers disagree about them', () => {
+    const config = { ...presets.tiny, model_type: 'deepseek_v2', num_nextn_predict_layers: 0 } as const
+    const v2 = { ...config, topk_method: 'greedy', scoring_func: 'softmax' } as const
+    expect(() => parseConfig(v2)).toThrow('norm_topk_prob = true with topk_method = greedy')
+    expect(parseConfig({ ...v2, norm_topk_prob: false }).norm_topk_prob).toBe(false)
+    expect(parseConfig(config)).toMatchObject({ topk_method: 'noaux_tc', norm_topk_prob: true })
+  })
+
   test('rope_scaling may contain the base', () => {
     const { rope_theta, ...rest } = presets['deepseek-v3']
     const scaled = { ...rest, rope_scaling: { ...yarn, rope_theta: 5e5, attention_factor: 0.1 * Math.log(4) + 1 } }

@@ -13,7 +13,7 @@ import {
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
 import { defaultPrecision } from './default-precision.ts'
-import { Drafter, DraftMemory } from './drafter.ts'
+import { Drafter, DraftMemory, draftDepth } from './drafter.ts'
 import {
   type Generation,
   generation,
@@ -71,7 +71,7 @@ export class Session {
     this.#weights = new WeightWatch(model)
     this.#options = options
     this.#once = once
-    this.#depth = options.speculative ? model.mtp.length : 0
+    this.#depth = draftDepth('session', model, options.speculative)
   }
 
   /**

@@ -49,9 +49,9 @@ export async function reportLoads(
     const choices = load.reduce((sum, count) => sum + count, 0)
     // The layer has processed no tokens.
     if (choices === 0) continue
-    monitor?.record(`moe ${i}`, load, bias ?? undefined)
-    summaries.push(summarizeLoad(load))
     const [name, { gate }] = layers[i]
+    monitor?.record(name, load, bias ?? undefined)
+    summaries.push(summarizeLoad(load))
     layerLoads.push({ name, load, dropped: kept && choices - kept[0], groups, bias: gate.e_score_correction_bias })
   }
   return { layerLoads, metrics: metricsOf(summaries) }
