@@ -241,7 +241,7 @@ test.each([0, 1, 3])('abandoned and aborted texts do not affect others: %i modul
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 3, speculative: true })
+  const batch = model.continuousBatch({ maxTexts: 3, speculative: depth > 0 })
   const expected = await read(model.generate([5, 6, 7], { maxTokens: 60 }))
   const stays = read(batch.generate([5, 6, 7], { maxTokens: 60 }))
   const abort = new AbortController()
@@ -262,7 +262,7 @@ test.each([0, 1, 3])('disposing the batch ends its texts, with drafts of %i modu
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 4096, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 1, speculative: true })
+  const batch = model.continuousBatch({ maxTexts: 1, speculative: depth > 0 })
   const texts = [read(batch.generate([1, 2], { maxTokens: 1000 })), read(batch.generate([1], { maxTokens: 1000 }))]
   const ends = texts.map(text => expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' }))
   await new Promise(resolve => setTimeout(resolve, 20))
@@ -325,7 +325,7 @@ test('invalid arguments are rejected', async () => {
 test.each([0, 1, 3])('a text ends when it fills the cache: %i modules', async depth => {
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: reference })
-  const batch = model.continuousBatch({ cacheTokens: 64, speculative: true })
+  const batch = model.continuousBatch({ cacheTokens: 64, speculative: depth > 0 })
   const text = batch.generate([1, 2], { maxTokens: 100 })
   // 64 tokens are processed, and one more is generated after them.
   expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63 })))

@@ -178,8 +178,10 @@ describe('recorded decoding', () => {
     for (const after of [1, 2, 3, 9, 20]) {
       const { recording } = pair()
       const { handles } = native.stats()
-      const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: after % 2 }, { seed: 1, backend: recording })
-      const text = generated(model, { maxTokens: 60, speculative: true }, n => n === after && model.dispose())
+      const depth = after % 2
+      const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed: 1, backend: recording })
+      const options = { maxTokens: 60, speculative: depth > 0 }
+      const text = generated(model, options, n => n === after && model.dispose())
       await expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' })
       expect(native.stats().handles).toBe(handles)
     }
