@@ -1,5 +1,5 @@
 /** @file One chart: a metric of several runs. */
-import { short, smoothed, ticks } from './numbers.js'
+import { heldOut, short, smoothed, ticks } from './numbers.js'
 import uPlot from './uplot.js'
 
 /** Maximum distance in pixels between the pointer and the point whose value is shown. */
@@ -8,8 +8,14 @@ const reach = 40
 /** Titles and units of known metrics, in display order. Other metrics follow. */
 export const known = [
   { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean over texts', validation: 'reward' },
-  { group: 'Rewards', name: 'preference', title: 'Preference loss', unit: 'nats per pair' },
-  { group: 'Rewards', name: 'preferred', title: 'Pairs with the chosen text preferred', unit: 'fraction' },
+  { group: 'Rewards', name: 'preference', title: 'Preference loss', unit: 'nats per pair', validation: 'preference' },
+  {
+    group: 'Rewards',
+    name: 'preferred',
+    title: 'Pairs with the chosen text preferred',
+    unit: 'fraction',
+    validation: 'preferred',
+  },
   { group: 'Rewards', name: 'rewardStd', title: 'Reward spread', unit: 'standard deviation within groups' },
   { group: 'Rewards', name: 'flatGroups', title: 'Groups with equal rewards', unit: 'fraction' },
   { group: 'Rewards', name: 'entropy', title: 'Entropy', unit: 'nats per token' },
@@ -257,7 +263,7 @@ function logged({ state, series }, name, across) {
 /** Held-out points as `[x, y]`, of the weights or of the EMA. */
 function validation({ state, series }, name, across, averaged) {
   return state.validation.flatMap(({ step, ema, ...weights }) => {
-    const value = (averaged ? (ema ?? {}) : weights)[name]
+    const value = heldOut(averaged ? (ema ?? {}) : weights, name)
     if (typeof value !== 'number') return []
     const x = across === 'step' ? step : tokensAt(series, step)
     return x === undefined ? [] : [[x, value]]

@@ -57,6 +57,16 @@ export function titleOfLogged(name) {
 }
 
 /**
+ * A number of an evaluation. The loss of pairs is in nats per pair, and shown as `preference`.
+ * @param {Readonly<Record<string, number | null | undefined>>} evaluation
+ * @param {string} name
+ */
+export function heldOut(evaluation, name) {
+  const loss = evaluation['preferred'] === undefined ? 'loss' : 'preference'
+  return name === loss ? evaluation['loss'] : name === 'loss' ? undefined : evaluation[name]
+}
+
+/**
  * Smooths values by an exponential moving average with bias correction. Missing values stay missing.
  * @param {ReadonlyArray<number | null>} values
  * @param {number} weight of the earlier values, from 0 to below 1

@@ -14,6 +14,13 @@ test('titles of logged values are the source for held-out data, and the name oth
     expect(titleOfLogged(title)).toEqual({ group: 'Logged', title, unit: '' })
 })
 
+test('the held-out loss of pairs is shown as their preference loss, and not as a loss per token', async () => {
+  const { heldOut } = await page('numbers.js')
+  const of = (evaluation: object) => ['loss', 'preference', 'preferred'].map(name => heldOut(evaluation, name))
+  expect(of({ loss: 0.5, preferred: 1 })).toEqual([undefined, 0.5, 1])
+  expect(of({ loss: 2 })).toEqual([2, undefined, undefined])
+})
+
 describe('the loads of experts', () => {
   test('are shown as shares of the mean, with a shade for each power of two', () => {
     expect(shares([0, 1, 2, 5])).toEqual([0, 0.5, 1, 2.5])

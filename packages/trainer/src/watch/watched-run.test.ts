@@ -96,9 +96,9 @@ describe('log lines', () => {
   })
 })
 
-test('shows the rewards of held-out prompts', async () => {
+test.each(['reward', 'preferred'])('shows %s of held-out data', async name => {
   const { write, state } = await watched()
-  const evaluation = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
+  const evaluation = { step: 4, loss: 1, bitsPerByte: null, [name]: 0.5, final: false }
   await write('events.jsonl', jsonl([start, { type: 'evaluation', ...evaluation }]))
   expect((await state()).validation).toEqual([evaluation])
 })

@@ -19,6 +19,8 @@ export interface ValidationPoint {
   readonly bitsPerByte: number | null
   /** Mean reward of the sampled texts, in a run that learns from rewards. */
   readonly reward?: number
+  /** Share of held-out pairs whose chosen text is preferred, in a run that learns from preferences. */
+  readonly preferred?: number
   /** The same numbers for the EMA weights, if the run keeps them. */
   readonly ema?: Omit<ValidationPoint, 'step' | 'ema' | 'final'>
   /** Whether this is the final evaluation, which uses more of the data. */
@@ -263,8 +265,13 @@ export class WatchedRun {
   }
 }
 
-const measurement = ({ loss, bitsPerByte, reward }: Fields) => {
-  return { loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), ...(isNumber(reward) && { reward }) }
+const measurement = ({ loss, bitsPerByte, reward, preferred }: Fields) => {
+  return {
+    loss: numberOr(loss),
+    bitsPerByte: numberOr(bitsPerByte),
+    ...(isNumber(reward) && { reward }),
+    ...(isNumber(preferred) && { preferred }),
+  }
 }
 
 const numberOr = (value: unknown) => (isNumber(value) ? value : null)
