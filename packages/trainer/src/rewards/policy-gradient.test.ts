@@ -109,6 +109,22 @@ describe.each(placements)('with $name', placement => {
   )
 })
 
+test.each(fixture.cases)('texts on another rank, or left out, count in the averages: average $average', how => {
+  const odds = texts.map(({ old, reference }, i) => ({ advantage: advantages[i], now: reference, old, reference }))
+  const tokens = countOf(texts.map(({ tokens }) => tokens))
+  const learned = tokens - 5
+  const own = tokenWeights(odds.slice(2), how, { texts: texts.length, tokens, learned })
+  const whole = tokenWeights(odds, how)
+  // The loss is a mean over the learned tokens.
+  for (const [i, weights] of whole.weights.slice(2).entries())
+    assertClose(
+      'weights',
+      own.weights[i].map(weight => weight / learned),
+      weights.map(weight => weight / tokens),
+      { relative: 1e-12, absolute: 0 },
+    )
+})
+
 const logProb = fc.double({ min: -8, max: 0, noNaN: true })
 const advantage = fc.double({ min: -3, max: 3, noNaN: true })
 
