@@ -478,7 +478,9 @@ export class Run {
       settings: this.record,
     }
     this.events.emit(start)
-    const own = startNotices(this.model, this.parameters, settings, source.validationTokens)
+    const { validationTokens } = source
+    const { savesCheckpoints } = this
+    const own = startNotices(this.model, this.parameters, { settings, validationTokens, savesCheckpoints })
     const notices = [...own, ...source.notices]
     for (const message of notices) this.events.emit({ type: 'notice', message })
   }

@@ -9,29 +9,43 @@ import {
   weightBytes,
 } from '@moe/core'
 import type { TrainableModel } from './model.ts'
-import type { ResolvedOptions } from './options.ts'
+import { defaults, type ResolvedOptions } from './options.ts'
+
+interface NoticedRun {
+  readonly settings: ResolvedOptions
+  /** Held-out tokens. */
+  readonly validationTokens: number
+  /** Whether checkpoints are saved, by this rank or by another one. */
+  readonly savesCheckpoints: boolean
+}
 
 /**
- * Notices about weights that are not trained, unsupported precisions, rows that exceed the model's context, and
- * evaluations without data.
+ * Notices about weights that are not trained, unsupported precisions, rows that exceed the model's context, evaluations
+ * without data, and checkpoints without a folder.
  */
 export function startNotices(
   model: TrainableModel,
   parameters: readonly NamedParameter[],
-  { precision, sequenceLength, evalEvery }: Pick<ResolvedOptions, 'precision' | 'sequenceLength' | 'evalEvery'>,
-  validationTokens: number,
+  { settings, validationTokens, savesCheckpoints }: NoticedRun,
 ): string[] {
+  const { precision, sequenceLength, evalEvery, checkpointEvery, out } = settings
   return [
     frozenWeights(model, parameters),
     unsupportedPrecision(parameters[0].parameter.backend, precision),
     exceededContext(model, sequenceLength),
     missingHeldOut(evalEvery, validationTokens),
+    savesCheckpoints || out !== undefined ? undefined : missingFolder(checkpointEvery),
   ].flatMap(notice => notice ?? [])
 }
 
 function missingHeldOut(evalEvery: number, validationTokens: number): string | undefined {
   if (evalEvery === 0 || validationTokens > 0) return undefined
   return `evalEvery is ${evalEvery}, but nothing is evaluated, because the data has no held-out part: pass validation to the function that creates it, such as textFiles(patterns, { validation: 0.05 })`
+}
+
+function missingFolder(checkpointEvery: number): string | undefined {
+  if (checkpointEvery === defaults.checkpointEvery) return undefined
+  return `checkpointEvery is ${checkpointEvery}, but no checkpoint is saved, because out, the folder of the run, is not given`
 }
 
 function exceededContext({ contextLength }: TrainableModel, sequenceLength: number): string | undefined {

@@ -223,7 +223,7 @@ describe('a run', () => {
     }
   })
 
-  test('a notice says if evaluations are requested, but no data is held out', async () => {
+  test('a notice says if evaluations or checkpoints are requested that there cannot be', async () => {
     const noticesOf = async (options: Partial<TrainOptions>) => {
       const { events } = await run({ steps: 1, ...options })
       return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
@@ -234,6 +234,10 @@ describe('a run', () => {
     expect(await noticesOf({ data: { training }, evalEvery: 5 })).toEqual([
       expect.stringMatching(/^evalEvery is 5, but nothing is evaluated, because the data has no held-out part: pass /),
     ])
+    expect(await noticesOf({ checkpointEvery: 5 })).toEqual([
+      expect.stringMatching(/^checkpointEvery is 5, but no checkpoint is saved, because out, .*, is not given$/),
+    ])
+    expect(await noticesOf({ checkpointEvery: 5, out: await temporaryFolder() })).toEqual([])
   })
 
   test('limits the final evaluation to 32 times evalTokens, with a notice', async () => {
