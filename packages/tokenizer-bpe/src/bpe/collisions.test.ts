@@ -1,7 +1,11 @@
-/** @file Vocabularies whose pairs or tokens collide in the hash tables if their hashes have no random seed. */
+/** @file Vocabularies and texts whose pairs, tokens or pieces collide in the hash tables if their hashes have no random seed. */
 import { expect, test } from 'vitest'
 import { randomNumbers } from '../data/random.ts'
+import { PieceCounter } from '../train/piece-counter.ts'
+import { PADDING } from './encoder.ts'
+import { hashLong } from './long-piece-cache.ts'
 import { MergeTable, NO_RANK } from './merge-table.ts'
+import { hashKey } from './piece-cache.ts'
 import { TokenLookup } from './token-lookup.ts'
 
 test('merges whose pairs would collide are found in linear time', () => {
@@ -53,4 +57,40 @@ test('tokens whose bytes would collide are found in linear time', () => {
   const lookup = new TokenLookup(bytes, starts, lengths)
   for (const id of [0, 1, 77_777, count - 1])
     expect(lookup.find(bytes, starts[id], starts[id] + blocks * width)).toBe(id)
+})
+
+test.each([
+  ['short', 16],
+  ['long', 20],
+])('%s pieces that would collide are counted in linear time', (_, width) => {
+  const pieces = 1 << 18
+  const text = new Uint8Array(pieces * width + PADDING)
+  const view = new DataView(text.buffer)
+  // The last word of each piece cancels the hash of the others.
+  for (let i = 0; i < pieces; i++) {
+    let h = Math.imul(width === 16 ? i ^ 16 : 20, 0x9e3779b1)
+    if (width === 16) {
+      h = Math.imul(h ^ (h >>> 15), 0x85ebca6b)
+      h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35)
+      h = -(h ^ (h >>> 16))
+    } else {
+      for (const word of [i, 0, 0, 0]) {
+        h = Math.imul(h ^ word, 0x85ebca6b)
+        h ^= h >>> 15
+      }
+    }
+    view.setInt32(i * width, i, true)
+    view.setInt32((i + 1) * width - 4, h, true)
+  }
+  const unseeded = (at: number) =>
+    width === 16 ? hashKey(view.getInt32(at, true), 0, 0, view.getInt32(at + 12, true), 16) : hashLong(view, at, 20, 0)
+  expect(unseeded(77_777 * width)).toBe(unseeded(0))
+
+  const counter = new PieceCounter()
+  const ends = Int32Array.from({ length: pieces }, (_, i) => (i + 1) * width)
+  counter.add(text, view, 0, ends, pieces)
+  counter.add(text, view, 0, ends, pieces)
+  expect(counter.size).toBe(pieces)
+  expect(counter.counts.subarray(0, pieces).every(count => count === 2)).toBe(true)
+  expect(Buffer.compare(counter.bytes.subarray(0, pieces * width), text.subarray(0, -PADDING))).toBe(0)
 })

@@ -15,6 +15,8 @@ export class PieceCounter {
   /** An open-addressing table: hash and index + 1 of each piece. */
   #slots = new Int32Array(2 << 13)
   #bits = 13
+  /** Keeps a malicious text from choosing pieces that collide, which would take quadratic time. */
+  readonly #seed = (Math.random() * 1e9) | 0
   #view = new DataView(this.bytes.buffer)
 
   /** Counts the pieces of `text[start..ends[0])`, `text[ends[0]..ends[1])` and so on. */
@@ -35,8 +37,8 @@ export class PieceCounter {
         k1 = view.getInt32(from + 4, true) & KEY_MASKS[row + 1]
         k2 = view.getInt32(from + 8, true) & KEY_MASKS[row + 2]
         k3 = view.getInt32(from + 12, true) & KEY_MASKS[row + 3]
-        hash = hashKey(k0, k1, k2, k3, width)
-      } else hash = hashLong(view, from, width, 0)
+        hash = hashKey(k0, k1, k2, k3, width ^ this.#seed)
+      } else hash = hashLong(view, from, width, this.#seed)
       const slots = this.#slots
       const mask = slots.length - 1
       let slot = (hash >>> (32 - this.#bits)) * 2
