@@ -2,10 +2,15 @@ import { type MoeError, Parameter, type Tensor, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { expect, test } from 'vitest'
 import { local } from '../index.ts'
+import { hostMemory } from './host-memory.ts'
+import { localOver } from './local.ts'
+import { reduce } from './reduce.ts'
+import { Assembly, partsInBuckets } from './row-shards.ts'
 import { exercise, expected } from './test-exercise.ts'
 
 const backend = referenceBackend()
 const vector = (...values: number[]) => tensor(Float32Array.from(values), undefined, { backend })
+const bytes = tensor(new Uint8Array(2), [2], { backend })
 
 test.each([1, 2, 3, 4, 5, 8])(
   'all collectives between %i ranks give the expected results, with sums in the order of ranks, rounded once',
@@ -14,6 +19,53 @@ test.each([1, 2, 3, 4, 5, 8])(
     for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
   },
 )
+
+test('reductions of more elements than a block', () => {
+  const length = 2 * 4096 + 5
+  const parts = [0, 1, 2].map(rank => Float32Array.from({ length }, (_, i) => ((i * 7 + rank * 5) % 13) - 6))
+  const expected = {
+    sum: (values: number[]) => values[0] + values[1] + values[2],
+    mean: (values: number[]) => (values[0] + values[1] + values[2]) / 3,
+    max: (values: number[]) => Math.max(...values),
+  }
+  for (const [reduction, of] of Object.entries(expected)) {
+    const own = parts[1].slice()
+    reduce(own, [parts[0], own, parts[2]], 'f32', reduction as keyof typeof expected)
+    expect(own).toEqual(Float32Array.from(own, (_, i) => of(parts.map(part => part[i]))))
+  }
+})
+
+test('a bucket has at most the given number of elements of each shard', () => {
+  const rows = (count: number) => ({
+    tensor: tensor(new Float32Array(2 * count), [count, 2], { backend }),
+    from: 0,
+    to: count,
+  })
+  const part = (index: number, from: number, to: number) => ({ index, from, to })
+  expect([...partsInBuckets([[rows(2), rows(1)], [rows(3)], []], 3)]).toEqual([
+    [[part(0, 0, 3)], [part(0, 0, 3)], []],
+    [[part(0, 3, 4), part(1, 0, 2)], [part(0, 3, 6)], []],
+  ])
+})
+
+test('a target is finished once all its elements have arrived', () => {
+  const finished: number[][] = []
+  const finish = (_: unknown, elements: ArrayLike<number>) => finished.push(Array.from(elements))
+  const assembly = new Assembly(hostMemory, 'f32')
+  const space = hostMemory.open()
+  const [first, second] = [3, 2].map(length => ({ length, finish }))
+  for (const [target, at, ...elements] of [
+    [first, 1, 5, 6],
+    [second, 1, 8],
+    [first, 0, 4],
+    [second, 0, 7],
+  ] as const)
+    assembly.put(space, target, at, Float32Array.from(elements), elements.length)
+  expect(finished).toEqual([
+    [4, 5, 6],
+    [7, 8],
+  ])
+})
 
 test('large tensors are sent in several parts, with the same results', async () => {
   const length = (1 << 22) + 3
@@ -82,6 +134,9 @@ test('invalid shards are rejected before any message is sent', async () => {
       ranks.allGatherRows([[rows(0, 2)], [rows(2, 3)]], two),
       ranks.allGatherRows([[rows(0, 2)], [rows(1, 2)]], two),
       ranks.allGatherRows([[rows(0, 2)], []], ranks.rank === 0 ? two : []),
+      ranks.allGatherRows([[rows(0, 2)], [rows(1, 3)]], [vector(1, 2)]),
+      ranks.allGatherRows([[rows(0, 2)], [rows(2, 3)]], []),
+      ranks.reduceScatterRows([[rows(0, 2, bytes)], []]),
     ]
     const messages = await Promise.all(faults.map(fault => fault.catch((e: MoeError) => `${e.code} ${e.message}`)))
     expect(messages).toEqual([
@@ -96,7 +151,14 @@ test('invalid shards are rejected before any message is sent', async () => {
       expect.stringMatching(/^E_BACKEND /),
       expect.stringMatching(/^E_SHAPE allGatherRows: the shards do not cover each row of \[3\] once; assign each row/),
       expect.stringMatching(/^E_SHAPE allGatherRows: the shards do not cover each row of \[3\] once/),
+      expect.stringMatching(/^E_SHAPE allGatherRows: the shards do not cover each row of \[3\] once/),
+      expect.stringMatching(/^E_SHAPE allGatherRows: expected \[\d\] for this rank's shard, got nothing/),
+      expect.stringMatching(/^E_DTYPE reduceScatterRows: unsupported reduction: sum of u8/),
     ])
+    // Ranks may have rows in any order.
+    const whole = new Parameter(vector(0, 0, 0))
+    await ranks.allGatherRows([[rows(2, 3, whole)], [rows(0, 2, whole)]], [ranks.rank === 0 ? vector(3) : vector(1, 2)])
+    expect([...(await whole.values())]).toEqual([1, 2, 3])
   })
 })
 
@@ -109,12 +171,14 @@ test('overlapping calls are matched by their order', async () => {
   for (const result of results) expect(result).toEqual([6, 60, 600, Float32Array.of(0, 1, 2)])
 })
 
-test('two groups of the same ranks are independent: a call that waits in one does not block the other', async () => {
+test('two groups of the same ranks are independent: a call that waits in one does not block or change the other', async () => {
+  // Long enough for buffers that are reused.
+  const length = 1 << 15
   const sums = await local(2, async ranks => {
     const [first, second] = [ranks.group([0, 1]), ranks.group([0, 1])]
     const sum = async (of: typeof ranks, value: number) => {
-      const [all] = await of.allReduce([vector(value)])
-      return all.item()
+      const [all] = await of.allReduce([tensor(new Float32Array(length).fill(value), [length], { backend })])
+      return new Set(await all.values())
     }
     const steps = [() => sum(first, ranks.rank + 1), () => sum(second, 10 * ranks.rank + 10)]
     // Rank 0 completes the first call before it starts the second, which rank 1 starts first.
@@ -122,19 +186,77 @@ test('two groups of the same ranks are independent: a call that waits in one doe
     const begun = [steps[1](), steps[0]()]
     return (await Promise.all(begun)).reverse()
   })
+  const [three, thirty] = [new Set([3]), new Set([30])]
   expect(sums).toEqual([
-    [3, 30],
-    [3, 30],
+    [three, thirty],
+    [three, thirty],
   ])
+})
+
+test('messages of send, of collective calls and of groups are kept apart', async () => {
+  const received = await local(2, async ranks => {
+    const all = [ranks, ranks.group([0, 1]), ranks.group([0, 1])]
+    const word = { shape: [1], dtype: 'f32', backend } as const
+    const calls = all.map((each, i) => ({
+      send: () => [1, 2].map(n => each.send(vector(10 * i + n), 1)),
+      receive: () => [each.receive(word, 0), each.receive(word, 0)],
+      gather: () => each.allGather(vector(100 * i + ranks.rank)),
+    }))
+    // The ranks make their calls in opposite orders. Rank 0 sends before the other receives.
+    if (ranks.rank === 0) {
+      await Promise.all(calls.flatMap(({ send, gather }) => [...send(), gather()]))
+      return []
+    }
+    const found = calls.reverse().flatMap(({ receive, gather }) => [gather(), ...receive()])
+    return Promise.all((await Promise.all(found)).map(async each => [...(await each.values())]))
+  })
+  expect(received[1]).toEqual([[200, 201], [21], [22], [100, 101], [11], [12], [0, 1], [1], [2]])
+})
+
+test('messages arrive in the order of sending, also if the first tensor is read later', async () => {
+  const slow: typeof backend = {
+    ...backend,
+    async download(value) {
+      if (value.shape[0] === 2) await new Promise(setImmediate)
+      return backend.download(value)
+    },
+  }
+  const received = await local(2, async ranks => {
+    const first = tensor([1, 2], undefined, { backend: slow })
+    if (ranks.rank === 0) return Promise.all([ranks.send(first, 1), ranks.send(vector(3), 1)])
+    const like = (length: number) => ({ shape: [length], dtype: 'f32', backend }) as const
+    const all = [await ranks.receive(like(2), 0), await ranks.receive(like(1), 0)]
+    return Promise.all(all.map(async each => [...(await each.values())]))
+  })
+  expect(received[1]).toEqual([[1, 2], [3]])
+})
+
+test('a message that cannot be sent fails its call', async () => {
+  const broken = localOver(
+    2,
+    transport => ({
+      rank: transport.rank,
+      size: transport.size,
+      send: () => Promise.reject(new Error('the network is down')),
+      receive: transport.receive.bind(transport),
+      close: transport.close.bind(transport),
+    }),
+    async ranks => ranks.rank === 0 && (await ranks.send(vector(1), 1)),
+  )
+  await expect(broken).rejects.toThrow('the network is down')
 })
 
 test('invalid arguments are rejected before any message is sent', async () => {
   await local(2, async ranks => {
     const faults: unknown[] = [
       ranks.allReduce([tensor(new Int32Array(2), [2], { backend })], 'mean'),
-      ranks.allReduce([tensor(new Uint8Array(2), [2], { backend })]),
+      ranks.allReduce([bytes]),
       ranks.allReduceInPlace([vector(1)]),
+      ranks.allReduceInPlace([bytes]),
       ranks.reduceScatter(vector(1, 2, 3)),
+      ranks.reduceScatter(bytes),
+      ranks.reduceScatter(tensor([1], [], { backend })),
+      ranks.allToAll(tensor([1], [], { backend }), [1, 0]),
       ranks.allToAll(vector(1, 2, 3), [1, 1]),
       ranks.allToAll(vector(1, 2, 3), [4, -1]),
       ranks.allToAll(vector(1, 2, 3), ranks.rank === 0 ? [1, 2] : [2, 1], [3, 3]),
@@ -151,9 +273,13 @@ test('invalid arguments are rejected before any message is sent', async () => {
       expect.stringMatching(/^E_DTYPE allReduce: unsupported reduction: mean of i32/),
       expect.stringMatching(/^E_DTYPE allReduce: unsupported reduction: sum of u8/),
       expect.stringMatching(/^E_BACKEND allReduceInPlace: reference cannot overwrite a tensor in place/),
+      expect.stringMatching(/^E_DTYPE allReduceInPlace: unsupported reduction: sum of u8/),
       expect.stringMatching(
         /^E_SHAPE reduceScatter: the first axis of \[3\] is not divisible by the number of ranks, 2/,
       ),
+      expect.stringMatching(/^E_DTYPE reduceScatter: unsupported reduction: sum of u8/),
+      expect.stringMatching(/^E_SHAPE reduceScatter: the first axis of \[\] is not divisible/),
+      expect.stringMatching(/^E_SHAPE allToAll: counts \[1,0\] do not divide the rows of \[\] among 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[1,1\] do not divide the rows of \[3\] among 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[4,-1\]/),
       expect.stringMatching(/^E_SHAPE allToAll: rank \d of 2 cannot receive \[3,3\] rows while it sends/),
@@ -238,4 +364,16 @@ test('a failed rank ends the calls that wait for it, and local() throws its erro
   await expect(run).rejects.toThrow('the disk is full')
   expect(ended.length).toBe(2)
   expect(ended.every(line => /E_ABORTED .*rank \d has failed/.test(line))).toBe(true)
+})
+
+test('a rank that ends early does not end calls that wait for others', async () => {
+  const received = await local(3, async ranks => {
+    if (ranks.rank === 2) return
+    if (ranks.rank === 1) {
+      await new Promise(setImmediate)
+      return ranks.send(vector(7), 0)
+    }
+    return (await ranks.receive({ shape: [1], dtype: 'f32', backend }, 1)).item()
+  })
+  expect(received[0]).toBe(7)
 })
