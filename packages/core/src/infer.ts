@@ -101,15 +101,8 @@ export const infer: { readonly [P in InferredName]: Infer<P> } = {
   matmul([a, b], { transposeA, transposeB }) {
     needDtype('matmul', 'lhs', a, 'f32')
     needDtype('matmul', 'rhs', b, 'f32')
+    // `foldMatmul` has checked the leading axes.
     const rank = a.shape.length
-    if (rank !== b.shape.length || (rank !== 2 && rank !== 3) || (rank === 3 && a.shape[0] !== b.shape[0])) {
-      throw shapeError(
-        'matmul',
-        `leading axes differ, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
-        'give both the same leading axes, or a rhs of rank 2',
-        { lhs: a.shape, rhs: b.shape },
-      )
-    }
     const m = a.shape[rank - (transposeA ? 1 : 2)]
     const k = a.shape[rank - (transposeA ? 2 : 1)]
     const kb = b.shape[rank - (transposeB ? 1 : 2)]

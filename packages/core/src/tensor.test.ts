@@ -232,10 +232,12 @@ describe('products', () => {
     const folded = tensor(a, [2, 2, 3]).matmul(tensor(b, [3, 4]))
     expect(folded.shape).toEqual([2, 2, 4])
     expect(await list(folded)).toEqual(naive(matrix(a, 4, 3), matrix(b, 3, 4)).flat())
-    const batched = tensor(a, [1, 2, 2, 3]).matmul(tensor(b, [1, 2, 3, 2]))
-    expect(batched.shape).toEqual([1, 2, 2, 2])
     const expected = [0, 1].flatMap(i => naive(matrix(a, 2, 3, 2 * i), matrix(b, 3, 2, 3 * i)).flat())
-    expect(await list(batched)).toEqual(expected)
+    for (const lead of [[2], [1, 2], [1, 2, 1]]) {
+      const batched = tensor(a, [...lead, 2, 3]).matmul(tensor(b, [...lead, 3, 2]))
+      expect(batched.shape).toEqual([...lead, 2, 2])
+      expect(await list(batched)).toEqual(expected)
+    }
   })
 
   test('with transpose flags equal the products of the transposed matrices', async () => {
@@ -263,7 +265,12 @@ describe('products', () => {
       code('E_SHAPE', /^matmul: inner sizes differ, lhs \[6,8\] rhs \[4,8\]: 8 != 4; pass \{ transposeB: true \}/),
     )
     expect(() => ones([3]).matmul(ones([3, 2]))).toThrow(code('E_SHAPE', /both sides need at least 2 axes/))
-    expect(() => ones([2, 2, 3]).matmul(ones([3, 3, 2]))).toThrow(code('E_SHAPE', /leading axes differ/))
+    for (const [a, b, transposeA] of [
+      [[2, 2, 3], [3, 3, 2], false],
+      [[2, 3], [3, 3, 2], false],
+      [[2, 3, 2], [3, 2], true],
+    ] as const)
+      expect(() => ones(a).matmul(ones(b), { transposeA })).toThrow(code('E_SHAPE', /leading axes differ/))
   })
 })
 

@@ -205,6 +205,21 @@ test.each<[string, () => unknown, string]>([
     () => x().pad([1], [1]),
     'E_SHAPE pad: before [1] and after [1] do not fit [2,3]; pass a non-negative integer for each axis',
   ],
+  [
+    'setRows, rows of another size',
+    () => core.setRows(x(), ids(), ones([2, 4])),
+    'E_SHAPE setRows: source has shape [2,4], expected [2,3]',
+  ],
+  [
+    'setRows, another number of rows',
+    () => core.setRows(x(), ids(), ones([1, 3])),
+    'E_SHAPE setRows: source has shape [1,3], expected [2,3]',
+  ],
+  [
+    'setRows, a matrix of indices',
+    () => core.setRows(x(), ids().reshape([2, 1]), ones([2, 3])),
+    'E_SHAPE setRows: index has shape [2,1], expected [*]',
+  ],
   ['pad(1, 1)', () => x().pad(as(1), as(1)), `E_SHAPE pad: before is 1, not an array; ${list}`],
   ['sum("0")', () => x().sum(as('0')), 'E_SHAPE sum: axes is "0", not an array;'],
   ['mean of i32', () => ids().mean(), "E_DTYPE mean: input has dtype i32, expected f32; cast it with .cast('f32')"],
