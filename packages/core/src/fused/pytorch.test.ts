@@ -173,3 +173,14 @@ describe('optimizer', () => {
     })
   }
 })
+
+test('linearCrossEntropy ignores the targets that crossEntropy ignores', async () => {
+  const [x, weight] = [tensor([1, 2, -1, 0.5, 3, 0], [3, 2]), tensor([1, -1, 0.5, 2, 0, 1], [3, 2])]
+  const targets = tensor(Int32Array.of(0, 1, 2))
+  const logits = x.matmul(weight, { transposeB: true })
+  for (const options of [{}, { ignoreIndex: 1 }]) {
+    const [own, expected] = [linearCrossEntropy(x, weight, targets, options), crossEntropy(logits, targets, options)]
+    assertClose('losses', await own.values(), await expected.values())
+    expect((await own.values())[1] === 0).toBe('ignoreIndex' in options)
+  }
+})

@@ -2,9 +2,13 @@ import { describe, expect, test } from 'vitest'
 import type { Backend, FusedKernels, Handle, Kernel, PrimitiveKernels, Value } from '../backend.ts'
 import type { DType, HostArray } from '../dtype.ts'
 import { MoeError } from '../errors.ts'
+import { routerTopkBackwardDefinition, routerTopkDefinition } from '../fused/router-topk.ts'
 import { softmax } from '../fused/softmax.ts'
-import type { PrimitiveName } from '../ops.ts'
+import type { PrimitiveName, RouterAttrs } from '../ops.ts'
 import { readF64, referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import { noGrad } from '../tape.ts'
+import type { Tensor } from '../tensor.ts'
 import { compareWithReference } from './compare-with-reference.ts'
 import { backendSuite, type SuiteOptions } from './suite.ts'
 
@@ -60,6 +64,12 @@ describe('the suite finds', () => {
     ['a wrong value of a second output', 'topk: largest first', secondOutput(1), /^output 1: 1 of 28 values/],
     ['a wrong integer', 'cast: f32 to i32', after('cast', add(-127, 4)), /^output 0: 1 of 7/],
     ['a wrong gradient', takeRows, after('scatterAddRows', add(1e-3)), /^gradient of input 0: 1 of 77 values/],
+    [
+      'a wrong gradient of one output alone',
+      'routerTopk: V3, no groups',
+      wrongAlone(),
+      /^gradient of input 0 from output 0 alone/,
+    ],
     ['other bits the second time', 'unary: exp', unsteady('unary'), /^output 0, second run/],
     ['a gradient with other bits', takeRows, unsteady('scatterAddRows'), /^gradient of input 0, second run/],
     ['a changed input', 'unary: exp', after('unary', (_, [x]) => add(1)(readF64(x) as never)), /^input 0 was changed/],
@@ -164,6 +174,26 @@ function secondOutput(error: number): Backend {
       return handles
     }
     return { primitives: { ...primitives, topk } }
+  })
+}
+
+/** The gradient of its `routerTopk` is wrong if only the weights have one. */
+function wrongAlone(): Backend {
+  const kernel =
+    (definition: { decompose(inputs: readonly Tensor[], attrs: RouterAttrs): Tensor[] }) =>
+    (inputs: readonly Value[], attrs: RouterAttrs) =>
+      scope(() => noGrad(() => definition.decompose(inputs as readonly Tensor[], attrs))).map(tensor => {
+        const { handle } = tensor
+        tensor.handle = null
+        return handle
+      })
+  return fused({
+    routerTopk: kernel(routerTopkDefinition),
+    routerTopkBackward(inputs, attrs, [spec]) {
+      const [handle] = kernel(routerTopkBackwardDefinition)(inputs, attrs)
+      if (readF64(inputs[3]).every(x => x === 0)) add(1)(readF64({ ...spec, handle }) as Float64Array)
+      return [handle]
+    },
   })
 }
 
