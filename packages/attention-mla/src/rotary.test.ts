@@ -1,7 +1,7 @@
 import { setDefaultBackend, zeros } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { type MlaConfig, MultiHeadAttention, MultiHeadLatentAttention, RotaryEmbedding } from './index.ts'
+import { type MlaConfig, MultiHeadAttention, MultiHeadLatentAttention, RotaryEmbedding, yarnMscale } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -25,6 +25,17 @@ test('first(n) equals at() for the first n positions', async () => {
     expect(await cos.values()).toEqual(angles.cos)
     expect(await sin.values()).toEqual(angles.sin)
   }
+})
+
+test("YaRN's temperature is 1 without an extension", () => {
+  expect(yarnMscale(40, 0.707)).toBeCloseTo(1.2608037, 6)
+  expect(yarnMscale(1.5, 1)).toBeCloseTo(1 + 0.1 * Math.log(1.5), 12)
+  for (const factor of [1, 0.5]) expect(yarnMscale(factor, 1)).toBe(1)
+})
+
+test('the norms on the latents have an epsilon of 1e-6, like those of the released models', () => {
+  const mla = new MultiHeadLatentAttention({ ...config, q_lora_rank: 8, rms_norm_eps: 1e-5 } as MlaConfig)
+  expect([mla.q_a_layernorm?.eps, mla.kv_a_layernorm.eps]).toEqual([1e-6, 1e-6])
 })
 
 test('queries are scaled by the logarithm of the contexts before them', async () => {

@@ -184,6 +184,10 @@ describe('balance', () => {
     const collapsed = summarizeLoad([9, 9, 0, 0, 0, 0, 0, 0])
     expect(collapsed).toMatchObject({ maxVio: 3, dead: [2, 3, 4, 5, 6, 7], hot: [0, 1] })
     expect(summarizeLoad([3, 3]).entropy).toBeCloseTo(1, 12)
+    const uneven = summarizeLoad([1, 3])
+    expect(uneven.entropy).toBeCloseTo(2 - 0.75 * Math.log2(3), 12)
+    expect(uneven.variation).toBeCloseTo(0.5, 12)
+    expect(summarizeLoad([4])).toEqual({ maxVio: 0, variation: 0, entropy: 1, dead: [], hot: [] })
   })
 })
 
@@ -305,7 +309,7 @@ test('a copy of some experts has their weights, and is independent of them', asy
   expect(Math.max(...(await experts.up_proj.values()))).toBeGreaterThan(0)
   experts.down_proj.trainable = false
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
-  addAdapters(experts, { rank: 2 })
+  addAdapters(experts, { rank: 2, targets: path => path.includes('up_proj') })
   expect(() => experts.copyOf(0, 2)).toThrow(/experts with adapters cannot be copied; merge the adapters first/)
 })
 

@@ -2,7 +2,14 @@ import { backward, concat, noGrad, Random, randn, scope, setDefaultBackend, zero
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { cacheCost, LatentCache, type MlaConfig, MultiHeadAttention, MultiHeadLatentAttention } from '../index.ts'
+import {
+  cacheCost,
+  KvCache,
+  LatentCache,
+  type MlaConfig,
+  MultiHeadAttention,
+  MultiHeadLatentAttention,
+} from '../index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -66,6 +73,37 @@ describe('the sequences of a cache', () => {
     expect([...cache.lengths]).toEqual([1, 2])
     cache.dispose()
   })
+})
+
+test.each([
+  ['latent', () => new MultiHeadLatentAttention(config, { random: new Random(1), std: 0.3 })],
+  [
+    'multi-head',
+    () => new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 }, { random: new Random(1), std: 0.3 }),
+  ],
+] as const)('%s attention rotates by the given positions, with a cache and without', async (_, make) => {
+  const attention = make()
+  const x = randn([1, 4, 24], new Random(2))
+  const at = (...positions: number[]) => ({ positions: Int32Array.from(positions) })
+  const whole = await attention.forward(x, at(2, 5, 6, 9)).values()
+  const close = { relative: 1e-5, absolute: 1e-6 }
+  // Only differences between positions matter, and they do.
+  assertClose('shifted', await attention.forward(x, at(9, 12, 13, 16)).values(), whole, close)
+  const plain = await attention.forward(x).values()
+  expect(Math.max(...plain.map((value, i) => Math.abs(value - whole[i])))).toBeGreaterThan(1e-3)
+  const cache = new KvCache(attention.cacheFeatures, { layers: 1 })
+  const outs: number[] = []
+  for (const [from, ...positions] of [
+    [0, 2, 5],
+    [2, 6],
+    [3, 9],
+  ]) {
+    const some = x.narrow(1, from, from + positions.length)
+    outs.push(...(await attention.forward(some, { cache, ...at(...positions) }).values()))
+    cache.advance(positions.length)
+  }
+  assertClose('cached', outs, whole, close)
+  cache.dispose()
 })
 
 test('options that have no effect with a cache are rejected', () => {
