@@ -1,4 +1,5 @@
 /** @file Maps configurations to the architectures of llama.cpp: `deepseek2` (V2, V3, latent attention) and `llama` (DeepSeek LLM). */
+import { rotaryAmplitude, yarnMscale } from '@moe/attention-mla'
 import type { GgufValue } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { DeepSeekConfig } from '../config.ts'
@@ -148,9 +149,7 @@ function ropeKeys(config: DeepSeekConfig): Keys {
   const { factor, original_max_position_embeddings: context, beta_fast = 32, beta_slow = 1 } = scaling
   if (factor < 1)
     throw unloadable(`rope_scaling.factor = ${factor} is below 1`, 'use a factor above 1, which extends the context')
-  const temperature = (m: number) => 0.1 * m * Math.log(factor) + 1
-  const { mscale, mscale_all_dim: all } = scaling
-  const amplitude = mscale && all ? temperature(mscale) / temperature(all) : temperature(1)
+  const amplitude = rotaryAmplitude(scaling)
   Object.assign(keys, {
     'rope.scaling.type': string('yarn'),
     'rope.scaling.factor': f32(factor),
@@ -158,10 +157,10 @@ function ropeKeys(config: DeepSeekConfig): Keys {
     'rope.scaling.yarn_beta_fast': f32(beta_fast),
     'rope.scaling.yarn_beta_slow': f32(beta_slow),
   })
-  // Without a multiplier, llama.cpp itself scales cos and sin by temperature(1).
-  let attnFactor = amplitude / temperature(1)
+  // Without a multiplier, llama.cpp itself scales cos and sin by this.
+  let attnFactor = amplitude / yarnMscale(factor, 1)
   if (config.model_type !== 'llama') {
-    const multiplier = ((all ? temperature(all) : 1) / amplitude - 1) / Math.log(factor)
+    const multiplier = (yarnMscale(factor, scaling.mscale_all_dim ?? 0) / amplitude - 1) / Math.log(factor)
     if (multiplier !== 0) {
       keys['rope.scaling.yarn_log_multiplier'] = f32(multiplier)
       attnFactor = amplitude

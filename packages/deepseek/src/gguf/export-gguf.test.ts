@@ -67,6 +67,17 @@ describe('metadata', () => {
     })
   })
 
+  test.each([
+    ['no temperatures', {}, 0.1 * Math.log(40) + 1, 1],
+    ['two temperatures', { mscale: 1, mscale_all_dim: 0.5 }, 1.3688879 / 1.184444, 1.184444],
+  ])('of YaRN with %s gives the amplitude and the scale of scores', (_, scales, amplitude, scale) => {
+    const { mscale, mscale_all_dim, ...scaling } = presets['deepseek-v3'].rope_scaling
+    const keys = keysOf({ ...presets['deepseek-v3'], rope_scaling: { ...scaling, ...scales } })
+    expect(keys['rope.scaling.attn_factor']).toBeCloseTo(amplitude, 5)
+    const multiplier = Number(keys['rope.scaling.yarn_log_multiplier'])
+    expect(amplitude * (1 + multiplier * Math.log(40))).toBeCloseTo(scale, 5)
+  })
+
   test('of V2-Lite has softmax scores, but no query rank and groups', () => {
     const keys = keysOf(presets['deepseek-v2-lite'])
     expect(keys).toMatchObject({ expert_gating_func: 1, expert_weights_norm: false, expert_shared_count: 2 })
