@@ -50,7 +50,7 @@ export {
   type TensorSource,
 } from './read-safetensors.ts'
 export { renameWithRetry, retryWhileBusy } from './rename-with-retry.ts'
-export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
+export { type SavedCheckpoint, type SaveOptions, saveCheckpoint, saveCheckpointWithText } from './save-checkpoint.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'
 export { fromF32, toF32 } from './to-f32.ts'

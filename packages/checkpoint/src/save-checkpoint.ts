@@ -6,6 +6,7 @@ import { checkpointError, fileError } from './checkpoint-error.ts'
 import { type TargetFolder, writeText } from './folder.ts'
 import { type FolderLocation, openFolder, targetFolder } from './locations.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
+import { writeWithText } from './with-text.ts'
 import {
   type PlannedTensor,
   planEntries,
@@ -44,6 +45,27 @@ export async function saveCheckpoint(
   entries: Iterable<TensorEntry>,
   options: SaveOptions = {},
 ): Promise<SavedCheckpoint> {
+  return saveBefore(location, entries, options, async () => {})
+}
+
+/** As {@link saveCheckpoint}, followed by a text file that describes the tensors: see {@link writeWithText}. @internal */
+export async function saveCheckpointWithText(
+  location: FolderLocation,
+  entries: Iterable<TensorEntry>,
+  options: SaveOptions,
+  text: { readonly name: string; readonly text: string },
+): Promise<SavedCheckpoint> {
+  return writeWithText('saveCheckpoint', location, text, beforeSwitch =>
+    saveBefore(location, entries, options, beforeSwitch),
+  )
+}
+
+async function saveBefore(
+  location: FolderLocation,
+  entries: Iterable<TensorEntry>,
+  options: SaveOptions,
+  beforeSwitch: () => Promise<void>,
+): Promise<SavedCheckpoint> {
   checkOptions('saveCheckpoint', options, { metadata: true, maxShardBytes: true })
   const folder = targetFolder('saveCheckpoint', location)
   const maxShardBytes = options.maxShardBytes ?? 5e9
@@ -51,7 +73,7 @@ export async function saveCheckpoint(
     throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'pass a positive number')
   }
   const planned = planEntries(folder.path, entries)
-  return inTurn(folder.pathOf(SINGLE_FILE), () => save(folder, location, planned, maxShardBytes, options))
+  return inTurn(folder.pathOf(SINGLE_FILE), () => save(folder, location, planned, maxShardBytes, options, beforeSwitch))
 }
 
 /** The last save into each folder. Two at the same time would choose the same names for their shards, and mix them. */
@@ -74,14 +96,15 @@ async function save(
   planned: readonly PlannedTensor[],
   maxShardBytes: number,
   options: WriteOptions,
+  beforeSwitch: () => Promise<void>,
 ): Promise<SavedCheckpoint> {
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
   const present = await folder.names()
   const previous = present.has(INDEX_FILE) ? await previousShards(location) : []
   const written =
     dataBytes <= maxShardBytes
-      ? await saveSingle(folder, planned, options)
-      : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options)
+      ? await saveSingle(folder, planned, options, beforeSwitch)
+      : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options, beforeSwitch)
   // From here on, the folder opens as the new checkpoint.
   const files = new Set(written)
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
@@ -106,8 +129,9 @@ async function saveSingle(
   folder: TargetFolder,
   planned: readonly PlannedTensor[],
   options: WriteOptions,
+  beforeSwitch: () => Promise<void>,
 ): Promise<string[]> {
-  await writePlanned(folder, SINGLE_FILE, planned, options)
+  await writePlanned(folder, SINGLE_FILE, planned, options, beforeSwitch)
   return [SINGLE_FILE]
 }
 
@@ -117,6 +141,7 @@ async function saveShards(
   dataBytes: number,
   present: ReadonlySet<string>,
   options: WriteOptions,
+  beforeSwitch: () => Promise<void>,
 ): Promise<string[]> {
   const names = shardNames(shards.length, present)
   const written: string[] = []
@@ -127,6 +152,7 @@ async function saveShards(
     }
     const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, names[i]])))
     const index = { metadata: { ...options.metadata, total_size: dataBytes }, weight_map: weightMap }
+    await beforeSwitch()
     await writeText(folder, INDEX_FILE, `${JSON.stringify(index, null, 2)}\n`)
     written.push(INDEX_FILE)
     // If both exist, the single file is used, so removing it activates the new checkpoint.

@@ -71,8 +71,9 @@ export async function writeInFolder(
   name: string,
   entries: Iterable<TensorEntry>,
   options: WriteOptions = {},
+  beforeSwitch?: () => Promise<void>,
 ): Promise<number> {
-  return writePlanned(folder, name, planEntries(folder.pathOf(name), entries), options)
+  return writePlanned(folder, name, planEntries(folder.pathOf(name), entries), options, beforeSwitch)
 }
 
 /** A validated entry with its size. */
@@ -106,12 +107,13 @@ export function planEntries(path: string, entries: Iterable<TensorEntry>): Plann
   return planned
 }
 
-/** Writes entries that were validated by {@link planEntries}. */
+/** Writes entries that were validated by {@link planEntries}. Calls `beforeSwitch` when all are written, before the file appears. */
 export async function writePlanned(
   folder: TargetFolder,
   name: string,
   entries: readonly PlannedTensor[],
   options: WriteOptions,
+  beforeSwitch?: () => Promise<void>,
 ): Promise<number> {
   const path = folder.pathOf(name)
   const metadata = options.metadata ?? { format: 'pt' }
@@ -137,6 +139,7 @@ export async function writePlanned(
       await buffered.append(checkedBytes(path, entry, data))
     }
     await buffered.flush()
+    await beforeSwitch?.()
   })
   return header.length + entries.reduce((sum, entry) => sum + entry.bytes, 0)
 }

@@ -70,6 +70,24 @@ describe('checkpoints', () => {
     reopened.dispose()
   })
 
+  test('saving over another model that fails leaves its config.json', async () => {
+    const at = join(folder, 'other-config')
+    const first = new DeepSeek({ ...tiny, rope_theta: 5e3 }, { seed: 1 })
+    const second = new DeepSeek(tiny, { seed: 2 })
+    await first.save(at)
+    const configIn = () => readFile(join(at, 'config.json'), 'utf8').catch(() => null)
+    const before = await configIn()
+    // A folder in the place of the weights cannot be replaced.
+    await rm(join(at, 'model.safetensors'))
+    await mkdir(join(at, 'model.safetensors', 'full'), { recursive: true })
+    await expect(second.save(at)).rejects.toMatchObject({ code: 'E_CHECKPOINT' })
+    expect(await configIn()).toBe(before)
+    await rm(join(at, 'model.safetensors'), { recursive: true })
+    await second.save(at)
+    expect(await configIn()).not.toBe(before)
+    for (const model of [first, second]) model.dispose()
+  })
+
   test('config.json has floats as transformers requires, and empty matrices for missing shared experts', async () => {
     const config = {
       ...tiny,

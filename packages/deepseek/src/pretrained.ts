@@ -12,11 +12,10 @@ import {
   openFolder,
   readF32,
   readFp8,
-  saveCheckpoint,
+  saveCheckpointWithText,
   type TensorEntry,
   type TensorSource,
   targetFolder,
-  writeText,
 } from '@moe/checkpoint'
 import {
   deferWeights,
@@ -92,15 +91,15 @@ export function refuseAdapters(op: string, model: Network): void {
 
 /** Internal: see `DeepSeek.save`. */
 export async function savePretrained(model: Network, location: FolderLocation): Promise<void> {
-  const folder = targetFolder('save', location)
+  targetFolder('save', location)
   refuseAdapters('save', model)
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
   for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
   entries.push(...emptySharedExperts(model))
   const written = modelTypes[model.config.model_type].stacksExperts ? stackExperts(entries) : entries
-  await saveCheckpoint(location, written, { metadata: { format: 'pt' } })
-  await writeText(folder, 'config.json', configJson(model.config))
+  const config = { name: 'config.json', text: configJson(model.config) }
+  await saveCheckpointWithText(location, written, { metadata: { format: 'pt' } }, config)
 }
 
 /** Internal: see `DeepSeek.fromPretrained`. */

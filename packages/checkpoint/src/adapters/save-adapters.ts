@@ -1,11 +1,9 @@
 /** @file Saves LoRA adapters without their base model, as PEFT does. */
-import { mkdir } from 'node:fs/promises'
-import { join } from 'node:path'
 import { checkOptions, type Module, MoeError, namedAdapters, namedParameters } from '@moe/core'
-import { writeAtomically } from '../atomic-file.ts'
-import { fileError } from '../checkpoint-error.ts'
+import { targetFolder } from '../locations.ts'
 import { pathOf } from '../path-of.ts'
-import { writeSafetensors } from '../write-safetensors.ts'
+import { writeWithText } from '../with-text.ts'
+import { writeInFolder } from '../write-safetensors.ts'
 import { adapterConfigJson, CONFIG_FILE, PREFIX, TENSOR_FILE } from './adapter-config.ts'
 import { baseDigest } from './base-digest.ts'
 import { pathOfWeight, pathsOf, storedAdapters } from './stored-adapters.ts'
@@ -19,7 +17,7 @@ export interface SaveAdaptersOptions {
 /**
  * Writes the adapters of a module into a folder, as `adapter_model.safetensors` (f32) and `adapter_config.json`. PEFT and
  * {@link loadAdapters} read both, including adapters of experts. The metadata contains a digest of the base model, which `loadAdapters`
- * checks.
+ * checks. If another adapter is replaced, a crash between the two files leaves a folder that `loadAdapters` refuses.
  *
  * @throws {MoeError} `E_CONFIG` if the module has no adapters, or if other parameters are trainable too, since they would be lost;
  *   `E_CHECKPOINT` if writing fails
@@ -49,18 +47,16 @@ export async function saveAdapters(
     throw refusal(`${uneven.name} and ${first.name} differ in rank or alpha`, 'use the same for all adapters')
   const { adapters, base } = storedAdapters(module)
   const digest = await baseDigest(base)
-  await mkdir(path, { recursive: true }).catch(cause => {
-    throw fileError(path, 'saving', cause)
-  })
   const metadata = { format: 'pt', base: digest }
   const entries = adapters.map(({ name, dtype, shape, data }) => ({ name: `${PREFIX}${name}`, dtype, shape, data }))
-  await writeSafetensors(join(path, TENSOR_FILE), entries, { metadata })
   const targets = targetsOf(
     named.flatMap(pathsOf),
     base.map(({ name }) => pathOfWeight(name)),
   )
   const json = adapterConfigJson({ rank, scale, base: options.base }, targets)
-  await writeAtomically(join(path, CONFIG_FILE), append => append(new TextEncoder().encode(json)))
+  await writeWithText('saveAdapters', path, { name: CONFIG_FILE, text: json }, beforeSwitch =>
+    writeInFolder(targetFolder('saveAdapters', path), TENSOR_FILE, entries, { metadata }, beforeSwitch),
+  )
 }
 
 /** The last components of the paths if no other weight has the same ones, otherwise the full paths. */

@@ -71,7 +71,7 @@ describe('metadata', () => {
     ['no temperatures', {}, 0.1 * Math.log(40) + 1, 1],
     ['two temperatures', { mscale: 1, mscale_all_dim: 0.5 }, 1.3688879 / 1.184444, 1.184444],
   ])('of YaRN with %s gives the amplitude and the scale of scores', (_, scales, amplitude, scale) => {
-    const { mscale, mscale_all_dim, ...scaling } = presets['deepseek-v3'].rope_scaling
+    const scaling = { type: 'yarn', factor: 40, original_max_position_embeddings: 4096 } as const
     const keys = keysOf({ ...presets['deepseek-v3'], rope_scaling: { ...scaling, ...scales } })
     expect(keys['rope.scaling.attn_factor']).toBeCloseTo(amplitude, 5)
     const multiplier = Number(keys['rope.scaling.yarn_log_multiplier'])
