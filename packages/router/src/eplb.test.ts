@@ -60,7 +60,7 @@ test('for random loads and clusters, places every expert, fills every GPU, keeps
   for (let trial = 0; trial < 60; trial++) {
     const nodes = from([1, 2, 3, 4])
     const gpus = nodes * from([1, 2, 4])
-    const groups = from([1, nodes, 2 * nodes])
+    const groups = from([1, nodes, nodes + 1, 2 * nodes])
     const experts = groups * gpus * from([1, 2, 3])
     const replicas = experts + gpus * random.integer(4)
     const load = Array.from({ length: experts }, () => random.integer(200))
@@ -73,7 +73,10 @@ test('for random loads and clusters, places every expert, fills every GPU, keeps
       expect(places.length).toBeGreaterThanOrEqual(1)
       expect(places.every(place => physicalToLogical[place] === expert)).toBe(true)
     }
-    if (groups % nodes !== 0) continue
+    if (groups % nodes !== 0) {
+      expect(physicalToLogical).toEqual(placeExperts(load, { replicas, gpus }).physicalToLogical)
+      continue
+    }
     const nodesOf = new Map<number, Set<number>>()
     for (const [place, expert] of physicalToLogical.entries()) {
       const group = Math.floor(expert / (experts / groups))

@@ -187,6 +187,7 @@ describe('balance', () => {
     const uneven = summarizeLoad([1, 3])
     expect(uneven.entropy).toBeCloseTo(2 - 0.75 * Math.log2(3), 12)
     expect(uneven.variation).toBeCloseTo(0.5, 12)
+    expect(summarizeLoad([1, 0]).maxVio).toBe(1)
     expect(summarizeLoad([4])).toEqual({ maxVio: 0, variation: 0, entropy: 1, dead: [], hot: [] })
   })
 })
