@@ -107,7 +107,7 @@ export function paddingBatch(rows: number, length: number, isolate: boolean): To
  * tokens
  */
 function copy(data: TokenStream, start: number, batch: TokenBatch, row: number, at: number): number {
-  const count = Math.max(0, Math.min(batch.length - at, endFrom(data, start) - start))
+  const count = Math.min(batch.length - at, endFrom(data, start) - start)
   batch.tokens.set(data.read(start, count), row + at)
   let document = data.documentAt(start)
   let from = data.startOf(document)
