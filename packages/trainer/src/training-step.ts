@@ -58,7 +58,9 @@ const names: OptionNames<TrainingStepOptions> = {
 
 /**
  * Runs one optimizer step on one or more micro-batches. Each is weighted by its number of counted positions, so that
- * the gradient equals that of one batch with all rows.
+ * the gradient equals that of one batch with all rows. Terms of the loss that are no mean over these positions are
+ * averaged with the same weights, so they can differ from those of one batch: a balance loss, and the mean of MTP over
+ * its targets, of which documents have fewer.
  *
  * The device is read once, between the backward pass and the update (with `ranks`, also before gradients are summed). A
  * step whose loss or gradient is not finite changes nothing.
