@@ -340,8 +340,10 @@ describe('a run', () => {
     expect(backend.stats().handles).toBe(before)
     expect(new Set(handles).size).toBe(1)
     disposeModule(model)
-    // The test process itself allocates occasionally; a leak would raise every sample.
+    // The test process itself allocates occasionally, and compiled code may appear late. A leak raises every sample, in
+    // every part of the run.
     const minimum = (from: number) => Math.min(...used.slice(from, from + 5))
-    expect(minimum(15) / minimum(10)).toBeLessThan(1.02)
+    const growth = [5, 10].map(from => minimum(from + 5) / minimum(from))
+    expect(Math.min(...growth)).toBeLessThan(1.02)
   })
 })
