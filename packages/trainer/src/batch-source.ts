@@ -34,13 +34,15 @@ export interface BatchSource {
   /** Warnings to show when the run starts. */
   readonly notices: readonly string[]
   epochs(steps: number): number
-  /** Rows of the data that the first `steps` steps take, over all ranks. Only for a data set. */
-  rowsIn?(steps: number): number
+  /** Rows of a data set, prompts or pairs that the first `steps` steps take, over all ranks. */
+  rowsIn(steps: number): number
+  /** For prompts and pairs: the beginning of `identity` that identifies them without their settings. */
+  readonly items?: string
   /**
    * Continues a run after `step` steps. `rows` is what `rowsIn` returned for them; 0 if they used other data, or rows of
    * another length.
    */
-  continueFrom?(step: number, rows: number): void
+  continueFrom(step: number, rows: number): void
   /** What the first `steps` steps take from each source of a mixture. */
   sources?(steps: number): readonly SourceProgress[]
   /**

@@ -273,9 +273,13 @@ export class Run {
   /** Takes up the data where the checkpoint left it. Other data, and rows of another length, start at their beginning. */
   continueData({ step, rows, run }: TrainerState): void {
     const { data, sequenceLength, isolate } = this.record
-    const isSame = run['data'] === data && run['sequenceLength'] === sequenceLength && run['isolate'] === isolate
+    const { items } = this.source
+    const isSame =
+      items === undefined
+        ? run['data'] === data && run['sequenceLength'] === sequenceLength && run['isolate'] === isolate
+        : `${run['data']}`.startsWith(items)
     // Checkpoints of earlier versions have no rows.
-    if (rows !== undefined) this.source.continueFrom?.(step, isSame ? rows : 0)
+    if (rows !== undefined) this.source.continueFrom(step, isSame ? rows : 0)
   }
 
   /** @returns false if it was interrupted before the step began */
@@ -378,7 +382,7 @@ export class Run {
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
     const averagedSteps = this.ema?.steps
-    const rows = this.source.rowsIn?.(step)
+    const rows = this.source.rowsIn(step)
     const state = { step, rows, tokens, trainSeconds, ...this.peaks, ...ofModel, averagedSteps, run: this.record }
     const { path } = await saveTraining(writableFolder, this.checkpointParts, state, settings.keepCheckpoints)
     this.checkpoint = path

@@ -66,6 +66,8 @@ export class PreferenceBatches implements BatchSource {
   readonly #training: readonly Pair[]
   readonly #validation: readonly Pair[]
   readonly #order: EpochOrder
+  /** The step from which this run continues another one, and the pairs before it. */
+  #from = { step: 0, rows: 0 }
   #tokens = 0
   metrics: Readonly<Record<string, number>> = {}
   readonly stride = 1
@@ -93,8 +95,12 @@ export class PreferenceBatches implements BatchSource {
   get identity(): string {
     const { beta } = this.#data
     const pairs = this.#pairsPerStep
+    return `${this.items} ${JSON.stringify({ pairs, beta })}`
+  }
+
+  get items(): string {
     const digest = digestOf(this.#training.flat().flatMap(({ ids, tokens }) => [ids, tokens]))
-    return `${this.#training.length} preferences (${digest}) ${JSON.stringify({ pairs, beta })}`
+    return `${this.#training.length} preferences (${digest})`
   }
 
   get isolate(): boolean {
@@ -119,7 +125,16 @@ export class PreferenceBatches implements BatchSource {
   }
 
   epochs(steps: number): number {
-    return (steps * this.#pairsPerStep) / this.#training.length
+    return this.rowsIn(steps) / this.#training.length
+  }
+
+  rowsIn(steps: number): number {
+    const { step, rows } = this.#from
+    return rows + (steps - step) * this.#pairsPerStep
+  }
+
+  continueFrom(step: number, rows: number): void {
+    this.#from = { step, rows }
   }
 
   prefetch(): null {
@@ -129,7 +144,7 @@ export class PreferenceBatches implements BatchSource {
   async batches(step: number): Promise<TokenBatch[]> {
     const { pairs } = this.#data
     const { ranks, batchSize, sequenceLength } = this.#options
-    const first = step * this.#pairsPerStep + ranks.rank * pairs
+    const first = this.rowsIn(step) + ranks.rank * pairs
     const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(first + i)])
     const { packed, terms } = await this.#compare(own)
     const tokens = countOf(own.flat().map(({ tokens }) => tokens))

@@ -168,6 +168,35 @@ describe('training on preferences', () => {
     expect(rest.steps).toEqual(uninterrupted.steps.slice(4))
   })
 
+  test('takes the pairs that follow if it resumes with another number of pairs per step', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    class Watching extends BigramModel {
+      readonly seen: number[] = []
+      override loss(...args: Parameters<BigramModel['loss']>) {
+        // Rows of a chosen and a rejected text: [10, prompt, 7 or 8, answer, 11].
+        const [{ tokens, weights, rows, length }] = args
+        for (let row = 0; weights && row < rows; row++)
+          if (tokens[row * length + 2] === 7) this.seen.push(10 * tokens[row * length + 1] + tokens[row * length + 3])
+        return super.loss(...args)
+      }
+    }
+    const seen: number[] = []
+    for (const [pairs, steps] of [
+      [2, 2],
+      [4, 4],
+    ]) {
+      const [model, reference] = [new Watching(), new BigramModel()]
+      const data = preferences(sevens, { reference, pairs })
+      const options = { data, steps, batchSize: 8, sequenceLength: 8, out, progress: false } as const
+      await train(model, { ...options, resume: 'auto', allowChanges: true })
+      seen.push(...model.seen)
+      disposeModule(model)
+      disposeModule(reference)
+    }
+    expect(seen).toHaveLength(sevens.length)
+    expect(new Set(seen).size).toBe(sevens.length)
+  })
+
   test('accepts conversations and texts, and adds their end tokens', async () => {
     const seen: string[] = []
     const template = {

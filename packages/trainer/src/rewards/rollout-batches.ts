@@ -79,6 +79,8 @@ export class RolloutBatches implements BatchSource {
   readonly #training: readonly number[][]
   readonly #validation: readonly number[][]
   readonly #sampling: Sampling
+  /** The step from which this run continues another one, and the prompts before it. */
+  #from = { step: 0, rows: 0 }
   #round: Round | null = null
   readonly #order: EpochOrder
   metrics: Readonly<Record<string, number>> = {}
@@ -111,7 +113,11 @@ export class RolloutBatches implements BatchSource {
       average,
       maxTexts,
     }
-    return `${this.#training.length} prompts (${digestOf(this.#training)}) ${JSON.stringify(how)}`
+    return `${this.items} ${JSON.stringify(how)}`
+  }
+
+  get items(): string {
+    return `${this.#training.length} prompts (${digestOf(this.#training)})`
   }
 
   get isolate(): boolean {
@@ -144,7 +150,25 @@ export class RolloutBatches implements BatchSource {
   }
 
   epochs(steps: number): number {
-    return ((steps / this.#data.updates) * this.#groupsPerRound) / this.#training.length
+    return this.rowsIn(steps) / this.#training.length
+  }
+
+  rowsIn(steps: number): number {
+    return this.#promptsBefore(this.#roundOf(steps))
+  }
+
+  continueFrom(step: number, rows: number): void {
+    this.#from = { step, rows }
+  }
+
+  #roundOf(step: number): number {
+    return Math.floor(step / this.#data.updates)
+  }
+
+  /** Prompts that the rounds before `round` take, over all ranks. */
+  #promptsBefore(round: number): number {
+    const { step, rows } = this.#from
+    return rows + (round - this.#roundOf(step)) * this.#groupsPerRound
   }
 
   prefetch(): null {
@@ -158,7 +182,7 @@ export class RolloutBatches implements BatchSource {
 
   async batches(step: number): Promise<TokenBatch[] | null> {
     const { updates, clip, kl, average } = this.#data
-    const number = Math.floor(step / updates)
+    const number = this.#roundOf(step)
     const round = this.#round?.number === number ? this.#round : await this.#sample(number)
     if (round === null) return null
     this.#round = round
@@ -236,8 +260,9 @@ export class RolloutBatches implements BatchSource {
     const { seed, tokenizer, signal, ranks, onRanks } = this.#options
     const count = groups * groupSize
     const share = await this.#sampling.share(ranks.size * count)
+    const prompts = this.#promptsBefore(number)
     const taskOf = (i: number) => {
-      const prompt = this.#order.at(number * this.#groupsPerRound + Math.floor(i / groupSize))
+      const prompt = this.#order.at(prompts + Math.floor(i / groupSize))
       return {
         prompt: this.#data.training[prompt],
         ids: this.#training[prompt],

@@ -241,6 +241,19 @@ describe('a training run', () => {
     expect(message).toContain('"groupSize":7')
   })
 
+  test('takes the prompts that follow if it resumes with other numbers of groups and updates', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    const seen = new Map<string, number>()
+    const reward = (sample: Sample) => {
+      const prompt = JSON.stringify(sample.prompt)
+      seen.set(prompt, (seen.get(prompt) ?? 0) + 1)
+      return sevens(sample)
+    }
+    await run({ reward, groups: 1 }, { steps: 2, out })
+    await run({ reward, groups: 3, updates: 2 }, { steps: 4, out, resume: true, allowChanges: true })
+    expect([...seen.values()]).toEqual(prompts.map(() => fewRollouts.groupSize))
+  })
+
   test('evaluates the reward of held-out prompts like evaluateRewards', async () => {
     const validation = Array.from({ length: 20 }, (_, i) => ({ tokens: [10, i % 10] }))
     const data = rollouts(prompts, { ...fewRollouts, validation })
