@@ -385,6 +385,7 @@ describe('an error, after which nothing has changed, for', () => {
   })
 
   test.each([
+    ['step', 2.5],
     ['balance', { a: 1 }],
     ['peakMemoryBytes', -1],
     ['streams', null],

@@ -123,7 +123,11 @@ describe('AdamW', () => {
     expect(after[0]).toBe(1)
     expect(after[1]).toBe(1)
     expect(after[2]).toBeCloseTo(0.95, 6)
+    expect(optimizer.settings(named)).toEqual({ betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0.5, decaying: 1 })
     optimizer.dispose()
+    const without = new AdamW(named, { weightDecay: 0 })
+    expect(without.settings(named)).toMatchObject({ weightDecay: 0, decaying: 0 })
+    without.dispose()
     for (const { parameter } of named) parameter.dispose()
   })
 
