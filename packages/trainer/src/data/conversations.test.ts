@@ -239,6 +239,11 @@ describe('examples', () => {
     )
   })
 
+  test('know the token that ends all of them', () => {
+    expect(TokenDataset.fromExamples([{ tokens: [1, 2, 9] }, { tokens: [3, 9] }]).end).toBe(9)
+    expect(TokenDataset.fromExamples([{ tokens: [1, 2, 9] }, { tokens: [3, 8] }]).end).toBe(undefined)
+  })
+
   test('have another digest than documents with the same tokens', () => {
     const tokens = [
       [1, 2],

@@ -201,6 +201,14 @@ describe('TokenDataset', () => {
     expect(() => TokenDataset.fromTokens([[1, -2]])).toThrow(code)
   })
 
+  test('joins documents of any length', () => {
+    const documents = [3, 200_000, 1, 60_000].map((length, i) => new Int32Array(length).fill(i + 1))
+    const { tokens } = TokenDataset.fromTokens(documents)
+    expect(Buffer.from(tokens.buffer).equals(Buffer.concat(documents.map(({ buffer }) => Buffer.from(buffer))))).toBe(
+      true,
+    )
+  })
+
   test('finds the document of every token', () => {
     fc.assert(
       fc.property(usable, documents => {
