@@ -1,4 +1,4 @@
-import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { readSafetensors } from '@moe/checkpoint'
 import {
@@ -177,6 +177,15 @@ describe('resuming', () => {
     await run({ out, checkpointEvery: 4, ...stopAfter(10) })
     await run({ out, checkpointEvery: 4, resume: join(out, 'checkpoints', 'step-000008'), keepCheckpoints: 9 })
     expect(numbersOf(out)).toEqual(numbersOf(reference))
+  })
+
+  test('from an earlier checkpoint keeps no checkpoint of the steps that it repeats', async () => {
+    const out = await temporaryFolder()
+    await run({ out, checkpointEvery: 4, keepCheckpoints: 9 })
+    const options = { resume: join(out, 'checkpoints', 'step-000004'), keepCheckpoints: 2, allowChanges: true }
+    await run({ out, checkpointEvery: 5, steps: 15, ...options })
+    const kept = await readdir(join(out, 'checkpoints'))
+    expect(kept.sort()).toEqual(['latest', 'step-000010', 'step-000015'])
   })
 
   test('from the checkpoint of another folder starts a separate run', async () => {

@@ -31,6 +31,11 @@ export function stepOf(name: string): number | undefined {
 
 const checkpointsOf = (out: string): string => join(out, CHECKPOINTS_FOLDER)
 
+/** Steps after `step` of which a run has a checkpoint. A run that resumes from `step` replaces them. */
+export function stepsAfter(out: string, step: number): number[] {
+  return checkpointSteps(checkpointsOf(out)).filter(other => other > step)
+}
+
 /** Steps with a complete checkpoint, ascending. */
 function checkpointSteps(folder: string): number[] {
   if (!existsSync(folder)) return []
@@ -65,6 +70,8 @@ export function otherCheckpoints(path: string): string[] {
  * checkpoints the last `keep - 1` are kept. If anything fails, for example because the disk is full, the temporary
  * folder is removed and all earlier checkpoints stay intact.
  *
+ * @param abandoned steps of checkpoints that do not precede this one, because the run was resumed from before them: none
+ *   of the earlier ones is kept
  * @returns the path of the checkpoint
  * @throws MoeError E_CHECKPOINT
  */
@@ -73,6 +80,7 @@ export async function publishCheckpoint(
   step: number,
   keep: number,
   write: (temporary: string) => Promise<void>,
+  abandoned: readonly number[] = [],
 ): Promise<string> {
   const folder = checkpointsOf(out)
   const name = checkpointName(step)
@@ -95,9 +103,9 @@ export async function publishCheckpoint(
   }
   await removeIfPossible(replaced)
   const earlier = checkpointSteps(folder).filter(other => other < step)
-  for (const old of earlier.slice(0, Math.max(0, earlier.length - (keep - 1)))) {
-    await discard(folder, checkpointName(old))
-  }
+  const own = earlier.filter(other => !abandoned.includes(other))
+  const kept = keep === 1 ? [] : own.slice(1 - keep)
+  for (const old of earlier) if (!kept.includes(old)) await discard(folder, checkpointName(old))
   return path
 }
 

@@ -11,7 +11,7 @@ import { LogFile } from '../report/log-file.ts'
 import type { MetricsLine } from '../report/metrics-log.ts'
 import { writeSummary } from '../report/summary.ts'
 import type { TrainResult } from '../result.ts'
-import { latestCheckpoint, otherCheckpoints, publishCheckpoint } from './checkpoint-folder.ts'
+import { latestCheckpoint, otherCheckpoints, publishCheckpoint, stepsAfter } from './checkpoint-folder.ts'
 import { lockFolder } from './folder-lock.ts'
 import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
 
@@ -21,6 +21,8 @@ export class DiskRun implements RunFolder {
   readonly path: string
   readonly log: LogFile
   readonly listeners: readonly TrainListener[]
+  /** Steps of checkpoints after the one that this run was resumed from, as far as it has not reached them. */
+  #abandoned: readonly number[] = []
 
   constructor(out: string) {
     this.path = pathOf('train', out)
@@ -77,10 +79,13 @@ export class DiskRun implements RunFolder {
   async truncateLogs(step: number, onLine: (line: MetricsLine) => void) {
     await cutLog(this.log.path, step, onLine)
     await cutLog(this.#file('loads.jsonl'), step)
+    this.#abandoned = stepsAfter(this.path, step)
   }
 
   async publish(step: number, keep: number, write: (location: FolderLocation) => Promise<void>) {
-    return stored(await publishCheckpoint(this.path, step, keep, write))
+    const path = await publishCheckpoint(this.path, step, keep, write, this.#abandoned)
+    this.#abandoned = this.#abandoned.filter(other => other > step)
+    return stored(path)
   }
 
   writeSummary(result: TrainResult) {
