@@ -207,6 +207,7 @@ test('messages of send, of collective calls and of groups are kept apart', async
       await Promise.all(calls.flatMap(({ send, gather }) => [...send(), gather()]))
       return []
     }
+    await new Promise(setImmediate)
     const found = calls.reverse().flatMap(({ receive, gather }) => [gather(), ...receive()])
     return Promise.all((await Promise.all(found)).map(async each => [...(await each.values())]))
   })
@@ -294,6 +295,7 @@ test('invalid arguments are rejected before any message is sent', async () => {
       expect.stringMatching(/^E_CONFIG group: this communicator is already a group/),
     ])
     expect(await (await ranks.allReduce([vector(1)]))[0].item()).toBe(2)
+    expect(await (await ranks.broadcast([vector(ranks.rank)]))[0].item()).toBe(0)
   })
   await expect(local(0, async () => {})).rejects.toThrow(/the number of ranks is 0, expected a positive integer/)
 })

@@ -220,6 +220,9 @@ test('checkSchedule finds missing, duplicate, misplaced and out-of-range passes'
   expect(errorOf(scheduleOf(down, [pass('forward', 1)]))).toMatch(/missing backward of stage 1, micro-batch 0/)
   expect(errorOf(scheduleOf([...down, ...down], up))).toMatch(/rank 0: duplicate forward of stage 0, micro-batch 0/)
   expect(errorOf(scheduleOf(down, [...up, pass('backwardInput', 1)]))).toMatch(/duplicate backwardInput of stage 1/)
+  expect(errorOf(scheduleOf(down, [pass('forward', 1), pass('backwardInput', 1), pass('backward', 1)]))).toMatch(
+    /duplicate backward of stage 1/,
+  )
   expect(errorOf(scheduleOf([pass('backward', 0), pass('forward', 0)], up))).toMatch(
     /backward of stage 0.* without forward/,
   )
@@ -258,12 +261,14 @@ test('invalid sizes and durations are errors', () => {
   )
   expect(() => dualPipeV(4, 7)).toThrow(/microBatches is 7, needs at least 2 \* ranks = 8/)
   expect(() => zeroBubbleV(4, 6)).toThrow(/needs at least 2 \* ranks - 1 = 7/)
+  checkSchedule(zeroBubbleV(4, 7))
   expect(() => zeroBubbleH2(4, 6)).toThrow(/needs at least 2 \* ranks - 1 = 7/)
   expect(() => interleaved(4, 6, 2)).toThrow(/microBatches is 6, needs a multiple of ranks = 4/)
   expect(() => oneForwardOneBackward(0, 1.5)).toThrow(/ranks is 0, .*microBatches is 1\.5/)
   expect(() => simulate(oneForwardOneBackward(2, 2), { forward: -1, communication: Number.NaN })).toThrow(
     /forward is -1, communication is NaN/,
   )
+  expect(() => simulate(oneForwardOneBackward(2, 2), { communication: -1 })).toThrow(/communication is -1/)
   expect(() => simulate(oneForwardOneBackward(2, 2), { backwardWeight: 3 })).toThrow(/longer than backward = 2/)
 })
 
