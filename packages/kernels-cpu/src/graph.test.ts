@@ -13,6 +13,7 @@ import {
 import { graphSuite, type Recorder } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
+import type { CpuBuffer } from './memory.ts'
 import { profile, startProfile, stopProfile } from './profile.ts'
 
 describe.each([false, true])('guarded %s', guarded => {
@@ -64,19 +65,35 @@ describe('the suite finds', () => {
   })
 })
 
-test('a profiled replay counts its kernels', async () => {
+test('a profiled replay counts its kernels, and computes what any replay does', async () => {
   const backend = await createBackend()
-  const handle = backend.upload(Float32Array.of(1, 2), [2], 'f32')
   const spec = { shape: [2], dtype: 'f32' } as const
-  const negate = () => backend.primitives.unary([{ handle, ...spec }], { code: 'neg' }, [spec])
-  backend.free(negate()[0])
-  const graph = backend.capture(negate)
+  const x = { handle: backend.upload(Float32Array.of(1, 2), [2], 'f32'), ...spec }
+  const run = () => {
+    const [negative] = backend.primitives.unary([x], { code: 'neg' }, [spec])
+    const [sum] = backend.primitives.binary([{ handle: negative, ...spec }, x], { code: 'sub' }, [spec])
+    backend.free(negative)
+    return sum
+  }
+  backend.free(run())
+  const graph = backend.capture(run)
   startProfile()
   graph.replay()
   graph.replay()
   stopProfile()
-  expect(graph.nodes).toBe(1)
-  expect(profile().map(({ calls }) => calls)).toEqual([2])
+  expect(graph.nodes).toBe(2)
+  expect(profile().map(({ calls }) => calls)).toEqual([2, 2])
+  expect(await backend.download({ handle: graph.result, ...spec })).toEqual(Float32Array.of(-2, -4))
+  backend.dispose()
+})
+
+test('memory that a captured function frees is used once afterwards', async () => {
+  const backend = await createBackend()
+  const upload = () => backend.upload(new Float32Array(1000), [1000], 'f32') as CpuBuffer
+  const outside = upload()
+  for (const fn of [() => backend.free(outside), () => {}]) backend.capture(fn)
+  const [first, second] = [upload(), upload()]
+  expect(second.pointer).not.toBe(first.pointer)
   backend.dispose()
 })
 
