@@ -180,10 +180,13 @@ export function nextTokens({ tokens, documents, weights: weightsOfTokens, rows, 
   return { inputs, targets, weights, count }
 }
 
-/** Letters a to j, a begin and an end token. */
+/** Letters a to j, a begin and an end token. Unless told otherwise, it adds the begin token, as many tokenizers do. */
 export const letters: TextTokenizer = {
   vocabSize: testVocabulary,
-  encode: text => Uint32Array.from(text, char => char.charCodeAt(0) - 97),
+  encode: (text, { addSpecialTokens = true } = {}) => {
+    const ids = Array.from(text, char => char.charCodeAt(0) - 97)
+    return Uint32Array.from(addSpecialTokens ? [10, ...ids] : ids)
+  },
   tokenToId: token => ({ '<s>': 10, '</s>': 11 })[token],
   decode: ids => Array.from(ids, id => (id < 10 ? String.fromCharCode(97 + id) : '')).join(''),
 }

@@ -36,10 +36,11 @@ const template = {
     (addGenerationPrompt ? 'a' : ''),
 }
 
-/** A tokenizer with one token per character. */
+/** A tokenizer with one token per character. Unless told otherwise, it adds a begin token, as many tokenizers do. */
 const characters: TextTokenizer = {
   vocabSize: 256,
-  encode: text => Uint8Array.from(text, character => character.charCodeAt(0)),
+  encode: (text, { addSpecialTokens = true } = {}) =>
+    Uint8Array.from(`${addSpecialTokens ? '<' : ''}${text}`, character => character.charCodeAt(0)),
 }
 
 /** The examples of a data set as text, with learned tokens in upper case. */
@@ -283,7 +284,7 @@ describe('with DeepSeek', () => {
       const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
       let expected = 0
       for (const text of ['uhowasoz', 'ubacdezufagz']) {
-        const ids = characters.encode(text)
+        const ids = characters.encode(text, { addSpecialTokens: false })
         const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
         const probabilities = readF64(noGrad(() => softmax(logits)))
         const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
