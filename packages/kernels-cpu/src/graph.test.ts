@@ -87,11 +87,18 @@ test('a profiled replay counts its kernels, and computes what any replay does', 
   backend.dispose()
 })
 
-test('memory that a captured function frees is used once afterwards', async () => {
+test('memory that a captured function frees is used once afterwards, and counted', async () => {
   const backend = await createBackend()
   const upload = () => backend.upload(new Float32Array(1000), [1000], 'f32') as CpuBuffer
   const outside = upload()
   for (const fn of [() => backend.free(outside), () => {}]) backend.capture(fn)
+  const state = { handle: upload() }
+  const replace = () => {
+    backend.free(state.handle)
+    state.handle = upload()
+  }
+  backend.capture(replace, { state: [state] }).dispose()
+  expect(backend.stats()).toMatchObject({ handles: 1, bytes: 4000 })
   const [first, second] = [upload(), upload()]
   expect(second.pointer).not.toBe(first.pointer)
   backend.dispose()
