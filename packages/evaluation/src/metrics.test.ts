@@ -35,4 +35,5 @@ test('largest returns the first of equal values, also beside NaN', () => {
   expect(largest([-3, -1, -1])).toBe(1)
   expect(largest([-Infinity, -Infinity])).toBe(0)
   expect(largest([-1, Number.NaN])).toBe(1)
+  expect(largest([Number.NaN, 1])).toBe(0)
 })
