@@ -230,7 +230,17 @@ describe('generation', () => {
     for (const penalty of [2.1, -2.1, Number.NaN, text])
       for (const name of ['frequencyPenalty', 'presencePenalty'] as const)
         expect(() => model.generate([1], { [name]: penalty })).toThrow(`${name} = `)
-    const wrong: unknown[] = [{ 1: 101 }, { 1: Number.NaN }, { 1: text }, { '-1': 1 }, { '1.5': 1 }, 5, [[1]], null]
+    const wrong: unknown[] = [
+      { 1: 101 },
+      { 1: Number.NaN },
+      { 1: text },
+      { '-1': 1 },
+      { '1.5': 1 },
+      { '01': 1 },
+      5,
+      [[1]],
+      null,
+    ]
     for (const logitBias of wrong)
       expect(() => model.generate([1], { logitBias: logitBias as Record<number, number> })).toThrow(
         /logitBias = .*, expected numbers from -100 to 100 by token id/,

@@ -122,7 +122,7 @@ export const atLeast0 = (value: unknown): value is number => typeof value === 'n
 const isBias = (value: unknown): boolean =>
   typeof value === 'object' &&
   value !== null &&
-  Object.entries(value).every(([id, bias]) => /^\d+$/.test(id) && isWithin(bias, 100))
+  Object.entries(value).every(([id, bias]) => /^(0|[1-9]\d*)$/.test(id) && isWithin(bias, 100))
 
 const isWithin = (value: unknown, bound: number): boolean => typeof value === 'number' && Math.abs(value) <= bound
 

@@ -24,7 +24,9 @@ const isBias = (given: unknown) =>
   typeof given === 'object' &&
   given !== null &&
   !Array.isArray(given) &&
-  Object.entries(given).every(([id, bias]) => /^\d+$/.test(id) && typeof bias === 'number' && Math.abs(bias) <= 100)
+  Object.entries(given).every(
+    ([id, bias]) => /^(0|[1-9]\d*)$/.test(id) && typeof bias === 'number' && Math.abs(bias) <= 100,
+  )
 
 const count = z.int().nonnegative()
 const stopText = z.string().min(1)
