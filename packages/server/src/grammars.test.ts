@@ -278,6 +278,16 @@ test.each([
   ['required contains "a"', { type: 'object', required: ['a'] }],
   ['contains quotes', { type: 'object', properties: { 'a"': {} } }],
   ['$ref is "#/$defs/b"', { $ref: '#/$defs/b', $defs: { a: {} } }],
+  ['cannot end, since each requires another one', { $ref: '#' }],
+  ['cannot end', { $ref: '#/$defs/a', $defs: { a: { $ref: '#/$defs/b' }, b: { anyOf: [{ $ref: '#/$defs/a' }] } } }],
+  ['cannot end', { properties: { a: { $ref: '#' }, b: {} }, required: ['b', 'a'] }],
+  ['cannot end', { items: { $ref: '#' }, minItems: 1 }],
+  ['cannot end', { prefixItems: [{}, { $ref: '#' }] }],
+  ['cannot end', { properties: { a: { allOf: [{ $ref: '#' }, { required: ['a'] }] } } }],
+  [
+    '(at #/$defs/a)',
+    { properties: { b: { $ref: '#/$defs/a' } }, $defs: { a: { items: { $ref: '#/$defs/a' }, minItems: 2 } } },
+  ],
   ['enum and type allow no value', { enum: [] }],
   ['enum and type allow no value', { type: 'string', enum: [1] }],
   ['uniqueItems is not supported', { items: {}, uniqueItems: true }],
@@ -290,6 +300,50 @@ test.each([
 ])('unsupported schemas are rejected with a reason: %s', (message, schema) => {
   expect(() => supportedSchema(schema, 'schema')).toThrow(`schema: `)
   expect(() => supportedSchema(schema, 'schema')).toThrow(message)
+})
+
+test.each<[what: string, ref: string, $defs: Record<string, object>]>([
+  ['trees', '#', {}],
+  [
+    'lists',
+    '#/$defs/list',
+    {
+      list: { anyOf: [{ type: 'null' }, { $ref: '#/$defs/pair' }] },
+      pair: { type: 'array', prefixItems: [{ $ref: '#' }, { $ref: '#/$defs/list' }] },
+    },
+  ],
+  ['empty arrays', '#/$defs/a', { a: { type: 'array', items: { $ref: '#/$defs/a' } } }],
+  [
+    'merged schemas',
+    '#/$defs/a',
+    {
+      a: { allOf: [{ $ref: '#/$defs/b' }, { required: ['x'] }] },
+      b: { type: 'object', properties: { x: { type: 'null' }, y: { $ref: '#/$defs/a' }, z: { $ref: '#/$defs/b' } } },
+    },
+  ],
+  [
+    'schemas merged with themselves',
+    '#/$defs/a',
+    {
+      a: {
+        type: 'object',
+        properties: { x: { type: 'null' }, y: { allOf: [{ $ref: '#/$defs/a' }, { required: ['x'] }] } },
+      },
+    },
+  ],
+  ['names with special characters', '#/$defs/a~1b~0%20%25', { 'a/b~ %': { type: 'null' } }],
+  ['definitions that are not used', '#/$defs/a', { a: { type: 'null' }, b: { $ref: '#/$defs/b' }, c: { not: {} } }],
+])('recursive schemas allow texts that match: %s', async (_, $ref, $defs) => {
+  const schema = { type: 'object', properties: { a: { $ref }, b: { type: 'boolean' } }, required: ['b'], $defs }
+  const validate = ajv.compile(schema)
+  let nested = 0
+  for (let seed = 0; seed < 12; seed++) {
+    const text = await randomText([[supportedSchema(schema, 'schema')]], new Random(seed))
+    if (text === undefined) continue
+    expect(validate(JSON.parse(text)), text).toBe(true)
+    if (/"a"/.test(text)) nested++
+  }
+  expect(nested).toBeGreaterThan(2)
 })
 
 test('a schema that cannot be compiled is rejected, and other texts continue', async () => {

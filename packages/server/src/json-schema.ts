@@ -35,6 +35,9 @@ export interface SupportedSchema {
 /** Prefix of the constants that represent rules. */
 const placeholder = randomUUID()
 
+/** Beginning of the references to definitions. */
+const DEFINITIONS = '#/$defs/'
+
 /** Limits of one schema; larger ones would block the server for seconds. */
 const MAX_SCHEMAS = 300
 const MAX_JSON = 2 ** 16
@@ -118,7 +121,14 @@ class Reader {
   #states = 0
   /** Number of unsupported patterns beside formats. */
   #ignored = 0
+  /** The given root and definitions, by the `$ref` that refers to them. */
   #definitions: ReadonlyMap<string, unknown> = new Map()
+  /** The `$ref` in the result of each definition that is needed, by that in the given schema, or by the JSON of a merged schema that contains itself. */
+  readonly #references = new Map([['#', '#']])
+  /** The needed definitions, by their `$ref` in the result. */
+  readonly #converted = new Map<string, { readonly schema: JsonSchema; readonly at: string }>()
+  /** The schemas that are being merged, as JSON. */
+  readonly #merging = new Set<string>()
 
   constructor(param: string, effort: Effort) {
     this.#param = param
@@ -135,18 +145,40 @@ class Reader {
     const schema = this.#object(given, '#')
     if (JSON.stringify(schema).length > MAX_JSON) throw this.#error('#', `the schema is longer than ${MAX_JSON}`)
     const { $defs, definitions, ...rest } = schema
-    const named = { $defs, definitions }
-    const all = Object.entries(named).flatMap(([key, of]) =>
+    const named = Object.entries({ $defs, definitions }).flatMap(([key, of]) =>
       of === undefined
         ? []
-        : Object.entries(this.#object(of, `#/${key}`)).map(([name, one]) => [key, name, one] as const),
+        : Object.entries(this.#object(of, `#/${key}`)).map(([name, one]) => [`#/${key}/${name}`, one] as const),
     )
-    this.#definitions = new Map([['#', rest], ...all.map(([key, name, one]) => [`#/${key}/${name}`, one] as const)])
-    const result: Record<string, unknown> = { ...(this.#schema(rest, '#', 0) as object) }
-    for (const [key, name, one] of all) {
-      result[key] = { ...(result[key] as object), [name]: this.#schema(one, `#/${key}/${name}`, 0) }
+    this.#definitions = new Map([['#', rest], ...named])
+    // Converting one may add others.
+    for (const [at, ref] of this.#references) {
+      const one = this.#definitions.get(at)
+      if (one !== undefined) this.#converted.set(ref, { schema: this.#schema(one, at, 0), at })
     }
-    return result
+    this.#checkEnds()
+    const { '#': root, ...others } = Object.fromEntries([...this.#converted].map(([ref, { schema }]) => [ref, schema]))
+    const entries = Object.entries(others).map(([ref, one]) => [ref.slice(DEFINITIONS.length), one])
+    return { ...root, ...(entries.length > 0 && { $defs: Object.fromEntries(entries) }) }
+  }
+
+  /** The `$ref` in the result. Given names may contain characters that the library cannot read. */
+  #reference(key: string): string {
+    const ref = this.#references.get(key) ?? `${DEFINITIONS}${this.#references.size}`
+    this.#references.set(key, ref)
+    return ref
+  }
+
+  /** @throws ApiError if the values of a definition cannot end, since each contains another one */
+  #checkEnds(): void {
+    const ending = new Set<string>()
+    for (let known = -1; known < ending.size; ) {
+      known = ending.size
+      for (const [ref, { schema }] of this.#converted) if (canEnd(schema, ending)) ending.add(ref)
+    }
+    const endless = [...this.#converted].findLast(([ref]) => !ending.has(ref))
+    if (endless)
+      throw this.#error(endless[1].at, 'values cannot end, since each requires another one: make it optional')
   }
 
   #schema(given: unknown, at: string, depth: number): JsonSchema {
@@ -162,12 +194,9 @@ class Reader {
     const { $ref: ref, anyOf, oneOf, type } = schema
     const list = anyOf ?? oneOf
     if ('allOf' in schema || (keys.length > 1 && (ref !== undefined || list !== undefined))) {
-      return this.#schema(this.#merged(schema, at), at, depth + 1)
+      return this.#mergedSchema(schema, at, depth)
     }
-    if (ref !== undefined) {
-      this.#definition(String(ref), at)
-      return { $ref: ref }
-    }
+    if (ref !== undefined) return { $ref: this.#reference(this.#path(String(ref), at)) }
     if (list !== undefined) {
       if (!Array.isArray(list) || list.length === 0)
         throw this.#error(at, `${keys[0]} is not a non-empty list of schemas`)
@@ -196,15 +225,30 @@ class Reader {
     return one.length === 1 ? one[0] : { anyOf: one }
   }
 
-  #definition(ref: string, at: string): unknown {
-    if (this.#definitions.has(ref)) return this.#definitions.get(ref)
+  /** The key in `#definitions` of a given `$ref`, which is a URI or, as Zod writes it, has no escapes. */
+  #path(ref: string, at: string): string {
+    const path = [unescaped(ref), ref].find(one => this.#definitions.has(one))
+    if (path !== undefined) return path
     throw this.#error(at, `$ref is ${JSON.stringify(ref)}, expected a schema in $defs`)
+  }
+
+  /** Merges and converts a schema. If it contains itself, it becomes a definition. */
+  #mergedSchema(schema: JsonSchema, at: string, depth: number): JsonSchema {
+    const key = JSON.stringify(schema)
+    if (this.#merging.has(key)) return { $ref: this.#reference(key) }
+    this.#merging.add(key)
+    const merged = this.#schema(this.#merged(schema, at), at, depth + 1)
+    this.#merging.delete(key)
+    const ref = this.#references.get(key)
+    if (ref === undefined) return merged
+    this.#converted.set(ref, { schema: merged, at })
+    return { $ref: ref }
   }
 
   #merged(schema: JsonSchema, at: string): JsonSchema {
     const resolve = (ref: string) => {
       this.#countSchema(at)
-      return this.#definition(ref, at)
+      return this.#definitions.get(this.#path(ref, at))
     }
     try {
       return allOf([schema], { resolve, withoutAnnotations })
@@ -372,6 +416,26 @@ class Reader {
   #error(at: string, problem: string): ApiError {
     return new ApiError(400, `${this.#param}: ${problem} (at ${at.slice(0, 200)})`, { param: this.#param })
   }
+}
+
+/** A `$ref` without the escapes of URIs and JSON pointers. */
+function unescaped(ref: string): string {
+  try {
+    return decodeURIComponent(ref).replaceAll('~1', '/').replaceAll('~0', '~')
+  } catch {
+    return ref
+  }
+}
+
+/** Whether a converted schema allows a value of finite length, if the definitions in `ending` do. */
+function canEnd(schema: JsonSchema, ending: ReadonlySet<string>): boolean {
+  const { $ref, anyOf, prefixItems, items, minItems = 0, properties, required = [] } = schema
+  const ends = (one: unknown) => canEnd(one as JsonSchema, ending)
+  if ($ref !== undefined) return ending.has($ref as string)
+  if (anyOf !== undefined) return (anyOf as readonly unknown[]).some(ends)
+  if (prefixItems !== undefined) return (prefixItems as readonly unknown[]).every(ends)
+  if ((minItems as number) > 0) return ends(items)
+  return (required as readonly string[]).every(name => ends((properties as JsonSchema)[name]))
 }
 
 /** A schema without keywords that do not affect which values it allows. */
