@@ -10,6 +10,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { afterAll, beforeAll, expect, test } from 'vitest'
+import { isFirstProcess, readArguments, requestOf, UsageError } from './arguments.ts'
 import { evaluateTask, tasks } from './index.ts'
 
 setDefaultBackend(referenceBackend())
@@ -161,50 +162,68 @@ test('--json prints everything needed to reproduce the results, --items writes t
 })
 
 test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
-  const expectError = (status: number, message: string, ...args: string[]) =>
-    expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
   expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringContaining('gsm8k') })
   expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
-  expectError(2, 'missing FOLDER')
-  expectError(2, 'missing --task', 'model')
-  expectError(2, '--task is "piqa", expected NAME=FILE', 'model', '--task', 'piqa')
-  expectError(2, 'unknown task quiz', 'model', '--task', 'quiz=piqa.jsonl')
-  expectError(2, 'unknown option --tasks', 'model', '--tasks', 'piqa=piqa.jsonl')
-  expectError(2, 'expected one FOLDER, got 2', 'model', 'other', '--task', 'piqa=piqa.jsonl')
-  expectError(
-    2,
-    '--limit is "x", expected an integer of at least 1',
-    'model',
-    '--task',
-    'piqa=piqa.jsonl',
-    '--limit',
-    'x',
-  )
-  expectError(
-    2,
-    '--examples own: no --task has this name',
-    'model',
-    '--task',
-    'piqa=piqa.jsonl',
-    '--examples',
-    'own=piqa.jsonl',
-  )
-  expectError(
-    2,
-    '--shots: text is a text task, which has no examples',
-    ...['model', '--task', 'piqa=piqa.jsonl', '--task', 'text=text.txt', '--shots', '1'],
-  )
-  expectError(1, '--task piqa: no file matches missing.jsonl in', 'model', '--task', 'piqa=missing.jsonl')
-  expectError(1, '--task text: no file matches parts/*.md in', 'model', '--task', 'text=parts/*.md')
-  expectError(1, '--task text: model is a folder; pass a pattern', 'model', '--task', 'text=model')
-  expectError(1, 'piqa.jsonl:1: context: the field text is missing', 'model', '--task', 'lambada=piqa.jsonl')
-  expectError(1, 'the tokenizer has no token <s>', 'model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')
-  for (const args of [[], ['model'], ['model', '--tasks', 'piqa=piqa.jsonl']]) {
+  expect(run('model', '--tasks', 'piqa=piqa.jsonl')).toEqual({
+    status: 2,
+    stdout: '',
+    stderr: 'moe-evaluate: unknown option --tasks\nSee moe-evaluate --help.\n',
+  })
+  expect(run('model', '--task', 'piqa=piqa.jsonl', '--bos', '<s>')).toMatchObject({
+    status: 1,
+    stdout: '',
+    stderr: expect.stringContaining('the tokenizer has no token <s>'),
+  })
+  for (const [args, expected, code] of [
+    [[], 2, 'E_USAGE'],
+    [['model', '--task', 'piqa=missing.jsonl'], 1, 'E_DATA'],
+  ] as const) {
     const { status, stdout, stderr } = run(...args, '--json')
-    expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([2, 'E_USAGE', ''])
+    expect([status, JSON.parse(stdout).error.code, stderr]).toEqual([expected, code, ''])
   }
-  const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
-  expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'E_DATA' })
+})
+
+test('of several processes, the first one reports usage errors', () => {
+  const env = { ...process.env, OMPI_COMM_WORLD_RANK: '1' }
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, '--ranks'], { encoding: 'utf8', env })
+  expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: '', stderr: '' })
+  expect(isFirstProcess({ PMI_RANK: '0', SLURM_PROCID: '2' })).toBe(true)
+  expect(isFirstProcess({ SLURM_PROCID: '2' })).toBe(false)
+  expect(isFirstProcess({})).toBe(true)
+})
+
+const file = (name: string) => join(folder, name)
+
+test.each([
+  ['missing FOLDER'],
+  ['missing --task', 'model'],
+  ['--task is "piqa", expected NAME=FILE', 'model', '--task', 'piqa'],
+  ['--task is "=a", expected NAME=FILE', 'model', '--task', '=a'],
+  ['--task is "piqa=", expected NAME=FILE', 'model', '--task', 'piqa='],
+  ['unknown task quiz', 'model', '--task', 'quiz=piqa.jsonl'],
+  ['expected one FOLDER, got 2', 'model', 'other', '--task', 'piqa=piqa.jsonl'],
+  ['--limit is "x", expected an integer of at least 1', 'model', '--limit', 'x'],
+  ['--limit is "0", expected an integer of at least 1', 'model', '--limit', '0'],
+  ['--draw is "last", expected one of each, once, first', 'model', '--draw', 'last'],
+  ['--examples own: no --task has this name', 'model', '--task', 'piqa=a', '--examples', 'own=a'],
+  ['--examples piqa is given twice', 'model', '--task', 'piqa=a', '--examples', 'piqa=a', '--examples', 'piqa=b'],
+  [
+    '--shots: text is a text task, which has no examples',
+    ...['model', '--task', `piqa=${file('piqa.jsonl')}`, '--task', `text=${file('text.txt')}`, '--shots', '1'],
+  ],
+])('usage error: %s', async (message, ...args) => {
+  const request = async () => requestOf(readArguments(args))
+  await expect(request).rejects.toThrow(UsageError)
+  await expect(request).rejects.toThrow(message)
+})
+
+test.each([
+  ['--task piqa: no file matches missing.jsonl in', 'piqa=missing.jsonl'],
+  ['--task text: no file matches parts/*.md in', 'text=parts/*.md'],
+  [`${file('model')} is a folder; pass a pattern`, `text=${file('model')}`],
+])('missing files are an error: %s', async (message, task) => {
+  await expect(requestOf(readArguments(['model', '--task', task]))).rejects.toMatchObject({ code: 'E_DATA' })
+  await expect(requestOf(readArguments(['model', '--task', task]))).rejects.toThrow(message)
 })
 
 test('prints the results of the tasks before one that fails', () => {

@@ -1,17 +1,13 @@
 #!/usr/bin/env node
 /** @file The command `moe-evaluate`. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. */
 import { createHash } from 'node:crypto'
-import { closeSync, openSync, readFileSync, statSync, writeSync } from 'node:fs'
-import { relative } from 'node:path'
-import { parseArgs } from 'node:util'
-import { type Backend, firstAvailable, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
+import { type Backend, firstAvailable, setDefaultBackend, weightBytes } from '@moe/core'
 import type { FromPretrainedOptions } from '@moe/deepseek'
-import { findFiles } from '@moe/trainer'
+import { isFirstProcess, type Options, type RequestedTask, readArguments, requestOf, UsageError } from './arguments.ts'
 import { evaluateTask } from './evaluate-task.ts'
 import { type OpenedModel, openModel } from './open-model.ts'
 import { progressLine, resultTable } from './report.ts'
-import type { Task } from './task.ts'
-import { readTask } from './task-file.ts'
 import { tasks } from './tasks.ts'
 
 const HELP = `Usage: moe-evaluate FOLDER --task NAME=FILE [options]
@@ -44,119 +40,13 @@ Evaluates a language model on tasks.
   -h, --help          print this help
 `
 
-class UsageError extends Error {}
-
-type Options = ReturnType<typeof readArguments>
-
-interface RequestedTask {
-  readonly name: string
-  readonly task: Task
-  readonly files: readonly string[]
-  readonly examples: readonly string[] | undefined
-}
-
-function readArguments() {
-  const { values, positionals } = parseArgs({
-    allowPositionals: true,
-    options: {
-      task: { type: 'string', multiple: true, default: [] },
-      examples: { type: 'string', multiple: true, default: [] },
-      shots: { type: 'string' },
-      draw: { type: 'string' },
-      seed: { type: 'string' },
-      limit: { type: 'string' },
-      weights: { type: 'string' },
-      precision: { type: 'string' },
-      bos: { type: 'string' },
-      'max-texts': { type: 'string' },
-      threads: { type: 'string' },
-      ranks: { type: 'boolean', default: false },
-      items: { type: 'string' },
-      json: { type: 'boolean', default: false },
-      quiet: { type: 'boolean', default: false },
-      version: { type: 'boolean', default: false },
-      help: { type: 'boolean', short: 'h', default: false },
-    },
-  })
-  const number = (name: 'shots' | 'seed' | 'limit' | 'max-texts' | 'threads', least: number) => {
-    const text = values[name]
-    if (text === undefined) return undefined
-    const value = Number(text)
-    if (/^\d+$/.test(text) && value >= least && Number.isSafeInteger(value)) return value
-    throw new UsageError(`--${name} is "${text}", expected an integer of at least ${least}`)
-  }
-  const oneOf = <T extends string>(name: 'weights' | 'precision' | 'draw', known: readonly T[]) => {
-    const value = known.find(choice => choice === values[name])
-    if (values[name] === undefined || value !== undefined) return value
-    throw new UsageError(`--${name} is "${values[name]}", expected one of ${known.join(', ')}`)
-  }
-  return {
-    ...values,
-    positionals,
-    shots: number('shots', 0),
-    seed: number('seed', 0),
-    limit: number('limit', 1),
-    maxTexts: number('max-texts', 1),
-    threads: number('threads', 1),
-    draw: oneOf('draw', ['each', 'once', 'first'] as const),
-    weights: oneOf<WeightFormat>('weights', ['bf16', 'fp8', 'int8', 'int4']),
-    precision: oneOf('precision', precisions),
-  }
-}
-
-/** Parses `NAME=FILE` arguments. */
-function pairs(option: string, given: readonly string[]): Array<readonly [name: string, file: string]> {
-  return given.map(text => {
-    const at = text.indexOf('=')
-    if (at > 0 && at < text.length - 1) return [text.slice(0, at), text.slice(at + 1)]
-    throw new UsageError(`--${option} is "${text}", expected NAME=FILE`)
-  })
-}
-
-async function requestedTasks(options: Options): Promise<RequestedTask[]> {
-  const given = pairs('task', options.task)
-  if (given.length === 0) throw new UsageError('missing --task NAME=FILE')
-  const examples = new Map(pairs('examples', options.examples))
-  for (const name of examples.keys()) {
-    if (!given.some(([known]) => known === name)) throw new UsageError(`--examples ${name}: no --task has this name`)
-  }
-  const taskNamed = async (name: string): Promise<Task> => {
-    if (Object.hasOwn(tasks, name)) return tasks[name as keyof typeof tasks]
-    if (name.endsWith('.json')) return readTask(name)
-    throw new UsageError(`unknown task ${name}, expected one of ${Object.keys(tasks).join(', ')} or a .json file`)
-  }
-  return Promise.all(
-    given.map(async ([name, file]) => {
-      const pattern = examples.get(name)
-      return {
-        name,
-        task: await taskNamed(name),
-        files: filesOf(`--task ${name}`, file),
-        examples: pattern === undefined ? undefined : filesOf(`--examples ${name}`, pattern),
-      }
-    }),
-  )
-}
-
-/** The files of a path or pattern, as paths from the current folder. */
-function filesOf(option: string, pattern: string): string[] {
-  if (statSync(pattern, { throwIfNoEntry: false })?.isFile()) return [pattern]
-  return findFiles(option, pattern, process.cwd()).map(path => relative('', path))
-}
-
 const packageFile: { name: string; version: string } = JSON.parse(
   readFileSync(new URL('../package.json', import.meta.url), 'utf8'),
 )
 
 async function main(options: Options): Promise<void> {
-  const { positionals, weights, bos, ranks } = options
-  const [folder, ...more] = positionals
-  if (folder === undefined) throw new UsageError('missing FOLDER')
-  if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
-  const requested = await requestedTasks(options)
-  const withoutExamples = requested.find(({ task }) => task.kind === 'text')
-  if (options.shots && withoutExamples)
-    throw new UsageError(`--shots: ${withoutExamples.name} is a text task, which has no examples`)
+  const { weights, bos, ranks } = options
+  const { folder, tasks: requested } = await requestOf(options)
   // Report unreadable files before opening the model.
   const digests = new Map(
     requested.flatMap(({ files, examples = [] }) => [...files, ...examples]).map(path => [path, digest(path)]),
@@ -288,6 +178,8 @@ function errorOf(error: unknown): { readonly code: string | undefined; readonly 
 function fail(failure: unknown, isReported = false): void {
   const error = errorOf(failure)
   const isUsage = error.code === 'E_USAGE'
+  // All processes have the same arguments. A failure of another one could end the first before it reports.
+  if (isUsage && process.argv.includes('--ranks') && !isFirstProcess(process.env)) return
   // Not `options.json`: the arguments may be what is wrong.
   const json = process.argv.includes('--json')
   if (json && !isReported) process.stdout.write(`${JSON.stringify({ error })}\n`)
@@ -299,7 +191,7 @@ function fail(failure: unknown, isReported = false): void {
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
 try {
-  const options = readArguments()
+  const options = readArguments(process.argv.slice(2))
   if (options.help) process.stdout.write(HELP)
   else if (options.version) process.stdout.write(`${packageFile.version}\n`)
   else await main(options)

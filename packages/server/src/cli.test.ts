@@ -8,6 +8,7 @@ import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek } from '@moe/deepseek'
 import { afterAll, beforeAll, expect, test } from 'vitest'
+import { readArguments, UsageError } from './arguments.ts'
 import { config, post, tokenizer } from './test-server.ts'
 
 const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
@@ -30,24 +31,40 @@ function run(...args: string[]) {
 test('exits with 1 for failures and 2 for usage errors', { timeout: 240_000 }, () => {
   expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^Usage: moe-serve/), stderr: '' })
   expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/), stderr: '' })
-  for (const [status, message, ...args] of [
-    [2, 'missing FOLDER'],
-    [2, 'expected one FOLDER, got 2', 'model', 'other'],
-    [2, '--port is "70000", expected an integer from 0 to 65535', 'model', '--port', '70000'],
-    [2, '--weights is "int2", expected one of bf16, fp8, int8, int4', 'model', '--weights', 'int2'],
-    [1, 'missing has neither a config.json nor checkpoints', 'missing'],
-  ] as const) {
-    expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
-  }
-  const unknown = run('model', '--ports', '1')
-  expect(unknown).toEqual({
-    status: 2,
+  expect(run('missing')).toMatchObject({
+    status: 1,
     stdout: '',
-    stderr: 'moe-serve: unknown option --ports\nSee moe-serve --help.\n',
+    stderr: expect.stringContaining('missing has neither a config.json nor checkpoints'),
   })
+  expect(run()).toEqual({ status: 2, stdout: '', stderr: 'moe-serve: missing FOLDER\nSee moe-serve --help.\n' })
   const { status, stdout, stderr } = run('model', '--ports', '1', '--json')
   const error = { code: 'E_USAGE', message: 'unknown option --ports' }
   expect([status, JSON.parse(stdout), stderr]).toEqual([2, { error }, ''])
+})
+
+test('of several processes, the first one reports usage errors', () => {
+  const env = { ...process.env, OMPI_COMM_WORLD_RANK: '1' }
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, '--ranks'], { encoding: 'utf8', env })
+  expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: '', stderr: '' })
+})
+
+test.each([
+  ['expected one FOLDER, got 2', 'model', 'other'],
+  ['--port is "65536", expected an integer from 0 to 65535', '--port', '65536'],
+  ['--port is "", expected an integer', '--port', ''],
+  ['--port is "1.5", expected an integer', '--port', '1.5'],
+  ['--body-limit is "0", expected a number from 0.001 to 1024', '--body-limit', '0'],
+  ['--max-texts is "0", expected an integer from 1 to 1024', '--max-texts', '0'],
+  ['--weights is "int2", expected one of bf16, fp8, int8, int4', '--weights', 'int2'],
+])('usage error: %s', (message, ...args) => {
+  expect(() => readArguments(args)).toThrow(UsageError)
+  expect(() => readArguments(args)).toThrow(message)
+})
+
+test('numbers at the limits of options are accepted', () => {
+  const most = ['--port', '65535', '--body-limit', '1024', '--max-texts', '1024', '--threads', '256']
+  expect(readArguments(most)).toMatchObject({ port: 65535, bodyLimit: 2 ** 30, maxTexts: 1024, threads: 256 })
+  expect(readArguments(['--port', '0', '--body-limit', '0.5'])).toMatchObject({ port: 0, bodyLimit: 2 ** 19 })
 })
 
 async function untilOutput(child: ChildProcess, pattern: RegExp): Promise<RegExpExecArray> {

@@ -1,16 +1,8 @@
 #!/usr/bin/env node
 /** @file The command `moe-serve`. Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 130 or 143 on a second signal. */
 import { readFileSync } from 'node:fs'
-import { parseArgs } from 'node:util'
-import {
-  type Backend,
-  firstAvailable,
-  isMoeError,
-  precisions,
-  setDefaultBackend,
-  type WeightFormat,
-  weightBytes,
-} from '@moe/core'
+import { type Backend, firstAvailable, isMoeError, setDefaultBackend, weightBytes } from '@moe/core'
+import { isFirstProcess, type Options, readArguments, UsageError } from './arguments.ts'
 import { createServer } from './create-server.ts'
 import { type OpenedModel, type OpenOptions, openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
@@ -45,77 +37,13 @@ Serves a language model through an OpenAI-compatible HTTP API.
 Ctrl-C waits up to 10 seconds for running requests; press it again to stop immediately.
 `
 
-class UsageError extends Error {}
-
 const exitCodes = { SIGINT: 130, SIGTERM: 143 } as const
-
-function readArguments() {
-  const { values, positionals } = parseArgs({
-    allowPositionals: true,
-    allowNegative: true,
-    options: {
-      host: { type: 'string', default: '127.0.0.1' },
-      port: { type: 'string', default: '8000' },
-      'api-key': { type: 'string' },
-      cors: { type: 'string', multiple: true },
-      'body-limit': { type: 'string', default: '4' },
-      name: { type: 'string' },
-      'chat-template': { type: 'string' },
-      weights: { type: 'string' },
-      precision: { type: 'string' },
-      'max-texts': { type: 'string' },
-      'cache-tokens': { type: 'string' },
-      cache: { type: 'string' },
-      speculative: { type: 'boolean', default: false },
-      threads: { type: 'string' },
-      ranks: { type: 'boolean', default: false },
-      json: { type: 'boolean', default: false },
-      quiet: { type: 'boolean', default: false },
-      version: { type: 'boolean', default: false },
-      help: { type: 'boolean', short: 'h', default: false },
-    },
-  })
-  type Numeric = 'port' | 'body-limit' | 'max-texts' | 'cache-tokens' | 'threads'
-  const number = (name: Numeric, least: number, most: number, whole = true) => {
-    const value = Number(values[name])
-    const fits = values[name] !== '' && value >= least && value <= most && (!whole || Number.isInteger(value))
-    if (!fits)
-      throw new UsageError(
-        `--${name} is "${values[name]}", expected ${whole ? 'an integer' : 'a number'} from ${least} to ${most}`,
-      )
-    return value
-  }
-  const optional = (name: Numeric, most: number) => (values[name] === undefined ? undefined : number(name, 1, most))
-  const oneOf = <T extends string>(name: 'weights' | 'precision' | 'cache', known: readonly T[]) => {
-    const value = known.find(choice => choice === values[name])
-    if (values[name] !== undefined && value === undefined)
-      throw new UsageError(`--${name} is "${values[name]}", expected one of ${known.join(', ')}`)
-    return value
-  }
-  const [folder, ...more] = positionals
-  if (more.length > 0) throw new UsageError(`expected one FOLDER, got ${positionals.length}`)
-  return {
-    ...values,
-    folder,
-    port: number('port', 0, 65535),
-    bodyLimit: number('body-limit', 0.001, 1024, false) * 2 ** 20,
-    maxTexts: optional('max-texts', 1024),
-    cacheTokens: optional('cache-tokens', 2 ** 31),
-    cache: oneOf('cache', ['f32', 'bf16'] as const),
-    threads: optional('threads', 256),
-    weights: oneOf<WeightFormat>('weights', ['bf16', 'fp8', 'int8', 'int4']),
-    precision: oneOf('precision', precisions),
-    apiKey: values['api-key'] ?? (process.env.MOE_API_KEY || undefined),
-  }
-}
 
 /** Keep serving if the reader of the log closes the pipe. */
 for (const stream of [process.stdout, process.stderr]) stream.on('error', () => undefined)
 
 const log = (text: string) => process.stderr.write(`${text}\n`)
 const print = (line: string) => process.stdout.write(`${line}\n`)
-
-type Options = ReturnType<typeof readArguments>
 
 async function main(options: Options): Promise<void> {
   const { folder, ranks } = options
@@ -237,12 +165,14 @@ const isUsage = (error: unknown): error is Error =>
   error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`)
 
 try {
-  const options = readArguments()
+  const options = readArguments(process.argv.slice(2))
   if (options.help) process.stdout.write(HELP)
   else if (options.version) print(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
   else await main(options)
 } catch (error) {
   if (!isExpected(error) && !isUsage(error)) throw error
+  // All processes have the same arguments. A failure of another one could end the first before it reports.
+  if (isUsage(error) && process.argv.includes('--ranks') && !isFirstProcess(process.env)) process.exit(0)
   const { code } = error as NodeJS.ErrnoException
   // Drop Node's advice about arguments that begin with a dash.
   const message = error.message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
