@@ -258,6 +258,29 @@ test.each([0, 1, 3])('abandoned and aborted texts do not affect others: %i modul
   expect(native.stats().handles).toBe(handles)
 })
 
+test('an aborted text leaves the batch at once, running or waiting, even if nobody reads it', async () => {
+  const { handles } = native.stats()
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 4096 }, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 2 })
+  const aborts = [1, 2, 3].map(() => new AbortController())
+  const texts = aborts.map(({ signal }, i) => batch.generate([i], { maxTokens: 4000, signal })[Symbol.asyncIterator]())
+  await Promise.all([texts[0].next(), texts[1].next()])
+  const third = texts[2].next()
+  expect([batch.running, batch.waiting]).toEqual([2, 1])
+  aborts[2].abort()
+  expect([batch.running, batch.waiting]).toEqual([2, 0])
+  aborts[0].abort()
+  expect([batch.running, batch.waiting]).toEqual([1, 0])
+  await Promise.all([third, texts[0].next()].map(next => expect(next).rejects.toMatchObject({ code: 'E_ABORTED' })))
+  expect(await texts[1].next()).toMatchObject({ done: false })
+  await texts[1].return?.()
+  batch.dispose()
+  await new Promise(setImmediate)
+  await new Promise(setImmediate)
+  model.dispose()
+  expect(native.stats().handles).toBe(handles)
+})
+
 test.each([0, 1, 3])('disposing the batch ends its texts, with drafts of %i modules', async depth => {
   const { handles } = native.stats()
   const config = { ...tiny, max_position_embeddings: 4096, num_nextn_predict_layers: depth }

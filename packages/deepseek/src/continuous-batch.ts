@@ -165,7 +165,12 @@ export class ContinuousBatch {
       ends: endTokens(this.#model.config),
       most,
     })
-    signal?.addEventListener('abort', text.wake)
+    // At once, even if the reader is busy elsewhere.
+    const abort = () => {
+      this.#end(text)
+      text.wake()
+    }
+    signal?.addEventListener('abort', abort)
     this.#waiting.push(text)
     this.#work()
     try {
@@ -193,7 +198,7 @@ export class ContinuousBatch {
         } else await text.changed()
       }
     } finally {
-      signal?.removeEventListener('abort', text.wake)
+      signal?.removeEventListener('abort', abort)
       this.#end(text)
     }
   }
