@@ -261,7 +261,7 @@ test.each([0, 1, 3])('abandoned and aborted texts do not affect others: %i modul
 test('an aborted text leaves the batch at once, running or waiting, even if nobody reads it', async () => {
   const { handles } = native.stats()
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 4096 }, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 2 })
+  const batch = model.continuousBatch({ maxTexts: 2, speculative: true })
   const aborts = [1, 2, 3].map(() => new AbortController())
   const texts = aborts.map(({ signal }, i) => batch.generate([i], { maxTokens: 4000, signal })[Symbol.asyncIterator]())
   await Promise.all([texts[0].next(), texts[1].next()])
@@ -273,8 +273,9 @@ test('an aborted text leaves the batch at once, running or waiting, even if nobo
   expect([batch.running, batch.waiting]).toEqual([1, 0])
   await Promise.all([third, texts[0].next()].map(next => expect(next).rejects.toMatchObject({ code: 'E_ABORTED' })))
   expect(await texts[1].next()).toMatchObject({ done: false })
-  await texts[1].return?.()
+  // Nobody reads the second text any more.
   batch.dispose()
+  expect([batch.running, batch.waiting]).toEqual([0, 0])
   await new Promise(setImmediate)
   await new Promise(setImmediate)
   model.dispose()
@@ -342,6 +343,12 @@ test('invalid arguments are rejected', async () => {
   )
   expect(() => batch.generate([])).toThrow('the prompt is empty')
   batch.dispose()
+  // By default, there is room for the whole context, and for 2048 tokens per text.
+  const long = new DeepSeek({ ...tiny, max_position_embeddings: 4096 }, { seed: null, backend: reference })
+  const one = long.continuousBatch({ maxTexts: 1 })
+  one.generate(new Array(4095).fill(1))
+  one.dispose()
+  long.dispose()
   model.dispose()
 })
 

@@ -264,3 +264,24 @@ describe.each([false, true])('at the end of the context, speculative: %s', specu
     model.dispose()
   })
 })
+
+test.each(['generate', 'session', 'continuousBatch'] as const)(
+  '%s with maxTokens 0 only scores the prompt',
+  async maker => {
+    const model = new DeepSeek(tiny, { seed: 3, backend: native })
+    const generator = maker === 'generate' ? model : model[maker]()
+    for (const prompt of [[5], [5, 6], [5, 6, 7]]) {
+      const [expected] = await model.score([prompt], { top: 2 })
+      for (const promptLogProbs of [undefined, 2]) {
+        const text = generator.generate(prompt, { maxTokens: 0, promptLogProbs })
+        expect(await read(text)).toEqual([])
+        expect(text.stats).toMatchObject({ finishReason: 'length', tokens: 0 })
+        expect(text.promptLogProbs.map(scored => scored?.token)).toEqual(
+          promptLogProbs === undefined ? [] : expected.map(scored => scored?.token),
+        )
+      }
+    }
+    if (generator !== model) generator.dispose()
+    model.dispose()
+  },
+)
