@@ -53,6 +53,7 @@ describe('a context and its continuation', () => {
     const textEncoder = new TextEncoder({ tokenizer, bos: undefined, prefix: BEGIN, context: 100 })
     expect(split(textEncoder.pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
     expect(split(textEncoder.pair('', 'c', ''))).toEqual(['$', 'c', false])
+    expect(split(textEncoder.pair('', '$c', ''))).toEqual(['$', 'c', false])
     expect(textEncoder.windows('ab').map(split)).toEqual([['$', 'ab', false]])
   })
 

@@ -1,6 +1,7 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { fromHost, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek, presets } from '@moe/deepseek'
@@ -60,6 +61,7 @@ describe('metrics', () => {
       truncated: 0,
       metrics: { acc: half, acc_norm: half },
     })
+    for (const name of ['draw', 'seed']) expect(result).not.toHaveProperty(name)
   })
 
   test('are NaN if log-probabilities are', async () => {
@@ -119,8 +121,33 @@ describe('metrics', () => {
       [' 42', 0],
     ])
     expect(metrics.exact_match.value).toBeCloseTo(2 / 3, 12)
+    expect(items.map(({ answer }) => answer)).toEqual(['42', ['43', '42'], '7'])
     const custom: Task = { ...task, matches: { even: (text, { q }) => Number(text) % 2 === 0 && q !== 'or' } }
     expect((await evaluateTask(generator.model, custom, lines, options)).metrics.even.value).toBeCloseTo(2 / 3, 12)
+  })
+
+  test('of generated texts have defaults: up to an empty line, 256 tokens, the whole text', async () => {
+    const ask = async (written: string) => {
+      const { model } = knownModel({
+        likeliest: before => written[before.length - 'x'.length] ?? 'z',
+        logProb: () => 0,
+      })
+      const items: ItemResult[] = []
+      const task: Task = { name: 'custom', kind: 'generation', context: 'q', answer: 'a' }
+      await evaluateTask(model, task, [{ q: 'x', a: 'A b' }], { ...options, onItem: item => items.push(item) })
+      return items[0]
+    }
+    expect(await ask(' A b\n\nmore')).toMatchObject({ text: ' A b', metrics: { exact_match: 1 } })
+    expect(await ask('A b.\n\n')).toMatchObject({ text: 'A b.', metrics: { exact_match: 0 } })
+    expect((await ask('')).text).toBe('z'.repeat(256))
+  })
+
+  test('come with the prompt, or those of all choices if they have their own', async () => {
+    const items: ItemResult[] = []
+    const more = { ...options, onItem: (item: ItemResult) => items.push(item) }
+    const line = { sentence: 'the _ of it', option1: 'a', option2: 'b', answer: '2' }
+    await evaluateTask(model, tasks.winogrande, [line, { ...line, option1: 'b' }], more)
+    expect(items.map(({ prompt }) => prompt)).toEqual([['the a', 'the b'], 'the b'])
   })
 
   test('are also returned by group, and for a limited number of items', async () => {
@@ -150,6 +177,18 @@ describe('examples', () => {
     expect(result).not.toHaveProperty('seed')
   })
 
+  test.each<[Task, string]>([
+    [{ name: 'custom', kind: 'continuation', context: 'q', answer: 'a' }, 'q1 x\n\nq0'],
+    [{ name: 'custom', kind: 'generation', context: 'q', answer: 'all' }, 'q1 y\n\nq0'],
+    [{ name: 'custom', kind: 'generation', context: 'q', answer: 'a', delimiter: '' }, 'q1x\n\nq0'],
+  ])('have the answer, or the first of several, after the delimiter: %j', async (task, prompt) => {
+    const { model, queries } = byCharacter({})
+    const items = ['q0', 'q1'].map(q => ({ q, a: 'x', all: ['y', 'z'] }))
+    const result = await evaluateTask(model, task, items, { ...options, shots: 1, limit: 1 })
+    expect(queries[0][0]).toBe(prompt)
+    expect(result).toMatchObject({ shots: 1, draw: 'each', seed: 0 })
+  })
+
   test('are drawn from the seed, and from a separate source if given', async () => {
     const prompts = async (more: Partial<EvaluateTaskOptions>) => {
       const { model, queries } = byCharacter({})
@@ -174,13 +213,29 @@ test('templates keep line feeds and indents around blocks, and a description wit
     name: 'custom',
     kind: 'continuation',
     description: 'Answer {"a": 1}.\n',
-    context: '{% if who %}Who: {{who}}{% endif %}\n  {% for one in all %}\n- {{one}}\n{% endfor %}\n',
+    context:
+      '{% set last = namespace(at=0) %}{% if who %}Who: {{who}}{% endif %}\n  {% for one in all %}\n- {{one}}\n{% endfor %}\n',
     answer: 'a',
     delimiter: '=',
   }
   await evaluateTask(model, task, [{ who: 'b', all: ['x', 'y'], a: 'c' }], options)
   // As Jinja2 renders it with keep_trailing_newline, except that the space at the end of the context is scored.
   expect(queries.map(parts => parts.join(''))).toEqual(['Answer {"a": 1}.\nWho: b\n  \n- x\n\n- y\n\n=c'])
+})
+
+test('items may come from several files, of which each text file is one item', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const paths = ['a.txt', 'b.jsonl', 'empty.txt'].map(name => join(folder, name))
+  for (const [i, text] of ['a\nb', '{"text":"c"}\n{"text":"d"}', ''].entries()) await writeFile(paths[i], text)
+  const found: string[] = []
+  for (const sources of [paths, [pathToFileURL(paths[0])]])
+    await evaluateTask(byCharacter({}).model, tasks.text, sources, {
+      ...options,
+      onItem: ({ location }) => found.push(location.slice(folder.length + 1)),
+    })
+  expect(found.slice(0, 3)).toEqual(['a.txt', 'b.jsonl:1', 'b.jsonl:2'])
+  expect(found).toHaveLength(4)
 })
 
 test('files may have more items than a function call can have arguments', async () => {
@@ -251,6 +306,8 @@ describe('invalid input', () => {
     [`${valid}\n{"goal":"g","sol1":"a","sol2":"b","label":[0]}`, 'items.jsonl:2: answer is '],
     [`${valid}\n{"goal":"g","sol1":"a","sol2":{},"label":0}`, 'items.jsonl:2: choices[1] is '],
     [`${valid}\n{"goal":"g","sol1":"a","sol2":"","label":0}`, 'items.jsonl:2: choice 1 is empty'],
+    [`${valid}\n{"goal":"g","sol1":"","sol2":"b","label":0}`, 'items.jsonl:2: choice 0 is empty'],
+    [`${valid}\r\n \r\n{}`, 'items.jsonl:3: the field goal is missing'],
     ['', 'items.jsonl: there are no items'],
     ['\n\n', 'items.jsonl: there are no items'],
     ['\uFFFD', 'items.jsonl:1: invalid JSON'],
@@ -343,6 +400,11 @@ describe('invalid input', () => {
         [item],
       ),
     ).rejects.toThrow('item 0: context: ow')
+    await expect(of({ ...choice, context: '{% set n = namespace(at=gone) %}' }, [item])).rejects.toThrow(
+      'the field gone is missing',
+    )
+    await expect(of(choice, ['a.jsonl', item])).rejects.toThrow('item 0: the item is "a.jsonl"')
+    await expect(of(choice, [])).rejects.toThrow('evaluateTask: there are no items')
     await expect(of(choice, 7)).rejects.toThrow('the items are 7; pass the path of a .jsonl file')
     await expect(of(choice, [7])).rejects.toThrow('item 0: the item is 7, expected an object')
     await expect(of(choice, '/nowhere/items.jsonl')).rejects.toThrow('/nowhere/items.jsonl: cannot read the file')

@@ -165,7 +165,7 @@ function byGroup(results: readonly ItemResult[], summary: (some: readonly ItemRe
 
 /** The text before each item: the task's description and examples. */
 async function preambleOf(task: Task, scorer: Scorer, all: readonly PlacedItem[], options: EvaluateTaskOptions) {
-  const texts: Partial<TaskTexts> = task.kind === 'text' ? {} : (task as Partial<TaskTexts>)
+  const texts: Partial<Omit<TaskTexts, 'context'>> = task
   const { shots = texts.shots ?? 0, draw = texts.draw ?? 'each', seed = 0 } = options
   const { description = '', exampleDelimiter = '\n\n' } = texts
   const { solved } = scorer

@@ -29,6 +29,7 @@ test('a match ignores surrounding white space, and case and punctuation if set',
   expect(match({}, ' Paris\n', 'Paris')).toBe(1)
   expect(match({}, 'paris', 'Paris')).toBe(0)
   expect(match({}, 'b', 'a', 'b')).toBe(1)
+  expect(match({ ignore: ['\\$'] }, '$ 5', '5')).toBe(1)
   expect(match({ ignoreCase: true, ignorePunctuation: true }, 'PARIS!', "Pa'ris.")).toBe(1)
   expect(match({ extract: 'is (\\w+)|(\\d+)', pick: 'last' }, 'it is a, or 7', '7')).toBe(1)
   expect(match({ extract: '\\d+' }, '5 or 7', '5')).toBe(1)
