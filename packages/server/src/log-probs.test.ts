@@ -1,10 +1,12 @@
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek, type TokenLogProb } from '@moe/deepseek'
+import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import OpenAI from 'openai'
 import type { ChatCompletionChunk, Completion } from 'openai/resources'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { createServer, serve } from './index.ts'
+import { completionLogProbs } from './log-probs.ts'
 import { bytewise, config, events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
 
 /** A token in the notation of OpenAI. */
@@ -219,6 +221,20 @@ describe('tokens that are parts of characters', () => {
       ],
       refusal: null,
     })
+  })
+})
+
+test('tokens that are not valid UTF-8 show printable ASCII as it is, and a byte order mark is text', () => {
+  const bytes = [
+    [0xef, 0xbb, 0xbf],
+    [0x20, 0xf0, 0x7e, 0x7f],
+    [0x1f, 0x80],
+  ]
+  const tokenizer = { idToToken: String, tokenBytes: (id: number) => Uint8Array.from(bytes[id]) }
+  const tokens = bytes.map((_, id) => ({ id, score: null, offset: 0, isEnd: false }))
+  expect(completionLogProbs(tokens, tokenizer as unknown as BpeTokenizer)).toMatchObject({
+    tokens: ['\ufeff', 'bytes: \\xf0~\\x7f', 'bytes:\\x1f\\x80'],
+    token_logprobs: [null, null, null],
   })
 })
 

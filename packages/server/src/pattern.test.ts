@@ -322,6 +322,20 @@ test('`.` matches non-ASCII line separators, and \\S non-ASCII white space', asy
     expect(await grammarAccepts({ type: 'string', pattern: '^\\S$' }, inJson(text))).toBe(false)
 })
 
+test.each([...'\b\t\n\f\r"\\'])(
+  'the character %j has a short escape in JSON, and can be part of a pattern',
+  async one => {
+    const pattern = `^[\\x${(one.codePointAt(0) as number).toString(16).padStart(2, '0')}]$`
+    for (const other of '\b\t\n\f\r"\\a')
+      expect(await grammarAccepts({ type: 'string', pattern }, JSON.stringify(other)), other).toBe(other === one)
+  },
+)
+
+test('a set may contain all non-ASCII characters by their codes', async () => {
+  for (const pattern of ['^[\\x80-\\u{10ffff}]$', '^[\\x80-\\udbff\\udfff]$'])
+    expect(await grammarAccepts({ type: 'string', pattern }, '"é"')).toBe(true)
+})
+
 test.each<[object, string]>([
   [{ pattern: '^[ab]+$', maxLength: 5000 }, 'too many states'],
   [{ pattern: '(a|b)*a(a|b){12}$' }, 'too many states'],

@@ -120,6 +120,7 @@ class Parser {
   #at = 0
   #depth = 0
 
+  /** @throws PatternError if the pattern is not valid, so that parentheses and brackets need no further checks */
   constructor(source: string) {
     try {
       new RegExp(source, 'u')
@@ -138,8 +139,6 @@ class Parser {
   alternatives(): Node[][] {
     const all = [this.#sequence()]
     while (this.#take('|')) all.push(this.#sequence())
-    if (this.#at < this.#source.length && this.#depth === 0)
-      throw new PatternError(`unexpected ${this.#source[this.#at]}`)
     return all
   }
 
@@ -185,7 +184,7 @@ class Parser {
     if (++this.#depth > 50) throw new PatternError('groups are nested deeper than 50 levels')
     const all = this.alternatives()
     this.#depth--
-    if (!this.#take(')')) throw new PatternError('unterminated group')
+    this.#at++ // the closing parenthesis
     const of = all.map((parts): Node => ({ kind: 'all', of: parts }))
     return of.length === 1 ? of[0] : { kind: 'either', of }
   }

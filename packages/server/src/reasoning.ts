@@ -39,8 +39,7 @@ export async function* withReasoning(parts: AsyncIterable<TextPart>, thinking: T
     }
     if (state === 'thinking') {
       const at = held.indexOf(THINK_END)
-      const known = at >= 0 ? held.slice(0, at).trimEnd() : held.slice(0, held.length - partialMatch(held, THINK_END))
-      reasoning = at >= 0 ? known : known.trimEnd()
+      reasoning = held.slice(0, at >= 0 ? at : held.length - partialMatch(held, THINK_END)).trimEnd()
       held = held.slice(at >= 0 ? at + THINK_END.length : reasoning.length)
       if (at >= 0) state = 'closed'
     }

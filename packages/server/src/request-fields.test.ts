@@ -97,6 +97,46 @@ describe.each(paths)('%s', path => {
     })
   })
 
+  test('passes sampling parameters to the engine', async () => {
+    const { app, engine } = serverThatGenerates('so')
+    const defaults = { temperature: 1, topP: 1, stop: [] }
+    const others = ['topK', 'minP', 'repetitionPenalty', 'frequencyPenalty', 'presencePenalty', 'logitBias'] as const
+    for (const [fields, expected] of [
+      [{}, {}],
+      [{ temperature: null, top_p: null, top_k: null, min_p: null, repetition_penalty: null, seed: null }, {}],
+      [
+        { temperature: 0, top_p: 0.5, min_p: 0.25 },
+        { temperature: 0, topP: 0.5, minP: 0.25 },
+      ],
+      [{ top_k: 0 }, {}],
+      [{ top_k: -1 }, {}],
+      [
+        { top_k: 1, repetition_penalty: 1.5 },
+        { topK: 1, repetitionPenalty: 1.5 },
+      ],
+      [
+        { frequency_penalty: -2, presence_penalty: 2 },
+        { frequencyPenalty: -2, presencePenalty: 2 },
+      ],
+      // 0 selects the most likely token.
+      [{ top_p: 0 }, { topP: Number.EPSILON }],
+      [{ seed: 7 }, { seed: 7 }],
+      [{ seed: 2 ** 60 + 2 ** 20 }, { seed: 2 ** 20 }],
+      [{ stop: 'so' }, { stop: ['so'] }],
+      [{ stop: ['so', 'it'] }, { stop: ['so', 'it'] }],
+      [{ stop: null }, {}],
+    ] as const) {
+      expect(await rejection(app, path, fields)).toMatchObject({ status: 200 })
+      const { options } = engine.calls[engine.calls.length - 1]
+      expect(options, JSON.stringify(fields)).toMatchObject({ ...defaults, ...expected })
+      for (const name of others) if (!(name in expected)) expect(options[name], name).toBeUndefined()
+    }
+    if (path === '/v1/responses') return
+    const before = engine.calls.length
+    expect(await rejection(app, path, { n: 3, seed: 7 })).toMatchObject({ status: 200 })
+    expect(engine.calls.slice(before).map(({ options }) => options.seed)).toEqual([7, 8, 9])
+  })
+
   test('samples with penalties and logit bias as the model does', async () => {
     const { app, model, dispose } = modelServer()
     const body = { ...validBodies[path], max_tokens: undefined, max_output_tokens: undefined, seed: 3 }
