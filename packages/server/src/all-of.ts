@@ -74,7 +74,11 @@ function merge(a: JsonSchema, b: JsonSchema): JsonSchema {
     if (!Array.isArray(list)) throw new MergeError(`${choice} is not a list of schemas`)
     return { anyOf: list.map(schema => ({ allOf: [schema, rest, other] })) }
   }
-  const [x, y] = [a, b].map(({ const: value, ...rest }) => (value === undefined ? rest : { ...rest, enum: [value] }))
+  const [x, y] = [a, b].map(({ const: value, ...rest }) => {
+    if (value === undefined) return rest
+    if ('enum' in rest) throw new MergeError('enum beside const is not supported')
+    return { ...rest, enum: [value] }
+  })
   const merged: Record<string, unknown> = { ...x, ...y }
   for (const key of Object.keys(x)) {
     if (!(key in y) || JSON.stringify(x[key]) === JSON.stringify(y[key])) continue

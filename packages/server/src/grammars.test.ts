@@ -271,6 +271,8 @@ test.each([
   ['enum is not a list', { enum: 5, allOf: [{ enum: [5] }] }],
   ['allOf contains more than 100 schemas', { allOf: Array.from({ length: 101 }, () => ({})) }],
   ['minLength is not supported here', { enum: ['a'], minLength: 3 }],
+  ['enum is not supported here', { const: 'a', enum: ['b'] }],
+  ['enum beside const is not supported', { allOf: [{ const: 'a', enum: ['b'] }] }],
   ['anyOf is not a non-empty list', { anyOf: [] }],
   ['unknown type "text"', { type: 'text' }],
   ['multipleOf is not supported', { type: 'integer', multipleOf: 3 }],

@@ -207,7 +207,7 @@ class Reader {
     const unknown = types?.find(name => !Object.hasOwn(keywordsOf, String(name)))
     if (unknown !== undefined) throw this.#error(at, `unknown type ${JSON.stringify(unknown)}`)
     if ('const' in schema || 'enum' in schema) {
-      only('const', 'enum', 'type')
+      only('const' in schema ? 'const' : 'enum', 'type')
       const values = this.#values(schema, types as string[] | undefined, at)
       return this.#rule(name =>
         ruleOfTexts(
