@@ -39,6 +39,14 @@ test.each<[schema: unknown, converted: object]>([
   [{ anyOf: [{ type: 'null' }] }, { type: 'null' }],
   [{ oneOf: [{ type: 'null' }, {}] }, { anyOf: [{ type: 'null' }, {}] }],
   [
+    { type: 'string', anyOf: [{ maxLength: 3 }, { type: ['string', 'null'] }] },
+    { anyOf: [{ type: 'string', maxLength: 3 }, { type: 'string' }] },
+  ],
+  [
+    { $ref: '#/$defs/a', minLength: 2, $defs: { a: { type: 'string' } } },
+    { type: 'string', minLength: 2 },
+  ],
+  [
     { type: ['string', 'array', 'null'], maxLength: 3, minItems: 1 },
     { anyOf: [{ type: 'string', maxLength: 3 }, { type: 'array', items: {}, minItems: 1 }, { type: 'null' }] },
   ],
@@ -48,6 +56,28 @@ test.each<[schema: unknown, converted: object]>([
   ],
 ])('%j is compiled as %j', (schema, converted) => {
   expect(supportedSchema(schema, 'schema').schema).toEqual(converted)
+})
+
+test.each([
+  ['null', [null]],
+  ['boolean', [true]],
+  ['integer', [1]],
+  ['number', [1, 1.5]],
+  ['string', ['a']],
+  ['array', [[1]]],
+  ['object', [{ a: 1 }]],
+  [
+    ['null', 'array'],
+    [null, [1]],
+  ],
+])('an enum contains only values of the type: %j', (type, values) => {
+  const all = [null, true, 1, 1.5, 'a', [1], { a: 1 }]
+  expect(supportedSchema({ type, enum: all }, 'schema')).toEqual(supportedSchema({ enum: values }, 'schema'))
+})
+
+test('a limit of lengths beside a pattern allows shorter texts', () => {
+  for (const lengths of [{ maxLength: 1 }, { minLength: 0 }])
+    expect(() => supportedSchema({ type: 'string', pattern: '^$', ...lengths }, 'schema')).not.toThrow()
 })
 
 test('characters of strings with length limits are added up, equal limits once, each up to 256', () => {

@@ -57,10 +57,12 @@ describe('GLM', () => {
     expect(JSON.parse(other.arguments)).toEqual({ who: 16 })
   })
 
-  test.each(['<tool_call>', '<tool_call>\n{"name": "look_up"}</tool_call>', '<tool_call>look up</tool_call>'])(
-    '%j is not parsed as a call',
-    text => expect(parse(text, isText)).toEqual([]),
-  )
+  test.each([
+    '<tool_call>',
+    '<tool_call>\n{"name": "look_up"}</tool_call>',
+    '<tool_call>look up</tool_call>',
+    '<tool_call>look_up</tool_call><tool_call>look up</tool_call>',
+  ])('%j is not parsed as a call', text => expect(parse(text, isText)).toEqual([]))
 
   test('the server recognizes string arguments', async () => {
     const text = `<tool_call>look_up\n${pair('who', '16')}${pair('all', '17')}${pair('year', '18')}</tool_call>`
