@@ -257,6 +257,45 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(emulatorFunction('const char* moe_emulator_report()')()).toBe('')
   })
 
+  test.each([1, 2])('a read that is finished at query %i touches no memory after disposal', async finished => {
+    const { driver, memory, stream, modules, context } = await openCuda(emulator)
+    const calls = driver.call as { cuEventQuery: (event: number) => number; cuMemHostAlloc: Call; cuMemFreeHost: Call }
+    type Call = (...args: unknown[]) => number
+    const { cuEventQuery, cuMemHostAlloc, cuMemFreeHost } = calls
+    calls.cuEventQuery = event => {
+      // The emulator's first answer is always that the work is not finished.
+      if (finished === 1) cuEventQuery(event)
+      return cuEventQuery(event)
+    }
+    let pinned = 0
+    calls.cuMemHostAlloc = (...args) => {
+      pinned++
+      return cuMemHostAlloc(...args)
+    }
+    calls.cuMemFreeHost = (...args) => {
+      pinned--
+      return cuMemFreeHost(...args)
+    }
+    const { pointer } = memory.allocate(160_000)
+    stream.upload(pointer, new Float32Array(40_000), 'upload')
+    const reads = [4, 160_000].map(bytes => stream.download(pointer, new Uint8Array(bytes)))
+    for (const part of [memory, modules, stream]) part.dispose()
+    context.release()
+    for (const read of reads) await expect(read).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    expect(pinned).toBe(0)
+  })
+
+  test('a queue may be disposed of twice, and is not used afterwards', async () => {
+    const backend = await open()
+    const queue = backend.interop.queue()
+    queue.dispose()
+    queue.dispose()
+    expect(() => queue.waitForBackend()).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
+    await expect(queue.synchronize()).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    backend.dispose()
+    expect(emulatorFunction('const char* moe_emulator_report()')()).toBe('')
+  })
+
   test('two backends share the context until the last one is disposed', async () => {
     const backend = await open()
     const other = await createBackend(emulator)

@@ -115,6 +115,8 @@ export class Stream {
       const code = this.#driver.call.cuMemcpyDtoHAsync(pinned.address, from, bytes, this.handle)
       this.#driver.check(code, 'download', `copying ${bytes} bytes from the device`)
       await this.#settled('download')
+      // Other code may have run since, even if the first query found the work finished.
+      this.#assertOpen('download')
       new Uint8Array(data.buffer, data.byteOffset, bytes).set(pinned.bytes.subarray(0, bytes))
     } finally {
       if (!this.#disposed) {
@@ -170,6 +172,12 @@ export class Stream {
     }
   }
 
+  /** @throws MoeError E_DISPOSED after `dispose`, when the stream, its events and its pinned memory are gone */
+  #assertOpen(op: string): void {
+    if (this.#disposed)
+      throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend, or its queue, has been disposed' })
+  }
+
   #event(op: string): number {
     const create = (word: BigUint64Array) => this.#driver.call.cuEventCreate(word, flags.eventDisableTiming)
     return this.#events.pop() ?? this.#driver.out(create, op)
@@ -182,6 +190,7 @@ export class Stream {
 
   /** Makes later work on this stream wait for all work on another. */
   follow(other: Stream): void {
+    this.#assertOpen('follow')
     const event = this.#event('follow')
     this.#driver.check(this.#driver.call.cuEventRecord(event, other.handle), 'follow')
     this.#driver.check(this.#driver.call.cuStreamWaitEvent(this.handle, event, 0), 'follow')
@@ -189,18 +198,14 @@ export class Stream {
     this.#events.push(event)
   }
 
-  /** Never throws, because the device may be lost. */
+  /** Waits for all work and frees everything. Never throws, because the device may be lost. */
   dispose(): void {
+    if (this.#disposed) return
     const { call } = this.#driver
     this.#disposed = true
     call.cuStreamSynchronize(this.handle)
-    for (const event of this.#events) call.cuEventDestroy(event)
-    this.#events.length = 0
-    for (const { piece, event } of this.#staged) {
-      this.#pinned.giveBack(piece)
-      call.cuEventDestroy(event)
-    }
-    this.#staged.length = 0
+    for (const event of [...this.#events, ...this.#staged.map(({ event }) => event)]) call.cuEventDestroy(event)
+    this.#events.length = this.#staged.length = 0
     this.#pinned.dispose()
     call.cuStreamDestroy(this.handle)
   }
@@ -210,6 +215,7 @@ export class Stream {
    * at which the last such wait ended: training steps take the same time each, and the device would be idle until the next query.
    */
   async #settled(op: string, look?: () => void): Promise<void> {
+    this.#assertOpen(op)
     const { call } = this.#driver
     const event = this.#event(op)
     try {
@@ -222,9 +228,7 @@ export class Stream {
         const soon = waited > 0.95 * usual - 1 && waited < 1.05 * usual + 1
         if (waited < 2 || soon) await new Promise(resolve => setImmediate(resolve))
         else await new Promise(resolve => setTimeout(resolve, 1))
-        // The event and the pinned memory were freed with the context.
-        if (this.#disposed)
-          throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed while waiting' })
+        this.#assertOpen(op)
         look?.()
         // Another backend on this thread may have made its context current, or have been disposed while it was.
         this.#context.use()
@@ -248,6 +252,8 @@ interface Pinned {
 class PinnedPool {
   readonly #driver: Driver
   readonly #free: Pinned[] = []
+  /** Addresses of all pieces, including those in use. */
+  readonly #all = new Set<number>()
   /** Larger pieces are not cached. */
   static readonly #most = 2 ** 26
 
@@ -264,12 +270,14 @@ class PinnedPool {
     if (code === status.outOfMemory) throw noHostMemory(op, size)
     this.#driver.check(code, op, `for ${size} bytes of pinned host memory`)
     const address = Number(word[0])
+    this.#all.add(address)
     return { address, bytes: this.#driver.view(address, size) }
   }
 
   giveBack(piece: Pinned): void {
     if (piece.bytes.length > PinnedPool.#most) {
       this.#driver.call.cuMemFreeHost(piece.address)
+      this.#all.delete(piece.address)
       return
     }
     this.#free.push(piece)
@@ -277,8 +285,9 @@ class PinnedPool {
   }
 
   dispose(): void {
-    for (const { address } of this.#free) this.#driver.call.cuMemFreeHost(address)
+    for (const address of this.#all) this.#driver.call.cuMemFreeHost(address)
     this.#free.length = 0
+    this.#all.clear()
   }
 }
 
