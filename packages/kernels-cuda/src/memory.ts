@@ -80,6 +80,8 @@ export class Memory {
   readonly #kindsRounded = new Set<string>()
   readonly #reserved: Array<{ readonly pointer: number; readonly bytes: number }> = []
   readonly #shared: Pool = newPool()
+  /** Pools of graphs that have not been disposed. */
+  readonly #pools = new Set<Pool>()
   /** Slabs, which stay divided; they are freed with the backend. */
   readonly #slabs: number[] = []
   #pool = this.#shared
@@ -118,21 +120,27 @@ export class Memory {
       throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend has been disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
-    const slot = this.#live.length
     const buffer: CudaBuffer = {
       pointer,
       bytes,
       op: this.#op,
       pool: this.#pool,
-      refs: 1,
-      slot,
+      refs: 0,
+      slot: 0,
       rounded: null,
       kind: '',
     }
-    this.#live.push(buffer)
     this.#fresh.push(buffer)
+    return this.#own(buffer)
+  }
+
+  /** Gives a buffer that has no owner its first one. */
+  #own(buffer: CudaBuffer): CudaBuffer {
+    buffer.refs = 1
+    buffer.slot = this.#live.length
+    this.#live.push(buffer)
     this.#handles++
-    this.#bytes += bytes
+    this.#bytes += buffer.bytes
     if (this.#bytes > this.#peakBytes) this.#peakBytes = this.#bytes
     return buffer
   }
@@ -264,6 +272,7 @@ export class Memory {
    * them.
    */
   within<T>(pool: Pool, fn: () => T): T {
+    this.#pools.add(pool)
     this.#pool = pool
     this.#recording = true
     try {
@@ -281,17 +290,13 @@ export class Memory {
     const at = this.#held.indexOf(buffer)
     if (at < 0) return this.share(buffer)
     this.#held.splice(at, 1)
-    buffer.refs = 1
-    buffer.slot = this.#live.length
-    this.#live.push(buffer)
-    this.#handles++
-    this.#bytes += buffer.bytes
-    return buffer
+    return this.#own(buffer)
   }
 
   /** Moves a pool's memory to the shared pool. */
   dissolve(pool: Pool): void {
     pool.dissolved = true
+    this.#pools.delete(pool)
     pool.free.forEach((list, index) => {
       this.#shared.free[index].push(...list)
       list.length = 0
@@ -334,9 +339,10 @@ export class Memory {
       else if (classBytes(sizeClass(bytes)) >= slabBytes) call.cuMemFree(pointer)
     }
     this.#live.length = this.#reserved.length = 0
+    for (const pool of this.#pools) this.dissolve(pool)
     this.trim()
     for (const slab of this.#slabs) call.cuMemFree(slab)
-    this.#handles = this.#bytes = 0
+    this.#handles = this.#bytes = this.#cachedBytes = 0
     this.#disposed = true
   }
 

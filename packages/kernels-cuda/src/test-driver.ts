@@ -1,0 +1,85 @@
+/** @file For tests: a driver whose memory only exists as addresses. It keeps books and does nothing else. */
+import type { Driver } from './driver/driver.ts'
+import { driverError, status } from './driver/status.ts'
+
+type Word = BigUint64Array
+
+export class FakeDriver {
+  /** Allocations by address, in bytes. */
+  readonly blocks = new Map<number, number>()
+  /** Sizes of all allocations so far. */
+  readonly taken: number[] = []
+  limit = Number.POSITIVE_INFINITY
+  /** How often a stream was waited for. */
+  waits = 0
+  /** Status that the next call of a function returns. */
+  readonly failures = new Map<string, number>()
+  #next = 2 ** 40
+
+  get bytes(): number {
+    return [...this.blocks.values()].reduce((sum, bytes) => sum + bytes, 0)
+  }
+
+  /** Whether these bytes are part of one allocation. */
+  contains(pointer: number, bytes: number): boolean {
+    for (const [start, size] of this.blocks) if (start <= pointer && pointer + bytes <= start + size) return true
+    return false
+  }
+
+  readonly call = new Proxy({} as Driver['call'], {
+    get:
+      (_, name: string) =>
+      (...args: never[]) => {
+        const failure = this.failures.get(name)
+        this.failures.delete(name)
+        if (failure !== undefined) return failure
+        const own = this.#functions[name]
+        if (own === undefined) throw new Error(`unexpected call of ${name}`)
+        return own(...args)
+      },
+  })
+
+  readonly #allocate = (word: Word, bytes: number) => {
+    if (bytes === 0) return 1
+    if (this.bytes + bytes > this.limit) return status.outOfMemory
+    word[0] = BigInt(this.#next)
+    this.blocks.set(this.#next, bytes)
+    this.taken.push(bytes)
+    // Blocks are nearly adjacent, as a device's may be, but must be treated as separate.
+    this.#next += Math.ceil(bytes / 256) * 256
+    return status.success
+  }
+  readonly #free = (pointer: number) => {
+    if (!this.blocks.delete(pointer)) throw new Error(`${pointer} is not allocated`)
+    return status.success
+  }
+  readonly #functions: Record<string, (...args: never[]) => number> = {
+    cuMemAlloc: this.#allocate,
+    cuMemFree: this.#free,
+    cuMemAllocAsync: this.#allocate,
+    cuMemFreeAsync: this.#free,
+    cuStreamSynchronize: () => {
+      this.waits++
+      return status.success
+    },
+  }
+
+  /** The interface that the code under test uses. */
+  readonly driver: Driver = {
+    path: 'fake',
+    call: this.call,
+    has: () => true,
+    check: (code, op, context = '') => {
+      if (code !== status.success) throw driverError(op, code, 'CUDA_ERROR', context, '')
+    },
+    errorName: () => 'CUDA_ERROR',
+    out: (run: (word: Word) => number, op, context) => {
+      const word = new BigUint64Array(1)
+      this.driver.check(run(word), op, context)
+      return Number(word[0])
+    },
+    address: () => 0,
+    view: (_, bytes) => new Uint8Array(bytes),
+    report: () => '',
+  }
+}
