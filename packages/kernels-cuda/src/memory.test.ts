@@ -164,8 +164,11 @@ describe('memory', () => {
         model.check()
       }
     }
-    memory.dispose()
-    expect(fake.bytes).toBe(0)
+    while (owners.length < 40) owners.push(memory.allocate(size()))
+    for (const owner of owners) memory.rounded(owner, contiguousForm, owner.bytes / 2)
+    const { length } = fake.waits
+    for (const _ of [1, 2]) memory.dispose()
+    expect([fake.bytes, fake.waits.length]).toEqual([0, length + 1])
     expect(memory.stats()).toMatchObject({ handles: 0, bytes: 0, cachedBytes: 0 })
   })
   const open = (options = {}) => {
@@ -176,29 +179,94 @@ describe('memory', () => {
 
   test('before it runs out, it waits and returns cached memory and copies that the current op does not use', () => {
     const { fake, memory } = open()
-    fake.limit = 16 * MiB
+    fake.limit = 18 * MiB
     memory.begin('first')
     const [kept, used, freed] = [memory.allocate(4 * MiB), memory.allocate(4 * MiB), memory.allocate(3 * MiB)]
     memory.rounded(kept, contiguousForm, 2 * MiB)
+    memory.rounded(used, 'other', 2 * MiB)
+    const { pointer } = memory.rounded(used, contiguousForm, 2 * MiB)
     memory.begin('second')
-    const copy = memory.rounded(used, contiguousForm, 2 * MiB)
+    memory.rounded(used, contiguousForm, 2 * MiB)
     memory.release(freed)
-    expect([fake.bytes, fake.waits]).toEqual([15 * MiB, 0])
+    expect([fake.bytes, fake.waits]).toEqual([17 * MiB, []])
     memory.allocate(6 * MiB)
-    expect([fake.bytes, fake.waits]).toEqual([16 * MiB, 1])
-    expect(memory.rounded(used, contiguousForm, 2 * MiB)).toEqual({ pointer: copy.pointer, isFilled: true })
+    expect([fake.bytes, fake.waits]).toEqual([18 * MiB, [7]])
+    expect(memory.rounded(used, contiguousForm, 2 * MiB)).toEqual({ pointer, isFilled: true })
     // A stream that is being captured cannot be waited for.
-    memory.release(used)
+    memory.changed(used)
     expect(() => memory.within(newPool(), () => memory.allocate(5 * MiB))).toThrow(outOfMemory)
-    expect(fake.waits).toBe(1)
+    expect(fake.waits).toEqual([7])
     expect(() => memory.allocate(8 * MiB)).toThrow(
       expect.objectContaining({
         code: 'E_OUT_OF_MEMORY',
         op: 'second',
-        details: { bytes: 8 * MiB, liveBytes: 10 * MiB, holders: { second: 6 * MiB, first: 4 * MiB } },
+        message: expect.stringMatching(
+          /8\.0 MiB: 3 tensors already use 14\.0 MiB \(allocated by: first 8\.0 MiB, second 6\.0 MiB\)/,
+        ),
+        details: { bytes: 8 * MiB, liveBytes: 14 * MiB, holders: { first: 8 * MiB, second: 6 * MiB } },
       }),
     )
-    expect(fake.bytes).toBe(10 * MiB)
+    expect(fake.bytes).toBe(14 * MiB)
+  })
+
+  test('small tensors share an allocation, and memory is used again', () => {
+    const { fake, memory } = open()
+    const small = Array.from({ length: 100 }, () => memory.allocate(4000))
+    const large = memory.allocate(3 * MiB)
+    for (const buffer of [...small, large]) memory.release(buffer)
+    for (const { bytes } of [...small, large]) memory.allocate(bytes)
+    memory.within(newPool(), () => {
+      for (let i = 0; i < 10; i++) memory.release(memory.allocate(5 * MiB))
+      memory.allocate(4000)
+    })
+    expect(fake.taken).toEqual([slab, 3 * MiB, 5 * MiB])
+  })
+
+  test('nobody else gets the memory in which a graph computes, until the graph is disposed', () => {
+    const { fake, memory } = open()
+    const pool = newPool()
+    const [inside, result, constant] = memory.within(pool, () => {
+      const inside = memory.allocate(4 * MiB)
+      memory.release(inside)
+      return [inside, memory.allocate(3 * MiB), memory.allocateConstant(5 * MiB)]
+    })
+    memory.release(result)
+    memory.release(constant)
+    const others = [4, 3, 5].map(size => memory.allocate(size * MiB))
+    const pointers = others.map(({ pointer }) => pointer)
+    expect(pointers).not.toContain(inside.pointer)
+    expect(pointers).not.toContain(result.pointer)
+    expect(pointers).toContain(constant.pointer)
+    const again = memory.within(pool, () => memory.allocate(3 * MiB))
+    expect(again.pointer).toBe(result.pointer)
+    memory.dissolve(pool)
+    memory.release(again)
+    expect(memory.allocate(4 * MiB).pointer).toBe(inside.pointer)
+    expect(memory.allocate(3 * MiB).pointer).toBe(result.pointer)
+    expect(fake.taken.length).toBe(5)
+  })
+
+  test('an op that fails frees what it has allocated and not freed itself', () => {
+    const { memory } = open()
+    memory.begin('fails')
+    const copied = memory.allocate(4)
+    memory.rounded(copied, contiguousForm, 2)
+    memory.release(memory.allocate(4))
+    memory.scratch(4)
+    memory.rollBack()
+    expect(memory.stats()).toMatchObject({ handles: 0, bytes: 0 })
+    memory.begin('next')
+    memory.end()
+    memory.rollBack()
+  })
+
+  test.each([true, false])('failures of the driver are errors, guarded: %s', guarded => {
+    const { fake, memory } = open({ guarded })
+    memory.begin('op')
+    fake.failures.set(guarded ? 'cuMemAllocAsync' : 'cuMemAlloc', 719)
+    expect(() => memory.allocate(4)).toThrow(
+      expect.objectContaining({ code: 'E_BACKEND', op: 'op', details: expect.objectContaining({ lost: true }) }),
+    )
   })
 
   test('the limit counts tensors, up to the last byte', () => {
@@ -220,7 +288,13 @@ describe('memory', () => {
     memory.release(buffer)
     expect([...fake.blocks.values()]).toEqual([1, 256])
     fake.limit = 300
-    expect(() => memory.allocate(100)).toThrow(outOfMemory)
+    expect(() => memory.allocate(100)).toThrow(
+      expect.objectContaining({
+        code: 'E_OUT_OF_MEMORY',
+        details: { bytes: 100, liveBytes: 0, holders: { upload: 0 } },
+      }),
+    )
+    memory.rounded(empty, contiguousForm, 10)
     memory.dispose()
     expect(fake.bytes).toBe(0)
     // Afterwards, its owners may still be disposed of.
@@ -231,14 +305,13 @@ describe('memory', () => {
 
   test('a handle that is freed twice is an error', () => {
     const { memory } = open()
-    const buffer = memory.share(memory.allocate(4))
-    memory.release(buffer)
-    memory.release(buffer)
+    const buffer = memory.revive(memory.share(memory.allocate(4)))
+    for (const _ of [1, 2, 3]) memory.release(buffer)
     expect(() => memory.release(buffer)).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
   })
 
   test('an op writes bf16 copies of its outputs from the first read of one until one goes unread', () => {
-    const { memory } = open()
+    const { fake, memory } = open({ guarded: true })
     const output = (op: string, kind: string) => {
       memory.begin(op)
       const buffer = memory.allocate(4000)
@@ -249,9 +322,10 @@ describe('memory', () => {
     memory.rounded(first.buffer, 'transposed', 2000)
     expect(output('norm', '64').copy).toBe(0)
     memory.rounded(first.buffer, contiguousForm, 2000)
+    memory.release(first.buffer)
     expect([output('norm', '32').copy, output('other', '64').copy]).toEqual([0, 0])
     const second = output('norm', '64')
-    expect(second.copy).toBeGreaterThan(0)
+    expect(fake.blocks.get(second.copy)).toBe(2000)
     const read = memory.rounded(second.buffer, contiguousForm, 2000)
     expect(read).toEqual({ pointer: second.copy, isFilled: true })
     memory.release(second.buffer)

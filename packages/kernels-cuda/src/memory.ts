@@ -333,7 +333,6 @@ export class Memory {
     const { call } = this.#driver
     call.cuStreamSynchronize(this.#stream)
     this.allChanged()
-    for (const buffer of this.#live) buffer.refs = 0
     for (const { pointer, bytes } of [...this.#live, ...this.#reserved]) {
       if (this.#guarded) call.cuMemFreeAsync(pointer, this.#stream)
       else if (classBytes(sizeClass(bytes)) >= slabBytes) call.cuMemFree(pointer)
@@ -408,9 +407,12 @@ export class Memory {
 
   #exhausted(bytes: number): MoeError {
     const byOp = new Map<string, number>()
-    for (const { op, bytes: held } of this.#live) byOp.set(op, (byOp.get(op) ?? 0) + held)
+    for (const { op, bytes: held } of this.#live) {
+      const name = op || 'upload'
+      byOp.set(name, (byOp.get(name) ?? 0) + held)
+    }
     const holders = [...byOp].sort((a, b) => b[1] - a[1]).slice(0, 5)
-    const list = holders.map(([op, held]) => `${op || 'upload'} ${megabytes(held)}`).join(', ')
+    const list = holders.map(([op, held]) => `${op} ${megabytes(held)}`).join(', ')
     return new MoeError({
       code: 'E_OUT_OF_MEMORY',
       op: this.#op || 'kernels-cuda',

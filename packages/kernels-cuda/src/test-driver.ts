@@ -10,8 +10,8 @@ export class FakeDriver {
   /** Sizes of all allocations so far. */
   readonly taken: number[] = []
   limit = Number.POSITIVE_INFINITY
-  /** How often a stream was waited for. */
-  waits = 0
+  /** Streams that were waited for. */
+  readonly waits: number[] = []
   /** Status that the next call of a function returns. */
   readonly failures = new Map<string, number>()
   #next = 2 ** 40
@@ -58,8 +58,8 @@ export class FakeDriver {
     cuMemFree: this.#free,
     cuMemAllocAsync: this.#allocate,
     cuMemFreeAsync: this.#free,
-    cuStreamSynchronize: () => {
-      this.waits++
+    cuStreamSynchronize: (stream: number) => {
+      this.waits.push(stream)
       return status.success
     },
   }
