@@ -14,7 +14,14 @@ export class FakeDriver {
   readonly waits: number[] = []
   /** Status that the next call of a function returns. */
   readonly failures = new Map<string, number>()
+  /** Host memory by address. */
+  readonly buffers = new Map<number, ArrayBufferLike>()
+  /** What was done with modules and kernels. */
+  readonly log: string[] = []
+  /** Names of modules and kernels by handle. */
+  readonly #names: string[] = ['']
   #next = 2 ** 40
+  #nextBuffer = 2 ** 45
 
   get bytes(): number {
     return [...this.blocks.values()].reduce((sum, bytes) => sum + bytes, 0)
@@ -58,10 +65,25 @@ export class FakeDriver {
     cuMemFree: this.#free,
     cuMemAllocAsync: this.#allocate,
     cuMemFreeAsync: this.#free,
+    cuModuleLoadData: (word: Word, image: Uint8Array) => this.#named(word, 'load', new TextDecoder().decode(image)),
+    cuModuleUnload: (module: number) => this.#note(`unload ${this.#names[module]}`),
+    cuModuleGetFunction: (word: Word, _: number, name: string) => this.#named(word, 'get', name),
+    cuFuncSetAttribute: (entry: number, attribute: number, value: number) =>
+      this.#note(`${this.#names[entry]} attribute ${attribute} = ${value}`),
     cuStreamSynchronize: (stream: number) => {
       this.waits.push(stream)
       return status.success
     },
+  }
+
+  #note(what: string): number {
+    this.log.push(what)
+    return status.success
+  }
+
+  #named(word: Word, what: string, name: string): number {
+    word[0] = BigInt(this.#names.push(name) - 1)
+    return this.#note(`${what} ${name}`)
   }
 
   /** The interface that the code under test uses. */
@@ -78,7 +100,12 @@ export class FakeDriver {
       this.driver.check(run(word), op, context)
       return Number(word[0])
     },
-    address: () => 0,
+    address: buffer => {
+      const address = this.#nextBuffer
+      this.#nextBuffer += 2 ** 16
+      this.buffers.set(address, buffer)
+      return address
+    },
     view: (_, bytes) => new Uint8Array(bytes),
     report: () => '',
   }
