@@ -125,8 +125,15 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(stdout).toMatch(/E_NO_BACKEND .*compute capability 7\.5, but 8\.0 \(Ampere\) or newer is required/)
   })
 
-  test('the index of a missing device is an error', async () => {
-    expect(await failure({ ...emulator, device: 7 })).toMatchObject({ code: 'E_CONFIG' })
+  test.each<CudaOptions>([
+    { device: 7 },
+    { device: 1 },
+    { device: -1 },
+    { device: 0.5 },
+    { memoryLimit: Number.NaN },
+    { memoryLimit: -1 },
+  ])('invalid options are errors: %o', async options => {
+    expect(await failure({ ...emulator, ...options })).toMatchObject({ code: 'E_CONFIG' })
   })
 
   test('out of memory: the error lists the ops that use memory, and the backend stays usable', async () => {

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
 import type { Device } from './driver/device.ts'
-import { type Launch, Modules, mostBlocks } from './modules.ts'
+import { type Launch, Modules } from './modules.ts'
 import { FakeDriver } from './test-driver.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-modules-'))
@@ -80,6 +80,7 @@ describe('modules', () => {
 
   test('grids are up to the limits of CUDA, and empty ones are not launched', () => {
     const kernel = modules.kernel('one', 'kernel', '', launch)
+    const mostBlocks = [2_147_483_647, 65_535, 65_535]
     const grids = [[5], [5, 6], [...mostBlocks], [0], [1, 0], [1, 1, 0]]
     for (const grid of grids) kernel({ grid, block: 64 })
     kernel({ grid: 7, block: 64, shared: 10 })

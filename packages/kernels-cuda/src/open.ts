@@ -67,6 +67,15 @@ const hopper = 90
 /** @throws MoeError as `createBackend` does. */
 export async function openCuda(options: CudaOptions): Promise<Opened> {
   checkOptions('createBackend', options, names)
+  const { memoryLimit } = options
+  if (memoryLimit !== undefined && !(memoryLimit >= 0)) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'kernels-cuda',
+      problem: `memoryLimit is ${memoryLimit}`,
+      fix: 'expected a number of bytes',
+    })
+  }
   const asked = hopperOpsFromEnvironment()
   const choice = options.cublasLt ?? cublasLtFromEnvironment()
   const driver = await openDriver(options.driver)
@@ -78,7 +87,7 @@ export async function openCuda(options: CudaOptions): Promise<Opened> {
     const modules = new Modules(driver, device, options.kernels)
     modules.probe()
     const stream = new Stream(driver, context, device)
-    const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
+    const memory = new Memory(driver, stream.handle, { limit: memoryLimit, guarded: options.guarded })
     const wgmma =
       (options.wgmma ?? asked.length > 0) &&
       device.capability === hopper &&
