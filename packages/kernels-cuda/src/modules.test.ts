@@ -61,8 +61,10 @@ describe('modules', () => {
     const [list, next] = packed('i[4] i', [6], 7)
     expect([0, 4, 8, 12].map(at => list.getInt32(at, true))).toEqual([6, 0, 0, 0])
     expect(next.getInt32(0, true)).toBe(7)
-    packed('l[2] i', [-1, -1], 5)
+    expect([0, 8].map(at => packed('l[2]', [-1, -2])[0].getBigInt64(at, true))).toEqual([-1n, -2n])
     expect([0, 8].map(at => packed('l[2] i', [1], 5)[0].getBigInt64(at, true))).toEqual([1n, 0n])
+    const [, after] = packed('p i[2] i', 1, [1], 5)
+    expect([0, 4].map(at => after.getInt32(at, true))).toEqual([1, 0])
     expect(() => packed('i[2]', [1, 2, 3])).toThrow(/3 elements for an array parameter of 2/)
   })
 
@@ -159,6 +161,18 @@ describe('modules', () => {
       expect(() => modules.probe()).toThrow(
         expect.objectContaining({ code: 'E_NO_BACKEND', message: expect.stringMatching(message) }),
       )
+  })
+
+  test.each([
+    ['a corrupt file', () => fake.failures.set('cuModuleLoadData', 200), /fill\.fatbin.*corrupt/s],
+    ['a missing file', () => rmSync(join(folder, 'fill.fatbin')), /cannot read .*fill\.fatbin/],
+  ])('%s is reported with its path', (_, damage, message) => {
+    writeFileSync(join(folder, 'manifest.json'), '{ "driver": "12.4" }')
+    damage()
+    expect(() => modules.probe()).toThrow(
+      expect.objectContaining({ code: 'E_NO_BACKEND', message: expect.stringMatching(message) }),
+    )
+    writeFileSync(join(folder, 'fill.fatbin'), 'fill')
   })
 
   test('kernels for other devices are reported with the device', () => {

@@ -1,6 +1,7 @@
 import { full, tensor } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { webgpuBackend } from './backend.ts'
+import { Commands, word } from './commands.ts'
 import { GPUOutOfMemoryError, testDevice } from './test-device.ts'
 
 const ready = (limits?: Parameters<typeof testDevice>[0]) => {
@@ -81,6 +82,82 @@ describe('calls to the device', () => {
     expect(calls.submit).toBeUndefined()
     backend.trim?.()
     expect(calls).toMatchObject({ submit: 1, 'destroy buffer': 1 })
+  })
+})
+
+describe('launches', () => {
+  const program = { label: 'test', buffers: ['x f32', 'y* i32'], body: 'fn main() {}' }
+  const make = () => {
+    const gpu = testDevice()
+    const commands = new Commands(gpu.device)
+    const [x, y, z] = [16, 32, 64].map(size => gpu.device.createBuffer({ size, usage: 0 }))
+    return { ...gpu, commands, x, y, z }
+  }
+
+  test('declare and bind the parameters and the buffers in order', () => {
+    const { commands, launches, x, y, z } = make()
+    commands.run(program, [x, y], [1], [3, 4])
+    commands.run(program, [z, y], [1], [5])
+    commands.run(program, [x, y], [1], [65_536])
+    const [first, second, third] = launches
+    expect(first.code).toMatch(
+      /@binding\(1\) var<storage, read> x: array<f32>;\n.*@binding\(2\) var<storage, read_write> y: array<i32>;/,
+    )
+    expect(first.layout).toMatchObject([
+      { binding: 0, buffer: { type: 'uniform', hasDynamicOffset: true } },
+      { binding: 1, buffer: { type: 'read-only-storage' } },
+      { binding: 2, buffer: { type: 'storage' } },
+    ])
+    const bound = (buffers: object[]) => buffers.map((buffer, i) => ({ binding: i + 1, resource: { buffer } }))
+    expect(first.group.slice(1)).toEqual(bound([x, y]))
+    expect(first.group[0]).toMatchObject({ binding: 0, resource: { offset: 0, size: 256, buffer: { size: 2 ** 16 } } })
+    expect(second.group.slice(1)).toEqual(bound([z, y]))
+    expect(third.group).toBe(first.group)
+    expect(launches.map(({ offsets }) => offsets)).toEqual([[0], [256], [512]])
+    expect(launches.map(({ groups }) => groups)).toEqual([
+      [3, 4, 1],
+      [5, 1, 1],
+      [65_535, 2, 1],
+    ])
+  })
+
+  test('have parameters of their own, which are written when the work is submitted', () => {
+    const { commands, writes, x, y } = make()
+    commands.clear(x, 16)
+    commands.submit()
+    expect(writes).toEqual([])
+    for (const value of [7, -1, word(1.5)]) commands.run(program, [x, y], [value, 9], [1])
+    commands.submit()
+    commands.run(program, [x, y], [11], [1])
+    commands.submit()
+    const words = writes.map(({ at, bytes }) => [at, ...new Uint32Array(bytes.buffer)])
+    expect(words.map(({ length }) => length)).toEqual([1 + 3 * 64, 1 + 64])
+    const own = words.map(list => [list[0], list[1], list[65], list[129]])
+    expect(own).toEqual([
+      [0, 7, 2 ** 32 - 1, 0x3fc00000],
+      [0, 11, undefined, undefined],
+    ])
+    expect(words[0].slice(2, 3)).toEqual([9])
+  })
+
+  test('that use a buffer are submitted before new contents are written to it', () => {
+    const { commands, calls, x, y, z } = make()
+    const uses = [
+      () => commands.run(program, [x, y], [], [1]),
+      () => commands.run(program, [y, x], [], [1]),
+      () => commands.copy(x, y, 16),
+      () => commands.copy(y, x, 16),
+      () => commands.clear(x, 16),
+    ]
+    for (const [i, use] of uses.entries()) {
+      use()
+      commands.upload(new Uint8Array(16), z)
+      commands.upload(new Uint8Array(0), x)
+      expect(calls.submit ?? 0).toBe(i)
+      commands.upload(new Uint8Array(16), x)
+      commands.upload(new Uint8Array(16), x)
+      expect(calls.submit).toBe(i + 1)
+    }
   })
 })
 

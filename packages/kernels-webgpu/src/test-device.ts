@@ -4,12 +4,25 @@ import type { GpuBuffer, GpuDevice, GpuEncoder, GpuPass } from './gpu.ts'
 /** A substitute for WebGPU's error class of this name. */
 export class GPUOutOfMemoryError extends Error {}
 
+/** A launch: WGSL, descriptors, offset of the parameters, and numbers of workgroups. */
+export interface Launch {
+  readonly code: string
+  readonly layout: readonly object[]
+  readonly group: readonly object[]
+  readonly offsets: readonly number[]
+  readonly groups: readonly (number | undefined)[]
+}
+
 export interface TestDevice {
   readonly device: GpuDevice
   /** Number of calls by name. */
   readonly calls: Readonly<Record<string, number>>
   /** The names of all calls, in order. */
   readonly log: readonly string[]
+  /** What kernels are made from and launched with, in order. */
+  readonly launches: readonly Launch[]
+  /** What was written to buffers, in order. */
+  readonly writes: ReadonlyArray<{ readonly buffer: GpuBuffer; readonly at: number; readonly bytes: Uint8Array }>
   report(error: Error): void
   lose(message: string): void
 }
@@ -23,11 +36,20 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
   }
   let listener: Parameters<GpuDevice['addEventListener']>[1] = () => {}
   let lose: (lost: { reason: string; message: string }) => void = () => {}
+  const launches: Launch[] = []
+  const writes: { buffer: GpuBuffer; at: number; bytes: Uint8Array }[] = []
+  let pipeline = { code: '', layout: [] as readonly object[] }
+  let bound = { group: [] as readonly object[], offsets: [] as readonly number[] }
   const pass: GpuPass = {
-    setPipeline() {},
-    setBindGroup() {},
+    setPipeline(set) {
+      pipeline = set as typeof pipeline
+    },
+    setBindGroup(_, group, offsets = []) {
+      bound = { group: group as readonly object[], offsets }
+    },
     dispatchWorkgroups(...groups) {
       count('dispatchWorkgroups')
+      launches.push({ ...pipeline, ...bound, groups })
       if (Math.max(...groups.map(size => size ?? 1)) > device.limits.maxComputeWorkgroupsPerDimension)
         listener({ error: new Error(`${groups} workgroups`) })
     },
@@ -66,19 +88,23 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
     }),
     queue: {
       submit: () => count('submit'),
-      writeBuffer: () => count('writeBuffer'),
+      writeBuffer(buffer, at, data) {
+        count('writeBuffer')
+        writes.push({ buffer, at, bytes: new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice() })
+      },
       onSubmittedWorkDone: async () => {},
     },
     addEventListener(_, added) {
       listener = added
     },
     createBuffer,
-    createShaderModule: () => ({}),
-    createBindGroupLayout: () => ({}),
-    createPipelineLayout: () => ({}),
-    createComputePipeline() {
+    createShaderModule: ({ code }) => code,
+    createBindGroupLayout: ({ entries }) => entries,
+    createPipelineLayout: ({ bindGroupLayouts }) => bindGroupLayouts[0],
+    createComputePipeline(descriptor) {
       count('createComputePipeline')
-      return {}
+      const { layout, compute } = descriptor as { layout: unknown; compute: { module: unknown } }
+      return { code: compute.module, layout }
     },
     createBindGroup({ entries }) {
       count('createBindGroup')
@@ -87,7 +113,7 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
         if (size > device.limits.maxStorageBufferBindingSize)
           listener({ error: new Error(`a binding of ${size} bytes`) })
       }
-      return {}
+      return entries
     },
     createCommandEncoder: () => encoder,
     destroy: () => lose({ reason: 'destroyed', message: 'it was destroyed' }),
@@ -96,6 +122,8 @@ export function testDevice(limits: Partial<GpuDevice['limits']> = {}): TestDevic
     device,
     calls,
     log,
+    launches,
+    writes,
     report: error => listener({ error }),
     lose: message => lose({ reason: 'unknown', message }),
   }
