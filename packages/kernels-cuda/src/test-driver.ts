@@ -14,6 +14,12 @@ export class FakeDriver {
   readonly waits: number[] = []
   /** Status that the next call of a function returns. */
   readonly failures = new Map<string, number>()
+  /** Pinned host memory by address. */
+  readonly pinned = new Map<number, Uint8Array>()
+  /** Events, with the number of their latest record. */
+  readonly events = new Map<number, number>()
+  #records = 0
+  #finished = 0
   /** Host memory by address. */
   readonly buffers = new Map<number, ArrayBufferLike>()
   /** What was done with modules and kernels. */
@@ -22,6 +28,7 @@ export class FakeDriver {
   readonly #names: string[] = ['']
   #next = 2 ** 40
   #nextBuffer = 2 ** 45
+  #nextHandle = 1
 
   get bytes(): number {
     return [...this.blocks.values()].reduce((sum, bytes) => sum + bytes, 0)
@@ -31,6 +38,16 @@ export class FakeDriver {
   contains(pointer: number, bytes: number): boolean {
     for (const [start, size] of this.blocks) if (start <= pointer && pointer + bytes <= start + size) return true
     return false
+  }
+
+  /** Finishes the work before this many more records of events; default: all. */
+  finish(records = this.#records - this.#finished): void {
+    this.#finished += records
+  }
+
+  /** Replaces a function of the driver. */
+  on(name: keyof Driver['call'], run: (...args: unknown[]) => number): void {
+    this.#functions[name] = run
   }
 
   readonly call = new Proxy({} as Driver['call'], {
@@ -65,6 +82,33 @@ export class FakeDriver {
     cuMemFree: this.#free,
     cuMemAllocAsync: this.#allocate,
     cuMemFreeAsync: this.#free,
+    cuMemHostAlloc: (word: Word, bytes: number) => {
+      word[0] = BigInt(this.#next)
+      this.pinned.set(this.#next, new Uint8Array(bytes))
+      this.#next += bytes
+      return status.success
+    },
+    cuMemFreeHost: (pointer: number) => (this.pinned.delete(pointer) ? status.success : 1),
+    cuStreamCreate: (word: Word) => this.#handle(word),
+    cuStreamDestroy: () => status.success,
+    cuEventCreate: (word: Word) => {
+      this.#handle(word)
+      this.events.set(Number(word[0]), 0)
+      return status.success
+    },
+    cuEventDestroy: (event: number) => (this.events.delete(event) ? status.success : 1),
+    cuEventRecord: (event: number, stream: number) => {
+      this.events.set(event, ++this.#records)
+      return this.#note(`record ${stream}`)
+    },
+    cuEventQuery: (event: number) =>
+      (this.events.get(event) as number) <= this.#finished ? status.success : status.notReady,
+    // The number of records from one to the other, doubled.
+    cuEventElapsedTime: (to: Float32Array, start: number, end: number) => {
+      to[0] = 2 * ((this.events.get(end) as number) - (this.events.get(start) as number))
+      return status.success
+    },
+    cuStreamWaitEvent: (stream: number) => this.#note(`wait ${stream}`),
     cuModuleLoadData: (word: Word, image: Uint8Array) => this.#named(word, 'load', new TextDecoder().decode(image)),
     cuModuleUnload: (module: number) => this.#note(`unload ${this.#names[module]}`),
     cuModuleGetFunction: (word: Word, _: number, name: string) => this.#named(word, 'get', name),
@@ -78,6 +122,11 @@ export class FakeDriver {
 
   #note(what: string): number {
     this.log.push(what)
+    return status.success
+  }
+
+  #handle(word: Word): number {
+    word[0] = BigInt(this.#nextHandle++)
     return status.success
   }
 
@@ -106,7 +155,7 @@ export class FakeDriver {
       this.buffers.set(address, buffer)
       return address
     },
-    view: (_, bytes) => new Uint8Array(bytes),
+    view: address => this.pinned.get(address) as Uint8Array,
     report: () => '',
   }
 }
