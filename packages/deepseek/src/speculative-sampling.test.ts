@@ -2,6 +2,7 @@
 import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { expect, test } from 'vitest'
 import { DeepSeek, type GenerateOptions } from './index.ts'
+import { read } from './test-generation.ts'
 import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/core/reference')]))
@@ -25,6 +26,11 @@ test.each<GenerateOptions>([
   }
   for (const speculative of [false, true])
     expect(await first({ seed: 5, speculative })).toEqual(await first({ seed: 5, speculative }))
+  const batch = model.continuousBatch()
+  const unseeded = batch.generate(prompt, { maxTokens: 12, ...sampling })
+  expect(await first({ maxTokens: 12 })).toEqual(await first({ maxTokens: 12, seed: 0 }))
+  expect(await read(unseeded)).toEqual(await first({ maxTokens: 12 }))
+  batch.dispose()
   // The third token depends on the acceptance of drafts. Compare its histograms over seeds.
   const runs = 250
   const histogram = async (speculative: boolean, offset: number) => {
