@@ -150,7 +150,7 @@ describe('single tensors', () => {
 describe('a lifetime', () => {
   test('keeps tensors over several calls until it is disposed, and kept ones longer', () => {
     const life = new Lifetime()
-    const [y, kept] = scope(() => life.run(() => [x.mul(2), keep(x.mul(3))]))
+    const [y, kept] = scope(() => life.run(() => [x.neg(), keep(x.mul(3))]))
     const z = life.run(() => scope(() => y.add(1).add(1)))
     expect([y, z].map(t => t.disposed)).toEqual([false, false])
     expect(alive()).toBe(4)
