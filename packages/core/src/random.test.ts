@@ -87,6 +87,20 @@ describe('Random', () => {
     }
   })
 
+  test('a seed gives the same bits in every version and engine', () => {
+    const digest = (values: Float32Array) =>
+      new Uint32Array(values.buffer).reduce((hash, word) => Math.imul(hash ^ word, 0x01000193) >>> 0, 0x811c9dc5)
+    const random = new Random(3, 4)
+    expect(digest(random.normal(100_001, 0.5))).toBe(3656777061)
+    expect(digest(random.uniform(1001))).toBe(2198406111)
+    expect([random.next(), random.integer(1000), random.shuffle([0, 1, 2, 3, 4, 5, 6, 7]).join('')]).toEqual([
+      0.7238510720434471,
+      322,
+      '14562703',
+    ])
+    expect(random.fork('model.norm.weight').fork(7)).toMatchObject({ seed: 3, stream: 1109721726, position: 0 })
+  })
+
   test('a generator with the fields of another continues like it', () => {
     const random = new Random(2 ** 40 + 5, 9)
     random.normal(7)
