@@ -75,6 +75,8 @@ test('random tensors contain the numbers of the stream', async () => {
   expect(Math.min(...uniform)).toBeLessThan(-1)
   expect(Math.max(...uniform)).toBeGreaterThan(2)
   expect(uniform.every(x => x >= -2 && x < 3)).toBe(true)
+  expect((await list(randn([2], new Random(8), { std: 0 }))).map(Math.abs)).toEqual([0, 0])
+  expect(await list(rand([2], new Random(9), { low: 2, high: 2 }))).toEqual([2, 2])
 })
 
 test('rand never returns the upper end of its range, although f32 rounds numbers just below it up', async () => {
