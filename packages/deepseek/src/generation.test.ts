@@ -223,6 +223,8 @@ describe('generation', () => {
     )
     for (const topK of [0, -1, 2.5, Number.NaN])
       expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK}, expected a positive integer`)
+    for (const seed of [1.5, Number.NaN, 2 ** 53, text])
+      expect(() => model.generate([1], { temperature: 1, seed })).toThrow(/seed = .*, expected an integer below 2\^53/)
     for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
       expect(() => model.generate([1], { repetitionPenalty })).toThrow(
         /repetitionPenalty = .*, expected a positive number/,

@@ -89,6 +89,7 @@ export function probabilitiesOf(logits: Tensor, inverseTemperature: Tensor | num
 /** @throws MoeError E_ATTR for values out of range */
 export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
   const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1, logitBias, constraint } = options
+  const { seed = 0 } = options
   const problems: string[] = []
   const idle = (['topK', 'topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
@@ -100,6 +101,7 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
   if (!(Number.isInteger(topK) && topK > 0)) problems.push(`topK = ${shown(topK)}, expected a positive integer`)
   if (!(atLeast0(topP) && topP > 0 && topP <= 1)) problems.push(`topP = ${shown(topP)}, expected a number in (0, 1]`)
   if (!(atLeast0(minP) && minP <= 1)) problems.push(`minP = ${shown(minP)}, expected a number in [0, 1]`)
+  if (!Number.isSafeInteger(seed)) problems.push(`seed = ${shown(seed)}, expected an integer below 2^53`)
   if (!(Number.isFinite(repetitionPenalty) && repetitionPenalty > 0)) {
     problems.push(`repetitionPenalty = ${shown(repetitionPenalty)}, expected a positive number`)
   }
