@@ -1,4 +1,4 @@
-import { type Backend, namedParameters, setDefaultBackend } from '@moe/core'
+import { type Backend, MoeError, namedParameters, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
@@ -145,6 +145,18 @@ describe('a session', () => {
     session.dispose()
     model.dispose()
     expect(reference.stats().handles).toBe(0)
+  })
+
+  test('processes all tokens again if a constraint fails because it was aborted', async () => {
+    const model = new DeepSeek(config, { seed: 5, backend: native })
+    const session = model.session({ speculative: true })
+    const allowed = () => {
+      throw new MoeError({ code: 'E_ABORTED', op: 'test', problem: 'no longer needed' })
+    }
+    await expect(read(session.generate(prompt, { constraint: { allowed, accept() {} } }))).rejects.toThrow('no longer')
+    expect(await expectSameAsGenerate(model, session, prompt)).toBe(0)
+    session.dispose()
+    model.dispose()
   })
 
   test('generates one text at a time', async () => {

@@ -3,7 +3,6 @@ import type { KvCache } from '@moe/attention-mla'
 import {
   checkOptions,
   checkPrecision,
-  isMoeError,
   MoeError,
   type Precision,
   Random,
@@ -111,11 +110,13 @@ export class Session {
     const occurrences = new Occurrences(tokens, options)
     /** Number of latest hidden states of accepted tokens that the modules have not processed. */
     let unseen = 0
+    let aborted = false
     /** Lets signals, timers and readers run, since a backend that computes on this thread never waits. */
     const turn = async () => {
       await yieldToEventLoop()
       this.#needAlive()
       if (!signal?.aborted) return
+      aborted = true
       throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'generation was aborted', cause: signal.reason })
     }
     /** Computes the requested log-probabilities of prompt tokens from the hidden states before them. */
@@ -186,8 +187,8 @@ export class Session {
         hidden.dispose()
       }
     } catch (error) {
-      // After an abort the state is consistent; after other errors it is unknown.
-      if (!isMoeError(error, 'E_ABORTED')) this.#forget()
+      // After an abort between two passes the state is consistent; after other errors it is unknown.
+      if (!aborted) this.#forget()
       throw error
     } finally {
       // Runs also if the reader stops early.
