@@ -4,7 +4,7 @@ import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { encodeHeader, headerLength, parseHeader } from './header.ts'
 import { readSafetensors } from './read-safetensors.ts'
-import { type StoredDType, storedBytes } from './stored-dtype.ts'
+import { dtypeOfName, type StoredDType, storedBits, storedBytes, storedName, storedNames } from './stored-dtype.ts'
 import { rawFile, temporaryFile, temporaryFolder } from './test-files.ts'
 
 const f32 = (shape: unknown, ...offsets: unknown[]) => ({ dtype: 'F32', shape, data_offsets: offsets })
@@ -173,6 +173,17 @@ function expectValidOrRejected(bytes: Uint8Array): void {
 }
 
 describe('an unusual but valid header', () => {
+  it('may end with the file', async () => {
+    await using file = await readSafetensors(await temporaryFile(rawFile({}, 0)))
+    expect(file.keys()).toEqual([])
+  })
+
+  it.each(storedNames())('may contain %s, whose name is that of its size', name => {
+    const dtype = dtypeOfName(name) as StoredDType
+    const bits = Number(/\d+/.exec(name)?.[0] ?? 8) // BOOL has 8.
+    expect([storedName(dtype), storedBits(dtype), storedBytes(dtype, [3, 8])]).toEqual([name, bits, 3 * bits])
+  })
+
   it('may list tensors in any order, share an offset with an empty tensor, and contain unknown fields', () => {
     const bytes = rawFile(
       { b: f32([1], 8, 12), a: { ...f32([2], 0, 8), note: 'x' }, none: f32([0, 3], 0, 0), last: f32([0], 12, 12) },

@@ -67,6 +67,18 @@ describe('packed 4-bit weights', () => {
     expect(await source.readInt4('expected')).toBeUndefined()
   })
 
+  // Those of the fixture are all the same.
+  it('have one scale per group', async () => {
+    const path = join(await temporaryFolder(), 'a.safetensors')
+    await writeSafetensors(path, [
+      { name: 'w_packed', dtype: 'i32', shape: [2, 3], data: new Int32Array(6).fill(0x99999999) }, // Ones.
+      { name: 'w_scale', dtype: 'f32', shape: [2, 2], data: Float32Array.of(1, 2, 3, 4) },
+    ])
+    await using source = unpackInt4(await readSafetensors(path), 12)
+    const expected = Float32Array.from({ length: 48 }, (_, i) => 1 + Math.floor(i / 12))
+    expect(await source.read('w')).toMatchObject({ shape: [2, 24], data: expected })
+  })
+
   const packed = (words: number, scales: number[], more: TensorEntry[] = []): TensorEntry[] => [
     { name: 'w_packed', dtype: 'i32', shape: [2, words], data: new Int32Array(2 * words) },
     { name: 'w_scale', dtype: 'f32', shape: scales, data: new Float32Array(scales.reduce((a, b) => a * b, 1)) },

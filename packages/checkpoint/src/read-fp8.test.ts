@@ -65,6 +65,13 @@ describe('fp8 weights', () => {
     await checkpoint.close()
   })
 
+  it('have the scales of smaller blocks that are not square', async () => {
+    const { checkpoint } = await stored([4, 6], [2, 2])
+    const fp8 = await readFp8(checkpoint, 'weight', { format: 'fp8', block: [1, 2] }, { block: [2, 4] })
+    expect(fp8?.scale).toEqual(Float32Array.from([0, 0, 1, 0, 0, 1, 2, 2, 3, 2, 2, 3], i => 0.3 + i))
+    await checkpoint.close()
+  })
+
   it('have no codes for other formats, and other tensors have none', async () => {
     const { checkpoint } = await stored([4, 4], [1, 1])
     for (const format of ['int8', 'int4', 'bf16'] satisfies WeightFormat[]) {
@@ -79,6 +86,7 @@ describe('fp8 weights', () => {
     await expect(readFp8(checkpoint, 'weight', like)).rejects.toThrow(
       /tensor "weight": a weight \[300, 260\] in blocks of 128 x 128 needs scales \[3, 3\], got \[3, 2\]/,
     )
+    await expect(readF32(checkpoint, 'weight', { block: null })).rejects.toThrow(/needs scales \[1, 1\], got \[3, 2\]/)
     await checkpoint.close()
   })
 })

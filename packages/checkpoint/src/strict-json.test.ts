@@ -39,6 +39,12 @@ describe('parseStrictJson', () => {
     )
   })
 
+  it('accepts the maximum depth', () => {
+    const nested = (depth: number) => '['.repeat(depth) + ']'.repeat(depth)
+    expect(JSON.stringify(parse(nested(64)))).toBe(nested(64))
+    expect(() => parse(nested(65))).toThrow(/deeper than 64/)
+  })
+
   it('rejects deep nesting before it exhausts the stack', () => {
     expect(() => parse('['.repeat(5_000_000))).toThrow(/deeper than 64/)
     expect(() => parse('{"a":'.repeat(1_000_000))).toThrow(/deeper than 64/)

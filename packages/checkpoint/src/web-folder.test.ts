@@ -333,6 +333,19 @@ describe('reading reports a server that', () => {
     })
   })
 
+  it('sends its ETag only once, which is no change', async () => {
+    let first = true
+    const { address } = await site(model, {
+      answer: (_, response) => {
+        if (first) response.setHeader('etag', '"a"')
+        first = false
+        return false
+      },
+    })
+    await using checkpoint = await openCheckpoint(address)
+    expect((await checkpoint.read('d')).data).toHaveLength(20 * MB)
+  })
+
   it('cannot be reached', async () => {
     const { address } = await site({})
     const error = await failure(openCheckpoint(address.replace(/:\d+$/, ':1')))

@@ -1,13 +1,13 @@
 import { readdir, readFile, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { gguf as parseWithHuggingFace } from '@huggingface/gguf'
+import { GGMLQuantizationType, gguf as parseWithHuggingFace } from '@huggingface/gguf'
 import { isMoeError } from '@moe/core'
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { fixture, temporaryFile, temporaryFolder } from '../test-files.ts'
 import { decodeGguf, encodeGguf } from './blocks.ts'
 import { readGguf } from './read-gguf.ts'
-import type { GgufEncoding } from './tensor-type.ts'
+import type { GgufEncoding, GgufTensorType } from './tensor-type.ts'
 import type { GgufValue } from './value.ts'
 import { type GgufTensor, writeGguf } from './write-gguf.ts'
 
@@ -62,7 +62,7 @@ describe('a written GGUF file', () => {
     'general.architecture': { type: 'string', value: 'llama' },
     'llama.block_count': { type: 'u32', value: 3 },
     'llama.rope.freq_base': { type: 'f32', value: 10000 },
-    'a.bool': { type: 'bool', value: false },
+    'a.bools': { type: 'array', of: 'bool', value: [true, false] },
     'a.big': { type: 'u64', value: 2n ** 60n },
     'a.small': { type: 'i64', value: -7 },
     'a.double': { type: 'f64', value: 0.1 },
@@ -99,6 +99,7 @@ describe('a written GGUF file', () => {
       'a.big': 2n ** 60n,
       'a.small': -7n,
       'a.double': 0.1,
+      'a.bools': [true, false],
       'a.texts': ['Ġthe', '', '🐳'],
       'a.types': [1, 3, 1],
       'a.nested': [[1, 2], ['x']],
@@ -141,7 +142,7 @@ describe('a written GGUF file', () => {
     await using file = await readGguf(path)
     const plain = (value: GgufValue) => ({ ...value, value: Array.from(value.value as number[]) })
     expect(file.metadata.get('a.types')).toEqual(plain(metadata['a.types']))
-    for (const key of ['a.nested', 'a.texts', 'a.bool', 'a.double', 'general.architecture']) {
+    for (const key of ['a.nested', 'a.texts', 'a.bools', 'a.double', 'general.architecture']) {
       expect(file.metadata.get(key)).toEqual(metadata[key])
     }
     expect(await file.readF32('odd')).toEqual(Float32Array.of(1, -2, 0.5))
@@ -221,7 +222,7 @@ describe('a written GGUF file', () => {
   })
 })
 
-describe('corrupt or malicious GGUF files', () => {
+describe('GGUF files of given bytes', () => {
   /** Encodes numbers as u32, bigints as u64, and strings with their length; copies bytes. */
   const raw = (...parts: Array<number | bigint | string | Uint8Array>): Uint8Array =>
     Buffer.concat(
@@ -241,6 +242,48 @@ describe('corrupt or malicious GGUF files', () => {
   const data = new Uint8Array(4096)
   const entry = ['k', 4, 7] as const
   const f32 = (name: string, offset: bigint) => [name, 1, 4n, 0, offset] as const
+
+  // Scales, minimums and codes of a block, as in ggml-common.h.
+  it.each<[GgufTensorType, number, number]>([
+    ['f32', 1, 4],
+    ['f16', 1, 2],
+    ['bf16', 1, 2],
+    ['f64', 1, 8],
+    ['i8', 1, 1],
+    ['i16', 1, 2],
+    ['i32', 1, 4],
+    ['i64', 1, 8],
+    ['q4_0', 32, 2 + 16],
+    ['q4_1', 32, 4 + 16],
+    ['q5_0', 32, 2 + 4 + 16],
+    ['q5_1', 32, 4 + 4 + 16],
+    ['q8_0', 32, 2 + 32],
+    ['q2_k', 256, 4 + 16 + 64],
+    ['q3_k', 256, 2 + 12 + 32 + 64],
+    ['q4_k', 256, 4 + 12 + 128],
+    ['q5_k', 256, 4 + 12 + 32 + 128],
+    ['q6_k', 256, 2 + 16 + 64 + 128],
+  ])('contain %s in blocks of %i elements and %i bytes', async (type, block, bytes) => {
+    const id = GGMLQuantizationType[type.toUpperCase() as keyof typeof GGMLQuantizationType]
+    const header = raw(magic, 3, 1n, 0n, 'a', 2, BigInt(3 * block), 2n, id, 0n, data)
+    await using file = await readGguf(await temporaryFile(header, 'a.gguf'))
+    expect(file.tensors.get('a')).toMatchObject({ type, shape: [2, 3 * block], bytes: 6 * bytes })
+    if (block === 1) return
+    const partial = raw(magic, 3, 1n, 0n, 'a', 1, BigInt(block + block / 2), id, 0n, data)
+    await expect(readGguf(await temporaryFile(partial, 'a.gguf'))).rejects.toThrow(/invalid shape/)
+  })
+
+  it.each<[string, Uint8Array, Partial<GgufValue>]>([
+    ['a number', raw(4, 7), { type: 'u32', value: 7 }],
+    ['text', raw(8, 'text'), { type: 'string', value: 'text' }],
+    ['an array of numbers', raw(9, 4, 2n, 7, 8), { type: 'array', of: 'u32', value: [7, 8] }],
+    ['an array of empty texts', raw(9, 8, 2n, '', ''), { type: 'array', of: 'string', value: ['', ''] }],
+    ['an array of empty arrays', raw(9, 9, 1n, 4, 0n), { value: [{ type: 'array', of: 'u32', value: [] }] }],
+    ['a boolean', raw(9, 7, 1n, Uint8Array.of(1)), { type: 'array', of: 'bool', value: [true] }],
+  ])('may end with %s of the header', async (_, value, expected) => {
+    await using file = await readGguf(await temporaryFile(raw(magic, 3, 0n, 1n, 'k', value), 'a.gguf'))
+    expect(file.metadata.get('k')).toMatchObject(expected)
+  })
 
   it.each<[string, Uint8Array, RegExp]>([
     ['an empty file', new Uint8Array(0), /0 bytes are too few/],
@@ -275,7 +318,7 @@ describe('corrupt or malicious GGUF files', () => {
     ['an unknown element type', raw(magic, 3, 1n, 0n, 'a', 1, 32n, 99, 0n, data), /element type 99/],
     ['a long name', raw(magic, 3, 1n, 0n, 'x'.repeat(90), 1, 4n, 0, 0n, data), /name of more than 63 bytes/],
     ['an alignment of 3', raw(magic, 3, 0n, 1n, 'general.alignment', 4, 3, data), /multiple of 8/],
-  ])('are rejected: %s', async (_, bytes, message) => {
+  ])('are rejected with %s', async (_, bytes, message) => {
     const failure = await readGguf(await temporaryFile(bytes, 'a.gguf')).catch(error => error)
     expect(isMoeError(failure, 'E_CHECKPOINT')).toBe(true)
     expect(failure.message).toMatch(message)
