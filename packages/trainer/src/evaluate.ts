@@ -133,9 +133,11 @@ export async function evaluateOnRanks(
   const seconds = (performance.now() - started) / 1000
   const [[only, , whole]] = all
   if (all.length === 1 && only === '') return { ...whole, seconds }
+  // The others have no loss.
+  const predicted = all.filter(([, , { tokens }]) => tokens > 0)
   const weighted = (value: 'loss' | 'bitsPerByte', weight: 'predictable' | 'textBytes') => {
     const sum = (of: (stream: TokenStream, evaluation: SourceEvaluation) => number) =>
-      all.reduce((total, [, stream, evaluation]) => total + of(stream, evaluation), 0)
+      predicted.reduce((total, [, stream, evaluation]) => total + of(stream, evaluation), 0)
     return sum((stream, evaluation) => evaluation[value] * stream[weight]) / sum(stream => stream[weight])
   }
   return {

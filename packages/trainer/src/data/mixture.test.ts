@@ -146,6 +146,11 @@ describe('a mixture', () => {
       (web.bitsPerByte * bytes[0] + code.bitsPerByte * bytes[1]) / (bytes[0] + bytes[1]),
       12,
     )
+    // Documents of one token: nothing is predicted.
+    const none = TokenDataset.fromTokens([Int32Array.of(1), Int32Array.of(2)])
+    const withNothing = await evaluate(model, { ...validation, none }, options)
+    expect(withNothing).toMatchObject({ loss: all.loss, bitsPerByte: all.bitsPerByte, tokens: all.tokens })
+    expect(withNothing.sources?.['none']).toEqual({ loss: NaN, bitsPerByte: NaN, tokens: 0 })
   })
 
   test('has other settings with other weights, and rejects invalid sources by name', async () => {

@@ -27,7 +27,14 @@ import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
 import { Muon } from './muon.ts'
 import type { Optimizer } from './optimizer.ts'
-import { piecewise, type ScheduleSegment, warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
+import {
+  piecewise,
+  type Schedule,
+  type ScheduleSegment,
+  warmupConstant,
+  warmupCosine,
+  warmupStableDecay,
+} from './schedule.ts'
 
 const backend = referenceBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -456,6 +463,17 @@ describe('schedules', () => {
     expect(schedule(99)).toBeCloseTo(0)
   })
 
+  test('warm up for a tenth of the run, at most 100 steps, and decay for a fifth, unless they are told otherwise', () => {
+    for (const [steps, warmup, decay] of [
+      [50, 5, 10],
+      [2000, 100, 400],
+    ]) {
+      const all = (schedule: Schedule) => Array.from({ length: steps }, (_, step) => schedule(step))
+      expect(all(warmupCosine({ steps }))).toEqual(all(warmupCosine({ steps, warmup, floor: 0.1 })))
+      expect(all(warmupStableDecay({ steps }))).toEqual(all(warmupStableDecay({ steps, warmup, decay, floor: 0 })))
+    }
+  })
+
   test('stay between 0 and 1, and never rise after the warm-up', () => {
     const sizes = fc
       .tuple(fc.integer({ min: 1, max: 300 }), fc.nat(), fc.nat(), fc.double({ min: 0, max: 1, noNaN: true }))
@@ -485,6 +503,7 @@ describe('schedules', () => {
     expect(() => warmupStableDecay({ steps: 10, warmup: 6, decay: 6 })).toThrow(
       expect.objectContaining({ code: 'E_CONFIG' }),
     )
+    expect(() => warmupConstant({ warmup: 0.5 })).toThrow(/warmup is 0.5/)
   })
 })
 
