@@ -4,6 +4,7 @@
 // communicator that is not ready are refused, as by the real library. What would hang or overwrite data there is a
 // fault here.
 #include <dirent.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,8 +31,12 @@ struct Id {
 struct Config {
   size_t size;
   unsigned magic, version;
-  int blocking, rest[7];
+  int blocking, cgaClusterSize, minCTAs, maxCTAs;
+  const char* netName;
+  int splitShare;
 };
+/// NCCL_CONFIG_UNDEF_INT: the default.
+constexpr int undefinedNumber = INT_MIN;
 
 struct Comm;
 struct Message {
@@ -222,6 +227,10 @@ EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const
   if (!config || config->magic != 0xcafebeef || config->size < sizeof(Config) || config->version < 21800)
     return refuse(invalidArgument, "ncclCommInitRankConfig: the configuration is not of version 2.18 or later");
   if (config->blocking != 0) return refuse(invalidArgument, "ncclCommInitRankConfig: communicators that block are not emulated");
+  // Zeros in place of defaults are rejected there, or change how many blocks and clusters it uses.
+  for (const int number : {config->cgaClusterSize, config->minCTAs, config->maxCTAs, config->splitShare})
+    if (number != undefinedNumber) return refuse(invalidArgument, "ncclCommInitRankConfig: of the configuration only defaults are emulated");
+  if (config->netName) return refuse(invalidArgument, "ncclCommInitRankConfig: networks are not emulated");
   Comm* fresh = new Comm{};
   fresh->folder = id.folder;
   fresh->ranks = ranks;
