@@ -55,7 +55,16 @@ test('MergedTokenSplitter splits punctuation from newlines and keeps the text', 
   expect(split.length).toBeGreaterThan(ids.length)
   expect(tokenizer.decode(split)).toBe(tokenizer.decode(ids))
   for (const id of split) expect(tokenizer.idToToken(id)).not.toMatch(/^[.;"]+Ċ+$/)
-  expect(new MergedTokenSplitter(tokenizer, { rate: 0, random: randomNumbers(1) }).split(ids)).toEqual(ids)
+  let drawn = 0.25
+  const quarter = new MergedTokenSplitter(tokenizer, { rate: 0.25, random: () => drawn })
+  expect(quarter.split(ids)).toEqual(ids)
+  drawn = 0.2
+  expect(quarter.split(ids)).toEqual(split)
+})
+
+test('randomNumbers returns the numbers of mulberry32', () => {
+  const random = randomNumbers(1)
+  expect([random(), random(), random()].map(number => number * 2 ** 32)).toEqual([2693262067, 11749833, 2265367787])
 })
 
 test('packDocuments fills sequences and returns the document of each id', () => {
