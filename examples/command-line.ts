@@ -77,7 +77,7 @@ interface Accepted<O extends Options, P extends Options> {
 }
 
 interface Command<O extends Options, P extends Options> extends Accepted<O, P> {
-  /** How the example is started, for example `node examples/chat.ts`. */
+  /** How the example is started, for example `node examples/fine-tuning.ts`. */
   readonly command: string
   /** The text of `--help`. */
   readonly help: string

@@ -155,10 +155,10 @@ describe('generate.ts', () => {
   })
 })
 
-describe('chat.ts', () => {
+describe('fine-tuning.ts', () => {
   test('fine-tunes the run and saves the model with its chat template', async () => {
     const out = join(folder, 'chat')
-    const { code, stdout, stderr } = await runScript('chat.ts', [
+    const { code, stdout, stderr } = await runScript('fine-tuning.ts', [
       '--from',
       join(folder, 'whole'),
       '--out',
@@ -190,7 +190,7 @@ describe('chat.ts', () => {
   })
 
   test('without a run, the message says how to create one', async () => {
-    const { code, stderr } = await runScript('chat.ts', ['--from', join(folder, 'nowhere')])
+    const { code, stderr } = await runScript('fine-tuning.ts', ['--from', join(folder, 'nowhere')])
     expect(code).toBe(1)
     expect(stderr).toMatch(/nowhere does not exist: train a model with npm start/)
   })

