@@ -39,6 +39,8 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Chats with a model in the terminal. */
+  chat: args => commands.serve(['--chat', ...args]),
   /** Evaluates a model. */
   evaluate: args => ({
     script: 'packages/evaluation/src/cli.ts',

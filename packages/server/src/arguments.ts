@@ -27,6 +27,7 @@ export function readArguments(args: string[]) {
       'cache-tokens': { type: 'string' },
       cache: { type: 'string' },
       speculative: { type: 'boolean', default: false },
+      chat: { type: 'boolean', default: false },
       threads: { type: 'string' },
       ranks: { type: 'boolean', default: false },
       json: { type: 'boolean', default: false },

@@ -1,6 +1,6 @@
 /** @file The command `moe-serve`, as a process. */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -88,6 +88,16 @@ test.skipIf(process.platform === 'win32' /* no signals */)('serves a folder unti
     child.kill('SIGINT')
   }
   expect(await exit).toBe(0)
+})
+
+test('--chat answers a message from a pipe, and needs a chat template', () => {
+  writeFileSync(join(folder, 'chat.jinja'), '{% for m in messages %}{{ m.content }}{% endfor %}')
+  const ask = (...args: string[]) =>
+    spawnSync(process.execPath, [cli, 'model', '--chat', ...args], { encoding: 'utf8', cwd: folder, input: 'the\n' })
+  const { status, stdout } = ask('--chat-template', 'chat.jinja', '--json')
+  expect(JSON.parse(stdout)).toMatchObject({ role: 'assistant', usage: { prompt_tokens: 1 } })
+  expect(status).toBe(0)
+  expect(ask()).toMatchObject({ status: 2, stdout: '', stderr: expect.stringContaining('model has no chat template') })
 })
 
 const launcher = ['mpirun.openmpi', 'mpirun'].find(name => spawnSync(name, ['--version']).status === 0)

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** @file The command `moe-serve`. Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 130 or 143 on a second signal. */
+/** @file The command `moe-serve`. Exit codes: 0 stopped by a signal or the end of a chat, 1 failure, 2 usage error, 130 or 143 on a second signal or if an answer was interrupted. */
 import { readFileSync } from 'node:fs'
 import { type Backend, firstAvailable, isMoeError, setDefaultBackend, weightBytes } from '@moe/core'
 import { isFirstProcess, type Options, readArguments, UsageError } from './arguments.ts'
@@ -7,13 +7,15 @@ import { createServer } from './create-server.ts'
 import { type OpenedModel, type OpenOptions, openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
 import { serve } from './serve.ts'
+import { chatInTerminal, RejectedError } from './terminal-chat.ts'
 
 const HELP = `Usage: moe-serve FOLDER [options]
 
-Serves a language model through an OpenAI-compatible HTTP API.
+Serves a language model through an OpenAI-compatible HTTP API, or chats with it in the terminal.
 
   FOLDER             a model (config.json, *.safetensors, tokenizer.json), a training run (its latest checkpoint), or a checkpoint
 
+  --chat             chat in this terminal instead of listening on a port; text from a pipe is one message
   --host ADDRESS     address to listen on (default: 127.0.0.1, which accepts connections from this machine only)
   --port N           port to listen on; 0 selects a free one (default: 8000)
   --api-key KEY      key that clients must send (default: $MOE_API_KEY; if neither is set, no key is required)
@@ -29,13 +31,15 @@ Serves a language model through an OpenAI-compatible HTTP API.
   --speculative      use speculative decoding with the model's MTP modules
   --threads N        number of CPU threads (default: one per core; with --ranks, one)
   --ranks            shard the experts over the processes that mpirun has started: mpirun -np 4 moe-serve FOLDER --ranks
-  --json             log to standard output, one JSON object per line
+  --json             log to standard output, one JSON object per line; with --chat, one per answer
   --quiet            log nothing to standard error
   --version          print the version
   -h, --help         print this help
 
 Ctrl-C waits up to 10 seconds for running requests; press it again to stop immediately.
 `
+
+const color = process.stderr.isTTY && !process.env.NO_COLOR
 
 const exitCodes = { SIGINT: 130, SIGTERM: 143 } as const
 
@@ -61,14 +65,14 @@ async function main(options: Options): Promise<void> {
     await leadProcesses({
       createBackend: device => useBackend(threads, device),
       open: parameters => open({ parameters }),
-      work: opened => serveModel(opened, options),
+      work: opened => useModel(opened, options),
       note: log,
     })
   } else {
     await useBackend(threads)
-    await serveModel(await open(), options)
+    await useModel(await open(), options)
   }
-  process.exit(0)
+  process.exit()
 }
 
 /** Creates the backend: a GPU if there is one. @param device index of the GPU */
@@ -88,17 +92,16 @@ async function useBackend(threads: number | undefined, device?: number): Promise
   return backend
 }
 
-/** Serves until a signal stops the server. */
-async function serveModel(
-  { path, model, tokenizer, chatTemplate, name }: OpenedModel,
-  options: Options,
-): Promise<void> {
-  const { json, quiet, host, precision, speculative } = options
+/** Chats, or serves until a signal stops the server. */
+async function useModel(opened: OpenedModel, options: Options): Promise<void> {
+  const { path, model, tokenizer, chatTemplate, name } = opened
+  const { chat, json, quiet, precision, speculative } = options
   if (speculative && model.mtp.length === 0) throw new UsageError(`--speculative: ${path} has no MTP modules`)
-  const color = process.stderr.isTTY && !process.env.NO_COLOR
+  if (chat && chatTemplate === undefined)
+    throw new UsageError(`--chat: ${path} has no chat template, expected one with --chat-template`)
   const engine = model.continuousBatch({
     precision,
-    maxTexts: options.maxTexts,
+    maxTexts: options.maxTexts ?? (chat ? 1 : undefined),
     cacheTokens: options.cacheTokens,
     cacheDtype: options.cache,
     speculative,
@@ -109,33 +112,48 @@ async function serveModel(
     tokenizer,
     chatTemplate,
     name,
-    apiKey: options.apiKey,
+    apiKey: chat ? undefined : options.apiKey,
     cors: options.cors,
     bodyLimit: options.bodyLimit,
     onRequest: record => {
+      if (chat) return
       if (json) print(requestJson(record))
       else if (!quiet) log(requestLine(record, color))
     },
   })
-  const server = await serve(app, { port: options.port, host })
-  const stopped = untilSignal(() => server.close(), quiet)
-  const { url } = server
-  if (json) print(JSON.stringify({ event: 'listening', url, model: name, chat: chatTemplate !== undefined }))
-  if (!quiet) describe({ path, model, chatTemplate, name }, options, url)
-  await stopped
+  if (!quiet) log(modelLine(opened))
+  if (chat) {
+    const { stdin: input, stdout: output, stderr: notes } = process
+    const context = model.config.max_position_embeddings
+    const streams = { input, output, notes, signals: process }
+    const isComplete = await chatInTerminal({ app, model: name, context, ...streams, json, quiet, color })
+    if (!isComplete) process.exitCode = exitCodes.SIGINT
+  } else await listen(app, opened, options)
   engine.dispose()
 }
 
-/** Logs what is served where. */
-function describe(
-  { path, model, chatTemplate, name }: Pick<OpenedModel, 'path' | 'model' | 'chatTemplate' | 'name'>,
-  { host, apiKey }: Options,
-  url: string,
-): void {
+/** Serves until a signal stops the server. */
+async function listen(app: ReturnType<typeof createServer>, opened: OpenedModel, options: Options): Promise<void> {
+  const { chatTemplate, name } = opened
+  const { json, quiet, host, port } = options
+  const server = await serve(app, { port, host })
+  const stopped = untilSignal(() => server.close(), quiet)
+  const { url } = server
+  if (json) print(JSON.stringify({ event: 'listening', url, model: name, chat: chatTemplate !== undefined }))
+  if (!quiet) describe(opened, options, url)
+  await stopped
+}
+
+/** For example `models/v2-lite: 15706.5M parameters, 16000 MiB on kernels-cpu (Intel Xeon, AVX-512, 2 threads)`. */
+function modelLine({ path, model }: OpenedModel): string {
   const { backend } = model
   const { elements, bytes } = weightBytes(model)
   const size = `${(elements / 1e6).toFixed(1)}M parameters, ${(bytes / 2 ** 20).toFixed(0)} MiB`
-  log(`${path}: ${size} on ${backend.name} (${backend.device})`)
+  return `${path}: ${size} on ${backend.name} (${backend.device})`
+}
+
+/** Logs what is served where. */
+function describe({ chatTemplate, name }: OpenedModel, { host, apiKey }: Options, url: string): void {
   if (chatTemplate === undefined)
     log('no chat template: only /v1/completions is available; set one with --chat-template')
   if (!/^(127\.|localhost$|::1$)/.test(host) && apiKey === undefined)
@@ -159,7 +177,7 @@ function untilSignal(close: () => Promise<void>, quiet: boolean): Promise<void> 
 
 /** Errors whose message is sufficient without a stack trace. */
 const isExpected = (error: unknown): error is Error =>
-  error instanceof Error && (isMoeError(error) || error.name === 'TokenizerError')
+  error instanceof Error && (isMoeError(error) || error instanceof RejectedError || error.name === 'TokenizerError')
 
 const isUsage = (error: unknown): error is Error =>
   error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`)
