@@ -1,6 +1,6 @@
 /**
  * @file Fine-tunes the model of `npm start` on conversations: given a passage of an address, it answers when the passage was said, and by
- * whom. The loss covers the answers only. `npm run serve` serves the result.
+ * whom. The loss covers the answers only. `npm run chat` talks to the result.
  */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -125,7 +125,7 @@ async function main(): Promise<void> {
   process.stdout.write(`evaluated on ${questions.length} passages of held-out addresses
 year        median error ${median(errors)} years; the best constant guess has ${median(guesses)}
 speaker     ${fitting} of ${questions.length} answers name somebody in office about the year it answered
-try it      npm run serve -- ${options.out}
+try it      npm run chat -- ${options.out}
 `)
 
   async function answer(messages: readonly ChatMessage[]): Promise<string> {

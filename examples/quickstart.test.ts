@@ -170,7 +170,7 @@ describe('fine-tuning.ts', () => {
     ])
     expect(code, stderr).toBe(0)
     expect(stdout).toMatch(
-      /^evaluated on 2 passages.*\nyear +median error \d+ .*\nspeaker +\d of 2 .*\ntry it +npm run serve -- .*chat\n$/,
+      /^evaluated on 2 passages.*\nyear +median error \d+ .*\nspeaker +\d of 2 .*\ntry it +npm run chat -- .*chat\n$/,
     )
     const config = JSON.parse(readFileSync(join(modelFolder(out), 'tokenizer_config.json'), 'utf8'))
     expect(config).toMatchObject({

@@ -112,7 +112,7 @@ async function main(): Promise<void> {
   process.stdout.write(`evaluated on ${validation.length} passages of held-out addresses
 before  ${percent(before)} of the answers name somebody who was in office about then
 after   ${percent(after)}
-try it  npm run serve -- ${options.out}
+try it  npm run chat -- ${options.out}
 `)
 }
 
