@@ -5,10 +5,10 @@ import { type Thinking, thinkingAfter, withReasoning } from './reasoning.ts'
 import { partialMatch, type ScoredToken, type TextPart } from './text-parts.ts'
 import { withCalls } from './tool-calls.ts'
 
-/** A text in random parts, some of them empty, with a token for each character. */
-async function* split(text: string, random: Random): AsyncGenerator<TextPart> {
+/** A text in random parts, some of them empty, or in single characters, with a token for each character. */
+async function* split(text: string, random?: Random): AsyncGenerator<TextPart> {
   for (let at = 0; at < text.length; ) {
-    const end = Math.min(text.length, at + random.integer(5))
+    const end = Math.min(text.length, at + (random?.integer(5) ?? 1))
     const tokens = Array.from({ length: end - at }, (_, i): ScoredToken => {
       return { id: at + i, score: null, offset: at + i, isEnd: false }
     })
@@ -65,6 +65,16 @@ describe('reasoning', () => {
     }
   })
 
+  test('and the answer are passed on without delay, and their tokens are told apart', async () => {
+    const { parts, tokens } = await joined(withReasoning(split('<think>a b</think>\n!?'), 'optional'))
+    expect(parts.flatMap(({ reasoning }) => reasoning ?? [])).toEqual(['a', ' b'])
+    expect(parts.flatMap(({ text }) => text || [])).toEqual(['!', '?'])
+    expect(tokens.map(({ of }) => of)).toEqual([...new Array(19).fill('reasoning'), undefined, undefined])
+    const direct = await joined(withReasoning(split('<<!?'), 'optional'))
+    expect(direct.parts.map(({ text }) => text)).toEqual(['<<', '!', '?'])
+    expect(direct.tokens.map(({ of }) => of)).toEqual(new Array(4).fill(undefined))
+  })
+
   test('can start inside the prompt, or in the answer if the template mentions it', () => {
     expect(thinkingAfter('a<think>\n', false)).toBe('open')
     expect(thinkingAfter('a<think></think>\n', true)).toBe('none')
@@ -89,6 +99,7 @@ test('calls are withheld from their marker on, wherever parts end', async () => 
       expect([found.text, found.calls], text).toEqual([before, isCall ? calls : []])
       expect(found.tokens.map(({ id }) => id)).toEqual(Array.from(text, (_, i) => i))
       for (const { id, of } of found.tokens) if (!isCall || id < before.length) expect(of).toBeUndefined()
+      if (isCall) expect(found.tokens.at(-1)?.of).toBe('calls')
     }
   }
 })

@@ -6,6 +6,7 @@ import { zodTextFormat } from 'openai/helpers/zod'
 import type {
   Response,
   ResponseCreateParamsNonStreaming,
+  ResponseOutputMessage,
   ResponseStreamEvent,
 } from 'openai/resources/responses/responses'
 import { describe, expect, onTestFinished, test } from 'vitest'
@@ -59,6 +60,7 @@ async function createBoth(openai: OpenAI, ask: Ask): Promise<Response> {
   expect(events.slice(0, 2).map(({ type }) => type)).toEqual(['response.created', 'response.in_progress'])
   const last = events[events.length - 1]
   if (last.type !== 'response.completed' && last.type !== 'response.incomplete') throw new Error(last.type)
+  expect(last.type).toBe(`response.${whole.status}`)
   const { output_text: _, ...bare } = whole
   expect(withoutIds(last.response)).toEqual(withoutIds(bare))
   const texts = new Map<string, string>()
@@ -76,6 +78,10 @@ async function createBoth(openai: OpenAI, ask: Ask): Promise<Response> {
     }
     if (event.type === 'response.output_text.done' || event.type === 'response.reasoning_text.done')
       expect(event.text).toBe(texts.get(event.item_id) ?? '')
+    if (event.type === 'response.output_text.done') {
+      const [content] = (last.response.output[event.output_index] as ResponseOutputMessage).content
+      expect(content).toMatchObject({ text: event.text, logprobs: event.logprobs })
+    }
     if (event.type === 'response.function_call_arguments.done') expect(event.arguments).toBe(texts.get(event.item_id))
   }
   return whole
@@ -112,6 +118,36 @@ test('the text equals that of a chat completion, streamed or not', async () => {
   const input = [messages[0], { ...messages[1], content: [{ type: 'input_text' as const, text: 'the better angels' }] }]
   expect((await createBoth(openai, { ...ask, instructions: null, input })).output_text).toBe(response.output_text)
   expect(dispose()).toBe(0)
+})
+
+test('a response repeats the fields of its request, with their defaults', async () => {
+  const { app } = serverThatGenerates(['so'])
+  const openai = await client(app)
+  const defaults = {
+    ...{
+      instructions: null,
+      max_output_tokens: null,
+      metadata: {},
+      parallel_tool_calls: true,
+      temperature: 1,
+      top_p: 1,
+    },
+    ...{ text: { format: { type: 'text' } }, tool_choice: 'auto', tools: [], truncation: 'disabled', store: false },
+    reasoning: { effort: null, summary: null },
+  }
+  expect(await openai.responses.create({ model: 'tiny', input: 'the' })).toMatchObject(defaults)
+  const own = {
+    ...{ instructions: 'Be brief.', max_output_tokens: 4, metadata: { a: 'b' }, parallel_tool_calls: false },
+    ...{
+      temperature: 0.5,
+      top_p: 0.25,
+      text: { format: { type: 'json_object' as const } },
+      tool_choice: 'none' as const,
+    },
+    tools: [tool],
+  }
+  const parsed = await openai.responses.create({ model: 'tiny', input: 'the', ...own })
+  expect(parsed).toMatchObject({ ...defaults, ...own })
 })
 
 test('the text matches the requested schema, and the client parses it', async () => {
