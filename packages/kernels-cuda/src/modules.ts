@@ -182,7 +182,7 @@ export class Modules {
     const code = call.cuModuleLoadData(word, image)
     if (code === status.noBinaryForGpu) {
       const { name, capability } = this.#device
-      const architecture = `compute capability ${capability / 10}`
+      const architecture = `compute capability ${(capability / 10).toFixed(1)}`
       this.#driver.check(code, module, `loading ${file}: nothing in it runs on ${name} (${architecture})`)
     }
     this.#driver.check(code, module, `loading ${file}`)

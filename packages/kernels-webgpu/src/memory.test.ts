@@ -46,7 +46,7 @@ describe('memory', () => {
     const random = new Random(5)
     const owners: Buffer[] = []
     let peakBytes = 0
-    for (let i = 0; i < 4000; i++) {
+    for (let i = 0; i < 1500; i++) {
       const chance = random.next()
       if (owners.length === 0 || (chance < 0.5 && owners.length < 40)) {
         const bytes = Math.floor(2 ** (24 * random.next()))

@@ -5,7 +5,7 @@ import type { GpuBuffer, GpuDevice, GpuEncoder, GpuPass } from './gpu.ts'
 export class GPUOutOfMemoryError extends Error {}
 
 /** A launch: WGSL, descriptors, offset of the parameters, and numbers of workgroups. */
-export interface Launch {
+interface Launch {
   readonly code: string
   readonly layout: readonly object[]
   readonly group: readonly object[]

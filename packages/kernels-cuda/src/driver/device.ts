@@ -65,7 +65,7 @@ export function findDevice(driver: Driver, ordinal: number | undefined): Device 
   const usable = devices.find(({ capability }) => capability >= leastCapability)
   if (usable !== undefined) return usable
   throw none(
-    `${devices.map(({ name, capability }) => `${name} has compute capability ${capability / 10}`).join(', ')}, but 8.0 (Ampere) or newer is required`,
+    `${devices.map(({ name, capability }) => `${name} has compute capability ${(capability / 10).toFixed(1)}`).join(', ')}, but 8.0 (Ampere) or newer is required`,
     'use @moe/kernels-cpu',
   )
 }
