@@ -76,6 +76,40 @@ test('pinned memory has sizes of powers of two from 4 KiB, and more than 64 MiB 
   expect(await sizes(0)).toEqual([4 * KiB, 8 * KiB])
 })
 
+test('downloads fill the part of the buffer that the array views, and failed ones free their memory', async () => {
+  const { fake, stream } = make()
+  fake.on('cuMemcpyDtoHAsync', (to, from, bytes) => {
+    expect([from, bytes]).toEqual([5, 3])
+    fake.pinned.get(to as number)?.set([1, 2, 3, 4])
+    return 0
+  })
+  const all = new Uint8Array(6)
+  const read = stream.download(5, all.subarray(2, 5))
+  fake.finish()
+  await read
+  expect([...all]).toEqual([0, 0, 1, 2, 3, 0])
+  fake.failures.set('cuMemcpyDtoHAsync', 719)
+  await expect(stream.download(5, all)).rejects.toMatchObject({ op: 'download', details: { lost: true } })
+  expect(fake.pinned.size).toBe(1)
+  stream.dispose()
+  expect(fake.pinned.size).toBe(0)
+})
+
+test('launches pass the grid, one axis of threads, shared memory and the list of arguments', () => {
+  const { fake, stream } = make()
+  const calls: unknown[][] = []
+  fake.on('cuLaunchKernel', (...args) => {
+    calls.push(args)
+    return 0
+  })
+  const launch = { kernel: 'k', function: 11, grid: [2, 3, 4], block: 64, shared: 100, arguments: 77 } as const
+  stream.launch(launch)
+  expect(calls).toEqual([[11, 2, 3, 4, 64, 1, 1, 100, stream.handle, 77, 0]])
+  fake.failures.set('cuLaunchKernel', 1)
+  expect(() => stream.launch(launch)).toThrow(/^k: .*2 x 3 x 4 blocks of 64 threads, 100 bytes/)
+  expect(stream.launches).toBe(1)
+})
+
 test('waits, timings and orders use events, which are reused or destroyed', async () => {
   const { fake, stream } = make()
   const other = new Stream(fake.driver, { use() {} } as Context, { readsHostMemory: false })
