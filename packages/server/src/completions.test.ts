@@ -63,6 +63,26 @@ describe('POST /v1/completions', () => {
     expect(dispose()).toBe(0)
   })
 
+  test('counts tokens of all texts, and those of a prompt and its cached part once', async () => {
+    let calls = 0
+    const { app, records } = scriptedServer(async function* (_, stats) {
+      stats.cachedTokens = ++calls
+      stats.tokens = 10
+      yield 'so'
+      if (calls > 6) throw new Error('broken')
+    })
+    const ask = { prompt: [[1, 2, 3], [4], [5, 6]], n: 2 }
+    const { usage } = (await (await app.request('/v1/completions', post(ask))).json()) as Completion
+    expect(usage).toMatchObject({ prompt_tokens: 6, completion_tokens: 60, total_tokens: 66 })
+    // Of the first text of each prompt: others may find more in the cache.
+    expect(usage?.prompt_tokens_details).toEqual({ cached_tokens: 1 + 3 + 5 })
+    await (await app.request('/v1/completions', post({ prompt: [1, 2], stream: true }))).text()
+    expect(records).toMatchObject([
+      { promptTokens: 6, generatedTokens: 60, finishReasons: new Array(6).fill('stop') },
+      { promptTokens: 2, generatedTokens: 10, status: 500 },
+    ])
+  })
+
   test('fills the gap before a suffix', async () => {
     const specialTokens = ['<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>']
     const infilling = trainBpe(['the better angels of our nature'], { vocabSize: 270, specialTokens })
