@@ -1,10 +1,11 @@
-import { copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { copyFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import { firstAvailable, isMoeError, type MoeError } from '@moe/core'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend, profile, startProfile, stopProfile } from './index.ts'
+import { failure as failureOf, isas, type NativeLibrary } from './load.ts'
 import { libraryName, platformName } from './platforms.mjs'
 import { highestIsa } from './test-backend.ts'
 
@@ -87,6 +88,37 @@ describe('finding the library', () => {
     process.env['MOE_NUM_THREADS'] = '0'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
   })
+})
+
+test.each([
+  [1, 'E_BACKEND'],
+  [2, 'E_OUT_OF_MEMORY'],
+])('status %i of a kernel becomes %s with the message of the library', (status, code) => {
+  const error = failureOf({ lastError: () => 'why' } as NativeLibrary, 'exp', status)
+  expect(error).toMatchObject({ code, op: 'exp', message: expect.stringMatching(/^exp: why/) })
+})
+
+test('each instruction set that is built and that the CPU has can be chosen', async () => {
+  const build = join(import.meta.dirname, '..', 'build', platformName(process.platform, process.arch))
+  const highest = await highestIsa()
+  const built = isas.filter(isa => existsSync(join(build, libraryName(isa, process.platform))))
+  for (const isa of built) {
+    const lower = Math.min(isas.indexOf(isa), isas.indexOf(highest))
+    expect((await createBackend({ isa })).isa).toBe(isas[lower])
+  }
+  if (process.platform !== 'linux' || process.arch !== 'x64') return
+  const flags =
+    readFileSync('/proc/cpuinfo', 'utf8')
+      .match(/^flags\s*:.*$/m)?.[0]
+      .split(/\s+/) ?? []
+  const needed = {
+    baseline: 'sse2',
+    avx2: 'avx2',
+    avx512: 'avx512vl',
+    avx512vnni: 'avx512_vnni',
+    avx512bf16: 'avx512_bf16',
+  }
+  expect(highest).toBe(built.findLast(isa => flags.includes(needed[isa as keyof typeof needed])))
 })
 
 test('Intel CPUs multiply in f32 by default, because their bf16 vector instructions are slower', async () => {
