@@ -27,7 +27,8 @@ export class FakeDriver {
   /** Names of modules and kernels by handle. */
   readonly #names: string[] = ['']
   #next = 2 ** 40
-  #nextBuffer = 2 ** 45
+  // Buffers are aligned to 16 bytes only.
+  #nextBuffer = 2 ** 45 + 16
   #nextHandle = 1
 
   get bytes(): number {

@@ -84,11 +84,17 @@ describe('memory', () => {
     expect(calls['destroy buffer']).toBeUndefined()
     memory.release(live)
     expect(calls['destroy buffer']).toBe(1)
-    const again = Array.from({ length: 5 }, () => allocate(64 * MiB))
-    expect(calls.createBuffer).toBe(1 + 6)
-    for (const buffer of again) memory.release(buffer)
+    const reuse = (created: number) => {
+      const again = Array.from({ length: 4 }, () => allocate(64 * MiB))
+      expect(calls.createBuffer).toBe(1 + created)
+      for (const buffer of again) memory.release(buffer)
+      expect(calls['destroy buffer']).toBe(created === 6 ? 2 : 6)
+    }
+    for (const _ of [1, 2]) reuse(6)
     memory.trim()
     expect(calls['destroy buffer']).toBe(6)
+    for (const _ of [1, 2]) reuse(10)
+    expect(memory.allocate('op', [3], 'bf16').bytes).toBe(8)
   })
 
   test('an op that fails frees what it has allocated and not freed itself', () => {
