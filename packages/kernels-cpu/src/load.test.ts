@@ -98,6 +98,19 @@ test.each([
   expect(error).toMatchObject({ code, op: 'exp', message: expect.stringMatching(/^exp: why/) })
 })
 
+test('a kernel that fails throws, and its op leaves nothing allocated', async () => {
+  const backend = await createBackend()
+  const shape = Array(12).fill(2)
+  const x = { handle: backend.upload(new Float32Array(2 ** 12), shape, 'f32'), shape, dtype: 'f32' as const }
+  const { handles } = backend.stats()
+  const axes = [1, 3, 5, 7, 9, 11, 0, 2, 4, 6, 8, 10]
+  expect(() => backend.primitives.permute([x], { axes }, [{ shape, dtype: 'f32' }])).toThrow(
+    expect.objectContaining({ code: 'E_BACKEND', message: expect.stringMatching(/axes are left/) }),
+  )
+  expect(backend.stats().handles).toBe(handles)
+  backend.dispose()
+})
+
 test('each instruction set that is built and that the CPU has can be chosen', async () => {
   const build = join(import.meta.dirname, '..', 'build', platformName(process.platform, process.arch))
   const highest = await highestIsa()
