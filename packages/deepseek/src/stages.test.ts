@@ -131,6 +131,20 @@ test('costs are the active parameters per token, and the scores of attention', (
   )
 })
 
+test('an MTP module costs as much as its layer, the head and eh_proj; an indexer scores half of the sequence', () => {
+  const indexers = { model_type: 'deepseek_v32', index_topk: 4, index_n_heads: 2, index_head_dim: 12 } as const
+  const costsOf = (model: DeepSeek, sequenceLength: number) => model.inStages(5, { sequenceLength }).costs
+  const config = { ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 1 }
+  const [plain, sparse] = [{}, indexers].map(more => new DeepSeek({ ...config, ...more }, { seed: null }))
+  for (const model of [plain, sparse]) {
+    const [, , layer, head, module] = costsOf(model, 100)
+    expect(head).toBe(model.lm_head.weight.size)
+    expect(module).toBe(layer + head + 2 * tiny.hidden_size ** 2)
+  }
+  const growth = (model: DeepSeek) => costsOf(model, 100)[0] - costsOf(model, 0)[0]
+  expect(growth(sparse) - growth(plain)).toBe((100 / 2) * 2 * 12)
+})
+
 test('a model cannot be split into more stages than parts', () => {
   const model = newModel()
   for (const stages of [0, 1.5, 7])
