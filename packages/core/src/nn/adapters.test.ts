@@ -326,7 +326,7 @@ describe('merging and removing', () => {
       seen.add(version)
     }
     for (let round = 0; round < 2; round++) {
-      adapted({ targets: ['mix'] }, block)
+      addAdapters(block, { rank: 2, targets: ['mix'] })
       changed()
       weight.adapter?.down.assign(randn([2, hidden], new Random(round)))
       changed()

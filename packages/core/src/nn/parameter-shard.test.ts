@@ -71,7 +71,13 @@ describe('partitioning', () => {
 test('a step on one of two ranks sums its gradients, updates its rows, and gathers all weights', async () => {
   const before = backend.stats().handles
   const parameters = [
-    { name: 'embed_tokens', parameter: new Parameter(full([4, 2], 1, { backend })), slices: ['a', 'b', 'c', 'd'] },
+    // Rows 8 to 11 of a larger table.
+    {
+      name: 'embed_tokens',
+      parameter: new Parameter(full([4, 2], 1, { backend })),
+      slices: ['a', 'b', 'c', 'd'],
+      firstRow: 8,
+    },
     named('weight', 1),
     named('unused', 1, 1),
     { name: 'frozen', parameter: new Parameter(zeros([9], { backend }), { trainable: false }) },
@@ -100,7 +106,7 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
   expect(
     shard.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight]),
   ).toEqual([
-    ['embed_tokens', 3, ['d'], false],
+    ['embed_tokens', 11, ['d'], false],
     ['weight', undefined, undefined, true],
     ['unused', undefined, undefined, false],
   ])
