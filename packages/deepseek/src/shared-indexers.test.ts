@@ -201,6 +201,9 @@ describe('training', () => {
       })
     // Three groups, the head, two modules.
     expect(layersOf(6)).toEqual(['0 1 2', '3', '4 5', '', '6', '7'])
+    // A layer that shares an indexer costs less by its weights and its scores.
+    const [, alone, two] = own.inStages(6, { sequenceLength: 100 }).costs
+    expect(alone - (two - alone)).toBe(countParameters(own.config).indexer + (6 * 6 * 100) / 2)
     expect(() => own.inStages(7)).toThrow(
       /cannot split the model into 7 stages; pass 1 to 6: .* 6 layers, a head and 2 MTP modules, and layers that share an indexer stay in one stage/,
     )
