@@ -51,6 +51,8 @@ test('MergedTokenSplitter splits punctuation from newlines and keeps the text', 
   const ids = tokenizer.encode('He said: "no."\n\nThen {\n}\n go();\n')
   const all = new MergedTokenSplitter(tokenizer, { rate: 1, random: randomNumbers(1) })
   expect(all.eligible).toBeGreaterThan(100)
+  const everyId = Array.from({ length: tokenizer.vocabSize }, (_, id) => id)
+  expect(new Set(all.split(everyId)).size).toBe(tokenizer.vocabSize - all.eligible)
   const split = all.split(ids)
   expect(split.length).toBeGreaterThan(ids.length)
   expect(tokenizer.decode(split)).toBe(tokenizer.decode(ids))

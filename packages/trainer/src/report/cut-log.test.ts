@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { afterEach, expect, test } from 'vitest'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { cutLog } from './cut-log.ts'
+import { LineSplitter } from './line-splitter.ts'
 
 afterEach(removeTemporaryFolders)
 
@@ -25,6 +26,22 @@ test('a log is truncated after a step and after the last complete line, and its 
     await cutLog(path, upTo, line => kept.push(line))
     expect(await readFile(path, 'utf8')).toBe(left.map(line).join(''))
     expect(kept).toEqual(left.map(step => JSON.parse(line(step))))
+  }
+})
+
+test('lines and their places are the same for pieces of any size', () => {
+  const bytes = Buffer.from('\na\n\nbü\n\n\nc\nrest')
+  for (let size = 1; size <= bytes.length; size++) {
+    const splitter = new LineSplitter()
+    const lines: unknown[] = []
+    for (let at = 0; at < bytes.length; at += size)
+      splitter.take(bytes.subarray(at, at + size), (...line) => lines.push(line))
+    expect(lines).toEqual([
+      ['a', 1, 3],
+      ['bü', 4, 8],
+      ['c', 10, 12],
+    ])
+    expect(splitter.offset).toBe(bytes.length)
   }
 })
 

@@ -100,9 +100,10 @@ describe('the listener', () => {
     listen(step(1))
     const evaluation = { loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 }
     listen({ type: 'evaluation', step: 1, final: true, ...evaluation, ema: { ...evaluation, bitsPerByte: 1 } })
+    listen({ type: 'evaluation', step: 2, final: true, ...evaluation, sources: { web: evaluation } })
     const [bytes] = await eventFiles(out)
     const records = recordsOf(bytes)
-    expect(records).toHaveLength(5)
+    expect(records).toHaveLength(6)
     expect(printable(records[0]).join()).toContain('brain.Event:2')
     expect(records[2].toString()).toContain('| lr | 0.001 |')
     expect(records[3].toString('latin1').match(/(train|model)\/\w+/g)).toEqual([
@@ -113,8 +114,11 @@ describe('the listener', () => {
       'train/tokensPerSecond',
       'model/maxVio',
     ])
-    const names = records[4].toString('latin1').match(/(validation|ema)\/\w+/g)
-    expect(names).toEqual(['validation/loss', 'ema/loss', 'ema/bitsPerByte'])
+    const names = records.slice(4).map(record => record.toString('latin1').match(/(validation|ema)\/[\w/]+/g))
+    expect(names).toEqual([
+      ['validation/loss', 'ema/loss', 'ema/bitsPerByte'],
+      ['validation/loss', 'validation/web/loss'],
+    ])
   })
 
   test('writes the balance of the experts of each layer', async () => {
