@@ -29,6 +29,7 @@ test('fillInTheMiddle writes prefix, suffix and middle, in the given fraction of
   }
   expect(changed).toBeGreaterThan(140)
   expect(changed).toBeLessThan(260)
+  expect(fillInTheMiddle(document, { random, rate: 0 })).toBe(document)
   expect(() => fillInTheMiddle('a<｜fim▁hole｜>b', { random, rate: 1 })).toThrow('contains the sentinel')
   expect([...tokenizer.encode(fillInTheMiddle(document, { random, rate: 1 }))]).toEqual(
     expect.arrayContaining([128800, 128801, 128802]),

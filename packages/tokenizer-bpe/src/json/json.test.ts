@@ -29,6 +29,11 @@ test.each<[string, (json: Json) => void, string]>([
   ['a duplicate id', json => (json.model.vocab.zz = 5), 'have the same id 5'],
   ['merges that are a string', json => (json.model.merges = 'a b'), 'model.merges: expected an array, got "a b"'],
   ['a merge of three tokens', json => (json.model.merges[0] = 'a b c'), 'expected two tokens with one space between'],
+  [
+    'a list of three tokens as a merge',
+    json => json.model.merges[0].push('c'),
+    'model.merges[0]: expected two tokens, got 3',
+  ],
   ['a merge of a number', json => (json.model.merges[0] = [1, 2]), 'model.merges[0][0]: expected a string, got 1'],
   [
     'a merge of an unknown token',
