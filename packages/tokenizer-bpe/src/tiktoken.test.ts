@@ -49,6 +49,13 @@ test('merges as tiktoken does, also if tokens are unreachable by merges', () => 
   expect([...tokenizer.encode('a<|end|>')]).toEqual([97, 300])
 })
 
+test('is saved with the ranks of the file, some of which may be missing, and without an unknown token', () => {
+  const file = `${ranks('ab')}\n${btoa('cd')} 300`
+  const { model } = BpeTokenizer.fromTiktoken(file, { preTokenizer: 'cl100k' }).toJSON() as { model: object }
+  expect(model).toMatchObject({ unk_token: null, fuse_unk: false, ignore_merges: true, vocab: { ab: 256, cd: 300 } })
+  expect(model).toHaveProperty('vocab', expect.not.objectContaining({ undefined: expect.anything() }))
+})
+
 test('merges as tiktoken does if parts of a token have higher ranks', () => {
   const random = randomNumbers(5)
   const word = (longest: number) =>
