@@ -128,16 +128,18 @@ test('a pattern that takes too long throws', () => {
 })
 
 test('adds the special tokens of a template', () => {
-  const tokenizer = load(json => {
-    const special = { SpecialToken: { id: '<s>', type_id: 0 } }
-    json.post_processor = {
-      type: 'TemplateProcessing',
-      single: [special, { Sequence: { id: 'A', type_id: 0 } }, special],
-      special_tokens: { '<s>': { id: '<s>', ids: [0], tokens: ['<s>'] } },
-    }
-  })
-  expect([...tokenizer.encode('a')]).toEqual([0, tokenizer.tokenToId('a'), 0])
-  expect([...tokenizer.encode('a', { addSpecialTokens: false })]).toEqual([tokenizer.tokenToId('a')])
+  const text = { Sequence: { id: 'A', type_id: 0 } }
+  const special = { SpecialToken: { id: '<s>', type_id: 0 } }
+  const withTemplate = (single: Json[], special_tokens?: Json) =>
+    load(json => (json.post_processor = { type: 'TemplateProcessing', single, special_tokens }))
+  const tokenizer = withTemplate([special, text, special], { '<s>': { id: '<s>', ids: [0], tokens: ['<s>'] } })
+  const a = tokenizer.tokenToId('a')
+  expect([...tokenizer.encode('a')]).toEqual([0, a, 0])
+  expect([...tokenizer.encode('a', { addSpecialTokens: false })]).toEqual([a])
+  // A name may stand for several tokens. Without an entry, it is that of an added token.
+  expect([...withTemplate([text, special], { '<s>': { ids: [5, 6] } }).encode('a')]).toEqual([a, 5, 6])
+  expect([...withTemplate([text, special]).encode('a')]).toEqual([a, 0])
+  expect(() => withTemplate([text, text])).toThrow(/single\[1\]: a template that does not contain the text once/)
 })
 
 test('only the start of the input is the first segment, even if a later segment is the same text', () => {
