@@ -105,15 +105,13 @@ export class Connection {
 
   /** Polls on every turn of the event loop until the latest call has completed. */
   async #ready(op: string): Promise<void> {
-    while (this.#checkState(op) === numbers.inProgress) {
-      await new Promise(resolve => setImmediate(resolve))
-      // Another backend on this thread may have made its context current.
-      this.#access.makeCurrent()
-    }
+    while (this.#checkState(op) === numbers.inProgress) await new Promise(resolve => setImmediate(resolve))
   }
 
-  /** @throws MoeError E_BACKEND after an NCCL error, for example if another rank has exited */
+  /** Leaves the backend's context current. @throws MoeError E_BACKEND after an NCCL error, for example if another rank has exited */
   #checkState(op: string): number {
+    // Another backend on this thread may have made its context current.
+    this.#access.makeCurrent()
     const state = new Int32Array(1)
     this.#nccl.check(this.#nccl.call.ncclCommGetAsyncError(this.#comm, state), op, this.#comm)
     this.#nccl.check(state[0], op, this.#comm)
