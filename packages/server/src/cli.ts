@@ -3,11 +3,12 @@
 import { readFileSync } from 'node:fs'
 import { type Backend, firstAvailable, isMoeError, setDefaultBackend, weightBytes } from '@moe/core'
 import { isFirstProcess, type Options, readArguments, UsageError } from './arguments.ts'
+import { RejectedError } from './conversation.ts'
 import { createServer } from './create-server.ts'
 import { type OpenedModel, type OpenOptions, openFolder } from './open-folder.ts'
 import { requestJson, requestLine } from './request-line.ts'
 import { serve } from './serve.ts'
-import { chatInTerminal, RejectedError } from './terminal-chat.ts'
+import { chatInTerminal } from './terminal-chat.ts'
 
 const HELP = `Usage: moe-serve FOLDER [options]
 

@@ -72,7 +72,7 @@ test('without a terminal, a missing message and a rejected one are errors', asyn
   await expect(empty.over).rejects.toThrow('standard input is empty, expected a message')
   const long = chat(counting(), { isTTY: false, context: 20 })
   long.input.end('the people '.repeat(50))
-  await expect(long.over).rejects.toThrow(/the context length of this model is 20.*; \/clear starts a new conversation/)
+  await expect(long.over).rejects.toThrow(/the context length of this model is 20/)
 })
 
 test('in a terminal, lines are messages of one conversation, with a system message and settings', async () => {
@@ -131,6 +131,18 @@ test('errors leave the conversation as it was', async () => {
   input.end()
   await over
   expect(calls.map(promptOf)).toEqual(['<|begin|><|user|>user: people<|assistant|>'])
+})
+
+test('a full context is explained', async () => {
+  const script: Script = async function* (_, stats) {
+    Object.assign(stats, { tokens: 11, finishReason: 'length' })
+    yield 'the people'
+  }
+  const { over, input, type } = chat(script, { context: 20 })
+  expect(await type('our')).toContain('tokens/s, context 20 of 20, the context is full\n')
+  expect(await type('better angels')).toContain('; /clear starts a new conversation\n')
+  input.end()
+  await over
 })
 
 test('an error during an answer ends it, and the message is not remembered', async () => {

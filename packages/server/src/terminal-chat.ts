@@ -1,13 +1,9 @@
-/** @file `moe-serve --chat`: a conversation in the terminal. It is a client of the server's application, which needs no port for it. */
+/** @file `moe-serve --chat`: a conversation in the terminal. No port is needed for it. */
 import { createInterface } from 'node:readline'
 import type { Readable, Writable } from 'node:stream'
 import { text as readAll } from 'node:stream/consumers'
-import type { ApiError } from './errors.ts'
-
-/** What a conversation needs of the application that `createServer` returns. */
-export interface ChatServer {
-  request(path: string, init: RequestInit): Response | Promise<Response>
-}
+import { UsageError } from './arguments.ts'
+import { type ChatServer, Conversation, type Delta, ownFields, RejectedError, type Usage } from './conversation.ts'
 
 type Terminal<Stream> = Stream & { readonly isTTY?: boolean }
 
@@ -32,38 +28,6 @@ export interface TerminalChatOptions {
   readonly color?: boolean | undefined
 }
 
-interface Message {
-  readonly role: 'system' | 'user' | 'assistant'
-  readonly content: string
-  readonly reasoning_content?: string
-}
-
-interface Usage {
-  readonly prompt_tokens: number
-  readonly completion_tokens: number
-}
-
-interface Delta {
-  readonly content?: string
-  readonly reasoning_content?: string
-}
-
-/** What is used of a chunk of the stream. */
-interface Chunk {
-  readonly choices?: ReadonlyArray<{ readonly delta: Delta; readonly finish_reason: string | null }>
-  readonly usage?: Usage | null
-  readonly error?: ReturnType<ApiError['toJSON']>['error']
-}
-
-interface Answer {
-  readonly message: Message
-  /** Null if the answer was interrupted. */
-  readonly finish: string | null
-  readonly usage: Usage | undefined
-  /** Seconds from the first part to the last. */
-  readonly seconds: number
-}
-
 const HELP = `A line is a message. End it with \\ to continue it on the next line; pasted lines are one message.
 
   /clear            forget the conversation
@@ -75,110 +39,15 @@ const HELP = `A line is a message. End it with \\ to continue it on the next lin
 Ctrl-C stops an answer.
 `
 
-/** Fields of requests that the conversation sets. */
-const ownFields = ['messages', 'model', 'stream', 'stream_options', 'n', 'tools', 'tool_choice']
-
-/** The server's answer to a request that it rejects. */
-export class RejectedError extends Error {}
-
-/** The messages so far, and the settings of requests. */
-class Conversation {
-  readonly settings: Record<string, unknown> = {}
-  system: string | undefined
-  readonly #app: ChatServer
-  readonly #model: string
-  #messages: readonly Message[] = []
-
-  constructor({ app, model }: Pick<TerminalChatOptions, 'app' | 'model'>) {
-    this.#app = app
-    this.#model = model
-  }
-
-  clear(): void {
-    this.#messages = []
-  }
-
-  /**
-   * Sends a message. It and its answer are remembered, also if the answer is interrupted after it has begun.
-   * @throws RejectedError if the server rejects the request
-   */
-  async send(content: string, onDelta: (delta: Delta) => void, signal: AbortSignal): Promise<Answer> {
-    const sent: readonly Message[] = [...this.#messages, { role: 'user', content }]
-    const answer = await this.#answerTo(sent, onDelta, signal)
-    const { message, finish } = answer
-    if (finish !== null || message.content || message.reasoning_content) this.#messages = [...sent, message]
-    return answer
-  }
-
-  async #answerTo(sent: readonly Message[], onDelta: (delta: Delta) => void, signal: AbortSignal): Promise<Answer> {
-    const system: readonly Message[] = this.system === undefined ? [] : [{ role: 'system', content: this.system }]
-    const body = {
-      ...this.settings,
-      model: this.#model,
-      messages: [...system, ...sent],
-      stream: true,
-      stream_options: { include_usage: true },
-    }
-    const response = await this.#app.request('/v1/chat/completions', {
-      method: 'POST',
-      headers: { 'content-type': 'application/json' },
-      body: JSON.stringify(body),
-      signal,
-    })
-    if (!response.ok && !signal.aborted) throw rejected(((await response.json()) as Required<Chunk>).error)
-    let content = ''
-    let reasoning = ''
-    let finish: string | null = null
-    let usage: Usage | undefined
-    let first: number | undefined
-    for await (const { choices = [], usage: counted, error } of chunks(response)) {
-      if (signal.aborted) break
-      if (error) throw rejected(error)
-      usage = counted ?? usage
-      for (const { delta, finish_reason } of choices) {
-        finish = finish_reason ?? finish
-        const { content: text = '', reasoning_content: thought = '' } = delta
-        if (text === '' && thought === '') continue
-        first ??= performance.now()
-        content += text
-        reasoning += thought
-        onDelta(delta)
-      }
-    }
-    const message: Message = { role: 'assistant', content, ...(reasoning && { reasoning_content: reasoning }) }
-    return { message, finish, usage, seconds: (performance.now() - (first ?? performance.now())) / 1000 }
-  }
-}
-
-function rejected({ message, code }: NonNullable<Chunk['error']>): RejectedError {
-  const fix = code === 'context_length_exceeded' ? '; /clear starts a new conversation' : ''
-  return new RejectedError(message + fix)
-}
-
-/** The events of a stream, up to `[DONE]`. */
-async function* chunks(response: Response): AsyncGenerator<Chunk> {
-  const decoder = new TextDecoder()
-  let text = ''
-  for await (const bytes of response.body as unknown as AsyncIterable<Uint8Array>) {
-    text += decoder.decode(bytes, { stream: true })
-    const events = text.split('\n\n')
-    text = events.pop() as string
-    for (const event of events) {
-      const data = event.replace(/^data: /, '')
-      if (data === '[DONE]') return
-      yield JSON.parse(data)
-    }
-  }
-}
-
 /**
  * Chats until the input ends.
  * @returns false if the input is not a terminal, and the answer was interrupted
- * @throws Error if the input is not a terminal, and there is no message or it is rejected
+ * @throws UsageError if the input is not a terminal and empty
+ * @throws RejectedError if the input is not a terminal, and its message is rejected
  */
 export async function chatInTerminal(options: TerminalChatOptions): Promise<boolean> {
-  const { input, output, notes, color = false } = options
-  const conversation = new Conversation(options)
+  const { app, model, input, output, notes, color = false } = options
+  const conversation = new Conversation(app, model)
   let isComplete = true
   if (input.isTTY) {
     notes.write('Type a message, or /help.\n')
@@ -190,20 +59,23 @@ export async function chatInTerminal(options: TerminalChatOptions): Promise<bool
         if (line.startsWith('/')) notes.write(command(line, conversation))
         else if (line.trim() !== '') await answer(line, conversation, options)
       } catch (error) {
-        if (!(error instanceof RejectedError)) throw error
-        notes.write(`${color ? paint(31, error.message) : error.message}\n`)
+        if (!(error instanceof RejectedError || error instanceof UsageError)) throw error
+        const fix =
+          'code' in error && error.code === 'context_length_exceeded' ? '; /clear starts a new conversation' : ''
+        const problem = error.message + fix
+        notes.write(`${color ? paint(31, problem) : problem}\n`)
       }
     }
   } else {
     const message = (await readAll(input)).trim()
-    if (message === '') throw new RejectedError('standard input is empty, expected a message')
+    if (message === '') throw new UsageError('--chat: standard input is empty, expected a message')
     isComplete = await answer(message, conversation, options)
   }
   await new Promise<void>(resolve => output.write('', () => resolve()))
   return isComplete
 }
 
-/** Executes a line that starts with a slash, and returns what to print. @throws RejectedError if it is not a command */
+/** Executes a line that starts with a slash, and returns what to print. @throws UsageError if it is not a command */
 function command(line: string, conversation: Conversation): string {
   const [, name, rest] = /^(\S+)\s*(.*)$/s.exec(line.trim()) as RegExpExecArray
   if (name === '/help') return HELP
@@ -216,13 +88,13 @@ function command(line: string, conversation: Conversation): string {
     return ''
   }
   if (name === '/set') return set(rest, conversation.settings)
-  throw new RejectedError(`unknown command ${name}, see /help; a message that starts with / needs a space before it`)
+  throw new UsageError(`unknown command ${name}, see /help; a message that starts with / needs a space before it`)
 }
 
 /** Executes `/set`. Without arguments, it lists the settings. */
 function set(text: string, settings: Record<string, unknown>): string {
   const [, name = '', value = ''] = /^(\S+)\s*(.*)$/s.exec(text) ?? []
-  if (ownFields.includes(name)) throw new RejectedError(`${name} cannot be set in a conversation`)
+  if (ownFields.includes(name)) throw new UsageError(`${name} cannot be set in a conversation`)
   if (name === '')
     return Object.entries(settings)
       .map(([key, one]) => `${key} ${JSON.stringify(one)}\n`)
@@ -277,11 +149,12 @@ function figures(finish: string | null, usage: Usage | undefined, seconds: numbe
   if (usage === undefined) return 'interrupted'
   const { prompt_tokens: before, completion_tokens: tokens } = usage
   const used = before + tokens
-  const limit = used < context ? 'stopped at max_tokens' : 'the context is full: /clear starts a new conversation'
+  const limit = used < context ? 'stopped at max_tokens' : 'the context is full'
+  const rate = (tokens - 1) / seconds
   return [
     `${tokens} tokens`,
     // The first one ends the processing of the prompt.
-    ...(tokens > 1 && seconds > 0 ? [`${((tokens - 1) / seconds).toPrecision(3)} tokens/s`] : []),
+    ...(tokens > 1 && seconds > 0 ? [`${rate < 100 ? rate.toPrecision(3) : rate.toFixed(0)} tokens/s`] : []),
     `context ${used} of ${context}`,
     ...(finish === 'length' ? [limit] : []),
   ].join(', ')
